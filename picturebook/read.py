@@ -1,0 +1,191 @@
+"""Read a scene back from a picture, by comparing it with renders: analysis by synthesis.
+
+The reader knows the world's masks and colours and nothing else. It finds the backdrop, then the few outlines that fit what stands before
+it, then changes one attribute at a time as long as the render comes nearer to the picture. How near it came is the confidence; a picture
+below `VALID_CONFIDENCE` shows no readable scene and counts as wrong in every score, it is never left out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from picturebook.draw import SIDE, backdrop, draw, sprite_masks
+from picturebook.world import (
+    ACCESSORIES,
+    ACCESSORY_COLOURS,
+    BACKDROPS,
+    COLOURS,
+    EYES,
+    KINDS,
+    MAX_DX,
+    MAX_DY,
+    PATTERNS,
+    PLACES,
+    SECOND_HUES,
+    SHAPES,
+    SIZES,
+    Identity,
+    Pose,
+    Scene,
+)
+
+VALID_CONFIDENCE = 0.85
+CLIP = 90.0  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
+CANDIDATES = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows, and how well a render of that matches it (Pearson correlation around the sprite, at most 1)."""
+
+    scene: Scene
+    confidence: float
+
+    @property
+    def valid(self) -> bool:
+        return self.confidence >= VALID_CONFIDENCE
+
+
+@functools.cache
+def _backdrops() -> tuple[list[tuple[str, int]], np.ndarray]:
+    keys = [(place, variant) for place in PLACES for variant in range(BACKDROPS)]
+    return keys, np.stack([np.asarray(backdrop(*key), dtype=np.int16) for key in keys])
+
+
+@functools.cache
+def _outlines() -> tuple[list[tuple[str, int, int, bool]], torch.Tensor]:
+    """Every silhouette of the world, zero mean and unit norm: [384, 1, 64, 64]."""
+    keys = [(kind, shape, size, flip) for kind in KINDS for shape in range(SHAPES) for size in range(len(SIZES)) for flip in (False, True)]
+    masks = torch.from_numpy(np.stack([np.asarray(sprite_masks(*key)["outline"], dtype=np.float32) for key in keys])) / 255
+    masks = masks - masks.mean(dim=(1, 2), keepdim=True)
+    return keys, (masks / masks.flatten(1).norm(dim=1)[:, None, None])[:, None]
+
+
+def _distance(picture: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Mean clipped absolute difference over pixels and channels; `other` may have leading axes."""
+    return np.minimum(np.abs(picture - other), CLIP).mean(axis=(-3, -2, -1))
+
+
+def _pixels(scene: Scene) -> np.ndarray:
+    return np.asarray(draw(scene), dtype=np.int16)
+
+
+def _median_colour(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> int:
+    """Index of the palette's colour nearest to the median of `pixels` ([N, 3])."""
+    median = np.median(pixels, axis=0)
+    return int(np.argmin([np.abs(median - np.array(colour)).sum() for colour in palette.values()]))
+
+
+class _Fit:
+    """One scene being changed, attribute by attribute, to come nearer to a picture."""
+
+    def __init__(self, picture: np.ndarray, scene: Scene):
+        self.picture, self.scene = picture, scene
+        self.distance = float(_distance(picture, _pixels(scene)))
+
+    def try_all(self, scenes: Iterable[Scene]) -> bool:
+        """Take the best of `scenes` if it beats the present one."""
+        before = self.distance
+        for scene in scenes:
+            distance = float(_distance(self.picture, _pixels(scene)))
+            if distance < self.distance - 1e-6:
+                self.scene, self.distance = scene, distance
+        return self.distance < before
+
+    def change(self, **fields) -> Scene:
+        return dataclasses.replace(self.scene, **fields)
+
+    def change_identity(self, **fields) -> Scene:
+        return self.change(identity=dataclasses.replace(self.scene.identity, **fields))
+
+    def coats(self) -> list[Scene]:
+        """For each pattern, the scene with the body's and the pattern's colours read off the picture under their masks."""
+        found = []
+        for pattern in range(len(PATTERNS)):
+            scene = self.change_identity(pattern=pattern)
+            # Probe which pixels show the body and which the second hue, by rendering both in impossible colours' stead.
+            base = _pixels(dataclasses.replace(scene, colour="red", identity=dataclasses.replace(scene.identity, second=0)))
+            body = np.abs(base - _pixels(dataclasses.replace(scene, colour="blue", identity=dataclasses.replace(scene.identity, second=0)))).sum(-1)
+            coat = np.abs(base - _pixels(dataclasses.replace(scene, colour="red", identity=dataclasses.replace(scene.identity, second=1)))).sum(-1)
+            body_mask, coat_mask = body > 0.9 * body.max(), coat > 0.9 * coat.max()
+            if not body_mask.any() or not coat_mask.any():
+                continue
+            colour = tuple(COLOURS)[_median_colour(self.picture[body_mask], COLOURS)]
+            second = _median_colour(self.picture[coat_mask], SECOND_HUES)
+            found.append(dataclasses.replace(scene, colour=colour, identity=dataclasses.replace(scene.identity, second=second)))
+        return found
+
+    def accessories(self) -> list[Scene]:
+        return [
+            self.change(accessory=None, accessory_colour=None),
+            *(self.change(accessory=a, accessory_colour=c) for a in ACCESSORIES for c in ACCESSORY_COLOURS),
+        ]
+
+    def poses(self) -> list[Scene]:
+        pose = self.scene.pose
+        near = [(0, -1), (0, 1), (-1, 0), (1, 0), (0, -2), (0, 2), (-2, 0), (2, 0)]
+        moved = [dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y) for x, y in near]
+        return [self.change(pose=p) for p in moved if abs(p.dx) <= MAX_DX and abs(p.dy) <= MAX_DY]
+
+    def run(self) -> None:
+        self.try_all(self.coats())
+        for _ in range(3):
+            changed = self.try_all(self.accessories())
+            changed |= self.try_all(self.change_identity(eyes=e) for e in range(len(EYES)))
+            changed |= self.try_all(self.poses())
+            changed |= self.try_all(self.change_identity(shape=s) for s in range(SHAPES))
+            changed |= self.try_all(self.coats())
+            changed |= self.try_all(self.change(colour=c) for c in COLOURS)
+            changed |= self.try_all(self.change_identity(second=s) for s in range(len(SECOND_HUES)))
+            if not changed:
+                break
+
+
+def _candidates(picture: np.ndarray) -> list[Scene]:
+    """The scenes, colours not yet read, whose outlines best match what stands before the backdrop."""
+    keys, backdrops = _backdrops()
+    place, variant = keys[int(np.argmin(_distance(picture, backdrops)))]
+    difference = np.abs(picture - backdrops[keys.index((place, variant))]).max(axis=-1).astype(np.float32)
+    foreground = torch.from_numpy(np.clip(difference / 60, 0, 1))[None, None]
+    foreground = (foreground - foreground.mean()) / foreground.std().clamp_min(1e-6)
+    outline_keys, outlines = _outlines()
+    padded = F.pad(foreground, (MAX_DX, MAX_DX, MAX_DY, MAX_DY))
+    match = F.conv2d(padded, outlines)[0]  # [outlines, 2 * MAX_DY + 1, 2 * MAX_DX + 1]; the sprite moved by (dx, dy) peaks there
+    best, where = match.flatten(1).max(dim=1)
+    scenes = []
+    for index in best.argsort(descending=True)[:CANDIDATES].tolist():
+        kind, shape, size, flip = outline_keys[index]
+        row, column = divmod(int(where[index]), 2 * MAX_DX + 1)
+        pose = Pose(column - MAX_DX, row - MAX_DY, size, flip)
+        scenes.append(Scene(kind, "red", place, Identity(0, 0, shape, 0), pose=pose, backdrop=variant))
+    return scenes
+
+
+def _confidence(picture: np.ndarray, scene: Scene) -> float:
+    """Correlation of picture and render, in all three channels, over the sprite and four pixels around it."""
+    mask = sprite_masks(scene.kind, scene.identity.shape, scene.pose.size, scene.pose.flip)["outline"]
+    moved = Image.new("L", mask.size)
+    moved.paste(mask, (scene.pose.dx, scene.pose.dy))
+    region = np.asarray(moved.filter(ImageFilter.MaxFilter(9))) > 127
+    a, b = picture[region].astype(np.float64), _pixels(scene)[region].astype(np.float64)
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale > 0 else 0.0
+
+
+def read(image: Image.Image) -> Reading:
+    """Kind, colour, place, accessory, identity and pose of the scene in a picture, with a confidence. Other sizes are resized first."""
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    picture = np.asarray(image.convert("RGB"), dtype=np.int16)
+    fits = [_Fit(picture, scene) for scene in _candidates(picture)]
+    for fit in fits:
+        fit.run()
+    best = min(fits, key=lambda fit: fit.distance)
+    return Reading(best.scene, _confidence(picture, best.scene))

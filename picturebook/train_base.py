@@ -1,0 +1,331 @@
+"""Train the embedded base: a small Stable Diffusion that knows the drawn world.
+
+    python -m picturebook.train_base --work_dir runs/picturebook
+
+Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
+`unet` trains UNet and text encoder together on them, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
+Every sample is a pure function of (seed, stage, number), so a resumed run sees what an unbroken one would have seen.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from picturebook.draw import draw
+from picturebook.tokenizer import MAX_TOKENS, build_tokenizer
+from picturebook.world import Scene, caption, random_scene
+
+MODEL_DIR = Path(__file__).parent / "model"
+WIDTH = 128  # of the text encoder, and so of cross attention
+
+
+@dataclasses.dataclass
+class Options:
+    """How the base is trained. The defaults are those of the committed weights."""
+
+    work_dir: Path = Path("runs/picturebook")
+    """Where checkpoints, cached latents and metrics.jsonl lie."""
+    stage: Literal["vae", "latents", "unet", "export", "all"] = "all"
+    """Which stage to run; `all` runs what is not finished, in order."""
+    seed: int = 0
+    """Of every scene, caption, noise and timestep."""
+    num_threads: int = 2
+    """CPU threads."""
+    vae_steps: int = 3000
+    """Steps of the autoencoder, 16 pictures each."""
+    num_scenes: int = 60_000
+    """Pictures in the training set of the UNet; captions are drawn anew at every visit."""
+    unet_steps: int = 9000
+    """Steps of UNet and text encoder, 64 pictures each."""
+    unet_batch_size: int = 64
+    """Pictures a step."""
+    learning_rate: float = 8e-4
+    """Peak rate of UNet and text encoder: warmed up over 200 steps, lowered linearly over the last `decay_share` of the run."""
+    decay_share: float = 0.3
+    """Share of the run over which the learning rate falls to zero."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+
+
+def build_vae() -> AutoencoderKL:
+    """4x smaller sides, 4 channels: 64 x 64 pictures become [4, 16, 16] latents."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    ).to(memory_format=torch.channels_last)
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=(2, 4, 5),  # diffusers' name for the number of heads: 32 channels each
+        norm_num_groups=16,
+    ).to(memory_format=torch.channels_last)
+
+
+def build_text_encoder(vocab_size: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        )
+    )
+
+
+# v-prediction, and more noise at the end than Stable Diffusion's 0.012: at 16 x 16 latents the last step of the usual schedule
+# would still show the mean colour of the picture, and sampling, which starts from pure noise, would miss it.
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+
+
+def to_tensor(scenes: list[Scene]) -> torch.Tensor:
+    """[B, 3, 64, 64] in [-1, 1], channels last."""
+    pixels = torch.from_numpy(np.stack([np.asarray(draw(scene)) for scene in scenes]))
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def training_scene(seed: int, stage: str, number: int) -> Scene:
+    return random_scene(random.Random(f"{seed} {stage} {number}"))
+
+
+class Log:
+    """One JSON line a record in `metrics.jsonl`, and the same on the terminal."""
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.monotonic()
+
+    def __call__(self, **record) -> None:
+        record = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()} | {"seconds": round(time.monotonic() - self.start, 1)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(record, flush=True)
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write to a neighbouring file, then rename: a cut never leaves half a checkpoint."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def learning_rate_at(step: int, total: int, peak: float, decay_share: float) -> float:
+    return peak * min(1.0, (step + 1) / 200, (total - step) / (decay_share * total))
+
+
+def train_vae(options: Options, log: Log) -> AutoencoderKL:
+    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept."""
+    torch.manual_seed(options.seed)
+    vae = build_vae()
+    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0)
+    path, step = options.work_dir / "vae.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    while step < options.vae_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, options.vae_steps, 1e-3, 0.4)
+        pixel_values = to_tensor([training_scene(options.seed, "vae", 16 * step + i) for i in range(16)])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pixel_values).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+            reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        error = reconstruction - pixel_values
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        (error.abs().mean() + error.square().mean() + 1e-4 * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(vae)
+        step += 1
+        if step % 100 == 0:
+            psnr = -10 * math.log10(error.square().mean().item() / 4)
+            log(stage="vae", step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item())
+        if step % options.save_every == 0 or step == options.vae_steps:
+            save_checkpoint(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+    vae.load_state_dict(ema.module.state_dict())
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode_scenes(options: Options, vae: AutoencoderKL, log: Log) -> dict[str, torch.Tensor]:
+    """Posterior mean and std, [N, 4, 16, 16] each in float16, of the training scenes; encoded once, read back after."""
+    path = options.work_dir / "latents.safetensors"
+    if not path.exists():
+        mean = torch.empty(options.num_scenes, 4, 16, 16, dtype=torch.float16)
+        std = torch.empty_like(mean)
+        for start in range(0, options.num_scenes, 100):
+            rows = range(start, min(start + 100, options.num_scenes))
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(to_tensor([training_scene(options.seed, "unet", n) for n in rows])).latent_dist
+            mean[rows.start : rows.stop], std[rows.start : rows.stop] = posterior.mean.half(), posterior.std.half()
+            if start % 10_000 == 0:
+                log(stage="latents", done=start)
+        temporary = path.with_suffix(".tmp")
+        save_file({"mean": mean, "std": std}, temporary)
+        os.replace(temporary, path)
+    return load_file(path)
+
+
+def visits(seed: int, count: int, batch_size: int, first_step: int) -> Iterator[list[int]]:
+    """Endless batches of scene numbers: one random order after another, a pure function of the step."""
+    step = first_step
+    while True:
+        rows = []
+        for n in range(step * batch_size, (step + 1) * batch_size):
+            order = _order(seed, count, n // count)
+            rows.append(int(order[n % count]))
+        yield rows
+        step += 1
+
+
+_orders: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def _order(seed: int, count: int, epoch: int) -> torch.Tensor:
+    key = (seed, count, epoch)
+    if key not in _orders:
+        _orders[key] = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+    return _orders[key]
+
+
+class Denoiser(torch.nn.Module):
+    """UNet and text encoder as one module, so that one optimizer and one average hold both."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.unet, self.text_encoder = build_unet(), build_text_encoder(vocab_size)
+
+    def forward(self, noisy_latents, timesteps, input_ids):
+        return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
+
+
+def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> tuple[Denoiser, float]:
+    """(averaged UNet and text encoder, scaling factor of the latents). v-prediction; 10 % of the captions are left empty."""
+    torch.manual_seed(options.seed + 1)
+    tokenizer = build_tokenizer()
+    model = Denoiser(len(tokenizer))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=1e-2, betas=(0.9, 0.99))
+    scheduler = DDPMScheduler(**SCHEDULE)
+    scaling_factor = 1 / latents["mean"][:5000].float().std().item()
+    scenes = [training_scene(options.seed, "unet", n) for n in range(options.num_scenes)]
+    path, step = options.work_dir / "unet.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    batches = visits(options.seed, options.num_scenes, options.unet_batch_size, step)
+    losses = []
+    while step < options.unet_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, options.unet_steps, options.learning_rate, options.decay_share)
+        rows = next(batches)
+        rng = random.Random(f"{options.seed} captions {step}")
+        captions = ["" if rng.random() < 0.1 else caption(scenes[row], rng) for row in rows]
+        input_ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        generator = torch.Generator().manual_seed(7_919 * step + options.seed)
+        mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
+        clean = (mean + std * torch.randn(mean.shape, generator=generator)) * scaling_factor
+        noise = torch.randn(mean.shape, generator=generator)
+        timesteps = torch.randint(1000, (len(rows),), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            model_pred = model(noisy, timesteps, input_ids)
+        loss = F.mse_loss(model_pred.float(), scheduler.get_velocity(clean, noise, timesteps))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            log(stage="unet", step=step, loss=sum(losses) / len(losses), lr=optimizer.param_groups[0]["lr"])
+            losses = []
+        if step % options.save_every == 0 or step == options.unet_steps:
+            save_checkpoint(path, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+    model.load_state_dict(ema.module.state_dict())
+    return model.eval(), scaling_factor
+
+
+def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, target: Path) -> None:
+    """Write a plain Stable Diffusion folder, weights in float16 safetensors."""
+    vae.register_to_config(scaling_factor=scaling_factor)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=model.unet,
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
+
+
+def main() -> None:
+    options = tyro.cli(Options, use_underscores=True)
+    torch.set_num_threads(options.num_threads)
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(options.work_dir / "metrics.jsonl")
+    vae = train_vae(options, log)
+    if options.stage == "vae":
+        return
+    latents = encode_scenes(options, vae, log)
+    if options.stage == "latents":
+        return
+    if options.stage == "export":  # what has been trained so far
+        options.unet_steps = 0
+    model, scaling_factor = train_unet(options, latents, log)
+    if options.stage in ("export", "all"):
+        export(vae.float(), model, scaling_factor, MODEL_DIR)
+        print(f"wrote {MODEL_DIR}")
+
+
+if __name__ == "__main__":
+    main()
