@@ -1,0 +1,88 @@
+"""What is trained: low-rank updates on UNet and text encoder, put there by peft."""
+
+import dataclasses
+import re
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+from dreambooth.errors import UserError
+
+# The layers of "dual LoRA": every attention projection. The added ones exist in UNets that attend to image or T5 tokens (DeepFloyd IF).
+UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One model that carries an adapter. `name` is its prefix in adapter files: `unet` or `text_encoder`."""
+
+    name: str
+    model: torch.nn.Module
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The trainable parameters, under names that are unique in a run."""
+        return [(f"{self.name}.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors under peft's keys, `<module path>.lora_A.weight`."""
+        # save_embedding_layers=False: "auto" would ask the hub for a config at every save
+        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Fill the adapter. Raises UserError naming keys if they are not exactly those of the model, or of other shapes."""
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise UserError(f"the adapter file lacks {len(missing)} of {len(own)} tensors of {self.name}, e.g. {missing[0]}")
+        if unknown := sorted(state.keys() - own.keys()):
+            raise UserError(f"the adapter file has {len(unknown)} tensors that {self.name} has no place for, e.g. {unknown[0]}")
+        for key, tensor in own.items():
+            if tensor.shape != state[key].shape:
+                raise UserError(f"the adapter file has {key} of shape {tuple(state[key].shape)}; {self.name} needs {tuple(tensor.shape)}")
+        set_peft_model_state_dict(self.model, state)
+
+
+def inject_lora(name: str, model: torch.nn.Module, *, rank: int, dropout: float, targets: tuple[str, ...], seed: int) -> Component:
+    """Freeze `model` and add trainable LoRA, alpha = rank, to every layer named in `targets`.
+
+    A is drawn from N(0, 1/rank^2) and B is zero, so the adapted model equals the base bit for bit (LoRA, arXiv 2106.09685).
+    """
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=list(targets))
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config)  # type: ignore[operator]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # peft makes the adapter in the base's dtype; in bf16 most of Adam's steps would round to nothing, and fp16 cannot be unscaled
+            parameter.data = parameter.data.float()
+    return Component(name, model)
+
+
+def lora_metadata(component: Component) -> dict[str, object]:
+    """The fields of a component's `LoraConfig` that a reader needs, in a stable order."""
+    config = component.model.peft_config["default"]  # type: ignore[union-attr,index]
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "lora_dropout": config.lora_dropout,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def describe(components: list[Component]) -> str:
+    """A table of what is trained: modules, parameters, their share of the frozen weights and their size in a file."""
+    lines = [f"{'trained':<14} {'modules':>8} {'parameters':>12} {'of frozen':>10} {'in file':>10}"]
+    for component in components:
+        trained = [(name, p) for name, p in component.model.named_parameters() if p.requires_grad]
+        modules = {re.sub(r"\.lora_[AB]\..*", "", name) for name, _ in trained}
+        parameters = sum(p.numel() for _, p in trained)
+        frozen = sum(p.numel() for p in component.model.parameters() if not p.requires_grad)
+        lines.append(f"{component.name:<14} {len(modules):>8,} {parameters:>12,} {parameters / frozen:>10.3%} {4 * parameters / 2**20:>6.2f} MiB")
+    return "\n".join(lines)

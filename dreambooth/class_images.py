@@ -1,0 +1,181 @@
+"""A folder of class images: the same set on any number of processes, after any interruption.
+
+Picture k depends on (seed, k) only. Floating-point results depend on the batch a picture is computed in, so pictures are made in fixed
+chunks by absolute number (chunk c holds pictures c*b .. c*b+b-1), chunk c on process c % world, and a chunk with a missing picture is
+made again whole. `manifest.json` says what the set is; a folder made with other settings is refused. Pictures under other names are the
+user's own: they count, and are never touched.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dreambooth import adapter_files, families, photos, pipelines, sampling_order
+from dreambooth.errors import UserError
+from dreambooth.options import BaseModel
+
+MANIFEST = "manifest.json"
+_FLAG = "--class_data_dir"
+_NAME = re.compile(r"class-\d{6}\.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a set of class images is. Any difference gives other pictures."""
+
+    base: str
+    """Fingerprint of the base."""
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    side: int | None
+    """Pixels; None is the base's own size."""
+    precision: str
+
+
+def file_name(number: int) -> str:
+    return f"class-{number:06d}.png"
+
+
+def precision_of(flag: str | None, device: torch.device) -> str:
+    """`--prior_generation_precision` as one of fp32, fp16, bf16."""
+    if flag is None:
+        return "fp16" if device.type == "cuda" else "fp32"
+    if flag == "fp16" and device.type == "cpu":
+        raise UserError("--prior_generation_precision fp16 does not work on a CPU; leave it out, or use bf16")
+    return "fp32" if flag == "no" else flag
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": dict(manifest["settings"]), "sha256": dict(manifest["sha256"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{_FLAG}: {path} is damaged; remove it together with the class-*.png files to make them again") from None
+
+
+def _hash_notes(folder: Path) -> dict[str, str]:
+    """Hashes that processes left beside their pictures, not yet in the manifest."""
+    return {note.name[1:].removesuffix(".sha256"): note.read_text().strip() for note in sorted(folder.glob(".class-*.png.sha256"))}
+
+
+def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
+    """The numbers of pictures that must be made so that the folder holds `total`, the user's own pictures counted.
+
+    Raises UserError if the folder holds a set made with other settings, or files under our names that are not ours.
+    """
+    if not folder.exists():
+        return list(range(total))
+    if not folder.is_dir():
+        raise UserError(f"{_FLAG}: {folder} is not a folder")
+    manifest = _read_manifest(folder)
+    if manifest is not None:
+        there, wanted = manifest["settings"], dataclasses.asdict(settings)
+        differences = [f"{name} is {there.get(name)!r} there and {wanted[name]!r} now" for name in wanted if there.get(name) != wanted[name]]
+        if differences:
+            raise UserError(f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one")
+    hashes = (manifest["sha256"] if manifest else {}) | _hash_notes(folder)
+    pictures = [p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")]
+    foreign = [name for name in pictures if _NAME.fullmatch(name) and name not in hashes]
+    if foreign:
+        raise UserError(f"{_FLAG}: {folder / foreign[0]} is in no manifest and would be overwritten; rename it or name another folder")
+    own = sum(not _NAME.fullmatch(name) for name in pictures)
+    return [k for k in range(max(0, total - own)) if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))]
+
+
+def _is_whole(path: Path, sha256: str | None) -> bool:
+    return sha256 is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def fill(
+    folder: Path,
+    settings: Settings,
+    total: int,
+    make_draw: Callable[[], Callable[[Sequence[int]], list[Any]]],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> int:
+    """Make the missing pictures and return how many this process made.
+
+    `make_draw()` loads what is needed, only if there is work, and gives a function from seeds to pictures. `wait` is a barrier.
+    Raises UserError, on every process alike, if the folder holds another set.
+    """
+    missing = missing_numbers(folder, settings, total)
+    wait()  # every process has looked at the folder as it was before anybody writes
+    if not missing:
+        return 0
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_manifest(folder, settings)
+    wait()
+    chunks = sorted({k // settings.batch_size for k in missing})
+    mine = [chunk for chunk in chunks if chunk % world == rank]
+    wanted, made = set(missing), 0
+    if mine:
+        draw = make_draw()
+        for chunk in tqdm(mine, desc="class images", unit=f"x{settings.batch_size}", disable=rank != 0):
+            numbers = range(chunk * settings.batch_size, (chunk + 1) * settings.batch_size)
+            images = draw([sampling_order.key(settings.seed, "class-image", k) for k in numbers])
+            for k, image in zip(numbers, images, strict=True):
+                if k in wanted:
+                    _save(folder / file_name(k), image, {**dataclasses.asdict(settings), "number": k})
+                    made += 1
+    wait()
+    if rank == 0:
+        _write_manifest(folder, settings)
+    wait()
+    return made
+
+
+def make_drawer(base: BaseModel, base_folder: Path, settings: Settings, device: torch.device) -> Callable[[Sequence[int]], list[Any]]:
+    """Load the base and return a function that draws one class image for each seed."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.precision]
+    pipeline = families.load_pipeline(base, base_folder, dtype, device)
+
+    def draw(seeds: Sequence[int]) -> list[Any]:
+        return pipelines.draw(
+            pipeline,
+            [settings.prompt] * len(seeds),
+            seeds,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            side=settings.side,
+        )
+
+    return draw
+
+
+def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
+    """The picture's hash in a file of its own, then the picture: processes share no manifest, and every picture of ours is on record."""
+    buffer = io.BytesIO()
+    pipelines.save_png(image, buffer, settings)
+    adapter_files.write_atomically(path.with_name(f".{path.name}.sha256"), hashlib.sha256(buffer.getvalue()).hexdigest().encode())
+    adapter_files.write_atomically(path, buffer.getvalue())
+
+
+def _write_manifest(folder: Path, settings: Settings) -> None:
+    manifest = _read_manifest(folder)
+    notes = _hash_notes(folder)
+    hashes = (manifest["sha256"] if manifest else {}) | notes
+    content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
+    adapter_files.write_atomically(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    for name in notes:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder / f".{name}.sha256")

@@ -1,0 +1,58 @@
+"""Which sample, crop, noise and timestep at which step: pure functions of the seed.
+
+A *row* numbers the instance samples of a run, 0, 1, 2, ... without end. Step s has `slots` micro-batches of `batch_size` rows each;
+slot j runs on process j % world, so the rows of a step are the same however many processes share them, and a resumed run goes on with
+exactly the rows that an unbroken one would have come to. Every draw has a CPU generator of its own, seeded by a hash of (seed, purpose,
+row): torch's CPU generator uses only the low 32 bits of a seed, so sums and shifts of seed and row would collide.
+"""
+
+import functools
+import hashlib
+
+import torch
+
+
+def key(seed: int, *what: str | int) -> int:
+    """A 63-bit number that depends on the seed and on every word of `what`."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *what: str | int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(key(seed, *what))
+
+
+def rows_of_slot(step: int, slot: int, *, slots: int, batch_size: int) -> range:
+    """The rows of one micro-batch. `slots` = gradient accumulation x processes; `batch_size` is per process."""
+    start = (step * slots + slot) * batch_size
+    return range(start, start + batch_size)
+
+
+def my_slots(slots: int, *, rank: int, world: int) -> range:
+    """The slots of a step that run on this process, in the order they run."""
+    return range(rank, slots, world)
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, purpose: str, turn: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, purpose, turn)).tolist()
+
+
+def image_of_row(seed: int, purpose: str, row: int, count: int) -> int:
+    """Index in 0..count-1 of the image at this row: one random order of all images after another, no short last batch."""
+    return _order(seed, purpose, row // count, count)[row % count]
+
+
+def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int]) -> tuple[int, int]:
+    """(left, top) of a random crop; `room` is how many pixels it can move to the right and down."""
+    draw = generator(seed, "crop", purpose, row)
+    return tuple(int(torch.randint(limit + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
+
+
+def noise_of_rows(seed: int, purpose: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal [rows, *shape] in float32, one generator a row: a batch draw could not be split over processes."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, purpose, row)) for row in rows])
+
+
+def timesteps_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
+    """Uniform in 0..num_train_timesteps-1, int64 [rows]."""
+    return torch.stack([torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, row)) for row in rows])
