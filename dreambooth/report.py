@@ -1,0 +1,81 @@
+"""What a run says of itself: metrics.jsonl, trackers, and the progress bar."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+TRACKER_NAME = "dreambooth-lora"
+
+
+def trackers(report_to: str) -> tuple[list[str], list[str]]:
+    """(names for Accelerator, notes for the user). A tracker that was asked for by name and is missing is refused with the flags."""
+    installed = {
+        "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
+        "wandb": importlib.util.find_spec("wandb") is not None,
+        "comet_ml": importlib.util.find_spec("comet_ml") is not None,
+    }
+    if report_to == "none":
+        return [], []
+    wanted = list(installed) if report_to == "all" else [report_to]
+    notes = []
+    if report_to == "tensorboard" and not installed["tensorboard"]:
+        notes.append("tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', or --report_to none")
+    return [name for name in wanted if installed[name]], notes
+
+
+class Progress:
+    """Progress of one run, on the main process: a bar, `metrics.jsonl` (a JSON object a line) and the accelerator's trackers."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, *, first_step: int, last_step: int, images_per_step: int):
+        self.accelerator, self.images_per_step = accelerator, images_per_step
+        self.main = accelerator.is_main_process
+        self.bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main)
+        self.file = path.open("a", encoding="utf-8") if self.main else None
+        self.since, self.since_step = time.monotonic(), first_step
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Record what step `step` (counted from 1) gave; the bar shows time left, the record images per second since the last one."""
+        if self.file is None:
+            return
+        now = time.monotonic()
+        rate = (step - self.since_step) * self.images_per_step / max(now - self.since, 1e-9)
+        self.since, self.since_step = now, step
+        record = {"step": step, **values, "images_per_second": round(rate, 3)}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.accelerator.log(values, step=step)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", images_s=f"{rate:.1f}")
+        self.bar.update(step - self.bar.n)
+
+    def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
+        """Send pictures to the trackers that take them."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images(name, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: [wandb.Image(image, caption=prompt) for image in images]}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print on the main process, without tearing the bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
+def jsonable(table: dict[str, Any]) -> dict[str, Any]:
+    """Options as trackers take them: numbers, strings and booleans."""
+    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in table.items()}

@@ -1,0 +1,57 @@
+"""Fill a folder with pictures of the class, drawn by the base itself, for prior preservation.
+
+Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
+to share the work among processes, or with plain `python`."""
+
+from dreambooth.options import ClassImageOptions, fail, parse
+
+if __name__ == "__main__":
+    OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from dreambooth import class_images, families
+from dreambooth.errors import UserError
+
+
+def main(options: ClassImageOptions) -> None:
+    """Make the missing class images. Raises UserError if the folder holds another set."""
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    state = PartialState()
+    with state.main_process_first():  # where it must be downloaded, once
+        base_folder = families.local_folder(options.base)
+    tokenizer = families.load_tokenizer(options.base, base_folder)
+    families.check_prompts(tokenizer, {"--class_prompt": options.class_prompt}, families.max_tokens(base_folder))
+    settings = class_images.Settings(
+        base=families.fingerprint(base_folder, options.base.variant),
+        prompt=options.class_prompt,
+        seed=options.seed,
+        steps=options.class_inference_steps,
+        guidance_scale=options.class_guidance_scale,
+        batch_size=options.sample_batch_size,
+        side=options.resolution,
+        precision=class_images.precision_of(options.prior_generation_precision, state.device),
+    )
+    folder = Path(options.class_data_dir)
+    class_images.fill(
+        folder,
+        settings,
+        options.num_class_images,
+        lambda: class_images.make_drawer(options.base, base_folder, settings, state.device),
+        rank=state.process_index,
+        world=state.num_processes,
+        wait=state.wait_for_everyone,
+    )
+    if state.is_main_process:
+        print(f"{folder} holds {options.num_class_images} class images")
+
+
+if __name__ == "__main__":
+    try:
+        main(OPTIONS)
+    except UserError as error:
+        fail(error)
