@@ -171,7 +171,7 @@ class Optimization:
         _at_least(self, 1, "lr_num_cycles")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        _require_package(self.use_8bit_adam, "--use_8bit_adam", "bitsandbytes", "bitsandbytes")
+        _require_package(self.use_8bit_adam, "--use_8bit_adam", "bitsandbytes", "pip install '.[bitsandbytes]'")
 
 
 @dataclasses.dataclass
@@ -214,7 +214,7 @@ class Run:
         _at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads")
         _at_least(self, 0, "seed")
         wanted = self.enable_xformers_memory_efficient_attention
-        _require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "xformers")
+        _require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
 
 
 @dataclasses.dataclass
@@ -258,14 +258,14 @@ class Reports:
         for name in ("push_to_hub", "hub_token", "hub_model_id"):
             why = "uploading is not in this version; `hf upload` sends a finished output folder"
             _require(not getattr(self, name), f"--{name} cannot work: {why}")
-        for tracker in ("wandb", "comet_ml"):
-            _require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, tracker.removesuffix("_ml"))
+        for tracker, extra in (("wandb", "wandb"), ("comet_ml", "comet")):
+            _require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'")
 
 
-def _require_package(wanted: bool, flag: str, package: str, extra: str) -> None:
+def _require_package(wanted: bool, flag: str, package: str, install: str) -> None:
     if wanted:
         found = importlib.util.find_spec(package) is not None
-        _require(found, f"{flag} needs the {package} package, which is not installed: pip install '.[{extra}]'")
+        _require(found, f"{flag} needs the {package} package, which is not installed: {install}")
 
 
 @dataclasses.dataclass

@@ -2,8 +2,9 @@
 
     python -m picturebook.train_base --work_dir runs/picturebook
 
-Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
-`unet` trains UNet and text encoder together on them, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
+Five stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
+`unet` trains UNet and text encoder together on them, `decoder` sharpens the VAE's decoder while its encoder, and so the latents, stay as
+they are, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
 Every sample is a pure function of (seed, stage, number), so a resumed run sees what an unbroken one would have seen.
 """
 
@@ -40,14 +41,18 @@ class Options:
 
     work_dir: Path = Path("runs/picturebook")
     """Where checkpoints, cached latents and metrics.jsonl lie."""
-    stage: Literal["vae", "latents", "unet", "export", "all"] = "all"
-    """Which stage to run; `all` runs what is not finished, in order."""
+    model_dir: Path = MODEL_DIR
+    """Where the finished pipeline is written."""
+    stage: Literal["vae", "latents", "unet", "decoder", "export", "all"] = "all"
+    """Which stage to stop after, the earlier ones being resumed first; `export` writes what has been trained so far."""
     seed: int = 0
     """Of every scene, caption, noise and timestep."""
     num_threads: int = 2
     """CPU threads."""
     vae_steps: int = 3000
     """Steps of the autoencoder, 16 pictures each."""
+    decoder_steps: int = 2000
+    """Further steps of the decoder alone."""
     num_scenes: int = 60_000
     """Pictures in the training set of the UNet; captions are drawn anew at every visit."""
     unet_steps: int = 9000
@@ -149,40 +154,51 @@ def learning_rate_at(step: int, total: int, peak: float, decay_share: float) -> 
     return peak * min(1.0, (step + 1) / 200, (total - step) / (decay_share * total))
 
 
-def train_vae(options: Options, log: Log) -> AutoencoderKL:
-    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept."""
+def train_vae(options: Options, log: Log, stage: Literal["vae", "decoder"]) -> AutoencoderKL:
+    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept.
+
+    Stage `decoder` starts from the result of stage `vae` and trains the decoder alone.
+    """
     torch.manual_seed(options.seed)
-    vae = build_vae()
+    decoder_only = stage == "decoder"
+    vae = train_vae(options, log, "vae").train() if decoder_only else build_vae()
+    total, peak = (options.decoder_steps, 5e-4) if decoder_only else (options.vae_steps, 1e-3)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0)
-    path, step = options.work_dir / "vae.pt", 0
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0)
+    path, step = options.work_dir / f"{stage}.pt", 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         vae.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    while step < options.vae_steps:
+    while step < total:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, options.vae_steps, 1e-3, 0.4)
-        pixel_values = to_tensor([training_scene(options.seed, "vae", 16 * step + i) for i in range(16)])
+            group["lr"] = learning_rate_at(step, total, peak, 0.4)
+        pixel_values = to_tensor([training_scene(options.seed, stage, 16 * step + i) for i in range(16)])
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixel_values).latent_dist
+            with torch.set_grad_enabled(not decoder_only):
+                posterior = vae.encode(pixel_values).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = reconstruction - pixel_values
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        (error.abs().mean() + error.square().mean() + 1e-4 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        loss = error.abs().mean() + error.square().mean() * (4 if decoder_only else 1) + 1e-4 * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(vae)
         step += 1
         if step % 100 == 0:
             psnr = -10 * math.log10(error.square().mean().item() / 4)
-            log(stage="vae", step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item())
-        if step % options.save_every == 0 or step == options.vae_steps:
+            log(stage=stage, step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item())
+        if step % options.save_every == 0 or step == total:
             save_checkpoint(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     vae.load_state_dict(ema.module.state_dict())
     return vae.eval()
@@ -313,18 +329,23 @@ def main() -> None:
     torch.set_num_threads(options.num_threads)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     log = Log(options.work_dir / "metrics.jsonl")
-    vae = train_vae(options, log)
+    if options.stage == "export":
+        options.unet_steps = options.decoder_steps = 0  # nothing more to train
+    vae = train_vae(options, log, "vae")
     if options.stage == "vae":
         return
     latents = encode_scenes(options, vae, log)
     if options.stage == "latents":
         return
-    if options.stage == "export":  # what has been trained so far
-        options.unet_steps = 0
-    model, scaling_factor = train_unet(options, latents, log)
-    if options.stage in ("export", "all"):
-        export(vae.float(), model, scaling_factor, MODEL_DIR)
-        print(f"wrote {MODEL_DIR}")
+    if options.stage != "decoder":
+        model, scaling_factor = train_unet(options, latents, log)
+    if options.stage == "unet":
+        return
+    vae = train_vae(options, log, "decoder")
+    if options.stage == "decoder":
+        return
+    export(vae.float(), model, scaling_factor, options.model_dir)
+    print(f"wrote {options.model_dir}")
 
 
 if __name__ == "__main__":

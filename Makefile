@@ -1,0 +1,44 @@
+# `make demo` and `make test` work in a fresh clone with nothing installed but Python 3.11+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+# Two threads, so that a laptop and a large server give the same pictures.
+THREADS ?= 2
+
+.PHONY: demo test lint types base base-report clean
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,tensorboard]'
+	touch $@
+
+# The whole story: class images, training, pictures with and without the adapter, scores.
+demo: $(VENV)/installed
+	rm -rf $(RUN)
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py --config configs/demo.yaml --output_dir $(RUN)
+	$(BIN)/python infer.py --config configs/demo_subject.yaml --adapter $(RUN) --output_dir $(RUN)/subject --num_threads $(THREADS)
+	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) --output_dir $(RUN)/class --num_threads $(THREADS)
+	$(BIN)/python -m picturebook.score --subject picturebook/subjects/dog --pictures $(RUN)/subject --class_pictures $(RUN)/class --output $(RUN)/scores.json
+	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors   contact sheet: $(RUN)/subject/contact_sheet.png   scores: $(RUN)/scores.json"
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# Train the embedded base anew (hours), and measure it (minutes).
+base: $(VENV)/installed
+	$(BIN)/python -m picturebook.train_base
+
+base-report: $(VENV)/installed
+	$(BIN)/python -m picturebook.base_report
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
