@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from picturebook.draw import SIDE, backdrop, draw, sprite_masks
+from picturebook.draw import SIDE, accessory_masks, backdrop, draw, layers, sprite_masks
 from picturebook.world import (
     ACCESSORIES,
     ACCESSORY_COLOURS,
@@ -36,7 +36,7 @@ from picturebook.world import (
 )
 
 VALID_CONFIDENCE = 0.85
-CLIP = 90.0  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
+CLIP = np.int16(90)  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
 CANDIDATES = 3
 
 
@@ -105,27 +105,34 @@ class _Fit:
         return self.change(identity=dataclasses.replace(self.scene.identity, **fields))
 
     def coats(self) -> list[Scene]:
-        """For each pattern, the scene with the body's and the pattern's colours read off the picture under their masks."""
+        """For each pattern, the scene with the body's and the second colour read off the picture where they show."""
         found = []
+        scene, pose = self.scene, self.scene.pose
         for pattern in range(len(PATTERNS)):
-            scene = self.change_identity(pattern=pattern)
-            # Probe which pixels show the body and which the second hue, by rendering both in impossible colours' stead.
-            base = _pixels(dataclasses.replace(scene, colour="red", identity=dataclasses.replace(scene.identity, second=0)))
-            body = np.abs(base - _pixels(dataclasses.replace(scene, colour="blue", identity=dataclasses.replace(scene.identity, second=0)))).sum(-1)
-            coat = np.abs(base - _pixels(dataclasses.replace(scene, colour="red", identity=dataclasses.replace(scene.identity, second=1)))).sum(-1)
-            body_mask, coat_mask = body > 0.9 * body.max(), coat > 0.9 * coat.max()
-            if not body_mask.any() or not coat_mask.any():
-                continue
-            colour = tuple(COLOURS)[_median_colour(self.picture[body_mask], COLOURS)]
-            second = _median_colour(self.picture[coat_mask], SECOND_HUES)
-            found.append(dataclasses.replace(scene, colour=colour, identity=dataclasses.replace(scene.identity, second=second)))
+            body, second = _shown(scene.kind, scene.identity.shape, pattern, pose.size, pose.flip)
+            body_pixels, second_pixels = self._under(body), self._under(second)
+            if len(body_pixels) and len(second_pixels):
+                colour = tuple(COLOURS)[_median_colour(body_pixels, COLOURS)]
+                found.append(self.change_identity(pattern=pattern, second=_median_colour(second_pixels, SECOND_HUES)))
+                found[-1] = dataclasses.replace(found[-1], colour=colour)
         return found
 
+    def _under(self, mask: np.ndarray) -> np.ndarray:
+        """The picture's pixels, [N, 3], under a mask that moves with the sprite."""
+        rows, columns = np.nonzero(mask)
+        rows, columns = rows + self.scene.pose.dy, columns + self.scene.pose.dx
+        inside = (rows >= 0) & (rows < SIDE) & (columns >= 0) & (columns < SIDE)
+        return self.picture[rows[inside], columns[inside]]
+
     def accessories(self) -> list[Scene]:
-        return [
-            self.change(accessory=None, accessory_colour=None),
-            *(self.change(accessory=a, accessory_colour=c) for a in ACCESSORIES for c in ACCESSORY_COLOURS),
-        ]
+        """Without one, and with each in the colour that the picture has where it would be."""
+        found, pose = [self.change(accessory=None, accessory_colour=None)], self.scene.pose
+        for accessory in ACCESSORIES:
+            fill = np.asarray(accessory_masks(self.scene.kind, accessory, pose.size, pose.flip)[1]) > 240
+            if len(pixels := self._under(fill)):
+                colour = tuple(ACCESSORY_COLOURS)[_median_colour(pixels, ACCESSORY_COLOURS)]
+                found.append(self.change(accessory=accessory, accessory_colour=colour))
+        return found
 
     def poses(self) -> list[Scene]:
         pose = self.scene.pose
@@ -133,18 +140,37 @@ class _Fit:
         moved = [dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y) for x, y in near]
         return [self.change(pose=p) for p in moved if abs(p.dx) <= MAX_DX and abs(p.dy) <= MAX_DY]
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """The largest parts: coat, then what is worn."""
         self.try_all(self.coats())
+        self.try_all(self.accessories())
+
+    def refine(self) -> None:
         for _ in range(3):
-            changed = self.try_all(self.accessories())
-            changed |= self.try_all(self.change_identity(eyes=e) for e in range(len(EYES)))
+            changed = self.try_all(self.change_identity(eyes=e) for e in range(len(EYES)))
             changed |= self.try_all(self.poses())
             changed |= self.try_all(self.change_identity(shape=s) for s in range(SHAPES))
             changed |= self.try_all(self.coats())
-            changed |= self.try_all(self.change(colour=c) for c in COLOURS)
-            changed |= self.try_all(self.change_identity(second=s) for s in range(len(SECOND_HUES)))
+            changed |= self.try_all(self.accessories())
             if not changed:
                 break
+        self.try_all(self.change(colour=c) for c in COLOURS)
+        self.try_all(self.change_identity(second=s) for s in range(len(SECOND_HUES)))
+
+
+@functools.cache
+def _shown(kind: str, shape: int, pattern: int, size: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels show nothing but the body's colour, and which nothing but the second hue: two bool [64, 64]."""
+    pure = []
+    stack = layers(Scene(kind, "red", "snow", Identity(pattern, 0, shape, 0), pose=Pose(size=size, flip=flip)))
+    for wanted in ("body", "second"):
+        shown = np.zeros((SIDE, SIDE))
+        for number, (mask, _) in enumerate(stack):
+            cover = np.asarray(mask) / 255
+            is_wanted = number in ((1, 4) if wanted == "body" else (2,))  # the order of `layers`: outline, body, pattern, rim, front
+            shown = shown * (1 - cover) + cover * is_wanted
+        pure.append(shown > 0.9)
+    return pure[0], pure[1]
 
 
 def _candidates(picture: np.ndarray) -> list[Scene]:
@@ -186,6 +212,7 @@ def read(image: Image.Image) -> Reading:
     picture = np.asarray(image.convert("RGB"), dtype=np.int16)
     fits = [_Fit(picture, scene) for scene in _candidates(picture)]
     for fit in fits:
-        fit.run()
+        fit.start()
     best = min(fits, key=lambda fit: fit.distance)
+    best.refine()
     return Reading(best.scene, _confidence(picture, best.scene))
