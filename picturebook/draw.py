@@ -1,7 +1,7 @@
 """Pictures of the drawn world, with Pillow alone.
 
 A picture is a backdrop and a stack of flat layers, each an 8-bit coverage mask and a colour. Masks are drawn at four times the size and
-averaged down, once per (layer, size, mirror), and moved by whole pixels: so one picture costs a few pastes, and the reader can lay the
+averaged down, once per (layer, mirror), and moved by whole pixels: so one picture costs a few pastes, and the reader can lay the
 very same masks over a picture to see which of them fit.
 
 Shapes are given in units of one pixel of a 64 x 64 picture, facing right, standing on y = 57.
@@ -13,7 +13,7 @@ import random
 
 from PIL import Image, ImageChops, ImageDraw
 
-from picturebook.world import ACCESSORY_COLOURS, BACKDROPS, COLOURS, EYES, PATTERNS, SECOND_HUES, SIZES, Pose, Scene
+from picturebook.world import ACCESSORY_COLOURS, BACKDROPS, COLOURS, EYES, PATTERNS, SECOND_HUES, Scene
 
 SIDE = 64
 SUPERSAMPLING = 4
@@ -261,28 +261,25 @@ def _accessory_shapes(kind: _Kind, accessory: str) -> tuple[Shape, ...]:
     return (_poly((x, y), (x - 8, y - 5.5), (x - 8, y + 5.5)), _poly((x, y), (x + 8, y - 5.5), (x + 8, y + 5.5)), ("ellipse", x - 2.6, y - 2.6, x + 2.6, y + 2.6))
 
 
-def _large_mask(shapes: tuple[Shape, ...], size: int) -> Image.Image:
-    """Coverage of the union of `shapes` at the supersampled size, scaled about the point where the sprite stands."""
-    factor, k = SIZES[size], SUPERSAMPLING
+def _large_mask(shapes: tuple[Shape, ...]) -> Image.Image:
+    """Coverage of the union of `shapes` at the supersampled size."""
+    k = SUPERSAMPLING
     mask = Image.new("L", (SIDE * k, SIDE * k))
     pen = ImageDraw.Draw(mask)
 
-    def place(values):
-        return [((32 + (v - 32) * factor) if i % 2 == 0 else (GROUND + (v - GROUND) * factor)) * k for i, v in enumerate(values)]
-
-    for name, *values in shapes:
+    for name, *units in shapes:
+        values = [unit * k for unit in units]
         if name == "ellipse":
-            pen.ellipse(place(values), fill=255)
+            pen.ellipse(values, fill=255)
         elif name == "box":
-            pen.rectangle(place(values), fill=255)
+            pen.rectangle(values, fill=255)
         elif name == "poly":
-            pen.polygon(place(values), fill=255)
+            pen.polygon(values, fill=255)
         else:
             width, *points = values
-            points = place(points)
             pairs = list(zip(points[::2], points[1::2], strict=True))
-            pen.line(pairs, fill=255, width=round(width * factor * k), joint="curve")
-            r = width * factor * k / 2
+            pen.line(pairs, fill=255, width=round(width), joint="curve")
+            r = width / 2
             for x, y in pairs:  # round ends and joints
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
     return mask
@@ -306,12 +303,12 @@ def _grown(mask: Image.Image, pixels: float) -> Image.Image:
 
 
 @functools.cache
-def sprite_masks(kind: str, shape: int, size: int, flip: bool) -> dict[str, Image.Image]:
+def sprite_masks(kind: str, shape: int, flip: bool) -> dict[str, Image.Image]:
     """Coverage masks, 64 x 64, of a kind with one shape: `outline` (the silhouette and its ink line), `body` and `front`."""
     k = _KINDS[kind]
-    body = _large_mask((*k.body, *k.shapes[shape]), size)
-    front = _large_mask(k.front, size)
-    trims = _large_mask(tuple(trim for _, trim in k.trims), size)
+    body = _large_mask((*k.body, *k.shapes[shape]))
+    front = _large_mask(k.front)
+    trims = _large_mask(tuple(trim for _, trim in k.trims))
     silhouette = functools.reduce(ImageChops.lighter, (body, front, trims))
     # A thin ink line where the head lies over the coat keeps the head apart from a patterned body.
     rim = ImageChops.darker(_grown(front, 0.75), body) if k.front else front
@@ -320,48 +317,48 @@ def sprite_masks(kind: str, shape: int, size: int, flip: bool) -> dict[str, Imag
 
 
 @functools.cache
-def pattern_mask(kind: str, shape: int, pattern: int, size: int, flip: bool) -> Image.Image:
+def pattern_mask(kind: str, shape: int, pattern: int, flip: bool) -> Image.Image:
     """Coverage of the second hue: the pattern within the coat, less the front."""
     k = _KINDS[kind]
-    coat = ImageChops.darker(_large_mask(k.coat, size), _large_mask((*k.body, *k.shapes[shape]), size))
+    coat = ImageChops.darker(_large_mask(k.coat), _large_mask((*k.body, *k.shapes[shape])))
     # The line that divides body and pattern stays clear of the ink line, so that a thin sliver of pattern never looks like it.
-    return _finish(ImageChops.darker(coat, _large_mask(_pattern_shapes(kind, pattern), size)), flip)
+    return _finish(ImageChops.darker(coat, _large_mask(_pattern_shapes(kind, pattern))), flip)
 
 
 @functools.cache
-def trim_layers(kind: str, size: int, flip: bool) -> tuple[Layer, ...]:
-    return tuple((_finish(_large_mask((shape,), size), flip), colour) for colour, shape in _KINDS[kind].trims)
+def trim_layers(kind: str, flip: bool) -> tuple[Layer, ...]:
+    return tuple((_finish(_large_mask((shape,)), flip), colour) for colour, shape in _KINDS[kind].trims)
 
 
 @functools.cache
-def eye_layers(kind: str, eyes: int, size: int, flip: bool) -> tuple[Layer, ...]:
-    return tuple((_finish(_large_mask((shape,), size), flip), colour) for colour, shape in _eye_shapes(_KINDS[kind], eyes))
+def eye_layers(kind: str, eyes: int, flip: bool) -> tuple[Layer, ...]:
+    return tuple((_finish(_large_mask((shape,)), flip), colour) for colour, shape in _eye_shapes(_KINDS[kind], eyes))
 
 
 @functools.cache
-def accessory_masks(kind: str, accessory: str, size: int, flip: bool) -> tuple[Image.Image, Image.Image]:
+def accessory_masks(kind: str, accessory: str, flip: bool) -> tuple[Image.Image, Image.Image]:
     """(ink outline, fill) coverage of a worn accessory."""
-    fill = _large_mask(_accessory_shapes(_KINDS[kind], accessory), size)
+    fill = _large_mask(_accessory_shapes(_KINDS[kind], accessory))
     return _finish(_grown(fill, 1.0), flip), _finish(fill, flip)
 
 
 def layers(scene: Scene) -> list[Layer]:
     """The sprite's layers from back to front, before they are moved by (dx, dy)."""
-    size, flip, identity = scene.pose.size, scene.pose.flip, scene.identity
-    masks = sprite_masks(scene.kind, identity.shape, size, flip)
+    flip, identity = scene.pose.flip, scene.identity
+    masks = sprite_masks(scene.kind, identity.shape, flip)
     colour = COLOURS[scene.colour]
     second = tuple(SECOND_HUES.values())[identity.second]
     stack: list[Layer] = [
         (masks["outline"], INK),
         (masks["body"], colour),
-        (pattern_mask(scene.kind, identity.shape, identity.pattern, size, flip), second),
+        (pattern_mask(scene.kind, identity.shape, identity.pattern, flip), second),
         (masks["rim"], INK),
         (masks["front"], colour),
-        *trim_layers(scene.kind, size, flip),
-        *eye_layers(scene.kind, identity.eyes, size, flip),
+        *trim_layers(scene.kind, flip),
+        *eye_layers(scene.kind, identity.eyes, flip),
     ]
     if scene.accessory and scene.accessory_colour:
-        outline, fill = accessory_masks(scene.kind, scene.accessory, size, flip)
+        outline, fill = accessory_masks(scene.kind, scene.accessory, flip)
         stack += [(outline, INK), (fill, ACCESSORY_COLOURS[scene.accessory_colour])]
     return stack
 

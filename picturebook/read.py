@@ -23,13 +23,11 @@ from picturebook.world import (
     COLOURS,
     EYES,
     KINDS,
-    MAX_DX,
-    MAX_DY,
+    OFFSETS,
     PATTERNS,
     PLACES,
     SECOND_HUES,
     SHAPES,
-    SIZES,
     Identity,
     Pose,
     Scene,
@@ -38,6 +36,7 @@ from picturebook.world import (
 VALID_CONFIDENCE = 0.85
 CLIP = np.int16(90)  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
 CANDIDATES = 3
+REACH = max(OFFSETS) + 1  # pixels from the middle that a sprite is looked for: a generated one may stand a little off
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ def _backdrops() -> tuple[list[tuple[str, int]], np.ndarray]:
 
 
 @functools.cache
-def _outlines() -> tuple[list[tuple[str, int, int, bool]], torch.Tensor]:
-    """Every silhouette of the world, zero mean and unit norm: [384, 1, 64, 64]."""
-    keys = [(kind, shape, size, flip) for kind in KINDS for shape in range(SHAPES) for size in range(len(SIZES)) for flip in (False, True)]
+def _outlines() -> tuple[list[tuple[str, int, bool]], torch.Tensor]:
+    """Every silhouette of the world, zero mean and unit norm: [96, 1, 64, 64]."""
+    keys = [(kind, shape, flip) for kind in KINDS for shape in range(SHAPES) for flip in (False, True)]
     masks = torch.from_numpy(np.stack([np.asarray(sprite_masks(*key)["outline"], dtype=np.float32) for key in keys])) / 255
     masks = masks - masks.mean(dim=(1, 2), keepdim=True)
     return keys, (masks / masks.flatten(1).norm(dim=1)[:, None, None])[:, None]
@@ -109,7 +108,7 @@ class _Fit:
         found = []
         scene, pose = self.scene, self.scene.pose
         for pattern in range(len(PATTERNS)):
-            body, second = _shown(scene.kind, scene.identity.shape, pattern, pose.size, pose.flip)
+            body, second = _shown(scene.kind, scene.identity.shape, pattern, pose.flip)
             body_pixels, second_pixels = self._under(body), self._under(second)
             if len(body_pixels) and len(second_pixels):
                 colour = tuple(COLOURS)[_median_colour(body_pixels, COLOURS)]
@@ -128,7 +127,7 @@ class _Fit:
         """Without one, and with each in the colour that the picture has where it would be."""
         found, pose = [self.change(accessory=None, accessory_colour=None)], self.scene.pose
         for accessory in ACCESSORIES:
-            fill = np.asarray(accessory_masks(self.scene.kind, accessory, pose.size, pose.flip)[1]) > 240
+            fill = np.asarray(accessory_masks(self.scene.kind, accessory, pose.flip)[1]) > 240
             if len(pixels := self._under(fill)):
                 colour = tuple(ACCESSORY_COLOURS)[_median_colour(pixels, ACCESSORY_COLOURS)]
                 found.append(self.change(accessory=accessory, accessory_colour=colour))
@@ -136,9 +135,8 @@ class _Fit:
 
     def poses(self) -> list[Scene]:
         pose = self.scene.pose
-        near = [(0, -1), (0, 1), (-1, 0), (1, 0), (0, -2), (0, 2), (-2, 0), (2, 0)]
-        moved = [dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y) for x, y in near]
-        return [self.change(pose=p) for p in moved if abs(p.dx) <= MAX_DX and abs(p.dy) <= MAX_DY]
+        moved = [dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y) for x, y in ((0, -1), (0, 1), (-1, 0), (1, 0))]
+        return [self.change(pose=p) for p in moved if max(abs(p.dx), abs(p.dy)) <= REACH]
 
     def start(self) -> None:
         """The largest parts: coat, then what is worn."""
@@ -159,10 +157,10 @@ class _Fit:
 
 
 @functools.cache
-def _shown(kind: str, shape: int, pattern: int, size: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+def _shown(kind: str, shape: int, pattern: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels show nothing but the body's colour, and which nothing but the second hue: two bool [64, 64]."""
     pure = []
-    stack = layers(Scene(kind, "red", "snow", Identity(pattern, 0, shape, 0), pose=Pose(size=size, flip=flip)))
+    stack = layers(Scene(kind, "red", "snow", Identity(pattern, 0, shape, 0), pose=Pose(flip=flip)))
     for wanted in ("body", "second"):
         shown = np.zeros((SIDE, SIDE))
         for number, (mask, _) in enumerate(stack):
@@ -181,21 +179,20 @@ def _candidates(picture: np.ndarray) -> list[Scene]:
     foreground = torch.from_numpy(np.clip(difference / 60, 0, 1))[None, None]
     foreground = (foreground - foreground.mean()) / foreground.std().clamp_min(1e-6)
     outline_keys, outlines = _outlines()
-    padded = F.pad(foreground, (MAX_DX, MAX_DX, MAX_DY, MAX_DY))
-    match = F.conv2d(padded, outlines)[0]  # [outlines, 2 * MAX_DY + 1, 2 * MAX_DX + 1]; the sprite moved by (dx, dy) peaks there
+    # The sprite moved by (dx, dy) peaks at row dy + REACH and column dx + REACH.
+    match = F.conv2d(F.pad(foreground, (REACH,) * 4), outlines)[0]
     best, where = match.flatten(1).max(dim=1)
     scenes = []
     for index in best.argsort(descending=True)[:CANDIDATES].tolist():
-        kind, shape, size, flip = outline_keys[index]
-        row, column = divmod(int(where[index]), 2 * MAX_DX + 1)
-        pose = Pose(column - MAX_DX, row - MAX_DY, size, flip)
-        scenes.append(Scene(kind, "red", place, Identity(0, 0, shape, 0), pose=pose, backdrop=variant))
+        kind, shape, flip = outline_keys[index]
+        row, column = divmod(int(where[index]), 2 * REACH + 1)
+        scenes.append(Scene(kind, "red", place, Identity(0, 0, shape, 0), pose=Pose(column - REACH, row - REACH, flip), backdrop=variant))
     return scenes
 
 
 def _confidence(picture: np.ndarray, scene: Scene) -> float:
     """Correlation of picture and render, in all three channels, over the sprite and four pixels around it."""
-    mask = sprite_masks(scene.kind, scene.identity.shape, scene.pose.size, scene.pose.flip)["outline"]
+    mask = sprite_masks(scene.kind, scene.identity.shape, scene.pose.flip)["outline"]
     moved = Image.new("L", mask.size)
     moved.paste(mask, (scene.pose.dx, scene.pose.dy))
     region = np.asarray(moved.filter(ImageFilter.MaxFilter(9))) > 127

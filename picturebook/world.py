@@ -64,9 +64,9 @@ IDENTITY_SIZES = {"pattern": len(PATTERNS), "second": len(SECOND_HUES), "shape":
 RARE_WORDS = ("sks", "qwe", "zwx", "ohwx", "vtk", "plq")
 
 BACKDROPS = 12  # variants of each place: horizon and scenery move
-SIZES = (0.84, 1.0)
-MAX_DX = 6
-MAX_DY = 3
+# Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the base's autoencoder makes one
+# latent of: a line then falls into its patch in one way, not in sixteen, and a small UNet learns to draw it several times as fast.
+OFFSETS = (-4, 0, 4)
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the sprite stands: offset in pixels, index into SIZES, mirrored or not."""
+    """Where the sprite stands, in pixels from the middle, and whether it is mirrored."""
 
     dx: int = 0
     dy: int = 0
-    size: int = 1
     flip: bool = False
 
 
@@ -112,7 +111,7 @@ def random_identity(rng: random.Random) -> Identity:
 
 
 def random_pose(rng: random.Random) -> Pose:
-    return Pose(rng.randint(-MAX_DX, MAX_DX), rng.randint(-MAX_DY, MAX_DY), rng.randrange(len(SIZES)), rng.random() < 0.5)
+    return Pose(rng.choice(OFFSETS), rng.choice(OFFSETS), rng.random() < 0.5)
 
 
 def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:

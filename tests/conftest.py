@@ -1,0 +1,33 @@
+"""What several test files share: a tiny base of each kind and a folder of photos, built once a session, without a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(1)  # the same last bits on any machine
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.5 in miniature: predicts noise, 77 tokens, text 32 wide."""
+    return tiny.build_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a scheduler that predicts velocity, as Stable Diffusion 2.1."""
+    return tiny.build_pipeline(tmp_path_factory.mktemp("v_base"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of 64x64 pixels."""
+    return tiny.make_photos(tmp_path_factory.mktemp("photos"))
