@@ -222,6 +222,7 @@ class Training:
                 epoch = step // self.steps_per_epoch
                 if (step + 1) % self.steps_per_epoch == 0 and epoch % options.validation.validation_epochs == 0 and step + 1 < self.max_steps:
                     self.validate(step + 1, progress, "validation")
+                progress.restart_clock(step + 1)
             self.save_final()
             self.validate(self.max_steps, progress, "test")
 

@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding
 
 _FLAG = "--pretrained_model_name_or_path"
+
+# a bar for every loaded file would tear the run's own
+transformers_logging.disable_progress_bar()
+diffusers_logging.disable_progress_bar()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +177,8 @@ def load_parts(folder: Path, variant: str | None, tokenizer: PreTrainedTokenizer
     parts = FrozenParts(
         tokenizer=tokenizer,
         text_encoder=_load(CLIPTextModel, name, _FLAG, subfolder="text_encoder", dtype=dtype, variant=variant),
-        vae=_load(AutoencoderKL, name, _FLAG, subfolder="vae", torch_dtype=torch.float32, variant=variant),
-        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", torch_dtype=dtype, variant=variant),
+        vae=_load(AutoencoderKL, name, _FLAG, subfolder="vae", dtype=torch.float32, variant=variant),
+        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, variant=variant),
         noise_scheduler=_load(DDPMScheduler, name, _FLAG, subfolder="scheduler"),
         max_tokens=limit,
     )
@@ -216,7 +222,7 @@ def load_pipeline(base: BaseModel, folder: Path, dtype: torch.dtype, device: tor
     """A whole pipeline from disk, as plain diffusers loads it, with its own scheduler and no safety checker."""
     family = FAMILIES[_read_json(folder / "model_index.json")["_class_name"]]
     own = {"tokenizer": load_tokenizer(base, folder)} if base.tokenizer_name else {}
-    pipeline = _load(family.pipeline, str(folder), _FLAG, variant=base.variant, torch_dtype=dtype, safety_checker=None, **own)
+    pipeline = _load(family.pipeline, str(folder), _FLAG, variant=base.variant, dtype=dtype, safety_checker=None, **own)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)

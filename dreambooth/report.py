@@ -4,7 +4,7 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from accelerate import Accelerator
@@ -37,8 +37,21 @@ class Progress:
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.main = accelerator.is_main_process
         self.bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main)
-        self.file = path.open("a", encoding="utf-8") if self.main else None
+        self.file = self._open(path, first_step) if self.main else None
         self.since, self.since_step = time.monotonic(), first_step
+
+    @staticmethod
+    def _open(path: Path, first_step: int) -> TextIO:
+        """The file with the records up to `first_step`: a resumed run replaces what an interrupted one wrote after its checkpoint."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and first_step > 0 else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        file = path.open("w", encoding="utf-8")
+        file.writelines(line + "\n" for line in kept)
+        return file
+
+    def restart_clock(self, step: int) -> None:
+        """Leave out of images per second what happened since the last step (validation, a checkpoint)."""
+        self.since, self.since_step = time.monotonic(), step
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Record what step `step` (counted from 1) gave; the bar shows time left, the record images per second since the last one."""

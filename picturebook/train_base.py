@@ -67,6 +67,11 @@ class Options:
     """Steps between checkpoints."""
 
 
+# Heavier than Stable Diffusion's: latents whose last digits matter to the decoder are latents that a small UNet cannot draw. With 1e-4
+# the posterior's deviation was 0.7 % of the latents' own, and flat colours came out mottled.
+KL_WEIGHT = 5e-3
+
+
 def build_vae() -> AutoencoderKL:
     """4x smaller sides, 4 channels: 64 x 64 pictures become [4, 16, 16] latents."""
     return AutoencoderKL(
@@ -188,7 +193,7 @@ def train_vae(options: Options, log: Log, stage: Literal["vae", "decoder"]) -> A
         error = reconstruction - pixel_values
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + error.square().mean() * (4 if decoder_only else 1) + 1e-4 * kl
+        loss = error.abs().mean() + (4 if decoder_only else 2) * error.square().mean() + KL_WEIGHT * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -197,7 +202,7 @@ def train_vae(options: Options, log: Log, stage: Literal["vae", "decoder"]) -> A
         step += 1
         if step % 100 == 0:
             psnr = -10 * math.log10(error.square().mean().item() / 4)
-            log(stage=stage, step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item())
+            log(stage=stage, step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item(), posterior_std=posterior.std.mean().item())
         if step % options.save_every == 0 or step == total:
             save_checkpoint(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     vae.load_state_dict(ema.module.state_dict())

@@ -19,10 +19,10 @@ from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")
 
-TRAIN = "--pretrained_model_name_or_path base --instance_data_dir photos --instance_prompt".split() + ["a photo of sks dog"]
-CLASS_IMAGES = "--pretrained_model_name_or_path base --class_data_dir pictures --class_prompt dog".split()
-INFER = "--pretrained_model_name_or_path base".split()
-PRIOR = "--with_prior_preservation --class_data_dir pictures --class_prompt dog".split()
+TRAIN = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", "--instance_prompt", "a photo of sks dog"]
+CLASS_IMAGES = ["--pretrained_model_name_or_path", "base", "--class_data_dir", "pictures", "--class_prompt", "dog"]
+INFER = ["--pretrained_model_name_or_path", "base"]
+PRIOR = ["--with_prior_preservation", "--class_data_dir", "pictures", "--class_prompt", "dog"]
 
 REQUIRED = object()
 BARE = None  # a flag without a value
@@ -230,7 +230,15 @@ AT_LEAST = {
     TrainOptions: {
         0: ["dataloader_num_workers", "prior_loss_weight", "class_guidance_scale", "learning_rate", "lr_warmup_steps", "lr_power"]
         + ["adam_weight_decay", "adam_epsilon", "max_grad_norm", "seed"],
-        1: ["num_class_images", "sample_batch_size", "class_inference_steps", "rank", "lr_num_cycles", "train_batch_size", "num_train_epochs"]
+        1: [
+            "num_class_images",
+            "sample_batch_size",
+            "class_inference_steps",
+            "rank",
+            "lr_num_cycles",
+            "train_batch_size",
+            "num_train_epochs",
+        ]
         + ["max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "num_threads"]
         + ["num_validation_images", "validation_epochs"],
         3: ["tokenizer_max_length"],
@@ -325,7 +333,9 @@ def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
 
 
 def test_config_file_stands_for_the_words_in_it(tmp_path):
-    text = "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
+    text = (
+        "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
+    )
     found = options.parse(TrainOptions, "train", saved(tmp_path, text))
     assert found == options.parse(TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"])
 
@@ -379,7 +389,9 @@ def test_null_leaves_the_default(tmp_path):
 @pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.0001", 1e-4), ("2", 2.0), ("1.0e-04", 1e-4)])
 def test_numbers_in_yaml_are_numbers(text, expected, tmp_path):
     """PyYAML reads 1e-4 as a string."""
-    assert options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
+    assert (
+        options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
+    )
 
 
 @pytest.mark.parametrize("name", ["mixed_precision", "prior_generation_precision"])
@@ -447,8 +459,14 @@ def test_a_wrong_value_in_a_file_meets_the_same_checks(tmp_path, capsys):
     ("kind", "words"),
     [
         (TrainOptions, TRAIN),
-        (TrainOptions, [*TRAIN, *PRIOR, "--rank", "8", "--center_crop", "--adam_epsilon", "1e-12", "--seed", "0", "--mixed_precision", "no"]),
-        (TrainOptions, [*TRAIN, "--instance_prompt", "no", "--class_prompt", "1e-4", "--output_dir", "2026-01-01", "--validation_prompt", "null"]),
+        (
+            TrainOptions,
+            [*TRAIN, *PRIOR, "--rank", "8", "--center_crop", "--adam_epsilon", "1e-12", "--seed", "0", "--mixed_precision", "no"],
+        ),
+        (
+            TrainOptions,
+            [*TRAIN, "--instance_prompt", "no", "--class_prompt", "1e-4", "--output_dir", "2026-01-01", "--validation_prompt", "null"],
+        ),
         (TrainOptions, [*TRAIN, "--instance_prompt", "a 狗 'sks': #1\nof \"two\" lines", "--learning_rate", "0.00012345678901234567"]),
         (ClassImageOptions, [*CLASS_IMAGES, "--seed", "12345678901234567890", "--resolution", "64", "--prior_generation_precision", "no"]),
         (InferOptions, [*INFER, "--prompt", "a dog", "[a, list]", "--seeds", "3", "4", "--adapter", "out", "--compare"]),
