@@ -41,7 +41,9 @@ def dreambooth_loss(losses: torch.Tensor, *, sources: int, prior_loss_weight: fl
     return instance + prior_loss_weight * prior, {"loss_instance": instance, "loss_prior": prior}
 
 
-def noise_and_target(noise_scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_and_target(
+    noise_scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(noisy latents, what the UNet is to predict from them), both [B, C, h, w]."""
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     if noise_scheduler.config.prediction_type == "v_prediction":
@@ -80,7 +82,9 @@ class Training:
             assert self.parts.text_encoder is not None
             models.append(("text_encoder", self.parts.text_encoder, adapters.TEXT_ENCODER_TARGETS))
         return [
-            adapters.inject_lora(name, model, rank=lora.rank, dropout=lora.lora_dropout, targets=targets, seed=sampling_order.key(self.seed, "lora-init", name))
+            adapters.inject_lora(
+                name, model, rank=lora.rank, dropout=lora.lora_dropout, targets=targets, seed=sampling_order.key(self.seed, "lora-init", name)
+            )
             for name, model, targets in models
         ]
 
@@ -116,7 +120,9 @@ class Training:
         for name, mine in (("train_batch_size", self.options.run.train_batch_size), ("slots", self.slots), ("seed", self.seed)):
             if state[name] != mine:
                 what = "gradient_accumulation_steps x processes" if name == "slots" else f"--{name}"
-                raise UserError(f"--resume_from_checkpoint: {folder} was trained with {what} = {state[name]}, now it is {mine}; its samples would not go on")
+                raise UserError(
+                    f"--resume_from_checkpoint: {folder} was trained with {what} = {state[name]}, now it is {mine}; its samples would not go on"
+                )
         checkpoints.restore(folder, self.components, self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["grad_scaler"])
@@ -148,7 +154,9 @@ class Training:
         latents = batch.posterior.latents(draw("posterior"), self.parts.vae.config.scaling_factor).to(device)
         noise = draw("noise").to(device)
         count = scheduler.config.num_train_timesteps
-        timesteps = torch.cat([sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources]).to(device)
+        timesteps = torch.cat([sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources]).to(
+            device
+        )
         noisy_latents, target = noise_and_target(scheduler, latents, noise, timesteps)
         torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))  # dropout has no generator argument
         # each distinct prompt is encoded once, then repeated for its rows: [sources, tokens, width] -> [sources * rows, tokens, width]
@@ -187,7 +195,9 @@ class Training:
     def train(self) -> None:
         options, accelerator, run = self.options, self.accelerator, self.options.run
         self.prepare_text()
-        dataset = PhotoRows(self.sources, self.seed, options.instance.resolution, options.instance.image_interpolation_mode, options.instance.center_crop)
+        dataset = PhotoRows(
+            self.sources, self.seed, options.instance.resolution, options.instance.image_interpolation_mode, options.instance.center_crop
+        )
         batches = micro_batches(
             dataset,
             self.parts.vae,
@@ -214,7 +224,9 @@ class Training:
                     self.take_gradients(total)
                 mean = {name: accelerator.gather(torch.stack([loss[name] for loss in losses])).mean().item() for name in losses[0]}
                 if not math.isfinite(mean["loss"]):
-                    raise SystemExit(f"error: the loss of step {step + 1} is {mean['loss']}; stopped before it was applied. Checkpoints are as they were")
+                    raise SystemExit(
+                        f"error: the loss of step {step + 1} is {mean['loss']}; stopped before it was applied. Checkpoints are as they were"
+                    )
                 learning_rate = self.update(total, step)
                 progress.step(step + 1, {**mean, "lr": learning_rate})
                 if (step + 1) % run.checkpointing_steps == 0:
@@ -356,7 +368,9 @@ def main(options: TrainOptions) -> None:
     instance = photos.check_folder(options.instance.instance_data_dir, "--instance_data_dir")
     small = [p for p in instance.photos if min(p.size) < options.instance.resolution]
     if small:
-        notes.append(f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {options.instance.resolution} and will be enlarged")
+        notes.append(
+            f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {options.instance.resolution} and will be enlarged"
+        )
     with accelerator.main_process_first():  # where it must be downloaded, once
         base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)

@@ -88,7 +88,9 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
         there, wanted = manifest["settings"], dataclasses.asdict(settings)
         differences = [f"{name} is {there.get(name)!r} there and {wanted[name]!r} now" for name in wanted if there.get(name) != wanted[name]]
         if differences:
-            raise UserError(f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one")
+            raise UserError(
+                f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one"
+            )
     hashes = (manifest["sha256"] if manifest else {}) | _hash_notes(folder)
     pictures = [p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")]
     foreign = [name for name in pictures if _NAME.fullmatch(name) and name not in hashes]

@@ -36,7 +36,9 @@ class Family:
 
 
 FAMILIES = {
-    "StableDiffusionPipeline": Family("Stable Diffusion 1.x / 2.x", StableDiffusionPipeline, ("tokenizer", "text_encoder", "vae", "unet", "scheduler")),
+    "StableDiffusionPipeline": Family(
+        "Stable Diffusion 1.x / 2.x", StableDiffusionPipeline, ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+    ),
 }
 
 
@@ -168,7 +170,9 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str | N
         raise UserError("\n".join(problems))
 
 
-def load_parts(folder: Path, variant: str | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, limit: int) -> FrozenParts:
+def load_parts(
+    folder: Path, variant: str | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, limit: int
+) -> FrozenParts:
     """The frozen models on `device`: UNet and text encoder in `dtype`, the VAE in float32, all in eval mode.
 
     The VAE is small, and Stable Diffusion's overflows in float16. Raises UserError if a part is missing or not understood.

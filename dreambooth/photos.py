@@ -88,7 +88,9 @@ def check_folder(folder: str | Path, flag: str) -> Folder:
     if len(names) > len(visible):
         notes.append(f"skipped {len(names) - len(visible)} hidden or system files in {_shown(str(folder))}")
     if others:
-        notes.append(f"skipped what is no picture in {_shown(str(folder))}: {', '.join(map(_shown, others[:5]))}" + (" ..." if len(others) > 5 else ""))
+        notes.append(
+            f"skipped what is no picture in {_shown(str(folder))}: {', '.join(map(_shown, others[:5]))}" + (" ..." if len(others) > 5 else "")
+        )
     return Folder(photos, notes)
 
 

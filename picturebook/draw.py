@@ -139,7 +139,11 @@ _KINDS = {
         coat=(("ellipse", 13, 27, 47, 53),),
         front=(("ellipse", 31, 14, 51, 34),),
         shapes=_BIRD_SHAPES,
-        trims=((STRAW, _poly((49, 21), (60, 26), (49, 29))), (STRAW, ("line", 2.4, 26, 51, 26, 58, 30, 58)), (STRAW, ("line", 2.4, 35, 51, 35, 58, 39, 58))),
+        trims=(
+            (STRAW, _poly((49, 21), (60, 26), (49, 29))),
+            (STRAW, ("line", 2.4, 26, 51, 26, 58, 30, 58)),
+            (STRAW, ("line", 2.4, 35, 51, 35, 58, 39, 58)),
+        ),
         eyes=((42.5, 22.5),),
         hat=(41, 15.5, 14),
         scarf=(29, 32, 47, 33, 34),
@@ -160,7 +164,12 @@ _KINDS = {
         body=(_poly((5, 36), (55, 36), (60, 42), (60, 51), (4, 51), (4, 39)),),
         coat=(_poly((5, 36), (42, 36), (42, 51), (4, 51), (4, 39)), ("box", 4, 14, 42, 38)),
         shapes=_CAR_SHAPES,
-        trims=((INK, ("ellipse", 9, 44, 22, 57)), (INK, ("ellipse", 40, 44, 53, 57)), ((190, 190, 196), ("ellipse", 13, 48, 18, 53)), ((190, 190, 196), ("ellipse", 44, 48, 49, 53))),
+        trims=(
+            (INK, ("ellipse", 9, 44, 22, 57)),
+            (INK, ("ellipse", 40, 44, 53, 57)),
+            ((190, 190, 196), ("ellipse", 13, 48, 18, 53)),
+            ((190, 190, 196), ("ellipse", 44, 48, 49, 53)),
+        ),
         eyes=((52.5, 40),),
         hat=(34, 20, 15),
         scarf=(26, 35, 26, 51, 30),
@@ -258,7 +267,11 @@ def _accessory_shapes(kind: _Kind, accessory: str) -> tuple[Shape, ...]:
         tail = ("line", 5, hang, top, hang, end) if abs(y1 - y0) < 8 else ("line", 5, x0, top, x0 - 11, top + 3)
         return (("line", 5.5, x0, y0, x1, y1), tail)
     x, y = kind.bow
-    return (_poly((x, y), (x - 8, y - 5.5), (x - 8, y + 5.5)), _poly((x, y), (x + 8, y - 5.5), (x + 8, y + 5.5)), ("ellipse", x - 2.6, y - 2.6, x + 2.6, y + 2.6))
+    return (
+        _poly((x, y), (x - 8, y - 5.5), (x - 8, y + 5.5)),
+        _poly((x, y), (x + 8, y - 5.5), (x + 8, y + 5.5)),
+        ("ellipse", x - 2.6, y - 2.6, x + 2.6, y + 2.6),
+    )
 
 
 def _large_mask(shapes: tuple[Shape, ...]) -> Image.Image:

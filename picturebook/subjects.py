@@ -1,6 +1,6 @@
 """The demo subjects: identities that base training never saw, five pictures each in different places, with their true attributes.
 
-    python -m picturebook.subjects        # writes picturebook/subjects/ again, the same bytes every time
+python -m picturebook.subjects        # writes picturebook/subjects/ again, the same bytes every time
 """
 
 import json

@@ -3,6 +3,7 @@
 Any other text still encodes, letter by letter, as CLIP's own byte-level encoding would.
 """
 
+import itertools
 from collections import Counter
 
 from tokenizers import pre_tokenizers
@@ -22,7 +23,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while True:
-        pairs = Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

@@ -2,9 +2,8 @@
 
     python -m picturebook.train_base --work_dir runs/picturebook
 
-Five stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
-`unet` trains UNet and text encoder together on them, `decoder` sharpens the VAE's decoder while its encoder, and so the latents, stay as
-they are, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
+Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
+`unet` trains UNet and text encoder together on them, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
 Every sample is a pure function of (seed, stage, number), so a resumed run sees what an unbroken one would have seen.
 """
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -37,13 +37,13 @@ WIDTH = 128  # of the text encoder, and so of cross attention
 
 @dataclasses.dataclass
 class Options:
-    """How the base is trained. The defaults are those of the committed weights."""
+    """How a base is trained. How the committed one came about is in its model card."""
 
     work_dir: Path = Path("runs/picturebook")
     """Where checkpoints, cached latents and metrics.jsonl lie."""
     model_dir: Path = MODEL_DIR
     """Where the finished pipeline is written."""
-    stage: Literal["vae", "latents", "unet", "decoder", "export", "all"] = "all"
+    stage: Literal["vae", "latents", "unet", "export", "all"] = "all"
     """Which stage to stop after, the earlier ones being resumed first; `export` writes what has been trained so far."""
     seed: int = 0
     """Of every scene, caption, noise and timestep."""
@@ -51,8 +51,6 @@ class Options:
     """CPU threads."""
     vae_steps: int = 3000
     """Steps of the autoencoder, 16 pictures each."""
-    decoder_steps: int = 2000
-    """Further steps of the decoder alone."""
     num_scenes: int = 60_000
     """Pictures in the training set of the UNet; captions are drawn anew at every visit."""
     unet_steps: int = 9000
@@ -122,7 +120,14 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModel:
 
 # v-prediction, and more noise at the end than Stable Diffusion's 0.012: at 16 x 16 latents the last step of the usual schedule
 # would still show the mean colour of the picture, and sampling, which starts from pure noise, would miss it.
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "steps_offset": 1,
+}
 
 
 def to_tensor(scenes: list[Scene]) -> torch.Tensor:
@@ -142,7 +147,9 @@ class Log:
         self.path, self.start = path, time.monotonic()
 
     def __call__(self, **record) -> None:
-        record = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()} | {"seconds": round(time.monotonic() - self.start, 1)}
+        record = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()} | {
+            "seconds": round(time.monotonic() - self.start, 1)
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(record, flush=True)
@@ -155,54 +162,50 @@ def save_checkpoint(path: Path, **state) -> None:
     os.replace(temporary, path)
 
 
+def resume(path: Path, model: torch.nn.Module, ema: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
+    """Fill model, average and optimizer from a checkpoint, if there is one; returns how many steps have been done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
 def learning_rate_at(step: int, total: int, peak: float, decay_share: float) -> float:
     return peak * min(1.0, (step + 1) / 200, (total - step) / (decay_share * total))
 
 
-def train_vae(options: Options, log: Log, stage: Literal["vae", "decoder"]) -> AutoencoderKL:
-    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept.
-
-    Stage `decoder` starts from the result of stage `vae` and trains the decoder alone.
-    """
+def train_vae(options: Options, log: Log) -> AutoencoderKL:
+    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept."""
     torch.manual_seed(options.seed)
-    decoder_only = stage == "decoder"
-    vae = train_vae(options, log, "vae").train() if decoder_only else build_vae()
-    total, peak = (options.decoder_steps, 5e-4) if decoder_only else (options.vae_steps, 1e-3)
-    if decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
+    vae, total, peak = build_vae(), options.vae_steps, 1e-3
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0)
-    path, step = options.work_dir / f"{stage}.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        vae.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, weight_decay=0)
+    path = options.work_dir / "vae.pt"
+    step = resume(path, vae, ema, optimizer)
     while step < total:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total, peak, 0.4)
-        pixel_values = to_tensor([training_scene(options.seed, stage, 16 * step + i) for i in range(16)])
+        pixel_values = to_tensor([training_scene(options.seed, "vae", 16 * step + i) for i in range(16)])
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.set_grad_enabled(not decoder_only):
-                posterior = vae.encode(pixel_values).latent_dist
+            posterior = vae.encode(pixel_values).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = reconstruction - pixel_values
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + (4 if decoder_only else 2) * error.square().mean() + KL_WEIGHT * kl
+        loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(vae)
         step += 1
         if step % 100 == 0:
             psnr = -10 * math.log10(error.square().mean().item() / 4)
-            log(stage=stage, step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item(), posterior_std=posterior.std.mean().item())
+            log(stage="vae", step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item(), posterior_std=posterior.std.mean().item())
         if step % options.save_every == 0 or step == total:
             save_checkpoint(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     vae.load_state_dict(ema.module.state_dict())
@@ -272,13 +275,8 @@ def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> 
     scheduler = DDPMScheduler(**SCHEDULE)
     scaling_factor = 1 / latents["mean"][:5000].float().std().item()
     scenes = [training_scene(options.seed, "unet", n) for n in range(options.num_scenes)]
-    path, step = options.work_dir / "unet.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    path = options.work_dir / "unet.pt"
+    step = resume(path, model, ema, optimizer)
     batches = visits(options.seed, options.num_scenes, options.unet_batch_size, step)
     losses = []
     while step < options.unet_steps:
@@ -316,6 +314,7 @@ def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> 
 def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, target: Path) -> None:
     """Write a plain Stable Diffusion folder, weights in float16 safetensors."""
     vae.register_to_config(scaling_factor=scaling_factor)
+    logging.set_verbosity_error()
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
@@ -327,6 +326,12 @@ def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, target: P
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
+    # transformers 5 saves flat names; older versions and other programs know them only under `text_model.`, and would go on with a random
+    # text encoder. Both read these.
+    path = target / "text_encoder" / "model.safetensors"
+    save_file({"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    for path in target.rglob("*.safetensors"):
+        path.chmod(0o644)  # the library writes files that only their owner may read
 
 
 def main() -> None:
@@ -335,19 +340,15 @@ def main() -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     log = Log(options.work_dir / "metrics.jsonl")
     if options.stage == "export":
-        options.unet_steps = options.decoder_steps = 0  # nothing more to train
-    vae = train_vae(options, log, "vae")
+        options.unet_steps = 0  # nothing more to train
+    vae = train_vae(options, log)
     if options.stage == "vae":
         return
     latents = encode_scenes(options, vae, log)
     if options.stage == "latents":
         return
-    if options.stage != "decoder":
-        model, scaling_factor = train_unet(options, latents, log)
+    model, scaling_factor = train_unet(options, latents, log)
     if options.stage == "unet":
-        return
-    vae = train_vae(options, log, "decoder")
-    if options.stage == "decoder":
         return
     export(vae.float(), model, scaling_factor, options.model_dir)
     print(f"wrote {options.model_dir}")

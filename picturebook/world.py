@@ -134,7 +134,9 @@ def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
     )
 
 
-def describe(kind: str, colour: str | None = None, place: str | None = None, accessory: str | None = None, accessory_colour: str | None = None) -> str:
+def describe(
+    kind: str, colour: str | None = None, place: str | None = None, accessory: str | None = None, accessory_colour: str | None = None
+) -> str:
     """A caption body: `red dog in the snow wearing a blue hat`, each part but the kind left out when None."""
     words = [colour, kind] if colour else [kind]
     if place:

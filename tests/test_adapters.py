@@ -53,9 +53,7 @@ def other_base(tmp_path_factory) -> Path:
 
 
 def inject(models: Models, rank: int = 4, seed: int = 7, dropout: float = 0.0) -> list[Component]:
-    return [
-        adapters.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed) for name, model in models.items()
-    ]
+    return [adapters.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed) for name, model in models.items()]
 
 
 def trained(components: list[Component]) -> list[Component]:
@@ -125,9 +123,7 @@ def test_every_attention_projection_gets_an_adapter_and_nothing_else_does(models
     """Dual LoRA: 4 layers in each of 2 attentions in each transformer block, 4 in each layer of the text encoder."""
     modules = {
         name: {
-            key
-            for key, _ in model.named_modules()
-            if key.endswith(TARGETS[name]) and isinstance(dict(model.named_modules())[key], torch.nn.Linear)
+            key for key, _ in model.named_modules() if key.endswith(TARGETS[name]) and isinstance(dict(model.named_modules())[key], torch.nn.Linear)
         }
         for name, model in models.items()
     }
@@ -355,9 +351,7 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch)
 
 def test_the_folder_of_a_run_stands_for_its_adapter(tmp_path):
     (tmp_path / adapter_files.ADAPTER_NAME).write_bytes(b"")
-    assert (
-        adapter_files.find(tmp_path) == adapter_files.find(tmp_path / adapter_files.ADAPTER_NAME) == tmp_path / adapter_files.ADAPTER_NAME
-    )
+    assert adapter_files.find(tmp_path) == adapter_files.find(tmp_path / adapter_files.ADAPTER_NAME) == tmp_path / adapter_files.ADAPTER_NAME
 
 
 def test_a_missing_adapter_is_named(tmp_path):

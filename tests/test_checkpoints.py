@@ -57,9 +57,7 @@ class Run:
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor, other[key]) and tensor.dtype == other[key].dtype for key, tensor in one.items()
-    )
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) and tensor.dtype == other[key].dtype for key, tensor in one.items())
 
 
 @pytest.fixture
@@ -408,9 +406,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path):
 # --- damage
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}"], ids=["empty", "cut", "not text", "list", "null", "no step"]
-)
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}"], ids=["empty", "cut", "not text", "list", "null", "no step"])
 def test_a_damaged_state_is_refused_by_name(data, tmp_path):
     folder = small(tmp_path, 2)
     (folder / "state.json").write_bytes(data)

@@ -18,9 +18,7 @@ from dreambooth import class_images, pipelines, sampling_order
 from dreambooth.class_images import Settings, file_name
 from dreambooth.errors import UserError
 
-SETTINGS = Settings(
-    base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=None, precision="fp32"
-)
+SETTINGS = Settings(base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=None, precision="fp32")
 FLAG = "--class_data_dir"
 
 
@@ -411,9 +409,7 @@ def test_a_foreign_picture_beside_our_set_is_refused_too(tmp_path):
     assert (tmp_path / file_name(7)).read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "sha256": {}}', '{"settings": {}, "sha256": ["x"]}', "null"]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "sha256": {}}', '{"settings": {}, "sha256": ["x"]}', "null"])
 def test_a_damaged_manifest_is_refused_with_what_to_do(text, tmp_path):
     fill(tmp_path, 4)
     (tmp_path / "manifest.json").write_text(text)

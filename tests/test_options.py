@@ -333,9 +333,7 @@ def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
 
 
 def test_config_file_stands_for_the_words_in_it(tmp_path):
-    text = (
-        "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
-    )
+    text = "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
     found = options.parse(TrainOptions, "train", saved(tmp_path, text))
     assert found == options.parse(TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"])
 
@@ -389,9 +387,7 @@ def test_null_leaves_the_default(tmp_path):
 @pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.0001", 1e-4), ("2", 2.0), ("1.0e-04", 1e-4)])
 def test_numbers_in_yaml_are_numbers(text, expected, tmp_path):
     """PyYAML reads 1e-4 as a string."""
-    assert (
-        options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
-    )
+    assert options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
 
 
 @pytest.mark.parametrize("name", ["mixed_precision", "prior_generation_precision"])

@@ -177,9 +177,7 @@ def test_timesteps_reach_both_ends():
 
 
 def test_seeds_and_purposes_have_timesteps_of_their_own():
-    found = [
-        order.timesteps_of_rows(seed, purpose, range(50), 1000) for seed in (5, 6) for purpose in ("instance-timestep", "class-timestep")
-    ]
+    found = [order.timesteps_of_rows(seed, purpose, range(50), 1000) for seed in (5, 6) for purpose in ("instance-timestep", "class-timestep")]
     assert all((a == b).sum() < 10 for a, b in itertools.combinations(found, 2))
 
 

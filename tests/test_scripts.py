@@ -139,7 +139,7 @@ def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp
 def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
     """6 steps, and 4 (checkpoint at 3) resumed to 6: the same bytes; with dropout, accumulation, prior preservation, text encoder."""
     photos = tiny.make_photos(tmp_path / "photos", 5, photo_size)
-    words = [*prior_words(tmp_path / "class"), *"--train_text_encoder --lora_dropout 0.2 --gradient_accumulation_steps 2".split()]
+    words = [*prior_words(tmp_path / "class"), *["--train_text_encoder", "--lora_dropout", "0.2", "--gradient_accumulation_steps", "2"]]
     words += ["--checkpointing_steps", "3", "--lr_scheduler", "linear"]
     whole = run_train(tiny_base, photos, tmp_path / "whole", *words, "--max_train_steps", "6")
     run_train(tiny_base, photos, tmp_path / "cut", *words, "--max_train_steps", "6")
@@ -177,9 +177,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, photos_dir, tmp_path)
 
 def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
     """Two processes x 1 equals one process x 2 accumulated, bit for bit, class images included."""
-    words = [*prior_words(tmp_path / "class-1"), *"--train_text_encoder --lora_dropout 0.1 --max_train_steps 3 --num_threads 1".split()]
+    words = [*prior_words(tmp_path / "class-1"), *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"]]
     one = run_train(tiny_base, photos_dir, tmp_path / "one", *words, "--gradient_accumulation_steps", "2")
-    words = [*prior_words(tmp_path / "class-2"), *"--train_text_encoder --lora_dropout 0.1 --max_train_steps 3 --num_threads 1".split()]
+    words = [*prior_words(tmp_path / "class-2"), *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"]]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29581", "train_dreambooth_lora.py"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command += train_words(tiny_base, photos_dir, tmp_path / "two", *words)
@@ -267,7 +267,7 @@ def test_epochs_become_steps(tiny_base, photos_dir, tmp_path):
 
 
 def test_total_limit_keeps_the_newest(tiny_base, photos_dir, tmp_path):
-    run_train(tiny_base, photos_dir, tmp_path, *"--max_train_steps=6 --checkpointing_steps=2 --checkpoints_total_limit=2".split())
+    run_train(tiny_base, photos_dir, tmp_path, *["--max_train_steps=6", "--checkpointing_steps=2", "--checkpoints_total_limit=2"])
     assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
 
 
@@ -382,7 +382,10 @@ def test_long_prompts_are_refused_with_the_words_cut_off(tiny_base, photos_dir, 
         (lambda path: (path.mkdir(), path)[1], "no model_index.json"),
         (lambda path: (path.mkdir(), (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), path)[2], "is a FluxPipeline"),
         (lambda path: (path.write_text("x"), path)[1], "single file"),
-        (lambda path: (path.mkdir(), (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'), path)[2], "lacks the folders"),
+        (
+            lambda path: (path.mkdir(), (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'), path)[2],
+            "lacks the folders",
+        ),
     ],
 )
 def test_bad_base_folders_are_refused_at_the_door(photos_dir, tmp_path, no_models, make, said):
@@ -512,7 +515,9 @@ def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, 
 
 def test_prompts_come_from_a_file(tiny_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("# two\na dog\n\na cat in the snow\n")
-    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
+    )
     infer.main(parse(InferOptions, "", words.split()))
     assert [record["prompt"] for record in json.loads((tmp_path / "out" / "images.json").read_text())] == ["a dog", "a cat in the snow"]
 
