@@ -61,7 +61,7 @@ def inject_lora(name: str, model: torch.nn.Module, *, rank: int, dropout: float,
 
 def lora_metadata(component: Component) -> dict[str, object]:
     """The fields of a component's `LoraConfig` that a reader needs, in a stable order."""
-    config = component.model.peft_config["default"]  # type: ignore[union-attr,index]
+    config: LoraConfig = component.model.peft_config["default"]  # type: ignore[assignment,index]
     return {
         "peft_type": "LORA",
         "r": config.r,

@@ -114,7 +114,7 @@ def restore(folder: Path, components: list[Component], optimizer: torch.optim.Op
     except (SafetensorError, OSError) as error:
         raise UserError(f"--resume_from_checkpoint: {folder / _OPTIMIZER} is damaged ({error})") from None
     parameters = {name: parameter for component in components for name, parameter in component.named_parameters()}
-    restored: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+    restored: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for key, tensor in moments.items():
         name, _, field = key.rpartition("|")
         if name not in parameters:

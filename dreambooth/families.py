@@ -6,7 +6,7 @@ A family is one record in `FAMILIES`, chosen by the pipeline class that the base
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> st
     return str(tokenizer.decode(ids[limit - 2 :])).strip()
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, str | None], limit: int) -> None:
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str | None], limit: int) -> None:
     """Raise UserError naming flag and words for every prompt that would be cut off."""
     problems = []
     for flag, prompt in prompts.items():

@@ -385,11 +385,11 @@ def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -
     """
     typed = list(sys.argv[1:] if words is None else words)
     try:
-        saved, typed = _take_config(kind, typed)
+        saved, rest = _take_config(kind, typed)
     except UserError as error:
         fail(error)
     help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
-    return tyro.cli(kind, args=[*saved, *typed], config=_FLAT, use_underscores=True, description=help_text)
+    return tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text)
 
 
 def fail(error: Exception | str) -> NoReturn:

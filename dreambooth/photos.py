@@ -71,8 +71,8 @@ def check_folder(folder: str | Path, flag: str) -> Folder:
     if not candidates:
         seen = f"it holds {', '.join(map(_shown, others[:5]))}" if others else "it is empty"
         raise UserError(f"{flag}: no picture in {_shown(str(folder))} ({', '.join(sorted(FORMATS))}); {seen}")
-    photos, problems, by_hash = [], [], {}
-    notes = []
+    photos, problems, notes = [], [], []
+    by_hash: dict[str, str] = {}
     for name in candidates:
         try:
             photo = _check(folder / name)

@@ -21,7 +21,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     Written out because the trainer of the tokenizers library breaks ties differently from run to run.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         if not pairs:

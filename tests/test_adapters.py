@@ -340,8 +340,17 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch)
     """Renamed first, a power cut would leave an empty file under the good name."""
     calls = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append(("fsync", os.fstat(descriptor).st_size)), fsync(descriptor)))
-    monkeypatch.setattr(os, "replace", lambda *names: (calls.append(("replace", 0)), replace(*names)))
+
+    def recorded_fsync(descriptor):
+        calls.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def recorded_replace(*names):
+        calls.append(("replace", 0))
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
     adapter_files.write_atomically(tmp_path / "file", b"12345")
     assert calls[:2] == [("fsync", 5), ("replace", 0)]
 

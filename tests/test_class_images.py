@@ -226,7 +226,7 @@ def test_a_chunk_cut_short_is_drawn_again_whole(pictures, tmp_path, whole, monke
 
 def test_killed_after_the_last_picture_the_next_run_completes_the_manifest(tmp_path, whole):
     """Nothing is left to draw, but the set is not yet written down."""
-    waits = []
+    waits: list[None] = []
 
     def wait() -> None:
         waits.append(None)

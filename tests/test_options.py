@@ -522,6 +522,13 @@ def test_a_mistake_is_answered_before_any_slow_import(script):
     assert not imported(done.stderr) & SLOW
 
 
+def test_a_mistake_in_a_file_is_answered_before_any_slow_import(tmp_path):
+    done = python("-X", "importtime", SCRIPTS[0], *TRAIN, *saved(tmp_path, "rank: 0\n"))
+    assert done.returncode == 2
+    assert "--rank must be at least 1, got 0" in done.stderr
+    assert not imported(done.stderr) & SLOW
+
+
 @pytest.mark.parametrize("kind", NEEDED)
 def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")

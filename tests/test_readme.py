@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SCRIPTS = {
+SCRIPTS: dict[str, Any] = {
     "train_dreambooth_lora.py": (train_dreambooth_lora.main, TrainOptions),
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
     "infer.py": (infer.main, InferOptions),
@@ -124,7 +125,7 @@ def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
 def test_configs_are_short_and_every_flag_in_them_exists(path):
     assert len(path.read_text().splitlines()) <= 25
     content = yaml.safe_load(path.read_text())
-    kind = InferOptions if "prompt" in content or "prompts_file" in content else TrainOptions
+    kind: Any = InferOptions if "prompt" in content or "prompts_file" in content else TrainOptions
     rest = {
         TrainOptions: "--instance_data_dir d --instance_prompt p --class_prompt c --class_data_dir d",
         InferOptions: "--adapter a --output_dir o",

@@ -493,7 +493,7 @@ def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tin
     records = json.loads((tmp_path / "many" / "images.json").read_text())
     assert [(record["prompt"], record["seed"]) for record in records] == [("a dog", 3), ("a dog", 4), ("a cat", 3), ("a cat", 4)]
     picture = Image.open(tmp_path / "many" / records[3]["file"])
-    assert json.loads(picture.text["dreambooth"])["prompt"] == "a cat"
+    assert json.loads(picture.info["dreambooth"])["prompt"] == "a cat"
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "one" / "00000_4.png")))
     assert Image.open(tmp_path / "many" / "contact_sheet.png").width > 2 * 160
 
