@@ -8,7 +8,6 @@ Shapes are given in units of one pixel of a 64 x 64 picture, facing right, stand
 """
 
 import functools
-import math
 import random
 
 from PIL import Image, ImageChops, ImageDraw
@@ -210,33 +209,40 @@ _KINDS = {
 }
 
 
-def _bands(angle: float) -> tuple[Shape, ...]:
-    """Stripes five units wide and five apart across the whole picture, turned by `angle` degrees."""
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    stripes = []
-    for start in range(-60, 60, 10):
-        corners = ((-70, start), (70, start), (70, start + 5), (-70, start + 5))
-        stripes.append(_poly(*((32 + x * cos - y * sin, 41 + x * sin + y * cos) for x, y in corners)))
-    return tuple(stripes)
+# Where patterns are cut: (y of the lower half, x of the front half, left and top of the patch), all on the grid of four pixels.
+_CUTS = {
+    "dog": (40, 28, 16, 32),
+    "cat": (44, 32, 24, 40),
+    "bird": (40, 28, 20, 32),
+    "fish": (36, 28, 20, 28),
+    "car": (40, 24, 16, 32),
+    "house": (44, 32, 24, 32),
+    "boat": (44, 24, 20, 36),
+    "mug": (40, 32, 24, 40),
+}
 
 
 def _pattern_shapes(kind: str, pattern: int) -> tuple[Shape, ...]:
-    middle = {"fish": 37.5, "bird": 41, "mug": 42, "boat": 41, "car": 38, "house": 44, "cat": 45}.get(kind, 41)
-    left = {"fish": 27, "car": 25, "boat": 25, "dog": 24, "bird": 27}.get(kind, 32)
+    """Boxes on the grid of four pixels that the offsets keep to: each patch of the autoencoder shows one flat colour or an outline."""
+    middle_y, middle_x, left, top = _CUTS[kind]
+    cells = [(x, y) for x in range(0, SIDE, 4) for y in range(0, SIDE, 4)]
+
+    def box(x, y, width=4, height=4):
+        return ("box", x, y, x + width - 1 / SUPERSAMPLING, y + height - 1 / SUPERSAMPLING)  # Pillow's boxes include their last row
+
     match PATTERNS[pattern]:
         case "rows":
-            return _bands(0)
+            return tuple(box(0, y, SIDE) for y in range(0, SIDE, 8))
         case "columns":
-            return _bands(90)
-        case "diagonals":
-            return _bands(45)
+            return tuple(box(x, 0, 4, SIDE) for x in range(0, SIDE, 8))
+        case "checks":
+            return tuple(box(x, y) for x, y in cells if (x + y) % 8 == 0)
         case "lower half":
-            return (("box", 0, middle + 1, 64, 64),)
-        case "patch":
-            return (("ellipse", left - 8.5, middle - 8.5, left + 8.5, middle + 8.5),)
-        case _:  # spots
-            centres = [(x + (4.5 if row % 2 else 0), 6 + 6.5 * row) for row in range(9) for x in range(-5, 70, 9)]
-            return tuple(("ellipse", x - 2.6, y - 2.6, x + 2.6, y + 2.6) for x, y in centres)
+            return (box(0, middle_y, SIDE, SIDE),)
+        case "front half":
+            return (box(middle_x, 0, SIDE, SIDE),)
+        case _:  # patch
+            return (box(left, top, 16, 12),)
 
 
 def _eye_shapes(kind: _Kind, style: int) -> tuple[tuple[Rgb, Shape], ...]:

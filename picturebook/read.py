@@ -23,7 +23,8 @@ from picturebook.world import (
     COLOURS,
     EYES,
     KINDS,
-    OFFSETS,
+    OFFSETS_X,
+    OFFSETS_Y,
     PATTERNS,
     PLACES,
     SECOND_HUES,
@@ -36,7 +37,7 @@ from picturebook.world import (
 VALID_CONFIDENCE = 0.85
 CLIP = np.int16(90)  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
 CANDIDATES = 3
-REACH = max(OFFSETS) + 1  # pixels from the middle that a sprite is looked for: a generated one may stand a little off
+REACH = max(map(abs, (*OFFSETS_X, *OFFSETS_Y))) + 1  # pixels from the middle that a sprite is looked for: a generated one may stand a little off
 
 
 @dataclass(frozen=True)

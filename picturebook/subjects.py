@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from picturebook.draw import draw
-from picturebook.world import COLOURS, PLACES, Identity, Scene, random_identity, random_pose
+from picturebook.world import BACKDROPS, COLOURS, PLACES, Identity, Scene, random_identity, random_pose
 
 FOLDER = Path(__file__).parent / "subjects"
 KINDS = ("dog", "cat", "bird", "car")
@@ -23,7 +23,7 @@ def make_subject(kind: str) -> list[Scene]:
         identity = random_identity(rng)
     colour = rng.choice(tuple(COLOURS))
     places = rng.sample(tuple(PLACES), PICTURES)
-    return [Scene(kind, colour, place, identity, pose=random_pose(rng), backdrop=rng.randrange(12)) for place in places]
+    return [Scene(kind, colour, place, identity, pose=random_pose(rng), backdrop=rng.randrange(BACKDROPS)) for place in places]
 
 
 def load_subject(folder: Path) -> tuple[str, str, Identity]:

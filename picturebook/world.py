@@ -44,7 +44,7 @@ ACCESSORY_COLOURS = {
 }
 
 # Identity attributes: the numbers 0..n-1 of each. 6 * 8 * 6 * 4 = 1,152 identities a kind, all equally likely in base training.
-PATTERNS = ("rows", "columns", "spots", "lower half", "patch", "diagonals")
+PATTERNS = ("rows", "columns", "checks", "lower half", "front half", "patch")
 SECOND_HUES = {
     "white": (250, 250, 250),
     "black": (34, 34, 38),
@@ -63,10 +63,11 @@ IDENTITY_SIZES = {"pattern": len(PATTERNS), "second": len(SECOND_HUES), "shape":
 # Words with a token of their own that no caption uses: free for a subject to be bound to.
 RARE_WORDS = ("sks", "qwe", "zwx", "ohwx", "vtk", "plq")
 
-BACKDROPS = 12  # variants of each place: horizon and scenery move
+BACKDROPS = 6  # variants of each place: horizon and scenery move
 # Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the base's autoencoder makes one
 # latent of: a line then falls into its patch in one way, not in sixteen, and a small UNet learns to draw it several times as fast.
-OFFSETS = (-4, 0, 4)
+OFFSETS_X = (-4, 0, 4)
+OFFSETS_Y = (-4, 0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def random_identity(rng: random.Random) -> Identity:
 
 
 def random_pose(rng: random.Random) -> Pose:
-    return Pose(rng.choice(OFFSETS), rng.choice(OFFSETS), rng.random() < 0.5)
+    return Pose(rng.choice(OFFSETS_X), rng.choice(OFFSETS_Y), rng.random() < 0.5)
 
 
 def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
