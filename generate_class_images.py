@@ -37,15 +37,7 @@ def main(options: ClassImageOptions) -> None:
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
     )
     folder = Path(options.class_data_dir)
-    class_images.fill(
-        folder,
-        settings,
-        options.num_class_images,
-        lambda: class_images.make_drawer(options.base, base_folder, settings, state.device),
-        rank=state.process_index,
-        world=state.num_processes,
-        wait=state.wait_for_everyone,
-    )
+    class_images.make(folder, settings, options.num_class_images, options.base, base_folder, state)
     if state.is_main_process:
         print(f"{folder} holds {options.num_class_images} class images")
 

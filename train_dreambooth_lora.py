@@ -335,15 +335,7 @@ def gather_sources(options: TrainOptions, instance: photos.Folder, base_folder: 
         folder, seed = Path(prior.class_data_dir), options.run.seed
         assert seed is not None
         settings = class_image_settings(options, base_folder, accelerator.device, seed)
-        class_images.fill(
-            folder,
-            settings,
-            prior.num_class_images,
-            lambda: class_images.make_drawer(options.base, base_folder, settings, accelerator.device),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
-        )
+        class_images.make(folder, settings, prior.num_class_images, options.base, base_folder, accelerator)
         sources.append(Source("class", photos.check_folder(folder, "--class_data_dir").photos[: prior.num_class_images]))
     return sources
 

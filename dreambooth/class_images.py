@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
 from dreambooth import adapter_files, families, photos, pipelines, sampling_order
@@ -146,13 +147,13 @@ def fill(
     return made
 
 
-def make_drawer(base: BaseModel, base_folder: Path, settings: Settings, device: torch.device) -> Callable[[Sequence[int]], list[Any]]:
-    """Load the base and return a function that draws one class image for each seed."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.precision]
-    pipeline = families.load_pipeline(base, base_folder, dtype, device)
+def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, processes: Accelerator | PartialState) -> None:
+    """Fill `folder` with pictures that the base draws, shared out over `processes`; the base is loaded only if any are missing."""
 
-    def draw(seeds: Sequence[int]) -> list[Any]:
-        return pipelines.draw(
+    def make_draw() -> Callable[[Sequence[int]], list[Any]]:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.precision]
+        pipeline = families.load_pipeline(base, base_folder, dtype, processes.device)
+        return lambda seeds: pipelines.draw(
             pipeline,
             [settings.prompt] * len(seeds),
             seeds,
@@ -161,7 +162,8 @@ def make_drawer(base: BaseModel, base_folder: Path, settings: Settings, device: 
             side=settings.side,
         )
 
-    return draw
+    rank, world = processes.process_index, processes.num_processes
+    fill(folder, settings, total, make_draw, rank=rank, world=world, wait=processes.wait_for_everyone)
 
 
 def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:

@@ -231,7 +231,9 @@ def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
 
 
 def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(tiny_base, photos_dir, tmp_path):
-    plain = run_train(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2")
+    watched = ["--validation_prompt", "a dog", "--num_validation_images", "1"]  # drawn without the text encoder
+    plain = run_train(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2", *watched)
+    assert (tmp_path / "a" / "validation" / "step-000002-00.png").is_file()
     computed = run_train(tiny_base, photos_dir, tmp_path / "b", "--max_train_steps", "2", "--pre_compute_text_embeddings")
     assert digest(plain) == digest(computed)
     masked = run_train(tiny_base, photos_dir, tmp_path / "c", "--max_train_steps", "2", "--text_encoder_use_attention_mask")
