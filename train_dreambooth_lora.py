@@ -311,13 +311,14 @@ def choose_seed(options: TrainOptions, checkpoint: Path | None) -> int:
     return int(broadcast_object_list([random.SystemRandom().randrange(2**31)])[0])
 
 
-def class_image_settings(options: TrainOptions, base_folder: Path, device: torch.device, seed: int) -> class_images.Settings:
+def class_image_settings(options: TrainOptions, base_folder: Path, device: torch.device) -> class_images.Settings:
     prior = options.prior
     assert prior.class_prompt is not None
+    assert prior.class_seed is not None
     return class_images.Settings(
         base=families.fingerprint(base_folder, options.base.variant),
         prompt=prior.class_prompt,
-        seed=prior.class_seed if prior.class_seed is not None else seed,
+        seed=prior.class_seed,
         steps=prior.class_inference_steps,
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
@@ -332,9 +333,8 @@ def gather_sources(options: TrainOptions, instance: photos.Folder, base_folder: 
     prior = options.prior
     if prior.with_prior_preservation:
         assert prior.class_data_dir is not None
-        folder, seed = Path(prior.class_data_dir), options.run.seed
-        assert seed is not None
-        settings = class_image_settings(options, base_folder, accelerator.device, seed)
+        folder = Path(prior.class_data_dir)
+        settings = class_image_settings(options, base_folder, accelerator.device)
         class_images.make(folder, settings, prior.num_class_images, options.base, base_folder, accelerator)
         sources.append(Source("class", photos.check_folder(folder, "--class_data_dir").photos[: prior.num_class_images]))
     return sources
@@ -380,7 +380,10 @@ def main(options: TrainOptions) -> None:
         report.say(accelerator, "Checkpoint 'latest' does not exist. Starting a new training run.")
 
     seed = choose_seed(options, checkpoint)
-    options = dataclasses.replace(options, run=dataclasses.replace(run, seed=seed))
+    # without any seed the class images are those that generate_class_images.py makes by default, not others for every run
+    class_seed = options.prior.class_seed if options.prior.class_seed is not None else run.seed or 0
+    prior = dataclasses.replace(options.prior, class_seed=class_seed)
+    options = dataclasses.replace(options, run=dataclasses.replace(run, seed=seed), prior=prior)
     if run.seed is None:
         report.say(accelerator, f"seed: {seed}")
     sources = gather_sources(options, instance, base_folder, accelerator)

@@ -103,12 +103,17 @@ def check_fits(path: Path, state: dict[str, dict[str, torch.Tensor]], models: di
     """Raise UserError unless every tensor of the file has a layer of the right width in `models`: a loader would skip it in silence."""
     for component, adapter in state.items():
         layers = dict(models[component].named_modules())
-        for key, tensor in adapter.items():
-            module, _, factor = key.removesuffix(".weight").rpartition(".")
+        for module in sorted({key.removesuffix(".weight").rpartition(".")[0] for key in adapter}):
+            where = f"{path}: {component}.{module}"
             layer = layers.get(module) or layers.get(_TEXT_PREFIX + module)
-            if layer is None or not hasattr(layer, "weight"):
-                raise UserError(f"{path}: {component} of this base has no layer {module}; the adapter is for another base")
-            out_width, in_width = layer.weight.shape[:2]  # type: ignore[union-attr,index]
-            expected, found = (in_width, tensor.shape[1]) if factor == "lora_A" else (out_width, tensor.shape[0])
-            if expected != found:
-                raise UserError(f"{path}: {component}.{module} is {expected} wide in this base and {found} in the adapter, which is for another base")
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+                raise UserError(f"{where} is no layer of this base that can be adapted; the adapter is for another base")
+            down, up = (adapter.get(f"{module}.{factor}.weight") for factor in ("lora_A", "lora_B"))
+            if down is None or up is None:
+                raise UserError(f"{where} has only one of lora_A and lora_B; the adapter is not whole")
+            if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
+                raise UserError(f"{where} has lora_A of shape {tuple(down.shape)} and lora_B of shape {tuple(up.shape)}, which do not multiply")
+            for expected, found in ((weight.shape[1], down.shape[1]), (weight.shape[0], up.shape[0])):
+                if expected != found:
+                    raise UserError(f"{where} is {expected} wide in this base and {found} in the adapter, which is for another base")

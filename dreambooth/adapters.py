@@ -29,8 +29,8 @@ class Component:
         # save_embedding_layers=False: "auto" would ask the hub for a config at every save
         return get_peft_model_state_dict(self.model, save_embedding_layers=False)
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Fill the adapter. Raises UserError naming keys if they are not exactly those of the model, or of other shapes."""
+    def check_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raise UserError, naming keys, if they are not exactly those of the model, or of other shapes."""
         own = self.state_dict()
         if missing := sorted(own.keys() - state.keys()):
             raise UserError(f"the adapter file lacks {len(missing)} of {len(own)} tensors of {self.name}, e.g. {missing[0]}")
@@ -39,6 +39,10 @@ class Component:
         for key, tensor in own.items():
             if tensor.shape != state[key].shape:
                 raise UserError(f"the adapter file has {key} of shape {tuple(state[key].shape)}; {self.name} needs {tuple(tensor.shape)}")
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Fill the adapter. Raises UserError if the tensors are not those that it has."""
+        self.check_state_dict(state)
         set_peft_model_state_dict(self.model, state)
 
 

@@ -20,31 +20,33 @@ from dreambooth.adapters import Component
 from dreambooth.errors import UserError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Names of what is not, or no longer, a checkpoint must not contain the word.
+_REPLACED = re.compile(r"\.replaced-step-(\d+)")
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint that has been completed, oldest first."""
-    found = []
-    for path in output_dir.iterdir() if output_dir.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir() and (path / _STATE).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    found: dict[int, Path] = {}
+    for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
+        # one that was being replaced when the process died counts until its successor stands
+        match = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+        if match and path.is_dir() and (path / _STATE).is_file() and (_NAME.fullmatch(path.name) or int(match[1]) not in found):
+            found[int(match[1])] = path
+    return sorted(found.items())
 
 
 def find(resume_from: str, output_dir: Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; None for `latest` where there is none yet.
+    """The folder that `--resume_from_checkpoint` means; None for `latest` where there is none yet. A bare name is one of the run's own.
 
     Raises UserError, listing what there is, if a named checkpoint does not exist or is not one of ours.
     """
     there = list_checkpoints(output_dir)
     if resume_from == "latest":
         return there[-1][1] if there else None
-    path = Path(resume_from)
-    if not path.is_absolute() and not path.is_dir():
-        path = output_dir / resume_from
+    own, elsewhere = output_dir / resume_from, Path(resume_from)
+    path = own if own.is_dir() else elsewhere
     if not path.is_dir():
         shown = ", ".join(p.name for _, p in there) or "none"
         raise UserError(f"--resume_from_checkpoint: no checkpoint {resume_from!r}; {output_dir} has: {shown}")
@@ -67,7 +69,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 def save(output_dir: Path, step: int, adapter: bytes, moments: dict[str, torch.Tensor], state: dict[str, Any], *, limit: int | None) -> Path:
     """Publish `checkpoint-<step>`, then remove the oldest ones beyond `limit`."""
     target = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".tmp-step-{step}-{os.getpid()}"  # must not contain "checkpoint": a name with it is a finished one
+    temporary = output_dir / f".tmp-step-{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -75,17 +77,28 @@ def save(output_dir: Path, step: int, adapter: bytes, moments: dict[str, torch.T
         adapter_files.write_atomically(temporary / _OPTIMIZER, adapter_files.stable_bytes(moments, {"format": "pt"}))
         adapter_files.write_atomically(temporary / _STATE, (json.dumps({**state, "step": step}, indent=1) + "\n").encode())
         _flush_folder(temporary)
-        if target.exists():  # of an earlier run that got further: what is written now is at least as good
-            shutil.rmtree(target)
+        replaced = output_dir / f".replaced-step-{step}"
+        if target.exists():  # of an earlier run that got further
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(target, replaced)
         os.rename(temporary, target)
         _flush_folder(output_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if limit is not None:
         for _, old in [c for c in list_checkpoints(output_dir) if c[1] != target][: -(limit - 1) or None]:
-            shutil.rmtree(old)
+            _remove(old)
     return target
+
+
+def _remove(folder: Path) -> None:
+    """Take the name away first: half a folder must not be called a checkpoint."""
+    trash = folder.with_name(f".trash-{folder.name.removeprefix('checkpoint-').lstrip('.')}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -97,10 +110,15 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given as `state`, with the step. Raises UserError if it is damaged."""
+    path = folder / _STATE
     try:
-        return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"--resume_from_checkpoint: {folder / _STATE} is damaged ({error})") from None
+        raise UserError(f"--resume_from_checkpoint: {path} is damaged ({error})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"--resume_from_checkpoint: {path} is damaged (it names no step)")
+    return state
 
 
 def restore(folder: Path, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
@@ -109,18 +127,35 @@ def restore(folder: Path, components: list[Component], optimizer: torch.optim.Op
     expected, found = sorted(c.name for c in components), sorted(state)
     if expected != found:
         raise UserError(f"--resume_from_checkpoint: {folder} holds an adapter of {' and '.join(found)}; this run trains {' and '.join(expected)}")
-    try:
-        moments = load_file(folder / _OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--resume_from_checkpoint: {folder / _OPTIMIZER} is damaged ({error})") from None
-    parameters = {name: parameter for component in components for name, parameter in component.named_parameters()}
-    restored: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for key, tensor in moments.items():
-        name, _, field = key.rpartition("|")
-        if name not in parameters:
-            raise UserError(f"--resume_from_checkpoint: {folder} has optimizer state for {name}, which this run does not train")
-        on_device = tensor if field == "step" else tensor.to(parameters[name].device)
-        restored.setdefault(parameters[name], {})[field] = on_device
+    for component in components:
+        try:
+            component.check_state_dict(state[component.name])
+        except UserError as error:
+            raise UserError(f"--resume_from_checkpoint: {folder}: {error}") from None
+    moments = _read_moments(folder, dict(item for component in components for item in component.named_parameters()))
     for component in components:
         component.load_state_dict(state[component.name])
-    optimizer.state.update(restored)
+    optimizer.state.update(moments)
+
+
+def _read_moments(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """The optimizer's state by parameter. Raises UserError unless every parameter has all fields, in its own shape."""
+    path = folder / _OPTIMIZER
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--resume_from_checkpoint: {path} is damaged ({' '.join(str(error).split())})") from None
+    fields = {key.rpartition("|")[2] for key in tensors}
+    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("|")
+        if name not in parameters:
+            raise UserError(f"--resume_from_checkpoint: {path} has optimizer state for {name}, which this run does not train")
+        if field.startswith("exp_avg") and tensor.shape != parameters[name].shape:
+            shapes = f"{tuple(tensor.shape)}; the parameter has {tuple(parameters[name].shape)}"
+            raise UserError(f"--resume_from_checkpoint: {path} has {key} of shape {shapes}")
+        moments.setdefault(parameters[name], {})[field] = tensor if field == "step" else tensor.to(parameters[name].device)
+    for name, parameter in parameters.items():
+        if lacking := fields - moments.get(parameter, {}).keys() or ({"everything"} if not fields else set()):
+            raise UserError(f"--resume_from_checkpoint: {path} is damaged: {name} lacks {', '.join(sorted(lacking))}")
+    return moments

@@ -92,7 +92,7 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
             raise UserError(
                 f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one"
             )
-    hashes = (manifest["sha256"] if manifest else {}) | _hash_notes(folder)
+    hashes = manifest["sha256"] | _hash_notes(folder) if manifest else {}  # without a manifest nothing says what a picture shows
     pictures = [p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")]
     foreign = [name for name in pictures if _NAME.fullmatch(name) and name not in hashes]
     if foreign:
@@ -121,8 +121,9 @@ def fill(
     Raises UserError, on every process alike, if the folder holds another set.
     """
     missing = missing_numbers(folder, settings, total)
+    is_complete = not missing and not _hash_notes(folder)
     wait()  # every process has looked at the folder as it was before anybody writes
-    if not missing:
+    if is_complete:
         return 0
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -447,14 +447,16 @@ def config_words(kind: type, path: Path) -> list[str]:
             raise UserError(f"--config {path}: no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
         if value is None:
             continue
-        if isinstance(value, bool):
+        if isinstance(value, bool) and known[key].type is bool:
             words.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, bool):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
+            words.append(f"--{key}={'yes' if value else 'no'}")
         elif isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict):
             raise UserError(f"--config {path}: '{key}' must be a value or a list, got a table")
         else:
-            words += [f"--{key}", str(value)]
+            words.append(f"--{key}={value}")  # one word, so that a value may begin with a minus
     return words
 
 

@@ -114,17 +114,20 @@ def load(path: Path) -> Image.Image:
     """The picture, upright and RGB; transparent parts over white, 16-bit grey scaled to 8. Raises UserError if it cannot be used."""
     formats = tuple(sorted(set(FORMATS.values())))
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=formats) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower, and an error
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; make it smaller")
-            if getattr(image, "n_frames", 1) > 1 and image.format != "TIFF":
-                raise UserError(f"animated, {image.n_frames} frames; save the one that you want as a picture")  # type: ignore[attr-defined]
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            with Image.open(path, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; make it smaller")
+                # the second picture of an MPO file, which many phones write as .jpg, is a preview; a TIFF may have pages
+                if getattr(image, "n_frames", 1) > 1 and image.format not in ("TIFF", "MPO"):
+                    raise UserError(f"animated, {image.n_frames} frames; save the one that you want as a picture")  # type: ignore[attr-defined]
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        raise UserError(f"the picture is over {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
         reason = " ".join(str(error).replace(str(path), "").split()) or type(error).__name__
         raise UserError(f"not a whole picture ({reason}); save it again or remove it") from None

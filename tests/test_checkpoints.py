@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +282,7 @@ def die_at(output_dir: Path, moment: int, step: int, limit: int) -> bool:
     """Save in a child process that is gone before its `moment`-th call to the file system; False if it got to the end."""
     child = os.fork()
     if child == 0:
+        signal.alarm(120)  # a test that fails is better than one that hangs
         left = [moment]
 
         def counted(call: Any) -> Any:
@@ -297,7 +299,9 @@ def die_at(output_dir: Path, moment: int, step: int, limit: int) -> bool:
         small(output_dir, step, limit=limit, mark=1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) == 9
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 9)
+    return code == 9
 
 
 def deaths(tmp_path: Path, step: int) -> Iterator[tuple[int, Path]]:
