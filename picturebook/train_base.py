@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -267,8 +267,8 @@ class Denoiser(torch.nn.Module):
         return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
 
 
-def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> tuple[Denoiser, float]:
-    """(averaged UNet and text encoder, scaling factor of the latents). v-prediction; 10 % of the captions are left empty."""
+def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> tuple[Denoiser, float, dict[str, Any]]:
+    """(averaged UNet and text encoder, scaling factor of the latents, record of the training). v-prediction; 10 % of the captions are left empty."""
     torch.manual_seed(options.seed + 1)
     tokenizer = build_tokenizer()
     model = Denoiser(len(tokenizer))
@@ -310,11 +310,19 @@ def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> 
         if step % options.save_every == 0 or step == options.unet_steps:
             save_checkpoint(path, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
     model.load_state_dict(ema.module.state_dict())
-    return model.eval(), scaling_factor
+    record = {
+        "seed": options.seed,
+        "steps": step,
+        "batch_size": options.unet_batch_size,
+        "scenes": options.num_scenes,
+        "peak_learning_rate": options.learning_rate,
+        "last_learning_rate": optimizer.param_groups[0]["lr"],
+    }
+    return model.eval(), scaling_factor, record
 
 
-def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, target: Path) -> None:
-    """Write a plain Stable Diffusion folder, weights in float16 safetensors."""
+def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: dict[str, Any], target: Path) -> None:
+    """Write a plain Stable Diffusion folder, weights in float16 safetensors, and the record of its training."""
     vae.register_to_config(scaling_factor=scaling_factor)
     logging.set_verbosity_error()
     pipeline = StableDiffusionPipeline(
@@ -332,6 +340,7 @@ def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, target: P
     # text encoder. Both read these.
     path = target / "text_encoder" / "model.safetensors"
     save_file({"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in target.rglob("*.safetensors"):
         path.chmod(0o644)  # the library writes files that only their owner may read
 
@@ -349,10 +358,10 @@ def main() -> None:
     latents = encode_scenes(options, vae, log)
     if options.stage == "latents":
         return
-    model, scaling_factor = train_unet(options, latents, log)
+    model, scaling_factor, record = train_unet(options, latents, log)
     if options.stage == "unet":
         return
-    export(vae.float(), model, scaling_factor, options.model_dir)
+    export(vae.float(), model, scaling_factor, record, options.model_dir)
     print(f"wrote {options.model_dir}")
 
 
