@@ -11,9 +11,9 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
-from dreambooth import class_images, families
+from dreambooth import class_images, families, processes
 from dreambooth.errors import UserError
 
 
@@ -21,7 +21,8 @@ def main(options: ClassImageOptions) -> None:
     """Make the missing class images. Raises UserError if the folder holds another set."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    state = PartialState()
+    state = Accelerator()
+    processes.check_world(state)
     with state.main_process_first():  # where it must be downloaded, once
         base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)
@@ -33,7 +34,7 @@ def main(options: ClassImageOptions) -> None:
         steps=options.class_inference_steps,
         guidance_scale=options.class_guidance_scale,
         batch_size=options.sample_batch_size,
-        side=options.resolution,
+        side=options.resolution or families.own_side(base_folder),
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
     )
     folder = Path(options.class_data_dir)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import adapter_files, families, pipelines
+from dreambooth import adapter_files, families, pipelines, processes
 from dreambooth.errors import UserError
 
 ADAPTER_NAME = "subject"
@@ -47,18 +47,18 @@ def main(options: InferOptions) -> None:
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     prompts = read_prompts(options)
+    output_dir = Path(options.output_dir)
     adapter = adapter_files.find(options.adapter) if options.adapter else None
     base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)
     limit = families.max_tokens(base_folder)
     families.check_prompts(tokenizer, {f"the prompt {p!r}": p for p in prompts} | {"--negative_prompt": options.negative_prompt}, limit)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+    processes.make_folder(output_dir, "--output_dir")
     pipeline = families.load_pipeline(options.base, base_folder, dtype, device)
     if adapter:
         load_adapter(pipeline, adapter)
 
-    output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     kinds = [False, True] if options.compare else [adapter is not None]
     pictures: dict[tuple[str, int, bool], Image.Image] = {}
@@ -88,7 +88,7 @@ def main(options: InferOptions) -> None:
                         "steps": options.num_inference_steps,
                         "guidance_scale": options.guidance_scale,
                         "base": options.base.pretrained_model_name_or_path,
-                        "adapter": adapter.name if adapter and with_adapter else None,
+                        "adapter": f"{adapter.parent.name}/{adapter.name}" if adapter and with_adapter else None,
                     }
                     pipelines.save_png(image, output_dir / name, settings)
                     records.append({"file": name, **settings})

@@ -2,7 +2,7 @@
 
 The flags of Hugging Face diffusers' script of the same name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth.options import TrainOptions, adopt_local_rank, as_table, fail, parse, write_yaml
+from dreambooth.options import PriorPreservation, TrainOptions, adopt_local_rank, as_table, fail, parse, write_yaml
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
@@ -22,7 +22,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
-from dreambooth import adapter_files, adapters, checkpoints, class_images, families, photos, pipelines, report, sampling_order
+from dreambooth import adapter_files, adapters, checkpoints, class_images, families, photos, pipelines, processes, report, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.families import FrozenParts
 from dreambooth.samples import MicroBatch, PhotoRows, Source, micro_batches
@@ -117,16 +117,19 @@ class Training:
 
     def resume(self, folder: Path) -> None:
         state = checkpoints.read_state(folder)
-        for name, mine in (("train_batch_size", self.options.run.train_batch_size), ("slots", self.slots), ("seed", self.seed)):
-            if state[name] != mine:
+        for name, mine in self.identity().items():
+            if state.get(name) != mine:
                 what = "gradient_accumulation_steps x processes" if name == "slots" else f"--{name}"
-                raise UserError(
-                    f"--resume_from_checkpoint: {folder} was trained with {what} = {state[name]}, now it is {mine}; its samples would not go on"
-                )
+                raise UserError(f"--resume_from_checkpoint: {folder} was trained with {what} = {state.get(name)}, now it is {mine}")
         checkpoints.restore(folder, self.components, self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["grad_scaler"])
         self.first_step = state["step"]
+
+    def identity(self) -> dict[str, int | str]:
+        """What must be the same when a run goes on."""
+        precision = self.accelerator.mixed_precision
+        return {"seed": self.seed, "train_batch_size": self.options.run.train_batch_size, "slots": self.slots, "mixed_precision": precision}
 
     def prepare_text(self) -> None:
         """Encode the prompts once and free the text encoder, if nothing in it will change."""
@@ -186,7 +189,11 @@ class Training:
         for parameter, gradient in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.options.optimization.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.optimization.max_grad_norm or math.inf)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # with fp16 the scaler skips such a step and lowers its scale
+            raise SystemExit(
+                f"error: the gradients of step {step + 1} are not finite; stopped before they were applied. Checkpoints are as they were"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -257,7 +264,7 @@ class Training:
 
     def save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            state = {"seed": self.seed, "train_batch_size": self.options.run.train_batch_size, "slots": self.slots}
+            state: dict[str, object] = {**self.identity()}
             if self.scaler.is_enabled():
                 state["grad_scaler"] = self.scaler.state_dict()
             moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
@@ -311,6 +318,14 @@ def choose_seed(options: TrainOptions, checkpoint: Path | None) -> int:
     return int(broadcast_object_list([random.SystemRandom().randrange(2**31)])[0])
 
 
+def adopt_class_images(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
+    """The options with seed and precision of the class images that are already there, where the flags leave them open."""
+    there = class_images.made_with(Path(prior.class_data_dir)) if prior.with_prior_preservation and prior.class_data_dir else {}
+    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed or 0)
+    precision = prior.prior_generation_precision or there.get("precision")
+    return dataclasses.replace(prior, class_seed=class_seed, prior_generation_precision=precision)
+
+
 def class_image_settings(options: TrainOptions, base_folder: Path, device: torch.device) -> class_images.Settings:
     prior = options.prior
     assert prior.class_prompt is not None
@@ -322,7 +337,7 @@ def class_image_settings(options: TrainOptions, base_folder: Path, device: torch
         steps=prior.class_inference_steps,
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=None,
+        side=families.own_side(base_folder),
         precision=class_images.precision_of(prior.prior_generation_precision, device),
     )
 
@@ -348,10 +363,11 @@ def main(options: TrainOptions) -> None:
         torch.set_num_threads(run.num_threads)
     names, notes = report.trackers(options.reports.report_to)
     output_dir = Path(run.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
     configuration = ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output_dir / options.reports.logging_dir))
     accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=names or None, project_config=configuration)
+    processes.check_world(accelerator)
+    if run.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
+        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     if run.allow_tf32:
@@ -379,13 +395,12 @@ def main(options: TrainOptions) -> None:
     if run.resume_from_checkpoint == "latest" and checkpoint is None:
         report.say(accelerator, "Checkpoint 'latest' does not exist. Starting a new training run.")
 
+    processes.make_folder(output_dir, "--output_dir")
     seed = choose_seed(options, checkpoint)
-    # without any seed the class images are those that generate_class_images.py makes by default, not others for every run
-    class_seed = options.prior.class_seed if options.prior.class_seed is not None else run.seed or 0
-    prior = dataclasses.replace(options.prior, class_seed=class_seed)
-    options = dataclasses.replace(options, run=dataclasses.replace(run, seed=seed), prior=prior)
-    if run.seed is None:
-        report.say(accelerator, f"seed: {seed}")
+    # resolved, so that run.yaml repeats this run wherever it is read
+    run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
+    options = dataclasses.replace(options, run=run, prior=adopt_class_images(options.prior, options.run.seed))
+    report.say(accelerator, f"seed: {seed}")
     sources = gather_sources(options, instance, base_folder, accelerator)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     parts = families.load_parts(base_folder, options.base.variant, tokenizer, weight_dtype, accelerator.device, limit)
@@ -401,10 +416,11 @@ def main(options: TrainOptions) -> None:
     if checkpoint:
         training.resume(checkpoint)
         report.say(accelerator, f"resuming from {checkpoint} at step {training.first_step} of {training.max_steps}")
-        if training.first_step >= training.max_steps:
-            report.say(accelerator, "nothing is left to train: the checkpoint is at or past --max_train_steps")
+        if training.first_step > training.max_steps:
+            raise UserError(f"--resume_from_checkpoint: {checkpoint} is past step {training.max_steps}, where this run ends; raise --max_train_steps")
+        if training.first_step == training.max_steps:
+            report.say(accelerator, "nothing is left to train: the checkpoint is at --max_train_steps")
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(options, output_dir / "run.yaml")
     accelerator.wait_for_everyone()
     if names:

@@ -19,6 +19,8 @@ from dreambooth.errors import UserError
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 _TEXT_PREFIX = "text_model."
+# As the reference script writes them.
+_OLD_SPELLINGS = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.", ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
 
 
 def pack(state: dict[str, dict[str, torch.Tensor]], configs: dict[str, dict[str, object]], info: dict[str, Any]) -> bytes:
@@ -86,6 +88,8 @@ def read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]
             metadata = file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 - not a dict
                 component, _, key = name.partition(".")
+                for old, new in _OLD_SPELLINGS.items():
+                    key = key.replace(old, new)
                 if component not in ("unet", "text_encoder") or "lora" not in key:
                     raise UserError(f"{path}: the key {name!r} is not one of a LoRA in diffusers' layout (unet.* and text_encoder.*)")
                 tensor = file.get_tensor(name)

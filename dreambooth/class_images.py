@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from dreambooth import adapter_files, families, photos, pipelines, sampling_order
@@ -41,9 +41,28 @@ class Settings:
     steps: int
     guidance_scale: float
     batch_size: int
-    side: int | None
-    """Pixels; None is the base's own size."""
+    side: int
+    """Pixels."""
     precision: str
+
+
+# How a user sets each of them.
+_FLAGS = {
+    "base": "--pretrained_model_name_or_path",
+    "prompt": "--class_prompt",
+    "seed": "--class_seed in training, --seed in generate_class_images.py",
+    "steps": "--class_inference_steps",
+    "guidance_scale": "--class_guidance_scale",
+    "batch_size": "--sample_batch_size",
+    "side": "--resolution of generate_class_images.py",
+    "precision": "--prior_generation_precision",
+}
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """The settings in a folder's manifest, {} if there is none."""
+    manifest = _read_manifest(folder)
+    return manifest["settings"] if manifest else {}
 
 
 def file_name(number: int) -> str:
@@ -87,7 +106,9 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
     manifest = _read_manifest(folder)
     if manifest is not None:
         there, wanted = manifest["settings"], dataclasses.asdict(settings)
-        differences = [f"{name} is {there.get(name)!r} there and {wanted[name]!r} now" for name in wanted if there.get(name) != wanted[name]]
+        differences = [
+            f"{name} is {there.get(name)!r} there and {wanted[name]!r} now ({_FLAGS[name]})" for name in wanted if there.get(name) != wanted[name]
+        ]
         if differences:
             raise UserError(
                 f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one"
@@ -148,7 +169,7 @@ def fill(
     return made
 
 
-def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, processes: Accelerator | PartialState) -> None:
+def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, processes: Accelerator) -> None:
     """Fill `folder` with pictures that the base draws, shared out over `processes`; the base is loaded only if any are missing."""
 
     def make_draw() -> Callable[[Sequence[int]], list[Any]]:

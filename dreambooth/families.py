@@ -115,13 +115,20 @@ def _identify(folder: Path, name: str, *, own_tokenizer: bool) -> Family:
     return family
 
 
+def own_side(folder: Path) -> int:
+    """Pixels along one side of the pictures that the base draws unasked."""
+    unet, vae = (_read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    return int(unet.get("sample_size", 64)) * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
 def fingerprint(folder: Path, variant: str | None) -> str:
     """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
     digest = hashlib.sha256()
     for part in ("text_encoder", "unet", "vae", "scheduler"):
         files = sorted((folder / part).glob("*.json")) + sorted((folder / part).glob("*.safetensors")) + sorted((folder / part).glob("*.bin"))
-        if variant and any(f".{variant}." in f.name for f in files):
-            files = [f for f in files if f.suffix == ".json" or f".{variant}." in f.name]
+        of_variant = [f for f in files if f".{variant}." in f.name]
+        plain = [f for f in files if f.name.count(".") == 1]  # other variants may lie beside the files that are loaded
+        files = [f for f in files if f.suffix == ".json"] + [f for f in (of_variant or plain) if f.suffix != ".json"]
         for path in files:
             digest.update(f"{part}/{path.name}\n".encode())
             with path.open("rb") as file:
@@ -131,7 +138,7 @@ def fingerprint(folder: Path, variant: str | None) -> str:
 
 def load_tokenizer(base: BaseModel, folder: Path) -> PreTrainedTokenizerBase:
     if base.tokenizer_name:
-        return _load(AutoTokenizer, base.tokenizer_name, "--tokenizer_name", revision=base.revision, use_fast=True)
+        return _load(AutoTokenizer, base.tokenizer_name, "--tokenizer_name", use_fast=True)
     return _load(AutoTokenizer, str(folder), _FLAG, subfolder="tokenizer", use_fast=True)
 
 

@@ -88,13 +88,13 @@ class PriorPreservation:
     sample_batch_size: int = 4
     """Class images generated at once, per process. Part of what a set of class images is: another number gives other pixels."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision of generating class images; None is fp16 on a GPU and fp32 elsewhere, "no" is fp32."""
+    """Precision of generating class images; None is that of the ones already there, else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
     class_guidance_scale: float = 7.5
     """Classifier-free guidance of class images."""
     class_inference_steps: int = 50
     """Sampling steps of class images."""
     class_seed: int | None = None
-    """Seed of the class images; None takes --seed, and 0 without one."""
+    """Seed of the class images; None takes that of the class images already there, else --seed, else 0."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "prior_loss_weight", "class_guidance_scale")
@@ -164,7 +164,7 @@ class Optimization:
     adam_epsilon: float = 1e-8
     """Added to Adam's denominator."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, over UNet and text encoder together."""
+    """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
@@ -185,7 +185,7 @@ class Run:
     train_batch_size: int = 4
     """Instance photos in one forward pass, per process (as many class images on top with prior preservation)."""
     num_train_epochs: int = 1
-    """Passes over the photos, when --max_train_steps is not given."""
+    """Passes over the photos, or the class images if they are more, when --max_train_steps is not given."""
     max_train_steps: int | None = None
     """Optimizer steps; overrides --num_train_epochs."""
     gradient_accumulation_steps: int = 1
@@ -197,7 +197,7 @@ class Run:
     checkpoints_total_limit: int | None = None
     """Checkpoints kept; the oldest go once a newer one is safe. None keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest`, `checkpoint-N` or a path: go on from there."""
+    """`latest`, `checkpoint-N` or a path: go on from there. Not with --use_8bit_adam, whose moments are not stored."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Arithmetic of the frozen weights; None takes `accelerate`'s setting. The adapter is float32 always."""
     num_threads: int | None = None
@@ -226,7 +226,7 @@ class Validation:
     num_validation_images: int = 4
     """Pictures at each validation."""
     validation_epochs: int = 50
-    """Passes over the photos between validations; the first comes after the first pass."""
+    """Passes (as in --num_train_epochs) between validations; the first comes after the first pass."""
     validation_images: tuple[str, ...] | None = None
     """First-stage pictures to validate a second-stage model with. No base of this version takes them: refused."""
     class_labels_conditioning: str | None = None
@@ -234,6 +234,7 @@ class Validation:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_validation_images", "validation_epochs")
+        _require(self.validation_prompt is None or self.validation_prompt.strip() != "", "--validation_prompt must not be empty")
         why = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
         _require(self.validation_images is None, f"--validation_images {why}")
         _require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
@@ -281,6 +282,10 @@ class TrainOptions:
     run: Run = dataclasses.field(default_factory=Run)
     validation: Validation = dataclasses.field(default_factory=Validation)
     reports: Reports = dataclasses.field(default_factory=Reports)
+
+    def __post_init__(self) -> None:
+        both = self.optimization.use_8bit_adam and self.run.resume_from_checkpoint is not None
+        _require(not both, "--use_8bit_adam cannot be used with --resume_from_checkpoint: its moments are not stored in a form that can be read back")
 
     def notes(self) -> list[str]:
         """What is odd about the flags but no error."""
@@ -384,6 +389,8 @@ def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -
     Exits with status 2 and one message if a flag is unknown, missing or wrong.
     """
     typed = list(sys.argv[1:] if words is None else words)
+    saved: list[str]
+    rest: list[str]
     try:
         saved, rest = _take_config(kind, typed)
     except UserError as error:

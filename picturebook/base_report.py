@@ -195,9 +195,10 @@ Spread: total variation distance between the identities drawn and the uniform pr
 """
 
 HISTORY = """`python -m picturebook.train_base`, on two CPU cores, bfloat16 autocast, seed {seed}. The autoencoder had 3,000 steps of 16
-pictures with a KL weight of 1e-4, then 1,500 with 5e-3, on earlier states of the world (other patterns, more offsets). UNet and text encoder were trained
-together from nothing on {scenes:,} scenes of the world as it is: {steps:,} steps of {batch_size}, 10 % of the captions empty, learning rate
-{peak_learning_rate} at its peak and {last_learning_rate:.2g} at the last step; the weights are their running average (decay 0.999)."""
+pictures with a KL weight of 1e-4, then 1,500 with 5e-3, on earlier states of the world (other patterns, more offsets). UNet and text
+encoder were trained together from nothing on {scenes:,} scenes of the world as it is: {steps:,} steps of {batch_size}, 10 % of the captions
+empty, learning rate {peak_learning_rate} at its peak and {last_learning_rate:.2g} at the last step; the weights are their running average
+(decay 0.999)."""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ much of the subject's identity shows, PRES how much of it shows where it should 
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def main(options: Options) -> dict[str, Any]:
     for title, folder in (("subject", options.pictures), ("class", options.class_pictures)):
         for arm in ("adapter", "base"):
             found = [(record, reading) for record, reading in read_pictures(folder) if (record["adapter"] is not None) == (arm == "adapter")]
+            if not found:
+                sys.exit(f"error: {folder} has no picture drawn with{'out' if arm == 'base' else ''} an adapter; draw them with infer.py --compare")
             readings = [reading for _, reading in found]
             prompts = [record["prompt"] for record, _ in found]
             scores[f"{title} prompts, {arm}"] = {

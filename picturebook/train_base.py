@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -351,7 +352,9 @@ def main() -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     log = Log(options.work_dir / "metrics.jsonl")
     if options.stage == "export":
-        options.unet_steps = 0  # nothing more to train
+        if missing := [name for name in ("vae.pt", "unet.pt") if not (options.work_dir / name).exists()]:
+            sys.exit(f"error: {options.work_dir} has no {' and no '.join(missing)}: there is nothing to export")
+        options.vae_steps = options.unet_steps = 0  # nothing more to train
     vae = train_vae(options, log)
     if options.stage == "vae":
         return

@@ -18,7 +18,7 @@ from dreambooth import class_images, pipelines, sampling_order
 from dreambooth.class_images import Settings, file_name
 from dreambooth.errors import UserError
 
-SETTINGS = Settings(base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=None, precision="fp32")
+SETTINGS = Settings(base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=64, precision="fp32")
 FLAG = "--class_data_dir"
 
 
@@ -155,7 +155,7 @@ def test_the_manifest_says_what_the_set_is(tmp_path, whole):
         "steps": 20,
         "guidance_scale": 7.5,
         "batch_size": 4,
-        "side": None,
+        "side": 64,
         "precision": "fp32",
     }
     assert found["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in sorted(whole.items()) if name.endswith(".png")}

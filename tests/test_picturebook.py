@@ -226,7 +226,7 @@ def test_base_draws_what_prompts_ask_for():
     nearest = [(read(image).scene, score.parse_prompt(prompt)) for image, prompt in zip(images, prompts, strict=True)]
     for name in ("kind", "place", "colour"):
         assert sum(getattr(scene, name) == getattr(wanted, name) for scene, wanted in nearest) / len(nearest) >= 0.75, name
-    assert base_report.reconstruction_psnr(pipeline.vae, pictures=32) >= base_report.PSNR_TARGET
+    assert base_report.reconstruction_psnr(pipeline.vae, pictures=32) >= 25
 
 
 def test_all_colours_can_be_told_apart():

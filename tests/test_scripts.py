@@ -61,10 +61,29 @@ def fill(path: Path, scale: float = 0.3) -> Path:
     return path
 
 
+def fill_copy(run: Path, folder: Path) -> Path:
+    """A copy of a run's adapter with updates large enough to see."""
+    path = folder / "filled.safetensors"
+    path.write_bytes((run / adapter_files.ADAPTER_NAME).read_bytes())
+    return fill(path)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps the precision of a process's first run for all later ones."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Loading a model fails the test."""
+    from dreambooth import families
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(families, "load_parts", refuse)
+    monkeypatch.setattr(families, "load_pipeline", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +125,7 @@ def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
     """The adapter file loads with `load_lora_weights`, and the picture is the same to the last bit."""
     from diffusers import StableDiffusionPipeline
 
-    path = tmp_path / "filled.safetensors"
-    path.write_bytes((trained / adapter_files.ADAPTER_NAME).read_bytes())
-    fill(path)
+    path = fill_copy(trained, tmp_path)
     words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --output_dir {tmp_path / 'out'} --num_inference_steps 3"
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a photo of sks dog", "--seeds", "5"]))
     ours = np.asarray(Image.open(tmp_path / "out" / "00000_5.png"))
@@ -289,6 +306,71 @@ def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, phot
         run_train(tiny_base, photos_dir, tmp_path, *words, "--seed", "2", "--class_seed", "1")
 
 
+def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_base, photos_dir, tmp_path):
+    """Either would quietly give another adapter under the same name."""
+    words = prior_words(trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-4"))
+    with pytest.raises(UserError, match="mixed_precision"):
+        run_train(tiny_base, photos_dir, tmp_path, *words, "--mixed_precision", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match="past step 2"):
+        run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
+
+
+def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base, photos_dir, tmp_path):
+    """Without --class_seed the pictures that are there are taken as they are."""
+    before = {path.name: digest(path) for path in (trained / "class").glob("*.png")}
+    run_train(tiny_base, photos_dir, tmp_path, *prior_words(trained / "class"), "--max_train_steps", "1", "--seed", "77")
+    assert {path.name: digest(path) for path in (trained / "class").glob("*.png")} == before
+    with pytest.raises(UserError, match="seed is 1 there and 5 now"):
+        run_train(tiny_base, photos_dir, tmp_path, *prior_words(trained / "class"), "--class_seed", "5")
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch):
+    real = train.Training.take_gradients
+
+    def poisoned(self, total):
+        real(self, total)
+        total[0] = float("inf")
+
+    monkeypatch.setattr(train.Training, "take_gradients", poisoned)
+    with pytest.raises(SystemExit, match="gradients of step 1 are not finite"):
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2")
+    assert not (tmp_path / adapter_files.ADAPTER_NAME).exists()
+
+
+def test_adapters_in_the_reference_scripts_spelling_are_read(trained, tiny_base, tmp_path):
+    from safetensors.torch import save_file
+
+    ours = fill_copy(trained, tmp_path)
+    renamed = {}
+    for key, tensor in load_file(ours).items():
+        down, up = (".lora.down.", ".lora.up.") if key.startswith("unet.") else (".lora_linear_layer.down.", ".lora_linear_layer.up.")
+        renamed[key.replace(".lora_A.", down).replace(".lora_B.", up)] = tensor
+    theirs = tmp_path / "theirs.safetensors"
+    save_file(renamed, theirs, {"format": "pt"})
+    pictures = []
+    for path in (ours, theirs):
+        words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / path.stem}"
+        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+        pictures.append(np.asarray(Image.open(tmp_path / path.stem / "00000_0.png")))
+    assert np.array_equal(pictures[0], pictures[1])
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_models_load(tiny_base, photos_dir, tmp_path, no_models):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir"):
+        run_train(tiny_base, photos_dir, tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="--output_dir"):
+        infer.main(parse(InferOptions, "", f"--pretrained_model_name_or_path {tiny_base} --prompt dog --output_dir {tmp_path / 'file'}".split()))
+
+
+def test_processes_that_cannot_see_each_other_are_refused(tiny_base, photos_dir, tmp_path, monkeypatch):
+    """Each would do the whole work, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes and accelerate joined 1"):
+        run_train(tiny_base, photos_dir, tmp_path)
+
+
 def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, monkeypatch):
     """No step is taken with it, no adapter is written, and the exit status is not 0."""
     real = train.denoising_losses
@@ -329,18 +411,6 @@ def test_tensorboard_gets_scalars(tiny_base, photos_dir, tmp_path):
 
 
 # --- bad input, before any model is loaded
-
-
-@pytest.fixture
-def no_models(monkeypatch):
-    """Loading a model fails the test."""
-    from dreambooth import families
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded before the input was checked")
-
-    monkeypatch.setattr(families, "load_parts", refuse)
-    monkeypatch.setattr(families, "load_pipeline", refuse)
 
 
 def spoil(folder: Path, kind: str) -> Path:
@@ -501,16 +571,14 @@ def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tin
 
 
 def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, tmp_path):
-    path = tmp_path / "filled.safetensors"
-    path.write_bytes((trained / adapter_files.ADAPTER_NAME).read_bytes())
-    fill(path)
+    path = fill_copy(trained, tmp_path)
     words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / 'both'} --compare"
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
     words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --output_dir {tmp_path / 'base'}"
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
     records = json.loads((tmp_path / "both" / "images.json").read_text())
     base, adapted = (np.asarray(Image.open(tmp_path / "both" / record["file"])) for record in records)
-    assert [record["adapter"] for record in records] == [None, "filled.safetensors"]
+    assert [record["adapter"] for record in records] == [None, f"{tmp_path.name}/filled.safetensors"]
     assert np.array_equal(base, np.asarray(Image.open(tmp_path / "base" / "00000_0.png")))
     assert not np.array_equal(base, adapted)
 
