@@ -15,6 +15,13 @@ from tests import tiny
 torch.set_num_threads(1)  # the same last bits on any machine
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A run with --num_threads sets it for the whole process; another number gives other last bits."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 1.5 in miniature: predicts noise, 77 tokens, text 32 wide."""
