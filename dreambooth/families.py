@@ -70,7 +70,7 @@ def local_folder(base: BaseModel) -> Path:
         raise UserError(f"{_FLAG}: {name} is a single file; convert it to a diffusers folder first")
     else:
         folder = _download(base)
-    _identify(folder, name, own_tokenizer=base.tokenizer_name is not None)
+    _check_parts(folder, name, own_tokenizer=base.tokenizer_name is not None)
     return folder
 
 
@@ -97,7 +97,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{_FLAG}: {path} cannot be read ({' '.join(str(error).split())})") from None
 
 
-def _identify(folder: Path, name: str, *, own_tokenizer: bool) -> Family:
+def _check_parts(folder: Path, name: str, *, own_tokenizer: bool) -> None:
     config = _read_json(folder / "model_index.json")
     if config.get("_class_name") not in FAMILIES:
         raise UserError(_unknown(name, config))
@@ -112,7 +112,6 @@ def _identify(folder: Path, name: str, *, own_tokenizer: bool) -> Family:
     prediction_type = _read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{_FLAG}: Unknown prediction type {prediction_type} in the scheduler of {name}; it must be epsilon or v_prediction")
-    return family
 
 
 def own_side(folder: Path) -> int:

@@ -54,12 +54,11 @@ class Progress:
         self.since, self.since_step = time.monotonic(), step
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Record what step `step` (counted from 1) gave; the bar shows time left, the record images per second since the last one."""
+        """Record what step `step` (counted from 1) gave; the bar shows time left, the record images per second since the clock was restarted."""
         if self.file is None:
             return
         now = time.monotonic()
         rate = (step - self.since_step) * self.images_per_step / max(now - self.since, 1e-9)
-        self.since, self.since_step = now, step
         record = {"step": step, **values, "images_per_second": round(rate, 3)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()

@@ -310,7 +310,7 @@ def _finish(mask: Image.Image, flip: bool) -> Image.Image:
 
 
 def _grown(mask: Image.Image, pixels: float) -> Image.Image:
-    """The mask with a square border of `pixels` added; what Pillow's MaxFilter gives, fifty times as fast."""
+    """The mask with a square border of `pixels` added; what Pillow's MaxFilter gives, over ten times as fast."""
     radius = round(pixels * SUPERSAMPLING)
     for along_x in (True, False):
         grown = mask

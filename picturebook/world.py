@@ -65,7 +65,7 @@ RARE_WORDS = ("sks", "qwe", "zwx", "ohwx", "vtk", "plq")
 
 BACKDROPS = 6  # variants of each place: horizon and scenery move
 # Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the base's autoencoder makes one
-# latent of: a line then falls into its patch in one way, not in sixteen, and a small UNet learns to draw it several times as fast.
+# latent of: a line then falls into its patch in one way, not in sixteen, and a small UNet learns to draw it sooner.
 OFFSETS_X = (-4, 0, 4)
 OFFSETS_Y = (-4, 0)
 
@@ -115,11 +115,11 @@ def random_pose(rng: random.Random) -> Pose:
     return Pose(rng.choice(OFFSETS_X), rng.choice(OFFSETS_Y), rng.random() < 0.5)
 
 
-def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene from the world's prior; with `held_out` False no identity that subjects are taken from, with True only those."""
+def random_scene(rng: random.Random) -> Scene:
+    """A scene from the world's prior, of an identity that is not held out for subjects."""
     kind = rng.choice(KINDS)
     identity = random_identity(rng)
-    while identity.is_held_out(kind) != held_out:
+    while identity.is_held_out(kind):
         identity = random_identity(rng)
     accessory = rng.choice(ACCESSORIES) if rng.random() < 0.5 else None
     accessory_colour = rng.choice(tuple(ACCESSORY_COLOURS)) if accessory else None
