@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # Two threads, so that a laptop and a large server give the same pictures.
 THREADS ?= 2
 
-.PHONY: demo test lint types base base-report clean
+.PHONY: demo test lint types faults base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the README's table.
+faults: $(VENV)/installed
+	$(BIN)/python -m benchmarks.faults
 
 # Train the embedded base anew (hours), and measure it (minutes).
 base: $(VENV)/installed

@@ -3,26 +3,43 @@
 Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
 to share the work among processes, or with plain `python`."""
 
-from dreambooth.options import ClassImageOptions, fail, parse
+from dreambooth import stops
+from dreambooth.command_line import fail, parse
+from dreambooth.options import ClassImageOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    stops.until_imports_are_done()
 
+import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from dreambooth import class_images, families, processes
 from dreambooth.errors import UserError
+from dreambooth.stops import Stop, Watch
 
 
 def main(options: ClassImageOptions) -> None:
-    """Make the missing class images. Raises UserError if the folder holds another set."""
+    """Make the missing class images. Raises UserError if the folder holds another set, SystemExit if a signal ends it; what is made stays."""
+    watch = Watch()
+    try:
+        generate(options, watch)
+    except Stop as stop:
+        print(f"{stop.reason}; started again, it goes on where it was", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        watch.close()
+
+
+def generate(options: ClassImageOptions, watch: Watch) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    state = Accelerator()
-    processes.check_world(state)
+    peers = processes.join(peer_timeout=600)
+    state = peers.accelerator
+    for note in processes.notes():
+        print(f"note: {note}")
     with state.main_process_first():  # where it must be downloaded, once
         base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)
@@ -38,7 +55,7 @@ def main(options: ClassImageOptions) -> None:
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
     )
     folder = Path(options.class_data_dir)
-    class_images.make(folder, settings, options.num_class_images, options.base, base_folder, state)
+    class_images.make(folder, settings, options.num_class_images, options.base, base_folder, peers, watch)
     if state.is_main_process:
         print(f"{folder} holds {options.num_class_images} class images")
 

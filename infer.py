@@ -1,9 +1,12 @@
 """Draw pictures with an adapter, or without: prompts x seeds -> PNG files with their settings inside, and a contact sheet."""
 
-from dreambooth.options import InferOptions, fail, parse
+from dreambooth import stops
+from dreambooth.command_line import fail, parse
+from dreambooth.options import InferOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(InferOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    stops.until_imports_are_done()
 
 import json
 from pathlib import Path
@@ -13,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import adapter_files, families, pipelines, processes
+from dreambooth import adapter_files, base_folders, families, locks, pipelines, processes
 from dreambooth.errors import UserError
+from dreambooth.printable import shown
 
 ADAPTER_NAME = "subject"
 
@@ -25,18 +29,27 @@ def read_prompts(options: InferOptions) -> list[str]:
     try:
         lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {options.prompts_file}: {error}") from None
+        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"--prompts_file {shown(options.prompts_file)}: {reason}") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise UserError(f"--prompts_file {options.prompts_file}: no prompt in it")
     return prompts
 
 
-def load_adapter(pipeline: Any, path: Path) -> None:
-    """Put an adapter on the pipeline. Raises UserError unless every tensor of the file has its place: diffusers would skip it in silence."""
-    state, _ = adapter_files.read(path)
-    adapter_files.check_fits(path, state, {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER_NAME)
+def base_shapes(folder: Path, variant: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the base's layers by component and module, from its files' headers."""
+    found = {part: base_folders.weight_shapes(folder, part, variant) for part in ("unet", "text_encoder")}
+    return {part: {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")} for part, shapes in found.items()}
+
+
+def put_on(pipeline: Any, state: dict[str, dict[str, torch.Tensor]], fields: dict[str, dict[str, Any]]) -> None:
+    """Put an adapter on the pipeline. diffusers gets the tensors and the few `fields` that were checked, never the file itself."""
+    loaders = {"unet": pipeline.load_lora_into_unet, "text_encoder": pipeline.load_lora_into_text_encoder}
+    tensors = adapter_files.flat(state)
+    for component in state:
+        metadata = {f"{component}.{name}": value for name, value in fields.get(component, {}).items()} or None
+        loaders[component](tensors, None, getattr(pipeline, component), adapter_name=ADAPTER_NAME, metadata=metadata, _pipeline=pipeline)
 
 
 def main(options: InferOptions) -> None:
@@ -49,16 +62,28 @@ def main(options: InferOptions) -> None:
     prompts = read_prompts(options)
     output_dir = Path(options.output_dir)
     adapter = adapter_files.find(options.adapter) if options.adapter else None
+    state, metadata = adapter_files.read(adapter) if adapter else ({}, {})
     base_folder = families.local_folder(options.base)
+    if adapter:
+        fields = adapter_files.lora_fields(adapter, state, metadata)
+        adapter_files.check_shapes(adapter, state, base_shapes(base_folder, options.base.variant), fields)
     tokenizer = families.load_tokenizer(options.base, base_folder)
     limit = families.max_tokens(base_folder)
     families.check_prompts(tokenizer, {f"the prompt {p!r}": p for p in prompts} | {"--negative_prompt": options.negative_prompt}, limit)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     processes.make_folder(output_dir, "--output_dir")
-    pipeline = families.load_pipeline(options.base, base_folder, dtype, device)
-    if adapter:
-        load_adapter(pipeline, adapter)
+    with locks.hold(output_dir, "--output_dir") as notes:
+        for note in notes:
+            print(f"note: {note}")
+        pipeline = families.load_pipeline(options.base, base_folder, dtype, device)
+        if adapter:
+            put_on(pipeline, state, fields)
+        draw_all(options, pipeline, prompts, adapter)
 
+
+def draw_all(options: InferOptions, pipeline: Any, prompts: list[str], adapter: Path | None) -> None:
+    """Draw and save every picture, their list and the contact sheet. `adapter` is the file of the one on the pipeline."""
+    output_dir = Path(options.output_dir)
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     kinds = [False, True] if options.compare else [adapter is not None]
     pictures: dict[tuple[str, int, bool], Image.Image] = {}

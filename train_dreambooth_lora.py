@@ -2,30 +2,34 @@
 
 The flags of Hugging Face diffusers' script of the same name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth.options import PriorPreservation, TrainOptions, adopt_local_rank, as_table, fail, parse, write_yaml
+from dreambooth import stops
+from dreambooth.command_line import as_table, fail, parse, write_yaml
+from dreambooth.options import TrainOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    stops.until_imports_are_done()
 
 import contextlib
-import dataclasses
+import hashlib
 import math
-import random
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
-from PIL import Image
 
-from dreambooth import adapter_files, adapters, checkpoints, class_images, families, photos, pipelines, processes, report, sampling_order
+from dreambooth import adapter_files, adapters, checkpoints, families, pipelines, preparation, report, runs, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.families import FrozenParts
+from dreambooth.processes import Peers
 from dreambooth.samples import MicroBatch, PhotoRows, Source, micro_batches
+from dreambooth.stops import Stop, Watch
 
 
 def denoising_losses(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -54,26 +58,31 @@ def noise_and_target(
 class Training:
     """One run: the frozen base, the adapter on it, and the loop that trains it."""
 
-    def __init__(self, options: TrainOptions, accelerator: Accelerator, parts: FrozenParts, sources: list[Source]):
-        self.options, self.accelerator, self.parts, self.sources = options, accelerator, parts, sources
+    def __init__(
+        self, options: TrainOptions, peers: Peers, watch: Watch, parts: FrozenParts, sources: list[Source], identity: dict[str, Any] | None = None
+    ):
+        self.options, self.peers, self.watch, self.parts, self.sources, self.identity = options, peers, watch, parts, sources, identity or {}
+        self.accelerator = peers.accelerator
         run, seed = options.run, options.run.seed
         assert seed is not None
         self.seed, self.output_dir = seed, Path(run.output_dir)
-        self.slots = run.gradient_accumulation_steps * accelerator.num_processes
+        self.slots = run.gradient_accumulation_steps * peers.world
         self.components = self._inject()
         self.parameters = [p for component in self.components for _, p in component.named_parameters()]
         self.names = {id(p): name for component in self.components for name, p in component.named_parameters()}
         self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
-        longest = max(len(source.photos) for source in sources)
-        self.steps_per_epoch = math.ceil(math.ceil(longest / (run.train_batch_size * accelerator.num_processes)) / run.gradient_accumulation_steps)
-        self.max_steps = run.max_train_steps or run.num_train_epochs * self.steps_per_epoch
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16")
+        self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, max(len(source.photos) for source in sources), peers.world)
         self.learning_rate_factor = self._make_schedule()
         self.prompts = [options.instance.instance_prompt]
         if len(sources) == 2:
             assert options.prior.class_prompt is not None
             self.prompts.append(options.prior.class_prompt)
+        instance = options.instance
+        self.dataset = PhotoRows(sources, seed, instance.resolution, instance.image_interpolation_mode, instance.center_crop)
         self.first_step = 0
+        self.completed = 0  # steps whose update is in the parameters
+        self.is_between_steps = True
 
     def _inject(self) -> list[adapters.Component]:
         lora = self.options.adapter
@@ -90,7 +99,7 @@ class Training:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         o, run = self.options.optimization, self.options.run
-        scale = run.gradient_accumulation_steps * run.train_batch_size * self.accelerator.num_processes if o.scale_lr else 1
+        scale = run.gradient_accumulation_steps * run.train_batch_size * self.peers.world if o.scale_lr else 1
         self.learning_rate = o.learning_rate * scale
         if o.use_8bit_adam:
             import bitsandbytes
@@ -115,21 +124,18 @@ class Training:
         )
         return schedule.lr_lambdas[0]
 
-    def resume(self, folder: Path) -> None:
-        state = checkpoints.read_state(folder)
-        for name, mine in self.identity().items():
-            if state.get(name) != mine:
-                what = "gradient_accumulation_steps x processes" if name == "slots" else f"--{name}"
-                raise UserError(f"--resume_from_checkpoint: {folder} was trained with {what} = {state.get(name)}, now it is {mine}")
-        checkpoints.restore(folder, self.components, self.optimizer)
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["grad_scaler"])
-        self.first_step = state["step"]
+    def start_from(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Fill the adapter from an adapter file; a component that the file lacks stays as it was drawn."""
+        for component in self.components:
+            if component.name in state:
+                component.load_state_dict(state[component.name])
 
-    def identity(self) -> dict[str, int | str]:
-        """What must be the same when a run goes on."""
-        precision = self.accelerator.mixed_precision
-        return {"seed": self.seed, "train_batch_size": self.options.run.train_batch_size, "slots": self.slots, "mixed_precision": precision}
+    def resume(self, checkpoint: checkpoints.Content) -> None:
+        """Go on from a checkpoint that has been found to be of this run. Raises UserError if it does not fit all the same."""
+        checkpoints.restore(checkpoint, self.components, self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoints.read_state(checkpoint)["grad_scaler"])
+        self.first_step = self.completed = checkpoint.step
 
     def prepare_text(self) -> None:
         """Encode the prompts once and free the text encoder, if nothing in it will change."""
@@ -168,16 +174,22 @@ class Training:
         with self.accelerator.autocast():
             model_input = noisy_latents.to(self.parts.unet.dtype).contiguous(memory_format=torch.channels_last)
             model_pred = self.parts.unet(model_input, timesteps, prompt_embeds.to(self.parts.unet.dtype)).sample
+        self.watch.check()
         losses = denoising_losses(model_pred, target)
         loss, pieces = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight)
         self.scaler.scale(loss / self.slots).backward()
+        self.watch.check()
         return {name: value.detach() for name, value in {"loss": loss, **pieces}.items()}
 
     def take_gradients(self, total: torch.Tensor) -> None:
-        """Add every process's gradients of this micro-step to `total` in the order of their slots, which no process count changes."""
+        """Add the gradients of this micro-step to `total`: every process's, in the order of their slots, which no process count changes; or
+        with --gradient_sync ddp this process's alone, for one sum at the end of the step."""
         flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in self.parameters])
-        for row in self.accelerator.gather(flat[None]):  # [processes, parameters]
-            total += row
+        if self.options.run.gradient_sync == "ddp":
+            total += flat
+        else:
+            for row in self.peers.gather(flat[None]):  # [processes, parameters]
+                total += row
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -191,59 +203,82 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.optimization.max_grad_norm or math.inf)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # with fp16 the scaler skips such a step and lowers its scale
-            raise SystemExit(
-                f"error: the gradients of step {step + 1} are not finite; stopped before they were applied. Checkpoints are as they were"
-            )
+            raise Stop(f"the gradients of step {step + 1} are not finite; they were not applied")
+        self.is_between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.completed = step + 1
+        self.is_between_steps = True
         return learning_rate
 
     def train(self) -> None:
-        options, accelerator, run = self.options, self.accelerator, self.options.run
+        """All steps, checkpoints and validations, and the finished adapter. Whatever ends it early, the last completed step is saved."""
+        run = self.options.run
         self.prepare_text()
-        dataset = PhotoRows(
-            self.sources, self.seed, options.instance.resolution, options.instance.image_interpolation_mode, options.instance.center_crop
-        )
         batches = micro_batches(
-            dataset,
+            self.dataset,
             self.parts.vae,
             range(self.first_step, self.max_steps),
             slots=self.slots,
             batch_size=run.train_batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=options.instance.dataloader_num_workers,
-            show_progress=accelerator.is_main_process,
+            rank=self.peers.rank,
+            world=self.peers.world,
+            workers=self.options.instance.dataloader_num_workers,
+            show_progress=self.peers.is_main,
+            check=self.watch.check,
         )
         images_per_step = self.slots * run.train_batch_size * len(self.sources)
         progress = report.Progress(
-            accelerator, self.output_dir / "metrics.jsonl", first_step=self.first_step, last_step=self.max_steps, images_per_step=images_per_step
+            self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.first_step, last_step=self.max_steps, images_per_step=images_per_step
         )
-        total = torch.zeros(sum(p.numel() for p in self.parameters), device=accelerator.device)
         with contextlib.closing(progress):
-            for step in range(self.first_step, self.max_steps):
-                total.zero_()
-                self._set_training(True)
-                losses = []
-                for _ in range(run.gradient_accumulation_steps):
-                    losses.append(self.micro_step(next(batches)))
-                    self.take_gradients(total)
-                mean = {name: accelerator.gather(torch.stack([loss[name] for loss in losses])).mean().item() for name in losses[0]}
-                if not math.isfinite(mean["loss"]):
-                    raise SystemExit(
-                        f"error: the loss of step {step + 1} is {mean['loss']}; stopped before it was applied. Checkpoints are as they were"
-                    )
-                learning_rate = self.update(total, step)
-                progress.step(step + 1, {**mean, "lr": learning_rate})
-                if (step + 1) % run.checkpointing_steps == 0:
-                    self.save_checkpoint(step + 1)
-                epoch = step // self.steps_per_epoch
-                if (step + 1) % self.steps_per_epoch == 0 and epoch % options.validation.validation_epochs == 0 and step + 1 < self.max_steps:
-                    self.validate(step + 1, progress, "validation")
-                progress.restart_clock(step + 1)
-            self.save_final()
-            self.validate(self.max_steps, progress, "test")
+            try:
+                for step in range(self.first_step, self.max_steps):
+                    self.step(step, batches, progress)
+                self.save_final()
+                self.validate(self.max_steps, progress, "test")
+            except BaseException as error:
+                self.save_what_is_done(error)
+                raise
+
+    def step(self, step: int, batches: Iterator[MicroBatch], progress: report.Progress) -> None:
+        """Step number `step`, counted from 0, and what is due after it. Raises Stop, its update undone or not begun, if the run is to end."""
+        run, validation = self.options.run, self.options.validation
+        total = torch.zeros(sum(p.numel() for p in self.parameters), device=self.accelerator.device)
+        self._set_training(True)
+        losses = []
+        for _ in range(run.gradient_accumulation_steps):
+            losses.append(self.micro_step(next(batches)))
+            self.take_gradients(total)
+        if run.gradient_sync == "ddp" and self.peers.world > 1:
+            total = self.peers.sum(total)
+        by_slot = {name: self._by_slot(torch.stack([loss[name] for loss in losses])) for name in losses[0]}
+        if not torch.isfinite(by_slot["loss"]).all():
+            raise Stop(self._not_finite(step, by_slot["loss"]))
+        self.watch.check()
+        learning_rate = self.update(total, step)
+        progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, "lr": learning_rate})
+        if (step + 1) % run.checkpointing_steps == 0:
+            self.save_checkpoint(step + 1)
+        epoch = step // self.steps_per_epoch
+        if (step + 1) % self.steps_per_epoch == 0 and epoch % validation.validation_epochs == 0 and step + 1 < self.max_steps:
+            self.validate(step + 1, progress, "validation")
+        progress.restart_clock(step + 1)
+
+    def _by_slot(self, values: torch.Tensor) -> torch.Tensor:
+        """[slots] from every process's [micro-steps]: slot j was micro-step j // world of process j % world."""
+        return self.peers.gather(values[None]).transpose(0, 1).flatten()
+
+    def _not_finite(self, step: int, losses: torch.Tensor) -> str:
+        """What to say of losses, [slots], that are not all finite: the pictures, since with the seed they are all it takes to see it again."""
+        size = self.options.run.train_batch_size
+        slots = [slot for slot, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        rows = [row for slot in slots for row in sampling_order.rows_of_slot(step, slot, slots=self.slots, batch_size=size)]
+        names = sorted({source.photos[self.dataset.photo(source, row)].path.name for source in self.sources for row in rows})
+        shown = ", ".join(ascii(name)[1:-1] for name in names[:5])
+        values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
+        return f"the loss of step {step + 1} is not finite ({values}) at rows {rows[0]} to {rows[-1]}: {shown}; it was not applied"
 
     def _set_training(self, training: bool) -> None:
         """LoRA dropout and gradient checkpointing work in training mode only; pictures are drawn in eval mode."""
@@ -262,21 +297,53 @@ class Training:
         configs = {c.name: adapters.lora_metadata(c) for c in self.components}
         return adapter_files.pack({c.name: c.state_dict() for c in self.components}, configs, info)
 
+    def _publish(self, step: int) -> None:
+        """Write checkpoint-<step>; for the main process alone."""
+        around = runs.surroundings(threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options)
+        state: dict[str, object] = {"seed": self.seed, "surroundings": around}
+        if self.scaler.is_enabled():
+            state["grad_scaler"] = self.scaler.state_dict()
+        moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
+        limit = self.options.run.checkpoints_total_limit
+        folder = checkpoints.save(self.output_dir, step, self.pack(step), moments, state, limit=limit, identity=self.identity)
+        if note := checkpoints.room_note(self.output_dir, checkpoints.size(folder)):
+            report.say(self.accelerator, f"warning: {note}")
+
     def save_checkpoint(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            state: dict[str, object] = {**self.identity()}
-            if self.scaler.is_enabled():
-                state["grad_scaler"] = self.scaler.state_dict()
-            moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
-            checkpoints.save(self.output_dir, step, self.pack(step), moments, state, limit=self.options.run.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        """A checkpoint that cannot be written (a full disk) is said, and tried again at the next interval: the run goes on."""
+        if self.peers.is_main:
+            try:
+                self._publish(step)
+            except checkpoints.SaveFailed as error:
+                report.say(self.accelerator, f"warning: {error}")
+        self.peers.wait()
+
+    def _write_adapter(self, step: int) -> Path:
+        path = self.output_dir / adapter_files.ADAPTER_NAME
+        adapter_files.write_atomically(path, self.pack(step))
+        return path
 
     def save_final(self) -> None:
-        if self.accelerator.is_main_process:
-            path = self.output_dir / adapter_files.ADAPTER_NAME
-            adapter_files.write_atomically(path, self.pack(self.max_steps))
+        if self.peers.is_main:
+            try:
+                path = self._write_adapter(self.max_steps)
+            except OSError as error:
+                raise Stop(f"{self.output_dir / adapter_files.ADAPTER_NAME} cannot be written: {error.strerror or error}") from None
             report.say(self.accelerator, f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
-        self.accelerator.wait_for_everyone()
+        self.peers.wait()
+
+    def save_what_is_done(self, error: BaseException) -> None:
+        """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""
+        if not self.peers.is_main or not self.is_between_steps or self.completed == 0:
+            return
+        try:
+            if self.completed > self.first_step and self.completed % self.options.run.checkpointing_steps:
+                self._publish(self.completed)
+            self._write_adapter(self.completed)
+        except (OSError, checkpoints.SaveFailed) as trouble:
+            report.say(self.accelerator, f"warning: step {self.completed} could not be saved: {trouble}")
+        else:
+            report.say(self.accelerator, f"saved step {self.completed} of {self.max_steps}")
 
     @torch.no_grad()
     def validate(self, step: int, progress: report.Progress, name: str) -> None:
@@ -284,151 +351,87 @@ class Training:
         prompt = self.options.validation.validation_prompt
         if prompt is None:
             return
-        if self.accelerator.is_main_process:
+        if self.peers.is_main:
             self._set_training(False)
-            pipeline = families.pipeline_of(self.parts)
             embeds = self.encode([prompt, ""]) if self.options.text.train_text_encoder else self.validation_embeds
             assert embeds is not None
-            images: list[Image.Image] = []
-            for number in range(self.options.validation.num_validation_images):
-                generator = torch.Generator("cpu").manual_seed(sampling_order.key(self.seed, "validation", number))
-                with self.accelerator.autocast():
-                    images += pipeline(
-                        prompt_embeds=embeds[:1],
-                        negative_prompt_embeds=embeds[1:],
-                        generator=generator,
-                        num_inference_steps=25,
-                        height=self.options.instance.resolution,
-                        width=self.options.instance.resolution,
-                    ).images
+            numbers = range(self.options.validation.num_validation_images)
+            with self.accelerator.autocast():
+                images = pipelines.draw_embeds(
+                    families.pipeline_of(self.parts),
+                    embeds,
+                    [sampling_order.key(self.seed, "validation", number) for number in numbers],
+                    side=self.options.instance.resolution,
+                    check=self.watch.check,
+                )
             folder = self.output_dir / "validation"
             folder.mkdir(exist_ok=True)
             for number, image in enumerate(images):
                 pipelines.save_png(image, folder / f"step-{step:06d}-{number:02d}.png", {"prompt": prompt, "step": step})
             progress.images(step, name, images, prompt)
-        self.accelerator.wait_for_everyone()
+        self.peers.wait()
 
 
-def choose_seed(options: TrainOptions, checkpoint: Path | None) -> int:
-    """The seed given, else the checkpoint's, else a new one; the same on every process."""
-    if options.run.seed is not None:
-        return options.run.seed
-    if checkpoint is not None:
-        return int(checkpoints.read_state(checkpoint)["seed"])
-    return int(broadcast_object_list([random.SystemRandom().randrange(2**31)])[0])
+def train(options: TrainOptions, watch: Watch) -> None:
+    """Everything from the check of the input to the finished adapter."""
+    with contextlib.ExitStack() as stack:
+        start = preparation.prepare(options, watch, stack)
+        options, peers = start.options, start.peers
+        parts = families.load_parts(
+            start.base_folder, options.base.variant, start.tokenizer, start.weight_dtype, peers.accelerator.device, start.max_tokens
+        )
+        training = Training(options, peers, watch, parts, start.sources, start.identity)
+        start.status.step = lambda: training.completed
+        if options.run.gradient_checkpointing:
+            parts.unet.enable_gradient_checkpointing()
+            if options.text.train_text_encoder:
+                assert parts.text_encoder is not None
+                parts.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if options.run.enable_xformers_memory_efficient_attention:
+            parts.unet.enable_xformers_memory_efficient_attention()
+        report.say(peers.accelerator, adapters.describe(training.components))
+        if start.checkpoint:
+            training.resume(start.checkpoint)
+            say_where_it_goes_on(training, start.checkpoint.folder)
+        else:
+            training.start_from(start.first_adapter)
+        peers.check_same({"adapter weights at the start": hashlib.sha256(training.pack(training.first_step)).hexdigest()})
+        if peers.is_main:
+            if not start.checkpoint:
+                runs.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
+            write_yaml(options, training.output_dir / "run.yaml")
+        peers.wait()
+        if peers.accelerator.log_with:
+            peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(as_table(options)))
+        started = time.monotonic()
+        training.train()
+        peers.accelerator.end_training()
+        report.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
 
 
-def adopt_class_images(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
-    """The options with seed and precision of the class images that are already there, where the flags leave them open."""
-    there = class_images.made_with(Path(prior.class_data_dir)) if prior.with_prior_preservation and prior.class_data_dir else {}
-    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed or 0)
-    precision = prior.prior_generation_precision or there.get("precision")
-    return dataclasses.replace(prior, class_seed=class_seed, prior_generation_precision=precision)
-
-
-def class_image_settings(options: TrainOptions, base_folder: Path, device: torch.device) -> class_images.Settings:
-    prior = options.prior
-    assert prior.class_prompt is not None
-    assert prior.class_seed is not None
-    return class_images.Settings(
-        base=families.fingerprint(base_folder, options.base.variant),
-        prompt=prior.class_prompt,
-        seed=prior.class_seed,
-        steps=prior.class_inference_steps,
-        guidance_scale=prior.class_guidance_scale,
-        batch_size=prior.sample_batch_size,
-        side=families.own_side(base_folder),
-        precision=class_images.precision_of(prior.prior_generation_precision, device),
-    )
-
-
-def gather_sources(options: TrainOptions, instance: photos.Folder, base_folder: Path, accelerator: Accelerator) -> list[Source]:
-    """The photos, and with prior preservation the class images, the missing ones generated first."""
-    sources = [Source("instance", instance.photos)]
-    prior = options.prior
-    if prior.with_prior_preservation:
-        assert prior.class_data_dir is not None
-        folder = Path(prior.class_data_dir)
-        settings = class_image_settings(options, base_folder, accelerator.device)
-        class_images.make(folder, settings, prior.num_class_images, options.base, base_folder, accelerator)
-        sources.append(Source("class", photos.check_folder(folder, "--class_data_dir").photos[: prior.num_class_images]))
-    return sources
+def say_where_it_goes_on(training: Training, checkpoint: Path) -> None:
+    """Raises UserError if the run would be over before it began."""
+    report.say(training.accelerator, f"resuming from {checkpoint} at step {training.first_step} of {training.max_steps}")
+    if training.first_step > training.max_steps:
+        raise UserError(f"--resume_from_checkpoint: {checkpoint} is past step {training.max_steps}, where this run ends; raise --max_train_steps")
+    if training.first_step == training.max_steps:
+        report.say(training.accelerator, "nothing is left to train: the checkpoint is at --max_train_steps")
 
 
 def main(options: TrainOptions) -> None:
-    """Train and save an adapter. Raises UserError for what the user can put right, before any model is loaded where that can be known."""
-    run = options.run
-    adopt_local_rank(run)
-    if run.num_threads:
-        torch.set_num_threads(run.num_threads)
-    names, notes = report.trackers(options.reports.report_to)
-    output_dir = Path(run.output_dir)
-    configuration = ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output_dir / options.reports.logging_dir))
-    accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=names or None, project_config=configuration)
-    processes.check_world(accelerator)
-    if run.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
-        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
-    if run.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    """Train and save an adapter.
 
-    instance = photos.check_folder(options.instance.instance_data_dir, "--instance_data_dir")
-    small = [p for p in instance.photos if min(p.size) < options.instance.resolution]
-    if small:
-        notes.append(
-            f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {options.instance.resolution} and will be enlarged"
-        )
-    with accelerator.main_process_first():  # where it must be downloaded, once
-        base_folder = families.local_folder(options.base)
-    tokenizer = families.load_tokenizer(options.base, base_folder)
-    limit = families.max_tokens(base_folder, options.text)
-    prompts = {
-        "--instance_prompt": options.instance.instance_prompt,
-        "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
-        "--validation_prompt": options.validation.validation_prompt,
-    }
-    families.check_prompts(tokenizer, prompts, limit)
-    checkpoint = checkpoints.find(run.resume_from_checkpoint, output_dir) if run.resume_from_checkpoint else None
-    for note in [*options.notes(), *instance.notes, *notes]:
-        report.say(accelerator, f"note: {note}")
-    if run.resume_from_checkpoint == "latest" and checkpoint is None:
-        report.say(accelerator, "Checkpoint 'latest' does not exist. Starting a new training run.")
-
-    processes.make_folder(output_dir, "--output_dir")
-    seed = choose_seed(options, checkpoint)
-    # resolved, so that run.yaml repeats this run wherever it is read
-    run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
-    options = dataclasses.replace(options, run=run, prior=adopt_class_images(options.prior, options.run.seed))
-    report.say(accelerator, f"seed: {seed}")
-    sources = gather_sources(options, instance, base_folder, accelerator)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    parts = families.load_parts(base_folder, options.base.variant, tokenizer, weight_dtype, accelerator.device, limit)
-    training = Training(options, accelerator, parts, sources)
-    report.say(accelerator, adapters.describe(training.components))
-    if run.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
-        if options.text.train_text_encoder:
-            assert parts.text_encoder is not None
-            parts.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if run.enable_xformers_memory_efficient_attention:
-        parts.unet.enable_xformers_memory_efficient_attention()
-    if checkpoint:
-        training.resume(checkpoint)
-        report.say(accelerator, f"resuming from {checkpoint} at step {training.first_step} of {training.max_steps}")
-        if training.first_step > training.max_steps:
-            raise UserError(f"--resume_from_checkpoint: {checkpoint} is past step {training.max_steps}, where this run ends; raise --max_train_steps")
-        if training.first_step == training.max_steps:
-            report.say(accelerator, "nothing is left to train: the checkpoint is at --max_train_steps")
-    if accelerator.is_main_process:
-        write_yaml(options, output_dir / "run.yaml")
-    accelerator.wait_for_everyone()
-    if names:
-        accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(as_table(options)))
-    started = time.monotonic()
-    training.train()
-    accelerator.end_training()
-    report.say(accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
+    Raises UserError for what the user can put right, before any model is loaded where that can be known; SystemExit with the status that
+    the README lists if the run ends early.
+    """
+    watch = Watch(options.run.max_train_minutes)
+    try:
+        train(options, watch)
+    except Stop as stop:
+        print(f"{'error' if stop.state == 'failed' else 'note'}: {stop.reason}", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        watch.close()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Kept are mean and standard deviation, not a sample: each visit still draws from 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,10 +31,13 @@ def encode(vae: torch.nn.Module, pixel_values: torch.Tensor) -> Posterior:
     return Posterior(torch.cat([d.mean for d in dists]).float(), torch.cat([d.std for d in dists]).float())
 
 
-def encode_photos(vae: torch.nn.Module, paths: Sequence[Path], resolution: int, interpolation: str, *, show_progress: bool) -> list[Posterior]:
-    """The posterior, on the CPU, of every photo in its middle crop: each [1, channels, height, width]."""
+def encode_photos(
+    vae: torch.nn.Module, paths: Sequence[Path], resolution: int, interpolation: str, *, show_progress: bool, check: Callable[[], None]
+) -> list[Posterior]:
+    """The posterior, on the CPU, of every photo in its middle crop: each [1, channels, height, width]. `check` is called before each."""
     found = []
     for path in tqdm(paths, desc="encoding photos", unit="image", disable=not show_progress):
+        check()
         posterior = encode(vae, photos.pixel_values(path, resolution, interpolation, None)[None])
         found.append(Posterior(posterior.mean.cpu(), posterior.std.cpu()))
     return found

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
-from dreambooth import adapter_files, families, photos, pipelines, sampling_order
+from dreambooth import adapter_files, families, locks, photos, pipelines, processes, sampling_order
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
+from dreambooth.options import BaseModel, PriorPreservation
+from dreambooth.processes import Peers
+from dreambooth.stops import Watch
 
 MANIFEST = "manifest.json"
 _FLAG = "--class_data_dir"
@@ -122,6 +123,11 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
     return [k for k in range(max(0, total - own)) if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))]
 
 
+def is_complete(folder: Path, settings: Settings, total: int) -> bool:
+    """True if nothing is missing and everything is on record. Raises UserError as `missing_numbers` does."""
+    return not missing_numbers(folder, settings, total) and not _hash_notes(folder)
+
+
 def _is_whole(path: Path, sha256: str | None) -> bool:
     return sha256 is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
@@ -135,16 +141,18 @@ def fill(
     rank: int = 0,
     world: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Make the missing pictures and return how many this process made.
 
-    `make_draw()` loads what is needed, only if there is work, and gives a function from seeds to pictures. `wait` is a barrier.
+    `make_draw()` loads what is needed, only if there is work, and gives a function from seeds to pictures. `wait` is a barrier; `check`
+    raises where the work is to stop.
     Raises UserError, on every process alike, if the folder holds another set.
     """
     missing = missing_numbers(folder, settings, total)
-    is_complete = not missing and not _hash_notes(folder)
+    is_done = not missing and not _hash_notes(folder)
     wait()  # every process has looked at the folder as it was before anybody writes
-    if is_complete:
+    if is_done:
         return 0
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +166,7 @@ def fill(
         for chunk in tqdm(mine, desc="class images", unit=f"x{settings.batch_size}", disable=rank != 0):
             numbers = range(chunk * settings.batch_size, (chunk + 1) * settings.batch_size)
             images = draw([sampling_order.key(settings.seed, "class-image", k) for k in numbers])
+            check()
             for k, image in zip(numbers, images, strict=True):
                 if k in wanted:
                     _save(folder / file_name(k), image, {**dataclasses.asdict(settings), "number": k})
@@ -169,12 +178,41 @@ def fill(
     return made
 
 
-def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, processes: Accelerator) -> None:
-    """Fill `folder` with pictures that the base draws, shared out over `processes`; the base is loaded only if any are missing."""
+def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
+    """The options with seed and precision of the class images that are already there, where the flags leave them open."""
+    there = made_with(Path(prior.class_data_dir)) if prior.with_prior_preservation and prior.class_data_dir else {}
+    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed or 0)
+    precision = prior.prior_generation_precision or there.get("precision")
+    return dataclasses.replace(prior, class_seed=class_seed, prior_generation_precision=precision)
+
+
+def settings_of(prior: PriorPreservation, base_folder: Path, fingerprint: str, device: torch.device) -> Settings | None:
+    """The set that training wants; None without prior preservation. `fingerprint` is the base's."""
+    if not prior.with_prior_preservation:
+        return None
+    assert prior.class_prompt is not None
+    assert prior.class_seed is not None
+    return Settings(
+        base=fingerprint,
+        prompt=prior.class_prompt,
+        seed=prior.class_seed,
+        steps=prior.class_inference_steps,
+        guidance_scale=prior.class_guidance_scale,
+        batch_size=prior.sample_batch_size,
+        side=families.own_side(base_folder),
+        precision=precision_of(prior.prior_generation_precision, device),
+    )
+
+
+def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, peers: Peers, watch: Watch) -> None:
+    """Fill `folder` with pictures that the base draws, shared out over `peers`; the base is loaded only if any are missing.
+
+    Another run at work in the folder is waited for. Raises UserError as `fill` does, Stop if `watch` says so.
+    """
 
     def make_draw() -> Callable[[Sequence[int]], list[Any]]:
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.precision]
-        pipeline = families.load_pipeline(base, base_folder, dtype, processes.device)
+        pipeline = families.load_pipeline(base, base_folder, dtype, peers.accelerator.device)
         return lambda seeds: pipelines.draw(
             pipeline,
             [settings.prompt] * len(seeds),
@@ -182,10 +220,23 @@ def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_fol
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             side=settings.side,
+            check=watch.check,
         )
 
-    rank, world = processes.process_index, processes.num_processes
-    fill(folder, settings, total, make_draw, rank=rank, world=world, wait=processes.wait_for_everyone)
+    if peers.on_main(lambda: is_complete(folder, settings, total)):
+        return
+    processes.make_folder(folder, _FLAG)
+    told: list[str] = []
+
+    def wait(owner: str) -> None:
+        watch.check()
+        if not told:
+            told.append(owner)
+            tqdm.write(f"waiting for another run that is making class images in {folder}: {owner}")
+
+    with contextlib.ExitStack() as stack:
+        peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait)))
+        fill(folder, settings, total, make_draw, rank=peers.rank, world=peers.world, wait=peers.wait, check=watch.check)
 
 
 def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ A family is one record in `FAMILIES`, chosen by the pipeline class that the base
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from dreambooth import base_folders
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding
+from dreambooth.printable import shown
 
 _FLAG = "--pretrained_model_name_or_path"
+_LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to find the words that do not
 
 # a bar for every loaded file would tear the run's own
 transformers_logging.disable_progress_bar()
@@ -61,62 +63,44 @@ def local_folder(base: BaseModel) -> Path:
     """
     name = base.pretrained_model_name_or_path
     folder = Path(name)
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            shown = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-            raise UserError(f"{_FLAG}: {name} is not a diffusers pipeline folder: it has no model_index.json; it holds {shown}")
-    elif folder.is_file():
-        raise UserError(f"{_FLAG}: {name} is a single file; convert it to a diffusers folder first")
-    else:
-        folder = _download(base)
-    _check_parts(folder, name, own_tokenizer=base.tokenizer_name is not None)
+    try:
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise UserError(base_folders.no_index(folder, name))
+        elif folder.exists():
+            how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            raise UserError(f"{_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}")
+        else:
+            folder = _download(base)
+    except OSError as error:
+        raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
+    index = base_folders.read_json(folder / "model_index.json")
+    family = _family_of(index, name)
+    base_folders.check(folder, name, index, family.components, variant=base.variant, own_tokenizer=base.tokenizer_name is not None)
     return folder
 
 
 def _download(base: BaseModel) -> Path:
     name = base.pretrained_model_name_or_path
     try:
-        config = DiffusionPipeline.load_config(name, revision=base.revision)
-        if config.get("_class_name") not in FAMILIES:  # before gigabytes are fetched
-            raise UserError(_unknown(name, config))
-        return Path(DiffusionPipeline.download(name, revision=base.revision, variant=base.variant, safety_checker=None, feature_extractor=None))
+        _family_of(DiffusionPipeline.load_config(name, revision=base.revision), name)  # before gigabytes are fetched
+        left_out = {"safety_checker": None, "feature_extractor": None}
+        return Path(DiffusionPipeline.download(name, revision=base.revision, variant=base.variant, use_safetensors=True, **left_out))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{_FLAG}: there is no folder {name}, and as a hub id it cannot be read: {reason}") from None
+        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}") from None
 
 
-def _unknown(name: str, config: Any) -> str:
-    return f"{_FLAG}: {name} is a {config.get('_class_name')}; this version trains {', '.join(FAMILIES)}"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{_FLAG}: {path} cannot be read ({' '.join(str(error).split())})") from None
-
-
-def _check_parts(folder: Path, name: str, *, own_tokenizer: bool) -> None:
-    config = _read_json(folder / "model_index.json")
-    if config.get("_class_name") not in FAMILIES:
-        raise UserError(_unknown(name, config))
-    family = FAMILIES[config["_class_name"]]
-    missing = [part for part in family.components if not (folder / part).is_dir() and not (part == "tokenizer" and own_tokenizer)]
-    if missing:
-        raise UserError(f"{_FLAG}: {name} lacks the folders {', '.join(missing)}")
-    unet, text = (_read_json(folder / part / "config.json") for part in ("unet", "text_encoder"))
-    if unet.get("cross_attention_dim") != text.get("hidden_size"):
-        widths = f"{unet.get('cross_attention_dim')} wide text and its text encoder gives {text.get('hidden_size')}"
-        raise UserError(f"{_FLAG}: the UNet of {name} takes {widths}: parts of two different bases")
-    prediction_type = _read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"{_FLAG}: Unknown prediction type {prediction_type} in the scheduler of {name}; it must be epsilon or v_prediction")
+def _family_of(index: Any, name: str) -> Family:
+    found = index.get("_class_name") if isinstance(index, Mapping) else index
+    if not isinstance(found, str) or found not in FAMILIES:
+        raise UserError(base_folders.unknown_class(name, found, list(FAMILIES)))
+    return FAMILIES[found]
 
 
 def own_side(folder: Path) -> int:
     """Pixels along one side of the pictures that the base draws unasked."""
-    unet, vae = (_read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    unet, vae = (base_folders.read_json(folder / part / "config.json") for part in ("unet", "vae"))
     return int(unet.get("sample_size", 64)) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
@@ -137,27 +121,33 @@ def fingerprint(folder: Path, variant: str | None) -> str:
 
 def load_tokenizer(base: BaseModel, folder: Path) -> PreTrainedTokenizerBase:
     if base.tokenizer_name:
-        return _load(AutoTokenizer, base.tokenizer_name, "--tokenizer_name", use_fast=True)
-    return _load(AutoTokenizer, str(folder), _FLAG, subfolder="tokenizer", use_fast=True)
+        return _load(AutoTokenizer, base.tokenizer_name, "--tokenizer_name", use_fast=True, trust_remote_code=False)
+    return _load(AutoTokenizer, str(folder), _FLAG, subfolder="tokenizer", use_fast=True, trust_remote_code=False)
 
 
 def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
     """`from_pretrained` whose failure is one line for the user."""
     try:
         return kind.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries raise KeyError, TypeError, AttributeError, ... for files that say nonsense
         part = where.get("subfolder") or "it"
-        raise UserError(f"{flag}: {part} of {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
 
 
 def max_tokens(folder: Path, text: TextEncoding | None = None) -> int:
     """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
     # the encoder's positions, not the tokenizer's model_max_length, which is 1e30 where its files do not say
-    room = _read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    room = base_folders.read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > room:
         raise UserError(f"--tokenizer_max_length must be at most {room}, the text encoder's positions; got {wanted}")
     return wanted or room
+
+
+def _shortened(text: str) -> str:
+    """A text that may hold a whole prompt, as it may stand in a message."""
+    return shown(text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}")
 
 
 def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> str:
@@ -167,11 +157,21 @@ def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> st
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str | None], limit: int) -> None:
-    """Raise UserError naming flag and words for every prompt that would be cut off."""
+    """Raise UserError naming flag and words for every prompt that would be cut off, or is no text."""
     problems = []
     for flag, prompt in prompts.items():
-        if prompt and (cut := words_cut(tokenizer, prompt, limit)):
-            problems.append(f"{flag} is longer than {limit} tokens; cut off would be: {cut!r}. Make it shorter")
+        if not prompt:
+            continue
+        if len(prompt) > _LONGEST_PROMPT:
+            problems.append(f"{_shortened(flag)} has {len(prompt):,} characters; only {limit} tokens, about as many words, are read. Make it shorter")
+            continue
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            problems.append(f"{_shortened(flag)} has bytes in it that are no UTF-8 text")
+            continue
+        if cut := words_cut(tokenizer, prompt, limit):
+            problems.append(f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: {_shortened(repr(cut))}. Make it shorter")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -186,9 +186,9 @@ def load_parts(
     name = str(folder)
     parts = FrozenParts(
         tokenizer=tokenizer,
-        text_encoder=_load(CLIPTextModel, name, _FLAG, subfolder="text_encoder", dtype=dtype, variant=variant),
-        vae=_load(AutoencoderKL, name, _FLAG, subfolder="vae", dtype=torch.float32, variant=variant),
-        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, variant=variant),
+        text_encoder=_load(CLIPTextModel, name, _FLAG, subfolder="text_encoder", dtype=dtype, variant=variant, use_safetensors=True),
+        vae=_load(AutoencoderKL, name, _FLAG, subfolder="vae", dtype=torch.float32, variant=variant, use_safetensors=True),
+        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, variant=variant, use_safetensors=True),
         noise_scheduler=_load(DDPMScheduler, name, _FLAG, subfolder="scheduler"),
         max_tokens=limit,
     )
@@ -230,9 +230,9 @@ def pipeline_of(parts: FrozenParts) -> Any:
 
 def load_pipeline(base: BaseModel, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A whole pipeline from disk, as plain diffusers loads it, with its own scheduler and no safety checker."""
-    family = FAMILIES[_read_json(folder / "model_index.json")["_class_name"]]
+    family = FAMILIES[base_folders.read_json(folder / "model_index.json")["_class_name"]]
     own = {"tokenizer": load_tokenizer(base, folder)} if base.tokenizer_name else {}
-    pipeline = _load(family.pipeline, str(folder), _FLAG, variant=base.variant, dtype=dtype, safety_checker=None, **own)
+    pipeline = _load(family.pipeline, str(folder), _FLAG, variant=base.variant, dtype=dtype, use_safetensors=True, safety_checker=None, **own)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)

@@ -5,26 +5,49 @@ the training flags are those of Hugging Face diffusers' `train_dreambooth_lora.p
 This module imports no torch: `--help` and every message about a wrong flag come at once.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
 
-import tyro
-
-from dreambooth.errors import UserError
+from dreambooth.printable import shown
 
 EXIT_USAGE = 2  # wrong flags or bad input, found before any slow work
 
 
+# The rules broken so far while a command line is read; None outside of that.
+_broken: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("broken", default=None)
+
+
+@contextlib.contextmanager
+def broken_rules() -> Iterator[list[str]]:
+    """Within the block, a group that breaks a rule adds a line to this list and goes on: all wrong flags come in one message."""
+    broken: list[str] = []
+    token = _broken.set(broken)
+    try:
+        yield broken
+    finally:
+        _broken.reset(token)
+
+
 def _require(condition: bool, message: str) -> None:
-    if not condition:
+    """Raise ValueError unless `condition`; within `broken_rules` note it down."""
+    if condition:
+        return
+    broken = _broken.get()
+    if broken is None:
         raise ValueError(message)
+    broken.append(message)
+
+
+def _named(flag: str, value: str | None) -> None:
+    """A file, folder or hub id. "" would be the folder that the script is started in."""
+    _require(value is None or (value.strip() != "" and "\0" not in value), f"--{flag} must be the name of a file or folder, got {value!r}")
 
 
 def _at_least(group: Any, minimum: float, *names: str) -> None:
@@ -47,6 +70,12 @@ class BaseModel:
     tokenizer_name: str | None = None
     """Folder or hub id of a tokenizer to use instead of the base's."""
 
+    def __post_init__(self) -> None:
+        _named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        _named("tokenizer_name", self.tokenizer_name)
+        fits = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None  # it becomes part of a file name
+        _require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
+
 
 @dataclasses.dataclass
 class InstanceData:
@@ -64,10 +93,20 @@ class InstanceData:
     """How photos are resized to the resolution."""
     dataloader_num_workers: int = 0
     """Processes that load photos ahead; 0 loads in the training process. The samples are the same either way."""
+    max_image_pixels: int = 64_000_000
+    """Largest picture taken, in pixels: a small file can unpack to gigabytes."""
+    allow_odd_photos: bool = False
+    """Take pictures with a side under 64 pixels, or more than 3 times as long as wide."""
+    follow_symlinks: bool = False
+    """Take links to pictures outside the folder."""
 
     def __post_init__(self) -> None:
         _require(self.resolution > 0 and self.resolution % 8 == 0, f"--resolution must be a positive multiple of 8, got {self.resolution}")
         _at_least(self, 0, "dataloader_num_workers")
+        _require(self.resolution <= 8192, f"--resolution must be at most 8192, got {self.resolution}")
+        fits = 4096 <= self.max_image_pixels <= 178_000_000
+        _require(fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}")  # where Pillow itself gives up
+        _named("instance_data_dir", self.instance_data_dir)
         _require(self.instance_prompt.strip() != "", '--instance_prompt must not be empty; for example "a photo of sks dog"')
 
 
@@ -131,9 +170,13 @@ class Adapter:
     """Rank of the update matrices; alpha is the same, so the scale is 1."""
     lora_dropout: float = 0.0
     """Dropout on the input of the update matrices, in training."""
+    init_adapter: str | None = None
+    """Adapter file, or a folder with one, to start from: a finished run, or a checkpoint of the reference script."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")
+        _require(self.rank <= 1024, f"--rank must be at most 1024, got {self.rank}")
+        _named("init_adapter", self.init_adapter)
         _require(0 <= self.lora_dropout < 1, f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
 
 
@@ -197,11 +240,22 @@ class Run:
     checkpoints_total_limit: int | None = None
     """Checkpoints kept; the oldest go once a newer one is safe. None keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest`, `checkpoint-N` or a path: go on from there. Not with --use_8bit_adam, whose moments are not stored."""
+    """`latest` (or `auto`), `checkpoint-N` or a path: go on from there. Not with --use_8bit_adam, whose moments are not stored."""
+    overwrite: bool = False
+    """Remove what an earlier run left in the output folder (checkpoints, adapter, metrics, validation pictures) and start anew."""
+    allow_data_change: bool = False
+    """Resume although photos or class images are not those that the checkpoint was trained on."""
+    max_train_minutes: float | None = None
+    """Stop after so many minutes, with a checkpoint and exit status 75; start again with --resume_from_checkpoint latest to go on."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Arithmetic of the frozen weights; None takes `accelerate`'s setting. The adapter is float32 always."""
     num_threads: int | None = None
     """CPU threads; None leaves them to torch. On a CPU another number gives other last bits."""
+    gradient_sync: Literal["exact", "ddp"] = "exact"
+    """Sum of the processes' gradients: `exact` adds them in a fixed order, so that any process count gives the same bits; `ddp` adds them
+    once a step in an order of the backend's own, which moves less data and gives the same up to rounding."""
+    peer_timeout: float = 600.0
+    """Seconds that a process waits for the others within a step before it gives up."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -211,8 +265,12 @@ class Run:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
-        _at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads")
-        _at_least(self, 0, "seed")
+        _at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
+        _at_least(self, 0, "seed", "max_train_minutes")
+        _require(
+            not (self.overwrite and self.resume_from_checkpoint),
+            "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",
+        )
         wanted = self.enable_xformers_memory_efficient_attention
         _require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
 
@@ -286,6 +344,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         both = self.optimization.use_8bit_adam and self.run.resume_from_checkpoint is not None
         _require(not both, "--use_8bit_adam cannot be used with --resume_from_checkpoint: its moments are not stored in a form that can be read back")
+        prior = self.prior
+        folders = [os.path.realpath(folder) for folder in (self.instance.instance_data_dir, prior.class_data_dir) if folder and "\0" not in folder]
+        same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
+        _require(not same, f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both")
 
     def notes(self) -> list[str]:
         """What is odd about the flags but no error."""
@@ -374,119 +436,8 @@ class InferOptions:
         _at_least(self, 0, "guidance_scale")
         _require(bool(self.prompt) != bool(self.prompts_file), "give either --prompt or --prompts_file")
         _require(all(p.strip() for p in self.prompt), "--prompt must not be empty")
-        _require(bool(self.seeds) and all(seed >= 0 for seed in self.seeds), f"--seeds must be numbers from 0 on, got {self.seeds}")
+        _require(bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), f"--seeds must be numbers from 0 on, got {self.seeds}")
+        _named("adapter", self.adapter)
+        _named("prompts_file", self.prompts_file)
         _require(not (self.compare and self.adapter is None), "--compare needs an --adapter to compare with the base")
         _require_side("resolution", self.resolution)
-
-
-T = TypeVar("T", TrainOptions, ClassImageOptions, InferOptions)
-_FLAT = (tyro.conf.OmitArgPrefixes,)
-
-
-def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -> T:
-    """The options on the command line. `--config FILE` stands for the words saved in FILE; words typed beside it win.
-
-    Exits with status 2 and one message if a flag is unknown, missing or wrong.
-    """
-    typed = list(sys.argv[1:] if words is None else words)
-    saved: list[str]
-    rest: list[str]
-    try:
-        saved, rest = _take_config(kind, typed)
-    except UserError as error:
-        fail(error)
-    help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
-    return tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text)
-
-
-def fail(error: Exception | str) -> NoReturn:
-    """Print one message and leave with status 2."""
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(EXIT_USAGE)
-
-
-def fields_of(kind: type) -> dict[str, dataclasses.Field]:
-    """Every flag of an options class, those of its groups included, by name."""
-    found: dict[str, dataclasses.Field] = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
-            found |= fields_of(field.type)
-        else:
-            found[field.name] = field
-    return found
-
-
-def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
-    """(words saved in the files named by --config, the other words)."""
-    saved: list[str] = []
-    rest: list[str] = []
-    pending = iter(words)
-    for word in pending:
-        if word == "--config":
-            path = next(pending, None)
-            if path is None:
-                raise UserError("--config needs the name of a YAML file")
-            saved += config_words(kind, Path(path))
-        elif word.startswith("--config="):
-            saved += config_words(kind, Path(word.removeprefix("--config=")))
-        else:
-            rest.append(word)
-    return saved, rest
-
-
-def config_words(kind: type, path: Path) -> list[str]:
-    """The command line that a YAML file of `flag: value` lines stands for; `null` leaves the default."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must be a table of `flag: value` lines, got {type(content).__name__}")
-    known = fields_of(kind)
-    words: list[str] = []
-    for key, value in content.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(f"--config {path}: no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-        if value is None:
-            continue
-        if isinstance(value, bool) and known[key].type is bool:
-            words.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, bool):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
-            words.append(f"--{key}={'yes' if value else 'no'}")
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            raise UserError(f"--config {path}: '{key}' must be a value or a list, got a table")
-        else:
-            words.append(f"--{key}={value}")  # one word, so that a value may begin with a minus
-    return words
-
-
-def as_table(options: Any) -> dict[str, Any]:
-    """All flags and their values, flat, without those that are None: what --config reads back."""
-    table: dict[str, Any] = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
-            table |= as_table(value)
-        elif value is not None:
-            table[field.name] = list(value) if isinstance(value, tuple) else value
-    return table
-
-
-def write_yaml(options: Any, path: Path) -> None:
-    """Save resolved options in the form that --config reads."""
-    import yaml
-
-    path.write_text(yaml.safe_dump(as_table(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def adopt_local_rank(run: Run) -> None:
-    """Old launchers pass --local_rank and set no LOCAL_RANK; accelerate reads only the latter."""
-    if run.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(run.local_rank))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +19,9 @@ def draw(
     guidance_scale: float,
     negative_prompt: str = "",
     side: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed), drawn together. Its noise depends on its own seed alone."""
+    """One picture for each (prompt, seed), drawn together. Its noise depends on its own seed alone. `check` is called after every step."""
     return pipeline(
         prompt=list(prompts),
         negative_prompt=[negative_prompt] * len(prompts),
@@ -29,7 +30,32 @@ def draw(
         guidance_scale=guidance_scale,
         height=side,
         width=side,
+        callback_on_step_end=_after_each_step(check),
     ).images
+
+
+def draw_embeds(pipeline: Any, embeds: torch.Tensor, seeds: Sequence[int], *, side: int, check: Callable[[], None]) -> list[Image.Image]:
+    """One picture for each seed, drawn alone, from the embeddings [2, tokens, width] of a prompt and of the empty one."""
+    images: list[Image.Image] = []
+    for seed in seeds:
+        images += pipeline(
+            prompt_embeds=embeds[:1],
+            negative_prompt_embeds=embeds[1:],
+            generator=torch.Generator("cpu").manual_seed(seed),
+            num_inference_steps=25,
+            height=side,
+            width=side,
+            callback_on_step_end=_after_each_step(check),
+        ).images
+    return images
+
+
+def _after_each_step(check: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    def callback(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        check()
+        return values
+
+    return callback
 
 
 def save_png(image: Image.Image, target: Path | BinaryIO, settings: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Row numbers -> latents: from a cache where no crop varies, else from photos loaded ahead by worker processes."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import AutoencoderKL
@@ -63,13 +63,16 @@ def micro_batches(
     world: int,
     workers: int,
     show_progress: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of all `steps`, in order."""
+    """This process's micro-batches of all `steps`, in order. `check` is called between photos that are encoded ahead."""
     mine = sampling_order.my_slots(slots, rank=rank, world=world)
     order = [(step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size)) for step in steps for slot in mine]
     if dataset.crops_are_fixed:
         cached = [
-            caches.encode_photos(vae, [p.path for p in source.photos], dataset.resolution, dataset.interpolation, show_progress=show_progress)
+            caches.encode_photos(
+                vae, [p.path for p in source.photos], dataset.resolution, dataset.interpolation, show_progress=show_progress, check=check
+            )
             for source in dataset.sources
         ]
         for step, slot, rows in order:

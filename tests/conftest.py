@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests import tiny
 
@@ -38,3 +39,21 @@ def tiny_v_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three pictures of 64x64 pixels."""
     return tiny.make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps the precision of a process's first run for all later ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Loading a model fails the test."""
+    from dreambooth import families
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(families, "load_parts", refuse)
+    monkeypatch.setattr(families, "load_pipeline", refuse)

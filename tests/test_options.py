@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dreambooth import options
+from dreambooth import command_line, options
 from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def flat(group: Any) -> dict[str, Any]:
 def refusal(kind: type, words: list[str], capsys) -> str:
     """The one message with which the command line is refused, its frame taken off."""
     with pytest.raises(SystemExit) as refused:
-        options.parse(kind, "a script", words)
+        command_line.parse(kind, "a script", words)
     out, err = capsys.readouterr()
     assert refused.value.code == 2
     assert out == ""
@@ -141,7 +141,7 @@ def test_reference_has_59_flags_and_three_are_required():
 
 
 def test_every_flag_of_the_reference_has_its_default():
-    ours = flat(options.parse(TrainOptions, "train", TRAIN))
+    ours = flat(command_line.parse(TrainOptions, "train", TRAIN))
     for name, (default, _, _) in REFERENCE.items():
         if default is not REQUIRED:
             assert (ours[name], type(ours[name])) == (default, type(default)), name
@@ -153,14 +153,14 @@ def test_every_flag_of_the_reference_is_taken_as_it_takes_it(name, monkeypatch):
     pretend_everything_is_installed(monkeypatch)
     _, word, value = REFERENCE[name]
     needed = PRIOR[1:] if name == "with_prior_preservation" else []
-    found = flat(options.parse(TrainOptions, "train", [*TRAIN, *needed, f"--{name}", *([] if word is BARE else [word])]))[name]
+    found = flat(command_line.parse(TrainOptions, "train", [*TRAIN, *needed, f"--{name}", *([] if word is BARE else [word])]))[name]
     assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize("name", ["output_dir", "rank", "learning_rate", "lr_scheduler"])
 def test_values_may_be_joined_with_an_equals_sign(name):
     _, word, value = REFERENCE[name]
-    assert flat(options.parse(TrainOptions, "train", [*TRAIN, f"--{name}={word}"]))[name] == value
+    assert flat(command_line.parse(TrainOptions, "train", [*TRAIN, f"--{name}={word}"]))[name] == value
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -198,7 +198,7 @@ def test_a_missing_package_is_named_with_the_flag_that_needs_it(flag, package, w
 
 def test_missing_tensorboard_is_no_error_since_it_is_the_default(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert options.parse(TrainOptions, "train", TRAIN).reports.report_to == "tensorboard"
+    assert command_line.parse(TrainOptions, "train", TRAIN).reports.report_to == "tensorboard"
 
 
 # --- mistakes
@@ -258,7 +258,7 @@ NEEDED: dict[type, list[str]] = {TrainOptions: TRAIN, ClassImageOptions: CLASS_I
 def test_numbers_below_the_least_are_refused_and_the_least_is_not(kind, name, least, capsys):
     message = refusal(kind, [*NEEDED[kind], f"--{name}", str(least - 1)], capsys)
     assert f"--{name} must be at least {least}, got {least - 1}" in message
-    assert flat(options.parse(kind, "a script", [*NEEDED[kind], f"--{name}", str(least)]))[name] == least
+    assert flat(command_line.parse(kind, "a script", [*NEEDED[kind], f"--{name}", str(least)]))[name] == least
 
 
 @pytest.mark.parametrize("name", ["prior_loss_weight", "learning_rate", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm"])
@@ -307,25 +307,25 @@ def test_every_rule_names_flag_rule_and_value(kind, words, fragment, capsys):
 
 def test_flags_that_have_no_effect_are_remarked_on():
     """As in the reference, --class_* without prior preservation is odd, but no error."""
-    assert options.parse(TrainOptions, "train", TRAIN).notes() == []
-    assert options.parse(TrainOptions, "train", TRAIN + PRIOR).notes() == []
-    unused = options.parse(TrainOptions, "train", TRAIN + PRIOR[1:]).notes()
+    assert command_line.parse(TrainOptions, "train", TRAIN).notes() == []
+    assert command_line.parse(TrainOptions, "train", TRAIN + PRIOR).notes() == []
+    unused = command_line.parse(TrainOptions, "train", TRAIN + PRIOR[1:]).notes()
     assert unused == [f"You need not use --{name} without --with_prior_preservation." for name in ("class_data_dir", "class_prompt")]
 
 
 def test_a_class_prompt_that_names_the_subject_is_remarked_on():
-    (note,) = options.parse(TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]).notes()
+    (note,) = command_line.parse(TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]).notes()
     assert note.startswith("--class_prompt equals --instance_prompt")
 
 
 def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "")
     monkeypatch.delenv("LOCAL_RANK")
-    options.adopt_local_rank(options.Run())
+    command_line.adopt_local_rank(options.Run())
     assert "LOCAL_RANK" not in os.environ
-    options.adopt_local_rank(options.Run(local_rank=3))
+    command_line.adopt_local_rank(options.Run(local_rank=3))
     assert os.environ["LOCAL_RANK"] == "3"
-    options.adopt_local_rank(options.Run(local_rank=1))
+    command_line.adopt_local_rank(options.Run(local_rank=1))
     assert os.environ["LOCAL_RANK"] == "3"
 
 
@@ -334,26 +334,26 @@ def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
 
 def test_config_file_stands_for_the_words_in_it(tmp_path):
     text = "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
-    found = options.parse(TrainOptions, "train", saved(tmp_path, text))
-    assert found == options.parse(TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"])
+    found = command_line.parse(TrainOptions, "train", saved(tmp_path, text))
+    assert found == command_line.parse(TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"])
 
 
 def test_config_can_be_written_with_an_equals_sign(tmp_path):
     _, path = saved(tmp_path, "rank: 8\n")
-    assert options.parse(TrainOptions, "train", [*TRAIN, f"--config={path}"]).adapter.rank == 8
+    assert command_line.parse(TrainOptions, "train", [*TRAIN, f"--config={path}"]).adapter.rank == 8
 
 
 @pytest.mark.parametrize("config_first", [True, False])
 def test_typed_words_win_over_the_file_wherever_it_stands(config_first, tmp_path):
     typed, config = [*TRAIN, "--rank", "2"], saved(tmp_path, "rank: 8\nseed: 3\ninstance_prompt: from the file\n")
-    found = options.parse(TrainOptions, "train", config + typed if config_first else typed + config)
+    found = command_line.parse(TrainOptions, "train", config + typed if config_first else typed + config)
     assert (found.adapter.rank, found.run.seed, found.instance.instance_prompt) == (2, 3, "a photo of sks dog")
 
 
 def test_of_two_files_the_later_one_wins(tmp_path):
     (tmp_path / "common").mkdir()
     common, own = saved(tmp_path / "common", "rank: 8\nseed: 3\n"), saved(tmp_path, "rank: 2\n")
-    found = options.parse(TrainOptions, "train", [*TRAIN, *common, *own])
+    found = command_line.parse(TrainOptions, "train", [*TRAIN, *common, *own])
     assert (found.adapter.rank, found.run.seed) == (2, 3)
 
 
@@ -368,39 +368,39 @@ def test_of_two_files_the_later_one_wins(tmp_path):
     ],
 )
 def test_booleans_go_both_ways(text, words, expected, tmp_path):
-    assert options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, text), *words]).instance.center_crop is expected
+    assert command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, text), *words]).instance.center_crop is expected
 
 
 def test_lists_become_several_values_and_typed_ones_replace_them(tmp_path):
     config = saved(tmp_path, "prompt: [a red dog, a dog in the snow]\nseeds: [4, 5, 6]\n")
-    found = options.parse(InferOptions, "infer", [*INFER, *config])
+    found = command_line.parse(InferOptions, "infer", [*INFER, *config])
     assert (found.prompt, found.seeds) == (("a red dog", "a dog in the snow"), (4, 5, 6))
-    found = options.parse(InferOptions, "infer", [*INFER, *config, "--seeds", "9"])
+    found = command_line.parse(InferOptions, "infer", [*INFER, *config, "--seeds", "9"])
     assert (found.prompt, found.seeds) == (("a red dog", "a dog in the snow"), (9,))
 
 
 def test_null_leaves_the_default(tmp_path):
-    found = options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, "rank: null\nseed: ~\noutput_dir:\n")])
-    assert found == options.parse(TrainOptions, "train", TRAIN)
+    found = command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, "rank: null\nseed: ~\noutput_dir:\n")])
+    assert found == command_line.parse(TrainOptions, "train", TRAIN)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.0001", 1e-4), ("2", 2.0), ("1.0e-04", 1e-4)])
 def test_numbers_in_yaml_are_numbers(text, expected, tmp_path):
     """PyYAML reads 1e-4 as a string."""
-    assert options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
+    assert command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
 
 
 @pytest.mark.parametrize("name", ["mixed_precision", "prior_generation_precision"])
 @pytest.mark.parametrize("text", ["no", "'no'"])
 def test_the_choice_no_can_be_written_in_a_file(name, text, tmp_path):
     """PyYAML reads a plain `no` as false."""
-    assert flat(options.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"{name}: {text}\n")]))[name] == "no"
+    assert flat(command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"{name}: {text}\n")]))[name] == "no"
 
 
 def test_a_prompt_of_any_letters_can_be_written_in_a_file(tmp_path):
     text = "a 狗 \"named\" 'Sks': #1, 50 % --rank"
     config = saved(tmp_path, f"instance_prompt: {json.dumps(text)}\n")
-    assert options.parse(TrainOptions, "train", [*TRAIN[:4], *config]).instance.instance_prompt == text
+    assert command_line.parse(TrainOptions, "train", [*TRAIN[:4], *config]).instance.instance_prompt == text
 
 
 @pytest.mark.parametrize(("key", "near"), [("lerning_rate", "learning_rate"), ("train-batch-size", "train_batch_size"), ("Rank", "rank")])
@@ -473,10 +473,10 @@ def test_a_wrong_value_in_a_file_meets_the_same_checks(tmp_path, capsys):
 )
 def test_saved_options_are_read_back_equal(kind, words, tmp_path):
     """run.yaml of a run is the run."""
-    wanted = options.parse(kind, "a script", words)
+    wanted = command_line.parse(kind, "a script", words)
     path = tmp_path / "run.yaml"
-    options.write_yaml(wanted, path)
-    assert options.parse(kind, "a script", ["--config", str(path)]) == wanted
+    command_line.write_yaml(wanted, path)
+    assert command_line.parse(kind, "a script", ["--config", str(path)]) == wanted
 
 
 # --- answered at once
@@ -533,11 +533,11 @@ def test_a_mistake_in_a_file_is_answered_before_any_slow_import(tmp_path):
 def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as left:
-        options.parse(kind, "a script", ["--help"])
+        command_line.parse(kind, "a script", ["--help"])
     assert left.value.code == 0
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     shown = " ".join("\n" + line if line.startswith("--") else line for line in lines)
-    for name in options.fields_of(kind):
+    for name in command_line.fields_of(kind):
         found = re.search(rf"^--{name}(, --no_{name}| \[.*?\]\]| \S+) (?P<help>.*)$", shown, re.MULTILINE)
         assert found, name
         text = re.sub(r"\((default|required)\b.*", "", found["help"])

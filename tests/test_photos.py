@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from dreambooth import options, photos
 from dreambooth.errors import UserError
@@ -141,7 +141,29 @@ def test_duplicates_are_named_in_pairs(tmp_path):
     (tmp_path / "copy.png").write_bytes((tmp_path / "photo-1.png").read_bytes())
     found = photos.check_folder(tmp_path, FLAG)
     assert len(found.photos) == 4
-    assert found.notes == ["photo-1.png and copy.png are the same file: that picture counts twice"]
+    assert found.notes == ["photo-1.png and copy.png have the same pixels: that picture counts twice"]
+
+
+def test_a_duplicate_under_another_format_is_found_by_its_pixels(tmp_path):
+    noise().save(tmp_path / "a.png")
+    noise().save(tmp_path / "b.bmp")
+    first, second = photos.check_folder(tmp_path, FLAG).photos
+    assert first.sha256 != second.sha256
+    assert photos.check_folder(tmp_path, FLAG).notes == ["b.bmp and a.png have the same pixels: that picture counts twice"]
+
+
+def test_photos_of_the_subject_among_the_class_images_are_refused(tmp_path):
+    """They would teach that the subject is any dog."""
+    instance, classes = tmp_path / "instance", tmp_path / "class"
+    tiny.make_photos(instance, 3)
+    tiny.make_photos(classes, 2, seed=5)
+    check = (photos.check_folder(instance, FLAG), photos.check_folder(classes, "--class_data_dir"))
+    photos.check_disjoint(*check)
+    Image.open(instance / "photo-2.png").save(classes / "stray.bmp")
+    with pytest.raises(UserError) as refused:
+        photos.check_disjoint(check[0], photos.check_folder(classes, "--class_data_dir"))
+    assert str(refused.value).startswith("--class_data_dir: 1 of the class images are photos of --instance_data_dir: ")
+    assert f"{classes / 'stray.bmp'} is photo-2.png" in str(refused.value)
 
 
 def test_photos_are_in_order_of_name_whatever_the_file_system_says(tmp_path, monkeypatch):
@@ -155,9 +177,73 @@ def test_photos_are_in_order_of_name_whatever_the_file_system_says(tmp_path, mon
         assert [photo.path.name for photo in photos.check_folder(tmp_path, FLAG).photos] == names
 
 
-def test_a_link_to_a_picture_is_a_picture(tmp_path, photos_dir):
-    (tmp_path / "link.png").symlink_to(photos_dir / "photo-0.png")
+def test_a_link_to_a_picture_within_the_folder_is_a_picture(tmp_path):
+    tiny.make_photos(tmp_path / "real", 1)
+    (tmp_path / "link.png").symlink_to("real/photo-0.png")
     assert len(photos.check_folder(tmp_path, FLAG).photos) == 1
+
+
+def test_a_linked_folder_is_a_folder(tmp_path, photos_dir):
+    (tmp_path / "link").symlink_to(photos_dir)
+    assert len(photos.check_folder(tmp_path / "link", FLAG).photos) == 3
+
+
+def test_a_link_out_of_the_folder_needs_a_flag(tmp_path, photos_dir):
+    """A folder that somebody sent could otherwise show what lies elsewhere on the disk."""
+    (tmp_path / "link.png").symlink_to(photos_dir / "photo-0.png")
+    assert f"link.png: a link to {photos_dir / 'photo-0.png'}, outside the folder" in refusal(tmp_path)
+    assert "--follow_symlinks" in refusal(tmp_path)
+    assert len(photos.check_folder(tmp_path, FLAG, follow_symlinks=True).photos) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(63, 64), (64, 63), (16, 30), (193, 64), (64, 500)])
+def test_small_and_long_photos_need_a_flag(width, height, tmp_path):
+    noise(width, height).save(tmp_path / "odd.png")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{FLAG}: odd.png: {width} x {height} pixels is ")
+    assert "--allow_odd_photos" in message
+    assert photos.check_folder(tmp_path, FLAG, allow_odd_photos=True).photos[0].size == (width, height)
+
+
+def test_a_photo_three_times_as_long_as_wide_needs_no_flag(tmp_path):
+    noise(192, 64).save(tmp_path / "long.png")
+    assert len(photos.check_folder(tmp_path, FLAG).photos) == 1
+
+
+def test_the_limit_on_pixels_can_be_moved(tmp_path):
+    (tmp_path / "large.png").write_bytes(png_by_header(8_001))
+    with pytest.raises(UserError, match="8001 x 8001 is over 64,000,000 pixels; make it smaller, or raise --max_image_pixels"):
+        photos.check_folder(tmp_path, FLAG)
+    assert len(photos.check_folder(tmp_path, FLAG, max_pixels=65_000_000).photos) == 1
+    with pytest.raises(UserError, match="over 5,000 pixels"):
+        photos.check_folder(tiny.make_photos(tmp_path / "tiny", 1, (80, 64)), FLAG, max_pixels=5_000)
+
+
+def test_what_was_converted_is_remarked_on_by_name(tmp_path):
+    Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 9)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (64, 64), (0, 255, 0, 255)).save(tmp_path / "opaque.png")
+    Image.new("L", (64, 64), 7).save(tmp_path / "grey.png")
+    Image.new("L", (64, 64), 8).save(tmp_path / "grey2.png")
+    (tmp_path / "exif.jpg").write_bytes(encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30))
+    (tmp_path / "profile.png").write_bytes(encoded(noise(seed=3), "PNG", icc_profile=b"no profile"))
+    (tmp_path / "pages.tif").write_bytes(encoded(noise(seed=4), "TIFF", save_all=True, append_images=[noise(seed=5)]))
+    assert sorted(photos.check_folder(tmp_path, FLAG).notes) == [
+        "converted from CMYK, whose colours are not quite those on screens: ink.tif",
+        "only the first page is taken: pages.tif",
+        "the EXIF orientation of exif.jpg cannot be read: taken as stored",
+        "the colour profile of profile.png cannot be used: taken as sRGB",
+        "transparent parts are shown over white: clear.png",
+        "without colour: grey.png, grey2.png",
+    ]
+
+
+def test_formats_that_phones_write_and_nobody_reads_are_named_with_advice(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"something")
+    assert ".heic files are not read: save them as PNG or JPEG" in refusal(tmp_path)
+    tiny.make_photos(tmp_path, 1)
+    (note,) = photos.check_folder(tmp_path, FLAG).notes
+    assert ".heic files are not read" in note
 
 
 # --- pictures that cannot be used
@@ -282,14 +368,14 @@ def test_names_cannot_write_to_the_terminal(stem, tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_come_upright(orientation, tmp_path):
     """Phones store the sensor's pixels and say in EXIF how to hold them."""
-    upright = Image.new("RGB", (48, 32), "blue")
-    upright.paste("red", (0, 0, 24, 16))  # the upper left quarter
+    upright = Image.new("RGB", (96, 64), "blue")
+    upright.paste("red", (0, 0, 48, 32))  # the upper left quarter
     turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
     stored = upright.transpose(Image.Transpose[turned[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
-    assert photos.check_folder(tmp_path, FLAG).photos[0].size == (48, 32)
+    assert photos.check_folder(tmp_path, FLAG).photos[0].size == (96, 64)
     assert photos.load(tmp_path / "photo.png").tobytes() == upright.tobytes()
 
 
@@ -360,6 +446,47 @@ def test_pictures_become_rgb_over_white(image, settings, expected, tmp_path):
     found = photos.load(tmp_path / "photo.png")
     assert (found.mode, found.size) == ("RGB", (64, 64))
     assert set(found.get_flattened_data()) == {expected}
+
+
+def display_p3() -> bytes:
+    """The profile that many phones write: sRGB's curve and white, stronger primaries. Matrix and curve of a v2 ICC file."""
+
+    def fixed(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ " + bytes(4) + b"".join(map(fixed, values))
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)) + bytes(2)
+    name = b"Display P3\0"
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78 + 3),
+        b"wtpt": xyz(0.9505, 1.0, 1.0891),
+        b"rXYZ": xyz(0.51512, 0.24120, -0.00105),
+        b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
+        b"bXYZ": xyz(0.15710, 0.06657, 0.78407),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+    }
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, body in tags.items():
+        body += bytes(-len(body) % 4)
+        table += tag + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(body))
+        data += body
+    size = 128 + len(table) + len(data)
+    header = struct.pack(">I4xI4s4s4s12x4s28x", size, 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + xyz(0.9642, 1.0, 0.8249)[8:]
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_colours_of_a_profile_become_srgb(tmp_path):
+    """A phone's green of 200 is stronger than sRGB's: read as plain numbers it would be trained on too pale."""
+    for name, profile in (("plain", None), ("srgb", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), ("p3", display_p3())):
+        Image.new("RGB", (64, 64), (60, 200, 60)).save(tmp_path / f"{name}.png", icc_profile=profile)
+    assert photos.load(tmp_path / "plain.png").getpixel((5, 5)) == (60, 200, 60)
+    assert photos.load(tmp_path / "srgb.png").getpixel((5, 5)) == (60, 200, 60)
+    red, green, _ = typing.cast(tuple[int, int, int], photos.load(tmp_path / "p3.png").getpixel((5, 5)))
+    assert green > 202
+    assert red < 50
+    assert not any("profile" in note for note in photos.check_folder(tmp_path, FLAG).notes)
 
 
 def test_ink_colours_become_rgb(tmp_path):

@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 import generate_class_images
 import infer
 import train_dreambooth_lora
-from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions, parse
+from dreambooth.command_line import parse
+from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
 from picturebook import score
 from tests import tiny
 
@@ -127,7 +128,7 @@ def test_configs_are_short_and_every_flag_in_them_exists(path):
     content = yaml.safe_load(path.read_text())
     kind: Any = InferOptions if "prompt" in content or "prompts_file" in content else TrainOptions
     rest = {
-        TrainOptions: "--instance_data_dir d --instance_prompt p --class_prompt c --class_data_dir d",
+        TrainOptions: "--instance_data_dir d --instance_prompt p --class_prompt c --class_data_dir e",
         InferOptions: "--adapter a --output_dir o",
     }[kind]
     parse(kind, "", ["--config", str(path), *rest.split()])

@@ -20,8 +20,9 @@ import generate_class_images
 import infer
 import train_dreambooth_lora as train
 from dreambooth import adapter_files
+from dreambooth.command_line import parse
 from dreambooth.errors import UserError
-from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions, parse
+from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -66,24 +67,6 @@ def fill_copy(run: Path, folder: Path) -> Path:
     path = folder / "filled.safetensors"
     path.write_bytes((run / adapter_files.ADAPTER_NAME).read_bytes())
     return fill(path)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps the precision of a process's first run for all later ones."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def no_models(monkeypatch):
-    """Loading a model fails the test."""
-    from dreambooth import families
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded before the input was checked")
-
-    monkeypatch.setattr(families, "load_parts", refuse)
-    monkeypatch.setattr(families, "load_pipeline", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -322,10 +305,10 @@ def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base,
     run_train(tiny_base, photos_dir, tmp_path, *prior_words(trained / "class"), "--max_train_steps", "1", "--seed", "77")
     assert {path.name: digest(path) for path in (trained / "class").glob("*.png")} == before
     with pytest.raises(UserError, match="seed is 1 there and 5 now"):
-        run_train(tiny_base, photos_dir, tmp_path, *prior_words(trained / "class"), "--class_seed", "5")
+        run_train(tiny_base, photos_dir, tmp_path / "other", *prior_words(trained / "class"), "--class_seed", "5")
 
 
-def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     real = train.Training.take_gradients
 
     def poisoned(self, total):
@@ -333,8 +316,10 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_p
         total[0] = float("inf")
 
     monkeypatch.setattr(train.Training, "take_gradients", poisoned)
-    with pytest.raises(SystemExit, match="gradients of step 1 are not finite"):
+    with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2")
+    assert stop.value.code == 1
+    assert "gradients of step 1 are not finite" in capsys.readouterr().err
     assert not (tmp_path / adapter_files.ADAPTER_NAME).exists()
 
 
@@ -371,8 +356,8 @@ def test_processes_that_cannot_see_each_other_are_refused(tiny_base, photos_dir,
         run_train(tiny_base, photos_dir, tmp_path)
 
 
-def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, monkeypatch):
-    """No step is taken with it, no adapter is written, and the exit status is not 0."""
+def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    """No step is taken with it, the step before it is saved, the picture is named, and the exit status is 1."""
     real = train.denoising_losses
     calls = []
 
@@ -382,11 +367,15 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, 
 
     monkeypatch.setattr(train, "denoising_losses", poisoned)
     with pytest.raises(SystemExit) as stop:
-        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "5", "--checkpointing_steps", "1")
-    assert stop.value.code not in (0, None)
-    assert "step 3" in str(stop.value)
-    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-1", "checkpoint-2"}
-    assert not (tmp_path / adapter_files.ADAPTER_NAME).exists()
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "5", "--checkpointing_steps", "5")
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "the loss of step 3 is not finite (nan)" in said
+    assert "photo-" in said
+    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-2"}
+    monkeypatch.undo()
+    resumed = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
+    assert digest(resumed) == digest(run_train(tiny_base, photos_dir, tmp_path / "unbroken", "--max_train_steps", "5"))
 
 
 def test_what_is_trained_is_printed(tiny_base, photos_dir, tmp_path, capsys):
@@ -605,7 +594,7 @@ def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_p
     with contextlib.redirect_stdout(io.StringIO()):
         infer.main(parse(InferOptions, "", [*words.split(), "--prompt", *prompts]))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"00000_0.png", "00001_0.png", "00002_0.png", "images.json", "contact_sheet.png"}
+    assert names == {".lock", "00000_0.png", "00001_0.png", "00002_0.png", "images.json", "contact_sheet.png"}
 
 
 # --- real photos

@@ -1,0 +1,153 @@
+"""The fault matrix: every fault that the tests know, injected and counted; `make faults`.
+
+    python -m benchmarks.faults
+
+Writes `benchmarks/results/faults.json` and the table in README.md. Ends with status 1 if a promise was broken. Minutes, on two cores.
+"""
+
+import json
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults import checkpoint_faults, run_faults
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
+MARKS = ("<!-- faults: written by make faults -->", "<!-- faults end -->")
+PEER_FAULTS = {"kill": "killed", "raise": "raises", "leave": "exits with 0", "hang": "hangs"}
+
+
+class Counter:
+    """Counts the tests of a pytest run that passed and that did not, by the function they are cases of."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, int] = {}
+        self.failed: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.failed:
+            name = report.nodeid.partition("::")[2].partition("[")[0]
+            into = self.passed if report.passed else self.failed
+            into[name] = into.get(name, 0) + 1
+
+
+def bad_inputs() -> dict[str, int]:
+    """Kinds of bad input and those handled as promised; fuzzed files; payloads that ran."""
+    from tests import test_bad_input
+
+    counter = Counter()
+    code = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_bad_input.py")], plugins=[counter])
+    if code == pytest.ExitCode.INTERNAL_ERROR or not counter.passed:
+        raise RuntimeError(f"the tests of bad input did not run ({code})")
+    kinds = [name for name in {*counter.passed, *counter.failed} if not name.startswith("test_fuzz")]
+    return {
+        "bad_inputs": len(test_bad_input.BAD_INPUTS),
+        "bad_input_tests_failed": sum(counter.failed.get(name, 0) for name in kinds),
+        "fuzzed_files": test_bad_input.TALLY["fuzzed_files"],
+        "fuzz_tests_failed": sum(count for name, count in counter.failed.items() if name.startswith("test_fuzz")),
+        "payloads_executed": test_bad_input.TALLY["payloads_executed"],
+    }
+
+
+def broken(counts: dict[str, Any]) -> list[str]:
+    """The promises that the counts break."""
+    equal = [
+        ("violations", 0),
+        ("detected", counts["damaged"]),
+        ("damaged_skipped", counts["damaged"]),
+        ("worlds_equal", True),
+        ("control_differs", True),
+        ("faults_recovered", counts["faults_injected"]),
+        ("final_hash_equal", True),
+        ("stops_right", counts["stops"]),
+        *((name, True) for name in ("launcher_stopped", "launcher_killed", "not_a_number_stopped", "disk_full", "second_run_refused")),
+        *((name, True) for name in ("class_images_equal", "one_process_said")),
+        *((name, 0) for name in ("bad_input_tests_failed", "fuzz_tests_failed", "payloads_executed")),
+    ]
+    found = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
+    found += [f"a peer that did {kind}: {result}" for kind, result in counts["peers_lost"].items() if not result["right"]]
+    least = [("kill_points", 100), ("faults_injected", 40), ("damaged", 200), ("bad_inputs", 60), ("fuzzed_files", 500)]
+    found += [f"{name} is only {counts[name]}, not {wanted}" for name, wanted in least if counts[name] < wanted]
+    if counts["seconds_to_stop_max"] >= 5:
+        found.append(f"a stop took {counts['seconds_to_stop_max']} s, not under 5")
+    return found
+
+
+ROWS = (
+    (
+        "random faults in one run (all killed, one process killed, terminated), on one process or two in turn",
+        "{faults_injected} injected, {faults_recovered} recovered; final bytes {final_hash} the unbroken run's",
+    ),
+    ("steps lost to a fault, with a checkpoint every {checkpoint_interval}", "{steps_lost_mean} on average, {steps_lost_max} at most"),
+    ("the same run on 1, 2 and 4 processes, and resumed across them", "{runs} runs, bytes {worlds_hash} each other"),
+    ("killed at every call to the file system while saving", "{kill_points} kill points, {violations} without a whole checkpoint"),
+    ("newest checkpoint damaged", "{damaged} times, {detected} detected, {damaged_skipped} passed over for the one before"),
+    ("TERM, INT and USR1: seconds until the last step is saved", "{seconds_to_stop_median} median, {seconds_to_stop_max} at most of {stops}"),
+    ("launcher killed; launcher of two processes stopped", "saved and ended in {launcher_killed_seconds} s; {launcher_stop_seconds} s"),
+    ("one of two processes: {peer_kinds}", "{peers_right} of {peers} jobs ended with its name and the last step saved"),
+    ("class images killed and completed", "{class_image_kills} times; pictures {class_hash} an unbroken set's"),
+    ("kinds of bad input, each with one message and exit status 2", "{bad_inputs} kinds, {bad_input_tests_failed} not so"),
+    ("fuzzed pictures, adapters, configs and manifests", "{fuzzed_files} files, {fuzz_tests_failed} kinds with a traceback"),
+    ("code carried in files", "{payloads_executed} times executed"),
+)
+
+
+def table(counts: dict[str, Any]) -> str:
+    """The README's table."""
+    equal = {True: "equal to", False: "**not** equal to"}
+    values = counts | {
+        "final_hash": equal[counts["final_hash_equal"]],
+        "worlds_hash": equal[counts["worlds_equal"]],
+        "class_hash": equal[counts["class_images_equal"]],
+        "runs": len(counts["worlds"]),
+        "peers": len(counts["peers_lost"]),
+        "peers_right": sum(result["right"] for result in counts["peers_lost"].values()),
+        "peer_kinds": ", ".join(PEER_FAULTS[kind] for kind in counts["peers_lost"]),
+    }
+    rows = [f"| {fault} | {measured} |" for fault, measured in ROWS]
+    return "\n".join(["| fault | measured |", "|---|---|", *rows]).format_map(values)
+
+
+def write_readme(text: str) -> None:
+    readme = ROOT / "README.md"
+    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text())
+    if count != 1:
+        raise RuntimeError(f"README.md must have the marks of the table once, has them {count} times")
+    readme.write_text(content)
+
+
+def main() -> int:
+    started = time.monotonic()
+    counts: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, found, took in run_faults.everything(Path(folder)):
+            print(f"{name}: {json.dumps(found)} ({took:.0f} s)", flush=True)
+            counts |= found
+            seconds[name] = round(took, 1)
+    for work in (checkpoint_faults.count_all, bad_inputs):
+        before = time.monotonic()
+        counts |= work()
+        seconds[work.__name__] = round(time.monotonic() - before, 1)
+    wrong = broken(counts)
+    machine = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    record = {"counts": counts, "broken": wrong, "seconds": {**seconds, "all": round(time.monotonic() - started, 1)}, "machine": machine}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    write_readme(table(counts))
+    print(table(counts))
+    print("\n".join(wrong) or "every promise kept")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

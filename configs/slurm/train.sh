@@ -1,0 +1,31 @@
+#!/bin/bash
+# One run over the nodes of a Slurm job, put back in the queue until it is done:
+#   sbatch configs/slurm/train.sh --config configs/sd15_object.yaml --output_dir /shared/my-dog ...
+# Two minutes before the time is up Slurm sends USR1 to this script alone (B:), which passes on TERM: USR1 would kill `accelerate launch` and
+# leave its processes behind. Every process then saves nothing but the last completed step, and the job is queued again.
+#SBATCH --job-name=dreambooth
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=16
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-4}
+ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+stop=0
+trap 'stop=1; kill -TERM "$launcher" 2>/dev/null' USR1
+
+# SLURM_NODEID is each node's own, so it is expanded there and not here
+srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file configs/accelerate/many_nodes.yaml \
+  --num_machines "$SLURM_NNODES" --num_processes "$(('"$GPUS_PER_NODE"' * SLURM_NNODES))" --machine_rank "$SLURM_NODEID" \
+  --main_process_ip "$0" train_dreambooth_lora.py --resume_from_checkpoint latest "$@"' "$ADDRESS" "$@" &
+launcher=$!
+wait "$launcher"
+status=$?
+# the trap ends the first wait before srun has ended
+[ "$stop" = 1 ] && { wait "$launcher"; scontrol requeue "$SLURM_JOB_ID"; exit 0; }
+exit "$status"

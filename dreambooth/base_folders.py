@@ -1,0 +1,215 @@
+"""The folder of a base model, checked before anything of it is loaded: parts, classes, widths, and weights as far as their headers tell.
+
+A base is files that somebody else wrote. Nothing here imports what they name, and weights in pickle files are refused, since those can
+carry code.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreambooth import safetensors_headers
+from dreambooth.errors import UserError
+from dreambooth.printable import shown
+
+_FLAG = "--pretrained_model_name_or_path"
+_LARGEST_JSON = 16 * 2**20
+_LIBRARIES = {"diffusers", "transformers"}
+# The parts that are loaded, with the one class that each may have; a scheduler is made anew from its settings.
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_SCRIPTS = {
+    "StableDiffusionXLPipeline": "train_dreambooth_lora_sdxl.py",
+    "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
+    "FluxPipeline": "train_dreambooth_lora_flux.py",
+}
+
+
+def unknown_class(name: str, found: object, known: Sequence[str]) -> str:
+    """The message for a base whose pipeline class is not one of `known`."""
+    script = _OTHER_SCRIPTS.get(found) if isinstance(found, str) else None
+    advice = f"; diffusers' {script} trains it" if script else ""
+    return f"{_FLAG}: {shown(name)} is a {_short(found)}; this version trains {', '.join(known)}{advice}"
+
+
+def no_index(folder: Path, name: str) -> str:
+    """The message for a folder without model_index.json: what it seems to be, and what to give instead."""
+    names = sorted(path.name for path in folder.iterdir())
+    held = ", ".join(shown(n) for n in names[:5]) or "nothing"
+    message = f"{_FLAG}: {shown(name)} is not a diffusers pipeline folder: it has no model_index.json; it holds {held}"
+    if (folder.absolute().parent / "model_index.json").is_file():
+        return f"{message}. It is one part of a base: name the folder above it"
+    if "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
+        return f"{message}. That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
+    if any(n.endswith((".safetensors", *_PICKLES)) for n in names):
+        return f"{message}. Convert a single-file base with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+    return message
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises UserError, naming the file, if it is none."""
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it is over {_LARGEST_JSON:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it must be a table, and is a {type(content).__name__}")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{_FLAG}: {shown(path)} cannot be read ({shown(' '.join(str(error).split()))})") from None
+
+
+def check(folder: Path, name: str, index: Mapping[str, Any], parts: Sequence[str], *, variant: str | None, own_tokenizer: bool) -> None:
+    """Raise UserError, with one line for each fault, unless `folder` can be loaded as a Stable Diffusion with `parts`."""
+    missing = [part for part in parts if not (folder / part).is_dir() and not (part == "tokenizer" and own_tokenizer)]
+    if missing:
+        raise UserError(f"{_FLAG}: {shown(name)} lacks the folders {', '.join(missing)}")
+    _raise(_foreign(index))
+    configs = {part: read_json(folder / part / "config.json") for part in _CLASSES}
+    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    others = {"tokenizer": read_json(tokenizer)} if tokenizer.is_file() and not own_tokenizer else {}
+    with_code = [part for part, config in (configs | others).items() if "auto_map" in config]
+    _raise([f"the {part} of {shown(name)} names code of its own (auto_map), which is not run" for part in with_code])
+    _raise(_wrong_kinds(configs, name))
+    _raise(_misfits(configs, name))
+    _raise(_bad_weights(folder, configs, variant))
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(f"{_FLAG}: {problem}" for problem in problems))
+
+
+def _short(found: object) -> str:
+    """A value of a JSON file, as it may stand in a message."""
+    return found[:80] if isinstance(found, str) and found.isprintable() else ascii(found)[:80]
+
+
+def _value(found: object) -> str:
+    """The same where it matters whether it is a text or a number."""
+    return ascii(found)[:80]
+
+
+def _foreign(index: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list):
+            continue  # settings of the pipeline itself
+        if len(entry) != 2 or not all(word is None or isinstance(word, str) for word in entry):
+            problems.append(f"model_index.json: {_short(part)} must name a library and a class, got {_short(entry)}")
+            continue
+        library, kind = entry
+        if library is None and part in _CLASSES:
+            problems.append(f"model_index.json leaves out {part}")
+        # the safety checker is never loaded, and Stable Diffusion 1.x names a module of diffusers for it
+        elif library is not None and library not in _LIBRARIES and not (part == "safety_checker" and library == "stable_diffusion"):
+            problems.append(f"model_index.json: {_short(part)} comes from {_short(library)}; only diffusers and transformers are loaded")
+        elif part in _CLASSES and kind != _CLASSES[part]:
+            problems.append(f"model_index.json: {part} is a {_short(kind)}; it must be a {_CLASSES[part]}")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _wrong_kinds(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    problems = []
+    for part, fields in (("unet", ("cross_attention_dim", "in_channels")), ("text_encoder", ("hidden_size",)), ("vae", ("latent_channels",))):
+        for field in fields:
+            if not _is_number(configs[part].get(field)):
+                problems.append(f"the {part} of {shown(name)} has {field} {_value(configs[part].get(field))}; it must be a whole number")
+    blocks = configs["vae"].get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks or not all(map(_is_number, blocks)) or len(blocks) > 10:
+        problems.append(f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of whole numbers")
+    for part, field, default in (("unet", "sample_size", 64), ("text_encoder", "max_position_embeddings", 77)):
+        if not _is_number(configs[part].get(field, default)):
+            problems.append(f"the {part} of {shown(name)} has {field} {_value(configs[part][field])}; it must be a whole number")
+    for part in ("unet", "vae"):
+        if (found := configs[part].get("_class_name", _CLASSES[part])) != _CLASSES[part]:
+            problems.append(f"the {part} of {shown(name)} is a {_short(found)}; it must be a {_CLASSES[part]}")
+    return problems
+
+
+def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    unet, text, vae, problems = configs["unet"], configs["text_encoder"], configs["vae"], []
+    if unet["cross_attention_dim"] != text["hidden_size"]:
+        widths = f"{unet['cross_attention_dim']} wide text and its text encoder gives {text['hidden_size']}"
+        problems.append(f"the UNet of {shown(name)} takes {widths}: parts of two different bases")
+    if unet["in_channels"] != vae["latent_channels"]:
+        channels = f"{unet['in_channels']} channels and its VAE gives {vae['latent_channels']}"
+        problems.append(f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for inpainting")
+    prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        found = _short(prediction_type)
+        problems.append(f"Unknown prediction type {found} in the scheduler of {shown(name)}; it must be epsilon or v_prediction")
+    return problems
+
+
+def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The safetensors files that a part is loaded from. Raises UserError if there are none, with the reason if there are pickles."""
+    where = folder / part
+    for tag in ([f".{variant}"] if variant else []) + [""]:
+        whole = where / f"{_WEIGHTS[part]}{tag}.safetensors"
+        if whole.is_file():
+            return [whole]
+        for index in (where / f"{_WEIGHTS[part]}.safetensors.index{tag}.json", where / f"{_WEIGHTS[part]}{tag}.safetensors.index.json"):
+            if index.is_file():
+                return _shards(index)
+    names = sorted(path.name for path in where.iterdir())
+    if pickles := [n for n in names if n.endswith(_PICKLES)]:
+        raise UserError(
+            f"{_FLAG}: {shown(where)} has its weights in {shown(pickles[0])} only, a pickle, which can carry code and is not loaded. If you trust "
+            "it, load it once with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    raise UserError(f"{_FLAG}: {shown(where)} has no weights: there is no {_WEIGHTS[part]}.safetensors; it holds {', '.join(map(shown, names[:5]))}")
+
+
+def _shards(index: Path) -> list[Path]:
+    table = read_json(index).get("weight_map")
+    names = sorted(set(table.values())) if isinstance(table, dict) and all(isinstance(n, str) for n in table.values()) else []
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # a name, never a path
+            raise UserError(f"{_FLAG}: {shown(index)} names {_short(name)}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{_FLAG}: {shown(index.parent)} lacks {shown(name)}, which {index.name} names")
+    if not names:
+        raise UserError(f"{_FLAG}: {shown(index)} names no weights")
+    return [index.parent / name for name in names]
+
+
+def weight_shapes(folder: Path, part: str, variant: str | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of a part's weights by key, from headers alone. Raises UserError if a file is damaged."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder, part, variant):
+        try:
+            shapes |= safetensors_headers.read(path, safetensors_headers.BASE).shapes
+        except UserError as error:
+            raise UserError(f"{_FLAG}: {error}") from None
+    return shapes
+
+
+def _bad_weights(folder: Path, configs: Mapping[str, Mapping[str, Any]], variant: str | None) -> list[str]:
+    problems = []
+    wanted = {
+        "unet": ("conv_in.weight", configs["unet"]["in_channels"]),
+        "vae": ("decoder.conv_in.weight", configs["vae"]["latent_channels"]),
+        "text_encoder": ("token_embedding.weight", configs["text_encoder"]["hidden_size"]),
+    }
+    for part, (end, width) in wanted.items():
+        try:
+            found = [shape for key, shape in weight_shapes(folder, part, variant).items() if key.endswith(end)]
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{_FLAG}: "))
+            continue
+        if not found:
+            problems.append(f"the weights in {shown(folder / part)} are of something else: they have no {end}")
+        elif len(found[0]) < 2 or width != found[0][1]:
+            problems.append(f"the weights in {shown(folder / part)} are of another model: {end} has shape {found[0]}, and config.json says {width}")
+    return problems

@@ -1,0 +1,123 @@
+"""What processes of one run do together: two of them, forked, over the real backend."""
+
+import json
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from dreambooth import processes
+from dreambooth.errors import UserError
+from dreambooth.stops import Stop
+
+
+def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:
+    """What `work` gives on each of so many processes; `Stop: ...` or `UserError: ...` if it raises one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                try:
+                    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in settings.items()}, ACCELERATE_USE_CPU="true")
+                    AcceleratorState._reset_state(reset_partial_state=True)
+                    try:
+                        result = work(processes.join(peer_timeout=4))
+                    except (Stop, UserError) as error:
+                        result = f"{type(error).__name__}: {error}"
+                    Path(folder, str(rank)).write_text(json.dumps(result))
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        paths = [Path(folder, str(rank)) for rank in range(count)]
+        return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def test_gathered_rows_come_in_the_order_of_the_processes():
+    assert together(lambda peers: peers.gather(torch.tensor([[peers.rank + 1.0]])).flatten().tolist()) == [[1, 2], [1, 2]]
+
+
+def test_sums_are_over_all_processes():
+    assert together(lambda peers: peers.sum(torch.tensor([peers.rank + 1.0])).tolist()) == [[3], [3]]
+
+
+def test_the_main_process_decides_for_all():
+    assert together(lambda peers: peers.share(f"of {peers.rank}")) == ["of 0", "of 0"]
+    assert together(lambda peers: peers.on_main(lambda: f"of {peers.rank}")) == ["of 0", "of 0"]
+
+
+def test_what_the_main_process_refuses_is_refused_on_all():
+    def refuse() -> None:
+        raise UserError("no such folder")
+
+    assert together(lambda peers: peers.on_main(refuse)) == ["UserError: no such folder"] * 2
+
+
+def test_processes_that_see_other_data_are_refused_by_number():
+    """Nodes may have other photos, another base, another version of the program."""
+    found = together(lambda peers: peers.check_same({"photos": f"those of {peers.rank}", "base": "one"}))
+    assert found == ["UserError: the processes of this run do not agree with process 0: process 1 has other photos"] * 2
+    assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "sum", "wait", "share", "check_same"])
+def test_a_process_that_died_is_named_by_every_exchange(exchange):
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            os._exit(1)
+        time.sleep(0.2)
+        arguments: dict[str, list[Any]] = {"gather": [torch.ones(1)], "sum": [torch.ones(1)], "wait": [], "share": [1], "check_same": [{"a": "b"}]}
+        return getattr(peers, exchange)(*arguments[exchange])
+
+    if exchange == "share":  # the main process sends, and does not wait for an answer: the next exchange tells
+        assert together(work)[0] in (1, "Stop: process 1 of 2 (counted from 0) died or hangs")
+    else:
+        assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
+
+
+def test_a_process_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "_ROLL_CALL", processes.datetime.timedelta(seconds=2))
+
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            time.sleep(9)
+            os._exit(0)
+        return peers.gather(torch.ones(1)).tolist()
+
+    assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
+
+
+def test_of_three_processes_the_one_that_is_lost_is_named():
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 2:
+            os._exit(1)
+        return peers.gather(torch.ones(1)).tolist()
+
+    assert together(work, 3)[0] == "Stop: process 2 of 3 (counted from 0) died or hangs"
+
+
+def test_one_process_where_several_were_asked_for_is_noted(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.notes() == []
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert processes.notes() == []
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (note,) = processes.notes()
+    assert "asked for several processes and started 1" in note
