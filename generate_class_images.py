@@ -24,6 +24,7 @@ from dreambooth.stops import Stop, Watch
 def main(options: ClassImageOptions) -> None:
     """Make the missing class images. Raises UserError if the folder holds another set, SystemExit if a signal ends it; what is made stays."""
     watch = Watch()
+    watch.is_immediate = True
     try:
         generate(options, watch)
     except Stop as stop:
@@ -36,12 +37,12 @@ def main(options: ClassImageOptions) -> None:
 def generate(options: ClassImageOptions, watch: Watch) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    peers = processes.join(peer_timeout=600)
+    peers = processes.join(watch, peer_timeout=600)
     state = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
-    with state.main_process_first():  # where it must be downloaded, once
-        base_folder = families.local_folder(options.base)
+    peers.on_main(lambda: families.local_folder(options.base))  # where it must be downloaded, once
+    base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)
     families.check_prompts(tokenizer, {"--class_prompt": options.class_prompt}, families.max_tokens(base_folder))
     settings = class_images.Settings(

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     stops.until_imports_are_done()
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import sys
@@ -82,6 +83,7 @@ class Training:
         self.dataset = PhotoRows(sources, seed, instance.resolution, instance.image_interpolation_mode, instance.center_crop)
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
+        self.saved = 0  # the step of the newest checkpoint
         self.is_between_steps = True
 
     def _inject(self) -> list[adapters.Component]:
@@ -135,7 +137,7 @@ class Training:
         checkpoints.restore(checkpoint, self.components, self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoints.read_state(checkpoint)["grad_scaler"])
-        self.first_step = self.completed = checkpoint.step
+        self.first_step = self.completed = self.saved = checkpoint.step
 
     def prepare_text(self) -> None:
         """Encode the prompts once and free the text encoder, if nothing in it will change."""
@@ -174,11 +176,12 @@ class Training:
         with self.accelerator.autocast():
             model_input = noisy_latents.to(self.parts.unet.dtype).contiguous(memory_format=torch.channels_last)
             model_pred = self.parts.unet(model_input, timesteps, prompt_embeds.to(self.parts.unet.dtype)).sample
-        self.watch.check()
+        if self.peers.world == 1:  # several stop together, once a micro-step
+            self.watch.check()
         losses = denoising_losses(model_pred, target)
         loss, pieces = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight)
         self.scaler.scale(loss / self.slots).backward()
-        self.watch.check()
+        self.peers.agree()
         return {name: value.detach() for name, value in {"loss": loss, **pieces}.items()}
 
     def take_gradients(self, total: torch.Tensor) -> None:
@@ -238,8 +241,8 @@ class Training:
                     self.step(step, batches, progress)
                 self.save_final()
                 self.validate(self.max_steps, progress, "test")
-            except BaseException as error:
-                self.save_what_is_done(error)
+            except BaseException:
+                self.save_what_is_done()
                 raise
 
     def step(self, step: int, batches: Iterator[MicroBatch], progress: report.Progress) -> None:
@@ -256,7 +259,7 @@ class Training:
         by_slot = {name: self._by_slot(torch.stack([loss[name] for loss in losses])) for name in losses[0]}
         if not torch.isfinite(by_slot["loss"]).all():
             raise Stop(self._not_finite(step, by_slot["loss"]))
-        self.watch.check()
+        self.peers.agree()
         learning_rate = self.update(total, step)
         progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, "lr": learning_rate})
         if (step + 1) % run.checkpointing_steps == 0:
@@ -305,7 +308,12 @@ class Training:
             state["grad_scaler"] = self.scaler.state_dict()
         moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
         limit = self.options.run.checkpoints_total_limit
-        folder = checkpoints.save(self.output_dir, step, self.pack(step), moments, state, limit=limit, identity=self.identity)
+        try:
+            folder = checkpoints.save(self.output_dir, step, self.pack(step), moments, state, limit=limit, identity=self.identity)
+        except checkpoints.PruneFailed as error:
+            report.say(self.accelerator, f"warning: {error}")
+            folder = self.output_dir / f"checkpoint-{step}"
+        self.saved = step
         if note := checkpoints.room_note(self.output_dir, checkpoints.size(folder)):
             report.say(self.accelerator, f"warning: {note}")
 
@@ -332,18 +340,20 @@ class Training:
             report.say(self.accelerator, f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
         self.peers.wait()
 
-    def save_what_is_done(self, error: BaseException) -> None:
+    def save_what_is_done(self) -> None:
         """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""
         if not self.peers.is_main or not self.is_between_steps or self.completed == 0:
             return
-        try:
-            if self.completed > self.first_step and self.completed % self.options.run.checkpointing_steps:
-                self._publish(self.completed)
-            self._write_adapter(self.completed)
-        except (OSError, checkpoints.SaveFailed) as trouble:
-            report.say(self.accelerator, f"warning: step {self.completed} could not be saved: {trouble}")
-        else:
-            report.say(self.accelerator, f"saved step {self.completed} of {self.max_steps}")
+        for what, is_needed, write in (
+            ("checkpoint", self.completed > self.saved, self._publish),
+            ("adapter", True, self._write_adapter),
+        ):
+            try:
+                if is_needed:
+                    write(self.completed)
+                report.say(self.accelerator, f"saved step {self.completed} of {self.max_steps}: {what}")
+            except (OSError, ValueError, checkpoints.SaveFailed) as trouble:  # ValueError: an adapter that is not finite
+                report.say(self.accelerator, f"warning: step {self.completed} could not be saved as {what}: {trouble}")
 
     @torch.no_grad()
     def validate(self, step: int, progress: report.Progress, name: str) -> None:
@@ -365,9 +375,12 @@ class Training:
                     check=self.watch.check,
                 )
             folder = self.output_dir / "validation"
-            folder.mkdir(exist_ok=True)
-            for number, image in enumerate(images):
-                pipelines.save_png(image, folder / f"step-{step:06d}-{number:02d}.png", {"prompt": prompt, "step": step})
+            try:
+                folder.mkdir(exist_ok=True)
+                for number, image in enumerate(images):
+                    pipelines.save_png(image, folder / f"step-{step:06d}-{number:02d}.png", {"prompt": prompt, "step": step})
+            except OSError as error:  # a full disk: the pictures are worth less than the run
+                report.say(self.accelerator, f"warning: validation pictures of step {step} cannot be written: {error.strerror or error}")
             progress.images(step, name, images, prompt)
         self.peers.wait()
 
@@ -390,32 +403,27 @@ def train(options: TrainOptions, watch: Watch) -> None:
         if options.run.enable_xformers_memory_efficient_attention:
             parts.unet.enable_xformers_memory_efficient_attention()
         report.say(peers.accelerator, adapters.describe(training.components))
+        report.say(peers.accelerator, f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step")
         if start.checkpoint:
             training.resume(start.checkpoint)
-            say_where_it_goes_on(training, start.checkpoint.folder)
+            left = "" if training.first_step < training.max_steps else "; nothing is left to train"
+            report.say(peers.accelerator, f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}")
         else:
             training.start_from(start.first_adapter)
         peers.check_same({"adapter weights at the start": hashlib.sha256(training.pack(training.first_step)).hexdigest()})
         if peers.is_main:
-            if not start.checkpoint:
+            if not start.checkpoint or not start.is_own:
                 runs.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
-            write_yaml(options, training.output_dir / "run.yaml")
+            run_once = dataclasses.replace(options.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)
+            write_yaml(dataclasses.replace(options, run=run_once), training.output_dir / "run.yaml")
         peers.wait()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(as_table(options)))
         started = time.monotonic()
+        watch.is_immediate = False
         training.train()
         peers.accelerator.end_training()
         report.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
-
-
-def say_where_it_goes_on(training: Training, checkpoint: Path) -> None:
-    """Raises UserError if the run would be over before it began."""
-    report.say(training.accelerator, f"resuming from {checkpoint} at step {training.first_step} of {training.max_steps}")
-    if training.first_step > training.max_steps:
-        raise UserError(f"--resume_from_checkpoint: {checkpoint} is past step {training.max_steps}, where this run ends; raise --max_train_steps")
-    if training.first_step == training.max_steps:
-        report.say(training.accelerator, "nothing is left to train: the checkpoint is at --max_train_steps")
 
 
 def main(options: TrainOptions) -> None:
@@ -425,6 +433,7 @@ def main(options: TrainOptions) -> None:
     the README lists if the run ends early.
     """
     watch = Watch(options.run.max_train_minutes)
+    watch.is_immediate = True
     try:
         train(options, watch)
     except Stop as stop:

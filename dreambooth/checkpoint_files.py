@@ -323,7 +323,8 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
         return
     good = {step}
     for other_step, folder in reversed(list_checkpoints(target.parent)):
-        if folder == target or verify(folder):
+        # those of later steps are of a run that got further and was gone back on from: this one is no successor of theirs
+        if folder == target or other_step > step or verify(folder):
             continue
         if other_step in good or len(good) >= limit:
             _remove(folder, other_step)

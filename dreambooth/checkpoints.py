@@ -132,6 +132,8 @@ def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
 def _moments(content: Content, parameters: dict[str, torch.nn.Parameter]) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """The optimizer's state by parameter. Raises UserError unless every parameter has all fields, in its own shape."""
     path, tensors = content.folder / OPTIMIZER, _tensors(content, OPTIMIZER)
+    if not tensors and "grad_scaler" in read_state(content):
+        return {}  # fp16 skips its first steps while the scale is found: the optimizer has not stepped yet
     fields = {key.rpartition("|")[2] for key in tensors}
     moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

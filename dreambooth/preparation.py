@@ -5,10 +5,11 @@ What is wrong with flags, photos, base, prompts or output folder is found before
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Start:
     sources: list[Source]
     identity: dict[str, Any]
     checkpoint: checkpoints.Content | None
+    is_own: bool  # whether the checkpoint is one of the output folder's
     first_adapter: AdapterState
     status: runs.Status
 
@@ -63,6 +65,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     trackers, notes = report.trackers(options.reports.report_to)
     output_dir = Path(run.output_dir)
     peers = processes.join(
+        watch,
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
         log_with=trackers or None,
@@ -72,12 +75,12 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     _check_device(options, accelerator.device, accelerator.mixed_precision)
 
     instance = _pictures(options, options.instance.instance_data_dir, "--instance_data_dir")
-    with accelerator.main_process_first():  # where it must be downloaded, once
-        base_folder = families.local_folder(options.base)
+    peers.on_main(lambda: families.local_folder(options.base))  # where it must be downloaded, once
+    base_folder = families.local_folder(options.base)
     tokenizer = families.load_tokenizer(options.base, base_folder)
     max_tokens = families.max_tokens(base_folder, options.text)
     _check_prompts(options, tokenizer, max_tokens)
-    first_adapter, adapter_notes = read_init_adapter(options)
+    first_adapter, first_digest, adapter_notes = read_init_adapter(options)
     for note in [*options.notes(), *instance.notes, *_size_notes(instance, options), *notes, *adapter_notes, *processes.notes()]:
         report.say(accelerator, f"note: {note}")
 
@@ -91,7 +94,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         report.say(accelerator, line)
     checkpoint = checkpoints.read(folder) if folder else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
-    seed = choose_seed(run.seed, state, peers)
+    there = peers.on_main(lambda: runs.read_identity(output_dir)) if run.resume_from_checkpoint else None
+    seed = choose_seed(run.seed, [state.get("seed"), there["flags"].get("seed") if there else None], peers)
+    is_own = folder is not None and folder.resolve().parent == output_dir.resolve()
     run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
     options = dataclasses.replace(options, run=run, prior=class_images.adopt(options.prior, options.run.seed))
     report.say(accelerator, f"seed: {seed}")
@@ -104,13 +109,18 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     def identity(sources: list[Source]) -> dict[str, Any]:
         pictures = {source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources}
         slots = run.gradient_accumulation_steps * peers.world
-        return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, max_steps=max_steps)
+        start = checkpoint.identity.get("start") if checkpoint else first_digest
+        return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, max_steps=max_steps, start=start)
 
     def check(mine: Mapping[str, Any]) -> list[str]:
+        if checkpoint is None or not is_own:
+            runs.check_new(output_dir, mine, overwrite=run.overwrite, again=run.resume_from_checkpoint is not None)
         if checkpoint is None:
-            runs.check_new(output_dir, mine, overwrite=run.overwrite)
             return []
-        return runs.check_resume(checkpoint, state, mine, around, allow_data_change=run.allow_data_change)
+        found = runs.check_resume(checkpoint, state, mine, around, allow_data_change=run.allow_data_change)
+        if checkpoint.step > max_steps:
+            raise UserError(f"--resume_from_checkpoint: {folder} is past step {max_steps}, where this run ends; raise --max_train_steps")
+        return found
 
     sources = [Source("instance", instance.photos)]
     photos_only = identity(sources)
@@ -124,7 +134,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     for note in peers.on_main(lambda: check(mine)):
         report.say(accelerator, f"note: {note}")
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    return Start(options, peers, base_folder, tokenizer, max_tokens, weight_dtype, sources, mine, checkpoint, first_adapter, status)
+    return Start(options, peers, base_folder, tokenizer, max_tokens, weight_dtype, sources, mine, checkpoint, is_own, first_adapter, status)
 
 
 def _check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> None:
@@ -151,10 +161,10 @@ def _size_notes(instance: photos.Folder, options: TrainOptions) -> list[str]:
     return [f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} and will be enlarged"] if small else []
 
 
-def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, list[str]]:
-    """(tensors by component of --init_adapter, notes). Raises UserError if this run's adapter is another."""
+def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, str | None, list[str]]:
+    """(tensors by component of --init_adapter, its SHA-256, notes). Raises UserError if this run's adapter is another."""
     if options.adapter.init_adapter is None:
-        return {}, []
+        return {}, None, []
     path = adapter_files.find(options.adapter.init_adapter, "--init_adapter")
     state, metadata = adapter_files.read(path)
     fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -168,7 +178,8 @@ def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, list[str]]:
     if "text_encoder" in state and not options.text.train_text_encoder:
         raise UserError(f"--init_adapter: {path} adapts the text encoder too; add --train_text_encoder")
     starts_anew = "text_encoder" not in state and options.text.train_text_encoder
-    return state, [f"{path} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
+    notes = [f"{path} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
+    return state, hashlib.sha256(path.read_bytes()).hexdigest(), notes
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -182,12 +193,11 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | N
     return choice.folder, said
 
 
-def choose_seed(given: int | None, state: Mapping[str, Any], peers: Peers) -> int:
-    """The seed given, else that in a checkpoint's state, else a new one; the same on every process."""
-    if given is not None:
-        return given
-    if "seed" in state:
-        return int(state["seed"])
+def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers) -> int:
+    """The seed given, else the first known `of_before`, else a new one; the same on every process."""
+    for seed in (given, *of_before):
+        if seed is not None:
+            return int(seed)
     return peers.share(random.SystemRandom().randrange(2**31))
 
 

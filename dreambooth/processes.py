@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from dreambooth.errors import UserError
-from dreambooth.stops import Stop
+from dreambooth.stops import Stop, Watch
 
 T = TypeVar("T")
 _ROLL_CALL = datetime.timedelta(seconds=10)
 _FOR_EVER = datetime.timedelta(days=30)
 
 
-def join(*, peer_timeout: float, **settings: Any) -> "Peers":
+def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
     """Join the processes that the launcher started. `peer_timeout`, in seconds, is for exchanges within a step.
 
     Raises UserError if the launcher started more processes than could be joined: each would do the whole work, into the same folder.
@@ -35,7 +35,7 @@ def join(*, peer_timeout: float, **settings: Any) -> "Peers":
             f"the launcher started {started} processes and accelerate joined {accelerator.num_processes}; "
             "without a GPU set ACCELERATE_USE_CPU=true for torchrun"
         )
-    return Peers(accelerator)
+    return Peers(accelerator, watch, datetime.timedelta(seconds=peer_timeout))
 
 
 def notes() -> list[str]:
@@ -60,13 +60,35 @@ def _command_line(pid: int) -> str:
 class Peers:
     """All processes of the run, seen from this one."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, watch: Watch, timeout: datetime.timedelta):
+        self.accelerator, self.watch = accelerator, watch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
         # Over gloo whatever the GPUs speak, and patient: class images and validation take as long as they take. A process that died is
         # noticed all the same, by its closed connection.
         self.group = dist.new_group(backend="gloo", timeout=_FOR_EVER) if self.world > 1 else None
+        self.step_group = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+        if not self.is_main:
+            watch.deadline = None  # clocks differ: one of them decides
+
+    def agree(self) -> None:
+        """Within a step: raise Stop, the same on every process, if any of them is to stop. On its own one would leave the others in an exchange
+        that never ends. Over gloo also beside GPUs, so that a process that died is noticed before theirs is entered."""
+        pending = self.watch.pending()
+        if self.world == 1:
+            if pending:
+                raise pending
+            return
+        codes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        reasons: list[Any] = [None] * self.world
+        try:
+            dist.all_gather(codes, torch.tensor([pending.exit_code if pending else 0]), group=self.step_group)
+            if any(codes):
+                dist.all_gather_object(reasons, pending and (pending.reason, pending.exit_code, pending.state), group=self.step_group)
+        except RuntimeError as error:
+            raise self._lost(error) from None
+        for reason in filter(None, reasons):
+            raise Stop(*reason)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[processes * n, ...] from every process's [n, ...], in their order. Raises Stop, naming it, if a process is lost or hangs."""
@@ -132,7 +154,9 @@ class Peers:
         """What to raise after a failed exchange: every process still alive answers the main one's roll call, and those that do not are named."""
         if self.world == 1:
             raise error
+        self.watch.check()  # who was asked to stop may find the others gone already
         missing = self._roll_call()
+        self.watch.check()
         if missing:
             return Stop(f"process {' and '.join(map(str, missing))} of {self.world} (counted from 0) died or hangs")
         reason = " ".join(str(error).split())[:200]

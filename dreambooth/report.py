@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl, trackers, and the progress bar."""
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -39,6 +40,7 @@ class Progress:
         self.bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main)
         self.file = self._open(path, first_step) if self.main else None
         self.since, self.since_step = time.monotonic(), first_step
+        self.has_failed = False
 
     @staticmethod
     def _open(path: Path, first_step: int) -> TextIO:
@@ -60,11 +62,21 @@ class Progress:
         now = time.monotonic()
         rate = (step - self.since_step) * self.images_per_step / max(now - self.since, 1e-9)
         record = {"step": step, **values, "images_per_second": round(rate, 3)}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self._write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=step)
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", images_s=f"{rate:.1f}")
         self.bar.update(step - self.bar.n)
+
+    def _write(self, line: str) -> None:
+        """A full disk costs records, not the run."""
+        assert self.file is not None
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            if not self.has_failed:
+                tqdm.write(f"warning: metrics.jsonl cannot be written: {error.strerror or error}; the run goes on")
+            self.has_failed = True
 
     def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
         """Send pictures to the trackers that take them."""
@@ -79,7 +91,8 @@ class Progress:
     def close(self) -> None:
         self.bar.close()
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # said when it was written
+                self.file.close()
 
 
 def say(accelerator: Accelerator, text: str) -> None:

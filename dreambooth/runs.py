@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,18 @@ _PRIOR = ("prior_loss_weight", "class_prompt")
 _SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
-def identity(options: TrainOptions, *, slots: int, base: str, pictures: Mapping[str, Mapping[str, str]], max_steps: int) -> dict[str, Any]:
-    """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name."""
+def identity(
+    options: TrainOptions, *, slots: int, base: str, pictures: Mapping[str, Mapping[str, str]], max_steps: int, start: str | None
+) -> dict[str, Any]:
+    """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name, and of the adapter that
+    it started from."""
     flags = {name: value for name, value in as_table(options).items() if name not in _FREE}
     if not options.prior.with_prior_preservation:
         flags = {name: value for name, value in flags.items() if name not in _PRIOR}
     if options.optimization.lr_scheduler in _SCHEDULES_WITH_AN_END:
         flags["max_train_steps"] = max_steps
     # a round trip, so that what was read from a file compares equal to what was not
-    return json.loads(json.dumps({"flags": flags, "slots": slots, "base": base, "pictures": pictures}))
+    return json.loads(json.dumps({"flags": flags, "slots": slots, "base": base, "pictures": pictures, "start": start}))
 
 
 def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
@@ -73,6 +77,8 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
         found.append(f"--gradient_accumulation_steps times the processes was {there['slots']} and is {now['slots']}")
     if there["base"] != now["base"]:
         found.append(f"the base's weights were {there['base']} and are {now['base']}")
+    if there.get("start") != now.get("start"):
+        found.append("the adapter of --init_adapter was another one")
     changed = []
     for source in sorted(now["pictures"]):  # class images may not be known yet
         before, after = there["pictures"].get(source, {}), now["pictures"][source]
@@ -115,8 +121,11 @@ def check_resume(
     return notes
 
 
-def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Raise UserError if a run that starts from nothing would mix with another one in `output_dir`; with `overwrite` that one will go."""
+def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, again: bool) -> None:
+    """Raise UserError if a run that starts anew would mix with what is in `output_dir`; with `overwrite` that will go.
+
+    The very same run may start `again` where it left nothing to go on from; its results are not trained over unasked.
+    """
     if overwrite:
         return
     there = read_identity(output_dir)
@@ -126,6 +135,10 @@ def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool) -> N
             raise UserError(
                 f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(found + changed) + "\n"
                 "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on with it, or --overwrite to remove it"
+            )
+        if not again and (checkpoints.list_checkpoints(output_dir) or (output_dir / adapter_files.ADAPTER_NAME).exists()):
+            raise UserError(
+                f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"
             )
     elif foreign := sorted(path.name for path in output_dir.glob("checkpoint-*")):
         raise UserError(f"--output_dir: {output_dir} holds {foreign[0]}, which no run there accounts for; name another folder, or move it away")
@@ -175,7 +188,10 @@ class Status:
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         host = socket.gethostname()
         record = {"state": state, "step": self.step(), "reason": reason, "exit_code": exit_code, "pid": os.getpid(), "host": host}
-        adapter_files.write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
+        try:
+            adapter_files.write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
+        except OSError as error:  # a full disk must not take the place of what is being reported
+            print(f"warning: {self.path} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

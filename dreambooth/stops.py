@@ -27,13 +27,21 @@ class Stop(BaseException):
         self.reason, self.exit_code, self.state = reason, exit_code, state
 
 
+_PARENT = os.getppid()  # read before the seconds of imports, in which a launcher may die
+
+
 class Watch:
-    """Listens for signals from now until `close`. The second signal, a second or more after the first, ends the process at once."""
+    """Listens for signals from now until `close`. The second signal, a second or more after the first, ends the process at once.
+
+    While `is_immediate`, a signal raises Stop wherever the program is: for the time before training, in which every file is written whole or
+    not at all and a check may be minutes away.
+    """
 
     def __init__(self, max_minutes: float | None = None):
+        self.is_immediate = False
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.max_minutes = max_minutes
-        self.launcher = os.getppid() if _has_launcher() else None
+        self.launcher = _PARENT if _has_launcher() else None
         self.received: signal.Signals | None = None
         self.received_at = 0.0
         self.previous = {number: signal.signal(number, self._receive) for number in _heeded()}
@@ -45,16 +53,24 @@ class Watch:
             os.kill(os.getpid(), number)
         if self.received is None:
             self.received, self.received_at = signal.Signals(number), time.monotonic()
+            if self.is_immediate:
+                self.check()
+
+    def pending(self) -> Stop | None:
+        """Why the run is to end; None if it is not."""
+        if self.received is not None:
+            return Stop(f"stopped by {self.received.name}", 128 + self.received, "stopped")
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return Stop(f"--max_train_minutes {self.max_minutes:g} are over", EXIT_TIME, "stopped")
+        # `accelerate launch` with one process passes no signal on: killed, it would leave this one training for nobody
+        if self.launcher is not None and os.getppid() != self.launcher:
+            return Stop("the launcher died", EXIT_FAILED, "stopped")
+        return None
 
     def check(self) -> None:
         """Raise Stop if the run is to end."""
-        if self.received is not None:
-            raise Stop(f"stopped by {self.received.name}", 128 + self.received, "stopped")
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise Stop(f"--max_train_minutes {self.max_minutes:g} are over", EXIT_TIME, "stopped")
-        # `accelerate launch` with one process passes no signal on: killed, it would leave this one training for nobody
-        if self.launcher is not None and os.getppid() != self.launcher:
-            raise Stop("the launcher died", EXIT_FAILED, "stopped")
+        if stop := self.pending():
+            raise stop
 
     def close(self) -> None:
         """Give the signals back to whom they belonged."""

@@ -194,11 +194,16 @@ Spread: total variation distance between the identities drawn and the uniform pr
 {history}
 """
 
-HISTORY = """`python -m picturebook.train_base`, on two CPU cores, bfloat16 autocast, seed {seed}. The autoencoder had 3,000 steps of 16
-pictures with a KL weight of 1e-4, then 1,500 with 5e-3, on earlier states of the world (other patterns, more offsets). UNet and text
-encoder were trained together from nothing on {scenes:,} scenes of the world as it is: {steps:,} steps of {batch_size}, 10 % of the captions
-empty, learning rate {peak_learning_rate} at its peak and {last_learning_rate:.2g} at the last step; the weights are their running average
-(decay 0.999)."""
+HISTORY = """`python -m picturebook.train_base`, on two CPU cores, bfloat16 autocast, seed {seed}, in several goes, since the recipe was found on
+the way; what the script does today is the recipe of the last go, and a run of it from nothing has not been measured.
+- The autoencoder: 3,000 steps of 16 pictures with a KL weight of 1e-4, then 2,700 with 5e-3, the last 1,200 on the world as it is, but for
+  mirrored sprites.
+- UNet and text encoder together, on {scenes:,} scenes, 10 % of the captions empty: {steps:,} steps of {batch_size}. The first 4,500 with AdamW at
+  6e-4 on an earlier state of the autoencoder; then Muon (torch's) with AdamW for what is no matrix, at {peak_learning_rate}, and timesteps drawn
+  log-normal in sigma; from step 9,750 on a rate that falls to {last_learning_rate:.2g} at the last step; from step 12,250 on without mirrored
+  sprites.
+
+The weights are the running average (decay 0.999)."""
 
 
 if __name__ == "__main__":

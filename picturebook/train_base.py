@@ -56,13 +56,13 @@ class Options:
     """Steps of the autoencoder, 16 pictures each."""
     num_scenes: int = 40_000
     """Pictures in the training set of the UNet; captions are drawn anew at every visit."""
-    unet_steps: int = 20_000
+    unet_steps: int = 17_000
     """Steps of UNet and text encoder."""
     unet_batch_size: int = 32
     """Pictures a step of theirs."""
     learning_rate: float = 1e-3
     """Peak rate of UNet and text encoder: warmed up over 200 steps, lowered linearly over the last `decay_share` of the run."""
-    decay_share: float = 0.3
+    decay_share: float = 0.45
     """Share of the run over which the learning rate falls to zero."""
     save_every: int = 250
     """Steps between checkpoints."""

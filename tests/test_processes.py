@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from dreambooth import processes
 from dreambooth.errors import UserError
-from dreambooth.stops import Stop
+from dreambooth.stops import Stop, Watch
 
 
 def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:
@@ -34,7 +35,7 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
                     os.environ.update({name: str(value) for name, value in settings.items()}, ACCELERATE_USE_CPU="true")
                     AcceleratorState._reset_state(reset_partial_state=True)
                     try:
-                        result = work(processes.join(peer_timeout=4))
+                        result = work(processes.join(Watch(), peer_timeout=4))
                     except (Stop, UserError) as error:
                         result = f"{type(error).__name__}: {error}"
                     Path(folder, str(rank)).write_text(json.dumps(result))
@@ -69,6 +70,33 @@ def test_what_the_main_process_refuses_is_refused_on_all():
     assert together(lambda peers: peers.on_main(refuse)) == ["UserError: no such folder"] * 2
 
 
+def test_a_stop_of_one_is_a_stop_of_all_with_its_reason():
+    """Signals reach processes at different moments; one that stopped alone would leave the others waiting."""
+
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            peers.agree()
+        except Stop as stop:
+            return [stop.reason, stop.exit_code, stop.state]
+
+    assert together(work) == [["stopped by SIGTERM", 143, "stopped"]] * 2
+
+
+def test_one_clock_decides_when_the_time_is_up():
+    def work(peers: processes.Peers) -> Any:
+        return peers.watch.deadline is None
+
+    def join_with_limit(peers: processes.Peers) -> Any:
+        peers.watch.deadline = time.monotonic() + (100 if peers.rank == 0 else -1)
+        again = processes.Peers(peers.accelerator, peers.watch, processes.datetime.timedelta(seconds=4))
+        return again.agree()
+
+    assert together(work) == [True, True]
+    assert together(join_with_limit) == [None, None]
+
+
 def test_processes_that_see_other_data_are_refused_by_number():
     """Nodes may have other photos, another base, another version of the program."""
     found = together(lambda peers: peers.check_same({"photos": f"those of {peers.rank}", "base": "one"}))
@@ -76,19 +104,16 @@ def test_processes_that_see_other_data_are_refused_by_number():
     assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
 
 
-@pytest.mark.parametrize("exchange", ["gather", "sum", "wait", "share", "check_same"])
+@pytest.mark.parametrize("exchange", ["agree", "gather", "sum", "wait", "check_same"])
 def test_a_process_that_died_is_named_by_every_exchange(exchange):
     def work(peers: processes.Peers) -> Any:
         if peers.rank == 1:
             os._exit(1)
         time.sleep(0.2)
-        arguments: dict[str, list[Any]] = {"gather": [torch.ones(1)], "sum": [torch.ones(1)], "wait": [], "share": [1], "check_same": [{"a": "b"}]}
+        arguments: dict[str, list[Any]] = {"gather": [torch.ones(1)], "sum": [torch.ones(1)], "wait": [], "agree": [], "check_same": [{"a": "b"}]}
         return getattr(peers, exchange)(*arguments[exchange])
 
-    if exchange == "share":  # the main process sends, and does not wait for an answer: the next exchange tells
-        assert together(work)[0] in (1, "Stop: process 1 of 2 (counted from 0) died or hangs")
-    else:
-        assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
+    assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
 
 
 def test_a_process_that_hangs_is_named(monkeypatch):

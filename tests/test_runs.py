@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+import train_dreambooth_lora as train
 from dreambooth import adapter_files, locks, runs
+from dreambooth.command_line import parse
 from dreambooth.errors import UserError
+from dreambooth.options import TrainOptions
 from tests import tiny
-from tests.test_scripts import digest, metrics, prior_words, run_train
+from tests.test_scripts import digest, metrics, prior_words, run_train, train_words
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +88,22 @@ def test_class_images_that_another_run_is_making_are_waited_for(tiny_base, photo
     waited = []
     words = [*prior_words(tmp_path / "class"), "--max_train_steps", "1"]
     (tmp_path / "class").mkdir()
+    ready, release = os.pipe(), os.pipe()
     owner = os.fork()
     if owner == 0:
         with locks.hold(tmp_path / "class", "--class_data_dir"):
-            time.sleep(1.5)
+            os.write(ready[1], b"1")
+            os.read(release[0], 1)
         os._exit(0)
-    time.sleep(0.5)
-    real = locks.time.sleep
+    os.read(ready[0], 1)
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
-        real(seconds)
+        os.write(release[1], b"1")
+        os.waitpid(owner, 0)
 
     monkeypatch.setattr(locks.time, "sleep", sleep)
     run_train(tiny_base, photos_dir, tmp_path / "out", *words)
-    os.waitpid(owner, 0)
     assert waited
     assert len(list((tmp_path / "class").glob("*.png"))) == 3
 
@@ -216,13 +221,58 @@ def test_a_mistake_beside_overwrite_removes_nothing(finished, tiny_base, tmp_pat
     assert files(finished) == before
 
 
-def test_the_same_run_again_gives_the_same_files(tiny_base, photos_dir, tmp_path):
+def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_path):
+    """The same command line again would cut its metrics and, stopped early, put an unfinished adapter in place of the finished one."""
     words = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
     run_train(tiny_base, photos_dir, tmp_path, *words)
     before = files(tmp_path)
-    run_train(tiny_base, photos_dir, tmp_path, *words)
+    with pytest.raises(UserError, match="holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"):
+        run_train(tiny_base, photos_dir, tmp_path, *words)
+    assert files(tmp_path) == before
+    run_train(tiny_base, photos_dir, tmp_path, *words, "--overwrite")
     after = files(tmp_path)
     assert {name for name in before if before[name] != after.get(name)} <= {"metrics.jsonl"}  # images a second
+
+
+def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_drew(tiny_base, photos_dir, tmp_path, monkeypatch):
+    """Killed before its first checkpoint: the same command line, asked to resume, must not be refused for a seed nobody gave."""
+    words = train_words(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    at = words.index("--seed")
+    del words[at : at + 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "train", lambda self: None)  # it dies before it has saved anything
+        train.main(parse(TrainOptions, "", words))
+    seed = json.loads((tmp_path / runs.IDENTITY).read_text())["flags"]["seed"]
+    train.main(parse(TrainOptions, "", words))
+    assert json.loads(adapter_files.read(tmp_path / adapter_files.ADAPTER_NAME)[1]["dreambooth"])["seed"] == seed
+
+
+def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(finished, tiny_base, photos_dir, tmp_path):
+    here = tmp_path / "here"
+    run_train(tiny_base, photos_dir, here, "--max_train_steps", "1", "--rank", "2")
+    before = files(here)
+    words = ["--max_train_steps", "6", "--resume_from_checkpoint", str(finished / "checkpoint-2")]
+    with pytest.raises(UserError, match="holds another run"):
+        run_train(tiny_base, photos_dir, here, *words)
+    assert files(here) == before
+    run_train(tiny_base, photos_dir, tmp_path / "new", *words)
+    assert runs.read_identity(tmp_path / "new") is not None
+
+
+def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, tmp_path):
+    """Else reading it back would wipe the run, or refuse to go on with it."""
+    run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--overwrite")
+    words = ["--config", str(tmp_path / "run.yaml"), "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    train.main(parse(TrainOptions, "", words))
+    assert len(metrics(tmp_path)) == 3
+
+
+def test_later_checkpoints_outlive_a_run_that_goes_on_from_an_earlier_one(finished, tiny_base, photos_dir, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    words = ["--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--resume_from_checkpoint", "checkpoint-2"]
+    run_train(tiny_base, photos_dir, out, *words)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_checkpoints_that_no_run_accounts_for_are_not_mixed_with_new_ones(tiny_base, photos_dir, tmp_path):

@@ -146,17 +146,23 @@ def test_a_signal_in_a_validation_saves_the_step_before_it(tiny_base, photos_dir
 
 def test_the_second_signal_ends_the_process_at_once():
     """A second or more after the first: launchers send the same request several times over."""
+    ready, told = os.pipe()
     child = os.fork()
     if child == 0:
-        stops.Watch()
-        time.sleep(30)
-        time.sleep(30)
+        watch = stops.Watch()
+        os.write(told, b"1")
+        while watch.received is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once again
+        time.sleep(0.1)
+        os.write(told, b"2")
+        watch.received_at -= 1  # a second later
+        time.sleep(60)
         os._exit(0)
-    time.sleep(0.3)
+    os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
-    os.kill(child, signal.SIGTERM)
-    time.sleep(1.2)
-    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the repeated signal killed it"
+    assert os.read(ready, 1) == b"2", "the repeated signal killed it"
+    time.sleep(0.1)
     os.kill(child, signal.SIGTERM)
     _, result = os.waitpid(child, 0)
     assert os.WTERMSIG(result) == signal.SIGTERM
@@ -291,3 +297,41 @@ def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(tiny_base, photos_d
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
+
+
+def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
+    """metrics.jsonl, validation pictures and status.json are worth less than the steps."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    class Full:
+        write = flush = close = full
+        writelines = staticmethod(lambda lines: None)
+
+    real = adapter_files.write_atomically
+    monkeypatch.setattr(train.report.Progress, "_open", staticmethod(lambda path, first_step: Full()))
+    monkeypatch.setattr(pipelines, "save_png", full)
+    monkeypatch.setattr(adapter_files, "write_atomically", lambda path, data: full() if path.name == "status.json" else real(path, data))
+    validation = ["--validation_prompt", "a dog", "--num_validation_images", "1"]
+    assert digest(run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)) == unbroken
+    said = capsys.readouterr()
+    assert said.out.count("metrics.jsonl cannot be written: No space left on device") == 1
+    assert "validation pictures of step 5 cannot be written" in said.out
+    assert "status.json cannot be written" in said.err
+
+
+def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(tiny_base, photos_dir, tmp_path, monkeypatch):
+    real, calls = checkpoints.checkpoint_files._write_new, []
+
+    def full_once(path, data):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoints.checkpoint_files, "_write_new", full_once)
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "3")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]

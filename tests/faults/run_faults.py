@@ -196,8 +196,8 @@ def exact_worlds(world: World, *, sizes: Sequence[int] = (1, 2, 4), resumes: Seq
         code, log, _ = world.run([*world.words(world.folder / name, steps=steps, world=size), *more], launcher=launcher[size], world=size)
         if code:
             raise RuntimeError(f"{name} ended with {code}:\n{log[-3000:]}")
-        if size > 1 and f'"process 1 of {size}"' in log:
-            raise RuntimeError("the processes did not join")
+        if f"training on {size} process" not in log:
+            raise RuntimeError(f"{name} was not on {size} processes:\n{log[-3000:]}")
         return hashes(world.folder / name, steps)
 
     for size in sizes:
