@@ -52,10 +52,10 @@ def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
     scene, right = reading.scene, {}
     for name, found, asked in (("class", scene.kind, wanted.kind), ("colour", scene.colour, wanted.colour), ("place", scene.place, wanted.place)):
         if asked is not None:
-            right[name] = reading.valid and found == asked
+            right[name] = reading.shows_caption and found == asked
     if wanted.accessory is not None:
         same_colour = wanted.accessory_colour is None or scene.accessory_colour == wanted.accessory_colour
-        right["accessory"] = reading.valid and scene.accessory == wanted.accessory and same_colour
+        right["accessory"] = reading.shows_caption and scene.accessory == wanted.accessory and same_colour
     return right
 
 
@@ -91,7 +91,7 @@ def subject_scores(readings: Sequence[Reading], prompts: Sequence[str], kind: st
     return {
         "ID": sum(shares) / len(shares),
         "ID_all": sum(share == 1 for share in shares) / len(shares),
-        "subject_colour": sum(r.valid and r.scene.colour == colour for r in readings) / len(readings),
+        "subject_colour": sum(r.shows_caption and r.scene.colour == colour for r in readings) / len(readings),
         **prompt_scores(readings, prompts),
     }
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from picturebook import base_report, score, subjects
 from picturebook.draw import draw
-from picturebook.read import VALID_CONFIDENCE, read
+from picturebook.read import CAPTION_CONFIDENCE, VALID_CONFIDENCE, read
 from picturebook.tokenizer import MAX_TOKENS, build_tokenizer
 from picturebook.train_base import MODEL_DIR, training_scene
 from picturebook.world import (
@@ -150,12 +150,33 @@ def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
     assert all(shares[name] >= share for name, share in least.items()), shares
 
 
+def test_a_reading_above_the_gate_is_right():
+    """What the gates promise, on renders that are blurred and noisy about as much as pass them: 95 % of what they stand for."""
+    rng = np.random.default_rng(1)
+    truths = scenes(60, "gates")
+    readings = [read(degraded(draw(scene), 1.3, 20, rng)) for scene in truths]
+    named = ("kind", "colour", "place", "accessory", "accessory_colour")
+    for gate, top, names in ((CAPTION_CONFIDENCE, 0.85, named), (VALID_CONFIDENCE, 0.95, (*named, "identity"))):
+        pairs = [(reading.scene, truth) for reading, truth in zip(readings, truths, strict=True) if gate <= reading.confidence < top]
+        assert len(pairs) >= 10
+        right = [_share_right(scene, truth, names) for scene, truth in pairs]
+        assert sum(right) / len(right) >= 0.95, (gate, sum(right) / len(right))
+
+
+def _share_right(found: Scene, truth: Scene, names: tuple[str, ...]) -> float:
+    pairs = [(getattr(found, name), getattr(truth, name)) for name in names if name != "identity"]
+    if "identity" in names:
+        pairs += [(getattr(found.identity, name), getattr(truth.identity, name)) for name in IDENTITY_SIZES]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
 def test_reader_finds_noise_and_wrecks_invalid():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(5)]
     wrecks = [degraded(draw(scene), 3.0, 40, rng) for scene in scenes(5, "wrecks")]
     empty = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "red")]
-    assert not any(read(picture).valid for picture in [*noise, *wrecks, *empty])
+    readings = [read(picture) for picture in [*noise, *wrecks, *empty]]
+    assert not any(reading.valid or reading.shows_caption for reading in readings)
 
 
 def test_a_wrong_part_lowers_confidence():
@@ -205,28 +226,29 @@ def test_text_encoder_is_saved_under_names_that_older_programs_know():
         assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118 - not a dict
 
 
-def test_card_repeats_the_measured_figures_and_names_every_target_missed():
+def test_the_base_meets_its_targets_and_the_card_repeats_the_figures():
     """`make base-report` wrote both; neither is edited by hand."""
     figures = json.loads((MODEL_DIR / "figures.json").read_text())
     assert figures["prompts"] == 512
     assert (MODEL_DIR / "README.md").read_text() == base_report.card(figures, MODEL_DIR)
-    measured = {name: figures[name] for name in score.BASE_TARGETS}
-    missed = {name for name, target in score.BASE_TARGETS.items() if measured[name] < target}
-    assert missed == {miss.split()[0] for miss in figures["misses"]} & set(score.BASE_TARGETS)
+    assert figures["misses"] == []
+    assert all(figures[name] >= target for name, target in score.BASE_TARGETS.items())
+    assert max(figures["spread"].values()) <= base_report.SPREAD_TARGET
+    assert figures["psnr_db"] >= base_report.PSNR_TARGET
 
 
 def test_base_draws_what_prompts_ask_for():
-    """A small sample of what the report measures on 512 prompts: whatever the picture's confidence, its nearest scene is as prompted."""
+    """A small sample of what the report measures on 512 prompts, with room for the luck of 16."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [base_report.report_prompt(number) for number in range(16)]
     images = base_report.draw_prompts(pipeline, prompts, base_report.Options(batch_size=16))
-    nearest = [(read(image).scene, score.parse_prompt(prompt)) for image, prompt in zip(images, prompts, strict=True)]
-    for name in ("kind", "place", "colour"):
-        assert sum(getattr(scene, name) == getattr(wanted, name) for scene, wanted in nearest) / len(nearest) >= 0.75, name
-    assert base_report.reconstruction_psnr(pipeline.vae, pictures=32) >= 25
+    scores = score.prompt_scores([read(image) for image in images], prompts)
+    assert scores["valid"] >= 0.7, scores
+    assert min(scores[name] for name in ("class", "place", "colour", "accessory")) >= 0.75, scores
+    assert base_report.reconstruction_psnr(pipeline.vae, pictures=32) >= base_report.PSNR_TARGET
 
 
 def test_all_colours_can_be_told_apart():
