@@ -126,23 +126,30 @@ def write_readme(text: str) -> None:
 
 
 def main() -> int:
-    started = time.monotonic()
-    counts: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
+    """Run what is not yet in `benchmarks/results/faults.partial.json`, where each part is kept as it is done: a run that was cut off goes on."""
+    partial = RESULTS.with_suffix(".partial.json")
+    RESULTS.parent.mkdir(exist_ok=True)
+    parts: dict[str, Any] = json.loads(partial.read_text()) if partial.exists() else {}
+
+    def keep(name: str, found: dict[str, Any], took: float) -> None:
+        parts[name] = {"counts": found, "seconds": round(took, 1)}
+        partial.write_text(json.dumps(parts, indent=1) + "\n")
+        print(f"{name}: {json.dumps(found)} ({took:.0f} s)", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        for name, found, took in run_faults.everything(Path(folder)):
-            print(f"{name}: {json.dumps(found)} ({took:.0f} s)", flush=True)
-            counts |= found
-            seconds[name] = round(took, 1)
+        for part in run_faults.everything(Path(folder), parts):
+            keep(*part)
     for work in (checkpoint_faults.count_all, bad_inputs):
-        before = time.monotonic()
-        counts |= work()
-        seconds[work.__name__] = round(time.monotonic() - before, 1)
+        if work.__name__ not in parts:
+            before = time.monotonic()
+            keep(work.__name__, work(), time.monotonic() - before)
+    counts = {name: value for part in parts.values() for name, value in part["counts"].items()}
+    seconds = {name: part["seconds"] for name, part in parts.items()}
     wrong = broken(counts)
     machine = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    record = {"counts": counts, "broken": wrong, "seconds": {**seconds, "all": round(time.monotonic() - started, 1)}, "machine": machine}
-    RESULTS.parent.mkdir(exist_ok=True)
+    record = {"counts": counts, "broken": wrong, "seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "machine": machine}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    partial.unlink()
     write_readme(table(counts))
     print(table(counts))
     print("\n".join(wrong) or "every promise kept")
