@@ -127,6 +127,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
         descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # pytest has put others there
         AcceleratorState._reset_state(reset_partial_state=True)
         work()
         code = 0
