@@ -1,7 +1,7 @@
 """The folder of a base model, checked before anything of it is loaded: parts, classes, widths, and weights as far as their headers tell.
 
-A base is files that somebody else wrote. Nothing here imports what they name, and weights in pickle files are refused, since those can
-carry code.
+A base is files that somebody else wrote. Nothing here imports what they name, and weights in files of Python objects (.bin, .ckpt) are refused,
+since those can carry code.
 """
 
 import json
@@ -20,7 +20,7 @@ _LIBRARIES = {"diffusers", "transformers"}
 # The parts that are loaded, with the one class that each may have; a scheduler is made anew from its settings.
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_SCRIPTS = {
     "StableDiffusionXLPipeline": "train_dreambooth_lora_sdxl.py",
     "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
@@ -44,7 +44,7 @@ def no_index(folder: Path, name: str) -> str:
         return f"{message}. It is one part of a base: name the folder above it"
     if "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
         return f"{message}. That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
-    if any(n.endswith((".safetensors", *_PICKLES)) for n in names):
+    if any(n.endswith((".safetensors", *_OBJECT_FILES)) for n in names):
         return f"{message}. Convert a single-file base with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
     return message
 
@@ -153,7 +153,7 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
 
 
 def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files that a part is loaded from. Raises UserError if there are none, with the reason if there are pickles."""
+    """The safetensors files that a part is loaded from. Raises UserError if there are none, with the reason if they are of another format."""
     where = folder / part
     for tag in ([f".{variant}"] if variant else []) + [""]:
         whole = where / f"{_WEIGHTS[part]}{tag}.safetensors"
@@ -163,10 +163,10 @@ def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
             if index.is_file():
                 return _shards(index)
     names = sorted(path.name for path in where.iterdir())
-    if pickles := [n for n in names if n.endswith(_PICKLES)]:
+    if objects := [n for n in names if n.endswith(_OBJECT_FILES)]:
         raise UserError(
-            f"{_FLAG}: {shown(where)} has its weights in {shown(pickles[0])} only, a pickle, which can carry code and is not loaded. If you trust "
-            "it, load it once with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
+            f"{_FLAG}: {shown(where)} has its weights in {shown(objects[0])} only, serialized Python objects, which can carry code and are not "
+            "loaded. If you trust it, load it once with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise UserError(f"{_FLAG}: {shown(where)} has no weights: there is no {_WEIGHTS[part]}.safetensors; it holds {', '.join(map(shown, names[:5]))}")
 

@@ -26,10 +26,10 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _LONGEST_KEY = 512
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it; such files can carry code",
-    b"\x80\x02": "a pickle, which can carry code",
-    b"\x80\x03": "a pickle, which can carry code",
-    b"\x80\x04": "a pickle, which can carry code",
-    b"\x80\x05": "a pickle, which can carry code",
+    b"\x80\x02": "serialized Python objects, which can carry code",
+    b"\x80\x03": "serialized Python objects, which can carry code",
+    b"\x80\x04": "serialized Python objects, which can carry code",
+    b"\x80\x05": "serialized Python objects, which can carry code",
     b"version https://git-lfs": "a pointer of git-lfs; fetch the file itself with `git lfs pull`",
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",

@@ -287,7 +287,13 @@ bad("bases", "text for a width", edited("unet/config.json", cross_attention_dim=
 bad("bases", "no blocks", edited("vae/config.json", block_out_channels=[]), "block_out_channels []; it must be a list")
 bad("bases", "unknown prediction", edited("scheduler/scheduler_config.json", prediction_type="sample"), "Unknown prediction type sample")
 bad("bases", "no weights", lambda folder: (folder / UNET).unlink(), "has no weights", "diffusion_pytorch_model.safetensors")
-bad("bases", "pickled weights", pickled, "diffusion_pytorch_model.bin only, a pickle, which can carry code", "safe_serialization=True")
+bad(
+    "bases",
+    "pickled weights",
+    pickled,
+    "diffusion_pytorch_model.bin only, serialized Python objects, which can carry code",
+    "safe_serialization=True",
+)
 bad("bases", "truncated weights", cut(UNET), UNET, "cut off")
 bad("bases", "weights of git-lfs", replaced(TEXT, b"version https://git-lfs.github.com/spec/v1\n"), TEXT, "git lfs pull")
 bad("bases", "weights that are a web page", replaced(VAE, b"<!DOCTYPE html><html>" * 9), VAE, "a web page")
@@ -442,7 +448,7 @@ bad("adapters", "missing", lambda path: path.unlink(), "--adapter: there is no f
 bad("adapters", "name of 5000 letters", lambda path: ["--adapter", "x" * 5000], "--adapter: ", "File name too long")
 bad("adapters", "folder without one", lambda path: ["--adapter", str(path.parent)], "there is no file ", "pytorch_lora_weights.safetensors")
 bad("adapters", "pipe", as_a_pipe, "it is not a regular file")
-bad("adapters", "evil pickle", evil, "not a whole safetensors file", "a pickle, which can carry code")
+bad("adapters", "evil pickle", evil, "not a whole safetensors file", "serialized Python objects, which can carry code")
 for suffix in (".bin", ".pt", ".ckpt"):
     bad("adapters", f"evil {suffix}", renamed(suffix), f"{suffix} is not a .safetensors file; other formats can carry code")
 bad("adapters", "empty", lambda path: path.write_bytes(save({}, {"format": "pt"})), "the adapter is empty")
