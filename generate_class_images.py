@@ -5,7 +5,7 @@ to share the work among processes, or with plain `python`."""
 
 from dreambooth import stops
 from dreambooth.command_line import fail, parse
-from dreambooth.options import ClassImageOptions
+from dreambooth.picture_options import ClassImageOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once

@@ -2,7 +2,7 @@
 
 from dreambooth import stops
 from dreambooth.command_line import fail, parse
-from dreambooth.options import InferOptions
+from dreambooth.picture_options import InferOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(InferOptions, __doc__)  # before the imports below: --help and mistakes are answered at once

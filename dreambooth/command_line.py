@@ -16,8 +16,10 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from dreambooth.errors import UserError
-from dreambooth.options import EXIT_USAGE, ClassImageOptions, InferOptions, Run, TrainOptions, broken_rules
+from dreambooth.options import Run, Spoken, TrainOptions
+from dreambooth.picture_options import ClassImageOptions, InferOptions
 from dreambooth.printable import printable, shown
+from dreambooth.rules import EXIT_USAGE, broken_rules
 
 T = TypeVar("T", TrainOptions, ClassImageOptions, InferOptions)
 _FLAT = (tyro.conf.OmitArgPrefixes,)
@@ -127,6 +129,8 @@ def config_words(kind: type, path: Path) -> list[str]:
             continue
         if isinstance(value, bool) and known[key].type is bool:
             words.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, bool) and known[key].type is Spoken:
+            words.append(f"--{key}={value}")
         elif isinstance(value, bool):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
             words.append(f"--{key}={'yes' if value else 'no'}")
         elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):

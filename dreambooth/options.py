@@ -1,60 +1,32 @@
-"""Every flag of every script: its meaning, its default and its checks.
+"""Every flag of the training script: its meaning, its default and its checks.
 
-Groups of flags are dataclasses; the docstring under a field is its help text, and a group is what functions take. Names and defaults of
-the training flags are those of Hugging Face diffusers' `train_dreambooth_lora.py`, so its command lines work here unchanged.
+Groups of flags are dataclasses; the docstring under a field is its help text, and a group is what functions take. Names and defaults are
+those of Hugging Face diffusers' `train_dreambooth_lora.py` and its sibling for Stable Diffusion XL, so their command lines work here
+unchanged. Where the two have different defaults the flag's is None, and `TrainOptions.completed` fills in that of the base's family.
 This module imports no torch: `--help` and every message about a wrong flag come at once.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-import importlib.util
-import math
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from dreambooth.printable import shown
+from dreambooth.rules import at_least, named, require, require_package
 
-EXIT_USAGE = 2  # wrong flags or bad input, found before any slow work
+# A boolean that takes a word, True or False, as the reference script's Prodigy flags do.
+Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
 
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
 
-# The rules broken so far while a command line is read; None outside of that.
-_broken: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("broken", default=None)
-
-
-@contextlib.contextmanager
-def broken_rules() -> Iterator[list[str]]:
-    """Within the block, a group that breaks a rule adds a line to this list and goes on: all wrong flags come in one message."""
-    broken: list[str] = []
-    token = _broken.set(broken)
-    try:
-        yield broken
-    finally:
-        _broken.reset(token)
-
-
-def _require(condition: bool, message: str) -> None:
-    """Raise ValueError unless `condition`; within `broken_rules` note it down."""
-    if condition:
-        return
-    broken = _broken.get()
-    if broken is None:
-        raise ValueError(message)
-    broken.append(message)
-
-
-def _named(flag: str, value: str | None) -> None:
-    """A file, folder or hub id. "" would be the folder that the script is started in."""
-    _require(value is None or (value.strip() != "" and "\0" not in value), f"--{flag} must be the name of a file or folder, got {value!r}")
-
-
-def _at_least(group: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        if value is not None:
-            _require(math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}")
+# What a flag that was left out is, by family of the base.
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "sd": {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
+    "sdxl": {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 1e-3},
+    "if": {"resolution": 64, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
+}
 
 
 @dataclasses.dataclass
@@ -62,33 +34,55 @@ class BaseModel:
     """The frozen base model."""
 
     pretrained_model_name_or_path: str
-    """Folder or hub id of the base: Stable Diffusion 1.x or 2.x. `picturebook/model` is the embedded one."""
+    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. `picturebook/model` is the embedded one."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Folder or hub id of a VAE to use instead of the base's."""
     revision: str | None = None
     """Hub revision (branch, tag or commit), for every part of the base."""
     variant: str | None = None
     """Weight files to prefer, e.g. fp16 for `*.fp16.safetensors`."""
     tokenizer_name: str | None = None
-    """Folder or hub id of a tokenizer to use instead of the base's."""
+    """Folder or hub id of a tokenizer to use instead of the base's (its first)."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, noise or velocity, where its scheduler's file says otherwise."""
 
     def __post_init__(self) -> None:
-        _named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
-        _named("tokenizer_name", self.tokenizer_name)
+        named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        named("pretrained_vae_model_name_or_path", self.pretrained_vae_model_name_or_path)
+        named("tokenizer_name", self.tokenizer_name)
         fits = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None  # it becomes part of a file name
-        _require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
+        require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
 
 
 @dataclasses.dataclass
 class InstanceData:
     """The photos of the subject."""
 
-    instance_data_dir: str
-    """Folder with the photos of the subject."""
     instance_prompt: str
-    """Prompt of every instance photo, with a rare word for the subject: "a photo of sks dog"."""
-    resolution: int = 512
-    """Side of the square crop that is trained on, in pixels; a multiple of 8."""
+    """Prompt of every instance photo that has no caption, with a rare word for the subject: "a photo of sks dog"."""
+    instance_data_dir: str | None = None
+    """Folder with the photos of the subject; this or --dataset_name."""
+    dataset_name: str | None = None
+    """A data set of photos instead: a folder (photos there or in its `train`), or a hub id, which needs the datasets package."""
+    dataset_config_name: str | None = None
+    """Configuration of the hub's data set."""
+    cache_dir: str | None = None
+    """Where the hub's data set is kept; None is the place that the datasets package has for it."""
+    image_column: str = "image"
+    """Column of the data set with the photos. In a folder's metadata.jsonl `image` is called `file_name`."""
+    caption_column: str | None = None
+    """Column of the data set, or of metadata.jsonl (or .csv) beside the photos, with a caption for each; a folder that has no such file is
+    searched for a .txt file beside each photo. A photo with an empty caption gets --instance_prompt. None takes no captions."""
+    caption_dropout: float = 0.0
+    """Share of the visits of instance photos that are trained with the empty prompt."""
+    repeats: int = 1
+    """How many times a pass goes over every photo: it makes passes (see --num_train_epochs) longer."""
+    resolution: int | None = None
+    """Side of the square crop that is trained on, in pixels; a multiple of 8. None is 512, for Stable Diffusion XL 1024, for DeepFloyd IF 64."""
     center_crop: bool = False
     """Crop the middle; without it every visit of a photo that is not square draws a crop of its own."""
+    random_flip: bool = False
+    """Mirror half of the visits of instance photos. Not for faces and writing, whose sides differ."""
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "lanczos"
     """How photos are resized to the resolution."""
     dataloader_num_workers: int = 0
@@ -101,13 +95,22 @@ class InstanceData:
     """Take links to pictures outside the folder."""
 
     def __post_init__(self) -> None:
-        _require(self.resolution > 0 and self.resolution % 8 == 0, f"--resolution must be a positive multiple of 8, got {self.resolution}")
-        _at_least(self, 0, "dataloader_num_workers")
-        _require(self.resolution <= 8192, f"--resolution must be at most 8192, got {self.resolution}")
+        side = self.resolution
+        require(side is None or (side > 0 and side % 8 == 0), f"--resolution must be a positive multiple of 8, got {side}")
+        require(side is None or side <= 8192, f"--resolution must be at most 8192, got {side}")
+        at_least(self, 0, "dataloader_num_workers")
+        at_least(self, 1, "repeats")
+        require(0 <= self.caption_dropout <= 1, f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}")
+        require(
+            (self.instance_data_dir is None) != (self.dataset_name is None),
+            "give the photos as --instance_data_dir or as --dataset_name: one of the two",
+        )
+        for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
+            named(name, getattr(self, name))
         fits = 4096 <= self.max_image_pixels <= 178_000_000
-        _require(fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}")  # where Pillow itself gives up
-        _named("instance_data_dir", self.instance_data_dir)
-        _require(self.instance_prompt.strip() != "", '--instance_prompt must not be empty; for example "a photo of sks dog"')
+        require(fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}")  # where Pillow itself gives up
+        named("instance_data_dir", self.instance_data_dir)
+        require(self.instance_prompt.strip() != "", '--instance_prompt must not be empty; for example "a photo of sks dog"')
 
 
 @dataclasses.dataclass
@@ -136,11 +139,11 @@ class PriorPreservation:
     """Seed of the class images; None takes that of the class images already there, else --seed, else 0."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "prior_loss_weight", "class_guidance_scale")
-        _at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
+        at_least(self, 0, "prior_loss_weight", "class_guidance_scale")
+        at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
         if self.with_prior_preservation:
-            _require(self.class_data_dir is not None, "You must specify a data directory for class images: --class_data_dir")
-            _require(bool(self.class_prompt and self.class_prompt.strip()), "You must specify prompt for class images: --class_prompt")
+            require(self.class_data_dir is not None, "You must specify a data directory for class images: --class_data_dir")
+            require(bool(self.class_prompt and self.class_prompt.strip()), "You must specify prompt for class images: --class_prompt")
 
 
 @dataclasses.dataclass
@@ -148,18 +151,25 @@ class TextEncoding:
     """The text encoder."""
 
     train_text_encoder: bool = False
-    """Train LoRA on the text encoder too."""
+    """Train LoRA on the text encoder too (on both, where the base has two)."""
+    train_text_encoder_frac: float = 1.0
+    """Share of the run in which the text encoder is trained; then it is frozen, its prompts encoded once more, and freed."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out at its end (of Stable Diffusion XL's, before the last but one, which it always takes)."""
     pre_compute_text_embeddings: bool = False
     """Encode the prompts once and free the text encoder. Always so when it is not trained; kept for old command lines."""
     tokenizer_max_length: int | None = None
     """Tokens that prompts are padded to; None takes what the text encoder has room for."""
     text_encoder_use_attention_mask: bool = False
-    """Hide the padding from the text encoder. Not how Stable Diffusion's was trained, nor how pipelines call it."""
+    """Hide the padding from the text encoder: always so for DeepFloyd IF. Not how Stable Diffusion's was trained, nor how pipelines call it."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 3, "tokenizer_max_length")
+        at_least(self, 3, "tokenizer_max_length")
+        at_least(self, 0, "clip_skip")
+        share = self.train_text_encoder_frac
+        require(0 < share <= 1, f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none")
         both = self.train_text_encoder and self.pre_compute_text_embeddings
-        _require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
+        require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
 
 
 @dataclasses.dataclass
@@ -167,27 +177,45 @@ class Adapter:
     """The LoRA that is trained."""
 
     rank: int = 4
-    """Rank of the update matrices; alpha is the same, so the scale is 1."""
+    """Rank of the update matrices."""
+    lora_alpha: float | None = None
+    """The update is scaled by alpha / rank; None is the rank. Adapter files have the scale worked in, so that every reader gets it right."""
     lora_dropout: float = 0.0
     """Dropout on the input of the update matrices, in training."""
+    lora_layers: str | None = None
+    """Layers of the UNet that get LoRA, by the ends of their names, with commas between: "to_k,to_q,to_v,to_out.0". None is every attention
+    projection."""
+    output_kohya_format: bool = False
+    """Write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, A1111, Forge and kohya's scripts."""
     init_adapter: str | None = None
     """Adapter file, or a folder with one, to start from: a finished run, or a checkpoint of the reference script."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rank")
-        _require(self.rank <= 1024, f"--rank must be at most 1024, got {self.rank}")
-        _named("init_adapter", self.init_adapter)
-        _require(0 <= self.lora_dropout < 1, f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        at_least(self, 1, "rank")
+        require(self.rank <= 1024, f"--rank must be at most 1024, got {self.rank}")
+        named("init_adapter", self.init_adapter)
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        alpha = self.lora_alpha
+        require(alpha is None or 0 < alpha <= 2**16, f"--lora_alpha must be over 0 and at most {2**16}, got {alpha}")
+        layers = self.target_layers()
+        good = layers is None or (bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers))
+        require(good, f"--lora_layers must be names of layers with commas between, got {self.lora_layers!r}")
+
+    def target_layers(self) -> tuple[str, ...] | None:
+        """--lora_layers as names."""
+        return None if self.lora_layers is None else tuple(word.strip() for word in self.lora_layers.split(",") if word.strip())
 
 
 @dataclasses.dataclass
 class Optimization:
     """The optimizer and its learning rate."""
 
-    learning_rate: float = 5e-4
-    """Learning rate, of UNet and text encoder alike."""
+    learning_rate: float | None = None
+    """Learning rate. None is 5e-4, for Stable Diffusion XL 1e-4, with Prodigy 1."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it must be --learning_rate."""
     scale_lr: bool = False
-    """Multiply the learning rate by gradient accumulation x batch size x processes."""
+    """Multiply the learning rates by gradient accumulation x batch size x processes."""
     lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "constant"
     """Course of the learning rate."""
     lr_warmup_steps: int = 500
@@ -196,25 +224,90 @@ class Optimization:
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Power of polynomial."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit (bitsandbytes package), prodigy (prodigyopt package), adafactor or schedule-free (schedulefree package)."""
     use_8bit_adam: bool = False
-    """AdamW with 8-bit moments, from the bitsandbytes package."""
+    """The same as --optimizer adamw8bit."""
     adam_beta1: float = 0.9
     """Decay of Adam's mean of gradients."""
     adam_beta2: float = 0.999
     """Decay of Adam's mean of squared gradients."""
-    adam_weight_decay: float = 1e-2
-    """Decoupled weight decay."""
+    adam_weight_decay: float | None = None
+    """Decoupled weight decay of the UNet's adapter, whatever the optimizer. None is 1e-2, for Stable Diffusion XL 1e-4."""
+    adam_weight_decay_text_encoder: float | None = None
+    """The same of the text encoder's adapter. None is --adam_weight_decay, for Stable Diffusion XL 1e-3."""
     adam_epsilon: float = 1e-8
     """Added to Adam's denominator."""
+    prodigy_beta3: float | None = None
+    """Decay of Prodigy's estimate of its step size; None is the root of --adam_beta2."""
+    prodigy_decouple: Spoken = True
+    """Prodigy decays weights as AdamW does."""
+    prodigy_use_bias_correction: Spoken = True
+    """Prodigy corrects its moments' bias at the start, as Adam does."""
+    prodigy_safeguard_warmup: Spoken = True
+    """Prodigy leaves the learning rate out of its estimate while that rises."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
-        _at_least(self, 1, "lr_num_cycles")
+        at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
+        at_least(self, 0, "adam_weight_decay_text_encoder")
+        rate = self.text_encoder_lr
+        require(
+            rate is None or 0 < rate < float("inf"), f"--text_encoder_lr must be over 0, got {rate}; to train none leave out --train_text_encoder"
+        )
+        at_least(self, 1, "lr_num_cycles")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        _require_package(self.use_8bit_adam, "--use_8bit_adam", "bitsandbytes", "pip install '.[bitsandbytes]'")
+            require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        beta3 = self.prodigy_beta3
+        require(beta3 is None or 0 <= beta3 < 1, f"--prodigy_beta3 must be in [0, 1), got {beta3}")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        self.optimizer = self.optimizer.lower()
+        known = self.optimizer in OPTIMIZERS
+        require(known, f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {shown(self.optimizer)}")
+        if self.use_8bit_adam:
+            fits = self.optimizer in ("adamw", "adamw8bit")
+            require(fits, f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}")
+            self.optimizer = "adamw8bit"
+        packages = {
+            "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+            "prodigy": ("prodigyopt", "prodigy"),
+            "schedule-free": ("schedulefree", "schedule-free"),
+        }
+        if self.optimizer in packages:
+            package, extra = packages[self.optimizer]
+            require_package(True, f"--optimizer {self.optimizer}", package, f"pip install '.[{extra}]'")
+        if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
+            same = self.text_encoder_lr == (1.0 if self.learning_rate is None else self.learning_rate)
+            require(
+                same,
+                f"--text_encoder_lr must be --learning_rate with --optimizer prodigy, which finds one step size for all; got {self.text_encoder_lr}",
+            )
+        if self.optimizer == "schedule-free":
+            fits = self.lr_scheduler in ("constant", "constant_with_warmup")
+            require(fits, f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}")
+
+
+@dataclasses.dataclass
+class Objective:
+    """What the UNet is trained to predict, and how its errors count."""
+
+    snr_gamma: float | None = None
+    """Min-SNR weighting (arXiv 2303.09556): errors at low noise count less; 5 is usual. None counts all alike."""
+    noise_offset: float = 0.0
+    """Noise of this standard deviation, one value a channel, is added to the noise: lets the model reach darker and brighter pictures."""
+    do_edm_style_training: bool = False
+    """Train on continuous noise levels, on the clean picture (arXiv 2206.00364). Always so for a base with an EDM scheduler."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "noise_offset")
+        require(
+            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"), f"--snr_gamma must be over 0, got {self.snr_gamma}; leave it out for none"
+        )
+        both = self.do_edm_style_training and self.snr_gamma is not None
+        require(not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training.")
 
 
 @dataclasses.dataclass
@@ -264,15 +357,15 @@ class Run:
     """Set by old distributed launchers; taken over as LOCAL_RANK where that is not set."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
-        _at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
-        _at_least(self, 0, "seed", "max_train_minutes")
-        _require(
+        at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
+        at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
+        at_least(self, 0, "seed", "max_train_minutes")
+        require(
             not (self.overwrite and self.resume_from_checkpoint),
             "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",
         )
         wanted = self.enable_xformers_memory_efficient_attention
-        _require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
+        require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
 
 
 @dataclasses.dataclass
@@ -285,17 +378,23 @@ class Validation:
     """Pictures at each validation."""
     validation_epochs: int = 50
     """Passes (as in --num_train_epochs) between validations; the first comes after the first pass."""
+    validation_steps: int | None = None
+    """Steps between validations, instead of passes."""
+    validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = None
+    """Sampler of the validation pictures; None is the multistep DPM solver, for DeepFloyd IF DDPM, for a base with an EDM scheduler its own."""
+    skip_final_inference: bool = False
+    """Make no pictures at the end."""
     validation_images: tuple[str, ...] | None = None
     """First-stage pictures to validate a second-stage model with. No base of this version takes them: refused."""
     class_labels_conditioning: str | None = None
     """`timesteps` for second-stage models. No base of this version takes it: refused."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_validation_images", "validation_epochs")
-        _require(self.validation_prompt is None or self.validation_prompt.strip() != "", "--validation_prompt must not be empty")
+        at_least(self, 1, "num_validation_images", "validation_epochs", "validation_steps")
+        require(self.validation_prompt is None or self.validation_prompt.strip() != "", "--validation_prompt must not be empty")
         why = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
-        _require(self.validation_images is None, f"--validation_images {why}")
-        _require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
+        require(self.validation_images is None, f"--validation_images {why}")
+        require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
 
 
 @dataclasses.dataclass
@@ -307,24 +406,18 @@ class Reports:
     logging_dir: str = "logs"
     """Folder of the tracker's logs, under the output folder."""
     push_to_hub: bool = False
-    """Upload the result to the hub. Not in this version: refused."""
+    """Upload adapter, model card and pictures to the hub when the run is finished."""
     hub_token: str | None = None
-    """Token for --push_to_hub. Not in this version: refused."""
+    """Token for --push_to_hub; None takes the one of `hf auth login`. It is written nowhere."""
     hub_model_id: str | None = None
-    """Repository for --push_to_hub. Not in this version: refused."""
+    """Repository for --push_to_hub; None is the name of the output folder."""
+    hub_private_repo: bool = False
+    """Make the repository a private one."""
 
     def __post_init__(self) -> None:
-        for name in ("push_to_hub", "hub_token", "hub_model_id"):
-            why = "uploading is not in this version; `hf upload` sends a finished output folder"
-            _require(not getattr(self, name), f"--{name} cannot work: {why}")
+        named("hub_model_id", self.hub_model_id)
         for tracker, extra in (("wandb", "wandb"), ("comet_ml", "comet")):
-            _require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'")
-
-
-def _require_package(wanted: bool, flag: str, package: str, install: str) -> None:
-    if wanted:
-        found = importlib.util.find_spec(package) is not None
-        _require(found, f"{flag} needs the {package} package, which is not installed: {install}")
+            require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'")
 
 
 @dataclasses.dataclass
@@ -337,17 +430,16 @@ class TrainOptions:
     text: TextEncoding = dataclasses.field(default_factory=TextEncoding)
     adapter: Adapter = dataclasses.field(default_factory=Adapter)
     optimization: Optimization = dataclasses.field(default_factory=Optimization)
+    objective: Objective = dataclasses.field(default_factory=Objective)
     run: Run = dataclasses.field(default_factory=Run)
     validation: Validation = dataclasses.field(default_factory=Validation)
     reports: Reports = dataclasses.field(default_factory=Reports)
 
     def __post_init__(self) -> None:
-        both = self.optimization.use_8bit_adam and self.run.resume_from_checkpoint is not None
-        _require(not both, "--use_8bit_adam cannot be used with --resume_from_checkpoint: its moments are not stored in a form that can be read back")
         prior = self.prior
         folders = [os.path.realpath(folder) for folder in (self.instance.instance_data_dir, prior.class_data_dir) if folder and "\0" not in folder]
         same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
-        _require(not same, f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both")
+        require(not same, f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both")
 
     def notes(self) -> list[str]:
         """What is odd about the flags but no error."""
@@ -359,85 +451,31 @@ class TrainOptions:
                     notes.append(f"You need not use --{name} without --with_prior_preservation.")
         elif prior.class_prompt and prior.class_prompt.strip() == self.instance.instance_prompt.strip():
             notes.append("--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways.")
+        if self.optimization.text_encoder_lr is not None and not self.text.train_text_encoder:
+            notes.append("You need not use --text_encoder_lr without --train_text_encoder.")
+        if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
+            notes.append(
+                f"--learning_rate {self.optimization.learning_rate} is small for Prodigy, which multiplies its own step size by it; 1 is usual"
+            )
         return notes
 
+    def completed(self, family: str) -> "TrainOptions":
+        """The options with nothing left open that depends on the base's `family`: sd, sdxl or if."""
+        defaults, o = _DEFAULTS[family], self.optimization
 
-@dataclasses.dataclass
-class ClassImageOptions:
-    """All flags of generate_class_images.py."""
+        def pick(given: float | None, *else_: float | None) -> float:
+            return next(value for value in (given, *else_) if value is not None)
 
-    base: BaseModel
-    class_data_dir: str
-    """Folder to fill."""
-    class_prompt: str
-    """Prompt of the class images."""
-    num_class_images: int = 100
-    """How many pictures there must be in the end."""
-    sample_batch_size: int = 4
-    """Pictures generated at once, per process. Part of what a set is: another number gives other pixels."""
-    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision; None is fp16 on a GPU and fp32 elsewhere, "no" is fp32."""
-    class_guidance_scale: float = 7.5
-    """Classifier-free guidance."""
-    class_inference_steps: int = 50
-    """Sampling steps."""
-    seed: int = 0
-    """Picture k depends on (seed, k) only."""
-    resolution: int | None = None
-    """Side of the pictures in pixels; None is the base's own."""
-    num_threads: int | None = None
-    """CPU threads; None leaves them to torch."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps", "num_threads")
-        _at_least(self, 0, "class_guidance_scale", "seed")
-        _require(self.class_prompt.strip() != "", '--class_prompt must not be empty; for example "a photo of dog"')
-        _require_side("resolution", self.resolution)
-
-
-def _require_side(name: str, value: int | None) -> None:
-    _require(value is None or (value > 0 and value % 8 == 0), f"--{name} must be a positive multiple of 8, got {value}")
-
-
-@dataclasses.dataclass
-class InferOptions:
-    """All flags of infer.py."""
-
-    base: BaseModel
-    prompt: tuple[str, ...] = ()
-    """One prompt or several."""
-    prompts_file: str | None = None
-    """Text file with a prompt on each line; empty lines and lines that start with # are left out."""
-    adapter: str | None = None
-    """Adapter file, or the output folder of a training run; None draws with the base alone."""
-    compare: bool = False
-    """Draw every picture with the base alone too, from the same noise, and show both side by side."""
-    output_dir: str = "pictures"
-    """Folder of the pictures, their list (images.json) and the contact sheet."""
-    seeds: tuple[int, ...] = (0,)
-    """One picture per prompt and seed."""
-    negative_prompt: str = ""
-    """What to steer away from."""
-    num_inference_steps: int = 25
-    """Sampling steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 is none."""
-    resolution: int | None = None
-    """Side of the pictures in pixels; None is the base's own."""
-    batch_size: int = 4
-    """Pictures drawn at once. On a CPU another number gives other last bits."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Arithmetic of the pipeline."""
-    num_threads: int | None = None
-    """CPU threads; None leaves them to torch."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
-        _at_least(self, 0, "guidance_scale")
-        _require(bool(self.prompt) != bool(self.prompts_file), "give either --prompt or --prompts_file")
-        _require(all(p.strip() for p in self.prompt), "--prompt must not be empty")
-        _require(bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), f"--seeds must be numbers from 0 on, got {self.seeds}")
-        _named("adapter", self.adapter)
-        _named("prompts_file", self.prompts_file)
-        _require(not (self.compare and self.adapter is None), "--compare needs an --adapter to compare with the base")
-        _require_side("resolution", self.resolution)
+        one = 1.0 if o.optimizer == "prodigy" else None
+        rate = pick(o.learning_rate, one, defaults["learning_rate"])
+        decay = pick(o.adam_weight_decay, defaults["adam_weight_decay"])
+        optimization = dataclasses.replace(
+            o,
+            learning_rate=rate,
+            text_encoder_lr=pick(o.text_encoder_lr, rate if one else defaults.get("text_encoder_lr"), rate),
+            adam_weight_decay=decay,
+            adam_weight_decay_text_encoder=pick(o.adam_weight_decay_text_encoder, defaults.get("adam_weight_decay_text_encoder"), decay),
+        )
+        instance = dataclasses.replace(self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"])))
+        adapter = dataclasses.replace(self.adapter, lora_alpha=pick(self.adapter.lora_alpha, self.adapter.rank))
+        return dataclasses.replace(self, instance=instance, adapter=adapter, optimization=optimization)

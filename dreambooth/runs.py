@@ -19,7 +19,8 @@ from typing import Any
 from dreambooth import adapter_files, checkpoints
 from dreambooth.command_line import as_table, fields_of
 from dreambooth.errors import UserError
-from dreambooth.options import EXIT_USAGE, Reports, TrainOptions, Validation
+from dreambooth.options import Reports, TrainOptions, Validation
+from dreambooth.rules import EXIT_USAGE
 from dreambooth.stops import EXIT_FAILED, Stop
 
 IDENTITY, STATUS = "run.json", "status.json"

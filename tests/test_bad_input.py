@@ -27,7 +27,8 @@ import train_dreambooth_lora as train
 from dreambooth import adapter_files, adapters, class_images, families, options, photos, pipelines, safetensors_headers
 from dreambooth.command_line import fail, parse
 from dreambooth.errors import UserError
-from dreambooth.options import InferOptions, TrainOptions
+from dreambooth.options import TrainOptions
+from dreambooth.picture_options import InferOptions
 from tests.test_photos import BAD as BAD_PICTURES
 from tests.test_photos import encoded, noise
 

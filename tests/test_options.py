@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from dreambooth import command_line, options
-from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
+from dreambooth.options import TrainOptions
+from dreambooth.picture_options import ClassImageOptions, InferOptions
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")

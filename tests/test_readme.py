@@ -14,7 +14,8 @@ import generate_class_images
 import infer
 import train_dreambooth_lora
 from dreambooth.command_line import parse
-from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
+from dreambooth.options import TrainOptions
+from dreambooth.picture_options import ClassImageOptions, InferOptions
 from picturebook import score
 from tests import tiny
 

@@ -22,7 +22,8 @@ import train_dreambooth_lora as train
 from dreambooth import adapter_files
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
-from dreambooth.options import ClassImageOptions, InferOptions, TrainOptions
+from dreambooth.options import TrainOptions
+from dreambooth.picture_options import ClassImageOptions, InferOptions
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

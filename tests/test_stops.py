@@ -13,7 +13,7 @@ import generate_class_images
 import train_dreambooth_lora as train
 from dreambooth import adapter_files, caches, checkpoints, class_images, pipelines, stops
 from dreambooth.command_line import parse
-from dreambooth.options import ClassImageOptions
+from dreambooth.picture_options import ClassImageOptions
 from tests.test_scripts import digest, metrics, prior_words, run_train
 
 STEPS = ["--max_train_steps", "5", "--checkpointing_steps", "50"]

@@ -26,7 +26,8 @@ import generate_class_images
 import train_dreambooth_lora as train
 from dreambooth import adapter_files, checkpoints, class_images, stops
 from dreambooth.command_line import parse
-from dreambooth.options import ClassImageOptions, TrainOptions
+from dreambooth.options import TrainOptions
+from dreambooth.picture_options import ClassImageOptions
 from tests import tiny
 from tests.faults import inject
 
