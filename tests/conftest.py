@@ -1,6 +1,7 @@
 """What several test files share: a tiny base of each kind and a folder of photos, built once a session, without a network."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState
 from tests import tiny
 
 torch.set_num_threads(1)  # the same last bits on any machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in its background leaves it ignored
 
 
 @pytest.fixture(autouse=True)
