@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import class_images, families, processes
+from dreambooth import class_images, families, processes, prompts
 from dreambooth.errors import UserError
 from dreambooth.stops import Stop, Watch
 
@@ -41,22 +41,21 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     state = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
-    peers.on_main(lambda: families.local_folder(options.base))  # where it must be downloaded, once
-    base_folder = families.local_folder(options.base)
-    tokenizer = families.load_tokenizer(options.base, base_folder)
-    families.check_prompts(tokenizer, {"--class_prompt": options.class_prompt}, families.max_tokens(base_folder))
+    peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
+    base = families.find(options.base)
+    prompts.check(families.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base))
     settings = class_images.Settings(
-        base=families.fingerprint(base_folder, options.base.variant),
+        base=base.fingerprint(),
         prompt=options.class_prompt,
         seed=options.seed,
         steps=options.class_inference_steps,
         guidance_scale=options.class_guidance_scale,
         batch_size=options.sample_batch_size,
-        side=options.resolution or families.own_side(base_folder),
+        side=options.resolution or base.side,
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
     )
     folder = Path(options.class_data_dir)
-    class_images.make(folder, settings, options.num_class_images, options.base, base_folder, peers, watch)
+    class_images.make(folder, settings, options.num_class_images, base, peers, watch)
     if state.is_main_process:
         print(f"{folder} holds {options.num_class_images} class images")
 

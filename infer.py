@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import adapter_files, base_folders, families, locks, pipelines, processes
+from dreambooth import adapter_files, families, locks, pipelines, processes, prompts
 from dreambooth.errors import UserError
+from dreambooth.options import TextEncoding
 from dreambooth.printable import shown
-
-ADAPTER_NAME = "subject"
+from dreambooth.prompts import TextParts
 
 
 def read_prompts(options: InferOptions) -> list[str]:
@@ -37,21 +37,6 @@ def read_prompts(options: InferOptions) -> list[str]:
     return prompts
 
 
-def base_shapes(folder: Path, variant: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the base's layers by component and module, from its files' headers."""
-    found = {part: base_folders.weight_shapes(folder, part, variant) for part in ("unet", "text_encoder")}
-    return {part: {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")} for part, shapes in found.items()}
-
-
-def put_on(pipeline: Any, state: dict[str, dict[str, torch.Tensor]], fields: dict[str, dict[str, Any]]) -> None:
-    """Put an adapter on the pipeline. diffusers gets the tensors and the few `fields` that were checked, never the file itself."""
-    loaders = {"unet": pipeline.load_lora_into_unet, "text_encoder": pipeline.load_lora_into_text_encoder}
-    tensors = adapter_files.flat(state)
-    for component in state:
-        metadata = {f"{component}.{name}": value for name, value in fields.get(component, {}).items()} or None
-        loaders[component](tensors, None, getattr(pipeline, component), adapter_name=ADAPTER_NAME, metadata=metadata, _pipeline=pipeline)
-
-
 def main(options: InferOptions) -> None:
     """Draw and save every picture, `images.json` and `contact_sheet.png`."""
     if options.num_threads:
@@ -59,29 +44,37 @@ def main(options: InferOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
-    prompts = read_prompts(options)
+    words = read_prompts(options)
     output_dir = Path(options.output_dir)
     adapter = adapter_files.find(options.adapter) if options.adapter else None
     state, metadata = adapter_files.read(adapter) if adapter else ({}, {})
-    base_folder = families.local_folder(options.base)
+    base = families.find(options.base)
     if adapter:
         fields = adapter_files.lora_fields(adapter, state, metadata)
-        adapter_files.check_shapes(adapter, state, base_shapes(base_folder, options.base.variant), fields)
-    tokenizer = families.load_tokenizer(options.base, base_folder)
-    limit = families.max_tokens(base_folder)
-    families.check_prompts(tokenizer, {f"the prompt {p!r}": p for p in prompts} | {"--negative_prompt": options.negative_prompt}, limit)
+        adapter_files.check_shapes(adapter, state, base.layers(), fields)
+    asked = {f"the prompt {p!r}": p for p in words} | {"--negative_prompt": options.negative_prompt}
+    prompts.check(families.load_tokenizers(base), asked, families.max_tokens(base))
+    clip_skip = _clip_skip(options, base, metadata)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     processes.make_folder(output_dir, "--output_dir")
     with locks.hold(output_dir, "--output_dir") as notes:
         for note in notes:
             print(f"note: {note}")
-        pipeline = families.load_pipeline(options.base, base_folder, dtype, device)
+        pipeline = families.load_pipeline(base, dtype, device)
         if adapter:
-            put_on(pipeline, state, fields)
-        draw_all(options, pipeline, prompts, adapter)
+            pipelines.put_on(pipeline, state, fields)
+        draw_all(options, pipeline, families.text_of(pipeline, base, clip_skip=clip_skip), words, adapter)
 
 
-def draw_all(options: InferOptions, pipeline: Any, prompts: list[str], adapter: Path | None) -> None:
+def _clip_skip(options: InferOptions, base: families.Base, metadata: dict[str, str]) -> int:
+    """Layers of the text encoder to leave out: those given, else those that the adapter was trained without."""
+    recorded = adapter_files.recorded(metadata).get("clip_skip", 0)
+    clip_skip = options.clip_skip if options.clip_skip is not None else recorded if type(recorded) is int and recorded >= 0 else 0
+    families.check_text(base, TextEncoding(clip_skip=clip_skip))
+    return clip_skip
+
+
+def draw_all(options: InferOptions, pipeline: Any, text: TextParts, prompts: list[str], adapter: Path | None) -> None:
     """Draw and save every picture, their list and the contact sheet. `adapter` is the file of the one on the pipeline."""
     output_dir = Path(options.output_dir)
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
@@ -92,15 +85,17 @@ def draw_all(options: InferOptions, pipeline: Any, prompts: list[str], adapter: 
         for with_adapter in kinds:
             if adapter:
                 (pipeline.enable_lora if with_adapter else pipeline.disable_lora)()
+            with torch.no_grad():
+                book = text.book([*prompts, options.negative_prompt])
             for start in range(0, len(jobs), options.batch_size):
                 batch = jobs[start : start + options.batch_size]
                 images = pipelines.draw(
                     pipeline,
-                    [prompt for prompt, _ in batch],
+                    book.of([prompt for prompt, _ in batch]),
+                    book.of([options.negative_prompt]),
                     [seed for _, seed in batch],
                     num_inference_steps=options.num_inference_steps,
                     guidance_scale=options.guidance_scale,
-                    negative_prompt=options.negative_prompt,
                     side=options.resolution,
                 )
                 for (prompt, seed), image in zip(batch, images, strict=True):
@@ -112,6 +107,7 @@ def draw_all(options: InferOptions, pipeline: Any, prompts: list[str], adapter: 
                         "negative_prompt": options.negative_prompt,
                         "steps": options.num_inference_steps,
                         "guidance_scale": options.guidance_scale,
+                        "clip_skip": text.clip_skip,
                         "base": options.base.pretrained_model_name_or_path,
                         "adapter": f"{adapter.parent.name}/{adapter.name}" if adapter and with_adapter else None,
                     }

@@ -1,6 +1,7 @@
-"""Teach a Stable Diffusion base one subject from a handful of photos: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
+"""Teach a diffusion model one subject from a handful of photos: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
 
-The flags of Hugging Face diffusers' script of the same name work here unchanged. Launch with `accelerate launch` or plain `python`."""
+The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
+name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
 from dreambooth import stops
 from dreambooth.command_line import as_table, fail, parse, write_yaml
@@ -11,31 +12,46 @@ if __name__ == "__main__":
     stops.until_imports_are_done()
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 
-from dreambooth import adapter_files, adapters, checkpoints, families, pipelines, preparation, report, runs, sampling_order
+from dreambooth import (
+    adapters,
+    caches,
+    checkpoints,
+    families,
+    hub,
+    objectives,
+    optimizers,
+    preparation,
+    publishing,
+    report,
+    runs,
+    sampling_order,
+    saving,
+    validation,
+)
 from dreambooth.errors import UserError
 from dreambooth.families import FrozenParts
 from dreambooth.processes import Peers
+from dreambooth.prompts import Book, Conditions
 from dreambooth.samples import MicroBatch, PhotoRows, Source, micro_batches
 from dreambooth.stops import Stop, Watch
 
 
-def denoising_losses(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each row, float32 [B]."""
-    return F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+def denoising_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each row, times its weight, float32 [B]."""
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    return losses if weights is None else losses * weights
 
 
 def dreambooth_loss(losses: torch.Tensor, *, sources: int, prior_loss_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -46,55 +62,59 @@ def dreambooth_loss(losses: torch.Tensor, *, sources: int, prior_loss_weight: fl
     return instance + prior_loss_weight * prior, {"loss_instance": instance, "loss_prior": prior}
 
 
-def noise_and_target(
-    noise_scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(noisy latents, what the UNet is to predict from them), both [B, C, h, w]."""
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        return noisy_latents, noise_scheduler.get_velocity(latents, noise, timesteps)
-    return noisy_latents, noise
-
-
 class Training:
-    """One run: the frozen base, the adapter on it, and the loop that trains it."""
+    """One run: the frozen base, the adapter on it, and the loop that trains it. `options` are complete: nothing in them is left open."""
 
     def __init__(
-        self, options: TrainOptions, peers: Peers, watch: Watch, parts: FrozenParts, sources: list[Source], identity: dict[str, Any] | None = None
+        self,
+        options: TrainOptions,
+        peers: Peers,
+        watch: Watch,
+        parts: FrozenParts,
+        sources: list[Source],
+        identity: dict[str, Any] | None = None,
     ):
-        self.options, self.peers, self.watch, self.parts, self.sources, self.identity = options, peers, watch, parts, sources, identity or {}
+        self.options, self.peers, self.watch, self.parts, self.sources = options, peers, watch, parts, sources
         self.accelerator = peers.accelerator
-        run, seed = options.run, options.run.seed
-        assert seed is not None
-        self.seed, self.output_dir = seed, Path(run.output_dir)
+        run, instance = options.run, options.instance
+        assert run.seed is not None
+        assert instance.resolution is not None
+        self.seed, self.resolution, self.output_dir = run.seed, instance.resolution, Path(run.output_dir)
+        self.identity = identity or {}
         self.slots = run.gradient_accumulation_steps * peers.world
         self.components = self._inject()
-        self.parameters = [p for component in self.components for _, p in component.named_parameters()]
-        self.names = {id(p): name for component in self.components for name, p in component.named_parameters()}
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16")
-        self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, max(len(source.photos) for source in sources), peers.world)
+        self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
+        pictures = preparation.pictures_of_pass(options, [len(source.photos) for source in sources])
+        self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, pictures, peers.world)
+        self.text_steps = preparation.text_steps(options, self.max_steps)
         self.learning_rate_factor = self._make_schedule()
-        self.prompts = [options.instance.instance_prompt]
-        if len(sources) == 2:
-            assert options.prior.class_prompt is not None
-            self.prompts.append(options.prior.class_prompt)
-        instance = options.instance
-        self.dataset = PhotoRows(sources, seed, instance.resolution, instance.image_interpolation_mode, instance.center_crop)
+        self.dataset = PhotoRows(sources, self.seed, self.resolution, instance.image_interpolation_mode, instance.center_crop)
+        self.pictures = validation.Pictures(options, self.accelerator, parts, watch.check) if options.validation.validation_prompt else None
+        self.book: Book | None = None
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
-        self.saved = 0  # the step of the newest checkpoint
         self.is_between_steps = True
+        self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
 
     def _inject(self) -> list[adapters.Component]:
-        lora = self.options.adapter
-        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, adapters.UNET_TARGETS)]
-        if self.options.text.train_text_encoder:
-            assert self.parts.text_encoder is not None
-            models.append(("text_encoder", self.parts.text_encoder, adapters.TEXT_ENCODER_TARGETS))
+        lora, text = self.options.adapter, self.options.text
+        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, lora.target_layers() or adapters.UNET_TARGETS)]
+        if text.train_text_encoder:
+            assert self.parts.text is not None
+            for name, encoder in self.parts.text.encoders.items():
+                unused = self.parts.family.unused_layers[name] + (text.clip_skip or 0) * (name == "text_encoder")
+                models.append((name, encoder, adapters.text_targets(encoder.config.num_hidden_layers, unused)))
         return [
             adapters.inject_lora(
-                name, model, rank=lora.rank, dropout=lora.lora_dropout, targets=targets, seed=sampling_order.key(self.seed, "lora-init", name)
+                name,
+                model,
+                rank=lora.rank,
+                alpha=lora.lora_alpha,
+                dropout=lora.lora_dropout,
+                targets=targets,
+                seed=sampling_order.key(self.seed, "lora-init", name),
             )
             for name, model, targets in models
         ]
@@ -102,19 +122,26 @@ class Training:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         o, run = self.options.optimization, self.options.run
         scale = run.gradient_accumulation_steps * run.train_batch_size * self.peers.world if o.scale_lr else 1
-        self.learning_rate = o.learning_rate * scale
-        if o.use_8bit_adam:
-            import bitsandbytes
+        groups = []
+        for component in self.components:
+            rate, decay = (o.learning_rate, o.adam_weight_decay)
+            if component.name != "unet":
+                rate, decay = (o.text_encoder_lr, o.adam_weight_decay_text_encoder)
+            assert rate is not None
+            assert decay is not None
+            groups.append(optimizers.Group(component.name, [p for _, p in component.named_parameters()], rate * scale, decay))
+        return optimizers.make(o, groups)
 
-            kind = bitsandbytes.optim.AdamW8bit
-        else:
-            kind = torch.optim.AdamW
-        betas = (o.adam_beta1, o.adam_beta2)
-        return kind(self.parameters, lr=self.learning_rate, betas=betas, weight_decay=o.adam_weight_decay, eps=o.adam_epsilon)
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those still trained, in the order in which their gradients are exchanged."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _make_schedule(self):
         """step -> factor on the learning rate. diffusers' schedules are functions of the step; used as such they have no state to restore."""
         o = self.options.optimization
+        if optimizers.schedules_itself(o):
+            return lambda step: 1.0
         throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = get_scheduler(
             o.lr_scheduler,
@@ -134,51 +161,87 @@ class Training:
 
     def resume(self, checkpoint: checkpoints.Content) -> None:
         """Go on from a checkpoint that has been found to be of this run. Raises UserError if it does not fit all the same."""
+        if checkpoint.step > self.text_steps:
+            for component in self.text_components():
+                optimizers.drop(self.optimizer, component.name)
         checkpoints.restore(checkpoint, self.components, self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoints.read_state(checkpoint)["grad_scaler"])
-        self.first_step = self.completed = self.saved = checkpoint.step
+        self.first_step = self.completed = self.saver.saved = checkpoint.step
 
-    def prepare_text(self) -> None:
-        """Encode the prompts once and free the text encoder, if nothing in it will change."""
-        validation_prompt = self.options.validation.validation_prompt
-        self.prompt_embeds = None
-        if self.options.text.train_text_encoder:
-            return
-        with torch.no_grad():
-            self.prompt_embeds = self.encode(self.prompts)  # [sources, tokens, width]
-            self.validation_embeds = self.encode([validation_prompt, ""]) if validation_prompt else None
-        self.parts.text_encoder = None
+    def text_components(self) -> list[adapters.Component]:
+        return [component for component in self.components if component.name != "unet"]
 
-    def encode(self, prompts: list[str]) -> torch.Tensor:
+    @torch.no_grad()
+    def write_book(self) -> None:
+        """Encode every prompt of the run once, and free the text encoders: nothing in them will change."""
+        assert self.parts.text is not None
+        asked = [self.options.validation.validation_prompt, ""] if self.pictures else []
         with self.accelerator.autocast():
-            return families.encode_prompts(self.parts, prompts, attention_mask=self.options.text.text_encoder_use_attention_mask)
+            prompts = [prompt for source in self.sources for prompt in source.distinct_prompts()]
+            self.book = self.parts.text.book([*prompts, *(prompt for prompt in asked if prompt is not None)], self.watch.check)
+        self.parts.text = None
 
-    def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Forward and backward of one micro-batch; gradients are left on the parameters. Returns the detached loss and its parts."""
+    def finish_text(self) -> None:
+        """Train the text encoders no more: what they have learned is kept, and so is what they make of the prompts."""
+        with saving.in_eval_mode(self.components, self.optimizer):
+            self.write_book()
+        for component in self.text_components():
+            if any(group["name"] == component.name for group in self.optimizer.param_groups):
+                optimizers.drop(self.optimizer, component.name)
+            self.saver.finish(component)
+        self.components = [component for component in self.components if component.name == "unet"]
+        report.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
+
+    def encode(self, prompts: Sequence[str]) -> Conditions:
+        """The conditions of each of `prompts`; each distinct one is encoded once."""
+        if self.book is not None:
+            return self.book.of(prompts)
+        assert self.parts.text is not None
+        distinct = list(dict.fromkeys(prompts))
+        with self.accelerator.autocast():
+            return self.parts.text(distinct).rows([distinct.index(prompt) for prompt in prompts])
+
+    def pose(self, batch: MicroBatch) -> objectives.Task:
+        """The batch's question to the UNet, on its device. Every draw is a function of the row alone."""
         device, scheduler = self.accelerator.device, self.parts.noise_scheduler
         shape = tuple(batch.posterior.mean.shape[1:])
 
-        def draw(what: str) -> torch.Tensor:
+        def draw(what: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.cat([sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{what}", batch.rows, shape) for s in self.sources])
 
-        latents = batch.posterior.latents(draw("posterior"), self.parts.vae.config.scaling_factor).to(device)
-        noise = draw("noise").to(device)
+        latents = caches.normalized(self.parts.vae, batch.posterior.sample(draw("posterior", shape)))
+        noise = draw("noise", shape)
+        if offset := self.options.objective.noise_offset:
+            noise = noise + offset * draw("noise-offset", (shape[0], 1, 1))
         count = scheduler.config.num_train_timesteps
-        timesteps = torch.cat([sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources]).to(
-            device
-        )
-        noisy_latents, target = noise_and_target(scheduler, latents, noise, timesteps)
-        torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))  # dropout has no generator argument
-        # each distinct prompt is encoded once, then repeated for its rows: [sources, tokens, width] -> [sources * rows, tokens, width]
-        prompt_embeds = self.encode(self.prompts) if self.prompt_embeds is None else self.prompt_embeds
-        prompt_embeds = prompt_embeds.repeat_interleave(len(batch.rows), dim=0)
+        levels = torch.cat([sampling_order.levels_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources])
+        gamma = self.options.objective.snr_gamma
+        return objectives.pose(scheduler, latents.to(device), noise.to(device), levels.to(device), snr_gamma=gamma)
+
+    def ask(self, task: objectives.Task, conditions: Conditions, batch: MicroBatch) -> torch.Tensor:
+        """What the UNet answers, [B, C, h, w]."""
+        unet, device = self.parts.unet, self.accelerator.device
+        conditions = conditions.to(device, unet.dtype)
+        added = None
+        if conditions.pooled is not None:
+            side = self.resolution
+            sizes = [(f.height, f.width, f.top, f.left, side, side) for f in batch.frames]
+            added = {"text_embeds": conditions.pooled, "time_ids": torch.tensor(sizes, device=device, dtype=unet.dtype)}
         with self.accelerator.autocast():
-            model_input = noisy_latents.to(self.parts.unet.dtype).contiguous(memory_format=torch.channels_last)
-            model_pred = self.parts.unet(model_input, timesteps, prompt_embeds.to(self.parts.unet.dtype)).sample
+            model_input = task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last)
+            output = unet(model_input, task.timesteps, conditions.embeds, added_cond_kwargs=added).sample
+        # a UNet that predicts the variance as well has it in the second half of its channels
+        return output.chunk(2, dim=1)[0] if unet.config.out_channels == 2 * unet.config.in_channels else output
+
+    def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Forward and backward of one micro-batch; gradients are left on the parameters. Returns the detached loss and its parts."""
+        task = self.pose(batch)
+        torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))  # dropout has no generator argument
+        output = self.ask(task, self.encode(batch.prompts), batch)
         if self.peers.world == 1:  # several stop together, once a micro-step
             self.watch.check()
-        losses = denoising_losses(model_pred, target)
+        losses = denoising_losses(task.prediction(output), task.target, task.weights)
         loss, pieces = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight)
         self.scaler.scale(loss / self.slots).backward()
         self.peers.agree()
@@ -196,11 +259,9 @@ class Training:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def update(self, total: torch.Tensor, step: int) -> float:
-        """One optimizer step from the summed gradients; returns the learning rate it was taken with."""
-        learning_rate = self.learning_rate * self.learning_rate_factor(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def update(self, total: torch.Tensor, step: int) -> dict[str, float]:
+        """One optimizer step from the summed gradients; returns the learning rates it was taken with, for the records."""
+        rates = optimizers.set_learning_rate(self.optimizer, self.learning_rate_factor(step))
         for parameter, gradient in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.scaler.unscale_(self.optimizer)
@@ -213,12 +274,13 @@ class Training:
         self.optimizer.zero_grad()
         self.completed = step + 1
         self.is_between_steps = True
-        return learning_rate
+        return {"lr": rates.pop("unet")} | {f"lr_{name}": rate for name, rate in rates.items()}
 
     def train(self) -> None:
         """All steps, checkpoints and validations, and the finished adapter. Whatever ends it early, the last completed step is saved."""
         run = self.options.run
-        self.prepare_text()
+        if not self.text_components():
+            self.write_book()
         batches = micro_batches(
             self.dataset,
             self.parts.vae,
@@ -238,18 +300,22 @@ class Training:
         with contextlib.closing(progress):
             try:
                 for step in range(self.first_step, self.max_steps):
+                    if step >= self.text_steps and self.text_components():
+                        self.finish_text()
                     self.step(step, batches, progress)
-                self.save_final()
-                self.validate(self.max_steps, progress, "test")
+                self.saver.final(self.max_steps)
+                self.look_at_the_result(progress)
             except BaseException:
-                self.save_what_is_done()
+                if self.is_between_steps:
+                    self.saver.what_is_done(self.completed, self.max_steps)
                 raise
 
     def step(self, step: int, batches: Iterator[MicroBatch], progress: report.Progress) -> None:
         """Step number `step`, counted from 0, and what is due after it. Raises Stop, its update undone or not begun, if the run is to end."""
-        run, validation = self.options.run, self.options.validation
+        run = self.options.run
         total = torch.zeros(sum(p.numel() for p in self.parameters), device=self.accelerator.device)
-        self._set_training(True)
+        for component in self.components:
+            component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         losses = []
         for _ in range(run.gradient_accumulation_steps):
             losses.append(self.micro_step(next(batches)))
@@ -260,14 +326,22 @@ class Training:
         if not torch.isfinite(by_slot["loss"]).all():
             raise Stop(self._not_finite(step, by_slot["loss"]))
         self.peers.agree()
-        learning_rate = self.update(total, step)
-        progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, "lr": learning_rate})
+        rates = self.update(total, step)
+        progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, **rates})
         if (step + 1) % run.checkpointing_steps == 0:
-            self.save_checkpoint(step + 1)
-        epoch = step // self.steps_per_epoch
-        if (step + 1) % self.steps_per_epoch == 0 and epoch % validation.validation_epochs == 0 and step + 1 < self.max_steps:
-            self.validate(step + 1, progress, "validation")
+            self.saver.checkpoint(step + 1)
+        if self._is_validated(step + 1):
+            self.validate(step + 1, progress)
         progress.restart_clock(step + 1)
+
+    def _is_validated(self, step: int) -> bool:
+        """Whether pictures are due after `step` steps; those of the last are `look_at_the_result`'s."""
+        when = self.options.validation
+        if step == self.max_steps or self.pictures is None:
+            return False
+        if when.validation_steps:
+            return step % when.validation_steps == 0
+        return step % self.steps_per_epoch == 0 and (step // self.steps_per_epoch - 1) % when.validation_epochs == 0
 
     def _by_slot(self, values: torch.Tensor) -> torch.Tensor:
         """[slots] from every process's [micro-steps]: slot j was micro-step j // world of process j % world."""
@@ -283,105 +357,23 @@ class Training:
         values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
         return f"the loss of step {step + 1} is not finite ({values}) at rows {rows[0]} to {rows[-1]}: {shown}; it was not applied"
 
-    def _set_training(self, training: bool) -> None:
-        """LoRA dropout and gradient checkpointing work in training mode only; pictures are drawn in eval mode."""
-        for component in self.components:
-            component.model.train(training)
-
-    def pack(self, step: int) -> bytes:
-        o = self.options
-        info = {
-            "steps": step,
-            "seed": self.seed,
-            "resolution": o.instance.resolution,
-            "instance_prompt": o.instance.instance_prompt,
-            "class_prompt": o.prior.class_prompt if o.prior.with_prior_preservation else None,
-        }
-        configs = {c.name: adapters.lora_metadata(c) for c in self.components}
-        return adapter_files.pack({c.name: c.state_dict() for c in self.components}, configs, info)
-
-    def _publish(self, step: int) -> None:
-        """Write checkpoint-<step>; for the main process alone."""
-        around = runs.surroundings(threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options)
-        state: dict[str, object] = {"seed": self.seed, "surroundings": around}
-        if self.scaler.is_enabled():
-            state["grad_scaler"] = self.scaler.state_dict()
-        moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
-        limit = self.options.run.checkpoints_total_limit
-        try:
-            folder = checkpoints.save(self.output_dir, step, self.pack(step), moments, state, limit=limit, identity=self.identity)
-        except checkpoints.PruneFailed as error:
-            report.say(self.accelerator, f"warning: {error}")
-            folder = self.output_dir / f"checkpoint-{step}"
-        self.saved = step
-        if note := checkpoints.room_note(self.output_dir, checkpoints.size(folder)):
-            report.say(self.accelerator, f"warning: {note}")
-
-    def save_checkpoint(self, step: int) -> None:
-        """A checkpoint that cannot be written (a full disk) is said, and tried again at the next interval: the run goes on."""
-        if self.peers.is_main:
-            try:
-                self._publish(step)
-            except checkpoints.SaveFailed as error:
-                report.say(self.accelerator, f"warning: {error}")
+    @torch.no_grad()
+    def validate(self, step: int, progress: report.Progress) -> None:
+        """Pictures of the adapter as it is, drawn by the main process; the others wait."""
+        if self.peers.is_main and self.pictures is not None:
+            with saving.in_eval_mode(self.components, self.optimizer):
+                asked = self.encode([self.pictures.prompt]), self.encode([""])
+                self.pictures.along_the_way(step, progress, *asked)
         self.peers.wait()
-
-    def _write_adapter(self, step: int) -> Path:
-        path = self.output_dir / adapter_files.ADAPTER_NAME
-        adapter_files.write_atomically(path, self.pack(step))
-        return path
-
-    def save_final(self) -> None:
-        if self.peers.is_main:
-            try:
-                path = self._write_adapter(self.max_steps)
-            except OSError as error:
-                raise Stop(f"{self.output_dir / adapter_files.ADAPTER_NAME} cannot be written: {error.strerror or error}") from None
-            report.say(self.accelerator, f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
-        self.peers.wait()
-
-    def save_what_is_done(self) -> None:
-        """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""
-        if not self.peers.is_main or not self.is_between_steps or self.completed == 0:
-            return
-        for what, is_needed, write in (
-            ("checkpoint", self.completed > self.saved, self._publish),
-            ("adapter", True, self._write_adapter),
-        ):
-            try:
-                if is_needed:
-                    write(self.completed)
-                report.say(self.accelerator, f"saved step {self.completed} of {self.max_steps}: {what}")
-            except (OSError, ValueError, checkpoints.SaveFailed) as trouble:  # ValueError: an adapter that is not finite
-                report.say(self.accelerator, f"warning: step {self.completed} could not be saved as {what}: {trouble}")
 
     @torch.no_grad()
-    def validate(self, step: int, progress: report.Progress, name: str) -> None:
-        """Draw validation pictures with the models in memory, on the main process; generators of their own leave training's draws alone."""
-        prompt = self.options.validation.validation_prompt
-        if prompt is None:
-            return
-        if self.peers.is_main:
-            self._set_training(False)
-            embeds = self.encode([prompt, ""]) if self.options.text.train_text_encoder else self.validation_embeds
-            assert embeds is not None
-            numbers = range(self.options.validation.num_validation_images)
-            with self.accelerator.autocast():
-                images = pipelines.draw_embeds(
-                    families.pipeline_of(self.parts),
-                    embeds,
-                    [sampling_order.key(self.seed, "validation", number) for number in numbers],
-                    side=self.options.instance.resolution,
-                    check=self.watch.check,
-                )
-            folder = self.output_dir / "validation"
-            try:
-                folder.mkdir(exist_ok=True)
-                for number, image in enumerate(images):
-                    pipelines.save_png(image, folder / f"step-{step:06d}-{number:02d}.png", {"prompt": prompt, "step": step})
-            except OSError as error:  # a full disk: the pictures are worth less than the run
-                report.say(self.accelerator, f"warning: validation pictures of step {step} cannot be written: {error.strerror or error}")
-            progress.images(step, name, images, prompt)
+    def look_at_the_result(self, progress: report.Progress) -> None:
+        """Pictures that plain diffusers draws with the finished file, by the main process; the others wait."""
+        if self.peers.is_main and self.pictures is not None and not self.options.validation.skip_final_inference:
+            self.saver.hold(self.max_steps)
+            with saving.in_eval_mode(self.components, self.optimizer):
+                asked = self.encode([self.pictures.prompt]), self.encode([""])
+                self.result_pictures = self.pictures.of_the_file(self.saver.adapter, self.max_steps, progress, *asked)
         self.peers.wait()
 
 
@@ -390,16 +382,14 @@ def train(options: TrainOptions, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         start = preparation.prepare(options, watch, stack)
         options, peers = start.options, start.peers
-        parts = families.load_parts(
-            start.base_folder, options.base.variant, start.tokenizer, start.weight_dtype, peers.accelerator.device, start.max_tokens
-        )
+        edm = options.objective.do_edm_style_training
+        parts = families.load_parts(start.base, start.tokenizers, options.text, start.weight_dtype, peers.accelerator.device, edm=edm)
         training = Training(options, peers, watch, parts, start.sources, start.identity)
         start.status.step = lambda: training.completed
         if options.run.gradient_checkpointing:
             parts.unet.enable_gradient_checkpointing()
-            if options.text.train_text_encoder:
-                assert parts.text_encoder is not None
-                parts.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for component in training.text_components():
+                component.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         if options.run.enable_xformers_memory_efficient_attention:
             parts.unet.enable_xformers_memory_efficient_attention()
         report.say(peers.accelerator, adapters.describe(training.components))
@@ -410,18 +400,20 @@ def train(options: TrainOptions, watch: Watch) -> None:
             report.say(peers.accelerator, f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}")
         else:
             training.start_from(start.first_adapter)
-        peers.check_same({"adapter weights at the start": hashlib.sha256(training.pack(training.first_step)).hexdigest()})
+        peers.check_same({"adapter weights at the start": hashlib.sha256(training.saver.pack(training.first_step)).hexdigest()})
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
                 runs.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
-            run_once = dataclasses.replace(options.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)
-            write_yaml(dataclasses.replace(options, run=run_once), training.output_dir / "run.yaml")
+            write_yaml(hub.without_token(as_table(options.without_once())), training.output_dir / "run.yaml")
         peers.wait()
         if peers.accelerator.log_with:
-            peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(as_table(options)))
+            peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(hub.without_token(as_table(options))))
         started = time.monotonic()
         watch.is_immediate = False
         training.train()
+        if peers.is_main:
+            publishing.publish(options.without_once(), start.base, training.saver.adapter, training.result_pictures, start.repository)
+        peers.wait()
         peers.accelerator.end_training()
         report.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
 

@@ -115,9 +115,18 @@ def _place(path: Path, name: str) -> tuple[str, str]:
     component, _, key = name.partition(".")
     for old, new in _OLD_SPELLINGS.items():
         key = key.replace(old, new)
-    if component not in ("unet", "text_encoder") or "lora" not in key:
-        raise UserError(f"{shown(path)}: the key {name!r} is not one of a LoRA in diffusers' layout (unet.* and text_encoder.*)")
-    return component, key.removeprefix(_TEXT_PREFIX) if component == "text_encoder" else key
+    if component not in ("unet", "text_encoder", "text_encoder_2") or "lora" not in key:
+        raise UserError(f"{shown(path)}: the key {name!r} is not one of a LoRA in diffusers' layout (unet.*, text_encoder.*, text_encoder_2.*)")
+    return component, key.removeprefix(_TEXT_PREFIX) if component.startswith("text_encoder") else key
+
+
+def recorded(metadata: dict[str, str]) -> dict[str, Any]:
+    """What `pack` was given as `info`; {} for a file of another program, or one that says nonsense there."""
+    try:
+        found = json.loads(metadata.get("dreambooth", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def flat(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -17,12 +17,9 @@ from dreambooth.printable import shown
 _FLAG = "--pretrained_model_name_or_path"
 _LARGEST_JSON = 16 * 2**20
 _LIBRARIES = {"diffusers", "transformers"}
-# The parts that are loaded, with the one class that each may have; a scheduler is made anew from its settings.
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_NEVER_LOADED = {"safety_checker", "watermarker", "feature_extractor", "image_encoder"}
 _OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_SCRIPTS = {
-    "StableDiffusionXLPipeline": "train_dreambooth_lora_sdxl.py",
     "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
     "FluxPipeline": "train_dreambooth_lora_flux.py",
 }
@@ -64,21 +61,41 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{_FLAG}: {shown(path)} cannot be read ({shown(' '.join(str(error).split()))})") from None
 
 
-def check(folder: Path, name: str, index: Mapping[str, Any], parts: Sequence[str], *, variant: str | None, own_tokenizer: bool) -> None:
-    """Raise UserError, with one line for each fault, unless `folder` can be loaded as a Stable Diffusion with `parts`."""
-    missing = [part for part in parts if not (folder / part).is_dir() and not (part == "tokenizer" and own_tokenizer)]
+def check(
+    folder: Path, name: str, index: Mapping[str, Any], classes: Mapping[str, str], folders: Sequence[str], *, variant: str | None, own_tokenizer: bool
+) -> None:
+    """Raise UserError, with one line for each fault, unless `folder` has all `folders` and its models are of the `classes` named for them."""
+    missing = [part for part in folders if not (folder / part).is_dir() and not (part == "tokenizer" and own_tokenizer)]
     if missing:
         raise UserError(f"{_FLAG}: {shown(name)} lacks the folders {', '.join(missing)}")
-    _raise(_foreign(index))
-    configs = {part: read_json(folder / part / "config.json") for part in _CLASSES}
+    _raise(_foreign(index, classes))
+    configs = {part: read_json(folder / part / "config.json") for part in classes}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-    others = {"tokenizer": read_json(tokenizer)} if tokenizer.is_file() and not own_tokenizer else {}
+    own = [part for part in folders if part.startswith("tokenizer") and not (part == "tokenizer" and own_tokenizer)]
+    tokenizers = {part: folder / part / "tokenizer_config.json" for part in own}
+    others = {part: read_json(path) for part, path in tokenizers.items() if path.is_file()}
     with_code = [part for part, config in (configs | others).items() if "auto_map" in config]
     _raise([f"the {part} of {shown(name)} names code of its own (auto_map), which is not run" for part in with_code])
-    _raise(_wrong_kinds(configs, name))
+    _raise(_wrong_kinds(configs, classes, name))
     _raise(_misfits(configs, name))
     _raise(_bad_weights(folder, configs, variant))
+
+
+def check_vae(folder: Path, name: str, base_folder: Path, flag: str) -> None:
+    """Raise UserError unless `folder`, given by `flag`, holds a VAE whose latents are those of the base."""
+    config, own = read_json(folder / "config.json"), read_json(base_folder / "vae" / "config.json")
+    if (found := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise UserError(f"{flag}: {shown(name)} is a {_short(found)}; it must be an AutoencoderKL")
+    sides = [len(c["block_out_channels"]) if isinstance(c.get("block_out_channels"), list) else None for c in (config, own)]
+    if config.get("latent_channels") != own["latent_channels"] or sides[0] != sides[1]:
+        theirs = f"{_value(config.get('latent_channels'))} channels at 1/{2 ** ((sides[0] or 1) - 1)}"
+        raise UserError(
+            f"{flag}: {shown(name)} has latents of {theirs}; the base has {own['latent_channels']} channels at 1/{2 ** ((sides[1] or 1) - 1)}"
+        )
+    try:
+        weight_files(folder.parent, folder.name, None, kind="vae")
+    except UserError as error:
+        raise UserError(str(error).replace(_FLAG, flag)) from None
 
 
 def _raise(problems: Sequence[str]) -> None:
@@ -96,7 +113,7 @@ def _value(found: object) -> str:
     return ascii(found)[:80]
 
 
-def _foreign(index: Mapping[str, Any]) -> list[str]:
+def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
     problems = []
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
@@ -105,13 +122,13 @@ def _foreign(index: Mapping[str, Any]) -> list[str]:
             problems.append(f"model_index.json: {_short(part)} must name a library and a class, got {_short(entry)}")
             continue
         library, kind = entry
-        if library is None and part in _CLASSES:
+        if library is None and part in classes:
             problems.append(f"model_index.json leaves out {part}")
-        # the safety checker is never loaded, and Stable Diffusion 1.x names a module of diffusers for it
-        elif library is not None and library not in _LIBRARIES and not (part == "safety_checker" and library == "stable_diffusion"):
+        # these are never loaded, and some bases name a module of diffusers for them
+        elif library is not None and library not in _LIBRARIES and part not in _NEVER_LOADED:
             problems.append(f"model_index.json: {_short(part)} comes from {_short(library)}; only diffusers and transformers are loaded")
-        elif part in _CLASSES and kind != _CLASSES[part]:
-            problems.append(f"model_index.json: {part} is a {_short(kind)}; it must be a {_CLASSES[part]}")
+        elif part in classes and kind != classes[part]:
+            problems.append(f"model_index.json: {part} is a {_short(kind)}; it must be a {classes[part]}")
     return problems
 
 
@@ -119,32 +136,59 @@ def _is_number(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _wrong_kinds(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+def _text_parts(configs: Mapping[str, Any]) -> list[str]:
+    return [part for part in configs if part.startswith("text_encoder")]
+
+
+def _width_field(config: Mapping[str, Any]) -> str:
+    """How a text encoder calls its width: T5 has a name of its own for it."""
+    return "d_model" if "d_model" in config else "hidden_size"
+
+
+def _wrong_kinds(configs: Mapping[str, Mapping[str, Any]], classes: Mapping[str, str], name: str) -> list[str]:
     problems = []
-    for part, fields in (("unet", ("cross_attention_dim", "in_channels")), ("text_encoder", ("hidden_size",)), ("vae", ("latent_channels",))):
-        for field in fields:
-            if not _is_number(configs[part].get(field)):
-                problems.append(f"the {part} of {shown(name)} has {field} {_value(configs[part].get(field))}; it must be a whole number")
-    blocks = configs["vae"].get("block_out_channels")
-    if not isinstance(blocks, list) or not blocks or not all(map(_is_number, blocks)) or len(blocks) > 10:
-        problems.append(f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of whole numbers")
-    for part, field, default in (("unet", "sample_size", 64), ("text_encoder", "max_position_embeddings", 77)):
+    wanted = [("unet", "in_channels")] + [(part, _width_field(configs[part])) for part in _text_parts(configs)]
+    # a UNet may have its text projected first, to a width that is then called otherwise
+    wanted.append(("unet", "encoder_hid_dim" if configs["unet"].get("encoder_hid_dim") is not None else "cross_attention_dim"))
+    if "vae" in configs:
+        wanted.append(("vae", "latent_channels"))
+        blocks = configs["vae"].get("block_out_channels")
+        if not isinstance(blocks, list) or not blocks or not all(map(_is_number, blocks)) or len(blocks) > 10:
+            problems.append(f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of whole numbers")
+    for part, field in wanted:
+        if not _is_number(configs[part].get(field)):
+            problems.append(f"the {part} of {shown(name)} has {field} {_value(configs[part].get(field))}; it must be a whole number")
+    optional = [("unet", "sample_size", 64)]
+    optional += [(part, field, n) for part in _text_parts(configs) for field, n in (("max_position_embeddings", 77), ("num_hidden_layers", 12))]
+    if "text_encoder_2" in configs:
+        optional += [("unet", "addition_time_embed_dim", 256), ("text_encoder_2", "projection_dim", 512)]
+        optional += [("unet", "projection_class_embeddings_input_dim", 2816)]
+    for part, field, default in optional:
         if not _is_number(configs[part].get(field, default)):
             problems.append(f"the {part} of {shown(name)} has {field} {_value(configs[part][field])}; it must be a whole number")
     for part in ("unet", "vae"):
-        if (found := configs[part].get("_class_name", _CLASSES[part])) != _CLASSES[part]:
-            problems.append(f"the {part} of {shown(name)} is a {_short(found)}; it must be a {_CLASSES[part]}")
+        if part in configs and (found := configs[part].get("_class_name", classes[part])) != classes[part]:
+            problems.append(f"the {part} of {shown(name)} is a {_short(found)}; it must be a {classes[part]}")
     return problems
 
 
 def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
-    unet, text, vae, problems = configs["unet"], configs["text_encoder"], configs["vae"], []
-    if unet["cross_attention_dim"] != text["hidden_size"]:
-        widths = f"{unet['cross_attention_dim']} wide text and its text encoder gives {text['hidden_size']}"
+    unet, problems = configs["unet"], []
+    encoders = _text_parts(configs)
+    given = sum(configs[part][_width_field(configs[part])] for part in encoders)
+    taken = unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]
+    if taken != given:
+        widths = f"{taken} wide text and its text encoder{'s give' if len(encoders) > 1 else ' gives'} {given}"
         problems.append(f"the UNet of {shown(name)} takes {widths}: parts of two different bases")
-    if unet["in_channels"] != vae["latent_channels"]:
-        channels = f"{unet['in_channels']} channels and its VAE gives {vae['latent_channels']}"
+    if "text_encoder_2" in configs:
+        pooled = configs["text_encoder_2"].get("projection_dim", 512) + 6 * unet.get("addition_time_embed_dim", 256)
+        if (wanted := unet.get("projection_class_embeddings_input_dim", 2816)) != pooled:
+            problems.append(f"the UNet of {shown(name)} takes {wanted} numbers of text and size and gets {pooled}: parts of two different bases")
+    if "vae" in configs and unet["in_channels"] != configs["vae"]["latent_channels"]:
+        channels = f"{unet['in_channels']} channels and its VAE gives {configs['vae']['latent_channels']}"
         problems.append(f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for inpainting")
+    if "vae" not in configs and unet["in_channels"] != 3:
+        problems.append(f"the UNet of {shown(name)} takes {unet['in_channels']} channels and not 3: a second stage, which is not trained here")
     prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         found = _short(prediction_type)
@@ -152,14 +196,18 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     return problems
 
 
-def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files that a part is loaded from. Raises UserError if there are none, with the reason if they are of another format."""
+def weight_files(folder: Path, part: str, variant: str | None, *, kind: str | None = None) -> list[Path]:
+    """The safetensors files that a part is loaded from; `kind` is what the part is, where its folder has another name.
+
+    Raises UserError if there are none, with the reason if they are of another format.
+    """
     where = folder / part
+    stem = "model" if (kind or part).startswith("text_encoder") else "diffusion_pytorch_model"
     for tag in ([f".{variant}"] if variant else []) + [""]:
-        whole = where / f"{_WEIGHTS[part]}{tag}.safetensors"
+        whole = where / f"{stem}{tag}.safetensors"
         if whole.is_file():
             return [whole]
-        for index in (where / f"{_WEIGHTS[part]}.safetensors.index{tag}.json", where / f"{_WEIGHTS[part]}{tag}.safetensors.index.json"):
+        for index in (where / f"{stem}.safetensors.index{tag}.json", where / f"{stem}{tag}.safetensors.index.json"):
             if index.is_file():
                 return _shards(index)
     names = sorted(path.name for path in where.iterdir())
@@ -168,7 +216,7 @@ def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
             f"{_FLAG}: {shown(where)} has its weights in {shown(objects[0])} only, serialized Python objects, which can carry code and are not "
             "loaded. If you trust it, load it once with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
         )
-    raise UserError(f"{_FLAG}: {shown(where)} has no weights: there is no {_WEIGHTS[part]}.safetensors; it holds {', '.join(map(shown, names[:5]))}")
+    raise UserError(f"{_FLAG}: {shown(where)} has no weights: there is no {stem}.safetensors; it holds {', '.join(map(shown, names[:5]))}")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -197,17 +245,21 @@ def weight_shapes(folder: Path, part: str, variant: str | None) -> dict[str, tup
 
 def _bad_weights(folder: Path, configs: Mapping[str, Mapping[str, Any]], variant: str | None) -> list[str]:
     problems = []
-    wanted = {
+    wanted: dict[str, tuple[str | tuple[str, ...], int]] = {
         "unet": ("conv_in.weight", configs["unet"]["in_channels"]),
-        "vae": ("decoder.conv_in.weight", configs["vae"]["latent_channels"]),
-        "text_encoder": ("token_embedding.weight", configs["text_encoder"]["hidden_size"]),
+        **({"vae": ("decoder.conv_in.weight", configs["vae"]["latent_channels"])} if "vae" in configs else {}),
     }
+    for part in _text_parts(configs):
+        field = _width_field(configs[part])
+        # T5 ties two names to one tensor, and either may have been saved
+        wanted[part] = (("shared.weight", "embed_tokens.weight") if field == "d_model" else "token_embedding.weight", configs[part][field])
     for part, (end, width) in wanted.items():
         try:
             found = [shape for key, shape in weight_shapes(folder, part, variant).items() if key.endswith(end)]
         except UserError as error:
             problems.append(str(error).removeprefix(f"{_FLAG}: "))
             continue
+        end = end if isinstance(end, str) else end[0]
         if not found:
             problems.append(f"the weights in {shown(folder / part)} are of something else: they have no {end}")
         elif len(found[0]) < 2 or width != found[0][1]:

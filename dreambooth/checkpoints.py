@@ -1,9 +1,11 @@
-"""What is in a checkpoint: the adapter, the optimizer's moments by parameter name, and a small JSON with the step and the run's settings.
+"""What is in a checkpoint: the adapter, the optimizer's tensors by parameter name, and a small JSON with the step and other numbers.
 
-Nothing in it can carry code: safetensors and JSON only. How it comes to lie on the disk whole is checkpoint_files.py's.
+Where the parameters that are trained are others than the adapter's, they lie beside the optimizer's tensors. Nothing in it can carry code:
+safetensors and JSON only. How it comes to lie on the disk whole is checkpoint_files.py's.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from dreambooth import adapter_files, checkpoint_files
+from dreambooth import adapter_files, checkpoint_files, optimizers
 from dreambooth.adapters import Component
 from dreambooth.checkpoint_files import Choice, Content, PruneFailed, SaveFailed, choose, list_checkpoints, read, room_note, size, sweep, verify
 from dreambooth.errors import UserError
+from dreambooth.optimizers import state_tensors as optimizer_tensors
+from dreambooth.printable import shown
 
 __all__ = [
     "Choice",
@@ -24,6 +28,7 @@ __all__ = [
     "choose",
     "list_checkpoints",
     "optimizer_tensors",
+    "raw_parameters",
     "read",
     "read_state",
     "restore",
@@ -37,16 +42,13 @@ __all__ = [
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _FLAG = "--resume_from_checkpoint"
+_RAW = "|param"
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state, `<parameter>|<field>`; `names` maps id(parameter) to its name."""
-    return {
-        f"{names[id(parameter)]}|{field}": value.detach().cpu().contiguous()
-        for parameter, fields in optimizer.state.items()
-        for field, value in fields.items()
-        if isinstance(value, torch.Tensor)
-    }
+def raw_parameters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Copies of the parameters as they are trained, `<parameter>|param`, to be saved with the optimizer's tensors: for runs in which the
+    adapter has other values. All parameters of a component, or none."""
+    return {f"{name}{_RAW}": parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in named_parameters}
 
 
 def save(
@@ -60,6 +62,7 @@ def save(
     identity: dict[str, Any] | None = None,
 ) -> Path:
     """Publish `checkpoint-<step>`, then remove the oldest whole ones beyond `limit`. `identity`, what run this is, goes into the manifest.
+    `moments` are `optimizer_tensors` and `raw_parameters`; `state` has `optimizers.state_numbers` as "optimizer".
 
     Raises SaveFailed if the disk does not take it; what was there is then as it was, and training can go on.
     """
@@ -84,7 +87,8 @@ def read_state(content: Content) -> dict[str, Any]:
 
 
 def restore(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
-    """Fill adapters and optimizer from a checkpoint. Raises UserError, before anything is changed, if it does not fit."""
+    """Fill adapters and optimizer from a checkpoint. The optimizer's groups may have some of the components' parameters only: those still
+    trained. Raises UserError, before anything is changed, if it does not fit."""
     state = _adapter_state(content)
     expected, found = sorted(c.name for c in components), sorted(state)
     if expected != found:
@@ -94,10 +98,14 @@ def restore(content: Content, components: list[Component], optimizer: torch.opti
             component.check_state_dict(state[component.name])
         except UserError as error:
             raise UserError(f"{_FLAG}: {content.folder}: {error}") from None
-    moments = _moments(content, dict(item for component in components for item in component.named_parameters()))
+    names = {id(parameter): name for component in components for name, parameter in component.named_parameters()}
+    tensors, numbers = _optimizer_state(content, names, optimizer)
+    raw = _raw_parameters(content, components, optimizer)
     for component in components:
         component.load_state_dict(state[component.name])
-    optimizer.state.update(moments)
+    for parameter, value in raw.items():
+        parameter.data.copy_(value)
+    optimizers.fill(optimizer, names, tensors, numbers)
 
 
 def _file(content: Content, name: str) -> bytes:
@@ -129,22 +137,41 @@ def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def _moments(content: Content, parameters: dict[str, torch.nn.Parameter]) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """The optimizer's state by parameter. Raises UserError unless every parameter has all fields, in its own shape."""
-    path, tensors = content.folder / OPTIMIZER, _tensors(content, OPTIMIZER)
-    if not tensors and "grad_scaler" in read_state(content):
-        return {}  # fp16 skips its first steps while the scale is found: the optimizer has not stepped yet
-    fields = {key.rpartition("|")[2] for key in tensors}
-    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, field = key.rpartition("|")
-        if name not in parameters:
-            raise UserError(f"{_FLAG}: {path} has optimizer state for {name}, which this run does not train")
-        if field.startswith("exp_avg") and tensor.shape != parameters[name].shape:
-            shapes = f"{tuple(tensor.shape)}; the parameter has {tuple(parameters[name].shape)}"
-            raise UserError(f"{_FLAG}: {path} has {key} of shape {shapes}")
-        moments.setdefault(parameters[name], {})[field] = tensor if field == "step" else tensor.to(parameters[name].device)
-    for name, parameter in parameters.items():
-        if lacking := fields - moments.get(parameter, {}).keys() or ({"everything"} if not fields else set()):
-            raise UserError(f"{_FLAG}: {path} is damaged: {name} lacks {', '.join(sorted(lacking))}")
-    return moments
+def _optimizer_state(content: Content, names: dict[int, str], optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], optimizers.Numbers]:
+    """The optimizer's tensors and numbers. Raises UserError if they are not exactly what this optimizer has."""
+    state, tensors = read_state(content), _tensors(content, OPTIMIZER)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_RAW)}
+    # fp16 skips its first steps while the scale is found: the optimizer may not have stepped yet
+    has_stepped = bool(tensors) or "grad_scaler" not in state
+    path = content.folder / STATE
+    try:
+        numbers = optimizers.read_numbers(optimizer, names, state.get("optimizer"), has_stepped=has_stepped)
+        path = content.folder / OPTIMIZER
+        if has_stepped:
+            optimizers.check_tensors(optimizer, names, tensors)
+    except UserError as error:
+        raise UserError(f"{_FLAG}: {path} {error}") from None
+    return tensors, numbers
+
+
+def _raw_parameters(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The trained values of parameters whose adapter has others. Raises UserError unless a component has all or, where it may, none."""
+    where = f"{_FLAG}: {content.folder / OPTIMIZER}"
+    tensors = {key.removesuffix(_RAW): tensor for key, tensor in _tensors(content, OPTIMIZER).items() if key.endswith(_RAW)}
+    needed = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizers.needs_raw_parameters(optimizer) else set()
+    raw = {}
+    for component in components:
+        parameters = dict(component.named_parameters())
+        if not (parameters.keys() & tensors.keys() or needed & {id(parameter) for parameter in parameters.values()}):
+            continue
+        for name, parameter in parameters.items():
+            value = tensors.pop(name, None)
+            if value is None:
+                raise UserError(f"{where} is damaged: {name} lacks param")
+            if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                found, own = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (value, parameter))
+                raise UserError(f"{where} has {name}{_RAW} of shape {found}; the parameter has {own}")
+            raw[parameter] = value
+    if tensors:
+        raise UserError(f"{where} has a parameter {shown(min(tensors))}, which this run does not train")
+    return raw

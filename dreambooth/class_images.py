@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dreambooth import adapter_files, families, locks, photos, pipelines, processes, sampling_order
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, PriorPreservation
+from dreambooth.options import PriorPreservation
 from dreambooth.processes import Peers
 from dreambooth.stops import Watch
 
@@ -186,7 +186,7 @@ def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
     return dataclasses.replace(prior, class_seed=class_seed, prior_generation_precision=precision)
 
 
-def settings_of(prior: PriorPreservation, base_folder: Path, fingerprint: str, device: torch.device) -> Settings | None:
+def settings_of(prior: PriorPreservation, base: families.Base, fingerprint: str, device: torch.device) -> Settings | None:
     """The set that training wants; None without prior preservation. `fingerprint` is the base's."""
     if not prior.with_prior_preservation:
         return None
@@ -199,12 +199,12 @@ def settings_of(prior: PriorPreservation, base_folder: Path, fingerprint: str, d
         steps=prior.class_inference_steps,
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=families.own_side(base_folder),
+        side=base.side,
         precision=precision_of(prior.prior_generation_precision, device),
     )
 
 
-def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_folder: Path, peers: Peers, watch: Watch) -> None:
+def make(folder: Path, settings: Settings, total: int, base: families.Base, peers: Peers, watch: Watch) -> None:
     """Fill `folder` with pictures that the base draws, shared out over `peers`; the base is loaded only if any are missing.
 
     Another run at work in the folder is waited for. Raises UserError as `fill` does, Stop if `watch` says so.
@@ -212,10 +212,13 @@ def make(folder: Path, settings: Settings, total: int, base: BaseModel, base_fol
 
     def make_draw() -> Callable[[Sequence[int]], list[Any]]:
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.precision]
-        pipeline = families.load_pipeline(base, base_folder, dtype, peers.accelerator.device)
+        pipeline = families.load_pipeline(base, dtype, peers.accelerator.device)
+        with torch.no_grad():
+            book = families.text_of(pipeline, base).book([settings.prompt, ""], watch.check)
         return lambda seeds: pipelines.draw(
             pipeline,
-            [settings.prompt] * len(seeds),
+            book.of([settings.prompt] * len(seeds)),
+            book.of([""]),
             seeds,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,

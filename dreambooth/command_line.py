@@ -156,11 +156,11 @@ def as_table(options: Any) -> dict[str, Any]:
     return table
 
 
-def write_yaml(options: Any, path: Path) -> None:
-    """Save resolved options in the form that --config reads."""
+def write_yaml(table: dict[str, Any], path: Path) -> None:
+    """Save flags and their values in the form that --config reads."""
     import yaml
 
-    path.write_text(yaml.safe_dump(as_table(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(table, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def adopt_local_rank(run: Run) -> None:

@@ -1,27 +1,41 @@
-"""Families of base models: load the frozen parts, encode prompts, make pipelines.
+"""Families of base models: find one on disk, load the frozen parts, make pipelines.
 
 A family is one record in `FAMILIES`, chosen by the pipeline class that the base's `model_index.json` names, never by trying to load.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    IFPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from dreambooth import base_folders
+from dreambooth import base_folders, prompts
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding
 from dreambooth.printable import shown
+from dreambooth.prompts import Conditions, TextParts
 
-_FLAG = "--pretrained_model_name_or_path"
-_LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to find the words that do not
+_FLAG, _VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
+# Parts that draw nothing: never fetched, never loaded. A safety checker blackens pictures, a watermarker marks those that are trained on.
+_LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
 
 # a bar for every loaded file would tear the run's own
 transformers_logging.disable_progress_bar()
@@ -30,38 +44,131 @@ diffusers_logging.disable_progress_bar()
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets one kind of base apart. `pipeline` draws with it; `components` must be in its folder."""
+    """What sets one kind of base apart. `key` names its defaults among the options; `text` are its encoders, as (tokenizer, encoder) folders
+    and the encoder's class; `unused_layers` says how many layers at the end of each encoder change nothing of what the UNet sees."""
 
+    key: str
     name: str
     pipeline: type[DiffusionPipeline]
-    components: tuple[str, ...]
+    text: dict[str, tuple[str, type]]
+    encode: Callable[[TextParts, Sequence[str]], Conditions]
+    unused_layers: dict[str, int]
+    has_vae: bool = True
+    trains_text: bool = True
+    max_tokens: int | None = None
+    """None is what the text encoder has positions for."""
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """The class that each model must have, by its folder."""
+        vae = {"vae": "AutoencoderKL"} if self.has_vae else {}
+        return {"unet": "UNet2DConditionModel", **vae, **{encoder: kind.__name__ for encoder, (_, kind) in self.text.items()}}
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (*(tokenizer for tokenizer, _ in self.text.values()), *self.classes, "scheduler")
 
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(
-        "Stable Diffusion 1.x / 2.x", StableDiffusionPipeline, ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+        "sd",
+        "Stable Diffusion 1.x / 2.x",
+        StableDiffusionPipeline,
+        text={"text_encoder": ("tokenizer", CLIPTextModel)},
+        encode=prompts.encode_clip,
+        unused_layers={"text_encoder": 0},
+    ),
+    "StableDiffusionXLPipeline": Family(
+        "sdxl",
+        "Stable Diffusion XL",
+        StableDiffusionXLPipeline,
+        text={"text_encoder": ("tokenizer", CLIPTextModel), "text_encoder_2": ("tokenizer_2", CLIPTextModelWithProjection)},
+        encode=prompts.encode_clip_pair,
+        unused_layers={"text_encoder": 1, "text_encoder_2": 0},  # the second's vector for the whole prompt comes from its last layer
+    ),
+    "IFPipeline": Family(
+        "if",
+        "DeepFloyd IF, first stage",
+        IFPipeline,
+        text={"text_encoder": ("tokenizer", T5EncoderModel)},
+        encode=prompts.encode_t5,
+        unused_layers={},
+        has_vae=False,
+        trains_text=False,
+        max_tokens=77,  # T5 takes more; the UNet was trained with so many
     ),
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base on disk, checked: what it is, and where."""
+
+    family: Family
+    folder: Path
+    own_vae: Path | None
+    """Folder of the VAE that takes the place of the base's."""
+    options: BaseModel
+    index: Mapping[str, Any]
+    """Its model_index.json."""
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of the pictures that the base draws unasked."""
+        sample = int(base_folders.read_json(self.folder / "unet" / "config.json").get("sample_size", 64))
+        if not self.family.has_vae:
+            return sample
+        vae = base_folders.read_json((self.own_vae or self.folder / "vae") / "config.json")
+        return sample * 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @property
+    def is_edm(self) -> bool:
+        """Whether it was trained on continuous noise levels (arXiv 2206.00364), as its scheduler's class says."""
+        scheduler = self.index.get("scheduler")
+        return isinstance(scheduler, list) and "EDM" in str(scheduler[-1])
+
+    def layers(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of the base's layers by component and module, from its files' headers."""
+        found = {part: base_folders.weight_shapes(self.folder, part, self.options.variant) for part in ("unet", *self.family.text)}
+        return {part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")} for part, own in found.items()}
+
+    def fingerprint(self) -> str:
+        """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
+        digest = hashlib.sha256()
+        folders = {part: self.folder / part for part in (*self.family.text, "unet", "vae", "scheduler")}
+        if self.own_vae:
+            folders["vae"] = self.own_vae
+        for part, folder in folders.items():
+            files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+            of_variant = [f for f in files if f".{self.options.variant}." in f.name]
+            plain = [f for f in files if f.name.count(".") == 1]  # other variants may lie beside the files that are loaded
+            files = [f for f in files if f.suffix == ".json"] + [f for f in (of_variant or plain) if f.suffix != ".json"]
+            for path in files:
+                digest.update(f"{part}/{path.name}\n".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        if self.options.prediction_type:
+            digest.update(self.options.prediction_type.encode())
+        return digest.hexdigest()[:16]
+
+
 @dataclasses.dataclass
 class FrozenParts:
-    """The base, frozen. `text_encoder` is None once it has been freed."""
+    """The base, frozen. `text` is None once it has been freed; `vae` is None for a base that works on pixels."""
 
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: CLIPTextModel | None
-    vae: AutoencoderKL
+    family: Family
+    text: TextParts | None
+    vae: AutoencoderKL | None
     unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
-    max_tokens: int
+    noise_scheduler: DDPMScheduler | EDMEulerScheduler | EulerDiscreteScheduler
 
 
-def local_folder(base: BaseModel) -> Path:
-    """The base's folder on disk; a hub id is downloaded (without the safety checker, which is never used) or found in the cache.
+def find(options: BaseModel) -> Base:
+    """The base on disk; a hub id is downloaded (without its safety checker) or found in the cache.
 
     Raises UserError if it is no pipeline of a family that this version knows, or lacks a part.
     """
-    name = base.pretrained_model_name_or_path
+    name = options.pretrained_model_name_or_path
     folder = Path(name)
     try:
         if folder.is_dir():
@@ -71,24 +178,43 @@ def local_folder(base: BaseModel) -> Path:
             how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
             raise UserError(f"{_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}")
         else:
-            folder = _download(base)
+            folder = _download(options)
     except OSError as error:
         raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
     index = base_folders.read_json(folder / "model_index.json")
     family = _family_of(index, name)
-    base_folders.check(folder, name, index, family.components, variant=base.variant, own_tokenizer=base.tokenizer_name is not None)
-    return folder
+    own_tokenizer = options.tokenizer_name is not None
+    base_folders.check(folder, name, index, family.classes, family.folders, variant=options.variant, own_tokenizer=own_tokenizer)
+    own_vae = _find_vae(options, family, folder) if options.pretrained_vae_model_name_or_path else None
+    return Base(family, folder, own_vae, options, index)
 
 
 def _download(base: BaseModel) -> Path:
     name = base.pretrained_model_name_or_path
     try:
-        _family_of(DiffusionPipeline.load_config(name, revision=base.revision), name)  # before gigabytes are fetched
-        left_out = {"safety_checker": None, "feature_extractor": None}
+        index = DiffusionPipeline.load_config(name, revision=base.revision)
+        _family_of(index, name)  # before gigabytes are fetched
+        left_out = dict.fromkeys((part for part in _LEFT_OUT if part in index), None)
         return Path(DiffusionPipeline.download(name, revision=base.revision, variant=base.variant, use_safetensors=True, **left_out))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}") from None
+
+
+def _find_vae(options: BaseModel, family: Family, base_folder: Path) -> Path:
+    name = options.pretrained_vae_model_name_or_path
+    assert name is not None
+    if not family.has_vae:
+        raise UserError(f"{_VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{_VAE_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}") from None
+    base_folders.check_vae(folder, name, base_folder, _VAE_FLAG)
+    return folder
 
 
 def _family_of(index: Any, name: str) -> Family:
@@ -98,31 +224,16 @@ def _family_of(index: Any, name: str) -> Family:
     return FAMILIES[found]
 
 
-def own_side(folder: Path) -> int:
-    """Pixels along one side of the pictures that the base draws unasked."""
-    unet, vae = (base_folders.read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    return int(unet.get("sample_size", 64)) * 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def fingerprint(folder: Path, variant: str | None) -> str:
-    """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "unet", "vae", "scheduler"):
-        files = sorted((folder / part).glob("*.json")) + sorted((folder / part).glob("*.safetensors")) + sorted((folder / part).glob("*.bin"))
-        of_variant = [f for f in files if f".{variant}." in f.name]
-        plain = [f for f in files if f.name.count(".") == 1]  # other variants may lie beside the files that are loaded
-        files = [f for f in files if f.suffix == ".json"] + [f for f in (of_variant or plain) if f.suffix != ".json"]
-        for path in files:
-            digest.update(f"{part}/{path.name}\n".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def load_tokenizer(base: BaseModel, folder: Path) -> PreTrainedTokenizerBase:
-    if base.tokenizer_name:
-        return _load(AutoTokenizer, base.tokenizer_name, "--tokenizer_name", use_fast=True, trust_remote_code=False)
-    return _load(AutoTokenizer, str(folder), _FLAG, subfolder="tokenizer", use_fast=True, trust_remote_code=False)
+def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
+    """One for each text encoder; --tokenizer_name stands for the first."""
+    own = base.options.tokenizer_name
+    found = []
+    for number, (folder, _) in enumerate(base.family.text.values()):
+        if own and number == 0:
+            found.append(_load(AutoTokenizer, own, "--tokenizer_name", use_fast=True, trust_remote_code=False))
+        else:
+            found.append(_load(AutoTokenizer, str(base.folder), _FLAG, subfolder=folder, use_fast=True, trust_remote_code=False))
+    return tuple(found)
 
 
 def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
@@ -135,105 +246,158 @@ def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
 
 
-def max_tokens(folder: Path, text: TextEncoding | None = None) -> int:
+def max_tokens(base: Base, text: TextEncoding | None = None) -> int:
     """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
     # the encoder's positions, not the tokenizer's model_max_length, which is 1e30 where its files do not say
-    room = base_folders.read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    rooms = [base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77) for encoder in base.family.text]
+    room = base.family.max_tokens or min(rooms)
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > room:
         raise UserError(f"--tokenizer_max_length must be at most {room}, the text encoder's positions; got {wanted}")
     return wanted or room
 
 
-def _shortened(text: str) -> str:
-    """A text that may hold a whole prompt, as it may stand in a message."""
-    return shown(text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}")
+def text_layers(base: Base, encoder: str) -> int:
+    """How many layers a text encoder has."""
+    return int(base_folders.read_json(base.folder / encoder / "config.json").get("num_hidden_layers", 12))
 
 
-def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> str:
-    """The end of the prompt that does not fit into `limit` tokens, "" if all of it does."""
-    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    return str(tokenizer.decode(ids[limit - 2 :])).strip()
-
-
-def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str | None], limit: int) -> None:
-    """Raise UserError naming flag and words for every prompt that would be cut off, or is no text."""
-    problems = []
-    for flag, prompt in prompts.items():
-        if not prompt:
-            continue
-        if len(prompt) > _LONGEST_PROMPT:
-            problems.append(f"{_shortened(flag)} has {len(prompt):,} characters; only {limit} tokens, about as many words, are read. Make it shorter")
-            continue
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            problems.append(f"{_shortened(flag)} has bytes in it that are no UTF-8 text")
-            continue
-        if cut := words_cut(tokenizer, prompt, limit):
-            problems.append(f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: {_shortened(repr(cut))}. Make it shorter")
-    if problems:
-        raise UserError("\n".join(problems))
+def check_text(base: Base, text: TextEncoding) -> None:
+    """Raise UserError if the base cannot do what the flags about its text encoder ask for."""
+    if text.train_text_encoder and not base.family.trains_text:
+        raise UserError(f"--train_text_encoder: {base.family.name} takes the text of a frozen T5; leave it out")
+    if text.clip_skip and base.family.encode is prompts.encode_t5:
+        raise UserError(f"--clip_skip: {base.family.name} has no CLIP; leave it out")
+    for encoder, unused in base.family.unused_layers.items():
+        most = text_layers(base, encoder) - 1 - unused
+        if (text.clip_skip or 0) > most:
+            raise UserError(f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}")
 
 
 def load_parts(
-    folder: Path, variant: str | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, limit: int
+    base: Base,
+    tokenizers: tuple[PreTrainedTokenizerBase, ...],
+    text: TextEncoding,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    edm: bool = False,
 ) -> FrozenParts:
-    """The frozen models on `device`: UNet and text encoder in `dtype`, the VAE in float32, all in eval mode.
+    """The frozen models on `device`: UNet and text encoders in `dtype`, the VAE in float32, all in eval mode.
 
-    The VAE is small, and Stable Diffusion's overflows in float16. Raises UserError if a part is missing or not understood.
+    The VAE is small, and Stable Diffusion's overflow in float16. `edm` asks for continuous noise levels where the base does not.
+    Raises UserError if a part is missing or not understood.
     """
-    name = str(folder)
+    name, variant, family = str(base.folder), base.options.variant, base.family
+    where = {"variant": variant, "use_safetensors": True}
+    encoders = {part: _load(kind, name, _FLAG, subfolder=part, dtype=dtype, **where) for part, (_, kind) in family.text.items()}
     parts = FrozenParts(
-        tokenizer=tokenizer,
-        text_encoder=_load(CLIPTextModel, name, _FLAG, subfolder="text_encoder", dtype=dtype, variant=variant, use_safetensors=True),
-        vae=_load(AutoencoderKL, name, _FLAG, subfolder="vae", dtype=torch.float32, variant=variant, use_safetensors=True),
-        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, variant=variant, use_safetensors=True),
-        noise_scheduler=_load(DDPMScheduler, name, _FLAG, subfolder="scheduler"),
-        max_tokens=limit,
+        family=family,
+        text=TextParts(
+            encode=family.encode,
+            tokenizers=tokenizers,
+            encoders=encoders,
+            max_tokens=max_tokens(base, text),
+            attention_mask=text.text_encoder_use_attention_mask,
+            clip_skip=text.clip_skip or 0,
+            zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
+        ),
+        vae=_load_vae(base, torch.float32),
+        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, **where),
+        noise_scheduler=_load_scheduler(base, edm),
     )
-    for model in (parts.unet, parts.vae, parts.text_encoder):
-        assert model is not None
-        model.requires_grad_(False).eval().to(device)
+    for model in (parts.unet, parts.vae, *encoders.values()):
+        if model is not None:
+            model.requires_grad_(False).eval().to(device)
     # the layout that convolutions want: on a CPU it is the difference between seconds and minutes
     parts.unet.to(memory_format=torch.channels_last)
-    parts.vae.to(memory_format=torch.channels_last)
+    if parts.vae is not None:
+        parts.vae.to(memory_format=torch.channels_last)
     return parts
 
 
-def encode_prompts(parts: FrozenParts, prompts: Sequence[str], *, attention_mask: bool = False) -> torch.Tensor:
-    """[prompts, tokens, width]: the text encoder's last hidden state after its final norm; gradients flow if it is trained."""
-    assert parts.text_encoder is not None
-    tokens = parts.tokenizer(list(prompts), padding="max_length", max_length=parts.max_tokens, truncation=True, return_tensors="pt")
-    mask = tokens.attention_mask.to(parts.text_encoder.device) if attention_mask else None
-    return parts.text_encoder(tokens.input_ids.to(parts.text_encoder.device), attention_mask=mask)[0]
+def _load_vae(base: Base, dtype: torch.dtype) -> AutoencoderKL | None:
+    if not base.family.has_vae:
+        return None
+    if base.own_vae:
+        return _load(AutoencoderKL, str(base.own_vae), _VAE_FLAG, dtype=dtype, use_safetensors=True)
+    return _load(AutoencoderKL, str(base.folder), _FLAG, subfolder="vae", dtype=dtype, variant=base.options.variant, use_safetensors=True)
 
 
-def pipeline_of(parts: FrozenParts) -> Any:
-    """A pipeline on the models in memory, with the multistep DPM solver and no safety checker (it blackens pictures)."""
-    config = {}
-    if "learned" in str(getattr(parts.noise_scheduler.config, "variance_type", "")):
-        config["variance_type"] = "fixed_small"
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config, **config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def _load_scheduler(base: Base, edm: bool) -> Any:
+    kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
+    scheduler = _load(kind, str(base.folder), _FLAG, subfolder="scheduler")
+    return type(scheduler).from_config(scheduler.config, prediction_type=base.options.prediction_type) if base.options.prediction_type else scheduler
+
+
+def sampler(parts: FrozenParts, wanted: str | None) -> Any:
+    """What draws validation pictures: the scheduler named, else the multistep DPM solver, for a base in pixels DDPM, for an EDM base its own."""
+    config = parts.noise_scheduler.config
+    if isinstance(parts.noise_scheduler, EDMEulerScheduler):
+        if wanted:
+            raise UserError(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {wanted} out")
+        return EDMEulerScheduler.from_config(config)
+    kind = DDPMScheduler if wanted == "DDPMScheduler" or (wanted is None and not parts.family.has_vae) else DPMSolverMultistepScheduler
+    return kind.from_config(config, **_fixed_variance(config))
+
+
+def _fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
+    """A UNet that learned the variance too is trained here on noise alone, so that its variance is no longer to be used."""
+    return {"variance_type": "fixed_small"} if "learned" in str(config.get("variance_type", "")) else {}
+
+
+def pipeline_of(parts: FrozenParts, scheduler: Any) -> Any:
+    """A pipeline on the models in memory, without a safety checker (it blackens pictures)."""
+    encoders = parts.text.encoders if parts.text else {}
+    names = parts.family.text
+    models: dict[str, Any] = {encoder: encoders.get(encoder) for encoder in names}
+    models |= {tokenizer: parts.text.tokenizers[n] if parts.text else None for n, (tokenizer, _) in enumerate(names.values())}
+    models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": parts.vae} if parts.vae is not None else {})
+    if parts.family.pipeline is StableDiffusionXLPipeline:
+        models["add_watermarker"] = False
+    else:
+        models |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if not parts.family.has_vae:
+        models["watermarker"] = None
+    pipeline = parts.family.pipeline(**models)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_pipeline(base: BaseModel, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A whole pipeline from disk, as plain diffusers loads it, with its own scheduler and no safety checker."""
-    family = FAMILIES[base_folders.read_json(folder / "model_index.json")["_class_name"]]
-    own = {"tokenizer": load_tokenizer(base, folder)} if base.tokenizer_name else {}
-    pipeline = _load(family.pipeline, str(folder), _FLAG, variant=base.variant, dtype=dtype, use_safetensors=True, safety_checker=None, **own)
+def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
+    """A whole pipeline from disk, as plain diffusers loads it, with its own scheduler and no safety checker.
+
+    A VAE that says that float16 overflows in it is loaded in float32.
+    """
+    family, options = base.family, base.options
+    own: dict[str, Any] = dict.fromkeys((part for part in _LEFT_OUT if part in base.index), None)
+    if options.tokenizer_name:
+        own["tokenizer"] = load_tokenizers(base)[0]
+    if family.has_vae:
+        folder = base.own_vae or base.folder / "vae"
+        overflows = dtype == torch.float16 and base_folders.read_json(folder / "config.json").get("force_upcast", True)
+        own["vae"] = _load_vae(base, torch.float32 if overflows else dtype)
+    if family.pipeline is StableDiffusionXLPipeline:
+        own["add_watermarker"] = False
+    pipeline = _load(family.pipeline, str(base.folder), _FLAG, variant=options.variant, dtype=dtype, use_safetensors=True, **own)
+    config = pipeline.scheduler.config
+    other = _fixed_variance(config) | ({"prediction_type": options.prediction_type} if options.prediction_type else {})
+    if other:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **other)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.vae.to(memory_format=torch.channels_last)
+    if family.has_vae:
+        pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline.to(device)
+
+
+def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
+    """The text encoders of a pipeline, to encode prompts as training does."""
+    return TextParts(
+        encode=base.family.encode,
+        tokenizers=tuple(getattr(pipeline, tokenizer) for tokenizer, _ in base.family.text.values()),
+        encoders={encoder: getattr(pipeline, encoder) for encoder in base.family.text},
+        max_tokens=max_tokens(base),
+        clip_skip=clip_skip,
+        zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
+    )

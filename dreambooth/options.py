@@ -101,10 +101,8 @@ class InstanceData:
         at_least(self, 0, "dataloader_num_workers")
         at_least(self, 1, "repeats")
         require(0 <= self.caption_dropout <= 1, f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}")
-        require(
-            (self.instance_data_dir is None) != (self.dataset_name is None),
-            "give the photos as --instance_data_dir or as --dataset_name: one of the two",
-        )
+        one = (self.instance_data_dir is None) != (self.dataset_name is None)
+        require(one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
             named(name, getattr(self, name))
         fits = 4096 <= self.max_image_pixels <= 178_000_000
@@ -250,15 +248,13 @@ class Optimization:
     """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
-        at_least(self, 0, "adam_weight_decay_text_encoder")
-        rate = self.text_encoder_lr
-        require(
-            rate is None or 0 < rate < float("inf"), f"--text_encoder_lr must be over 0, got {rate}; to train none leave out --train_text_encoder"
-        )
+        at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm")
+        at_least(self, 0, "text_encoder_lr", "adam_weight_decay_text_encoder")
         at_least(self, 1, "lr_num_cycles")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        # without it the first step divides zero by zero: LoRA's A has no gradient while B is zero
+        require(0 < self.adam_epsilon < float("inf"), f"--adam_epsilon must be over 0, got {self.adam_epsilon}")
         beta3 = self.prodigy_beta3
         require(beta3 is None or 0 <= beta3 < 1, f"--prodigy_beta3 must be in [0, 1), got {beta3}")
         self._check_optimizer()
@@ -271,14 +267,13 @@ class Optimization:
             fits = self.optimizer in ("adamw", "adamw8bit")
             require(fits, f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}")
             self.optimizer = "adamw8bit"
-        packages = {
-            "adamw8bit": ("bitsandbytes", "bitsandbytes"),
-            "prodigy": ("prodigyopt", "prodigy"),
-            "schedule-free": ("schedulefree", "schedule-free"),
-        }
-        if self.optimizer in packages:
-            package, extra = packages[self.optimizer]
-            require_package(True, f"--optimizer {self.optimizer}", package, f"pip install '.[{extra}]'")
+        flag = "--use_8bit_adam" if self.use_8bit_adam else f"--optimizer {self.optimizer}"
+        for name, package, extra in (
+            ("adamw8bit", "bitsandbytes", "bitsandbytes"),
+            ("prodigy", "prodigyopt", "prodigy"),
+            ("schedule-free", "schedulefree", "schedule-free"),
+        ):
+            require_package(self.optimizer == name, flag, package, f"pip install '.[{extra}]'")
         if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
             same = self.text_encoder_lr == (1.0 if self.learning_rate is None else self.learning_rate)
             require(
@@ -288,6 +283,7 @@ class Optimization:
         if self.optimizer == "schedule-free":
             fits = self.lr_scheduler in ("constant", "constant_with_warmup")
             require(fits, f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}")
+            require(self.adam_beta1 > 0, f"--adam_beta1 must be over 0 with --optimizer schedule-free, got {self.adam_beta1}")
 
 
 @dataclasses.dataclass
@@ -333,7 +329,7 @@ class Run:
     checkpoints_total_limit: int | None = None
     """Checkpoints kept; the oldest go once a newer one is safe. None keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest` (or `auto`), `checkpoint-N` or a path: go on from there. Not with --use_8bit_adam, whose moments are not stored."""
+    """`latest` (or `auto`), `checkpoint-N` or a path: go on from there."""
     overwrite: bool = False
     """Remove what an earlier run left in the output folder (checkpoints, adapter, metrics, validation pictures) and start anew."""
     allow_data_change: bool = False
@@ -453,11 +449,18 @@ class TrainOptions:
             notes.append("--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways.")
         if self.optimization.text_encoder_lr is not None and not self.text.train_text_encoder:
             notes.append("You need not use --text_encoder_lr without --train_text_encoder.")
+        if self.optimization.optimizer == "adafactor":
+            notes.append("Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers.")
         if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
             notes.append(
                 f"--learning_rate {self.optimization.learning_rate} is small for Prodigy, which multiplies its own step size by it; 1 is usual"
             )
         return notes
+
+    def without_once(self) -> "TrainOptions":
+        """The options less those that hold for one start of the run only."""
+        run = dataclasses.replace(self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)
+        return dataclasses.replace(self, run=run)
 
     def completed(self, family: str) -> "TrainOptions":
         """The options with nothing left open that depends on the base's `family`: sd, sdxl or if."""

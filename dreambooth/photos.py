@@ -21,6 +21,7 @@ from dreambooth.errors import UserError
 from dreambooth.printable import shown
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+_CAPTIONS = ("metadata.jsonl", "metadata.csv")  # read, or spoken of, by captions.py
 _NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".gif", ".jp2", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
@@ -88,7 +89,7 @@ def check_folder(
     names = _names(folder, flag)
     visible = [name for name in names if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")]
     candidates = [name for name in visible if Path(name).suffix.lower() in FORMATS]
-    others = [name for name in visible if name not in candidates]
+    others = [name for name in visible if name not in candidates and name not in _CAPTIONS and not name.endswith(".txt")]
     if not candidates:
         seen = f"it holds {', '.join(map(shown, others[:5]))}" if others else "it is empty"
         raise UserError(f"{flag}: no picture in {shown(folder)} ({', '.join(sorted(FORMATS))}); {seen}{_advice(others)}")
@@ -120,7 +121,7 @@ def check_disjoint(instance: Folder, classes: Folder) -> None:
     if twice:
         pairs = "; ".join(f"{shown(theirs)} is {shown(mine.name)}" for mine, theirs in twice[:3])
         more = f"; and {len(twice) - 3} more" if len(twice) > 3 else ""
-        raise UserError(f"--class_data_dir: {len(twice)} of the class images are photos of --instance_data_dir: {pairs}{more}. Remove them there")
+        raise UserError(f"--class_data_dir: {len(twice)} of the class images are photos of the subject: {pairs}{more}. Remove them there")
 
 
 def _names(folder: Path, flag: str) -> list[str]:
@@ -284,11 +285,21 @@ def crop_room(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return width - resolution, height - resolution
 
 
-def pixel_values(path: Path, resolution: int, interpolation: str, corner: tuple[int, int] | None) -> torch.Tensor:
-    """[3, resolution, resolution] in [-1, 1]: shorter side resized, cropped at `corner` (left, top), or in the middle if None."""
+def middle_corner(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(left, top) of the crop from the middle."""
+    left, top = crop_room(size, resolution)
+    return round(left / 2), round(top / 2)
+
+
+def pixel_values(
+    path: Path, resolution: int, interpolation: str, corner: tuple[int, int] | None = None, *, is_mirrored: bool = False
+) -> torch.Tensor:
+    """[3, resolution, resolution] in [-1, 1]: shorter side resized, mirrored or not, cropped at `corner` (left, top), or in the middle if None."""
     image = load(path)
-    width, height = resized_size(image.size, resolution)
-    image = image.resize((width, height), INTERPOLATIONS[interpolation])
-    left, top = corner if corner is not None else (round((width - resolution) / 2), round((height - resolution) / 2))
+    corner = corner or middle_corner(image.size, resolution)
+    image = image.resize(resized_size(image.size, resolution), INTERPOLATIONS[interpolation])
+    if is_mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    left, top = corner
     image = image.crop((left, top, left + resolution, top + resolution))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

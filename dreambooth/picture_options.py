@@ -66,6 +66,8 @@ class InferOptions:
     """Sampling steps."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 is none."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out at its end; None is what the adapter was trained with, else 0."""
     resolution: int | None = None
     """Side of the pictures in pixels; None is the base's own."""
     batch_size: int = 4
@@ -77,7 +79,7 @@ class InferOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
-        at_least(self, 0, "guidance_scale")
+        at_least(self, 0, "guidance_scale", "clip_skip")
         require(bool(self.prompt) != bool(self.prompts_file), "give either --prompt or --prompts_file")
         require(all(p.strip() for p in self.prompt), "--prompt must not be empty")
         require(bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), f"--seeds must be numbers from 0 on, got {self.seeds}")

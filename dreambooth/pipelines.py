@@ -1,53 +1,77 @@
 """A pipeline and its pictures: one generator a picture, sets of class images, contact sheets, settings inside PNG files."""
 
+import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from dreambooth import adapter_files, caches
+from dreambooth.prompts import Conditions
+
 
 def draw(
     pipeline: Any,
-    prompts: Sequence[str],
+    prompts: Conditions,
+    negative: Conditions,
     seeds: Sequence[int],
     *,
     num_inference_steps: int,
     guidance_scale: float,
-    negative_prompt: str = "",
     side: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed), drawn together. Its noise depends on its own seed alone. `check` is called after every step."""
-    return pipeline(
-        prompt=list(prompts),
-        negative_prompt=[negative_prompt] * len(prompts),
+    """One picture for each row of `prompts` and seed, drawn together; `negative` is one row, or one for each. A picture's noise depends on its
+    own seed alone. `check` is called after every step."""
+    count = len(seeds)
+    unet = pipeline.unet
+    prompts, negative = prompts.to(unet.device, unet.dtype), negative.to(unet.device, unet.dtype)
+    negative = negative if len(negative.embeds) == count else negative.rows([0] * count)
+    words: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
+    if prompts.pooled is not None:
+        words |= {"pooled_prompt_embeds": prompts.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+    vae = getattr(pipeline, "vae", None)
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+        words["callback_on_step_end"] = _after_each_step(check)
+    else:  # DeepFloyd IF's pipeline has the older kind
+        words["callback"] = lambda step, timestep, latents: check()
+    images = pipeline(
+        **words,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         height=side,
         width=side,
-        callback_on_step_end=_after_each_step(check),
+        output_type="latent" if vae is not None else "pil",
     ).images
+    return decode(pipeline, images) if vae is not None else images
 
 
-def draw_embeds(pipeline: Any, embeds: torch.Tensor, seeds: Sequence[int], *, side: int, check: Callable[[], None]) -> list[Image.Image]:
-    """One picture for each seed, drawn alone, from the embeddings [2, tokens, width] of a prompt and of the empty one."""
-    images: list[Image.Image] = []
-    for seed in seeds:
-        images += pipeline(
-            prompt_embeds=embeds[:1],
-            negative_prompt_embeds=embeds[1:],
-            generator=torch.Generator("cpu").manual_seed(seed),
-            num_inference_steps=25,
-            height=side,
-            width=side,
-            callback_on_step_end=_after_each_step(check),
-        ).images
-    return images
+@torch.no_grad()
+def decode(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Pictures of latents [B, channels, h, w], one at a time (so much less memory), in the VAE's own precision whatever autocast is on."""
+    vae = pipeline.vae
+    with torch.autocast(vae.device.type, enabled=False):
+        latents = caches.denormalized(vae, latents.to(vae.device, vae.dtype))
+        pixels = torch.cat([vae.decode(one[None]).sample.float() for one in latents])
+    return pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
+
+
+def put_on(pipeline: Any, state: dict[str, dict[str, torch.Tensor]], fields: Mapping[str, dict[str, Any]]) -> None:
+    """Put an adapter, as `adapter_files.read` gives it, on the pipeline. diffusers gets the tensors and the few `fields` that were checked, never
+    the file itself."""
+    tensors = adapter_files.flat(state)
+    for component in state:
+        metadata = {f"{component}.{name}": value for name, value in fields.get(component, {}).items()} or None
+        own = {"adapter_name": "subject", "metadata": metadata, "_pipeline": pipeline}
+        if component == "unet":
+            pipeline.load_lora_into_unet(tensors, None, pipeline.unet, **own)
+        else:
+            pipeline.load_lora_into_text_encoder(tensors, None, getattr(pipeline, component), prefix=component, **own)
 
 
 def _after_each_step(check: Callable[[], None]) -> Callable[..., dict[str, Any]]:

@@ -5,6 +5,7 @@ What is wrong with flags, photos, base, prompts or output folder is found before
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -17,7 +18,21 @@ import torch
 from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
-from dreambooth import adapter_files, checkpoints, class_images, families, locks, photos, processes, report, runs
+from dreambooth import (
+    adapter_files,
+    captions,
+    checkpoints,
+    class_images,
+    families,
+    hub,
+    locks,
+    photo_sets,
+    photos,
+    processes,
+    prompts,
+    report,
+    runs,
+)
 from dreambooth.command_line import adopt_local_rank
 from dreambooth.errors import UserError
 from dreambooth.options import TrainOptions
@@ -34,9 +49,8 @@ class Start:
 
     options: TrainOptions
     peers: Peers
-    base_folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
+    base: families.Base
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
     weight_dtype: torch.dtype
     sources: list[Source]
     identity: dict[str, Any]
@@ -44,13 +58,25 @@ class Start:
     is_own: bool  # whether the checkpoint is one of the output folder's
     first_adapter: AdapterState
     status: runs.Status
+    repository: str | None
+    """Where the result is uploaded to, OWNER/NAME; None for nowhere."""
+
+
+def pictures_of_pass(options: TrainOptions, counts: Sequence[int]) -> int:
+    """Pictures in one pass: the photos, each --repeats times, or the class images if they are more. `counts` are of photos and class images."""
+    return max(counts[0] * options.instance.repeats, *counts[1:], 1)
 
 
 def steps_of_run(options: TrainOptions, pictures: int, world: int) -> tuple[int, int]:
-    """(steps of one pass over `pictures`, the larger of the two sets; steps of the run)."""
+    """(steps of one pass over `pictures`; steps of the run)."""
     run = options.run
     per_pass = math.ceil(math.ceil(pictures / (run.train_batch_size * world)) / run.gradient_accumulation_steps)
     return per_pass, run.max_train_steps or run.num_train_epochs * per_pass
+
+
+def text_steps(options: TrainOptions, max_steps: int) -> int:
+    """Steps after which the text encoder is trained no more."""
+    return round(options.text.train_text_encoder_frac * max_steps)
 
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start:
@@ -73,15 +99,22 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
     accelerator = peers.accelerator
     _check_device(options, accelerator.device, accelerator.mixed_precision)
+    repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
-    instance = _pictures(options, options.instance.instance_data_dir, "--instance_data_dir")
-    peers.on_main(lambda: families.local_folder(options.base))  # where it must be downloaded, once
-    base_folder = families.local_folder(options.base)
-    tokenizer = families.load_tokenizer(options.base, base_folder)
-    max_tokens = families.max_tokens(base_folder, options.text)
-    _check_prompts(options, tokenizer, max_tokens)
+    photo_set = peers.on_main(lambda: photo_sets.find(options.instance))  # fetched, where that is needed, once
+    instance = _pictures(options, str(photo_set.folder), photo_set.flag, allow_odd_photos=options.instance.allow_odd_photos)
+    names = [photo.path.name for photo in instance.photos]
+    own_captions, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options.instance)
+    peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
+    base = families.find(options.base)
+    said_of_flags = [*options.notes(), *hub.notes(options.reports)]
+    options = options.completed(base.family.key)
+    _check_base(options, base)
+    tokenizers = families.load_tokenizers(base)
+    _check_prompts(options, base, tokenizers, own_captions)
     first_adapter, first_digest, adapter_notes = read_init_adapter(options)
-    for note in [*options.notes(), *instance.notes, *_size_notes(instance, options), *notes, *adapter_notes, *processes.notes()]:
+    said_of_photos = [*photo_set.notes, *instance.notes, *caption_notes, *_size_notes(instance, options, base)]
+    for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *processes.notes()]:
         report.say(accelerator, f"note: {note}")
 
     processes.make_folder(output_dir, "--output_dir")
@@ -100,9 +133,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
     options = dataclasses.replace(options, run=run, prior=class_images.adopt(options.prior, options.run.seed))
     report.say(accelerator, f"seed: {seed}")
-    fingerprint = families.fingerprint(base_folder, options.base.variant)
-    settings = class_images.settings_of(options.prior, base_folder, fingerprint, accelerator.device)
-    longest = max(len(instance.photos), options.prior.num_class_images if settings else 0)
+    fingerprint = base.fingerprint()
+    settings = class_images.settings_of(options.prior, base, fingerprint, accelerator.device)
+    longest = pictures_of_pass(options, [len(instance.photos), options.prior.num_class_images if settings else 0])
     max_steps = steps_of_run(options, longest, peers.world)[1]
     around = runs.surroundings(threads=torch.get_num_threads(), device=accelerator.device.type, options=options)
 
@@ -110,7 +143,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         pictures = {source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources}
         slots = run.gradient_accumulation_steps * peers.world
         start = checkpoint.identity.get("start") if checkpoint else first_digest
-        return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, max_steps=max_steps, start=start)
+        return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, captions=own_captions, max_steps=max_steps, start=start)
 
     def check(mine: Mapping[str, Any]) -> list[str]:
         if checkpoint is None or not is_own:
@@ -122,19 +155,21 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
             raise UserError(f"--resume_from_checkpoint: {folder} is past step {max_steps}, where this run ends; raise --max_train_steps")
         return found
 
-    sources = [Source("instance", instance.photos)]
+    instance_prompts = [own_captions.get(name, options.instance.instance_prompt) for name in names]
+    flip, dropout = options.instance.random_flip, options.instance.caption_dropout
+    sources = [Source("instance", instance.photos, instance_prompts, random_flip=flip, caption_dropout=dropout)]
     photos_only = identity(sources)
     peers.check_same({"options, base or photos": json.dumps(photos_only, sort_keys=True)})
     peers.on_main(lambda: check(photos_only))  # before the minutes that class images may take
     status = stack.enter_context(runs.recorded(output_dir, state.get("step", 0), is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
     if settings is not None:
-        sources.append(_class_source(options, settings, instance, base_folder, peers, watch))
+        sources.append(_class_source(options, settings, instance, base, peers, watch))
     mine = identity(sources)
     for note in peers.on_main(lambda: check(mine)):
         report.say(accelerator, f"note: {note}")
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    return Start(options, peers, base_folder, tokenizer, max_tokens, weight_dtype, sources, mine, checkpoint, is_own, first_adapter, status)
+    return Start(options, peers, base, tokenizers, weight_dtype, sources, mine, checkpoint, is_own, first_adapter, status, repository)
 
 
 def _check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> None:
@@ -146,19 +181,61 @@ def _check_device(options: TrainOptions, device: torch.device, mixed_precision: 
         torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def _check_prompts(options: TrainOptions, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-    prompts = {
+def _check_base(options: TrainOptions, base: families.Base) -> None:
+    """Raise UserError, with a line for each, for flags that this base cannot follow."""
+    problems = []
+    name, objective = base.family.name, options.objective
+    if base.is_edm and objective.snr_gamma is not None:
+        problems.append("--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training, as this base's scheduler asks for.")
+    if objective.do_edm_style_training and not base.family.has_vae:
+        problems.append(f"--do_edm_style_training: {name} is trained on noise prediction; leave it out")
+    if base.is_edm and options.validation.validation_scheduler:
+        given = options.validation.validation_scheduler
+        problems.append(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out")
+    if options.adapter.output_kohya_format and not base.family.has_vae:
+        problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
+    try:
+        families.check_text(base, options.text)
+    except UserError as error:
+        problems.append(str(error))
+    problems += _missing_layers(options, base)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _missing_layers(options: TrainOptions, base: families.Base) -> list[str]:
+    """What is wrong with --lora_layers: names that no layer of the UNet ends with."""
+    targets = options.adapter.target_layers()
+    if not targets:
+        return []
+    layers = [layer for layer, shape in base.layers()["unet"].items() if len(shape) > 1]
+    ends = sorted({".".join(parts[-n:]) for layer in layers if (parts := layer.split(".")) for n in (1, 2)})
+    problems = []
+    for target in targets:
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            near = difflib.get_close_matches(target, ends, n=3)
+            problems.append(f"--lora_layers: no layer of the UNet ends with {target}" + (f"; there are {', '.join(near)}" if near else ""))
+    return problems
+
+
+def _check_prompts(options: TrainOptions, base: families.Base, tokenizers: Sequence[PreTrainedTokenizerBase], own: Mapping[str, str]) -> None:
+    asked = {
         "--instance_prompt": options.instance.instance_prompt,
         "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
         "--validation_prompt": options.validation.validation_prompt,
+        **{f"the caption of {name}": caption for name, caption in own.items()},
     }
-    families.check_prompts(tokenizer, prompts, max_tokens)
+    prompts.check(tokenizers, asked, families.max_tokens(base, options.text))
 
 
-def _size_notes(instance: photos.Folder, options: TrainOptions) -> list[str]:
+def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.Base) -> list[str]:
     resolution = options.instance.resolution
+    assert resolution is not None
     small = [photo for photo in instance.photos if min(photo.size) < resolution]
-    return [f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} and will be enlarged"] if small else []
+    notes = [f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} and will be enlarged"] if small else []
+    if base.side != resolution:
+        notes.append(f"--resolution is {resolution}; pictures of {base.side} pixels are what this base was made for")
+    return notes
 
 
 def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, str | None, list[str]]:
@@ -175,9 +252,10 @@ def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, str | None, 
         alpha = fields.get(f"{component}.lora_alpha", ranks[0])
         if alpha != ranks[0]:
             raise UserError(f"--init_adapter: {path} has {component} with alpha {alpha} at rank {ranks[0]}; this script trains alpha = rank")
-    if "text_encoder" in state and not options.text.train_text_encoder:
+    has_text = any(component.startswith("text_encoder") for component in state)
+    if has_text and not options.text.train_text_encoder:
         raise UserError(f"--init_adapter: {path} adapts the text encoder too; add --train_text_encoder")
-    starts_anew = "text_encoder" not in state and options.text.train_text_encoder
+    starts_anew = not has_text and options.text.train_text_encoder
     notes = [f"{path} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
     return state, hashlib.sha256(path.read_bytes()).hexdigest(), notes
 
@@ -201,20 +279,23 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
     return peers.share(random.SystemRandom().randrange(2**31))
 
 
-def _pictures(options: TrainOptions, folder: str, flag: str) -> photos.Folder:
+def _pictures(options: TrainOptions, folder: str, flag: str, *, allow_odd_photos: bool) -> photos.Folder:
     limits = options.instance
     return photos.check_folder(
-        folder, flag, max_pixels=limits.max_image_pixels, allow_odd_photos=limits.allow_odd_photos, follow_symlinks=limits.follow_symlinks
+        folder, flag, max_pixels=limits.max_image_pixels, allow_odd_photos=allow_odd_photos, follow_symlinks=limits.follow_symlinks
     )
 
 
 def _class_source(
-    options: TrainOptions, settings: class_images.Settings, instance: photos.Folder, base_folder: Path, peers: Peers, watch: Watch
+    options: TrainOptions, settings: class_images.Settings, instance: photos.Folder, base: families.Base, peers: Peers, watch: Watch
 ) -> Source:
     """The class images, the missing ones generated first. Raises UserError if a photo of the subject is among them."""
     folder, wanted = options.prior.class_data_dir, options.prior.num_class_images
     assert folder is not None
-    class_images.make(Path(folder), settings, wanted, options.base, base_folder, peers, watch)
-    found = _pictures(options, folder, "--class_data_dir")
+    class_images.make(Path(folder), settings, wanted, base, peers, watch)
+    are_small = base.side < photos.ODD_SIDE  # those of the base's own
+    found = _pictures(options, folder, "--class_data_dir", allow_odd_photos=options.instance.allow_odd_photos or are_small)
     photos.check_disjoint(instance, found)
-    return Source("class", found.photos[:wanted])
+    assert options.prior.class_prompt is not None
+    taken = found.photos[:wanted]
+    return Source("class", taken, [options.prior.class_prompt] * len(taken))

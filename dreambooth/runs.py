@@ -31,6 +31,8 @@ _FREE = {
     *fields_of(Reports),
     # where things lie: their contents are compared
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision", "variant", "init_adapter"),
+    *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column", "pretrained_vae_model_name_or_path"),
+    *("output_kohya_format", "repeats"),
     # how class images are made: the pictures are compared
     *("num_class_images", "sample_batch_size", "prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_seed"),
     *("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit"),
@@ -46,17 +48,27 @@ _SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomia
 
 
 def identity(
-    options: TrainOptions, *, slots: int, base: str, pictures: Mapping[str, Mapping[str, str]], max_steps: int, start: str | None
+    options: TrainOptions,
+    *,
+    slots: int,
+    base: str,
+    pictures: Mapping[str, Mapping[str, str]],
+    captions: Mapping[str, str],
+    max_steps: int,
+    start: str | None,
 ) -> dict[str, Any]:
-    """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name, and of the adapter that
-    it started from."""
+    """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name, captions by name, and
+    the hash of the adapter that it started from."""
     flags = {name: value for name, value in as_table(options).items() if name not in _FREE}
     if not options.prior.with_prior_preservation:
         flags = {name: value for name, value in flags.items() if name not in _PRIOR}
     if options.optimization.lr_scheduler in _SCHEDULES_WITH_AN_END:
         flags["max_train_steps"] = max_steps
+    if options.text.train_text_encoder and options.text.train_text_encoder_frac < 1:
+        flags["text_encoder_steps"] = round(options.text.train_text_encoder_frac * max_steps)
     # a round trip, so that what was read from a file compares equal to what was not
-    return json.loads(json.dumps({"flags": flags, "slots": slots, "base": base, "pictures": pictures, "start": start}))
+    found = {"flags": flags, "slots": slots, "base": base, "pictures": pictures, "captions": captions, "start": start}
+    return json.loads(json.dumps(found))
 
 
 def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
@@ -91,6 +103,10 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
             if names:
                 shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 changed.append(f"{len(names)} {source} pictures {what} ({shown})")
+    before, after = there.get("captions", {}), now.get("captions", {})
+    if other_captions := sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
+        shown = ", ".join(ascii(name)[1:-1] for name in other_captions[:3]) + (", ..." if len(other_captions) > 3 else "")
+        changed.append(f"{len(other_captions)} captions changed ({shown})")
     return found, changed
 
 
@@ -173,8 +189,8 @@ def _is_identity(value: Any) -> bool:
 def _clear(output_dir: Path) -> None:
     for _, folder in checkpoints.list_checkpoints(output_dir):
         shutil.rmtree(folder)
-    names = [adapter_files.ADAPTER_NAME, IDENTITY, STATUS, "run.yaml", "metrics.jsonl"]
-    for path in [*(output_dir / name for name in names), *output_dir.glob("validation/step-*.png")]:
+    names = [adapter_files.ADAPTER_NAME, IDENTITY, STATUS, "run.yaml", "metrics.jsonl", "pytorch_lora_weights_kohya.safetensors"]
+    for path in [*(output_dir / name for name in names), *output_dir.glob("validation/step-*.png"), *output_dir.glob("image_[0-9]*.png")]:
         path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Row numbers -> latents: from a cache where no crop varies, else from photos loaded ahead by worker processes."""
+"""Row numbers -> latents and prompts: from a cache where no crop varies, else from photos loaded ahead by worker processes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,20 +11,41 @@ from dreambooth import caches, photos, sampling_order
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The photos of one half of a batch. `purpose` ("instance" or "class") separates its random draws from the other half's."""
+    """The photos of one half of a batch and a prompt for each. `purpose` ("instance" or "class") separates its random draws from the other
+    half's; `random_flip` mirrors half of the visits, `caption_dropout` is the share of them with the empty prompt."""
 
     purpose: str
     photos: list[photos.Photo]
+    prompts: list[str]
+    random_flip: bool = False
+    caption_dropout: float = 0.0
+
+    def distinct_prompts(self) -> list[str]:
+        """Every prompt that a visit may have, once, in order of first use."""
+        return list(dict.fromkeys([*self.prompts, *([""] if self.caption_dropout else [])]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What Stable Diffusion XL is told of a picture, in pixels: its size before resizing, and where in the resized picture the crop begins."""
+
+    height: int
+    width: int
+    top: int
+    left: int
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: its step, its slot within the step, its rows, and the posterior of [sources * rows] latents, source by source."""
+    """One forward pass: its step, its slot within the step, its rows, and source by source the posterior of [sources * rows] latents, with a
+    prompt and a frame for each."""
 
     step: int
     slot: int
     rows: range
     posterior: caches.Posterior
+    prompts: list[str]
+    frames: list[Frame]
 
 
 class PhotoRows(torch.utils.data.Dataset):
@@ -42,19 +63,37 @@ class PhotoRows(torch.utils.data.Dataset):
     def photo(self, source: Source, row: int) -> int:
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
 
+    def is_mirrored(self, source: Source, row: int) -> bool:
+        return source.random_flip and sampling_order.chance(self.seed, f"{source.purpose}-flip", row) < 0.5
+
+    def prompt(self, source: Source, row: int) -> str:
+        is_dropped = source.caption_dropout > 0 and sampling_order.chance(self.seed, f"{source.purpose}-caption", row) < source.caption_dropout
+        return "" if is_dropped else source.prompts[self.photo(source, row)]
+
+    def corner(self, source: Source, row: int) -> tuple[int, int]:
+        """(left, top) of the crop, in the resized and possibly mirrored picture."""
+        size = source.photos[self.photo(source, row)].size
+        if self.center_crop:
+            return photos.middle_corner(size, self.resolution)
+        return sampling_order.crop_of_row(self.seed, source.purpose, row, photos.crop_room(size, self.resolution))
+
+    def frame(self, source: Source, row: int) -> Frame:
+        width, height = source.photos[self.photo(source, row)].size
+        left, top = self.corner(source, row)
+        return Frame(height, width, top, left)
+
     def __getitem__(self, row: int) -> torch.Tensor:
-        pictures = []
-        for source in self.sources:
-            photo = source.photos[self.photo(source, row)]
-            room = photos.crop_room(photo.size, self.resolution)
-            corner = None if self.center_crop else sampling_order.crop_of_row(self.seed, source.purpose, row, room)
-            pictures.append(photos.pixel_values(photo.path, self.resolution, self.interpolation, corner))
-        return torch.stack(pictures)
+        return torch.stack([self._pixels(source, row) for source in self.sources])
+
+    def _pixels(self, source: Source, row: int) -> torch.Tensor:
+        path = source.photos[self.photo(source, row)].path
+        is_mirrored = self.is_mirrored(source, row)
+        return photos.pixel_values(path, self.resolution, self.interpolation, self.corner(source, row), is_mirrored=is_mirrored)
 
 
 def micro_batches(
     dataset: PhotoRows,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | None,
     steps: range,
     *,
     slots: int,
@@ -69,24 +108,47 @@ def micro_batches(
     mine = sampling_order.my_slots(slots, rank=rank, world=world)
     order = [(step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size)) for step in steps for slot in mine]
     if dataset.crops_are_fixed:
-        cached = [
-            caches.encode_photos(
-                vae, [p.path for p in source.photos], dataset.resolution, dataset.interpolation, show_progress=show_progress, check=check
-            )
-            for source in dataset.sources
-        ]
-        for step, slot, rows in order:
-            found = [cache[dataset.photo(source, row)] for source, cache in zip(dataset.sources, cached, strict=True) for row in rows]
-            posterior = caches.Posterior(torch.cat([f.mean for f in found]), torch.cat([f.std for f in found]))
-            yield MicroBatch(step, slot, rows, posterior)
-        return
+        posteriors = _cached(dataset, vae, [rows for _, _, rows in order], show_progress=show_progress, check=check)
+    else:
+        posteriors = _encoded(dataset, vae, [rows for _, _, rows in order], workers)
+    for (step, slot, rows), posterior in zip(order, posteriors, strict=True):
+        visits = [(source, row) for source in dataset.sources for row in rows]
+        prompts = [dataset.prompt(source, row) for source, row in visits]
+        yield MicroBatch(step, slot, rows, posterior, prompts, [dataset.frame(source, row) for source, row in visits])
+
+
+def _cached(
+    dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], *, show_progress: bool, check: Callable[[], None]
+) -> Iterator[caches.Posterior]:
+    """From every photo's posterior, and its mirror image's, encoded once."""
+    cached = [
+        caches.encode_photos(
+            vae,
+            [(photo.path, is_mirrored) for photo in source.photos for is_mirrored in ((False, True) if source.random_flip else (False,))],
+            dataset.resolution,
+            dataset.interpolation,
+            show_progress=show_progress,
+            check=check,
+        )
+        for source in dataset.sources
+    ]
+    for rows in order:
+        found = []
+        for source, cache in zip(dataset.sources, cached, strict=True):
+            ways = 2 if source.random_flip else 1
+            found += [cache[dataset.photo(source, row) * ways + dataset.is_mirrored(source, row)] for row in rows]
+        yield caches.Posterior(torch.cat([f.mean for f in found]), torch.cat([f.std for f in found]))
+
+
+def _encoded(dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int) -> Iterator[caches.Posterior]:
+    """Each visit in its own crop, encoded as it comes."""
     loader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=[list(rows) for _, _, rows in order],  # type: ignore[arg-type]
+        batch_sampler=[list(rows) for rows in order],  # type: ignore[arg-type]
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-    for (step, slot, rows), pixels in zip(order, loader, strict=True):
+    for pixels in loader:
         by_source = pixels.transpose(0, 1).flatten(0, 1)  # [rows, sources, ...] -> [sources * rows, 3, resolution, resolution]
         posterior = caches.encode(vae, by_source)
-        yield MicroBatch(step, slot, rows, caches.Posterior(posterior.mean.cpu(), posterior.std.cpu()))
+        yield caches.Posterior(posterior.mean.cpu(), posterior.std.cpu())

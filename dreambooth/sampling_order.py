@@ -48,11 +48,16 @@ def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int]) -> tup
     return tuple(int(torch.randint(limit + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
 
 
+def chance(seed: int, purpose: str, row: int) -> float:
+    """Uniform in [0, 1)."""
+    return float(torch.rand((), generator=generator(seed, purpose, row)))
+
+
 def noise_of_rows(seed: int, purpose: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal [rows, *shape] in float32, one generator a row: a batch draw could not be split over processes."""
     return torch.stack([torch.randn(shape, generator=generator(seed, purpose, row)) for row in rows])
 
 
-def timesteps_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
-    """Uniform in 0..num_train_timesteps-1, int64 [rows]."""
+def levels_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
+    """Noise levels, uniform in 0..num_train_timesteps-1, int64 [rows]."""
     return torch.stack([torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, row)) for row in rows])

@@ -38,6 +38,24 @@ def tiny_v_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion XL in miniature."""
+    return tiny.build_xl(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an EDM scheduler, as Playground 2.5."""
+    return tiny.build_xl(tmp_path_factory.mktemp("edm"), edm=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepFloyd IF, first stage, in miniature."""
+    return tiny.build_if(tmp_path_factory.mktemp("if"))
+
+
+@pytest.fixture(scope="session")
 def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three pictures of 64x64 pixels."""
     return tiny.make_photos(tmp_path_factory.mktemp("photos"))

@@ -404,8 +404,8 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
         save_file(tensors, path)
     elif what == "kohya's keys":
         save_file({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(4, 32)}, path)
-    elif what == "a second text encoder":
-        save_file({**tensors, "text_encoder_2.text_model.q_proj.lora_A.weight": torch.zeros(4, 32)}, path)
+    elif what == "a third text encoder":
+        save_file({**tensors, "text_encoder_3.text_model.q_proj.lora_A.weight": torch.zeros(4, 32)}, path)
     elif what == "a base's weights":
         save_file({"unet.conv_in.weight": torch.zeros(4, 32)}, path)
     return path
@@ -424,7 +424,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
         ("not a number", "has values that are not finite"),
         ("infinite", "has values that are not finite"),
         ("kohya's keys", "the key 'lora_unet_down_blocks_0_attentions_0.lora_down.weight' is not one of a LoRA in diffusers' layout"),
-        ("a second text encoder", "the key 'text_encoder_2.text_model.q_proj.lora_A.weight' is not one"),
+        ("a third text encoder", "the key 'text_encoder_3.text_model.q_proj.lora_A.weight' is not one"),
         ("a base's weights", "the key 'unet.conv_in.weight' is not one"),
     ],
 )

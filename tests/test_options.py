@@ -90,7 +90,7 @@ REFERENCE: dict[str, tuple[Any, str | None, Any]] = {
     "lora_dropout": (0.0, "0.1", 0.1),
     "image_interpolation_mode": ("lanczos", "bicubic", "bicubic"),
 }
-REFUSED = ("push_to_hub", "hub_token", "hub_model_id", "validation_images", "class_labels_conditioning")
+REFUSED = ("validation_images", "class_labels_conditioning")
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_reference_has_59_flags_and_three_are_required():
 
 
 def test_every_flag_of_the_reference_has_its_default():
-    ours = flat(command_line.parse(TrainOptions, "train", TRAIN))
+    ours = flat(command_line.parse(TrainOptions, "train", TRAIN).completed("sd"))
     for name, (default, _, _) in REFERENCE.items():
         if default is not REQUIRED:
             assert (ours[name], type(ours[name])) == (default, type(default)), name
@@ -169,9 +169,8 @@ def test_what_this_version_cannot_do_is_refused_with_a_reason(name, capsys):
     """Nobody finds out after an hour of training that nothing was uploaded."""
     word = REFERENCE[name][1]
     message = refusal(TrainOptions, [*TRAIN, f"--{name}", *([] if word is BARE else [word])], capsys)
-    reason = "uploading is not in this version" if "hub" in name else "which this version does not train"
     assert f"--{name}" in message
-    assert reason in message
+    assert "which this version does not train" in message
 
 
 @pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"])
@@ -179,7 +178,7 @@ def test_a_missing_required_flag_is_named(name, capsys):
     place = TRAIN.index(f"--{name}")
     message = refusal(TrainOptions, TRAIN[:place] + TRAIN[place + 2 :], capsys)
     assert f"--{name}" in message
-    assert "required" in message.lower()
+    assert "required" in message.lower() or "Specify either --instance_data_dir or --dataset_name" in message
 
 
 @pytest.mark.parametrize(
@@ -230,7 +229,7 @@ def test_a_wrong_word_is_named_with_what_could_stand_there(words, fragments, cap
 AT_LEAST = {
     TrainOptions: {
         0: ["dataloader_num_workers", "prior_loss_weight", "class_guidance_scale", "learning_rate", "lr_warmup_steps", "lr_power"]
-        + ["adam_weight_decay", "adam_epsilon", "max_grad_norm", "seed"],
+        + ["adam_weight_decay", "text_encoder_lr", "max_grad_norm", "seed"],
         1: [
             "num_class_images",
             "sample_batch_size",
@@ -262,7 +261,7 @@ def test_numbers_below_the_least_are_refused_and_the_least_is_not(kind, name, le
     assert flat(command_line.parse(kind, "a script", [*NEEDED[kind], f"--{name}", str(least)]))[name] == least
 
 
-@pytest.mark.parametrize("name", ["prior_loss_weight", "learning_rate", "lr_power", "adam_weight_decay", "adam_epsilon", "max_grad_norm"])
+@pytest.mark.parametrize("name", ["prior_loss_weight", "learning_rate", "lr_power", "adam_weight_decay", "text_encoder_lr", "max_grad_norm"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_numbers_that_are_not_finite_are_refused(name, value, capsys):
     """float("nan") parses, and every comparison with it is false: a plain check would let it through."""
@@ -476,7 +475,7 @@ def test_saved_options_are_read_back_equal(kind, words, tmp_path):
     """run.yaml of a run is the run."""
     wanted = command_line.parse(kind, "a script", words)
     path = tmp_path / "run.yaml"
-    command_line.write_yaml(wanted, path)
+    command_line.write_yaml(command_line.as_table(wanted), path)
     assert command_line.parse(kind, "a script", ["--config", str(path)]) == wanted
 
 

@@ -162,7 +162,7 @@ def test_photos_of_the_subject_among_the_class_images_are_refused(tmp_path):
     Image.open(instance / "photo-2.png").save(classes / "stray.bmp")
     with pytest.raises(UserError) as refused:
         photos.check_disjoint(check[0], photos.check_folder(classes, "--class_data_dir"))
-    assert str(refused.value).startswith("--class_data_dir: 1 of the class images are photos of --instance_data_dir: ")
+    assert str(refused.value).startswith("--class_data_dir: 1 of the class images are photos of the subject: ")
     assert f"{classes / 'stray.bmp'} is photo-2.png" in str(refused.value)
 
 

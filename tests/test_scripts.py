@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files
+from dreambooth import adapter_files, objectives
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
 from dreambooth.options import TrainOptions
@@ -84,11 +84,11 @@ def trained(tiny_base, photos_dir, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"pytorch_lora_weights.safetensors", "metrics.jsonl", "run.yaml", "validation", "class"} <= names
+    assert {"pytorch_lora_weights.safetensors", "metrics.jsonl", "run.yaml", "validation", "class", "image_0.png"} <= names
     assert {name for name in names if "checkpoint" in name} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
     assert [record["step"] for record in metrics(trained)] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_instance", "loss_prior", "lr", "images_per_second"} <= metrics(trained)[0].keys()
-    assert {path.name for path in (trained / "validation").iterdir()} == {"step-000003-00.png", "step-000006-00.png"}
+    assert {path.name for path in (trained / "validation").iterdir()} == {"step-000003-00.png"}
     assert len(list((trained / "class").glob("class-*.png"))) == 3
 
 
@@ -206,11 +206,11 @@ def test_target_follows_the_prediction_type():
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     for prediction_type in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler(prediction_type=prediction_type)
-        noisy, target = train.noise_and_target(scheduler, latents, noise, timesteps)
+        task = objectives.pose(scheduler, latents, noise, timesteps)
         signal, spread = (share.sqrt().view(-1, 1, 1, 1) for share in (scheduler.alphas_cumprod[timesteps], 1 - scheduler.alphas_cumprod[timesteps]))
-        assert torch.allclose(noisy, signal * latents + spread * noise, atol=1e-6)
+        assert torch.allclose(task.model_input, signal * latents + spread * noise, atol=1e-6)
         expected = noise if prediction_type == "epsilon" else signal * noise - spread * latents
-        assert torch.allclose(target, expected, atol=1e-6)
+        assert torch.allclose(task.target, expected, atol=1e-6)
 
 
 def test_instance_and_class_are_averaged_separately():
@@ -234,7 +234,7 @@ def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
 def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(tiny_base, photos_dir, tmp_path):
     watched = ["--validation_prompt", "a dog", "--num_validation_images", "1"]  # drawn without the text encoder
     plain = run_train(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2", *watched)
-    assert (tmp_path / "a" / "validation" / "step-000002-00.png").is_file()
+    assert (tmp_path / "a" / "image_0.png").is_file()
     computed = run_train(tiny_base, photos_dir, tmp_path / "b", "--max_train_steps", "2", "--pre_compute_text_embeddings")
     assert digest(plain) == digest(computed)
     masked = run_train(tiny_base, photos_dir, tmp_path / "c", "--max_train_steps", "2", "--text_encoder_use_attention_mask")
@@ -362,9 +362,9 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, 
     real = train.denoising_losses
     calls = []
 
-    def poisoned(model_pred, target):
+    def poisoned(*args):
         calls.append(1)
-        return real(model_pred, target) * (float("nan") if len(calls) == 3 else 1)
+        return real(*args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(train, "denoising_losses", poisoned)
     with pytest.raises(SystemExit) as stop:

@@ -130,9 +130,9 @@ def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(tiny_base
 def test_a_signal_in_a_validation_saves_the_step_before_it(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken):
     real = train.families.pipeline_of
 
-    def stopped(parts):
+    def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(parts)
+        return real(*args)
 
     monkeypatch.setattr(train.families, "pipeline_of", stopped)
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_epochs", "1"]
@@ -317,7 +317,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, phot
     assert digest(run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)) == unbroken
     said = capsys.readouterr()
     assert said.out.count("metrics.jsonl cannot be written: No space left on device") == 1
-    assert "validation pictures of step 5 cannot be written" in said.out
+    assert "pictures of step 5 cannot be written" in said.out
     assert "status.json cannot be written" in said.err
 
 

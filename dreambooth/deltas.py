@@ -1,0 +1,210 @@
+"""The arithmetic of adapters: what each kind adds to a layer's weight, and the exact or best way from one kind or rank to another.
+
+Scales are worked into the tensors: nothing here knows an alpha. Layers are Linear, with weights [out, in], and Conv2d, [out, in, kh, kw];
+a kernel's two sizes are always there for a convolution and never for a Linear.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# eq=False: two tensors have no single answer to ==
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lora:
+    """dW = up @ down (LoRA, arXiv 2106.09685)."""
+
+    down: Tensor  # [rank, in(, kh, kw)]
+    up: Tensor  # [out, rank(, 1, 1)]
+    magnitude: Tensor | None = None  # [out]: lengths that the rows of W + dW get (DoRA, arXiv 2402.09353)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoHa:
+    """dW = (w1a @ w1b) * (w2a @ w2b), entry by entry (FedPara, arXiv 2108.06098). With a core t, of a convolution, a @ b is a Tucker product."""
+
+    w1a: Tensor  # [out, rank]; with a core [rank, out]
+    w1b: Tensor  # [rank, in(, kh, kw)]; with a core [rank, in]
+    w2a: Tensor
+    w2b: Tensor
+    t1: Tensor | None = None  # [rank, rank, kh, kw]
+    t2: Tensor | None = None
+    magnitude: Tensor | None = None  # [out]
+
+    @property
+    def rank(self) -> int:
+        return self.w1b.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoKr:
+    """dW = kron(w1, w2), out = l * k and in = m * n (LyCORIS, arXiv 2309.14859). Each of the two is dense or a product."""
+
+    w1: Tensor | None = None  # [l, m], or
+    w1a: Tensor | None = None  # [l, rank] and
+    w1b: Tensor | None = None  # [rank, m]
+    w2: Tensor | None = None  # [k, n(, kh, kw)], or
+    w2a: Tensor | None = None  # [k, rank] and; with a core [rank, k]
+    w2b: Tensor | None = None  # [rank, n(, kh, kw)]; with a core [rank, n]
+    t2: Tensor | None = None  # [rank, rank, kh, kw]
+    magnitude: Tensor | None = None  # [out]
+
+    @property
+    def rank(self) -> int | None:
+        """That of the second factor, or of the first; None if both are dense."""
+        return next((pair.shape[0] for pair in (self.w2b, self.w1b) if pair is not None), None)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(w1, w2), both dense: [l, m] and [k, n(, kh, kw)]."""
+        return _dense(self.w1, self.w1a, self.w1b, None), _dense(self.w2, self.w2a, self.w2b, self.t2)
+
+
+Module = Lora | LoHa | LoKr
+
+
+def kind(module: Module) -> str:
+    """lora, loha or lokr; with a magnitude dora, doha or dokr, as LyCORIS has it."""
+    name = {Lora: "lora", LoHa: "loha", LoKr: "lokr"}[type(module)]
+    return name if module.magnitude is None else name.replace("l", "d", 1)
+
+
+def ndim(module: Module) -> int:
+    """Dimensions of the layer's weight: 2 for a Linear, 4 for a convolution."""
+    if isinstance(module, Lora):
+        return module.down.ndim
+    found = (module.t1, module.w1b) if isinstance(module, LoHa) else (module.t2, module.w2, module.w2b)
+    return next(tensor.ndim for tensor in found if tensor is not None)
+
+
+def _dense(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
+    if whole is not None:
+        return whole
+    if a is None or b is None:
+        raise ValueError("a factor of a LoKr is neither whole nor a product")
+    columns, rows = _columns_and_rows(a, b, core)
+    return (columns @ rows.flatten(1)).reshape(columns.shape[0], *rows.shape[1:])
+
+
+def _columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A product's [out, rank] and [rank, in(, kh, kw)], the core, if there is one, taken into the latter."""
+    return (a, b) if core is None else (a.T, torch.einsum("ijkl,jr->irkl", core, b))
+
+
+def delta(module: Module) -> Tensor:
+    """dW of the layer, dense, in the shape of its weight. A magnitude is left out: see `adapted`."""
+    if isinstance(module, Lora):
+        return (module.up.flatten(1) @ module.down.flatten(1)).reshape(-1, *module.down.shape[1:])
+    if isinstance(module, LoHa):
+        return _dense(None, module.w1a, module.w1b, module.t1) * _dense(None, module.w2a, module.w2b, module.t2)
+    first, second = module.factors()
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+
+
+def adapted(module: Module, weight: Tensor) -> Tensor:
+    """The layer's weight with the adapter in it: W + dW, and with a magnitude each output's row scaled to its length."""
+    changed = weight + delta(module)
+    if module.magnitude is None:
+        return changed
+    lengths = changed.flatten(1).norm(dim=1)
+    return changed * (module.magnitude / lengths).reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def as_lora(module: Module) -> Lora:
+    """The same dW as a LoRA, exactly.
+
+    LoHa of ranks r and s: rank r * s, rows and columns are products of one of each (Khatri-Rao). LoKr: the singular values and vectors of a
+    Kronecker product are the products of the factors' own, so rank(w1) * rank(w2) from two small decompositions. Never over the layer's width.
+    """
+    if isinstance(module, Lora):
+        return module
+    if isinstance(module, LoHa):
+        columns1, rows1 = _columns_and_rows(module.w1a, module.w1b, module.t1)
+        columns2, rows2 = _columns_and_rows(module.w2a, module.w2b, module.t2)
+        down = (rows1[:, None] * rows2[None]).flatten(0, 1)
+        up = (columns1[:, :, None] * columns2[:, None, :]).flatten(1)
+    else:
+        # in float64, or the rounding of a product a @ b would look like more ranks
+        tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+        first, second = LoKr(**{name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}).factors()
+        (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second))
+        values = torch.outer(s1, s2).flatten()
+        order = values.argsort(descending=True, stable=True)
+        kept = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
+        i, j = kept // len(s2), kept % len(s2)
+        roots = values[kept].sqrt()
+        up = ((u1[:, None, i] * u2[None, :, j]).flatten(0, 1) * roots).float()  # [l * k, rank]
+        rows = v2[j].reshape(len(j), *second.shape[1:])  # [rank, n(, kh, kw)]
+        down = v1[i].reshape(len(i), -1, *[1] * (rows.ndim - 1)) * rows[:, None]  # [rank, m, n(, kh, kw)]
+        down = (down.flatten(1, 2) * roots.reshape(-1, *[1] * (rows.ndim - 1))).float()
+    lora = Lora(down, up.reshape(*up.shape, *[1] * (down.ndim - 2)), module.magnitude)
+    return shrink(lora, min(up.shape[0], math.prod(down.shape[1:])))[0]
+
+
+def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
+    """(the LoRA of at most `rank` nearest to this one, the share of dW's squared entries that it keeps).
+
+    The best there is (Eckart and Young), without a dense dW: two thin QRs and the SVD of a core of rank x rank.
+    """
+    if rank >= lora.rank:
+        return lora, 1.0
+    left, core_left = torch.linalg.qr(lora.up.flatten(1).double())
+    right, core_right = torch.linalg.qr(lora.down.flatten(1).double().T)
+    u, s, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    rank = min(rank, len(s))
+    roots = s[:rank].sqrt()
+    up = (left @ u[:, :rank] * roots).float()
+    down = (roots[:, None] * (v[:rank] @ right.T)).float()
+    total = float(s.square().sum())
+    kept = float(s[:rank].square().sum()) / total if total else 1.0
+    return _shaped(down, up, lora.down.shape[1:], lora.magnitude), kept
+
+
+def _shaped(down: Tensor, up: Tensor, shape: Sequence[int], magnitude: Tensor | None = None) -> Lora:
+    return Lora(down.reshape(-1, *shape), up.reshape(*up.shape, *[1] * (len(shape) - 1)), magnitude)
+
+
+def pad(lora: Lora, rank: int) -> Lora:
+    """The same dW with a larger rank, filled up with zeros. Raises ValueError if the rank is smaller."""
+    if rank < lora.rank:
+        raise ValueError(f"a LoRA of rank {lora.rank} cannot be filled up to {rank}")
+    more = rank - lora.rank
+    down = torch.cat([lora.down, lora.down.new_zeros(more, *lora.down.shape[1:])])
+    up = torch.cat([lora.up, lora.up.new_zeros(lora.up.shape[0], more, *lora.up.shape[2:])], dim=1)
+    return Lora(down, up, lora.magnitude)
+
+
+def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
+    """The LoRA whose dW is the weighted sum of theirs, exactly; its rank is the sum of ranks. Raises ValueError for DoRA, which does not add up."""
+    if any(lora.magnitude is not None for lora in loras):
+        raise ValueError("the magnitudes of DoRA do not add up")
+    up = torch.cat([lora.up * weight for lora, weight in zip(loras, weights, strict=True)], dim=1)
+    return Lora(torch.cat([lora.down for lora in loras]), up)
+
+
+def extract(dense: Tensor, rank: int) -> tuple[Lora, float]:
+    """(the LoRA of at most `rank` nearest to a dense dW, the share of its squared entries that it keeps).
+
+    Through the eigenvectors of dW's smaller Gram matrix, in float64: as good as a singular value decomposition, and on
+    wide layers several times faster.
+    """
+    flat = dense.flatten(1).double()  # [out, in * kh * kw]
+    is_wide = flat.shape[0] <= flat.shape[1]
+    side = flat if is_wide else flat.T
+    rank = min(rank, side.shape[0])
+    squares, vectors = torch.linalg.eigh(side @ side.T)  # ascending
+    vectors = vectors[:, -rank:].flip(1)
+    others = vectors.T @ side  # [rank, other side]: its rows are as long as dW's singular values
+    roots = others.norm(dim=1).sqrt()
+    vectors, others = vectors * roots, others / roots.clamp_min(1e-30)[:, None]  # halves of one size: float16 keeps more of both
+    total = float(squares.sum())
+    kept = float(squares[-rank:].sum()) / total if total > 0 else 1.0
+    up, down = (vectors, others) if is_wide else (others.T, vectors.T)
+    return _shaped(down.float(), up.float(), dense.shape[1:]), min(max(kept, 0.0), 1.0)

@@ -1,0 +1,72 @@
+"""Pictures along the way and at the end: with the models in memory, in eval mode, with generators of their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dreambooth import adapter_files, families, pipelines, report, sampling_order
+from dreambooth.families import FrozenParts
+from dreambooth.options import TrainOptions
+from dreambooth.prompts import Conditions
+
+_STEPS = 25  # of the sampler
+_GUIDANCE = 7.5
+
+
+class Pictures:
+    """Draws --validation_prompt, on the main process alone."""
+
+    def __init__(self, options: TrainOptions, accelerator: Any, parts: FrozenParts, check: Callable[[], None]):
+        assert options.validation.validation_prompt is not None
+        self.options, self.accelerator, self.parts, self.check = options, accelerator, parts, check
+        self.prompt = options.validation.validation_prompt
+        self.folder = Path(options.run.output_dir)
+
+    def along_the_way(self, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> None:
+        """As the adapter is after `step` steps, to validation/ and the trackers."""
+        pipeline = families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler))
+        images = self._draw(pipeline, prompt, empty)
+        folder = self.folder / "validation"
+        self._save(images, [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step)
+        progress.images(step, "validation", images, self.prompt)
+
+    def of_the_file(self, path: Path, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> list[str]:
+        """As the saved adapter draws: the file itself, loaded by diffusers into a pipeline on the frozen models, from which the one that was
+        trained is taken off. Names of the pictures."""
+        pipeline = families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler))
+        held = ("unet", *(self.parts.text.encoders if self.parts.text else ()))  # what has been freed has spoken in `prompt` already
+        state, metadata = adapter_files.read(path)
+        pipeline.unload_lora_weights()
+        pipelines.put_on(pipeline, {name: state[name] for name in state if name in held}, adapter_files.lora_fields(path, state, metadata))
+        images = self._draw(pipeline, prompt, empty)
+        names = [f"image_{number}.png" for number in range(len(images))]
+        is_saved = self._save(images, [self.folder / name for name in names], step)
+        progress.images(step, "test", images, self.prompt)
+        return names if is_saved else []
+
+    def _draw(self, pipeline: Any, prompt: Conditions, empty: Conditions) -> list[Any]:
+        numbers = range(self.options.validation.num_validation_images)
+        images: list[Any] = []
+        for number in numbers:  # alone, so that each depends on its own seed only
+            with self.accelerator.autocast():
+                images += pipelines.draw(
+                    pipeline,
+                    prompt,
+                    empty,
+                    [sampling_order.key(self.options.run.seed or 0, "validation", number)],
+                    num_inference_steps=_STEPS,
+                    guidance_scale=_GUIDANCE,
+                    side=self.options.instance.resolution,
+                    check=self.check,
+                )
+        return images
+
+    def _save(self, images: list[Any], paths: list[Path], step: int) -> bool:
+        try:
+            for image, path in zip(images, paths, strict=True):
+                path.parent.mkdir(exist_ok=True)
+                pipelines.save_png(image, path, {"prompt": self.prompt, "step": step})
+        except OSError as error:  # a full disk: the pictures are worth less than the run
+            report.say(self.accelerator, f"warning: pictures of step {step} cannot be written: {error.strerror or error}")
+            return False
+        return True
