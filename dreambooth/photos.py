@@ -89,7 +89,7 @@ def check_folder(
     names = _names(folder, flag)
     visible = [name for name in names if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")]
     candidates = [name for name in visible if Path(name).suffix.lower() in FORMATS]
-    others = [name for name in visible if name not in candidates and name not in _CAPTIONS and not name.endswith(".txt")]
+    others = [name for name in visible if name not in candidates]
     if not candidates:
         seen = f"it holds {', '.join(map(shown, others[:5]))}" if others else "it is empty"
         raise UserError(f"{flag}: no picture in {shown(folder)} ({', '.join(sorted(FORMATS))}); {seen}{_advice(others)}")
@@ -109,7 +109,9 @@ def check_folder(
     notes = _duplicates(photos) + [remark.format(_few(about)) for remark, about in remarks.items()]
     if len(names) > len(visible):
         notes.append(f"skipped {len(names) - len(visible)} hidden or system files in {shown(folder)}")
-    if others:
+    stems = {Path(name).stem for name in candidates}
+    captions = [name for name in others if name in _CAPTIONS or (name.endswith(".txt") and name.removesuffix(".txt") in stems)]
+    if others := [name for name in others if name not in captions]:
         notes.append(f"skipped what is no picture in {shown(folder)}: {_few([shown(name) for name in others])}{_advice(others)}")
     return Folder(photos, notes)
 

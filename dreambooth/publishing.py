@@ -7,9 +7,6 @@ from dreambooth import adapter_files, adapter_formats, base_folders, cards, fami
 from dreambooth.options import TrainOptions
 from dreambooth.stops import Stop
 
-CARD = "README.md"
-KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
-
 
 def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures: Sequence[str], repository: str | None) -> None:
     """Write and upload what the flags ask for. `pictures` are names in the adapter's folder, `repository` is OWNER/NAME on the hub or None.
@@ -20,7 +17,7 @@ def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures:
     if repository is not None:
         card = cards.model_card(options, base_folder=base.folder, family=base.family.key, pictures=pictures, repository=repository)
         try:
-            adapter_files.write_atomically(folder / CARD, card.encode())
+            adapter_files.write_atomically(folder / hub.CARD_NAME, card.encode())
             print(f"uploaded to {hub.push(options.reports, folder, pictures)}")
         except (OSError, hub.UploadFailed) as error:
             raise Stop(str(error)) from None
@@ -29,7 +26,7 @@ def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures:
 def _write_kohya(options: TrainOptions, base: families.Base, adapter: Path) -> None:
     info = {"resolution": options.instance.resolution, "seed": options.run.seed, "prediction_type": _prediction_type(base)}
     data = adapter_formats.write_kohya(adapter_formats.read(adapter, base.layers()), _kohya_family(base), info)
-    path = adapter.parent / KOHYA_NAME
+    path = adapter.parent / hub.KOHYA_NAME
     try:
         adapter_files.write_atomically(path, data)
     except OSError as error:
