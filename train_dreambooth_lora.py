@@ -99,29 +99,21 @@ class Training:
         self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
 
     def _inject(self) -> list[adapters.Component]:
-        lora, text = self.options.adapter, self.options.text
-        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, lora.target_layers() or adapters.UNET_TARGETS)]
+        options, text = self.options.adapter, self.options.text
+        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, adapters.unet_targets(options))]
         if text.train_text_encoder:
             assert self.parts.text is not None
             for name, encoder in self.parts.text.encoders.items():
-                unused = self.parts.family.unused_layers[name] + (text.clip_skip or 0) * (name == "text_encoder")
-                models.append((name, encoder, adapters.text_targets(encoder.config.num_hidden_layers, unused)))
+                unused = families.unused_layers(self.parts.family, name, text)
+                models.append((name, encoder, adapters.text_targets(encoder.config.num_hidden_layers, unused, options)))
         return [
-            adapters.inject_lora(
-                name,
-                model,
-                rank=lora.rank,
-                alpha=lora.lora_alpha,
-                dropout=lora.lora_dropout,
-                targets=targets,
-                seed=sampling_order.key(self.seed, "lora-init", name),
-            )
-            for name, model, targets in models
+            adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         o, run = self.options.optimization, self.options.run
         scale = run.gradient_accumulation_steps * run.train_batch_size * self.peers.world if o.scale_lr else 1
+        own_rates = self.options.adapter.learning_rates()
         groups = []
         for component in self.components:
             rate, decay = (o.learning_rate, o.adam_weight_decay)
@@ -129,7 +121,13 @@ class Training:
                 rate, decay = (o.text_encoder_lr, o.adam_weight_decay_text_encoder)
             assert rate is not None
             assert decay is not None
-            groups.append(optimizers.Group(component.name, [p for _, p in component.named_parameters()], rate * scale, decay))
+            by_rate: dict[float | None, list[torch.nn.Parameter]] = {}
+            for name, parameter in component.named_parameters():
+                by_rate.setdefault(adapters.by_part(own_rates, name), []).append(parameter)
+            for own, parameters in by_rate.items():
+                # the component's name is also that of its parameters without a rate of their own
+                name = component.name if own is None else f"{component.name}:{own:g}"
+                groups.append(optimizers.Group(name, parameters, (rate if own is None else own) * scale, decay))
         return optimizers.make(o, groups)
 
     @property
@@ -162,8 +160,7 @@ class Training:
     def resume(self, checkpoint: checkpoints.Content) -> None:
         """Go on from a checkpoint that has been found to be of this run. Raises UserError if it does not fit all the same."""
         if checkpoint.step > self.text_steps:
-            for component in self.text_components():
-                optimizers.drop(self.optimizer, component.name)
+            self.drop_text()
         checkpoints.restore(checkpoint, self.components, self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoints.read_state(checkpoint)["grad_scaler"])
@@ -171,6 +168,12 @@ class Training:
 
     def text_components(self) -> list[adapters.Component]:
         return [component for component in self.components if component.name != "unet"]
+
+    def drop_text(self) -> None:
+        """Step the text encoders' parameters no more."""
+        for name in [group["name"] for group in self.optimizer.param_groups]:
+            if name.startswith("text_encoder"):
+                optimizers.drop(self.optimizer, name)
 
     @torch.no_grad()
     def write_book(self) -> None:
@@ -186,9 +189,8 @@ class Training:
         """Train the text encoders no more: what they have learned is kept, and so is what they make of the prompts."""
         with saving.in_eval_mode(self.components, self.optimizer):
             self.write_book()
+        self.drop_text()
         for component in self.text_components():
-            if any(group["name"] == component.name for group in self.optimizer.param_groups):
-                optimizers.drop(self.optimizer, component.name)
             self.saver.finish(component)
         self.components = [component for component in self.components if component.name == "unet"]
         report.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
@@ -274,7 +276,7 @@ class Training:
         self.optimizer.zero_grad()
         self.completed = step + 1
         self.is_between_steps = True
-        return {"lr": rates.pop("unet")} | {f"lr_{name}": rate for name, rate in rates.items()}
+        return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
 
     def train(self) -> None:
         """All steps, checkpoints and validations, and the finished adapter. Whatever ends it early, the last completed step is saved."""
@@ -428,6 +430,8 @@ def main(options: TrainOptions) -> None:
     watch.is_immediate = True
     try:
         train(options, watch)
+    except preparation.Planned as planned:
+        print(planned)
     except Stop as stop:
         print(f"{'error' if stop.state == 'failed' else 'note'}: {stop.reason}", file=sys.stderr, flush=True)
         raise SystemExit(stop.exit_code) from None

@@ -78,10 +78,24 @@ def kind(module: Module) -> str:
 
 def ndim(module: Module) -> int:
     """Dimensions of the layer's weight: 2 for a Linear, 4 for a convolution."""
+    return len(shape(module))
+
+
+def shape(module: Module) -> tuple[int, ...]:
+    """Shape of the layer's weight."""
     if isinstance(module, Lora):
-        return module.down.ndim
-    found = (module.t1, module.w1b) if isinstance(module, LoHa) else (module.t2, module.w2, module.w2b)
-    return next(tensor.ndim for tensor in found if tensor is not None)
+        return (module.up.shape[0], *module.down.shape[1:])
+    if isinstance(module, LoHa):
+        return _product_shape(module.w1a, module.w1b, module.t1)
+    first = module.w1.shape if module.w1 is not None else _product_shape(module.w1a, module.w1b, None)
+    second = module.w2.shape if module.w2 is not None else _product_shape(module.w2a, module.w2b, module.t2)
+    return (first[0] * second[0], first[1] * second[1], *second[2:])
+
+
+def _product_shape(a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[int, ...]:
+    if a is None or b is None:
+        raise ValueError("a factor of a LoKr is neither whole nor a product")
+    return (a.shape[0], *b.shape[1:]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
 
 
 def _dense(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
@@ -106,6 +120,17 @@ def delta(module: Module) -> Tensor:
         return _dense(None, module.w1a, module.w1b, module.t1) * _dense(None, module.w2a, module.w2b, module.t2)
     first, second = module.factors()
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+
+
+def norm(module: Module) -> float:
+    """Frobenius norm of dW; of LoRA and LoKr without making it."""
+    if isinstance(module, Lora):
+        up, down = module.up.flatten(1).double(), module.down.flatten(1).double()
+        return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+    if isinstance(module, LoKr):
+        first, second = module.factors()
+        return float(first.norm()) * float(second.norm())
+    return float(delta(module).norm())
 
 
 def adapted(module: Module, weight: Tensor) -> Tensor:
@@ -167,8 +192,9 @@ def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
     return _shaped(down, up, lora.down.shape[1:], lora.magnitude), kept
 
 
-def _shaped(down: Tensor, up: Tensor, shape: Sequence[int], magnitude: Tensor | None = None) -> Lora:
-    return Lora(down.reshape(-1, *shape), up.reshape(*up.shape, *[1] * (len(shape) - 1)), magnitude)
+def _shaped(down: Tensor, up: Tensor, inner: Sequence[int], magnitude: Tensor | None = None) -> Lora:
+    """`inner`: the layer's inputs and kernel."""
+    return Lora(down.reshape(-1, *inner), up.reshape(*up.shape, *[1] * (len(inner) - 1)), magnitude)
 
 
 def pad(lora: Lora, rank: int) -> Lora:

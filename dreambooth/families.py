@@ -262,6 +262,13 @@ def text_layers(base: Base, encoder: str) -> int:
     return int(base_folders.read_json(base.folder / encoder / "config.json").get("num_hidden_layers", 12))
 
 
+def unused_layers(family: Family, encoder: str, text: TextEncoding) -> int:
+    """How many layers at the end of a text encoder change nothing of what the UNet sees."""
+    # the vector of Stable Diffusion XL's second encoder comes from its last layer, whatever is skipped
+    skipped = (text.clip_skip or 0) if encoder == "text_encoder" else 0
+    return family.unused_layers[encoder] + skipped
+
+
 def check_text(base: Base, text: TextEncoding) -> None:
     """Raise UserError if the base cannot do what the flags about its text encoder ask for."""
     if text.train_text_encoder and not base.family.trains_text:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dreambooth.adapter_options import Adapter
 from dreambooth.printable import shown
 from dreambooth.rules import at_least, named, require, require_package
 
@@ -168,40 +169,6 @@ class TextEncoding:
         require(0 < share <= 1, f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none")
         both = self.train_text_encoder and self.pre_compute_text_embeddings
         require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
-
-
-@dataclasses.dataclass
-class Adapter:
-    """The LoRA that is trained."""
-
-    rank: int = 4
-    """Rank of the update matrices."""
-    lora_alpha: float | None = None
-    """The update is scaled by alpha / rank; None is the rank. Adapter files have the scale worked in, so that every reader gets it right."""
-    lora_dropout: float = 0.0
-    """Dropout on the input of the update matrices, in training."""
-    lora_layers: str | None = None
-    """Layers of the UNet that get LoRA, by the ends of their names, with commas between: "to_k,to_q,to_v,to_out.0". None is every attention
-    projection."""
-    output_kohya_format: bool = False
-    """Write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, A1111, Forge and kohya's scripts."""
-    init_adapter: str | None = None
-    """Adapter file, or a folder with one, to start from: a finished run, or a checkpoint of the reference script."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "rank")
-        require(self.rank <= 1024, f"--rank must be at most 1024, got {self.rank}")
-        named("init_adapter", self.init_adapter)
-        require(0 <= self.lora_dropout < 1, f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        alpha = self.lora_alpha
-        require(alpha is None or 0 < alpha <= 2**16, f"--lora_alpha must be over 0 and at most {2**16}, got {alpha}")
-        layers = self.target_layers()
-        good = layers is None or (bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers))
-        require(good, f"--lora_layers must be names of layers with commas between, got {self.lora_layers!r}")
-
-    def target_layers(self) -> tuple[str, ...] | None:
-        """--lora_layers as names."""
-        return None if self.lora_layers is None else tuple(word.strip() for word in self.lora_layers.split(",") if word.strip())
 
 
 @dataclasses.dataclass
@@ -432,6 +399,9 @@ class TrainOptions:
     reports: Reports = dataclasses.field(default_factory=Reports)
 
     def __post_init__(self) -> None:
+        for name in ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers"):
+            given = getattr(self.adapter, name)
+            require(given is None or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
         prior = self.prior
         folders = [os.path.realpath(folder) for folder in (self.instance.instance_data_dir, prior.class_data_dir) if folder and "\0" not in folder]
         same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
@@ -480,5 +450,4 @@ class TrainOptions:
             adam_weight_decay_text_encoder=pick(o.adam_weight_decay_text_encoder, defaults.get("adam_weight_decay_text_encoder"), decay),
         )
         instance = dataclasses.replace(self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"])))
-        adapter = dataclasses.replace(self.adapter, lora_alpha=pick(self.adapter.lora_alpha, self.adapter.rank))
-        return dataclasses.replace(self, instance=instance, adapter=adapter, optimization=optimization)
+        return dataclasses.replace(self, instance=instance, optimization=optimization)

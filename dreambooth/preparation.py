@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import ProjectConfiguration
+from safetensors.torch import load
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth import (
-    adapter_files,
+    adapter_formats,
+    adapters,
     captions,
     checkpoints,
     class_images,
+    dry_run,
     families,
     hub,
     locks,
@@ -36,6 +39,7 @@ from dreambooth import (
 from dreambooth.command_line import adopt_local_rank
 from dreambooth.errors import UserError
 from dreambooth.options import TrainOptions
+from dreambooth.printable import shown
 from dreambooth.processes import Peers
 from dreambooth.samples import Source
 from dreambooth.stops import Watch, memory_errors_explained
@@ -60,6 +64,10 @@ class Start:
     status: runs.Status
     repository: str | None
     """Where the result is uploaded to, OWNER/NAME; None for nowhere."""
+
+
+class Planned(Exception):
+    """--dry_run has looked at everything; it carries the table of what would be trained."""
 
 
 def pictures_of_pass(options: TrainOptions, counts: Sequence[int]) -> int:
@@ -101,7 +109,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     _check_device(options, accelerator.device, accelerator.mixed_precision)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
-    photo_set = peers.on_main(lambda: photo_sets.find(options.instance))  # fetched, where that is needed, once
+    peers.on_main(lambda: photo_sets.find(options.instance).flag)  # fetched, where that is needed, once
+    photo_set = photo_sets.find(options.instance)
     instance = _pictures(options, str(photo_set.folder), photo_set.flag, allow_odd_photos=options.instance.allow_odd_photos)
     names = [photo.path.name for photo in instance.photos]
     own_captions, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options.instance)
@@ -112,7 +121,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     _check_base(options, base)
     tokenizers = families.load_tokenizers(base)
     _check_prompts(options, base, tokenizers, own_captions)
-    first_adapter, first_digest, adapter_notes = read_init_adapter(options)
+    if options.adapter.dry_run:
+        raise Planned(dry_run.table(options, base))
+    first_adapter, first_digest, adapter_notes = read_init_adapter(options, base)
     said_of_photos = [*photo_set.notes, *instance.notes, *caption_notes, *_size_notes(instance, options, base)]
     for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *processes.notes()]:
         report.say(accelerator, f"note: {note}")
@@ -198,23 +209,34 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         families.check_text(base, options.text)
     except UserError as error:
         problems.append(str(error))
-    problems += _missing_layers(options, base)
+    problems += _wrong_layers(options, base)
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _missing_layers(options: TrainOptions, base: families.Base) -> list[str]:
-    """What is wrong with --lora_layers: names that no layer of the UNet ends with."""
-    targets = options.adapter.target_layers()
-    if not targets:
-        return []
-    layers = [layer for layer, shape in base.layers()["unet"].items() if len(shape) > 1]
-    ends = sorted({".".join(parts[-n:]) for layer in layers if (parts := layer.split(".")) for n in (1, 2)})
-    problems = []
-    for target in targets:
-        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
-            near = difflib.get_close_matches(target, ends, n=3)
-            problems.append(f"--lora_layers: no layer of the UNet ends with {target}" + (f"; there are {', '.join(near)}" if near else ""))
+def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
+    """What is wrong with the flags that name layers: names that no layer has."""
+    adapter, problems, trained = options.adapter, [], []
+    for component, shapes in base.layers().items():
+        is_text = component != "unet"
+        if is_text and not (options.text.train_text_encoder and base.family.trains_text):
+            continue
+        layers = {layer.removeprefix("text_model."): shape for layer, shape in shapes.items()}
+        unused = families.unused_layers(base.family, component, options.text) if is_text else 0
+        targets = adapters.text_targets(families.text_layers(base, component), unused, adapter) if is_text else adapters.unet_targets(adapter)
+        named, flag = (adapter.text_layers(), "--text_encoder_layers") if is_text else (adapter.unet_layers(), "--lora_layers")
+        ends = sorted({".".join(words[-n:]) for layer, shape in layers.items() if len(shape) > 1 for words in [layer.split(".")] for n in (1, 2)})
+        for target in named or ():
+            if not adapters.layers_at((target,), layers):
+                near = difflib.get_close_matches(target, ends, n=3)
+                problems.append(f"{flag}: no layer of {component} ends with {target}" + (f"; there are {', '.join(near)}" if near else ""))
+        found = adapters.layers_at(targets, layers)
+        trained += [f"{component}.{layer}" for layer in found]
+        if kernels := [layer for layer in found if max(layers[layer][2:], default=1) > 1 and adapter.adapter == "oft"]:
+            problems.append(f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, which --adapter oft cannot rotate")
+    if not problems:
+        problems += adapters.unknown_parts("--rank_pattern", adapter.ranks(), trained)
+        problems += adapters.unknown_parts("--lr_pattern", adapter.learning_rates(), trained)
     return problems
 
 
@@ -238,26 +260,42 @@ def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.B
     return notes
 
 
-def read_init_adapter(options: TrainOptions) -> tuple[AdapterState, str | None, list[str]]:
-    """(tensors by component of --init_adapter, its SHA-256, notes). Raises UserError if this run's adapter is another."""
+def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[AdapterState, str | None, list[str]]:
+    """(tensors by component of --init_adapter, SHA-256 of its files, notes). Raises UserError if this run's adapter is another."""
     if options.adapter.init_adapter is None:
         return {}, None, []
-    path = adapter_files.find(options.adapter.init_adapter, "--init_adapter")
-    state, metadata = adapter_files.read(path)
-    fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    for component, tensors in state.items():
-        ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key})
-        if ranks != [options.adapter.rank]:
-            raise UserError(f"--init_adapter: {path} has {component} of rank {', '.join(map(str, ranks))}; give the same as --rank")
-        alpha = fields.get(f"{component}.lora_alpha", ranks[0])
-        if alpha != ranks[0]:
-            raise UserError(f"--init_adapter: {path} has {component} with alpha {alpha} at rank {ranks[0]}; this script trains alpha = rank")
+    path = Path(options.adapter.init_adapter)
+    adapter = adapter_formats.read(path, base.layers())
+    wanted = "dora" if options.adapter.use_dora else options.adapter.adapter
+    if (kinds := list(adapter.kinds)) != [wanted]:
+        raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {wanted}")
+    state = _peft_state(adapter)
+    if options.adapter.adapter == "lora":
+        for component, tensors in state.items():
+            ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key})
+            own = (options.adapter.text_encoder_rank if component != "unet" else None) or options.adapter.rank
+            if ranks != [own] and not options.adapter.rank_pattern:
+                flag = "--rank" if own == options.adapter.rank else "--text_encoder_rank"
+                raise UserError(f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; give the same as {flag}")
     has_text = any(component.startswith("text_encoder") for component in state)
     if has_text and not options.text.train_text_encoder:
-        raise UserError(f"--init_adapter: {path} adapts the text encoder too; add --train_text_encoder")
+        raise UserError(f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder")
     starts_anew = not has_text and options.text.train_text_encoder
-    notes = [f"{path} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
-    return state, hashlib.sha256(path.read_bytes()).hexdigest(), notes
+    notes = [f"{shown(path)} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
+    digest = hashlib.sha256()
+    for component in sorted(state):
+        for key, tensor in sorted(state[component].items()):
+            digest.update(f"{component}.{key}".encode() + tensor.contiguous().numpy().tobytes())
+    return state, digest.hexdigest(), notes
+
+
+def _peft_state(adapter: adapter_formats.Adapter) -> AdapterState:
+    """The tensors by component and by peft's key, as `Component.load_state_dict` takes them."""
+    state: AdapterState = {}
+    for name, tensor in load(adapter_formats.write_native(adapter, {})).items():
+        component, _, key = name.partition(".")
+        state.setdefault(component, {})[key.removeprefix("text_model.") if component != "unet" else key] = tensor
+    return state
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:

@@ -64,7 +64,8 @@ class Progress:
         record = {"step": step, **values, "images_per_second": round(rate, 3)}
         self._write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=step)
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", images_s=f"{rate:.1f}")
+        learning_rate = next(value for name, value in values.items() if name.startswith("lr"))
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.2e}", images_s=f"{rate:.1f}")
         self.bar.update(step - self.bar.n)
 
     def _write(self, line: str) -> None:

@@ -32,7 +32,7 @@ _FREE = {
     # where things lie: their contents are compared
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision", "variant", "init_adapter"),
     *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column", "pretrained_vae_model_name_or_path"),
-    *("output_kohya_format", "repeats"),
+    *("output_kohya_format", "repeats", "dry_run"),
     # how class images are made: the pictures are compared
     *("num_class_images", "sample_batch_size", "prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_seed"),
     *("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit"),

@@ -31,7 +31,7 @@ class Saver:
         self.names = {id(p): name for component in components for name, p in component.named_parameters()}
         # those that are trained no more: what is left of them
         self.finished: dict[str, dict[str, torch.Tensor]] = {}
-        self.configs = {component.name: adapters.lora_metadata(component) for component in components}
+        self.configs = {component.name: adapters.metadata(component) for component in components}
         self.finished_raw: dict[str, torch.Tensor] = {}
         self.saved = 0  # the step of the newest checkpoint
         self.held: tuple[bytes, dict[str, torch.Tensor], dict[str, object]] | None = None
@@ -39,7 +39,7 @@ class Saver:
     def finish(self, component: adapters.Component) -> None:
         """Keep the tensors of a component that is trained no more and whose model will go."""
         self.finished[component.name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()}
-        if component.scale != 1:
+        if component.is_scaled:
             self.finished_raw |= checkpoints.raw_parameters(component.named_parameters())
         self.components.remove(component)
 
@@ -62,7 +62,7 @@ class Saver:
         """The optimizer's, and the parameters where the adapter file has others than are trained."""
         tensors = checkpoints.optimizer_tensors(self.optimizer, self.names) | self.finished_raw
         for component in self.components:
-            if component.scale != 1 or optimizers.needs_raw_parameters(self.optimizer):
+            if component.is_scaled or optimizers.needs_raw_parameters(self.optimizer):
                 tensors |= checkpoints.raw_parameters(component.named_parameters())
         return tensors
 

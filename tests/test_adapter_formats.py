@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth import adapter_files, adapter_formats, base_folders, deltas
+from dreambooth import adapter_files, adapter_formats, adapter_names, base_folders, deltas
 from dreambooth.adapter_formats import Adapter
 from dreambooth.deltas import LoHa, LoKr, Lora
 from dreambooth.errors import UserError
@@ -508,7 +508,7 @@ def xl_shapes() -> dict[str, tuple[int, ...]]:
 
 def test_xl_names_are_those_that_diffusers_reads(xl_shapes):
     """All 794 layers of the real UNet: unlike names, and diffusers' own converter finds the way back."""
-    names = {path: "lora_unet_" + adapter_formats._sgm_name(path, 2).replace(".", "_") for path in xl_shapes}
+    names = {path: "lora_unet_" + adapter_names.sgm_name(path, 2).replace(".", "_") for path in xl_shapes}
     assert len(xl_shapes) == len(set(names.values())) == 794
     # as in files that kohya's scripts wrote
     assert names["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"] == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"

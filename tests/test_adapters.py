@@ -81,7 +81,7 @@ def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 def packed(components: list[Component]) -> bytes:
     state = {component.name: component.state_dict() for component in components}
-    return adapter_files.pack(state, {component.name: adapters.lora_metadata(component) for component in components}, INFO)
+    return adapter_files.pack(state, {component.name: adapters.metadata(component) for component in components}, INFO)
 
 
 def written(folder: Path, components: list[Component]) -> Path:

@@ -525,7 +525,7 @@ def good_adapter(tiny_base, tmp_path_factory) -> Path:
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     component = adapters.inject_lora("unet", unet, rank=4, dropout=0, targets=adapters.UNET_TARGETS, seed=0)
     path = tmp_path_factory.mktemp("adapter") / "good.safetensors"
-    path.write_bytes(adapter_files.pack({"unet": component.state_dict()}, {"unet": adapters.lora_metadata(component)}, {}))
+    path.write_bytes(adapter_files.pack({"unet": component.state_dict()}, {"unet": adapters.metadata(component)}, {}))
     return path
 
 

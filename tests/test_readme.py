@@ -21,6 +21,8 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+XL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
+IF_ID = "DeepFloyd/IF-I-XL-v1.0"
 SCRIPTS: dict[str, Any] = {
     "train_dreambooth_lora.py": (train_dreambooth_lora.main, TrainOptions),
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
@@ -68,8 +70,9 @@ def test_make_test_runs_what_ci_runs():
 
 def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
     """The README's story, from training to going on with a run, in a folder where the user's photos lie."""
-    base = tiny.build_pipeline(tmp_path / "base")
+    bases = {XL_ID: tiny.build_xl(tmp_path / "xl"), IF_ID: tiny.build_if(tmp_path / "if"), HUB_ID: tiny.build_pipeline(tmp_path / "base")}
     tiny.make_photos(tmp_path / "my_dog", 5, (80, 64))
+    (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
     for name in ("configs", "picturebook"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -84,12 +87,14 @@ def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
             if flag in words:
                 content = yaml.safe_load(Path(words[words.index(flag) + 1]).read_text())
                 assert content, f"{place} of {command}"
-        assert HUB_ID in command or "--config" in words
+        base = next((base for name, base in bases.items() if name in command), bases[HUB_ID])
+        assert any(name in command for name in bases) or "--config" in words
         run_script(words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base)
         ran.append(script)
     assert {"train_dreambooth_lora.py", "generate_class_images.py", "infer.py"} == set(ran)
     assert (tmp_path / "my_dog_lora" / "pytorch_lora_weights.safetensors").is_file()
-    assert (tmp_path / "my_face_lora" / "pytorch_lora_weights.safetensors").is_file()
+    for name in ("my_face_lora", "my_dog_xl", "my_dog_if", "my_dog_captioned"):
+        assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_every_readme_command_is_known():

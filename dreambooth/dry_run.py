@@ -1,0 +1,28 @@
+"""What would be trained: layers, parameters and sizes, counted on models without weights."""
+
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import AutoConfig
+
+from dreambooth import adapters, base_folders, families
+from dreambooth.options import TrainOptions
+
+
+def table(options: TrainOptions, base: families.Base) -> str:
+    """The table that a run prints when it starts, and the size of a checkpoint, from the base's configurations alone."""
+    # BOFT makes its matrices by hand, on the CPU: what is built there holds memory, but reads no weights either
+    with torch.device("cpu" if options.adapter.adapter == "boft" else "meta"):
+        config = base_folders.read_json(base.folder / "unet" / "config.json")
+        models: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
+        if options.text.train_text_encoder:
+            for name, (_, kind) in base.family.text.items():
+                models[name] = kind(AutoConfig.from_pretrained(base.folder / name))
+        components = []
+        for name, model in models.items():
+            targets = adapters.unet_targets(options.adapter)
+            if name != "unet":
+                unused = families.unused_layers(base.family, name, options.text)
+                targets = adapters.text_targets(families.text_layers(base, name), unused, options.adapter)
+            components.append(adapters.inject(name, model, options.adapter, targets, seed=0))
+        adapter = sum(parameter.numel() for component in components for _, parameter in component.named_parameters())
+        return f"{adapters.describe(components)}\nadapter file {4 * adapter / 2**20:.2f} MiB"
