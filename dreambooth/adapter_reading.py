@@ -102,10 +102,10 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
                 tensor = tensor.float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
-                module = parts.setdefault((component, path), {})
-                if part in module:
+                found = parts.setdefault((component, path), {})
+                if part in found:
                     raise UserError(f"{where}: the {part} of {component}.{path} is there twice, in two spellings")
-                module[part] = tensor
+                found[part] = tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})") from None
     configs = peft_settings.of_file(where, file.config, header.metadata, {component for component, _ in parts})

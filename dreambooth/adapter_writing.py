@@ -243,4 +243,4 @@ def _check_peft_makes(component: str, modules: Mapping[str, Module], fields: Map
 def _stand_in(shape: tuple[int, ...]) -> torch.nn.Module:
     if len(shape) == 2:
         return torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    return torch.nn.Conv2d(shape[1], shape[0], shape[2:], bias=False, device="meta")
+    return torch.nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]), bias=False, device="meta")

@@ -15,13 +15,25 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from dreambooth.convert_options import BakeOptions, ConvertOptions, ExtractOptions, InspectOptions, MergeOptions, ResizeOptions
 from dreambooth.errors import UserError
 from dreambooth.options import Run, Spoken, TrainOptions
 from dreambooth.picture_options import ClassImageOptions, InferOptions
 from dreambooth.printable import printable, shown
 from dreambooth.rules import EXIT_USAGE, broken_rules
 
-T = TypeVar("T", TrainOptions, ClassImageOptions, InferOptions)
+T = TypeVar(
+    "T",
+    TrainOptions,
+    ClassImageOptions,
+    InferOptions,
+    InspectOptions,
+    ConvertOptions,
+    MergeOptions,
+    ResizeOptions,
+    ExtractOptions,
+    BakeOptions,
+)
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 
 

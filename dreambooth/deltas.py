@@ -142,6 +142,17 @@ def adapted(module: Module, weight: Tensor) -> Tensor:
     return changed * (module.magnitude / lengths).reshape(-1, *[1] * (weight.ndim - 1))
 
 
+def scaled(module: Module, weight: float) -> Module:
+    """The module whose dW is `weight` times as large; a magnitude stays."""
+    if isinstance(module, Lora):
+        return dataclasses.replace(module, up=module.up * weight)
+    if isinstance(module, LoHa):
+        return dataclasses.replace(module, w1a=module.w1a * weight)
+    if module.w1 is not None:
+        return dataclasses.replace(module, w1=module.w1 * weight)
+    return dataclasses.replace(module, w1a=None if module.w1a is None else module.w1a * weight)
+
+
 def as_lora(module: Module) -> Lora:
     """The same dW as a LoRA, exactly.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth import adapter_files, adapter_formats, base_folders, cards, families, hub
+from dreambooth import adapter_files, adapter_formats, adapter_names, base_folders, cards, families, hub
 from dreambooth.options import TrainOptions
 from dreambooth.stops import Stop
 
@@ -25,7 +25,9 @@ def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures:
 
 def _write_kohya(options: TrainOptions, base: families.Base, adapter: Path) -> None:
     info = {"resolution": options.instance.resolution, "seed": options.run.seed, "prediction_type": _prediction_type(base)}
-    data = adapter_formats.write_kohya(adapter_formats.read(adapter, base.layers()), _kohya_family(base), info)
+    layers = base.layers()
+    found = adapter_formats.read(adapter, layers)
+    data = adapter_formats.write_kohya(found, _kohya_family(base), info, depth=adapter_names.depth_of(layers["unet"]))
     path = adapter.parent / hub.KOHYA_NAME
     try:
         adapter_files.write_atomically(path, data)
