@@ -270,11 +270,12 @@ def metadata(component: Component) -> dict[str, Any]:
         # the scale is in the tensors: alpha is the rank, everywhere
         found |= {"r": config.r, alpha: config.r, "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
     if kind == "LORA":
-        found |= {"lora_dropout": config.lora_dropout, "bias": "none", "use_dora": config.use_dora, "use_rslora": False}
+        # of training: diffusers would drop out as it draws, since the layers that it adds stay in training mode
+        found |= {"lora_dropout": 0.0, "bias": "none", "use_dora": config.use_dora, "use_rslora": False}
     names = {
         "LOHA": ("use_effective_conv2d",),
         "LOKR": ("use_effective_conv2d", "decompose_both", "decompose_factor"),
-        "OFT": ("r", "oft_block_size", "block_share", "coft"),
+        "OFT": ("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
         "BOFT": ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
         "HRA": ("r", "apply_GS"),
     }

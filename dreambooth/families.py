@@ -248,13 +248,20 @@ def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
 
 def max_tokens(base: Base, text: TextEncoding | None = None) -> int:
     """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
-    # the encoder's positions, not the tokenizer's model_max_length, which is 1e30 where its files do not say
     rooms = [base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77) for encoder in base.family.text]
-    room = base.family.max_tokens or min(rooms)
+    room = base.family.max_tokens or min(rooms + _tokenizer_lengths(base))
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > room:
         raise UserError(f"--tokenizer_max_length must be at most {room}, the text encoder's positions; got {wanted}")
     return wanted or room
+
+
+def _tokenizer_lengths(base: Base) -> list[int]:
+    """The `model_max_length` of the base's tokenizers, to which its pipeline pads prompts; it is 1e30, or missing, where nobody set it."""
+    folders = [tokenizer for tokenizer, _ in base.family.text.values()]
+    paths = [base.folder / name / "tokenizer_config.json" for name in folders if not (name == "tokenizer" and base.options.tokenizer_name)]
+    found = [base_folders.read_json(path).get("model_max_length") for path in paths if path.is_file()]
+    return [length for length in found if type(length) is int and length > 0]
 
 
 def text_layers(base: Base, encoder: str) -> int:
@@ -320,7 +327,17 @@ def load_parts(
     parts.unet.to(memory_format=torch.channels_last)
     if parts.vae is not None:
         parts.vae.to(memory_format=torch.channels_last)
+    _align((parts.unet, parts.vae, *encoders.values()))
     return parts
+
+
+def _align(models: Sequence[torch.nn.Module | None]) -> None:
+    """Move weights on a CPU to where torch puts its own tensors. Loaders leave them at the odd addresses that they have in a mapped file, or
+    not, as they do under torchrun; and a row times a matrix has other last bits at other addresses."""
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
 
 
 def _load_vae(base: Base, dtype: torch.dtype) -> AutoencoderKL | None:
@@ -395,6 +412,7 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
     pipeline.unet.to(memory_format=torch.channels_last)
     if family.has_vae:
         pipeline.vae.to(memory_format=torch.channels_last)
+    _align([part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)])
     return pipeline.to(device)
 
 

@@ -26,6 +26,7 @@ class Settings:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     targets: tuple[str, ...] = ()
+    use_dora: bool = False
 
     def rank_of(self, path: str) -> int | None:
         return _matching(self.rank_pattern, path, self.rank)
@@ -117,20 +118,24 @@ def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
         if odd := [key for key in plain if not re.fullmatch(r"\^?[\w.-]+", key)]:
             raise UserError(f"{where} has the pattern {ascii(odd[0])[:80]} in {field}_pattern; only names of layers are read")
         values[f"{field}_pattern"] = plain
-    if not isinstance(fields.get("use_rslora", False), bool):
-        raise wrong("use_rslora", "true or false")
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(fields.get(name, False), bool):
+            raise wrong(name, "true or false")
     targets = fields.get("target_modules")
     narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
     # a pattern that somebody wrote is not run
     listed = targets if isinstance(targets, list) and all(isinstance(target, str) for target in targets) and not narrowed else []
     names = tuple(target.removeprefix("text_model.") for target in listed)
-    return Settings(**values, use_rslora=fields.get("use_rslora", False), targets=names)
+    return Settings(**values, use_rslora=fields.get("use_rslora", False), use_dora=fields.get("use_dora", False), targets=names)
 
 
 def check_whole(where: str, component: str, config: Settings, found: Mapping[str, Module], layers: Mapping[str, Shape]) -> None:
-    """Raise UserError unless all of the base's layers that the settings name are among those found."""
+    """Raise UserError unless all of the base's layers that the settings name are among those found, and DoRA where they say so."""
     ends = tuple(f".{target}" for target in config.targets)
     expected = {path for path in layers if f".{path}".endswith(ends)} if ends else set()
     if lacking := sorted(expected - found.keys()):
         of = f"{len(lacking)} of the {len(expected)} layers of {component} that it was trained on"
         raise UserError(f"{where} lacks {of}, e.g. {lacking[0]}; the adapter is not whole")
+    plain = sorted(path for path, module in found.items() if module.magnitude is None)
+    if config.use_dora and plain:
+        raise UserError(f"{where} is of DoRA and has no magnitudes for {len(plain)} layers of {component}, e.g. {plain[0]}; the adapter is not whole")

@@ -3,14 +3,14 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dreambooth import adapter_files, caches
+from dreambooth import caches
 from dreambooth.prompts import Conditions
 
 
@@ -61,19 +61,6 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
     return pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
 
 
-def put_on(pipeline: Any, state: dict[str, dict[str, torch.Tensor]], fields: Mapping[str, dict[str, Any]]) -> None:
-    """Put an adapter, as `adapter_files.read` gives it, on the pipeline. diffusers gets the tensors and the few `fields` that were checked, never
-    the file itself."""
-    tensors = adapter_files.flat(state)
-    for component in state:
-        metadata = {f"{component}.{name}": value for name, value in fields.get(component, {}).items()} or None
-        own = {"adapter_name": "subject", "metadata": metadata, "_pipeline": pipeline}
-        if component == "unet":
-            pipeline.load_lora_into_unet(tensors, None, pipeline.unet, **own)
-        else:
-            pipeline.load_lora_into_text_encoder(tensors, None, getattr(pipeline, component), prefix=component, **own)
-
-
 def _after_each_step(check: Callable[[], None]) -> Callable[..., dict[str, Any]]:
     def callback(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         check()
@@ -89,8 +76,8 @@ def save_png(image: Image.Image, target: Path | BinaryIO, settings: dict[str, An
     image.save(target, format="PNG", pnginfo=info)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str] = (), side: int = 160) -> Image.Image:
-    """Labelled rows of pictures, each shown at `side` pixels; `columns` are headings."""
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str] = (), side: int = 160) -> Image.Image:
+    """Labelled rows of pictures, each shown at `side` pixels; `columns` are headings. Where a picture is None its place stays empty."""
     font = ImageFont.load_default(13)
     per_row = max(len(images) for _, images in rows)
     label_height, margin, heading = 20, 6, 22 if columns else 0
@@ -99,11 +86,13 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Se
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
-        pen.text((margin + number * (side + margin), margin), column, fill="black", font=font)
+        pen.text((margin + number * (side + margin), margin), _fitted(column, side, font), fill="black", font=font)
     for number, (label, images) in enumerate(rows):
         top = margin + heading + number * (label_height + side + margin)
         pen.text((margin, top + 2), _fitted(label, width - 2 * margin, font), fill="black", font=font)
         for place, image in enumerate(images):
+            if image is None:
+                continue
             scale = side / max(image.size)
             resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
             shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)

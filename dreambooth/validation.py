@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dreambooth import adapter_files, families, pipelines, report, sampling_order
+from dreambooth import attach, families, pipelines, report, sampling_order
 from dreambooth.families import FrozenParts
 from dreambooth.options import TrainOptions
 from dreambooth.prompts import Conditions
@@ -21,6 +21,8 @@ class Pictures:
         self.options, self.accelerator, self.parts, self.check = options, accelerator, parts, check
         self.prompt = options.validation.validation_prompt
         self.folder = Path(options.run.output_dir)
+        encoders = parts.text.encoders if parts.text else {}
+        self.layers = attach.layers_of({"unet": parts.unet, **encoders})  # now, while all parts are there
 
     def along_the_way(self, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> None:
         """As the adapter is after `step` steps, to validation/ and the trackers."""
@@ -31,14 +33,18 @@ class Pictures:
         progress.images(step, "validation", images, self.prompt)
 
     def of_the_file(self, path: Path, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> list[str]:
-        """As the saved adapter draws: the file itself, loaded by diffusers into a pipeline on the frozen models, from which the one that was
-        trained is taken off. Names of the pictures."""
+        """As the saved adapter draws: the file itself, put on the frozen models, from which the one that was trained is taken off. Names of the
+        pictures."""
         pipeline = families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler))
-        held = ("unet", *(self.parts.text.encoders if self.parts.text else ()))  # what has been freed has spoken in `prompt` already
-        state, metadata = adapter_files.read(path)
         pipeline.unload_lora_weights()
-        pipelines.put_on(pipeline, {name: state[name] for name in state if name in held}, adapter_files.lora_fields(path, state, metadata))
-        images = self._draw(pipeline, prompt, empty)
+        models = {
+            "unet": self.parts.unet,
+            **(self.parts.text.encoders if self.parts.text else {}),
+        }  # what has been freed has spoken in `prompt` already
+        stack = attach.Stack(models)
+        stack.add("saved", attach.part(attach.read(path, self.layers), tuple(models)))
+        with stack.worn({"saved": 1.0}):
+            images = self._draw(pipeline, prompt, empty)
         names = [f"image_{number}.png" for number in range(len(images))]
         is_saved = self._save(images, [self.folder / name for name in names], step)
         progress.images(step, "test", images, self.prompt)

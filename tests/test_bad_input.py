@@ -24,10 +24,10 @@ from safetensors.torch import save
 
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapters, class_images, families, options, photos, pipelines, safetensors_headers
+from dreambooth import adapter_files, adapters, attach, class_images, families, options, photos, pipelines, safetensors_headers
 from dreambooth.command_line import fail, parse
 from dreambooth.errors import UserError
-from dreambooth.options import TrainOptions
+from dreambooth.options import BaseModel, TrainOptions
 from dreambooth.picture_options import InferOptions
 from tests.test_photos import BAD as BAD_PICTURES
 from tests.test_photos import encoded, noise
@@ -360,7 +360,7 @@ header("a number for a tensor", raw({K: 7}, bytes(16)), "lacks dtype, shape or p
 header("shape that does not fill its place", raw({K: tensor(shape=(5,))}, bytes(16)), "does not fill its place of 16 bytes")
 header("unknown dtype", raw({K: tensor(dtype="F99")}, bytes(16)), "dtype 'F99'")
 header("dtype that is a list", raw({K: tensor(dtype=["F32"])}, bytes(16)), "dtype ['F32']")
-header("whole numbers for weights", raw({K: tensor(dtype="I32")}, bytes(16)), "dtype 'I32'; it must be one of BF16, F16, F32")
+header("truths for weights", raw({K: tensor(0, 4, dtype="BOOL")}, bytes(4)), "dtype 'BOOL'; it must be one of BF16, F16, F32, F64, I32, I64")
 header("metadata that is no text", raw(ONE | {"__metadata__": {"r": 4}}, bytes(16)), "metadata is not a table of texts")
 header("tensor without values", raw({K: tensor(0, 0, (0, 4))}), "has no values")
 header("a million tensors", million, "is over 4,194,304")
@@ -445,36 +445,116 @@ def odd_ranks(state: dict[str, torch.Tensor]) -> None:
     state[key] = torch.zeros(3, state[key].shape[1])
 
 
-bad("adapters", "missing", lambda path: path.unlink(), "--adapter: there is no file ")
+def whole_numbers(state: dict[str, torch.Tensor]) -> None:
+    key = next(iter(state))
+    state[key] = state[key].int()
+
+
+def garbled_metadata(path: Path) -> None:
+    tensors = adapter_files.flat(adapter_files.read(path)[0])
+    path.write_bytes(save(tensors, {"lora_adapter_metadata": "[" * 9}))
+
+
+def weighed(weight: str) -> Callable[[Path], list[str]]:
+    return lambda path: ["--adapter", f"{path}:{weight}"]
+
+
+def turning(change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None, **metadata: object) -> Callable[[Path], None]:
+    """An OFT of one layer, its tensors changed, or fields of its metadata; None takes one away."""
+
+    def make(path: Path) -> None:
+        tensors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": torch.full((8, 28), 0.1)}
+        change(tensors)
+        fields = {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]} | metadata
+        text = json.dumps({f"unet.{name}": value for name, value in fields.items() if value is not None})
+        path.write_bytes(save(tensors, {"lora_adapter_metadata": text}))
+
+    return make
+
+
+def turning_with(*words: str) -> Callable[[Path], list[str]]:
+    def make(path: Path) -> list[str]:
+        turning()(path)
+        return [word.replace("FILE", str(path)) for word in words]
+
+    return make
+
+
+def shortened(state: dict[str, torch.Tensor]) -> None:
+    for key in state:
+        state[key] = state[key][1:]
+
+
+bad("adapters", "missing", lambda path: path.unlink(), "--adapter: ", "there is no such file")
 bad("adapters", "name of 5000 letters", lambda path: ["--adapter", "x" * 5000], "--adapter: ", "File name too long")
-bad("adapters", "folder without one", lambda path: ["--adapter", str(path.parent)], "there is no file ", "pytorch_lora_weights.safetensors")
+bad(
+    "adapters",
+    "folder without one",
+    lambda path: ["--adapter", str(path.parent)],
+    "no adapter is in this folder",
+    "name the .safetensors file itself",
+)
 bad("adapters", "pipe", as_a_pipe, "it is not a regular file")
 bad("adapters", "evil pickle", evil, "not a whole safetensors file", "serialized Python objects, which can carry code")
 for suffix in (".bin", ".pt", ".ckpt"):
     bad("adapters", f"evil {suffix}", renamed(suffix), f"{suffix} is not a .safetensors file; other formats can carry code")
 bad("adapters", "empty", lambda path: path.write_bytes(save({}, {"format": "pt"})), "the adapter is empty")
-bad("adapters", "half of the keys", of(half), "has only one of lora_A and lora_B; the adapter is not whole")
+bad("adapters", "half of the keys", of(half), "that is no whole LoRA, LoHa or LoKr, the adapter is not whole")
 bad("adapters", "half of the layers", of(half_the_layers), "layers of unet that it was trained on", "the adapter is not whole")
 bad("adapters", "not a number in it", of(spoiled_with(float("nan"))), "has values that are not finite")
 bad("adapters", "infinite", of(spoiled_with(float("inf"))), "has values that are not finite")
-bad("adapters", "another program's prefix", of(prefixed("lora_unet_")), "is not one of a LoRA in diffusers' layout")
-bad("adapters", "prefix of no component", of(prefixed("transformer.")), "is not one of a LoRA in diffusers' layout")
-bad("adapters", "layers that are not there", of(prefixed("unet.other.")), "is no layer of this base")
-bad("adapters", "for a base of another width", of(widened), "wide in this base and 1024 in the adapter, which is for another base")
-bad("adapters", "factors that do not multiply", of(odd_ranks, r=4, rank_pattern={"x": 3}), "which do not multiply")
-bad("adapters", "metadata of another rank", of(kept, r=8), "its metadata says rank 8 for unet, and there are tensors of rank 4")
-bad("adapters", "huge rank", of(kept, r=10**9), "unet.r = 1000000000; it must be a whole number from 1 to 1024")
-bad("adapters", "alpha that is no number", of(kept, lora_alpha="1"), "unet.lora_alpha = '1'; it must be a number over 0")
-bad("adapters", "infinite alpha", of(kept, lora_alpha=float("inf")), "unet.lora_alpha = inf; it must be a number over 0")
-bad("adapters", "targets as an expression", of(kept, target_modules="(a+)+$"), "unet.target_modules = '(a+)+$'; it must be a list of names")
-bad("adapters", "targets with an expression", of(kept, target_modules=["(a+)+$"]), "it must be a list of names")
-bad("adapters", "pattern with an expression", of(kept, alpha_pattern={"(a+)+$": 1}), "it must be a table of numbers over 0")
-bad("adapters", "DoRA", of(kept, use_dora=True), "DoRA is not supported")
+bad("adapters", "whole numbers for weights", of(whole_numbers), "holds whole numbers; the adapter is broken")
+bad("adapters", "half of another program's prefix", of(prefixed("lora_unet_")), "keys are for no layer of this base", "lora_unet_")
+bad("adapters", "prefix of no component", of(prefixed("transformer.")), "keys are for no layer of this base", "transformer.")
+bad("adapters", "layers that are not there", of(prefixed("unet.other.")), "keys are for no layer of this base", "unet.other.")
+bad("adapters", "for a base of another width", of(widened), "the adapter is for another base", "its UNet reads text Stable Diffusion 2.x's 1024 wide")
+bad("adapters", "factors that do not multiply", of(odd_ranks, r=4, rank_pattern={"x": 3}), "its up has shape", "it must be of shape")
+bad("adapters", "metadata of another rank", of(kept, r=8), "has rank 4, and its metadata says 8")
+bad("adapters", "huge rank", of(kept, r=10**9), "has r = 1000000000; it must be a whole number over 0")
+bad("adapters", "alpha that is no number", of(kept, lora_alpha="1"), "has lora_alpha = '1'; it must be a number other than 0")
+bad("adapters", "infinite alpha", of(kept, lora_alpha=float("inf")), "has lora_alpha = inf; it must be a number other than 0")
+bad("adapters", "pattern with an expression", of(kept, alpha_pattern={"(a+)+$": 1}), "in alpha_pattern; only names of layers are read")
+bad("adapters", "metadata that is no table", garbled_metadata, "its metadata about the LoRA is not a JSON table")
+bad("adapters", "weight that is no number", weighed("strong"), "--adapter: the weight of ", "must be a number from -100 to 100, got 'strong'")
+bad("adapters", "endless weight", weighed("inf"), "must be a number from -100 to 100, got 'inf'")
+bad("adapters", "weight of an escape", weighed(ESCAPE), "must be a number from -100 to 100, got ")
+bad("adapters", "one adapter twice", lambda path: ["--adapter", str(path), f"{path}:2"], "is named twice; name it once, with the sum of the weights")
+bad("adapters", "OFT at half its weight", turning_with("--adapter", "FILE:0.5"), "is OFT, which turns weights: its own can be 0 or 1 only, got 0.5")
+bad("adapters", "OFT within a sweep", turning_with("--adapter", "FILE", "--sweep", "0,0.5,1"), "can be 0 or 1 only, got 0.5")
 bad(
     "adapters",
-    "metadata that is no table",
-    lambda path: path.write_bytes(save({K: torch.zeros(4, 4)}, {"lora_adapter_metadata": "[" * 9})),
-    "its metadata about the LoRA is not a JSON table",
+    "OFT at half weight in a block",
+    turning_with("--adapter", "FILE", "--adapter_weights", "unet.mid_block=0.5"),
+    "can be 0 or 1 only, got 0.5",
+)
+bad("adapters", "OFT that is not fused", turning_with("--adapter", "FILE", "--fuse", "no"), "is always worked into the weights; leave --fuse no out")
+bad("adapters", "OFT without settings", turning(peft_type=None), "unet.peft_type = None; it must be one of OFT, BOFT, HRA")
+bad("adapters", "OFT that is said to be HRA", turning(peft_type="HRA"), "is of OFT, and its metadata says that unet has HRA")
+bad("adapters", "OFT with odd settings", turning(coft="yes"), "unet.coft = 'yes'; it must be true or false")
+bad("adapters", "OFT with biases", turning(bias="all"), "unet.bias = 'all'; it must be none")
+bad("adapters", "OFT of another width", turning(shortened), "does not turn 64 inputs; the adapter is for another base, or broken")
+bad("adapters", "OFT that is not whole", turning(target_modules=["to_q"]), "layers of unet that it was trained on", "the adapter is not whole")
+bad("adapters", "OFT of a layer that is not there", turning(prefixed("unet.other.")), "is no layer of this base; the adapter is for another base")
+bad("adapters", "OFT among other tensors", turning(lambda state: state.update({K: torch.zeros(4, 4)})), "is none of an OFT, BOFT or HRA adapter")
+bad("adapters", "OFT that is not finite", turning(spoiled_with(float("nan"))), "has values that are not finite")
+bad(
+    "adapters",
+    "factor for no part",
+    lambda path: ["--adapter", str(path), "--adapter_weights", "unet.up_block=1"],
+    "--adapter_weights: this base has no unet.up_block; there are unet.up_blocks",
+)
+bad(
+    "adapters",
+    "factor that is no number",
+    lambda path: ["--adapter", str(path), "--adapter_weights", "unet=0.8,text_encoder=much"],
+    "--adapter_weights must be PART=NUMBER",
+    "got 'text_encoder=much'",
+)
+bad(
+    "adapters",
+    "factor for no adapter",
+    lambda path: ["--adapter", str(path), "--adapter_weights", "cat:unet=0.8"],
+    "--adapter_weights: no adapter is called 'cat'; there are adapter",
 )
 
 
@@ -498,6 +578,48 @@ bad("infer", "no prompt in the file", prompts_file(b"# nothing\n\n"), "prompts.t
 bad("infer", "prompt and file", lambda folder: ["--prompt", "dog", "--prompts_file", "x"], "give either --prompt or --prompts_file")
 bad("infer", "seed past the generator's", lambda folder: ["--prompt", "dog", "--seeds", str(2**64)], "--seeds must be numbers from 0 on")
 bad("infer", "compare without an adapter", lambda folder: ["--prompt", "dog", "--compare"], "--compare needs an --adapter")
+bad("infer", "sweep without an adapter", lambda folder: ["--prompt", "dog", "--sweep", "0,1"], "--sweep needs an --adapter whose weight it changes")
+bad(
+    "infer",
+    "sweep of words",
+    lambda folder: ["--prompt", "dog", "--adapter", "a", "--sweep", "0,all"],
+    "--sweep must be different numbers",
+    "'0,all'",
+)
+bad("infer", "factors without an adapter", lambda folder: ["--prompt", "dog", "--adapter_weights", "unet=1"], "--adapter_weights needs --adapter")
+
+
+def sets_file(content: str) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        (folder / "sets.yaml").write_text(content)
+        return ["--prompt", "dog", "--adapters_file", str(folder / "sets.yaml")]
+
+    return make
+
+
+def sets_alone(content: str) -> Callable[[Path], list[str]]:
+    return lambda folder: sets_file(content)(folder)[2:]
+
+
+bad("infer", "no file of sets", lambda folder: ["--prompt", "dog", "--adapters_file", str(folder / "none.yaml")], "none.yaml: No such file")
+bad("infer", "sets and an adapter", lambda folder: [*sets_file("a: []")(folder), "--adapter", "x"], "give either --adapter or --adapters_file")
+bad("infer", "sets that are a list", sets_file("- a.safetensors\n"), "must be a table of sets", "got list")
+bad("infer", "sets that are no YAML", sets_file("a: [\n"), "not a YAML file")
+bad("infer", "a set twice", sets_file("a: []\nb: []\na: []\n"), "the set a is there twice")
+bad("infer", "unknown key of a set", sets_file("a:\n  adapter: [x]\n"), "set a has 'adapter'; did you mean adapters?")
+bad("infer", "a number for adapters", sets_file("a: 7\n"), "set a: adapters must be a text or a list of texts, got 7")
+bad(
+    "infer",
+    "a set's adapter that is missing",
+    sets_file("dog: [/nowhere/dog.safetensors]\n"),
+    "set dog: /nowhere/dog.safetensors: there is no such file",
+)
+bad(
+    "infer",
+    "set without prompts",
+    sets_alone("a: {adapters: [], prompts: [a cat]}\nb: []\n"),
+    "set b has no prompts; give it some, or --prompt for all sets",
+)
 bad("infer", "fp16 on a CPU", lambda folder: ["--prompt", "dog", "--mixed_precision", "fp16"], "fp16 does not work on a CPU")
 
 
@@ -641,6 +763,16 @@ def test_files_of_other_programs_that_are_good_are_read(good_adapter, tmp_path):
     assert set(fields["unet"]) == {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"}
 
 
+def test_expressions_for_targets_are_not_run(tiny_base, good_adapter, tmp_path):
+    """peft would: (a+)+$ takes it for ever. What a file holds its keys tell."""
+    layers = families.find(BaseModel(str(tiny_base))).layers()
+    for expression in ("(a+)+$", ["(a+)+$"]):
+        path = tmp_path / "adapter.safetensors"
+        shutil.copy(good_adapter, path)
+        of(kept, target_modules=expression)(path)
+        assert attach.read(path, layers).components.keys() == {"unet"}
+
+
 # --- fuzz
 
 
@@ -734,6 +866,23 @@ def test_fuzz_adapters(good_adapter, tmp_path):
 
     found = outcomes(140, data, "adapter.safetensors", tmp_path, adapter_files.read, mutate)
     assert found["refused"] > 70
+
+
+@pytest.mark.parametrize("kind", ["lora", "oft"])
+def test_fuzz_what_infer_reads(kind, tiny_base, good_adapter, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    shutil.copy(good_adapter, path)
+    if kind == "oft":
+        turning()(path)
+    data, layers = path.read_bytes(), families.find(BaseModel(str(tiny_base))).layers()
+    (size,) = struct.unpack("<Q", data[:8])
+
+    def mutate(data: bytes, draw: random.Random) -> bytes:
+        header = mutated(data[8 : 8 + size], draw)
+        return struct.pack("<Q", len(header)) + header + data[8 + size :]
+
+    found = outcomes(60, data, "adapter.safetensors", tmp_path, lambda path: attach.read(path, layers), mutate)
+    assert found["refused"] > 30
 
 
 def test_fuzz_configs(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
+import convert_adapter
 import generate_class_images
 import infer
 import train_dreambooth_lora
@@ -27,6 +28,7 @@ SCRIPTS: dict[str, Any] = {
     "train_dreambooth_lora.py": (train_dreambooth_lora.main, TrainOptions),
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
     "infer.py": (infer.main, InferOptions),
+    "convert_adapter.py": (convert_adapter.main, None),
 }
 SHORT = {
     "train_dreambooth_lora.py": "--max_train_steps 2 --num_class_images 2 --class_inference_steps 1 --report_to none",
@@ -50,6 +52,11 @@ def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     script = next(word for word in words if word in SCRIPTS)
     own = words[words.index(script) + 1 :]
+    if script == "convert_adapter.py":
+        replaced = [str(base) if base is not None and word == HUB_ID else word for word in own]
+        tiny_width = ["--pretrained_model_name_or_path", str(base)] if own[0] == "convert" else []  # no width of a known base tells what it is
+        convert_adapter.main(convert_adapter.parse_command([*replaced, *tiny_width]))
+        return
     main, options = SCRIPTS[script]
     if base is not None:
         more = ("--pretrained_model_name_or_path", str(base), *more)
@@ -88,11 +95,12 @@ def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
                 content = yaml.safe_load(Path(words[words.index(flag) + 1]).read_text())
                 assert content, f"{place} of {command}"
         base = next((base for name, base in bases.items() if name in command), bases[HUB_ID])
-        assert any(name in command for name in bases) or "--config" in words
+        assert any(name in command for name in bases) or "--config" in words or script == "convert_adapter.py"
         run_script(words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base)
         ran.append(script)
-    assert {"train_dreambooth_lora.py", "generate_class_images.py", "infer.py"} == set(ran)
+    assert set(SCRIPTS) == set(ran)
     assert (tmp_path / "my_dog_lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "my_dog_base" / "model_index.json").is_file()
     for name in ("my_face_lora", "my_dog_xl", "my_dog_if", "my_dog_captioned"):
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
