@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import BOFTConfig, HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
+from dreambooth import factored
 from dreambooth.adapter_options import Adapter
 from dreambooth.errors import UserError
 
@@ -245,6 +246,7 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
             model.add_adapter(kind.config(Plan(options, rank, float(alpha), dropout, targets, own_ranks)))  # type: ignore[operator]
         except ValueError as error:  # a width that its blocks do not divide, for one
             raise UserError(f"--adapter {options.adapter}: {name} cannot have it: {' '.join(str(error).split())[:300]}") from None
+    factored.use_factored_forward(model)  # peft would build and keep a dense matrix for every layer of LoHa and LoKr
     for parameter in model.parameters():
         if parameter.requires_grad:
             # peft makes the adapter in the base's dtype; in bf16 most of Adam's steps would round to nothing, and fp16 cannot be unscaled

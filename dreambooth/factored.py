@@ -1,0 +1,300 @@
+"""LoHa and LoKr in training, without the dense update: what peft computes, from small products and with little kept for backward.
+
+peft makes the update of a LoHa or LoKr layer as a matrix of the layer's own size, [out, in(, kh, kw)], in every forward, applies it beside the
+layer and keeps it for backward. Both kinds have an identity that makes it a chain of small layers:
+
+    LoHa   ((w1a @ w1b) * (w2a @ w2b)) x = B (A x), where A [r * r, in] and B [out, r * r] are Khatri-Rao products of the halves
+    LoKr   kron(w1, w2) x: w2 on each of the in1 groups of in2 channels, then w1 across the groups; where w2 = w2a @ w2b, w2b, w1, w2a
+
+A convolution's kernel belongs to the link that has the input channels, with stride, padding and dilation; the other links are 1x1. Nothing
+between the links is kept: backward has the layer's input and the adapter's own tensors, and computes the rest again.
+
+A chain is taken where it multiplies less than SAVING times as often as the dense update. Otherwise (LoHa of a large rank on a narrow layer,
+LoKr on a prime width) the update is dense as in peft, but made again in backward instead of kept; that takes up to an eighth longer.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.loha import layer as loha
+from peft.tuners.lokr import layer as lokr
+from torch import Tensor
+
+# Measured forward and backward, Linear of 192 to 1280 and 3x3 of 128 and 320, ranks 2 to 20: chain and dense update take equally long where the
+# chain multiplies 0.75 to 1 times as often, as its products are small and many.
+SAVING = 0.75
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding and dilation
+
+
+def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") -> list[str]:
+    """Have the LoHa and LoKr layers of `model` compute this adapter's update without a dense matrix; the names of these layers.
+
+    Outputs and gradients are peft's to rounding. The parameters stay peft's own, so files, merging, deleting and unloading are as before; a
+    second call changes nothing. A layer goes back to peft's forward by itself for whatever is not this adapter alone: others active on the same
+    layer, merged or disabled adapters, and training with a rank_dropout or module_dropout that is not 0.
+
+    Two differences can be seen. In training peft draws a random number per layer and forward, even with a module_dropout of 0, and leaves the
+    adapter of the layer out should it be exactly 0; this draws none, so what draws after it gets other numbers of the same seed. And for a LoHa
+    with cores (use_effective_conv2d) the gradients of w1_a and w2_a are the derivatives; peft 0.21.2 takes the other factor's core for them.
+
+    Left as they are: convolutions in groups or with padding in words ("same"), Conv1d, and subclasses of peft's layers.
+    """
+    changed = []
+    for name, layer in model.named_modules():
+        if type(layer) not in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d) or adapter_name not in layer.scaling:  # type: ignore[operator]
+            continue
+        base: Any = layer.get_base_layer()  # type: ignore[operator]
+        if isinstance(base, torch.nn.Conv2d) and (base.groups != 1 or isinstance(base.padding, str)):
+            continue
+        layer.factored_adapter = adapter_name  # type: ignore[assignment]
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        changed.append(name)
+    return changed
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = self.factored_adapter
+    here = [active for active in self.active_adapters if active in self.scaling]  # the model may have active ones that this layer has not
+    if here != [name] or self.disable_adapters or self.merged or not self.cast_input_dtype_enabled or _drops(self, name):
+        return type(self).forward(self, x, *args, **kwargs)
+    result = self.base_layer(x, *args, **kwargs)
+    chain = _loha_chain(self, name, x) if isinstance(self, loha.LoHaLayer) else _lokr_chain(self, name)
+    return (result + _Update.apply(chain, x, *chain.factors)).to(x.dtype)
+
+
+def _drops(layer: Any, name: str) -> bool:
+    return layer.training and bool(layer.rank_dropout[name] or layer.module_dropout[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Link:
+    """One layer of a chain. Channels are [groups, changed, inner], and the same weight changes all groups and inner ones. With a geometry it is a
+    convolution, weight [to, from, kh, kw] and inner 1; without, it sees one token or pixel at a time, weight [to, from]."""
+
+    groups: int = 1
+    inner: int = 1
+    geometry: Geometry | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """An update: links that follow each other, the adapter's tensors, and what makes the links' weights of them."""
+
+    links: list[_Link]
+    factors: list[Tensor]
+    weights: Callable[..., list[Tensor]]
+    is_image: bool  # the input is [batch, channels, height, width], not [..., channels]
+
+
+def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
+    factors = [getattr(layer, f"hada_{part}")[name] for part in ("w1_a", "w1_b", "w2_a", "w2_b")]
+    if name in layer.hada_t1:
+        factors += [layer.hada_t1[name], layer.hada_t2[name]]
+    scale = layer.scaling[name]
+    base = layer.get_base_layer()
+    shape, geometry = base.weight.shape, _geometry(base)
+
+    def halves(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (*_columns_and_rows(w1a, w1b, t1), *_columns_and_rows(w2a, w2b, t2))
+
+    def khatri_rao(*factors: Tensor) -> list[Tensor]:
+        columns1, rows1, columns2, rows2 = halves(*factors)
+        down = (rows1[:, None] * rows2[None]).reshape(-1, *shape[1:])  # [r * r, in(, kh, kw)]
+        return [_kernel(down, geometry), (columns1[:, :, None] * columns2[:, None, :]).flatten(1) * scale]
+
+    def dense(*factors: Tensor) -> list[Tensor]:
+        columns1, rows1, columns2, rows2 = halves(*factors)
+        product = ((columns1 * scale) @ rows1.flatten(1)) * (columns2 @ rows2.flatten(1))
+        return [_kernel(product.reshape(shape), geometry)]
+
+    rank, out, into = factors[1].shape[0], shape[0], math.prod(shape[1:])  # w1b is [rank, in], with a core or without
+    tokens = x.numel() // shape[1]
+    # making the dense update takes two products of the rank: as much as 2 * rank tokens
+    if rank**2 * (into + out) * tokens < SAVING * out * into * (tokens + 2 * rank):
+        return _Chain([_Link(geometry=geometry), _Link()], factors, khatri_rao, len(shape) == 4)
+    return _Chain([_Link(geometry=geometry)], factors, dense, len(shape) == 4)
+
+
+def _lokr_chain(layer: Any, name: str) -> _Chain:
+    first = [getattr(layer, part)[name] for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if name in getattr(layer, part)]
+    second = [getattr(layer, part)[name] for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2") if name in getattr(layer, part)]
+    scale = layer.scaling[name]
+    base = layer.get_base_layer()
+    shape, geometry = base.weight.shape, _geometry(base)
+    out1, in1 = first[0].shape[0], first[-1].shape[1]
+    out2, in2 = shape[0] // out1, shape[1] // in1
+
+    def split(factors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(w1 with the scale, the tensors of w2)."""
+        mixing = factors[0] if len(first) == 1 else factors[0] @ factors[1]
+        return mixing * scale, factors[len(first) :]
+
+    def in_three(*factors: Tensor) -> list[Tensor]:
+        mixing, others = split(factors)
+        columns, rows = _columns_and_rows(*others)
+        return [_kernel(rows.reshape(-1, in2, *shape[2:]), geometry), mixing, columns]
+
+    def whole(others: tuple[Tensor, ...]) -> Tensor:
+        """w2, [out2, in2(, kh, kw)]."""
+        if len(others) == 1:
+            return others[0]
+        columns, rows = _columns_and_rows(*others)
+        return (columns @ rows.flatten(1)).reshape(out2, in2, *shape[2:])
+
+    def in_two(*factors: Tensor) -> list[Tensor]:
+        mixing, others = split(factors)
+        return [_kernel(whole(others), geometry), mixing]
+
+    def in_two_mixed_first(*factors: Tensor) -> list[Tensor]:
+        return in_two(*factors)[::-1]
+
+    def dense(*factors: Tensor) -> list[Tensor]:
+        mixing, others = split(factors)
+        product = torch.kron(mixing.reshape(out1, in1, *[1] * (len(shape) - 2)), whole(others).contiguous())
+        return [_kernel(product, geometry)]
+
+    size = math.prod(shape[2:])  # of the kernel
+    grouped = [_Link(groups=in1, geometry=geometry), _Link(inner=out2)]
+    # by multiplications per token
+    ways: list[tuple[float, list[_Link], Callable[..., list[Tensor]]]] = [
+        (SAVING * math.prod(shape), [_Link(geometry=geometry)], dense),
+        (shape[1] * size * out2 + in1 * shape[0], grouped, in_two),
+        (out1 * shape[1] + in2 * size * shape[0], [_Link(inner=in2), _Link(groups=out1, geometry=geometry)], in_two_mixed_first),
+    ]
+    if len(second) > 1:
+        rank = second[1].shape[0]  # w2b is [rank, in2(* kh * kw)], with a core or without
+        links = [_Link(groups=in1, geometry=geometry), _Link(inner=rank), _Link(groups=out1)]
+        ways.append((shape[1] * size * rank + out1 * in1 * rank + rank * shape[0], links, in_three))
+    _, links, weights = min(ways, key=lambda way: way[0])
+    return _Chain(links, first + second, weights, len(shape) == 4)
+
+
+def _columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A product's [out, rank] and [rank, in(, kh, kw)]: the core, if there is one, is taken into the latter."""
+    return (a, b) if core is None else (a.T, torch.einsum("ijkl,jr->irkl", core, b))
+
+
+def _geometry(base: Any) -> Geometry | None:
+    """None for a layer that sees one token or pixel at a time."""
+    if not isinstance(base, torch.nn.Conv2d):
+        return None
+    if base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding == (0, 0):
+        return None
+    return base.stride, base.padding, base.dilation  # type: ignore[return-value]
+
+
+def _kernel(weight: Tensor, geometry: Geometry | None) -> Tensor:
+    return weight if geometry is not None else weight.flatten(1)
+
+
+class _Update(torch.autograd.Function):
+    """What a chain makes of x. Keeps x and the adapter's tensors, which are there anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: _Chain, x: Tensor, *factors: Tensor) -> Tensor:
+        # the precision that peft has: autocast's for the product of the factors, and with it for the input; else the adapter's
+        device = x.device.type
+        ctx.autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if ctx.autocasts else factors[0].dtype
+        ctx.chain = chain
+        ctx.save_for_backward(x, *factors)
+        with torch.autocast(device, enabled=False) if ctx.autocasts else contextlib.nullcontext():
+            hidden = x.to(ctx.dtype)
+            for link, weight in zip(chain.links, chain.weights(*factors), strict=True):
+                hidden = _through(link, weight.to(ctx.dtype), hidden, chain.is_image)
+        return hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        chain: _Chain = ctx.chain
+        _, x_needed, *needed = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False) if ctx.autocasts else contextlib.nullcontext():
+            with torch.enable_grad():
+                leaves = [factor.detach().requires_grad_(need) for factor, need in zip(factors, needed, strict=True)]
+                weights = [weight.to(ctx.dtype) for weight in chain.weights(*leaves)]
+            values = [weight.detach() for weight in weights]
+            inputs = [x.to(ctx.dtype)]  # of each link
+            for link, value in zip(chain.links[:-1], values, strict=False):
+                inputs.append(_through(link, value, inputs[-1], chain.is_image))
+            trained: list[Tensor] = []
+            their_gradients: list[Tensor] = []
+            for place, link in reversed(list(enumerate(chain.links))):
+                wanted = (x_needed or place > 0, weights[place].requires_grad)
+                before, of_weight = _back(link, values[place], inputs.pop(), gradient, chain.is_image, wanted)
+                if of_weight is not None:
+                    trained.append(weights[place])
+                    their_gradients.append(of_weight)
+                gradient = before  # type: ignore[assignment]  # None only where nobody asks
+            wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(trained, wanted_leaves, their_gradients) if wanted_leaves else ())
+        return None, gradient.to(x.dtype) if x_needed else None, *(next(found) if need else None for need in needed)
+
+
+def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
+    """The link's output for x."""
+    if link.geometry is not None:
+        stride, padding, dilation = link.geometry
+        return F.conv2d(x, weight.repeat(link.groups, 1, 1, 1), None, stride, padding, dilation, link.groups)
+    if is_image and _pixels_first(x):
+        return _through(link, weight, x.permute(0, 2, 3, 1), False).permute(0, 3, 1, 2)
+    rows = _rows(link, weight.shape[1], x, is_image)
+    if rows.shape[2] == 1:
+        made = F.linear(rows.squeeze(2), weight)
+    else:
+        made = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows)
+    channels = link.groups * weight.shape[0] * link.inner
+    return made.reshape(x.shape[0], channels, *x.shape[2:]) if is_image else made.reshape(*x.shape[:-1], channels)
+
+
+def _back(link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the link's input and of its weight, those that are wanted, from that of its output."""
+    if link.geometry is not None:
+        stride, padding, dilation = link.geometry
+        repeated = weight.repeat(link.groups, 1, 1, 1)
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, repeated, None, stride, padding, dilation, False, (0, 0), link.groups, (*wanted, False)
+        )
+        return of_x, of_weight.reshape(link.groups, *weight.shape).sum(0) if wanted[1] else None
+    if is_image and _pixels_first(x):
+        of_x, of_weight = _back(link, weight, x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), False, wanted)
+        return of_x.permute(0, 3, 1, 2) if of_x is not None else None, of_weight
+    came = _rows(link, weight.shape[1], x, is_image)  # [rows, from, inner]
+    went = _rows(link, weight.shape[0], gradient, is_image)  # [rows, to, inner]
+    of_x = of_weight = None
+    if came.shape[2] == 1:
+        came, went = came.squeeze(2), went.squeeze(2)
+        if wanted[0]:
+            of_x = (went @ weight).reshape(x.shape)
+        if wanted[1]:
+            of_weight = went.T @ came
+        return of_x, of_weight
+    if wanted[0]:
+        of_x = torch.bmm(weight.T.expand(went.shape[0], -1, -1), went).reshape(x.shape)
+    if wanted[1]:
+        _, to, inner = went.shape
+        if to * weight.shape[1] <= inner * (to + weight.shape[1]):
+            of_weight = torch.bmm(went, came.mT).sum(0)
+        else:  # one weight per row would be more than the rows themselves
+            of_weight = went.transpose(0, 1).flatten(1) @ came.transpose(0, 1).flatten(1).T
+    return of_x, of_weight
+
+
+def _pixels_first(x: Tensor) -> bool:
+    """Whether an image's channels lie beside each other (channels_last)."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _rows(link: _Link, channels: int, x: Tensor, is_image: bool) -> Tensor:
+    """x as [rows, channels, inner]: a token's groups are rows, an image's pixels are inner ones too."""
+    if is_image:
+        return x.reshape(x.shape[0] * link.groups, channels, -1)
+    return x.reshape(-1, channels, link.inner)
