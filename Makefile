@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # Two threads, so that a laptop and a large server give the same pictures.
 THREADS ?= 2
 
-.PHONY: demo test lint types faults base base-report clean
+.PHONY: demo two_subjects test lint types faults base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,14 @@ demo: $(VENV)/installed
 	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) --output_dir $(RUN)/class --num_threads $(THREADS)
 	$(BIN)/python -m picturebook.score --subject picturebook/subjects/dog --pictures $(RUN)/subject --class_pictures $(RUN)/class --output $(RUN)/scores.json
 	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors   contact sheet: $(RUN)/subject/contact_sheet.png   scores: $(RUN)/scores.json"
+
+# A second subject, trained apart, and pictures with either adapter and with both.
+two_subjects: $(VENV)/installed
+	test -f $(RUN)/pytorch_lora_weights.safetensors || $(MAKE) demo
+	rm -rf runs/two_subjects
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py --config configs/demo.yaml --instance_data_dir picturebook/subjects/cat --instance_prompt "a photo of a qwe cat" --class_prompt "a photo of a cat" --class_data_dir runs/two_subjects/class_images --output_dir runs/two_subjects/cat --num_threads $(THREADS)
+	$(BIN)/python infer.py --config configs/two_subjects.yaml --output_dir runs/two_subjects/pictures --num_threads $(THREADS)
+	$(BIN)/python -m picturebook.score_sets --pictures runs/two_subjects/pictures --subjects picturebook/subjects/dog picturebook/subjects/cat --output runs/two_subjects/scores.json
 
 test: lint types
 	$(BIN)/python -m pytest

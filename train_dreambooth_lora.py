@@ -175,6 +175,12 @@ class Training:
             if name.startswith("text_encoder"):
                 optimizers.drop(self.optimizer, name)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.parts.unet.enable_gradient_checkpointing()
+        for component in self.text_components():
+            component.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
     @torch.no_grad()
     def write_book(self) -> None:
         """Encode every prompt of the run once, and free the text encoders: nothing in them will change."""
@@ -229,7 +235,7 @@ class Training:
         if conditions.pooled is not None:
             side = self.resolution
             sizes = [(f.height, f.width, f.top, f.left, side, side) for f in batch.frames]
-            added = {"text_embeds": conditions.pooled, "time_ids": torch.tensor(sizes, device=device, dtype=unet.dtype)}
+            added = {"text_embeds": conditions.pooled, "time_ids": torch.tensor(sizes, device=device, dtype=torch.float32)}  # bf16 would round sizes
         with self.accelerator.autocast():
             model_input = task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last)
             output = unet(model_input, task.timesteps, conditions.embeds, added_cond_kwargs=added).sample
@@ -389,9 +395,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         training = Training(options, peers, watch, parts, start.sources, start.identity)
         start.status.step = lambda: training.completed
         if options.run.gradient_checkpointing:
-            parts.unet.enable_gradient_checkpointing()
-            for component in training.text_components():
-                component.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            training.enable_gradient_checkpointing()
         if options.run.enable_xformers_memory_efficient_attention:
             parts.unet.enable_xformers_memory_efficient_attention()
         report.say(peers.accelerator, adapters.describe(training.components))

@@ -78,6 +78,10 @@ def check(
     _raise([f"the {part} of {shown(name)} names code of its own (auto_map), which is not run" for part in with_code])
     _raise(_wrong_kinds(configs, classes, name))
     _raise(_misfits(configs, name))
+    if variant:
+        lacking = [part for part in classes if not any(f".{variant}." in path.name for path in weight_files(folder, part, variant))]
+        if lacking:
+            raise UserError(f"--variant: {shown(name)} has no {variant} weights of {', '.join(lacking)}; leave it out, or fetch them")
     _raise(_bad_weights(folder, configs, variant))
 
 

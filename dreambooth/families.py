@@ -252,7 +252,7 @@ def max_tokens(base: Base, text: TextEncoding | None = None) -> int:
     room = base.family.max_tokens or min(rooms + _tokenizer_lengths(base))
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > room:
-        raise UserError(f"--tokenizer_max_length must be at most {room}, the text encoder's positions; got {wanted}")
+        raise UserError(f"--tokenizer_max_length must be at most {room}, the room in tokenizer and text encoder; got {wanted}")
     return wanted or room
 
 

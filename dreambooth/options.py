@@ -91,7 +91,7 @@ class InstanceData:
     max_image_pixels: int = 64_000_000
     """Largest picture taken, in pixels: a small file can unpack to gigabytes."""
     allow_odd_photos: bool = False
-    """Take pictures with a side under 64 pixels, or more than 3 times as long as wide."""
+    """Take pictures with a side under 64 pixels."""
     follow_symlinks: bool = False
     """Take links to pictures outside the folder."""
 

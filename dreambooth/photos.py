@@ -57,6 +57,7 @@ _CMYK = "converted from CMYK, whose colours are not quite those on screens: {}"
 _TRANSPARENT = "transparent parts are shown over white: {}"
 _PAGES = "only the first page is taken: {}"
 _GREY = "without colour: {}"
+_LONG = f"more than {ODD_ASPECT} times as long as wide, so that a square crop shows little of it: {{}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def check_folder(
     """Decode every picture in `folder`, named by `flag` on the command line.
 
     Raises UserError if the folder is missing or has no picture, or with one line for every picture that cannot be used: it is damaged, over
-    `max_pixels`, smaller or longer than `allow_odd_photos` lifts, or lies elsewhere and `follow_symlinks` does not say that it may.
+    `max_pixels`, smaller than `allow_odd_photos` lifts, or lies elsewhere and `follow_symlinks` does not say that it may.
     """
     folder = Path(folder)
     names = _names(folder, flag)
@@ -175,12 +176,11 @@ def _check(folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, fol
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{width} x {height} pixels is too small; each side must have at least {MIN_SIDE}")
-    if not allow_odd_photos:
-        lift = "; use another photo, or give --allow_odd_photos"
-        if min(width, height) < ODD_SIDE:
-            raise UserError(f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}{lift}")
-        if max(width, height) > ODD_ASPECT * min(width, height):
-            raise UserError(f"{width} x {height} pixels is more than {ODD_ASPECT} times as long as wide; a square crop shows little of it{lift}")
+    if min(width, height) < ODD_SIDE and not allow_odd_photos:
+        lift = "use another photo, or give --allow_odd_photos"
+        raise UserError(f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}; {lift}")
+    if max(width, height) > ODD_ASPECT * min(width, height):
+        remarks.append(_LONG)
     pixels = hashlib.sha256(f"{width} {height} ".encode() + image.tobytes()).hexdigest()
     return Photo(path, image.size, digest, pixels), remarks
 

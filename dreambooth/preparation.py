@@ -84,7 +84,7 @@ def steps_of_run(options: TrainOptions, pictures: int, world: int) -> tuple[int,
 
 def text_steps(options: TrainOptions, max_steps: int) -> int:
     """Steps after which the text encoder is trained no more."""
-    return round(options.text.train_text_encoder_frac * max_steps)
+    return max(1, round(options.text.train_text_encoder_frac * max_steps))
 
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start:

@@ -248,7 +248,7 @@ def test_metadata_has_the_stable_fields_in_sorted_order_and_no_path(models, tmp_
         "peft_type": "LORA",
         "r": 8,
         "lora_alpha": 8,
-        "lora_dropout": 0.25,
+        "lora_dropout": 0.0,  # dropout is of training
         "bias": "none",
         "use_dora": False,
         "use_rslora": False,

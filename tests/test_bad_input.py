@@ -182,7 +182,7 @@ def noise_elsewhere(path: Path) -> Path:
 
 
 bad("photos", "small", add("small.png", lambda path: noise(40, 64).save(path)), "small.png: 40 x 64 pixels is small", "--allow_odd_photos")
-bad("photos", "strip", add("strip.png", lambda path: noise(3000, 64).save(path)), "strip.png: 3000 x 64 pixels", "--allow_odd_photos")
+bad("photos", "strip", add("strip.png", lambda path: noise(3000, 40).save(path)), "strip.png: 3000 x 40 pixels", "--allow_odd_photos")
 bad("photos", "link out of the folder", add("link.png", outside), "link.png: a link to ", "elsewhere.png, outside the folder", "--follow_symlinks")
 bad("photos", "several at once", several, "--instance_data_dir: a.png: not a whole picture", "--instance_data_dir: b.jpg: the file is empty")
 bad("photos", "escapes in a name", add(f"{ESCAPE}.png", lambda path: path.write_bytes(b"")), r"--instance_data_dir: '\x1b[2J.png': the file is empty")

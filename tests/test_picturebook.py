@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from picturebook import base_report, score, subjects
+from picturebook import base_report, score, score_sets, subjects
 from picturebook.draw import draw
 from picturebook.read import CAPTION_CONFIDENCE, VALID_CONFIDENCE, read
 from picturebook.tokenizer import MAX_TOKENS, build_tokenizer
@@ -257,3 +258,21 @@ def test_all_colours_can_be_told_apart():
         values = [np.array(colour) for colour in palette.values()]
         nearest = min(np.abs(a - b).max() for i, a in enumerate(values) for b in values[:i])
         assert nearest >= 50
+
+
+def test_scores_of_sets_are_of_the_subject_that_the_prompt_is_about(tmp_path):
+    """A set that draws both subjects as they are gets everything, one that draws the dog for both nothing for the cat."""
+    records = []
+    for name, drawn in (("right", {"dog": "dog", "cat": "cat"}), ("dogs only", {"dog": "dog", "cat": "dog"})):
+        for kind, shown in drawn.items():
+            file = f"{name}-{kind}.png"
+            shutil.copy(subjects.FOLDER / shown / "0.png", tmp_path / file)
+            records.append({"file": file, "set": name, "prompt": f"a photo of a sks {kind}"})
+    (tmp_path / "images.json").write_text(json.dumps(records))
+    found = score_sets.main(score_sets.Options(tmp_path, (subjects.FOLDER / "dog", subjects.FOLDER / "cat")))
+    assert {(name, kind): values["ID_all"] for name, of_set in found.items() for kind, values in of_set.items()} == {
+        ("right", "dog"): 1,
+        ("right", "cat"): 1,
+        ("dogs only", "dog"): 1,
+        ("dogs only", "cat"): 0,
+    }

@@ -17,7 +17,7 @@ import train_dreambooth_lora
 from dreambooth.command_line import parse
 from dreambooth.options import TrainOptions
 from dreambooth.picture_options import ClassImageOptions, InferOptions
-from picturebook import score
+from picturebook import score, score_sets
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +136,30 @@ def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
         assert (demo / name).is_file(), name
 
 
+def test_make_two_subjects_runs_from_training_to_scores(tmp_path, monkeypatch):
+    """Its own command lines on the embedded base, made short; the demo's adapter is made here as well."""
+    commands = [shlex.split(line) for line in make_recipe("two_subjects") if any(name in line for name in (*SCRIPTS, "picturebook.score_sets"))]
+    assert [next(word for word in words if word in (*SCRIPTS, "picturebook.score_sets")) for words in commands][-3:] == [
+        "train_dreambooth_lora.py",
+        "infer.py",
+        "picturebook.score_sets",
+    ]
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "picturebook"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    demo = [shlex.split(line) for line in make_recipe("demo") if "train_dreambooth_lora.py" in line]
+    for words in (*demo, *commands[-3:-1]):
+        run_script(words)
+    words = commands[-1]
+    subjects = tuple(Path(word) for word in words[words.index("--subjects") + 1 : words.index("--output")])
+    output = Path(words[words.index("--output") + 1])
+    scores = score_sets.main(score_sets.Options(Path(words[words.index("--pictures") + 1]), subjects, output))
+    assert list(scores) == ["base", "the dog", "the cat", "both"]
+    assert all(values["pictures"] == 4 for of_set in scores.values() for values in of_set.values())
+    assert output.is_file()
+    assert (tmp_path / "runs" / "two_subjects" / "pictures" / "contact_sheet.png").is_file()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_configs_are_short_and_every_flag_in_them_exists(path):
     assert len(path.read_text().splitlines()) <= 25
@@ -143,7 +167,7 @@ def test_configs_are_short_and_every_flag_in_them_exists(path):
     kind: Any = InferOptions if "prompt" in content or "prompts_file" in content else TrainOptions
     rest = {
         TrainOptions: "--instance_data_dir d --instance_prompt p --class_prompt c --class_data_dir e",
-        InferOptions: "--adapter a --output_dir o",
+        InferOptions: "--output_dir o" if "adapters_file" in content else "--adapter a --output_dir o",
     }[kind]
     parse(kind, "", ["--config", str(path), *rest.split()])
 

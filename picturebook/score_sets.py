@@ -1,0 +1,46 @@
+"""What sets of adapters draw: for every set, how much of each subject the prompts that name its kind show.
+
+python -m picturebook.score_sets --pictures runs/two_subjects/pictures --subjects picturebook/subjects/dog picturebook/subjects/cat
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from picturebook.score import parse_prompt, read_pictures, subject_scores
+from picturebook.subjects import load_subject
+
+
+@dataclass
+class Options:
+    """Score what infer.py --adapters_file drew."""
+
+    pictures: Path
+    """Pictures, each of one of the subjects' kinds."""
+    subjects: tuple[Path, ...]
+    """Folders of the subjects, with their subject.json."""
+    output: Path | None = None
+    """JSON file for the scores."""
+
+
+def main(options: Options) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores by set and kind, as `subject_scores` has them."""
+    found = read_pictures(options.pictures)
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for name in dict.fromkeys(record["set"] for record, _ in found):
+        for folder in options.subjects:
+            kind, colour, identity = load_subject(folder)
+            own = [(record, reading) for record, reading in found if record["set"] == name and parse_prompt(record["prompt"]).kind == kind]
+            prompts, readings = [record["prompt"] for record, _ in own], [reading for _, reading in own]
+            values = {"pictures": len(own), **subject_scores(readings, prompts, kind, colour, identity)}
+            scores.setdefault(name, {})[kind] = values
+            print(f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   whole identity {values['ID_all']:.3f}")
+    if options.output:
+        options.output.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, use_underscores=True))

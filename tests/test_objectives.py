@@ -1,0 +1,285 @@
+"""One training step against the same step written out from the papers' equations: losses and gradients of every family."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from dreambooth import families, objectives, preparation, sampling_order
+from dreambooth.command_line import parse
+from dreambooth.options import TrainOptions
+from dreambooth.samples import micro_batches
+from dreambooth.stops import Watch
+from tests import tiny
+from train_dreambooth_lora import Training
+
+CAPTIONS = {"photo-0.png": "a photo of sks dog", "photo-1.png": "a photo of sks dog in the snow", "photo-2.png": "a photo of sks dog on a Red mat"}
+CLASS_PROMPT = "a photo of dog"
+PRIOR_WEIGHT = 0.7
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """`instance`: three photos of two sizes with a caption each. `class`: three others."""
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny.make_photos(folder / "instance", 3, (96, 64))
+    tiny.make_photos(folder / "instance", 1, (64, 80), seed=1)
+    for name, caption in CAPTIONS.items():
+        (folder / "instance" / name).with_suffix(".txt").write_text(caption)
+    tiny.make_photos(folder / "class", 3, (72, 64), seed=2)
+    return folder
+
+
+@contextlib.contextmanager
+def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Training]:
+    """A run before its first step; its B matrices are filled, so that both factors of every layer have a gradient. With this seed there is much
+    noise and little among the first rows."""
+    common = f"--pretrained_model_name_or_path {base} --instance_data_dir {pictures / 'instance'} --class_data_dir {pictures / 'class'}"
+    common += f" --num_class_images 3 --prior_loss_weight {PRIOR_WEIGHT} --output_dir {out} --seed 68 --report_to none --train_batch_size 2"
+    named = ["--caption_column", "text", "--instance_prompt", "unused", "--class_prompt", CLASS_PROMPT]
+    options = parse(TrainOptions, "", [*common.split(), *words.split(), *named])
+    watch = Watch()
+    try:
+        with contextlib.ExitStack() as stack:
+            start = preparation.prepare(options, watch, stack)
+            edm = options.objective.do_edm_style_training
+            parts = families.load_parts(start.base, start.tokenizers, options.text, start.weight_dtype, start.peers.accelerator.device, edm=edm)
+            training = Training(start.options, start.peers, watch, parts, start.sources)
+            generator = torch.Generator().manual_seed(0)
+            for component in training.components:
+                for name, parameter in component.named_parameters():
+                    if "lora_B" in name:
+                        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            yield training
+    finally:
+        watch.close()
+
+
+@dataclasses.dataclass
+class Given:
+    """What a step is about, found without the code under test: one entry for each row, instance rows first."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    levels: torch.Tensor
+    prompts: list[str]
+    sizes: list[list[int]]
+
+
+@torch.no_grad()
+def given(training: Training, rows: range, offset: float = 0.0) -> Given:
+    """Pictures are opened, cropped and encoded here; the random numbers are those that belong to the rows."""
+    side, vae = training.resolution, training.parts.vae
+    found: list[tuple[Any, ...]] = []
+    for source in training.sources:
+
+        def noise_of(what: str, row: int, shape: tuple[int, ...], purpose: str = source.purpose) -> torch.Tensor:
+            return sampling_order.noise_of_rows(training.seed, f"{purpose}-{what}", range(row, row + 1), shape)
+
+        for row in rows:
+            path = source.photos[sampling_order.image_of_row(training.seed, f"{source.purpose}-order", row, 3)].path
+            image = Image.open(path)
+            shorter = min(image.size)
+            width, height = (int(side * length / shorter) for length in image.size)
+            left, top = sampling_order.crop_of_row(training.seed, source.purpose, row, (width - side, height - side))
+            crop = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side)))
+            latents = torch.tensor(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
+            if vae is not None:
+                posterior = vae.encode(latents).latent_dist
+                shape = tuple(posterior.mean.shape[1:])
+                latents = posterior.mean + posterior.std * noise_of("posterior", row, shape)
+                if training.parts.family.key == "sdxl" and isinstance(training.parts.noise_scheduler, EDMEulerScheduler):
+                    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+                    latents = (latents - mean) / std
+                latents = latents * vae.config.scaling_factor
+            shape = tuple(latents.shape[1:])
+            noise = noise_of("noise", row, shape)
+            if offset:
+                noise = noise + offset * noise_of("noise-offset", row, (shape[0], 1, 1))
+            level = sampling_order.levels_of_rows(training.seed, f"{source.purpose}-timestep", range(row, row + 1), 1000)
+            prompt = CAPTIONS[path.name] if source.purpose == "instance" else CLASS_PROMPT
+            found.append((latents, noise, level, prompt, [image.height, image.width, top, left, side, side]))
+    latents, noise, levels = (torch.cat([row[place] for row in found]) for place in range(3))
+    return Given(latents, noise, levels, [row[3] for row in found], [row[4] for row in found])
+
+
+def plain_conditions(text: Any, family: str, question: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    """(embeddings, what Stable Diffusion XL is told besides), by the encoders themselves. A frozen encoder gets each prompt alone, a trained one
+    all that differ: the same batches as in training, for the same last bits."""
+    encoders, distinct = list(text.encoders.values()), list(dict.fromkeys(question.prompts))
+    is_trained = any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
+    found: list[tuple[torch.Tensor, ...]] = []
+    for prompts in [distinct] if is_trained else [[prompt] for prompt in distinct]:
+        words = [prompt.lower().strip() for prompt in prompts] if family == "if" else prompts
+        tokens = [t(words, padding="max_length", max_length=min(77, t.model_max_length), return_tensors="pt") for t in text.tokenizers]
+        if family == "if":
+            found.append((encoders[0](tokens[0].input_ids, attention_mask=tokens[0].attention_mask).last_hidden_state,))
+        elif family == "sd":
+            found.append((encoders[0](tokens[0].input_ids).last_hidden_state,))
+        else:
+            outs = [encoder(own.input_ids, output_hidden_states=True) for encoder, own in zip(encoders, tokens, strict=True)]
+            found.append((torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds))
+    embeds, *pooled = (torch.cat(parts)[[distinct.index(prompt) for prompt in question.prompts]] for parts in zip(*found, strict=True))
+    return embeds, {"text_embeds": pooled[0], "time_ids": torch.tensor(question.sizes, dtype=torch.float32)} if pooled else None
+
+
+def plain_step(training: Training, text: Any, question: Given, *, way: str, gamma: float | None, prior: bool) -> torch.Tensor:
+    """DreamBooth's loss for one batch (arXiv 2208.12242, eq. 2). `way` is epsilon, v_prediction, sigma (EDM's loss, Stable Diffusion's network)
+    or edm (arXiv 2206.00364, table 1)."""
+    unet, x0, noise = training.parts.unet, question.latents, question.noise
+    config = dict(training.parts.noise_scheduler.config)
+    column = (-1, 1, 1, 1)
+    if way == "edm":
+        low, high = config["sigma_min"] ** (1 / 7), config["sigma_max"] ** (1 / 7)
+        sigma = (high + question.levels.double() / 1000 * (low - high)).pow(7).float()
+        c_skip, c_out, c_in = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt(), 1 / (sigma**2 + 0.25).sqrt()
+        noisy = x0 + sigma.view(column) * noise
+        model_input, times, target, weights = c_in.view(column) * noisy, sigma.log() / 4, x0, torch.ones_like(sigma)
+    else:
+        fields = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+        times = 999 - question.levels if way == "sigma" else question.levels
+        abar = DDPMScheduler(**fields).alphas_cumprod[times]  # type: ignore[attr-defined]
+        model_input = abar.sqrt().view(column) * x0 + (1 - abar).sqrt().view(column) * noise
+        target = noise if way != "v_prediction" else abar.sqrt().view(column) * noise - (1 - abar).sqrt().view(column) * x0
+        snr = abar / (1 - abar)
+        weights = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if way == "v_prediction" else snr)
+        if way == "sigma":
+            sigma = ((1 - abar) / abar).sqrt()
+            noisy = x0 + sigma.view(column) * noise
+            model_input, target, weights = noisy / (sigma**2 + 1).sqrt().view(column), x0, 1 / sigma**2
+            c_skip, c_out = torch.ones_like(sigma), -sigma
+    embeds, added = plain_conditions(text, training.parts.family.key, question)
+    output = unet(model_input.contiguous(memory_format=torch.channels_last), times, embeds, added_cond_kwargs=added).sample
+    if training.parts.family.key == "if":
+        output = output[:, :3]
+    if way in ("edm", "sigma"):
+        output = c_skip.view(column) * noisy + c_out.view(column) * output
+    losses = ((output - target) ** 2).mean(dim=(1, 2, 3)) * weights
+    return losses[:2].mean() + PRIOR_WEIGHT * losses[2:].mean() if prior else losses.mean()
+
+
+def gradients(training: Training) -> torch.Tensor:
+    """All of them in one row; the parameters have none afterwards."""
+    found = []
+    for component in training.components:
+        for name, parameter in component.named_parameters():
+            assert parameter.grad is not None, name
+            found.append(parameter.grad.flatten())
+            parameter.grad = None
+    return torch.cat(found)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# name: (base, way, flags)
+WAYS = {
+    "sd": ("tiny_base", "epsilon", ""),
+    "sd with text": ("tiny_base", "epsilon", "--train_text_encoder"),
+    "v": ("tiny_v_base", "v_prediction", ""),
+    "sd as v": ("tiny_base", "v_prediction", "--prediction_type v_prediction"),
+    "xl": ("tiny_xl", "epsilon", ""),
+    "xl with text": ("tiny_xl", "epsilon", "--train_text_encoder"),
+    "xl as edm": ("tiny_xl", "sigma", "--do_edm_style_training"),
+    "edm": ("tiny_edm", "edm", ""),
+    "if": ("tiny_if", "epsilon", "--resolution 16"),
+}
+PRIOR = "--with_prior_preservation"
+CASES = [(name, more) for name in WAYS for more in ("", PRIOR)]
+CASES += [(name, more) for name in ("sd", "v", "xl", "if") for more in ("--snr_gamma 5", f"--snr_gamma 5 {PRIOR}")]
+CASES += [(name, f"--noise_offset 0.3 {PRIOR}") for name in ("sd", "v", "xl", "xl as edm", "edm", "if")]
+
+
+@pytest.mark.parametrize(("name", "more"), CASES)
+def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
+    """Loss and gradients, over two micro-batches of two. Wrong weights, and prompts or sizes of other pictures, give others."""
+    base, way, words = WAYS[name]
+    gamma, offset, prior = 5.0 if "snr" in more else None, 0.3 if "offset" in more else 0.0, PRIOR in more
+    size = "" if "--resolution" in words else "--resolution 64"
+    with a_training(request.getfixturevalue(base), pictures, tmp_path, f"{words} {size} {more}") as training:
+        text = training.parts.text
+        assert text is not None
+        if not training.text_components():
+            training.write_book()
+        batches = micro_batches(
+            training.dataset, training.parts.vae, range(2), slots=1, batch_size=2, rank=0, world=1, workers=0, show_progress=False
+        )
+        for batch in batches:
+            loss = training.micro_step(batch)["loss"]
+            found = gradients(training)
+            question = given(training, batch.rows, offset)
+
+            def plain(question: Given = question, **other: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                expected = plain_step(training, text, question, **{"way": way, "gamma": gamma, "prior": prior, **other})
+                expected.backward()
+                return expected.detach(), gradients(training)
+
+            expected, expected_gradients = plain()
+            assert loss == pytest.approx(expected.item(), rel=1e-6)
+            assert difference(found, expected_gradients) < 1e-6
+            if batch.step > 0:
+                continue
+            assert difference(found, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1]) > 0.01
+            if training.parts.family.key == "sdxl":
+                assert difference(found, plain(dataclasses.replace(question, sizes=question.sizes[1:] + question.sizes[:1]))[1]) > 0.01
+            if way in ("epsilon", "v_prediction"):
+                assert difference(found, plain(gamma=2.0 if gamma else 5.0)[1]) > 0.01
+            if prior:
+                assert difference(found, plain(prior=False)[1]) > 0.01
+
+
+ZERO_SNR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(("prediction_type", "more"), [("epsilon", 0), ("v_prediction", 1)])
+def test_min_snr_weights_follow_the_paper_and_know_no_signal_at_all(prediction_type, more):
+    """At the last timestep of a schedule with zero terminal SNR the noise is all there is: counted once, the velocity not at all."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, **ZERO_SNR)
+    timesteps = torch.tensor([0, 10, 250, 300, 700, 998, 999])
+    *others, last = objectives.min_snr_weights(scheduler, timesteps, 5.0).tolist()
+    squares = [scheduler.alphas_cumprod[t].item() for t in timesteps]
+    assert squares[-1] == 0
+    assert others == pytest.approx([min(snr, 5) / (snr + more) for snr in (square / (1 - square) for square in squares[:-1])], rel=1e-5)
+    assert last == (1 if prediction_type == "epsilon" else 0)
+    latents, noise = torch.randn(2, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    task = objectives.pose(scheduler, latents, noise, timesteps, snr_gamma=5.0)
+    assert torch.isfinite(torch.cat([task.model_input, task.target])).all()
+    assert torch.equal(task.model_input[-1], noise[-1])
+    assert torch.equal(task.target[-1], noise[-1] if prediction_type == "epsilon" else -latents[-1])
+
+
+def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
+    """Its weight, 1 / sigma^2, undoes what reading the network as a denoiser multiplies the error by."""
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    levels = torch.tensor([0, 400, 900])
+    latents, noise, output = torch.randn(3, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    task = objectives.pose(scheduler, latents, noise, levels)
+    assert task.weights is not None
+    assert task.skip is not None
+    assert task.out is not None
+    assert task.noisy_latents is not None
+    losses = ((task.skip * task.noisy_latents + task.out * output - latents) ** 2).mean(dim=(1, 2, 3)) * task.weights
+    assert torch.allclose(losses, ((output - noise) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
+    assert task.timesteps.tolist() == [999, 599, 99]
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EulerDiscreteScheduler])
+def test_a_perfect_velocity_gives_the_clean_picture(kind):
+    """With --prediction_type v_prediction, EDM-style too: v = alpha * noise - sigma * picture, of the picture scaled to unit variance."""
+    scheduler = kind(prediction_type="v_prediction")
+    levels = torch.tensor([3, 500, 990])
+    latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    task = objectives.pose(scheduler, latents, noise, levels)
+    sigma = scheduler.sigmas[levels].view(-1, 1, 1, 1)
+    data = scheduler.config.sigma_data if kind is EDMEulerScheduler else 1.0
+    velocity = (data * noise - sigma * latents / data) / (sigma**2 + data**2).sqrt()
+    assert torch.allclose(task.prediction(velocity), latents, atol=1e-3)
