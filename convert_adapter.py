@@ -4,14 +4,13 @@ Files may stand right after the command: `convert_adapter.py convert FILE --to k
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dreambooth import stops
 from dreambooth.command_line import fail, parse
 from dreambooth.convert_options import (
     COMMANDS,
-    LARGEST_RANK,
     BakeOptions,
     ConvertOptions,
     ExtractOptions,
@@ -20,7 +19,6 @@ from dreambooth.convert_options import (
     MergeOptions,
     NeededBase,
     ResizeOptions,
-    weighted,
 )
 
 
@@ -49,7 +47,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import adapter_files, adapter_names, base_folders, base_weights, deltas, merging
+from dreambooth import adapter_files, adapter_names, adapter_sets, base_folders, base_weights, deltas, merging
 from dreambooth.adapter_formats import Adapter, Family, read, table, to_lora, write_kohya, write_native, write_peft
 from dreambooth.deltas import Lora
 from dreambooth.errors import UserError
@@ -101,6 +99,11 @@ def _read_whole(path: str, base: Any) -> Adapter:
     return adapter
 
 
+def _weighted(words: Sequence[str]) -> list[tuple[str, float]]:
+    """(file, weight) of each FILE or FILE:WEIGHT."""
+    return [(str(path), weight) for path, weight in (adapter_sets.split(word, "--adapter") for word in words)]
+
+
 # ---- what is written
 
 
@@ -147,8 +150,6 @@ def _write(path: Path, data: bytes) -> None:
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
     """Write a LoRA in our layout and say what it is."""
-    if (rank := merging.largest_rank(adapter)) > LARGEST_RANK:
-        raise UserError(f"the exact LoRA has rank {rank}, and at most {LARGEST_RANK} is read; give --rank")
     data = write_native(adapter, adapter_files.recorded(adapter.metadata), DTYPES[dtype])
     print(table(adapter))
     _write(path, data)
@@ -165,10 +166,28 @@ def _say_kept(kept: merging.Share) -> None:
 
 def inspect(options: InspectOptions) -> None:
     base = _base(options.base)
-    adapter = read(Path(options.adapter), base.layers() if base else None)
-    print(table(adapter), _scales(adapter), _norms(adapter), _metadata(adapter), sep="\n\n")
+    if base:
+        from dreambooth import attach  # brings peft
+
+        adapter = attach.read(Path(options.adapter), base.layers())
+    else:
+        adapter = read(Path(options.adapter))
+    if isinstance(adapter, Adapter):
+        print(table(adapter), _scales(adapter), _norms(adapter), _metadata(adapter.metadata), sep="\n\n")
+    else:
+        print(_turning_table(adapter), _metadata(adapter.metadata), sep="\n\n")
     if base:
         print(f"\nfits {shown(options.base.pretrained_model_name_or_path)} ({base.family.name})")
+
+
+def _turning_table(adapter: Any) -> str:
+    """`table` for what turns weights instead of adding to them, OFT, BOFT and HRA, a `rotations.Rotations`."""
+    lines = [f"{'component':<16} {'kind':<6} {'modules':>8}  side of blocks, or reflections"]
+    for component, modules in adapter.components.items():
+        counted = sorted(Counter(adapter.size(component, module) for module in modules).items())
+        words = [f"{size}" + f" ({count}x)" * (len(counted) > 1) for size, count in counted]
+        lines.append(f"{component:<16} {adapter.settings[component][0].lower():<6} {len(modules):>8}  {', '.join(words)}")
+    return "\n".join(lines)
 
 
 def _scales(adapter: Adapter) -> str:
@@ -197,10 +216,10 @@ def _norms(adapter: Adapter) -> str:
     return "\n".join(lines)
 
 
-def _metadata(adapter: Adapter) -> str:
-    if not adapter.metadata:
+def _metadata(metadata: Mapping[str, str]) -> str:
+    if not metadata:
         return "no metadata"
-    cut = {name: text if len(text) <= 300 else f"{text[:300]} ... ({len(text)} characters)" for name, text in sorted(adapter.metadata.items())}
+    cut = {name: text if len(text) <= 300 else f"{text[:300]} ... ({len(text)} characters)" for name, text in sorted(metadata.items())}
     return "\n".join(["metadata", *(f"  {shown(name)}: {shown(text)}" for name, text in cut.items())])
 
 
@@ -273,7 +292,7 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def merge(options: MergeOptions) -> None:
-    named = [weighted(word) for word in options.adapter]
+    named = _weighted(options.adapter)
     path = _new_file(options.output, [name for name, _ in named])
     base = _base(options.base)
     whole = merging.merge([(shown(name), _read_whole(name, base), weight) for name, weight in named])
@@ -322,13 +341,19 @@ def extract(options: ExtractOptions) -> None:
 
 
 def bake(options: BakeOptions) -> None:
+    from dreambooth import attach  # brings peft
+
     base = _base(options.base)
     folder = _new_folder("--merge_to", options.merge_to, [base.folder])
     layers = base.layers()
     uses = []
-    for name, weight in map(weighted, options.adapter):
-        adapter = read(Path(name), layers)
-        print(f"{shown(name)}, weight {weight:g}", table(adapter), sep="\n")
+    for name, weight in _weighted(options.adapter):
+        adapter = attach.read(Path(name), layers)
+        if not isinstance(adapter, Adapter) and weight != 1:
+            kinds = ", ".join(adapter.kinds).upper()
+            raise UserError(f"--adapter: {shown(name)} is {kinds}, which turns weights: its own can be 1 only, got {weight:g}")
+        contents = table(adapter) if isinstance(adapter, Adapter) else _turning_table(adapter)
+        print(f"{shown(name)}, weight {weight:g}", contents, sep="\n")
         uses.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
     try:

@@ -256,6 +256,8 @@ def draw_all(
     stack = attach.Stack({part: getattr(pipeline, part) for part in ("unet", *base.family.text)})
     for worn in adapters.values():
         stack.add(worn.key, worn.adapter)
+    # by every process, those that draw no picture of some arm too: pictures must not depend on who has drawn what before
+    stack.attach_all((arm.weights(adapters) for arm in arms), options.fuse)
     records: list[dict[str, Any]] = []
     chunk_number = 0
     count = sum(len(arm.jobs) for arm in arms)
@@ -318,6 +320,17 @@ def _save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     adapter_files.write_atomically(path, buffer.getvalue())
 
 
+THUMBNAIL = 160  # longer side of a picture on the sheet, in pixels
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """The picture as large as the sheet shows it, or as it is if it is smaller."""
+    scale = THUMBNAIL / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+
+
 def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, Any]]) -> None:
     """Write the list of all pictures, and the sheet of them: a row for each prompt, under each seed a column for each arm."""
     folder = Path(options.output_dir)
@@ -326,12 +339,12 @@ def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, 
     for number, arm in enumerate(arms):
         for prompt, seed in arm.jobs:
             with Image.open(folder / next(left)["file"]) as image:
-                pictures[number, prompt, seed] = image.convert("RGB")
+                pictures[number, prompt, seed] = _thumbnail(image.convert("RGB"))  # all at once in memory: thousands at full size are gigabytes
     asked = dict.fromkeys(prompt for arm in arms for prompt, _ in arm.jobs)
     rows = [(prompt, [pictures.get((number, prompt, seed)) for seed in options.seeds for number in range(len(arms))]) for prompt in asked]
     columns = [f"seed {seed}" + f" {arm.label}" * (len(arms) > 1) for seed in options.seeds for arm in arms]
     sheet = io.BytesIO()
-    pipelines.contact_sheet(rows, columns).save(sheet, format="PNG")
+    pipelines.contact_sheet(rows, columns, THUMBNAIL).save(sheet, format="PNG")
     adapter_files.write_atomically(folder / "contact_sheet.png", sheet.getvalue())
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
     adapter_files.write_atomically(folder / "images.json", text.encode())

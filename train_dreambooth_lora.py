@@ -4,7 +4,7 @@ The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
 from dreambooth import stops
-from dreambooth.command_line import as_table, fail, parse, write_yaml
+from dreambooth.command_line import as_table, fail, parse, yaml_text
 from dreambooth.options import TrainOptions
 
 if __name__ == "__main__":
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
 from dreambooth import (
+    adapter_files,
     adapters,
     caches,
     checkpoints,
@@ -105,7 +106,8 @@ class Training:
             assert self.parts.text is not None
             for name, encoder in self.parts.text.encoders.items():
                 unused = families.unused_layers(self.parts.family, name, text)
-                models.append((name, encoder, adapters.text_targets(encoder.config.num_hidden_layers, unused, options)))
+                targets = adapters.text_targets(encoder.config.num_hidden_layers, unused, options, adapters.shapes_of(encoder))
+                models.append((name, encoder, targets))
         return [
             adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
@@ -126,7 +128,7 @@ class Training:
                 by_rate.setdefault(adapters.by_part(own_rates, name), []).append(parameter)
             for own, parameters in by_rate.items():
                 # the component's name is also that of its parameters without a rate of their own
-                name = component.name if own is None else f"{component.name}:{own:g}"
+                name = component.name if own is None else f"{component.name}:{own!r}"
                 groups.append(optimizers.Group(name, parameters, (rate if own is None else own) * scale, decay))
         return optimizers.make(o, groups)
 
@@ -140,7 +142,9 @@ class Training:
         o = self.options.optimization
         if optimizers.schedules_itself(o):
             return lambda step: 1.0
-        throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        # the polynomial one ends at a rate of 1e-7, whatever it starts from
+        start = o.learning_rate if o.learning_rate and o.learning_rate > 1e-7 else 1.0
+        throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=start)
         schedule = get_scheduler(
             o.lr_scheduler,
             throwaway,
@@ -155,15 +159,19 @@ class Training:
         """Fill the adapter from an adapter file; a component that the file lacks stays as it was drawn."""
         for component in self.components:
             if component.name in state:
-                component.load_state_dict(state[component.name])
+                try:
+                    component.load_state_dict(state[component.name])
+                except UserError as error:
+                    raise UserError(f"--init_adapter: {error}") from None
 
     def resume(self, checkpoint: checkpoints.Content) -> None:
         """Go on from a checkpoint that has been found to be of this run. Raises UserError if it does not fit all the same."""
-        if checkpoint.step > self.text_steps:
+        state = checkpoints.read_state(checkpoint)
+        if not state.get("trains_text", True):
             self.drop_text()
         checkpoints.restore(checkpoint, self.components, self.optimizer)
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoints.read_state(checkpoint)["grad_scaler"])
+            self.scaler.load_state_dict(state["grad_scaler"])
         self.first_step = self.completed = self.saver.saved = checkpoint.step
 
     def text_components(self) -> list[adapters.Component]:
@@ -186,7 +194,8 @@ class Training:
         """Encode every prompt of the run once, and free the text encoders: nothing in them will change."""
         assert self.parts.text is not None
         asked = [self.options.validation.validation_prompt, ""] if self.pictures else []
-        with self.accelerator.autocast():
+        # frozen encoders have their dtype, and T5 keeps some of its weights in float32, where float16 overflows: autocast would undo that
+        with self.accelerator.autocast() if self.text_components() else contextlib.nullcontext():
             prompts = [prompt for source in self.sources for prompt in source.distinct_prompts()]
             self.book = self.parts.text.book([*prompts, *(prompt for prompt in asked if prompt is not None)], self.watch.check)
         self.parts.text = None
@@ -308,7 +317,7 @@ class Training:
         with contextlib.closing(progress):
             try:
                 for step in range(self.first_step, self.max_steps):
-                    if step >= self.text_steps and self.text_components():
+                    if step >= self.text_steps and self.text_components():  # a resumed run that stopped before it could
                         self.finish_text()
                     self.step(step, batches, progress)
                 self.saver.final(self.max_steps)
@@ -335,6 +344,8 @@ class Training:
             raise Stop(self._not_finite(step, by_slot["loss"]))
         self.peers.agree()
         rates = self.update(total, step)
+        if step + 1 == self.text_steps < self.max_steps and self.text_components():
+            self.finish_text()
         progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, **rates})
         if (step + 1) % run.checkpointing_steps == 0:
             self.saver.checkpoint(step + 1)
@@ -410,7 +421,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
                 runs.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
-            write_yaml(hub.without_token(as_table(options.without_once())), training.output_dir / "run.yaml")
+            saved = yaml_text(hub.without_token(as_table(options.without_once())))
+            adapter_files.write_atomically(training.output_dir / "run.yaml", saved.encode())
         peers.wait()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(hub.without_token(as_table(options))))
@@ -435,7 +447,8 @@ def main(options: TrainOptions) -> None:
     try:
         train(options, watch)
     except preparation.Planned as planned:
-        print(planned)
+        if str(planned):  # the main process's
+            print(planned)
     except Stop as stop:
         print(f"{'error' if stop.state == 'failed' else 'note'}: {stop.reason}", file=sys.stderr, flush=True)
         raise SystemExit(stop.exit_code) from None

@@ -30,6 +30,8 @@ from dreambooth import factored
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "adapters.json"
+DOCS = ROOT / "docs" / "adapters.md"
+MARK = "<!-- measured: python -m benchmarks.adapters -->"
 ROUNDS = 5
 THREADS = 1  # other programs on the machine then slow a run evenly
 
@@ -211,6 +213,7 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    write_table(report)
     print(f"{RESULTS.relative_to(ROOT)}, after {report['seconds']} s; others kept {load} cores busy")
 
 
@@ -220,6 +223,40 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
         if "factored" in by_program:
             by_program["ratio"] = {key: round(value / by_program["peft"][key], 3) for key, value in by_program["factored"].items()}
     return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The table of docs/adapters.md: seconds and bytes kept, of peft's forward and of this program's."""
+    lines = ["| model | layers | adapter | seconds: peft | here | kept for backward: peft | here |", "|---|---|---|---|---|---|---|"]
+    for model, by_layers in report["results"].items():
+        for layers, by_adapter in by_layers.items():
+            for adapter, found in by_adapter.items():
+                theirs, ours = found["peft"], found.get("factored", found["peft"])
+                if "tflop" in theirs:
+                    seconds = [f"{values['tflop']:.2f} TFLOP" for values in (theirs, ours)]
+                else:
+                    seconds = [f"{values['seconds']:.3g}" for values in (theirs, ours)]
+                kept = [f"{values['kept_mib']:,.0f} MiB" for values in (theirs, ours)]
+                lines.append(f"| {model} | {layers} | {adapter} | {seconds[0]} | {seconds[1]} | {kept[0]} | {kept[1]} |")
+    load = report["machine"]["others_busy_cores"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines.append("")
+    machine = report["machine"]
+    lines.append(
+        f"`python -m benchmarks.adapters`: forward and backward in float32 on {machine['threads']} thread of an {machine['processor']}, medians of "
+        f"{report['rounds']} rounds in turn; other programs kept {min(load):.1f} to {max(load):.1f} cores busy meanwhile, so that the seconds say "
+        f"little beyond the order; the bytes and operations are counted. {versions}."
+    )
+    return "\n".join(lines)
+
+
+def write_table(report: dict[str, Any]) -> None:
+    """Put the table between its marks in docs/adapters.md. Raises RuntimeError if they are not there once."""
+    text = DOCS.read_text(encoding="utf-8")
+    parts = text.split(MARK)
+    if len(parts) != 3:
+        raise RuntimeError(f"{DOCS.name} must have the mark {MARK} twice, has it {len(parts) - 1} times")
+    DOCS.write_text(f"{parts[0]}{MARK}\n{table(report)}\n{MARK}{parts[2]}", encoding="utf-8")
 
 
 def processor() -> str:

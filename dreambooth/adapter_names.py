@@ -37,15 +37,22 @@ class Base:
         """(component, module) of a key without its last part; None if there is no such layer. Raises ValueError if it could be two."""
         if stem in self.kohya:
             return self.kohya[stem]
-        stem = stem.replace(".base_layer", "")  # of an adapter that was put over another one
-        head, _, rest = stem.partition(".")
-        if not component and head in COMPONENTS:
-            component, stem = head, rest
-        stem = stem.removeprefix("base_model.model.").removeprefix("text_model.")
+        component, stem = _parted(stem, component)
         holders = [name for name in ([component] if component else self.layers) if stem in self.layers.get(name, {})]
         if len(holders) > 1:
             raise ValueError(" and ".join(holders))
         return (holders[0], stem) if holders else None
+
+
+def _parted(stem: str, component: str) -> tuple[str, str]:
+    """(component, "" if the key does not say it, module) of a key in diffusers' or peft's names."""
+    stem = stem.replace(".base_layer", "")  # of an adapter that was put over another one
+    head, _, rest = stem.partition(".")
+    if head == "diffusion_model" and component in ("", "unet"):  # what other programs call the UNet
+        return "unet", rest
+    if not component and head in COMPONENTS:
+        component, stem = head, rest
+    return component, stem.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
 _RAW_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
@@ -60,15 +67,16 @@ def own_place(stem: str, component: str) -> tuple[str, str] | None:
     """`Base.place` for a file without a base: (component, module) as far as the key itself tells; kohya's names stay as they are."""
     if found := next((own for prefix, own in _RAW_PREFIXES.items() if stem.startswith(prefix)), None):
         return found, stem
-    stem = stem.replace(".base_layer", "")
-    head, _, rest = stem.partition(".")
-    if not component and head in COMPONENTS:
-        component, stem = head, rest
-    stem = stem.removeprefix("base_model.model.").removeprefix("text_model.")
+    component, stem = _parted(stem, component)
     holders = (component,) if component else _TOPS.get(stem.partition(".")[0], ())
     if len(holders) > 1:
         raise ValueError(" and ".join(holders))
     return (holders[0], stem) if holders and stem else None
+
+
+def with_prefix(path: str, prefix: str) -> str:
+    """A text encoder's module behind `prefix`, `text_model.` or nothing; the projection of its output lies beside `text_model`, not in it."""
+    return path if path.startswith("text_projection") else f"{prefix}{path}"
 
 
 def is_raw(path: str) -> bool:
@@ -141,6 +149,7 @@ _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # What else such a key may belong to.
 FOREIGN = {
+    r"\.(oft_R\.weight|boft_[Rs]|hra_u)$": "OFT, BOFT or HRA, which turn weights; `bake` works it into a base, and infer.py draws with it",
     r"oft_|\.oft\b": "OFT, which no two programs store alike",
     r"boft_": "BOFT, which no two programs store alike",
     r"\bhra_": "HRA, which peft alone knows",
@@ -153,6 +162,20 @@ FOREIGN = {
     r"^(transformer|double_blocks|lora_transformer)": "a transformer (Stable Diffusion 3, Flux), not a UNet",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint, not an adapter",
 }
+
+
+_NAMED = re.compile(
+    r"(?P<start>.+\.)(?:(?P<plain>lora_[AB])\.(?P<one>[\w-]+)\.weight|(?P<other>lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?P<two>[\w-]+)(?:\.weight)?)"
+)
+
+
+def without_name(keys: Iterable[str]) -> dict[str, str]:
+    """Each key without the name that peft gave its adapter, where one and the same stands in all of them; else each as it is."""
+    found = {key: _NAMED.fullmatch(key) for key in keys}
+    names = {(match["one"] or match["two"]) if match else None for match in found.values()}
+    if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` has none
+        return {key: key for key in found}
+    return {key: f"{m['start']}{m['plain']}.weight" if m["plain"] else f"{m['start']}{m['other']}" for key, m in found.items() if m}
 
 
 def split(key: str) -> tuple[str, str] | None:

@@ -117,6 +117,8 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
         reader = _Reader(f"{where}: {component}.{path}", shape, path, configs.get(component, Settings()), guess)
         module = components.setdefault(component, {})[path] = reader.module(tensors)
         scales.setdefault(component, {})[path] = reader.scale(tensors, module.rank)
+        if not all(torch.isfinite(tensor).all() for tensor in vars(module).values() if isinstance(tensor, Tensor)):
+            raise UserError(f"{where}: {component}.{path} is not finite once its scale is worked in")
     for component, config in configs.items():
         peft_settings.check_whole(where, component, config, components[component], base.layers[component])
     return Adapter(components, header.metadata, scales)
@@ -124,7 +126,8 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
 
 def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
     """(what stands for the module, which of its tensors) for each key. Raises UserError if one is of no known layout."""
-    splits = {key: adapter_names.split(key) for key in shapes}
+    # a key with a `*` is of another program's embedding, whatever it ends in
+    splits = {key: None if "*" in key else adapter_names.split(plain) for key, plain in adapter_names.without_name(shapes).items()}
     if unknown := sorted(key for key, found in splits.items() if found is None):
         foreign = adapter_names.FOREIGN.items()
         what = next((f": {text}" for pattern, text in foreign if any(re.search(pattern, key) for key in unknown)), "")

@@ -63,8 +63,8 @@ def _weight(text: str) -> float | None:
 
 def split(word: str, where: str) -> tuple[Path, float]:
     """(file or folder, weight) of `FILE[:weight]`; what there is under the whole word wins. Raises UserError if the weight is none."""
-    head, colon, tail = word.rpartition(":")
-    if not colon or _exists(word) or "/" in tail:
+    head, _, tail = word.rpartition(":")
+    if not head or _exists(word) or "/" in tail:
         return Path(word), 1.0
     weight = _weight(tail)
     if weight is None and not _exists(head):
@@ -157,6 +157,10 @@ def _read(path: Path) -> list[AdapterSet]:
     names = [key.value for key, _ in root.value] if root else []  # YAML itself would take the last of two in silence
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{where}: the set {shown(str(twice)[:80])} is there twice")
+    for key, node in root.value if root else []:
+        fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if twice := next((field for field in fields if fields.count(field) > 1), None):
+            raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(twice)[:80])!r} twice")
     return [_set(f"{where}: set {shown(str(name)[:80])}", str(name), value) for name, value in content.items()]
 
 

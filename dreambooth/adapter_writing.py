@@ -33,7 +33,7 @@ def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype =
         prefix = "text_model." if component != "unet" else ""
         for path, module in modules.items():
             for name, tensor in _peft_tensors(module).items():
-                tensors[f"{component}.{_with_prefix(path, prefix)}.{name}"] = tensor
+                tensors[f"{component}.{adapter_names.with_prefix(path, prefix)}.{name}"] = tensor
         fields |= {f"{component}.{name}": value for name, value in _peft_fields(modules).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(fields, sort_keys=True), "dreambooth": json.dumps(dict(info), sort_keys=True)}
     return adapter_files.stable_bytes(_stored(tensors, dtype), metadata)
@@ -43,10 +43,6 @@ def _check_one_kind(component: str, modules: Mapping[str, Module]) -> None:
     kinds = sorted({deltas.kind(module) for module in modules.values()})
     if len(kinds) > 1 or kinds[0] in ("doha", "dokr"):
         raise UserError(f"{component} has {' and '.join(kinds)}, which peft's layout cannot hold; convert to LoRA, or write kohya's layout")
-
-
-def _with_prefix(path: str, prefix: str) -> str:
-    return path if path.startswith("text_projection") else f"{prefix}{path}"
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -204,7 +200,7 @@ def write_peft(adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.
         prefix = text_prefixes.get(component, "")
         tensors = {
             # peft itself takes `.weight` off and puts it back
-            f"base_model.model.{_with_prefix(path, prefix)}.{name.replace('lora_magnitude_vector.weight', 'lora_magnitude_vector')}": tensor
+            f"base_model.model.{adapter_names.with_prefix(path, prefix)}.{name.removesuffix('.weight') if 'magnitude' in name else name}": tensor
             for path, module in modules.items()
             for name, tensor in _peft_tensors(module).items()
         }

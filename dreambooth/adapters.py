@@ -56,7 +56,8 @@ class Plan:
     @property
     def alphas(self) -> dict[str, float]:
         """Alpha of the layers with ranks of their own: the same scale for all."""
-        return {layer: self.alpha * rank / self.rank for layer, rank in self.ranks.items()}
+        power = 0.5 if self.options.use_rslora else 1.0  # by the root of the rank is what rsLoRA divides
+        return {layer: self.alpha * (rank / self.rank) ** power for layer, rank in self.ranks.items()}
 
 
 def _lora(plan: Plan) -> LoraConfig:
@@ -188,13 +189,17 @@ def unet_targets(options: Adapter) -> tuple[str, ...]:
     return options.unet_layers() or _UNET_PRESETS[options.target_preset]
 
 
-def text_targets(layers: int, unused: int, options: Adapter | None = None) -> tuple[str, ...]:
-    """The same of a text encoder of so many layers, without the last `unused`, whose output nobody looks at."""
+def text_targets(layers: int, unused: int, options: Adapter | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None) -> tuple[str, ...]:
+    """The same of a text encoder of so many layers, without the last `unused`, whose output nobody looks at. `shapes` are of its layers by name,
+    which --text_encoder_layers is read against; without them its names must be those of single projections."""
     options = options or Adapter()
     ends = options.text_layers() or _TEXT_PRESETS[options.target_preset]
     if not unused:
         return ends
-    return tuple(f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}" for layer in range(layers - unused) for end in ends)
+    if shapes is None:
+        return tuple(f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}" for layer in range(layers - unused) for end in ends)
+    numbers = {layer: re.search(r"\blayers\.(\d+)\.", layer) for layer in layers_at(ends, shapes)}
+    return tuple(layer for layer, number in numbers.items() if number is None or int(number[1]) < layers - unused)
 
 
 def _is_part(part: str, name: str) -> bool:
@@ -224,6 +229,11 @@ def layers_at(targets: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> 
     return [layer for layer, shape in shapes.items() if len(shape) > 1 and f".{layer}".endswith(ends)]
 
 
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's layers by name."""
+    return {layer: tuple(m.weight.shape) for layer, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+
+
 def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[str, ...], *, seed: int) -> Component:
     """Freeze `model` and add a trainable adapter to every layer whose name ends with one of `targets`.
 
@@ -235,7 +245,7 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
     own_rank = is_text and options.text_encoder_rank is not None
     alpha = (options.text_encoder_alpha if is_text else None) or (rank if own_rank or options.lora_alpha is None else options.lora_alpha)
     dropout = options.text_encoder_dropout if is_text and options.text_encoder_dropout is not None else options.lora_dropout
-    shapes = {layer: tuple(m.weight.shape) for layer, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    shapes = shapes_of(model)
     ranks = {layer: by_part(options.ranks(), f"{name}.{layer}") for layer in layers_at(targets, shapes)}
     own_ranks = {layer: int(own) for layer, own in ranks.items() if own is not None and own != rank}
     kind = KINDS[options.adapter]
@@ -257,7 +267,7 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
 def inject_lora(
     name: str, model: torch.nn.Module, *, rank: int, alpha: float | None = None, dropout: float, targets: tuple[str, ...], seed: int
 ) -> Component:
-    """`inject` of plain LoRA."""
+    """`inject` of plain LoRA, for callers that have no options."""
     return inject(name, model, Adapter(rank=rank, lora_alpha=alpha, lora_dropout=dropout), targets, seed=seed)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dreambooth import adapter_files, adapter_formats, deltas, rotations
+from dreambooth import adapter_files, adapter_formats, adapter_names, deltas, rotations
 from dreambooth.adapter_formats import Adapter
 from dreambooth.deltas import LoHa, Lora, Module
 from dreambooth.errors import UserError
@@ -77,6 +77,10 @@ def is_worn(weight: Weight) -> bool:
     return any(weight.values()) or "" not in weight if isinstance(weight, Mapping) else bool(weight)
 
 
+def _worn(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    return {name: weight for name, weight in weights.items() if is_worn(weight)}
+
+
 # ---- live
 
 
@@ -116,7 +120,7 @@ def _tuners(model: nn.Module) -> dict[str, Any]:
 
 def _live_path(model: nn.Module, module: str) -> str:
     """Where a module is in this version's models: some have `text_model.` in front."""
-    return f"{_TEXT_PREFIX}{module}" if hasattr(model, "text_model") else module
+    return adapter_names.with_prefix(module, _TEXT_PREFIX if hasattr(model, "text_model") else "")
 
 
 def _lora_config(paths: list[str]) -> LoraConfig:
@@ -237,10 +241,12 @@ class _Dora:
             self.rows = (module.magnitude.to(weight.device) / lengths).reshape(-1, *[1] * (weight.ndim - 2))
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **others: Any) -> Tensor:
-        base, rows = module.get_base_layer(), self.rows.to(result.device, result.dtype)
+        base, rows = module.get_base_layer(), self.rows.to(result.device)
+        # rows are close to 1: bfloat16 would round them to 1 itself, and their difference from it keeps 8 bits of its own
+        beyond, rows = (rows - 1).to(result.dtype), rows.to(result.dtype)
         plain = F.linear(x, base.weight) if isinstance(base, nn.Linear) else base._conv_forward(x, base.weight, None)
         update = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        return result + ((rows - 1) * plain + rows * update) * module.scaling[active_adapter]
+        return result + (beyond * plain + rows * update) * module.scaling[active_adapter]
 
     def _added(self, module: Any, active_adapter: str) -> Tensor:
         """What the adapter adds to the base's own weight, which may have others merged into it already; in float32."""
@@ -359,21 +365,42 @@ class Stack:
     def add(self, name: str, adapter: Adapter | Rotations) -> None:
         self.adapters[name] = adapter
 
+    def attach_all(self, wanted: Iterable[Mapping[str, Weight]], how: Fusing = "auto") -> None:
+        """Put every adapter on the models that one of these sets of weights wears live, in the order in which they were added; none active.
+
+        Layers of several kinds lie one in another as they were attached, and sums are rounded in that order: so last bits are the same for all who
+        do this first, whatever they wear later, and which sets they leave to others.
+        """
+        live: set[str] = set()
+        for weights in wanted:
+            worn = _worn(weights)
+            if not self._is_fused(worn, how):
+                live |= worn.keys()
+        for name, adapter in self.adapters.items():
+            if name in live:
+                self._attach(name, adapter)
+        set_weights(self.models, {})
+
+    def _attach(self, name: str, adapter: Adapter | Rotations) -> None:
+        assert isinstance(adapter, Adapter)  # the others are fused
+        if not any(name in getattr(model, "peft_config", {}) for model in self.models.values()):
+            attach(self.models, adapter, name)
+
+    def _is_fused(self, names: Iterable[str], how: Fusing) -> bool:
+        dtype = next(iter(next(iter(self.models.values())).parameters())).dtype
+        return is_fused([self.adapters[name] for name in names], how, dtype)
+
     @contextlib.contextmanager
     def worn(self, weights: Mapping[str, Weight], how: Fusing = "auto") -> Iterator[None]:
         """Within the block the models wear the adapters named, at their weights; before and after it, none."""
-        worn = {name: weight for name, weight in weights.items() if is_worn(weight)}
-        dtype = next(iter(next(iter(self.models.values())).parameters())).dtype
-        if is_fused([self.adapters[name] for name in worn], how, dtype):
+        worn = _worn(weights)
+        if self._is_fused(worn, how):
             set_weights(self.models, {})
             with fused(self.models, [(self.adapters[name], weight) for name, weight in worn.items()]):
                 yield
             return
         for name in worn:
-            adapter = self.adapters[name]
-            assert isinstance(adapter, Adapter)  # the others are fused
-            if not any(name in getattr(model, "peft_config", {}) for model in self.models.values()):
-                attach(self.models, adapter, name)
+            self._attach(name, self.adapters[name])
         set_weights(self.models, worn)
         try:
             yield

@@ -79,7 +79,8 @@ def check(
     _raise(_wrong_kinds(configs, classes, name))
     _raise(_misfits(configs, name))
     if variant:
-        lacking = [part for part in classes if not any(f".{variant}." in path.name for path in weight_files(folder, part, variant))]
+        tag = re.compile(rf"\.{variant}[.-]")  # with a minus where a file is one of several
+        lacking = [part for part in classes if not any(tag.search(path.name) for path in weight_files(folder, part, variant))]
         if lacking:
             raise UserError(f"--variant: {shown(name)} has no {variant} weights of {', '.join(lacking)}; leave it out, or fetch them")
     _raise(_bad_weights(folder, configs, variant))

@@ -4,11 +4,13 @@ No model is built: a weight is found by its key, so that a folder keeps its keys
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +23,11 @@ from dreambooth.deltas import Module
 from dreambooth.errors import UserError
 from dreambooth.printable import shown
 
-Use = tuple[Adapter, float]  # an adapter and its weight
+if TYPE_CHECKING:
+    from dreambooth.rotations import Rotations  # brings peft, for which nothing else here waits
+
+Use = tuple["Adapter | Rotations", float]  # an adapter and its weight
+_Adapted = Callable[[Tensor], Tensor]  # a layer's weight, in float32 -> with an adapter in it
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
@@ -167,10 +173,10 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
 
 def _bake_part(folder: Path, part: str, variant: str | None, uses: Sequence[Use], target: Path, dtype: torch.dtype | None) -> list[str]:
     files = base_folders.weight_files(folder, part, variant)
-    changes: dict[str, list[tuple[Module, float]]] = {}
+    changes: dict[str, list[tuple[_Adapted, float]]] = {}
     for adapter, weight in uses:
-        for path, module in adapter.components.get(part, {}).items():
-            changes.setdefault(path, []).append((module, weight))
+        for path in adapter.components.get(part, {}):
+            changes.setdefault(path, []).append((_adapted(adapter, part, path), weight))
     if not changes and dtype is None and not (variant and len(files) > 1):
         _copy_folder(folder / part, variant, target)
         return []
@@ -200,12 +206,26 @@ def _bake_part(folder: Path, part: str, variant: str | None, uses: Sequence[Use]
     return notes
 
 
-def _changed(weight: Tensor, uses: Sequence[tuple[Module, float]], dtype: torch.dtype | None, key: str) -> Tensor:
+def _adapted(adapter: "Adapter | Rotations", part: str, path: str) -> _Adapted:
+    if isinstance(adapter, Adapter):
+        return functools.partial(deltas.adapted, adapter.components[part][path])
+
+    def turned(weight: Tensor) -> Tensor:
+        outputs, inputs, *kernel = weight.shape
+        layer = torch.nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=False) if kernel else torch.nn.Linear(inputs, outputs, bias=False)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return adapter.turned(part, path, layer)
+
+    return turned
+
+
+def _changed(weight: Tensor, uses: Sequence[tuple[_Adapted, float]], dtype: torch.dtype | None, key: str) -> Tensor:
     """The weight with the adapters in it, in `dtype` or its own."""
     wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
     if uses:
         base = weight.float()
-        weight = base + sum(deltas.adapted(deltas.scaled(module, scale), base) - base for module, scale in uses)
+        # the weight of an adapter is that of all that it changes, lengths of rows included: as pipelines draw with it
+        weight = base + sum(scale * (adapted(base) - base) for adapted, scale in uses)
     found = weight.to(wanted).contiguous()
     if found.is_floating_point() and not torch.isfinite(found).all():
         raise UserError(f"{key} is not finite in {str(wanted).removeprefix('torch.')}; give another --dtype")

@@ -27,6 +27,7 @@ _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepflo
 # Flags whose values say where things lie on this machine; those of the second line may be hub ids too.
 _PLACES = ("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "logging_dir", "resume_from_checkpoint")
 _PLACES_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name")
+_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
 _LARGEST_CARD = 2**20  # bytes
 _ANSWER_WITHIN = 10.0  # seconds
 
@@ -47,7 +48,16 @@ def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[s
     front: dict[str, Any] = {"library_name": "diffusers", **licence}
     if "pretrained_model_name_or_path" in ids:
         front["base_model"] = ids["pretrained_model_name_or_path"]
-    front["tags"] = ["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora", _TAGS[family]]
+    kind = _KINDS[options.adapter.adapter]
+    loads = options.adapter.adapter == "lora"  # in plain diffusers
+    front["tags"] = [
+        "text-to-image",
+        "diffusers",
+        options.adapter.adapter,
+        "dreambooth",
+        *(["template:sd-lora"] if loads else []),
+        _TAGS[family],
+    ]
     front["instance_prompt"] = prompt
     if pictures:
         front["widget"] = [{"text": drawn_prompt or prompt, "output": {"url": name}} for name in pictures]
@@ -55,18 +65,23 @@ def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[s
     gallery = [f"![picture {number}](./{quote(name)})" for number, name in enumerate(pictures)]
     if pictures and drawn_prompt:
         gallery.append(f"\nDrawn with the prompt: {_prose(drawn_prompt)}")
+    size = f" of rank {options.adapter.rank}" if options.adapter.adapter not in ("oft", "boft") else ""
     files = f"`{ADAPTER_NAME}` is the adapter."
+    if not loads:
+        files += f" Plain diffusers does not load {kind}: `infer.py --adapter {ADAPTER_NAME}` of the program that trained it does"
+        converted = f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
+        files += converted if options.adapter.adapter in ("loha", "lokr") else "."
     if options.adapter.output_kohya_format:
         files += f" `{KOHYA_NAME}` is the same one for ComfyUI, A1111, Forge and kohya's scripts."
     sections = [
         f"---\n{_yaml(front)}---",
         f"# {_prose(repository or table['output_dir'])}",
-        f"LoRA of rank {options.adapter.rank} for {_named(table, ids, 'pretrained_model_name_or_path')}, trained on photos of one subject "
+        f"{kind}{size} for {_named(table, ids, 'pretrained_model_name_or_path')}, trained on photos of one subject "
         "with [DreamBooth](https://arxiv.org/abs/2208.12242).",
         f"Trigger prompt: {_prose(prompt)}",
         "\n".join(gallery),
         "## Use",
-        _fenced(_example(options, table, ids, repository, family), "python"),
+        _fenced(_example(options, table, ids, repository, family), "python") if loads else "",
         files,
         "## Training",
         "\n".join(f"- {said}" for said in _parts(options, table, ids)),
@@ -109,6 +124,9 @@ def _example(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, 
     lines.append(f"pipeline = AutoPipelineForText2Image.from_pretrained({', '.join(arguments)})")
     if base.prediction_type:
         lines.append(f"settings = pipeline.scheduler.config | {{'prediction_type': {base.prediction_type!r}}}")
+        lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
+    if family == "if":  # the variance that the UNet predicts is not trained, and no longer fits
+        lines.append("settings = pipeline.scheduler.config | {'variance_type': 'fixed_small'}")
         lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
     lines.append("pipeline = pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')")
     lines.append(f"pipeline.load_lora_weights({repository or table['output_dir']!r}, weight_name={ADAPTER_NAME!r})")

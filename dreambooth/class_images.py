@@ -74,8 +74,6 @@ def precision_of(flag: str | None, device: torch.device) -> str:
     """`--prior_generation_precision` as one of fp32, fp16, bf16."""
     if flag is None:
         return "fp16" if device.type == "cuda" else "fp32"
-    if flag == "fp16" and device.type == "cpu":
-        raise UserError("--prior_generation_precision fp16 does not work on a CPU; leave it out, or use bf16")
     return "fp32" if flag == "no" else flag
 
 
@@ -180,7 +178,9 @@ def fill(
 
 def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
     """The options with seed and precision of the class images that are already there, where the flags leave them open."""
-    there = made_with(Path(prior.class_data_dir)) if prior.with_prior_preservation and prior.class_data_dir else {}
+    if not prior.with_prior_preservation:
+        return prior
+    there = made_with(Path(prior.class_data_dir)) if prior.class_data_dir else {}
     class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed or 0)
     precision = prior.prior_generation_precision or there.get("precision")
     return dataclasses.replace(prior, class_seed=class_seed, prior_generation_precision=precision)
@@ -199,7 +199,7 @@ def settings_of(prior: PriorPreservation, base: families.Base, fingerprint: str,
         steps=prior.class_inference_steps,
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=base.side,
+        side=made_with(Path(prior.class_data_dir)).get("side", base.side) if prior.class_data_dir else base.side,
         precision=precision_of(prior.prior_generation_precision, device),
     )
 
@@ -228,6 +228,8 @@ def make(folder: Path, settings: Settings, total: int, base: families.Base, peer
 
     if peers.on_main(lambda: is_complete(folder, settings, total)):
         return
+    if settings.precision == "fp16" and peers.accelerator.device.type == "cpu":
+        raise UserError("--prior_generation_precision fp16 does not work on a CPU; use bf16, or fp32 in a folder of its own")
     processes.make_folder(folder, _FLAG)
     told: list[str] = []
 

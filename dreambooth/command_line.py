@@ -168,11 +168,11 @@ def as_table(options: Any) -> dict[str, Any]:
     return table
 
 
-def write_yaml(table: dict[str, Any], path: Path) -> None:
-    """Save flags and their values in the form that --config reads."""
+def yaml_text(table: dict[str, Any]) -> str:
+    """Flags and their values in the form that --config reads."""
     import yaml
 
-    path.write_text(yaml.safe_dump(table, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 
 def adopt_local_rank(run: Run) -> None:

@@ -4,15 +4,14 @@ Imports no torch: `--help` and every message about a wrong flag come at once.
 """
 
 import dataclasses
-import math
-from pathlib import Path
 from typing import Literal
 
+from dreambooth import adapter_sets
+from dreambooth.errors import UserError
 from dreambooth.options import BaseModel
 from dreambooth.rules import named, require
 
 Dtype = Literal["fp32", "fp16", "bf16"]
-LARGEST_RANK = 1024  # of what the readers here take
 
 
 @dataclasses.dataclass
@@ -60,30 +59,16 @@ class NeededBase:
         return BaseModel(self.pretrained_model_name_or_path, revision=self.revision, variant=self.variant)
 
 
-def weighted(word: str) -> tuple[str, float]:
-    """FILE:WEIGHT as (file, weight); a word without a weight, or one that is a file as it stands, has 1."""
-    name, _, weight = word.rpartition(":")
-    if not name or _exists(word):
-        return word, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        return word, 1.0
-
-
-def _exists(word: str) -> bool:
-    try:
-        return Path(word).exists()
-    except (OSError, ValueError):  # a name that is too long, or no name
-        return False
-
-
 def _check_adapters(words: tuple[str, ...], least: int) -> None:
     require(len(words) >= least, f"--adapter: give {least} files or more, got {len(words)}")
     for word in words:
-        name, weight = weighted(word)
-        named("adapter", name)
-        require(math.isfinite(weight) and weight != 0, f"--adapter: the weight must be a number other than 0, got {word}")
+        named("adapter", word)
+        try:
+            _, weight = adapter_sets.split(word, "--adapter")
+        except UserError as error:
+            require(False, str(error))
+        else:
+            require(weight != 0, f"--adapter: the weight must be a number other than 0, got {word}")
 
 
 def _check_file(output: str) -> None:
@@ -92,7 +77,7 @@ def _check_file(output: str) -> None:
 
 
 def _check_rank(rank: int | None) -> None:
-    require(rank is None or 1 <= rank <= LARGEST_RANK, f"--rank must be from 1 to {LARGEST_RANK}, got {rank}")
+    require(rank is None or rank >= 1, f"--rank must be at least 1, got {rank}")
 
 
 @dataclasses.dataclass

@@ -142,17 +142,6 @@ def adapted(module: Module, weight: Tensor) -> Tensor:
     return changed * (module.magnitude / lengths).reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def scaled(module: Module, weight: float) -> Module:
-    """The module whose dW is `weight` times as large; a magnitude stays."""
-    if isinstance(module, Lora):
-        return dataclasses.replace(module, up=module.up * weight)
-    if isinstance(module, LoHa):
-        return dataclasses.replace(module, w1a=module.w1a * weight)
-    if module.w1 is not None:
-        return dataclasses.replace(module, w1=module.w1 * weight)
-    return dataclasses.replace(module, w1a=None if module.w1a is None else module.w1a * weight)
-
-
 def as_lora(module: Module) -> Lora:
     """The same dW as a LoRA, exactly.
 
@@ -162,6 +151,10 @@ def as_lora(module: Module) -> Lora:
     if isinstance(module, Lora):
         return module
     if isinstance(module, LoHa):
+        outputs, *inner = shape(module)
+        if module.rank * module.w2b.shape[0] >= (largest := min(outputs, math.prod(inner))):
+            # the products would be larger than dW itself: many gigabytes of a wide convolution, for ranks that dW cannot have
+            return dataclasses.replace(extract(delta(module), largest)[0], magnitude=module.magnitude)
         columns1, rows1 = _columns_and_rows(module.w1a, module.w1b, module.t1)
         columns2, rows2 = _columns_and_rows(module.w2a, module.w2b, module.t2)
         down = (rows1[:, None] * rows2[None]).flatten(0, 1)

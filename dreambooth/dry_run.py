@@ -22,7 +22,7 @@ def table(options: TrainOptions, base: families.Base) -> str:
             targets = adapters.unet_targets(options.adapter)
             if name != "unet":
                 unused = families.unused_layers(base.family, name, options.text)
-                targets = adapters.text_targets(families.text_layers(base, name), unused, options.adapter)
+                targets = adapters.text_targets(families.text_layers(base, name), unused, options.adapter, adapters.shapes_of(model))
             components.append(adapters.inject(name, model, options.adapter, targets, seed=0))
         adapter = sum(parameter.numel() for component in components for _, parameter in component.named_parameters())
         return f"{adapters.describe(components)}\nadapter file {4 * adapter / 2**20:.2f} MiB"

@@ -135,14 +135,13 @@ class Base:
     def fingerprint(self) -> str:
         """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
         digest = hashlib.sha256()
-        folders = {part: self.folder / part for part in (*self.family.text, "unet", "vae", "scheduler")}
+        folders = {part: self.folder / part for part in (*self.family.text, "unet", *(["vae"] if self.family.has_vae else []), "scheduler")}
         if self.own_vae:
             folders["vae"] = self.own_vae
         for part, folder in folders.items():
-            files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-            of_variant = [f for f in files if f".{self.options.variant}." in f.name]
-            plain = [f for f in files if f.name.count(".") == 1]  # other variants may lie beside the files that are loaded
-            files = [f for f in files if f.suffix == ".json"] + [f for f in (of_variant or plain) if f.suffix != ".json"]
+            files = sorted(folder.glob("*.json"))
+            if part != "scheduler":  # of the weights those that are loaded: others may lie beside them
+                files += base_folders.weight_files(folder.parent, folder.name, None if folder == self.own_vae else self.options.variant, kind=part)
             for path in files:
                 digest.update(f"{part}/{path.name}\n".encode())
                 with path.open("rb") as file:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dreambooth import adapter_files, deltas
 from dreambooth.adapter_contents import COMPONENTS, Adapter
-from dreambooth.deltas import Lora, Module
+from dreambooth.deltas import Module
 from dreambooth.errors import UserError
 
 Share = Mapping[str, float]
@@ -40,11 +40,6 @@ def _check_add_up(layer: str, own: Sequence[tuple[str, Module, float]]) -> None:
         if deltas.shape(other) != deltas.shape(one):
             shapes = f"{layer} of shape {deltas.shape(one)} in {first} and {deltas.shape(other)} in {name}"
             raise UserError(f"the adapters are for different bases: {shapes}")
-
-
-def largest_rank(adapter: Adapter) -> int:
-    """The largest rank of its LoRA modules; 0 if it has none."""
-    return max((module.rank for modules in adapter.components.values() for module in modules.values() if isinstance(module, Lora)), default=0)
 
 
 def shares(adapter: Adapter, kept: Share) -> dict[str, float]:

@@ -22,6 +22,11 @@ Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
 
+# Flags that say nothing without another one.
+_OF_VALIDATION = ("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler", "skip_final_inference")
+_OF_PRIOR = ("class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images", "class_guidance_scale", "class_inference_steps", "class_seed")
+_OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+
 # What a flag that was left out is, by family of the base.
 _DEFAULTS: dict[str, dict[str, float]] = {
     "sd": {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
@@ -178,7 +183,7 @@ class Optimization:
     learning_rate: float | None = None
     """Learning rate. None is 5e-4, for Stable Diffusion XL 1e-4, with Prodigy 1."""
     text_encoder_lr: float | None = None
-    """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it must be --learning_rate."""
+    """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it is always --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by gradient accumulation x batch size x processes."""
     lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "constant"
@@ -241,12 +246,6 @@ class Optimization:
             ("schedule-free", "schedulefree", "schedule-free"),
         ):
             require_package(self.optimizer == name, flag, package, f"pip install '.[{extra}]'")
-        if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
-            same = self.text_encoder_lr == (1.0 if self.learning_rate is None else self.learning_rate)
-            require(
-                same,
-                f"--text_encoder_lr must be --learning_rate with --optimizer prodigy, which finds one step size for all; got {self.text_encoder_lr}",
-            )
         if self.optimizer == "schedule-free":
             fits = self.lr_scheduler in ("constant", "constant_with_warmup")
             require(fits, f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}")
@@ -399,6 +398,8 @@ class TrainOptions:
     reports: Reports = dataclasses.field(default_factory=Reports)
 
     def __post_init__(self) -> None:
+        one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates().values())
+        require(one_rate, "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one")
         for name in ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers"):
             given = getattr(self.adapter, name)
             require(given is None or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
@@ -411,14 +412,22 @@ class TrainOptions:
         """What is odd about the flags but no error."""
         notes = []
         prior = self.prior
-        if not prior.with_prior_preservation:
-            for name in ("class_data_dir", "class_prompt"):
-                if getattr(prior, name):
-                    notes.append(f"You need not use --{name} without --with_prior_preservation.")
-        elif prior.class_prompt and prior.class_prompt.strip() == self.instance.instance_prompt.strip():
+        if prior.with_prior_preservation and prior.class_prompt and prior.class_prompt.strip() == self.instance.instance_prompt.strip():
             notes.append("--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways.")
-        if self.optimization.text_encoder_lr is not None and not self.text.train_text_encoder:
-            notes.append("You need not use --text_encoder_lr without --train_text_encoder.")
+        for group, names, has_it, needed in (
+            (self.optimization, ("text_encoder_lr", "adam_weight_decay_text_encoder"), self.text.train_text_encoder, "--train_text_encoder"),
+            (self.text, ("train_text_encoder_frac",), self.text.train_text_encoder, "--train_text_encoder"),
+            (self.validation, _OF_VALIDATION, self.validation.validation_prompt is not None, "--validation_prompt"),
+            (prior, _OF_PRIOR, prior.with_prior_preservation, "--with_prior_preservation"),
+            (self.optimization, _OF_PRODIGY, self.optimization.optimizer == "prodigy", "--optimizer prodigy"),
+            (self.instance, ("cache_dir", "dataset_config_name"), self.instance.dataset_name is not None, "--dataset_name"),
+        ):
+            for name in names:
+                if not has_it and getattr(group, name) != type(group).__dataclass_fields__[name].default:
+                    notes.append(f"You need not use --{name} without {needed}.")
+        other_rate = self.optimization.text_encoder_lr not in (None, self.optimization.learning_rate or 1.0)
+        if self.optimization.optimizer == "prodigy" and self.text.train_text_encoder and other_rate:
+            notes.append("Prodigy has one step size for all: the text encoder is trained with --learning_rate, not --text_encoder_lr.")
         if self.optimization.optimizer == "adafactor":
             notes.append("Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers.")
         if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
@@ -442,12 +451,11 @@ class TrainOptions:
         one = 1.0 if o.optimizer == "prodigy" else None
         rate = pick(o.learning_rate, one, defaults["learning_rate"])
         decay = pick(o.adam_weight_decay, defaults["adam_weight_decay"])
-        optimization = dataclasses.replace(
-            o,
-            learning_rate=rate,
-            text_encoder_lr=pick(o.text_encoder_lr, rate if one else defaults.get("text_encoder_lr"), rate),
-            adam_weight_decay=decay,
-            adam_weight_decay_text_encoder=pick(o.adam_weight_decay_text_encoder, defaults.get("adam_weight_decay_text_encoder"), decay),
-        )
+        optimization = dataclasses.replace(o, learning_rate=rate, adam_weight_decay=decay)
+        if self.text.train_text_encoder:
+            # Prodigy has one step size for all
+            optimization.text_encoder_lr = rate if one else pick(o.text_encoder_lr, defaults.get("text_encoder_lr"), rate)
+            own_decay = o.adam_weight_decay_text_encoder
+            optimization.adam_weight_decay_text_encoder = pick(own_decay, defaults.get("adam_weight_decay_text_encoder"), decay)
         instance = dataclasses.replace(self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"])))
         return dataclasses.replace(self, instance=instance, optimization=optimization)

@@ -6,11 +6,12 @@ Whoever made the file wrote it: nothing of it goes into another package's constr
 import dataclasses
 import json
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.adapter_contents import Shape
+from dreambooth.adapter_contents import COMPONENTS, Shape
 from dreambooth.deltas import Module
 from dreambooth.errors import UserError
 from dreambooth.printable import shown
@@ -44,22 +45,40 @@ def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return default
 
 
+_SCALES = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
 def of_file(where: str, beside: Path | None, metadata: Mapping[str, str], components: set[str]) -> dict[str, Settings]:
-    """Settings for each component that the file's `metadata`, or peft's file `beside` it, says something about."""
+    """Settings for each component that the file's `metadata`, or peft's file `beside` it, says something about.
+
+    Raises UserError if they are damaged, or describe a part that is not among `components`: half an adapter, or scales that nobody would apply.
+    """
     if beside:
         try:
-            text = beside.read_text(encoding="utf-8") if beside.stat().st_size <= 4 * 2**20 else ""
+            info = beside.stat()
+            if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+                raise UserError(f"{shown(beside)} is not a regular file")
+            if info.st_size > 4 * 2**20:
+                raise UserError(f"{shown(beside)}: {info.st_size:,} bytes are no settings of an adapter")
+            text = beside.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{shown(beside)} cannot be read ({shown(' '.join(str(error).split()))})") from None
         fields = _json_table(shown(beside), text)
         return {component: _settings(shown(beside), fields) for component in components}
     content = _json_table(f"{where}: its metadata about the LoRA", metadata.get("lora_adapter_metadata", "{}"))
-    configs = {}
-    for component in components:
-        start = f"{component}."
-        if fields := {name.removeprefix(start): value for name, value in content.items() if name.startswith(start)}:
-            configs[component] = _settings(f"{where}: its metadata about {component}", fields)
-    return configs
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        owner, _, field = name.rpartition(".")
+        parts.setdefault(owner, {})[field] = value
+    if parts.keys() == {""} and len(components) == 1:  # `save_lora_adapter` of diffusers' models: neither keys nor fields say the component
+        parts = {next(iter(components)): parts[""]}
+    for owner, fields in parts.items():
+        if owner in COMPONENTS and owner not in components:
+            raise UserError(f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole")
+        if owner not in components and (scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]):
+            of = " and ".join(sorted(components))
+            raise UserError(f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of {of}: its scale is in doubt")
+    return {owner: _settings(f"{where}: its metadata about {owner}", fields) for owner, fields in parts.items() if owner in components}
 
 
 def _json_table(what: str, text: str) -> dict[str, Any]:
@@ -73,6 +92,7 @@ def _json_table(what: str, text: str) -> dict[str, Any]:
 
 
 _KINDS = ("LORA", "LOHA", "LOKR")
+_MOST_PATTERNS = 5_000  # more than there are layers; every layer is compared with each
 # Settings of peft under which tensors mean something else. Any value but false, none and empty is refused.
 _CHANGE_MEANING = (
     *("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config"),
@@ -112,8 +132,8 @@ def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
                 raise wrong(name, rule)
             values[field] = fields[name]
         pattern = fields.get(f"{field}_pattern") or {}
-        if not isinstance(pattern, dict) or not all(is_right(value) for value in pattern.values()):
-            raise wrong(f"{field}_pattern", f"a table of names, each with {rule}")
+        if not isinstance(pattern, dict) or len(pattern) > _MOST_PATTERNS or not all(is_right(value) for value in pattern.values()):
+            raise wrong(f"{field}_pattern", f"a table of at most {_MOST_PATTERNS:,} names, each with {rule}")
         plain = {re.sub(r"\\\.", ".", key).removesuffix("$"): value for key, value in pattern.items()}
         if odd := [key for key in plain if not re.fullmatch(r"\^?[\w.-]+", key)]:
             raise UserError(f"{where} has the pattern {ascii(odd[0])[:80]} in {field}_pattern; only names of layers are read")

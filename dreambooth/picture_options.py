@@ -110,6 +110,7 @@ class InferOptions:
         has_adapters = bool(self.adapter or self.adapters_file)
         require(has_adapters or not self.compare, "--compare needs an --adapter to compare with the base")
         require(has_adapters or self.sweep is None, "--sweep needs an --adapter whose weight it changes")
+        require(has_adapters or self.fuse == "auto", "--fuse needs an --adapter to work into the weights, or to leave beside them")
         weights = "--adapter_weights needs --adapter; in --adapters_file a set has `weights` of its own"
         require(bool(self.adapter) or not self.adapter_weights, weights)
         self.factors()

@@ -120,14 +120,14 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     options = options.completed(base.family.key)
     _check_base(options, base)
     tokenizers = families.load_tokenizers(base)
-    _check_prompts(options, base, tokenizers, own_captions)
-    if options.adapter.dry_run:
-        raise Planned(dry_run.table(options, base))
+    caption_notes += _check_prompts(options, base, tokenizers, own_captions)
     first_adapter, first_digest, adapter_notes = read_init_adapter(options, base)
     said_of_photos = [*photo_set.notes, *instance.notes, *caption_notes, *_size_notes(instance, options, base)]
     for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *processes.notes()]:
         report.say(accelerator, f"note: {note}")
 
+    if options.adapter.dry_run:
+        raise Planned(dry_run.table(options, base) if peers.is_main else "")
     processes.make_folder(output_dir, "--output_dir")
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
         report.say(accelerator, f"note: {note}")
@@ -153,7 +153,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     def identity(sources: list[Source]) -> dict[str, Any]:
         pictures = {source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources}
         slots = run.gradient_accumulation_steps * peers.world
-        start = checkpoint.identity.get("start") if checkpoint else first_digest
+        start = checkpoint.identity.get("start") if checkpoint and first_digest is None else first_digest
         return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, captions=own_captions, max_steps=max_steps, start=start)
 
     def check(mine: Mapping[str, Any]) -> list[str]:
@@ -214,23 +214,34 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         raise UserError("\n".join(problems))
 
 
-def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
-    """What is wrong with the flags that name layers: names that no layer has."""
-    adapter, problems, trained = options.adapter, [], []
+def _trained_layers(options: TrainOptions, base: families.Base) -> dict[str, tuple[dict[str, tuple[int, ...]], list[str]]]:
+    """By component that is trained: (shapes of its layers by name, names of those that get an adapter)."""
+    adapter, found = options.adapter, {}
     for component, shapes in base.layers().items():
         is_text = component != "unet"
         if is_text and not (options.text.train_text_encoder and base.family.trains_text):
             continue
         layers = {layer.removeprefix("text_model."): shape for layer, shape in shapes.items()}
-        unused = families.unused_layers(base.family, component, options.text) if is_text else 0
-        targets = adapters.text_targets(families.text_layers(base, component), unused, adapter) if is_text else adapters.unet_targets(adapter)
-        named, flag = (adapter.text_layers(), "--text_encoder_layers") if is_text else (adapter.unet_layers(), "--lora_layers")
+        targets = adapters.unet_targets(adapter)
+        if is_text:
+            unused = families.unused_layers(base.family, component, options.text)
+            targets = adapters.text_targets(families.text_layers(base, component), unused, adapter, layers)
+        found[component] = layers, adapters.layers_at(targets, layers)
+    return found
+
+
+def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
+    """What is wrong with the flags that name layers: names that no layer has."""
+    adapter, problems, trained = options.adapter, [], []
+    for component, (layers, found) in _trained_layers(options, base).items():
+        named, flag = (adapter.unet_layers(), "--lora_layers") if component == "unet" else (adapter.text_layers(), "--text_encoder_layers")
         ends = sorted({".".join(words[-n:]) for layer, shape in layers.items() if len(shape) > 1 for words in [layer.split(".")] for n in (1, 2)})
         for target in named or ():
             if not adapters.layers_at((target,), layers):
                 near = difflib.get_close_matches(target, ends, n=3)
                 problems.append(f"{flag}: no layer of {component} ends with {target}" + (f"; there are {', '.join(near)}" if near else ""))
-        found = adapters.layers_at(targets, layers)
+        if not found and not problems:
+            problems.append(f"{flag}: all of these layers of {component} come after the last one whose output is used")
         trained += [f"{component}.{layer}" for layer in found]
         if kernels := [layer for layer in found if max(layers[layer][2:], default=1) > 1 and adapter.adapter == "oft"]:
             problems.append(f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, which --adapter oft cannot rotate")
@@ -240,14 +251,18 @@ def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
     return problems
 
 
-def _check_prompts(options: TrainOptions, base: families.Base, tokenizers: Sequence[PreTrainedTokenizerBase], own: Mapping[str, str]) -> None:
+def _check_prompts(options: TrainOptions, base: families.Base, tokenizers: Sequence[PreTrainedTokenizerBase], own: Mapping[str, str]) -> list[str]:
+    """Notes on captions that do not fit. Raises UserError for prompts that do not."""
     asked = {
         "--instance_prompt": options.instance.instance_prompt,
         "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
         "--validation_prompt": options.validation.validation_prompt,
-        **{f"the caption of {name}": caption for name, caption in own.items()},
     }
-    prompts.check(tokenizers, asked, families.max_tokens(base, options.text))
+    limit = families.max_tokens(base, options.text)
+    prompts.check(tokenizers, asked, limit)
+    # captions are many, and often somebody else's: those are cut, as they always were
+    cut = [shown(name) for name, caption in own.items() if any(prompts.words_cut(tokenizer, caption, limit) for tokenizer in tokenizers)]
+    return [f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"] if cut else []
 
 
 def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.Base) -> list[str]:
@@ -265,7 +280,10 @@ def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[Adapt
     if options.adapter.init_adapter is None:
         return {}, None, []
     path = Path(options.adapter.init_adapter)
-    adapter = adapter_formats.read(path, base.layers())
+    try:
+        adapter = adapter_formats.read(path, base.layers())
+    except UserError as error:
+        raise UserError(f"--init_adapter: {error}") from None
     wanted = "dora" if options.adapter.use_dora else options.adapter.adapter
     if (kinds := list(adapter.kinds)) != [wanted]:
         raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {wanted}")
@@ -275,8 +293,14 @@ def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[Adapt
             ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key})
             own = (options.adapter.text_encoder_rank if component != "unet" else None) or options.adapter.rank
             if ranks != [own] and not options.adapter.rank_pattern:
-                flag = "--rank" if own == options.adapter.rank else "--text_encoder_rank"
+                flag = "--rank" if component == "unet" else "--text_encoder_rank"
                 raise UserError(f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; give the same as {flag}")
+    for component, (_, layers) in _trained_layers(options, base).items():
+        if component in adapter.components and (other := sorted(adapter.components[component].keys() ^ set(layers))):
+            counts = f"{len(adapter.components[component])} layers of {component} and this run trains {len(layers)}"
+            raise UserError(
+                f"--init_adapter: {shown(path)} has {counts}, e.g. only one of them has {other[0]}; give the same --target_preset or layers"
+            )
     has_text = any(component.startswith("text_encoder") for component in state)
     if has_text and not options.text.train_text_encoder:
         raise UserError(f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder")

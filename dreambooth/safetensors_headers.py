@@ -22,7 +22,8 @@ _BITS = (
     | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
     | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
 )
-_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+# `string_to_param.*` is of an embedding that lies in a bundle; whoever reads the file says what it is
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
 _LONGEST_KEY = 512
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it; such files can carry code",

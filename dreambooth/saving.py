@@ -70,6 +70,8 @@ class Saver:
         """(adapter file, tensors, state) of checkpoint-<step>."""
         around = runs.surroundings(threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options)
         state: dict[str, object] = {"seed": self.options.run.seed, "surroundings": around}
+        # a checkpoint of the very step at which they stop may be from before or after
+        state["trains_text"] = any(group["name"].startswith("text_encoder") for group in self.optimizer.param_groups)
         state["optimizer"] = optimizers.state_numbers(self.optimizer, self.names)
         if self.scaler.is_enabled():
             state["grad_scaler"] = self.scaler.state_dict()

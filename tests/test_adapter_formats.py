@@ -3,7 +3,9 @@
 import copy
 import importlib.util
 import json
+import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -405,6 +407,41 @@ def test_patterns_of_whole_names_are_read_as_peft_reads_them(adapted, base, tmp_
         assert torch.allclose(deltas.delta(modules[name]), wanted, atol=1e-6)
 
 
+def test_a_file_of_one_model_alone_has_its_alpha_without_a_prefix(adapted, base, tmp_path):
+    """`unet.save_lora_adapter` writes neither keys nor metadata with a component in front."""
+    model = copy.deepcopy(adapted("mixed ranks")["unet"])
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    model.save_lora_adapter(tmp_path)  # type: ignore[operator]
+    assert not any(key.startswith("unet.") for key in load((tmp_path / adapter_files.ADAPTER_NAME).read_bytes()))
+    expect_same_deltas(adapter_formats.read(tmp_path, base), {"unet": adapted("mixed ranks")["unet"]})
+
+
+@pytest.mark.parametrize("name", ["default_0", "my_dog", "weight-2"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_any_one_name_of_the_adapter_in_all_keys_is_taken_off(name, kind, adapted, base, tmp_path):
+    models = adapted(kind)
+    parts = r"lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+"
+    tensors = {re.sub(rf"\.({parts})(?=\.weight$|$)", rf".\1.{name}", key): tensor for key, tensor in peft_state(models).items()}
+    assert all(f".{name}" in key for key in tensors)
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(peft_state(models), tmp_path / "b.safetensors")
+    found, wanted = (adapter_formats.read(tmp_path / f"{file}.safetensors", base) for file in "ab")
+    assert adapter_formats.write_kohya(found, "sd1", {}) == adapter_formats.write_kohya(wanted, "sd1", {})
+    (key, tensor) = next(iter(tensors.items()))
+    other = {k: t for k, t in tensors.items() if k != key} | {key.replace(f".{name}", ".another"): tensor}
+    save_file(other, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="belong to no kind of adapter"):
+        adapter_formats.read(tmp_path / "a.safetensors", base)
+
+
+def test_the_unet_is_diffusion_model_in_files_of_other_programs(adapted, base, tmp_path):
+    models = {"unet": adapted("lora")["unet"]}
+    tensors = {key.replace("unet.", "diffusion_model.", 1): tensor for key, tensor in peft_state(models).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with_base, without = adapter_formats.read(tmp_path / "a.safetensors", base), adapter_formats.read(tmp_path / "a.safetensors")
+    assert with_base.components["unet"].keys() == without.components["unet"].keys() == {path for _, path in tuner_layers(models)}
+
+
 def test_a_run_folder_is_read_by_its_adapter(adapted, base, tmp_path):
     peft_file(tmp_path / adapter_files.ADAPTER_NAME, adapted("lora"))
     expect_same_deltas(adapter_formats.read(tmp_path, base), adapted("lora"))
@@ -653,6 +690,10 @@ def broken(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         tensors[f"{SOME}.alpha"] = torch.zeros(())
     elif case == "magnitude of inputs":
         tensors[f"{SOME}.dora_scale"] = torch.ones(1, 32)
+    elif case == "a bundled embedding":
+        tensors["bundle_emb.dog.string_to_param.*"] = torch.ones(2, 32)
+    elif case == "a star in a layer":
+        tensors |= {key.replace("to_k", "*"): tensor.clone() for key, tensor in tensors.items() if "to_k" in key}
     elif case == "whole numbers":
         tensors[a] = tensors[a].long()
     return tensors
@@ -674,6 +715,8 @@ REFUSALS = {
     "alpha 0": "alpha must be one number other than 0, up to a million",
     "magnitude of inputs": "lengths of inputs",
     "whole numbers": "whole numbers",
+    "a bundled embedding": r"e\.g\. bundle_emb\.dog\.string_to_param\.\*: an embedding \(textual inversion\)",
+    "a star in a layer": r"belong to no kind of adapter that is read here, e\.g\. .*\*",
 }
 
 
@@ -715,6 +758,12 @@ METADATA = {
     "trained biases": ('{"unet.r": 4, "unet.bias": "all"}', "bias = 'all'"),
     "a pattern": ('{"unet.r": 4, "unet.rank_pattern": {"(a+)+b": 4}}', "only names of layers are read"),
     "missing layers": ('{"unet.r": 4, "unet.target_modules": ["to_k", "conv1"]}', r"lacks \d+ of the \d+ layers of unet .*conv1"),
+    "half an adapter": (
+        '{"unet.r": 4, "unet.lora_alpha": 6, "text_encoder.r": 4, "text_encoder_2.r": 4}',
+        "has metadata about a text_encoder_2 and no tensor of it; the adapter is not whole",
+    ),
+    "no component": ('{"r": 4, "lora_alpha": 6}', "its metadata has r, which is for no part of this adapter of text_encoder and unet"),
+    "another component": ('{"unet.r": 4, "transformer.lora_alpha": 6}', r"its metadata has transformer\.lora_alpha, which is for no part"),
     "transposed": ('{"unet.fan_in_fan_out": true}', "fan_in_fan_out"),
 }
 
@@ -826,6 +875,30 @@ def test_ranks_of_exact_loras_are_products():
         assert (deltas.delta(deltas.as_lora(module)) - deltas.delta(module)).norm() <= 1e-6 * deltas.delta(module).norm()
 
 
+def test_no_step_of_an_exact_lora_is_larger_than_the_layer(monkeypatch):
+    """A LoHa of rank 64 on a wide convolution has 4096 products of ranks; written out, each with its kernel, they are gigabytes."""
+    draw = torch.Generator().manual_seed(0)
+    sizes: list[int] = []
+    for name in ("qr", "svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, measured(getattr(torch.linalg, name), sizes))
+    w1a, w2a = (torch.randn(20, 9, generator=draw) for _ in range(2))
+    w1b, w2b = (torch.randn(9, 10, 3, 3, generator=draw) for _ in range(2))
+    loha = LoHa(w1a, w1b, w2a, w2b, magnitude=torch.arange(20.0))
+    found = deltas.as_lora(loha)
+    assert found.rank == 20
+    assert found.magnitude is loha.magnitude
+    assert (deltas.delta(found) - deltas.delta(loha)).norm() <= 1e-6 * deltas.delta(loha).norm()
+    assert max(sizes) <= 20 * 10 * 9
+
+
+def measured(function: Callable[..., object], sizes: list[int]) -> Callable[..., object]:
+    def wrapped(tensor: torch.Tensor, *args: object, **others: object) -> object:
+        sizes.append(tensor.numel())
+        return function(tensor, *args, **others)
+
+    return wrapped
+
+
 def test_a_module_that_does_nothing_becomes_a_lora_that_does_nothing():
     lokr = LoKr(w1=torch.zeros(4, 5), w2=torch.ones(10, 10))
     assert not deltas.delta(deltas.as_lora(lokr)).any()
@@ -844,3 +917,25 @@ def test_a_shrunk_adapter_says_what_it_keeps(adapted, base, tmp_path):
     assert all(0.3 < share < 1 for share in kept.values())
     expected = len(tuner_layers({"unet": adapted("loha")["unet"]}))
     assert adapter_formats.table(small).splitlines()[1].split() == ["unet", "lora", str(expected), "2"]
+
+
+def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_path):
+    def written(up: float, **fields: Any) -> Path:
+        path = tmp_path / "a.safetensors"
+        tensors = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 64, 1, 1)}
+        tensors["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.full((64, 2, 1, 1), up)
+        about = {f"unet.{name}": value for name, value in fields.items()}
+        path.write_bytes(adapter_files.stable_bytes(tensors, {"lora_adapter_metadata": json.dumps(about)}))
+        return path
+
+    assert adapter_formats.read(written(1.0, r=2), base)
+    with pytest.raises(UserError, match="not finite once its scale is worked in"):
+        adapter_formats.read(written(1e35, r=2, lora_alpha=1e6), base)
+    with pytest.raises(UserError, match="at most 5,000 names"):
+        adapter_formats.read(written(1.0, r=2, rank_pattern={f"layer{n}": 2 for n in range(5001)}), base)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(written(1.0).read_bytes())
+    os.mkfifo(folder / "adapter_config.json")
+    with pytest.raises(UserError, match="is not a regular file"):
+        adapter_formats.read(folder, base)

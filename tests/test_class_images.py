@@ -14,9 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth import class_images, pipelines, sampling_order
+import generate_class_images
+from dreambooth import class_images, families, pipelines, sampling_order
 from dreambooth.class_images import Settings, file_name
+from dreambooth.command_line import parse
 from dreambooth.errors import UserError
+from dreambooth.options import BaseModel, PriorPreservation
+from dreambooth.picture_options import ClassImageOptions
 
 SETTINGS = Settings(base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=64, precision="fp32")
 FLAG = "--class_data_dir"
@@ -447,6 +451,24 @@ def test_precision_is_half_on_a_gpu_and_full_elsewhere(flag, device, expected):
     assert class_images.precision_of(flag, torch.device(device)) == expected
 
 
-def test_half_precision_on_a_cpu_is_refused():
+def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base, tmp_path, no_models):
+    """A whole set of it, from a machine with a GPU, is taken."""
+    words = ["--pretrained_model_name_or_path", str(tiny_base), "--class_prompt", "a dog", "--prior_generation_precision", "fp16"]
+    words += ["--class_data_dir", str(tmp_path / "set"), "--num_class_images", "2"]
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
-        class_images.precision_of("fp16", torch.device("cpu"))
+        generate_class_images.main(parse(ClassImageOptions, "", words))
+    base = families.find(BaseModel(str(tiny_base)))
+    settings = Settings(base.fingerprint(), "a dog", 0, 50, 7.5, 4, base.side, "fp16")
+    fill(tmp_path / "set", 2, settings=settings)
+    generate_class_images.main(parse(ClassImageOptions, "", words))
+
+
+def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
+    base = families.find(BaseModel(str(tiny_base)))
+    prior = PriorPreservation(with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(tmp_path / "set"), class_seed=0)
+    device = torch.device("cpu")
+    wanted = class_images.settings_of(prior, base, base.fingerprint(), device)
+    assert wanted is not None
+    assert wanted.side == base.side
+    fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
+    assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(wanted, side=128)

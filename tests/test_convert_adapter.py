@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import convert_adapter
-from dreambooth import adapter_files, adapter_formats, deltas, families, stops
+from dreambooth import adapter_files, adapter_formats, attach, deltas, families, stops
 from dreambooth.adapter_formats import Adapter
 from dreambooth.deltas import Lora
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel
 from tests.test_adapter_formats import ATTENTION, KINDS, Models, expect_same_deltas, outputs, peft_file, with_adapter
+from tests.test_infer import rotation_file
 
 ROOT = Path(__file__).parent.parent
 Modules = dict[str, dict[str, deltas.Module]]
@@ -354,12 +356,13 @@ def expect_same_pictures(baked: Path, base: Path, uses: list[tuple[Path, float]]
 @pytest.mark.parametrize("kind", ["lora", "locon", "dora", "loha cp", "lokr"])
 def test_a_baked_base_draws_what_base_and_adapter_draw(kind, native, tiny_base, tmp_path):
     base = ("--pretrained_model_name_or_path", tiny_base)
-    run("bake", f"{native(kind)}:0.7", *base, "--merge_to", tmp_path / "baked")
+    weight = 1.0 if kind == "dora" else 0.7  # at any other weight peft's own DoRA is another model
+    run("bake", f"{native(kind)}:{weight}", *base, "--merge_to", tmp_path / "baked")
     plain = native(kind)
     if kind.startswith(("loha", "lokr")):  # which plain diffusers does not load
         plain = tmp_path / "plain.safetensors"
         run("convert", native(kind), "--to", "lora", "--output", plain, *base)
-    expect_same_pictures(tmp_path / "baked", tiny_base, [(plain, 0.7)])
+    expect_same_pictures(tmp_path / "baked", tiny_base, [(plain, weight)])
 
 
 def test_a_baked_xl_draws_what_base_and_adapter_draw(xl_adapter, tiny_xl, tmp_path):
@@ -368,9 +371,47 @@ def test_a_baked_xl_draws_what_base_and_adapter_draw(xl_adapter, tiny_xl, tmp_pa
 
 
 def test_several_baked_adapters_add_up_dora_too(native, tiny_base, tmp_path):
-    words = [f"{native('dora')}:0.6", f"{native('lora')}:-0.4"]
+    words = [native("dora"), f"{native('lora')}:-0.4"]
     run("bake", *words, "--pretrained_model_name_or_path", tiny_base, "--merge_to", tmp_path / "baked")
-    expect_same_pictures(tmp_path / "baked", tiny_base, [(native("dora"), 0.6), (native("lora"), -0.4)])
+    expect_same_pictures(tmp_path / "baked", tiny_base, [(native("dora"), 1.0), (native("lora"), -0.4)])
+
+
+def expect_weights_of_infer(baked: Path, base: Path, layers: adapter_formats.Layers, adapter: Path, weight: float) -> None:
+    """The new base has the weights that infer.py draws with when it works the adapter in."""
+    pipeline, found = open_pipeline(base), open_pipeline(baked)
+    models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    changed = 0
+    before = {name: model.state_dict() for name, model in copy.deepcopy(models).items()}
+    with attach.fused(models, [(attach.read(adapter, layers), weight)]):
+        for name, model in models.items():
+            own = getattr(found, name).state_dict()
+            for key, tensor in model.state_dict().items():
+                change = tensor - before[name][key]
+                changed += bool(change.any())
+                assert (own[key] - tensor).norm() <= 1e-3 * change.norm(), key
+    assert changed > 10
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5, -2])
+def test_the_weight_of_a_baked_dora_is_that_of_all_it_changes(weight, native, layers, tiny_base, tmp_path):
+    run("bake", f"{native('dora')}:{weight}", "--pretrained_model_name_or_path", tiny_base, "--merge_to", tmp_path / "baked")
+    expect_weights_of_infer(tmp_path / "baked", tiny_base, layers, native("dora"), weight)
+
+
+@pytest.mark.parametrize("name", ["oft", "boft", "hra"])
+def test_what_turns_weights_is_shown_and_baked(name, layers, tiny_base, tmp_path, capsys):
+    path = rotation_file(open_pipeline(tiny_base), name, tmp_path / "turned.safetensors")
+    base = ("--pretrained_model_name_or_path", tiny_base)
+    run("inspect", path, *base)
+    shown = capsys.readouterr().out
+    assert re.search(rf"^unet +{name} +\d+  {8 if name == 'oft' else 4}$", shown, re.MULTILINE)
+    assert "fits" in shown
+    with pytest.raises(UserError, match=rf"is {name.upper()}, which turns weights: its own can be 1 only, got 0\.5"):
+        run("bake", f"{path}:0.5", *base, "--merge_to", tmp_path / "baked")
+    run("bake", path, *base, "--merge_to", tmp_path / "baked")
+    expect_weights_of_infer(tmp_path / "baked", tiny_base, layers, path, 1.0)
+    with pytest.raises(UserError, match=r"`bake` works it into a base, and infer\.py draws with it"):
+        run("convert", path, *base, "--to", "lora", "--output", tmp_path / "l.safetensors")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -534,14 +575,13 @@ def test_dora_is_not_merged(native, tmp_path):
         run("merge", native("lora"), native("dora"), "--output", tmp_path / "m.safetensors")
 
 
-def test_a_rank_beyond_what_is_read_is_refused(tmp_path):
+def test_an_exact_lora_of_any_rank_is_written_and_read(tmp_path):
     modules: Modules = {"unet": {"x.to_k": Lora(torch.ones(600, 8), torch.ones(8, 600))}}
     (tmp_path / "a.safetensors").write_bytes(adapter_formats.write_native(Adapter(modules, {}), {}))
-    words = ("merge", tmp_path / "a.safetensors", f"{tmp_path / 'a.safetensors'}:2", "--output", tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="the exact LoRA has rank 1200, and at most 1024 is read; give --rank"):
-        run(*words)
-    run(*words, "--rank", 4)
-    assert (tmp_path / "m.safetensors").exists()
+    run("merge", tmp_path / "a.safetensors", f"{tmp_path / 'a.safetensors'}:2", "--output", tmp_path / "m.safetensors")
+    found = adapter_formats.read(tmp_path / "m.safetensors")
+    assert found.components["unet"]["x.to_k"].rank == 1200
+    expect_close(found, {"unet.x.to_k": torch.full((8, 8), 1800.0)})
 
 
 def test_the_input_is_never_written_over(native, tmp_path):
@@ -613,8 +653,8 @@ def refusal(capsys, *words: object) -> str:
         ("convert a --to kohya --output b.safetensors --rank 4", "--rank is of --to lora; --to kohya keeps every rank"),
         ("merge a --output b.safetensors", "--adapter: give 2 files or more, got 1"),
         ("merge a b:0 --output c.safetensors", "the weight must be a number other than 0, got b:0"),
-        ("merge a b:nan --output c.safetensors", "the weight must be a number other than 0, got b:nan"),
-        ("resize a --rank 0 --output b.safetensors", "--rank must be from 1 to 1024, got 0"),
+        ("merge a b:nan --output c.safetensors", "--adapter: the weight of b must be a number from -100 to 100, got 'nan'"),
+        ("resize a --rank 0 --output b.safetensors", "--rank must be at least 1, got 0"),
         ("inspect a --variant fp16", "--variant is of a base; give --pretrained_model_name_or_path too"),
         ("bake a --pretrained_model_name_or_path b --variant ../x --merge_to c", "--variant must be letters and digits"),
     ],
@@ -624,21 +664,24 @@ def test_a_wrong_flag_is_one_message_and_status_2(words, message, capsys):
 
 
 def test_two_wrong_flags_are_two_lines(capsys):
-    message = refusal(capsys, "resize", "a", "--rank", 5000, "--output", "b")
+    message = refusal(capsys, "resize", "a", "--rank", 0, "--output", "b")
     assert "--rank must be" in message
     assert "--output must be" in message
 
 
-def test_weights_are_told_from_names(tmp_path, monkeypatch):
-    from dreambooth.convert_options import weighted
+def test_files_and_weights_are_told_apart_as_infer_does(native, layers, tmp_path, monkeypatch, capsys):
+    """What infer.py refuses is refused in the same words, and what is a file as it stands has the weight 1."""
+    from dreambooth import adapter_sets
 
+    for weight in ("1000", "nan"):
+        with pytest.raises(UserError) as theirs:
+            adapter_sets.split(f"b:{weight}", "--adapter")
+        assert str(theirs.value) in refusal(capsys, "merge", "a", f"b:{weight}", "--output", "c.safetensors")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a:2").write_text("")
-    assert weighted("a:2") == ("a:2", 1.0)
-    assert weighted("b:2") == ("b", 2.0)
-    assert weighted("b:-0.5") == ("b", -0.5)
-    assert weighted("C:/b") == ("C:/b", 1.0)
-    assert weighted("b") == ("b", 1.0)
+    Path("a:2.safetensors").write_bytes(native("lora").read_bytes())
+    run("merge", "a:2.safetensors", "a:2.safetensors:-0.5", "--output", "m.safetensors")
+    whole = all_deltas(adapter_formats.read(native("lora"), layers))
+    expect_close(adapter_formats.read(Path("m.safetensors"), layers), {name: 0.5 * delta for name, delta in whole.items()})
 
 
 def test_flags_come_from_a_file_too(native, tmp_path):

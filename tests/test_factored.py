@@ -1,6 +1,7 @@
 """LoHa and LoKr without a dense update: peft's outputs and gradients, from less; and peft itself wherever it is not that one adapter."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import adapters as adapters_benchmark
 from dreambooth import deltas
 from dreambooth.factored import use_factored_forward
 
@@ -385,3 +387,8 @@ def test_frozen_and_partly_frozen_adapters_pass_gradients_on():
 def test_layers_that_it_does_not_know_stay_pefts(layer):
     model = adapted(layer, KINDS["loha"](2))
     assert use_factored_forward(model) == []
+
+
+def test_the_page_on_adapters_has_the_figures_that_were_measured():
+    report = json.loads(adapters_benchmark.RESULTS.read_text())
+    assert adapters_benchmark.table(report) in adapters_benchmark.DOCS.read_text(encoding="utf-8")

@@ -353,3 +353,19 @@ def test_bases_of_other_shapes_are_refused_at_the_door(request, photos_dir, tmp_
     with pytest.raises(UserError, match=said):
         run_train(folder, photos_dir, tmp_path / "out", "--resolution", "16")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_fingerprint_is_of_the_weights_that_are_loaded(tiny_base, tmp_path):
+    """Those of a variant, in pieces, too: another base must not count as the same."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    pipeline.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="100KB")
+    pieces = sorted((tmp_path / "base" / "unet").glob("*.fp16-*.safetensors"))
+    assert len(pieces) > 1
+    base = families.find(BaseModel(str(tmp_path / "base"), variant="fp16"))
+    before = base.fingerprint()
+    data = bytearray(pieces[-1].read_bytes())
+    data[-1] ^= 1
+    pieces[-1].write_bytes(bytes(data))
+    assert base.fingerprint() != before
+    with pytest.raises(UserError, match=r"--variant: .* has no bf16 weights of unet, vae, text_encoder"):
+        families.find(BaseModel(str(tiny_base), variant="bf16"))

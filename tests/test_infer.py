@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,42 @@ def test_fused_equals_live(pipeline, layers):
     expect_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("path", ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"])
+def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeline):
+    """Lengths 0.3 % larger, as short runs train them: a factor that bfloat16 alone would round to 1."""
+    unet = pipeline.unet
+    weight = unet.get_submodule(path).weight.detach().clone()
+    near = Lora(torch.zeros(1, *weight.shape[1:]), torch.zeros(weight.shape[0], 1, *[1] * (weight.ndim - 2)), 1.003 * weight.flatten(1).norm(dim=1))
+    unet.to(torch.bfloat16)
+    layer = unet.get_submodule(path)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn((64, weight.shape[1]) if weight.ndim == 2 else (1, weight.shape[1], 8, 8), generator=draw).bfloat16()
+    stack = attach.Stack({"unet": unet})
+    stack.add("near", Adapter({"unet": {path: near}}, {}))
+    with torch.no_grad():
+        plain = layer(x).float()
+        with stack.worn({"near": 50.0}, "no"):  # far enough from the base for bfloat16 to show it
+            found = unet.get_submodule(path)(x).float() - plain
+    bias = layer.bias.float().reshape(-1, *[1] * (weight.ndim - 2)) if layer.bias is not None else 0
+    wanted = 50 * 0.003 * (plain - bias)
+    assert (found * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("how", ["no", "yes"])
+def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
+    """It lies beside `text_model`, not in it, in whichever version of transformers."""
+    base = families.find(BaseModel(str(tiny_xl)))
+    model = families.load_pipeline(base, torch.float32, torch.device("cpu")).text_encoder_2
+    weight = model.text_projection.weight.detach().clone()
+    adapter = Adapter({"text_encoder_2": {"text_projection": lora(tuple(weight.shape), torch.Generator().manual_seed(0))}}, {})
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    stack = attach.Stack({"text_encoder_2": model})
+    stack.add("projecting", adapter)
+    with stack.worn({"projecting": 0.5}, how), torch.no_grad():
+        found = model.text_projection(x)
+    expect_close(found, x @ (weight + 0.5 * deltas.delta(adapter.components["text_encoder_2"]["text_projection"])).T)
+
+
 def test_blocks_have_weights_of_their_own(pipeline, layers):
     """The longest part that fits holds, and nothing is multiplied twice."""
     adapter = adapter_of(layers, mixed)
@@ -380,6 +417,7 @@ def test_a_weight_is_split_off_unless_a_file_has_that_name(tmp_path):
     odd.mkdir()
     assert adapter_sets.split(str(odd), "--adapter") == (odd, 1.0)
     assert adapter_sets.split(f"{odd}:3", "--adapter") == (odd, 3.0)
+    assert adapter_sets.split(":2", "--adapter") == (Path(":2"), 1.0)  # not the folder that the script is started in
 
 
 def test_factors_are_for_all_or_for_one_by_name(tmp_path):
@@ -397,6 +435,22 @@ def test_factors_are_for_all_or_for_one_by_name(tmp_path):
     assert [(choice.name, choice.weight) for choice in found.choices] == [("dog", 0.5), ("my_cat", 1.0)]
     assert found.choices[0].weights() == {"": 0.5, "unet": 0.4, "text_encoder": 0.0}
     assert found.choices[1].weights(0.5) == {"": 0.5, "unet": 1.0, "text_encoder": 0.0, "unet.up_blocks": 1.5}
+
+
+def test_a_key_that_is_twice_in_a_set_is_refused(tmp_path):
+    path = tmp_path / "sets.yaml"
+    path.write_text("dog:\n  adapters: [my_dog]\n  prompts: a dog\n  adapters: [other]\n")
+    words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
+    with pytest.raises(UserError, match=r"sets\.yaml: set dog has 'adapters' twice"):
+        adapter_sets.of(parse(InferOptions, "", words))
+
+
+@pytest.mark.parametrize("how", ["yes", "no"])
+def test_fusing_needs_an_adapter(how, capsys):
+    with pytest.raises(SystemExit) as refused:
+        parse(InferOptions, "", ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--fuse", how])
+    assert refused.value.code == 2
+    assert "--fuse needs an --adapter" in capsys.readouterr().err
 
 
 def test_sets_come_from_a_file(tmp_path):
@@ -584,6 +638,50 @@ def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path):
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert {path.name for path in (tmp_path / "two").iterdir()} == {*names, ".lock"}
+
+
+def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, layers, tmp_path, monkeypatch):
+    """The second of two processes draws none of the first set: its layers must lie one in another as if it had."""
+    wide = {kind: adapter_of(layers, KINDS[kind]) for kind in ("loha", "lokr")}
+    for kind, adapter in wide.items():
+        (tmp_path / f"{kind}.safetensors").write_bytes(adapter_formats.write_native(adapter, {}))
+    sets = f"one: [{tmp_path}/loha.safetensors]\ntwo: [{tmp_path}/lokr.safetensors, {tmp_path}/loha.safetensors]\n"
+    (tmp_path / "sets.yaml").write_text(sets)
+    words = ["--adapters_file", str(tmp_path / "sets.yaml"), "--mixed_precision", "bf16"]
+    (_, second) = run(tiny_base, tmp_path / "alone", *words)
+    draw_all = infer.draw_all
+
+    def as_second(options, pipeline, base, arms, adapters, _, watch):
+        peers: Any = SimpleNamespace(world=2, rank=1, is_main=True)
+        return draw_all(options, pipeline, base, arms, adapters, peers, watch)
+
+    monkeypatch.setattr(infer, "draw_all", as_second)
+    monkeypatch.setattr(infer, "collect", lambda *_: None)  # of pictures that the first would have drawn
+    infer.main(parse(InferOptions, "", words_of(tiny_base, tmp_path / "second", *words)))
+    assert [path.name for path in (tmp_path / "second").glob("*.png")] == [second["file"]]
+    assert pixels(tmp_path / "second", [second]) == pixels(tmp_path / "alone", [second])
+
+
+@pytest.mark.parametrize("size", [(512, 384), (321, 200), (160, 160), (100, 90), (64, 64)])
+def test_the_sheet_is_that_of_the_pictures_at_full_size_and_holds_none_of_them(size, tmp_path, monkeypatch):
+    options = parse(InferOptions, "", words_of(Path("b"), tmp_path, "--seeds", "1", "2"))
+    noise = np.random.default_rng(0)
+    records = [{"file": f"{number}.png"} for number in range(2)]
+    images = [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in records]
+    for image, record in zip(images, records, strict=True):
+        image.save(tmp_path / record["file"])
+    wanted = pipelines.contact_sheet([("a dog", images)], ["seed 1", "seed 2"])
+    held: list[tuple[int, int]] = []
+    contact_sheet = pipelines.contact_sheet
+
+    def watched(rows, *args):
+        held.extend(image.size for _, own in rows for image in own)
+        return contact_sheet(rows, *args)
+
+    monkeypatch.setattr(pipelines, "contact_sheet", watched)
+    infer.collect(options, [infer.Arm("base", None, 0.0, 0, (("a dog", 1), ("a dog", 2)))], records)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "contact_sheet.png")), np.asarray(wanted))
+    assert all(max(own) <= 160 for own in held)
 
 
 def test_a_run_that_is_stopped_leaves_whole_pictures_and_no_list(tiny_base, tmp_path, monkeypatch):

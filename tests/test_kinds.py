@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from dreambooth import adapters
+from dreambooth import adapters, families
 from dreambooth.adapter_options import Adapter
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
@@ -178,6 +178,23 @@ def test_the_text_encoder_has_its_own_rank_alpha_and_layers(tiny_base, photos_di
     assert {tensor.shape[0] for key, tensor in state.items() if key.startswith("text_encoder.") and "lora_A" in key} == {2}
 
 
+def test_layers_of_the_text_encoder_that_are_not_used_are_left_out_however_they_are_named(tiny_xl, photos_dir, tmp_path):
+    """Of Stable Diffusion XL's first encoder the last layer changes nothing."""
+    words = ["--train_text_encoder", "--text_encoder_layers", "self_attn.q_proj,fc1", "--max_train_steps", "1", "--resolution", "64"]
+    state = load_file(run_train(tiny_xl, photos_dir, tmp_path, *words))
+    layers = {key.split(".lora_")[0] for key in state if key.startswith("text_encoder.")}
+    first = "text_encoder.text_model.encoder.layers"
+    assert layers == {f"{first}.{n}.{end}" for n in (0, 1) for end in ("self_attn.q_proj", "mlp.fc1")}
+    assert sum(key.startswith("text_encoder_2.") and "lora_A" in key for key in state) == 6
+
+
+def test_rslora_has_one_scale_for_all_ranks(tiny_base):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    options = Adapter(use_rslora=True, rank_pattern="to_q=16")
+    adapters.inject("unet", unet, options, adapters.unet_targets(options), seed=0)
+    assert {round(float(module.scaling["default"]), 6) for module in unet.modules() if hasattr(module, "scaling")} == {2.0}
+
+
 # --- without weights
 
 
@@ -258,3 +275,25 @@ def test_an_adapter_of_another_kind_is_not_started_from(tiny_base, photos_dir, t
         tiny_base, photos_dir, tmp_path / "again", "--adapter", "loha", "--init_adapter", str(tmp_path / "loha" / FILE), "--max_train_steps", "1"
     )
     assert again.is_file()
+
+
+def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(tiny_base, photos_dir, tmp_path, monkeypatch):
+    run_train(tiny_base, photos_dir, tmp_path / "wide", "--target_preset", "attn_ff", "--max_train_steps", "1")
+    run_train(tiny_base, photos_dir, tmp_path / "text", "--train_text_encoder", "--text_encoder_rank", "2", "--max_train_steps", "1")
+    monkeypatch.setattr(families, "load_parts", None)  # found before a model is loaded
+    with pytest.raises(UserError, match=r"--init_adapter: .*wide has 48 layers of unet and this run trains 32.*give the same --target_preset"):
+        run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", str(tmp_path / "wide"))
+    with pytest.raises(UserError, match=r"--init_adapter: .*text has text_encoder of rank 2; give the same as --text_encoder_rank"):
+        run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", str(tmp_path / "text"), "--train_text_encoder")
+    with pytest.raises(UserError, match=r"--init_adapter: .*nowhere: there is no such file"):
+        run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", "nowhere", "--dry_run")
+
+
+def test_another_start_is_no_way_to_resume(tiny_base, photos_dir, tmp_path):
+    words = ["--checkpointing_steps", "1"]
+    for seed in ("1", "2"):
+        run_train(tiny_base, photos_dir, tmp_path / seed, "--max_train_steps", "1", "--seed", seed)
+    run_train(tiny_base, photos_dir, tmp_path / "run", *words, "--max_train_steps", "1", "--init_adapter", str(tmp_path / "1"))
+    more = ["--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--init_adapter", str(tmp_path / "2")]
+    with pytest.raises(UserError, match=r"the adapter of --init_adapter was another one"):
+        run_train(tiny_base, photos_dir, tmp_path / "run", *words, *more)

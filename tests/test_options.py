@@ -475,7 +475,7 @@ def test_saved_options_are_read_back_equal(kind, words, tmp_path):
     """run.yaml of a run is the run."""
     wanted = command_line.parse(kind, "a script", words)
     path = tmp_path / "run.yaml"
-    command_line.write_yaml(command_line.as_table(wanted), path)
+    path.write_text(command_line.yaml_text(command_line.as_table(wanted)), encoding="utf-8")
     assert command_line.parse(kind, "a script", ["--config", str(path)]) == wanted
 
 
@@ -547,3 +547,37 @@ def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
 def test_interpolations_offered_are_the_reference_s():
     choices = typing.get_args(typing.get_type_hints(options.InstanceData)["image_interpolation_mode"])
     assert set(choices) == {"nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--text_encoder_lr", "1e-5"], "You need not use --text_encoder_lr without --train_text_encoder."),
+        (["--train_text_encoder_frac", "0.5"], "You need not use --train_text_encoder_frac without --train_text_encoder."),
+        (["--validation_steps", "5"], "You need not use --validation_steps without --validation_prompt."),
+        (["--class_seed", "5"], "You need not use --class_seed without --with_prior_preservation."),
+        (["--prodigy_beta3", "0.9"], "You need not use --prodigy_beta3 without --optimizer prodigy."),
+        (["--cache_dir", "x"], "You need not use --cache_dir without --dataset_name."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_flag_that_says_nothing_without_another_is_remarked_on(words, note):
+    assert command_line.parse(TrainOptions, "", [*TRAIN, *words]).notes() == [note]
+
+
+def test_completed_options_read_back_give_no_remarks():
+    """run.yaml is read again at every resume."""
+    for family in ("sd", "sdxl", "if"):
+        options = command_line.parse(TrainOptions, "", TRAIN).completed(family)
+        assert options.completed(family) == options
+        assert options.notes() == []
+
+
+def test_prodigy_has_one_learning_rate(monkeypatch, capsys):
+    pretend_everything_is_installed(monkeypatch)
+    words = [*TRAIN, "--optimizer", "prodigy", "--train_text_encoder", "--text_encoder_lr", "5e-6"]
+    options = command_line.parse(TrainOptions, "", words)
+    assert any("not --text_encoder_lr" in note for note in options.notes())
+    completed = options.completed("sdxl").optimization
+    assert (completed.learning_rate, completed.text_encoder_lr) == (1.0, 1.0)
+    assert "one step size for all parts" in refusal(TrainOptions, [*TRAIN, "--optimizer", "prodigy", "--lr_pattern", "mid_block=0.5"], capsys)

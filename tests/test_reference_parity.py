@@ -153,7 +153,7 @@ def test_documented_command_lines_are_taken(words, monkeypatch):
 
 
 def test_the_flags_of_the_xl_script_have_its_defaults():
-    ours = flat(parse(TrainOptions, "", TRAIN).completed("sdxl"))
+    ours = flat(parse(TrainOptions, "", [*TRAIN, "--train_text_encoder"]).completed("sdxl"))
     theirs: dict[str, Any] = {"resolution": 1024, "repeats": 1, "image_column": "image", "learning_rate": 1e-4, "text_encoder_lr": 5e-6}
     theirs |= {"adam_weight_decay": 1e-4, "adam_weight_decay_text_encoder": 1e-3}
     theirs |= dict.fromkeys(("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"), True)

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, locks, runs
+from dreambooth import adapter_files, adapter_formats, locks, runs
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
 from dreambooth.options import TrainOptions
@@ -244,7 +245,7 @@ def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_dr
         train.main(parse(TrainOptions, "", words))
     seed = json.loads((tmp_path / runs.IDENTITY).read_text())["flags"]["seed"]
     train.main(parse(TrainOptions, "", words))
-    assert json.loads(adapter_files.read(tmp_path / adapter_files.ADAPTER_NAME)[1]["dreambooth"])["seed"] == seed
+    assert adapter_files.recorded(adapter_formats.read(tmp_path).metadata)["seed"] == seed
 
 
 def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(finished, tiny_base, photos_dir, tmp_path):
@@ -296,15 +297,15 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
 def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir, tmp_path):
     """Without a step taken it is that adapter; and it is not where a run from nothing starts."""
     started = run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--learning_rate", "0", "--max_train_steps", "1")
-    (one, _), (other, _) = adapter_files.read(started), adapter_files.read(finished / adapter_files.ADAPTER_NAME)
-    assert all((one["unet"][key] == other["unet"][key]).all() for key in other["unet"])
-    assert any(tensor.any() for key, tensor in one["unet"].items() if "lora_B" in key)
+    one, other = load_file(started), load_file(finished / adapter_files.ADAPTER_NAME)
+    assert all((one[key] == other[key]).all() for key in other)
+    assert any(tensor.any() for key, tensor in one.items() if "lora_B" in key)
 
 
 def test_an_adapter_of_another_kind_is_no_start(finished, tiny_base, photos_dir, tmp_path, no_models):
     with pytest.raises(UserError, match="rank 4; give the same as --rank"):
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--rank", "8")
-    with pytest.raises(UserError, match="--init_adapter: there is no file"):
+    with pytest.raises(UserError, match=r"--init_adapter: .*missing: there is no such file"):
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(tmp_path / "missing"))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, objectives
+from dreambooth import adapter_files, adapter_formats, objectives
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
 from dreambooth.options import TrainOptions
@@ -56,7 +56,7 @@ def metrics(out: Path) -> list[dict]:
 
 def fill(path: Path, scale: float = 0.3) -> Path:
     """Give an adapter file updates large enough to see."""
-    state, metadata = load_file(path), adapter_files.read(path)[1]
+    state, metadata = load_file(path), adapter_formats.read(path).metadata
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor for key, tensor in state.items()}
     path.write_bytes(adapter_files.stable_bytes(state, metadata))

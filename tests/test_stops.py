@@ -11,7 +11,7 @@ import torch
 
 import generate_class_images
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, caches, checkpoints, class_images, pipelines, stops
+from dreambooth import adapter_files, adapter_formats, caches, checkpoints, class_images, pipelines, stops
 from dreambooth.command_line import parse
 from dreambooth.picture_options import ClassImageOptions
 from tests.test_scripts import digest, metrics, prior_words, run_train
@@ -63,8 +63,7 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(tiny_base, photos_dir, t
         "pid": 0,
         "host": "",
     }
-    _, metadata = adapter_files.read(tmp_path / adapter_files.ADAPTER_NAME)
-    assert json.loads(metadata["dreambooth"])["steps"] == 3
+    assert adapter_files.recorded(adapter_formats.read(tmp_path).metadata)["steps"] == 3
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
     assert status(tmp_path)["state"] == "finished"

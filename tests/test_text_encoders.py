@@ -16,6 +16,7 @@ from dreambooth import families
 from dreambooth.adapter_files import ADAPTER_NAME
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding
+from dreambooth.stops import Stop
 from tests.test_families import PROMPT, plain_clip
 from tests.test_scripts import digest, metrics, run_train
 
@@ -136,3 +137,25 @@ def test_the_text_encoder_has_a_learning_rate_of_its_own(tiny_base, tiny_xl, pho
     run_train(tiny_xl, photos_dir, tmp_path / "xl", "--train_text_encoder", "--max_train_steps", "1")
     (record,) = metrics(tmp_path / "xl")
     assert [record[name] for name in ("lr", "lr_text_encoder", "lr_text_encoder_2")] == [1e-4, 5e-6, 5e-6]  # the defaults of this family
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(moment, tiny_base, photos_dir, tmp_path, monkeypatch):
+    """Its checkpoint of that very step is from before the stop or from after it."""
+    words = ["--train_text_encoder", "--train_text_encoder_frac", "0.5", "--max_train_steps", "4", "--checkpointing_steps", "50", "--lora_alpha", "6"]
+    words += ["--num_threads", "1"]
+    whole = run_train(tiny_base, photos_dir, tmp_path / "whole", *words)
+    real = train.Training.finish_text
+
+    def cut(self):
+        if moment == "after":
+            real(self)
+        raise Stop("cut off", 75, "stopped")
+
+    monkeypatch.setattr(train.Training, "finish_text", cut)
+    with pytest.raises(SystemExit):
+        run_train(tiny_base, photos_dir, tmp_path / "cut", *words)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = run_train(tiny_base, photos_dir, tmp_path / "cut", *words, "--resume_from_checkpoint", "latest")
+    assert digest(resumed) == digest(whole)
