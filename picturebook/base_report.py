@@ -164,7 +164,13 @@ def safetensors_parameters(folder: Path) -> int:
     return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
 
 
-CARD = """# The embedded base
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+tags: [text-to-image]
+---
+
+# The embedded base
 
 A small Stable Diffusion (`UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`, CLIP tokenizer; v-prediction; 64 x 64 pixels, latents of
 4 x 16 x 16) that knows the drawn world of `picturebook/world.py`: eight kinds, eight colours, eight places, three accessories in six

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,13 @@ def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(moment, t
     assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = run_train(tiny_base, photos_dir, tmp_path / "cut", *words, "--resume_from_checkpoint", "latest")
     assert digest(resumed) == digest(whole)
+
+
+def test_long_captions_are_cut_off_with_a_remark(tiny_base, photos_dir, tmp_path, capsys):
+    """They are many, and often somebody else's; a prompt that was typed is refused instead."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos_dir, folder)
+    (folder / "photo-1.txt").write_text("a photo of a sks dog " + "in the snow " * 40)
+    words = ["--caption_column", "text", "--max_train_steps", "1"]
+    run_train(tiny_base, folder, tmp_path / "out", *words)
+    assert "1 captions are longer than 77 tokens and are cut off there: photo-1.png" in capsys.readouterr().out
