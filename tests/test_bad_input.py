@@ -521,7 +521,7 @@ bad("adapters", "metadata of another rank", of(kept, r=8), "has rank 4, and its 
 bad("adapters", "huge rank", of(kept, r=10**9), "has r = 1000000000; it must be a whole number over 0")
 bad("adapters", "alpha that is no number", of(kept, lora_alpha="1"), "has lora_alpha = '1'; it must be a number other than 0")
 bad("adapters", "infinite alpha", of(kept, lora_alpha=float("inf")), "has lora_alpha = inf; it must be a number other than 0")
-bad("adapters", "pattern that is no table", of(kept, rank_pattern=7), "has rank_pattern = 7; it must be a table of names")
+bad("adapters", "pattern that is no table", of(kept, rank_pattern=7), "has rank_pattern = 7; it must be a table of at most")
 bad("adapters", "pattern with an expression", of(kept, alpha_pattern={"(a+)+$": 1}), "in alpha_pattern; only names of layers are read")
 bad("adapters", "rsLoRA that is neither", of(kept, use_rslora="yes"), "has use_rslora = 'yes'; it must be true or false")
 bad("adapters", "DoRA without its lengths", of(kept, use_dora=True), "is of DoRA and has no magnitudes", "the adapter is not whole")
