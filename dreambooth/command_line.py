@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
@@ -49,6 +49,7 @@ def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -
         saved, rest = _take_config(kind, typed)
     except UserError as error:
         fail(error)
+    rest = _joined(kind, rest)
     help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):
         options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text)
@@ -104,6 +105,25 @@ def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return saved, rest
+
+
+def _joined(kind: type, words: list[str]) -> list[str]:
+    """The words, flags that take several values and stand there more than once brought together: `--adapter A --adapter B` is `--adapter A B`."""
+    several = {f"--{name}" for name, field in fields_of(kind).items() if get_origin(field.type) is tuple}
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    current: list[str] = others
+    for word in words:
+        flag, is_joined, value = word.partition("=")
+        if flag in several:
+            current = values.setdefault(flag, [])
+            current += [value] if is_joined else []
+        elif word.startswith("--"):
+            current = others
+            current.append(word)
+        else:
+            current.append(word)
+    return [*others, *(word for flag, found in values.items() for word in (flag, *found))]
 
 
 _LARGEST_CONFIG = 2**20

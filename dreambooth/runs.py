@@ -71,11 +71,15 @@ def identity(
     return json.loads(json.dumps(found))
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that make the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
+
 def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
     """What changes last bits but not the run."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     settings = {"tf32": options.run.allow_tf32, "xformers": options.run.enable_xformers_memory_efficient_attention}
-    return {"threads": threads, "device": device, **settings, **versions}
+    return {"threads": threads, "device": device, **settings, **versions()}
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

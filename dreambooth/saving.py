@@ -46,7 +46,11 @@ class Saver:
     def pack(self, step: int) -> bytes:
         """The adapter file after `step` steps."""
         o = self.options
+        name = o.base.pretrained_model_name_or_path
         info = {
+            "base_model": Path(name).name if Path(name).exists() else name,  # a folder's own name: where it lies is nobody's business
+            "base_fingerprint": self.identity.get("base"),
+            "versions": runs.versions(),
             "steps": step,
             "seed": o.run.seed,
             "resolution": o.instance.resolution,

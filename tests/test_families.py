@@ -267,6 +267,11 @@ def test_lora_layers_selects_and_unknown_names_are_refused(tiny_base, photos_dir
         run_train(tiny_base, photos_dir, tmp_path / "other", "--lora_layers", "to_q,to_kk")
 
 
+def numbers(path: Path) -> dict[str, bytes]:
+    """An adapter's tensors; its metadata also name the base."""
+    return {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+
+
 def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_path, request):
     torch.manual_seed(7)
     tiny.build_vae().save_pretrained(tmp_path / "vae")
@@ -276,7 +281,7 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
     swapped = shutil.copytree(tiny_base, tmp_path / "swapped")
     shutil.copytree(tmp_path / "vae", swapped / "vae", dirs_exist_ok=True)
     by_hand = run_train(swapped, photos_dir, tmp_path / "by_hand", *words)
-    assert digest(other) == digest(by_hand) != digest(own)
+    assert numbers(other) == numbers(by_hand) != numbers(own)
     assert digest(tmp_path / "other" / "image_0.png") == digest(tmp_path / "by_hand" / "image_0.png")
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     drawn = ours(run, tmp_path / "a", 1, 2, "--pretrained_vae_model_name_or_path", f"{tmp_path}/vae")
@@ -295,7 +300,7 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
         ["--prediction_type", "v_prediction"],
     )
     said, own = run_train(tiny_base, photos_dir, tmp_path / "said", *words, *override), run_train(tiny_v_base, photos_dir, tmp_path / "own", *words)
-    assert digest(said) == digest(own) != digest(run_train(tiny_base, photos_dir, tmp_path / "epsilon", *words))
+    assert numbers(said) == numbers(own) != numbers(run_train(tiny_base, photos_dir, tmp_path / "epsilon", *words))
     assert digest(tmp_path / "said" / "image_0.png") == digest(tmp_path / "own" / "image_0.png")
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     drawn = ours(run, tmp_path / "a", 1, 3, *override)

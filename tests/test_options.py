@@ -581,3 +581,10 @@ def test_prodigy_has_one_learning_rate(monkeypatch, capsys):
     completed = options.completed("sdxl").optimization
     assert (completed.learning_rate, completed.text_encoder_lr) == (1.0, 1.0)
     assert "one step size for all parts" in refusal(TrainOptions, [*TRAIN, "--optimizer", "prodigy", "--lr_pattern", "mid_block=0.5"], capsys)
+
+
+def test_a_flag_with_several_values_may_be_repeated():
+    found = command_line.parse(
+        InferOptions, "", [*INFER, "--prompt", "a", "b", "--adapter", "x", "--prompt=c", "--adapter", "y:0.5", "--batch_size", "2"]
+    )
+    assert (found.prompt, found.adapter, found.batch_size) == (("a", "b", "c"), ("x", "y:0.5"), 2)

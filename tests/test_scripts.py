@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapter_formats, objectives
+from dreambooth import adapter_files, adapter_formats, families, objectives
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
-from dreambooth.options import TrainOptions
+from dreambooth.options import BaseModel, TrainOptions
 from dreambooth.picture_options import ClassImageOptions, InferOptions
 from tests import tiny
 
@@ -613,3 +613,15 @@ def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 2
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     assert all(np.isfinite(losses))
+
+
+def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, tiny_base):
+    from safetensors import safe_open
+
+    with safe_open(trained / adapter_files.ADAPTER_NAME, framework="pt") as file:
+        metadata = file.metadata()
+    said = adapter_files.recorded(metadata)
+    base = families.find(BaseModel(str(tiny_base)))
+    assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (tiny_base.name, base.fingerprint(), 6, 1)
+    assert set(said["versions"]) == {"torch", "diffusers", "transformers", "peft"}
+    assert not any(str(folder) in json.dumps(metadata) for folder in (tiny_base.parent, trained, Path.home()) if str(folder) != "/")
