@@ -89,7 +89,7 @@ class Training:
         self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
         pictures = preparation.pictures_of_pass(options, [len(source.photos) for source in sources])
         self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, pictures, peers.world)
-        self.text_steps = preparation.text_steps(options, self.max_steps)
+        self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
         self.dataset = PhotoRows(sources, self.seed, self.resolution, instance.image_interpolation_mode, instance.center_crop)
         self.pictures = validation.Pictures(options, self.accelerator, parts, watch.check) if options.validation.validation_prompt else None
@@ -387,7 +387,7 @@ class Training:
 
     @torch.no_grad()
     def look_at_the_result(self, progress: report.Progress) -> None:
-        """Pictures that plain diffusers draws with the finished file, by the main process; the others wait."""
+        """Pictures of the finished file, read back as a user's program reads it, by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None and not self.options.validation.skip_final_inference:
             self.saver.hold(self.max_steps)
             with saving.in_eval_mode(self.components, self.optimizer):

@@ -357,8 +357,6 @@ def sampler(parts: FrozenParts, wanted: str | None) -> Any:
     """What draws validation pictures: the scheduler named, else the multistep DPM solver, for a base in pixels DDPM, for an EDM base its own."""
     config = parts.noise_scheduler.config
     if isinstance(parts.noise_scheduler, EDMEulerScheduler):
-        if wanted:
-            raise UserError(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {wanted} out")
         return EDMEulerScheduler.from_config(config)
     kind = DDPMScheduler if wanted == "DDPMScheduler" or (wanted is None and not parts.family.has_vae) else DPMSolverMultistepScheduler
     return kind.from_config(config, **_fixed_variance(config))

@@ -436,6 +436,10 @@ class TrainOptions:
             )
         return notes
 
+    def text_steps(self, max_steps: int) -> int:
+        """Steps of a run of `max_steps` after which the text encoder is trained no more."""
+        return max(1, round(self.text.train_text_encoder_frac * max_steps))
+
     def without_once(self) -> "TrainOptions":
         """The options less those that hold for one start of the run only."""
         run = dataclasses.replace(self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)

@@ -82,11 +82,6 @@ def steps_of_run(options: TrainOptions, pictures: int, world: int) -> tuple[int,
     return per_pass, run.max_train_steps or run.num_train_epochs * per_pass
 
 
-def text_steps(options: TrainOptions, max_steps: int) -> int:
-    """Steps after which the text encoder is trained no more."""
-    return max(1, round(options.text.train_text_encoder_frac * max_steps))
-
-
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start:
     """Check, claim and complete everything that a run needs. `stack` then holds the output folder's lock and the record of how the run ends.
 

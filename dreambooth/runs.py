@@ -65,7 +65,7 @@ def identity(
     if options.optimization.lr_scheduler in _SCHEDULES_WITH_AN_END:
         flags["max_train_steps"] = max_steps
     if options.text.train_text_encoder and options.text.train_text_encoder_frac < 1:
-        flags["text_encoder_steps"] = max(1, round(options.text.train_text_encoder_frac * max_steps))
+        flags["text_encoder_steps"] = options.text_steps(max_steps)
     # a round trip, so that what was read from a file compares equal to what was not
     found = {"flags": flags, "slots": slots, "base": base, "pictures": pictures, "captions": captions, "start": start}
     return json.loads(json.dumps(found))
