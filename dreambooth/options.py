@@ -16,6 +16,7 @@ import tyro
 from dreambooth.adapter_options import Adapter
 from dreambooth.printable import shown
 from dreambooth.rules import at_least, named, require, require_package
+from dreambooth.speed_options import Speed
 
 # A boolean that takes a word, True or False, as the reference script's Prodigy flags do.
 Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
@@ -24,7 +25,10 @@ OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
 
 # Flags that say nothing without another one.
 _OF_VALIDATION = ("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler", "skip_final_inference")
-_OF_PRIOR = ("class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images", "class_guidance_scale", "class_inference_steps", "class_seed")
+_OF_PRIOR = (
+    *("class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images"),
+    *("class_guidance_scale", "class_inference_steps", "class_scheduler", "class_seed"),
+)
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 
 # What a flag that was left out is, by family of the base.
@@ -137,8 +141,11 @@ class PriorPreservation:
     """Precision of generating class images; None is that of the ones already there, else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
     class_guidance_scale: float = 7.5
     """Classifier-free guidance of class images."""
-    class_inference_steps: int = 50
-    """Sampling steps of class images."""
+    class_inference_steps: int | None = None
+    """Sampling steps of class images; None is 25 for --class_scheduler dpm, else 50."""
+    class_scheduler: Literal["dpm", "base"] | None = None
+    """Sampler of class images: the multistep DPM solver (arXiv 2211.01095), or the base's own. None is that of the ones already there, else dpm;
+    for a base in pixels, or with an EDM scheduler, its own."""
     class_seed: int | None = None
     """Seed of the class images; None takes that of the class images already there, else --seed, else 0."""
 
@@ -394,6 +401,7 @@ class TrainOptions:
     optimization: Optimization = dataclasses.field(default_factory=Optimization)
     objective: Objective = dataclasses.field(default_factory=Objective)
     run: Run = dataclasses.field(default_factory=Run)
+    speed: Speed = dataclasses.field(default_factory=Speed)
     validation: Validation = dataclasses.field(default_factory=Validation)
     reports: Reports = dataclasses.field(default_factory=Reports)
 

@@ -34,9 +34,11 @@ _FREE = {
     *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column", "pretrained_vae_model_name_or_path"),
     *("output_kohya_format", "repeats", "dry_run"),
     # how class images are made: the pictures are compared
-    *("num_class_images", "sample_batch_size", "prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_seed"),
+    *("num_class_images", "sample_batch_size", "prior_generation_precision", "class_guidance_scale", "class_inference_steps"),
+    *("class_scheduler", "class_seed"),
     *("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit"),
     *("resume_from_checkpoint", "overwrite", "allow_data_change", "dataloader_num_workers", "gradient_checkpointing"),
+    *("encoded_dir", "cache_latents", "compile", "offload"),  # with varying crops, where they may begin is compared as `crops`
     *("pre_compute_text_embeddings", "peer_timeout", "local_rank"),
     *("max_image_pixels", "allow_odd_photos", "follow_symlinks"),  # which photos are refused
     "gradient_accumulation_steps",  # times the processes, it is compared as `slots`
