@@ -182,7 +182,7 @@ def fill(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[
             name, state = names[id(parameter)], optimizer.state[parameter]
             for field in kind.tensors(optimizer, group, parameter):
                 tensor = tensors[f"{name}|{field}"]
-                state[field] = tensor if field == "step" else tensor.to(parameter.device)  # AdamW counts on the CPU
+                state[field] = tensor.to(parameter.device)
             state.update(numbers.parameters.get(name, {}))
             state.update(kind.constants(optimizer, parameter))
 
@@ -253,7 +253,8 @@ class _Kind:
 
 
 def _make_adamw(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon)
+    # one kernel for all parameters: an adapter is hundreds of small tensors
+    return torch.optim.AdamW(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=True)
 
 
 def _adamw_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
