@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # Two threads, so that a laptop and a large server give the same pictures.
 THREADS ?= 2
 
-.PHONY: demo two_subjects test lint types faults base base-report clean
+.PHONY: demo two_subjects test lint types faults speed base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ types: $(VENV)/installed
 # Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the README's table.
 faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks.faults
+
+# Speed and memory (hours): benchmarks/results/speed.json and the README's tables. `make speed REFERENCE=train_dreambooth_lora.py` measures that
+# copy of diffusers' example in turn; TORCHVISION is the folder of the torchvision that it needs.
+speed: $(VENV)/installed
+	$(BIN)/python -m benchmarks.speed $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(TORCHVISION),--reference_path $(TORCHVISION))
 
 # Train the embedded base anew (hours), and measure it (minutes).
 base: $(VENV)/installed

@@ -3,13 +3,15 @@
 Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
 to share the work among processes, or with plain `python`."""
 
-from dreambooth import stops
+from dreambooth import startup, stops
 from dreambooth.command_line import fail, parse
 from dreambooth.picture_options import ClassImageOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
+    startup.hash_ahead(OPTIONS.base)
+    startup.imports_begin()
 
 import sys
 from pathlib import Path
@@ -19,6 +21,9 @@ import torch
 from dreambooth import class_images, families, processes, prompts
 from dreambooth.errors import UserError
 from dreambooth.stops import Stop, Watch
+
+if __name__ == "__main__":
+    startup.imports_end()
 
 
 def main(options: ClassImageOptions) -> None:
@@ -41,18 +46,21 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     state = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
+    options = class_images.continued(options)
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
+    scheduler = class_images.sampler_of(options.class_scheduler, base)
     prompts.check(families.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base))
     settings = class_images.Settings(
         base=base.fingerprint(),
         prompt=options.class_prompt,
         seed=options.seed,
-        steps=options.class_inference_steps,
+        steps=options.class_inference_steps or class_images.STEPS[scheduler],
         guidance_scale=options.class_guidance_scale,
         batch_size=options.sample_batch_size,
         side=options.resolution or base.side,
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
+        scheduler=scheduler,
     )
     folder = Path(options.class_data_dir)
     class_images.make(folder, settings, options.num_class_images, base, peers, watch)

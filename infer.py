@@ -1,13 +1,14 @@
 """Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files with their settings inside, and a contact
 sheet. Launch with `accelerate launch` to share the work among processes: the pictures are the same on any number of them."""
 
-from dreambooth import stops
+from dreambooth import startup, stops
 from dreambooth.command_line import fail, parse
 from dreambooth.picture_options import InferOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(InferOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
+    startup.imports_begin()
 
 import contextlib
 import dataclasses
@@ -32,6 +33,9 @@ from dreambooth.printable import shown
 from dreambooth.processes import Peers
 from dreambooth.rotations import Rotations
 from dreambooth.stops import Stop, Watch
+
+if __name__ == "__main__":
+    startup.imports_end()
 
 
 def read_prompts(options: InferOptions) -> list[str]:

@@ -3,15 +3,18 @@
 The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth import stops
+from dreambooth import startup, stops
 from dreambooth.command_line import as_table, fail, parse, yaml_text
 from dreambooth.options import TrainOptions
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
+    startup.hash_ahead(OPTIONS.base)
+    startup.imports_begin(startup.packages_of(OPTIONS))
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import sys
@@ -29,12 +32,18 @@ from dreambooth import (
     adapters,
     caches,
     checkpoints,
+    compilation,
+    encoded_files,
+    encodings,
     families,
+    frozen_layers,
     hub,
+    memory,
     objectives,
     optimizers,
     preparation,
     publishing,
+    quantization,
     report,
     runs,
     sampling_order,
@@ -47,6 +56,9 @@ from dreambooth.processes import Peers
 from dreambooth.prompts import Book, Conditions
 from dreambooth.samples import MicroBatch, PhotoRows, Source, micro_batches
 from dreambooth.stops import Stop, Watch
+
+if __name__ == "__main__":
+    startup.imports_end()
 
 
 def denoising_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,6 +75,21 @@ def dreambooth_loss(losses: torch.Tensor, *, sources: int, prior_loss_weight: fl
     return instance + prior_loss_weight * prior, {"loss_instance": instance, "loss_prior": prior}
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A step that was taken, or held back if its numbers are not finite: losses by name, [slots], and the gradients' norm, still on the device."""
+
+    step: int
+    losses: dict[str, torch.Tensor]
+    norm: torch.Tensor
+    rates: dict[str, float]
+
+
+def steps_between_readings(device: torch.device) -> int:
+    """After how many steps losses are read: reading waits for a GPU, which then has nothing to do until it is told more."""
+    return 1 if device.type == "cpu" else 10
+
+
 class Training:
     """One run: the frozen base, the adapter on it, and the loop that trains it. `options` are complete: nothing in them is left open."""
 
@@ -73,9 +100,12 @@ class Training:
         watch: Watch,
         parts: FrozenParts,
         sources: list[Source],
+        book: Book | None,
+        encoded: encodings.EncodedPhotos | None,
         identity: dict[str, Any] | None = None,
     ):
         self.options, self.peers, self.watch, self.parts, self.sources = options, peers, watch, parts, sources
+        self.book, self.encoded = book, encoded
         self.accelerator = peers.accelerator
         run, instance = options.run, options.instance
         assert run.seed is not None
@@ -91,13 +121,19 @@ class Training:
         self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
-        self.dataset = PhotoRows(sources, self.seed, self.resolution, instance.image_interpolation_mode, instance.center_crop)
+        grid = encoded.crops.grid if encoded else 1
+        self.dataset = PhotoRows(sources, self.seed, self.resolution, instance.image_interpolation_mode, instance.center_crop, grid)
+        self.vae_config = parts.base.vae_config
         self.pictures = validation.Pictures(options, self.accelerator, parts, watch.check) if options.validation.validation_prompt else None
-        self.book: Book | None = None
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
         self.is_between_steps = True
+        self.unread: list[Taken] = []
+        can_wait = optimizers.can_hold_back(self.optimizer) and not self.scaler.is_enabled()
+        self.read_every = steps_between_readings(self.accelerator.device) if can_wait else 1
+        self.is_spoilt = torch.zeros((), device=self.accelerator.device)  # 1 from the first step on whose numbers are not finite
         self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
+        self.memory: dict[str, memory.Reading] = {}  # by phase
 
     def _inject(self) -> list[adapters.Component]:
         options, text = self.options.adapter, self.options.text
@@ -108,9 +144,16 @@ class Training:
                 unused = families.unused_layers(self.parts.family, name, text)
                 targets = adapters.text_targets(encoder.config.num_hidden_layers, unused, options, adapters.shapes_of(encoder))
                 models.append((name, encoder, targets))
-        return [
+        components = [
             adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
+        for component in components:
+            if self.options.speed.compile and component.name == "unet":
+                compilation.compile_blocks(component.model)
+            else:
+                frozen_layers.use_onednn(component.model)
+            component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
+        return components
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         o, run = self.options.optimization, self.options.run
@@ -190,20 +233,12 @@ class Training:
             component.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
     @torch.no_grad()
-    def write_book(self) -> None:
-        """Encode every prompt of the run once, and free the text encoders: nothing in them will change."""
-        assert self.parts.text is not None
-        asked = [self.options.validation.validation_prompt, ""] if self.pictures else []
-        # frozen encoders have their dtype, and T5 keeps some of its weights in float32, where float16 overflows: autocast would undo that
-        with self.accelerator.autocast() if self.text_components() else contextlib.nullcontext():
-            prompts = [prompt for source in self.sources for prompt in source.distinct_prompts()]
-            self.book = self.parts.text.book([*prompts, *(prompt for prompt in asked if prompt is not None)], self.watch.check)
-        self.parts.text = None
-
     def finish_text(self) -> None:
-        """Train the text encoders no more: what they have learned is kept, and so is what they make of the prompts."""
-        with saving.in_eval_mode(self.components, self.optimizer):
-            self.write_book()
+        """Train the text encoders no more, and free them: what they have learned is kept, and so is what they make of the prompts."""
+        assert self.parts.text is not None
+        with saving.in_eval_mode(self.components, self.optimizer), self.accelerator.autocast():
+            self.book = self.parts.text.book(prompts_of(self.options, self.sources), self.watch.check)
+        self.parts.text = None
         self.drop_text()
         for component in self.text_components():
             self.saver.finish(component)
@@ -227,7 +262,7 @@ class Training:
         def draw(what: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.cat([sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{what}", batch.rows, shape) for s in self.sources])
 
-        latents = caches.normalized(self.parts.vae, batch.posterior.sample(draw("posterior", shape)))
+        latents = caches.normalized(self.vae_config, batch.posterior.sample(draw("posterior", shape)))
         noise = draw("noise", shape)
         if offset := self.options.objective.noise_offset:
             noise = noise + offset * draw("noise-offset", (shape[0], 1, 1))
@@ -245,7 +280,8 @@ class Training:
             side = self.resolution
             sizes = [(f.height, f.width, f.top, f.left, side, side) for f in batch.frames]
             added = {"text_embeds": conditions.pooled, "time_ids": torch.tensor(sizes, device=device, dtype=torch.float32)}  # bf16 would round sizes
-        with self.accelerator.autocast():
+        keeping = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
+        with self.accelerator.autocast(), keeping:
             model_input = task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last)
             output = unet(model_input, task.timesteps, conditions.embeds, added_cond_kwargs=added).sample
         # a UNet that predicts the variance as well has it in the second half of its channels
@@ -276,30 +312,56 @@ class Training:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def update(self, total: torch.Tensor, step: int) -> dict[str, float]:
-        """One optimizer step from the summed gradients; returns the learning rates it was taken with, for the records."""
+    def update(self, total: torch.Tensor, step: int, losses: dict[str, torch.Tensor]) -> None:
+        """One optimizer step from the summed gradients. Raises Stop, the step not taken, if they or the losses are found not to be finite; what is
+        not looked at yet is held back on the device, with all that follows."""
         rates = optimizers.set_learning_rate(self.optimizer, self.learning_rate_factor(step))
         for parameter, gradient in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.optimization.max_grad_norm or math.inf)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # with fp16 the scaler skips such a step and lowers its scale
-            raise Stop(f"the gradients of step {step + 1} are not finite; they were not applied")
+        norm = torch.nn.utils.get_total_norm([total])  # whose views the gradients are
+        total *= torch.clamp((self.options.optimization.max_grad_norm or math.inf) / (norm + 1e-6), max=1.0)
+        taken = Taken(step, losses, norm, {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()})
+        if self.read_every == 1:
+            self._check(taken)
+        else:
+            self.is_spoilt = torch.maximum(self.is_spoilt, (~torch.isfinite(losses["loss"].sum() + norm)).to(self.is_spoilt))
+            optimizers.hold_back(self.optimizer, self.is_spoilt)
         self.is_between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.completed = step + 1
+        self.unread.append(taken)
         self.is_between_steps = True
-        return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
+
+    def _check(self, taken: Taken) -> None:
+        """Raise Stop if the numbers of a step are not finite."""
+        if not torch.isfinite(taken.losses["loss"]).all():
+            raise Stop(self._not_finite(taken.step, taken.losses["loss"]))
+        if not self.scaler.is_enabled() and not torch.isfinite(taken.norm):  # with fp16 the scaler skips such a step and lowers its scale
+            raise Stop(f"the gradients of step {taken.step + 1} are not finite; they were not applied")
+
+    def read_losses(self, progress: report.Progress) -> None:
+        """Record the steps that are not recorded yet. Raises Stop if the numbers of one are not finite: from it on none was taken."""
+        records, self.unread = self.unread, []
+        values = []
+        try:
+            for taken in records:
+                self._check(taken)
+                values.append((taken.step + 1, {**{name: losses.mean().item() for name, losses in taken.losses.items()}, **taken.rates}))
+        except Stop:
+            self.completed = taken.step
+            raise
+        finally:
+            progress.steps(values)
 
     def train(self) -> None:
         """All steps, checkpoints and validations, and the finished adapter. Whatever ends it early, the last completed step is saved."""
         run = self.options.run
-        if not self.text_components():
-            self.write_book()
         batches = micro_batches(
             self.dataset,
+            self.encoded,
             self.parts.vae,
             range(self.first_step, self.max_steps),
             slots=self.slots,
@@ -307,23 +369,26 @@ class Training:
             rank=self.peers.rank,
             world=self.peers.world,
             workers=self.options.instance.dataloader_num_workers,
-            show_progress=self.peers.is_main,
-            check=self.watch.check,
         )
         images_per_step = self.slots * run.train_batch_size * len(self.sources)
         progress = report.Progress(
             self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.first_step, last_step=self.max_steps, images_per_step=images_per_step
         )
         with contextlib.closing(progress):
+            for phase, found in self.memory.items():  # of before
+                progress.memory(self.first_step, phase, found)
             try:
                 for step in range(self.first_step, self.max_steps):
                     if step >= self.text_steps and self.text_components():  # a resumed run that stopped before it could
                         self.finish_text()
                     self.step(step, batches, progress)
+                self.note_memory("training", self.max_steps, progress)
                 self.saver.final(self.max_steps)
                 self.look_at_the_result(progress)
             except BaseException:
                 if self.is_between_steps:
+                    with contextlib.suppress(Stop):  # what ended the run is told
+                        self.read_losses(progress)
                     self.saver.what_is_done(self.completed, self.max_steps)
                 raise
 
@@ -331,8 +396,6 @@ class Training:
         """Step number `step`, counted from 0, and what is due after it. Raises Stop, its update undone or not begun, if the run is to end."""
         run = self.options.run
         total = torch.zeros(sum(p.numel() for p in self.parameters), device=self.accelerator.device)
-        for component in self.components:
-            component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         losses = []
         for _ in range(run.gradient_accumulation_steps):
             losses.append(self.micro_step(next(batches)))
@@ -340,18 +403,27 @@ class Training:
         if run.gradient_sync == "ddp" and self.peers.world > 1:
             total = self.peers.sum(total)
         by_slot = {name: self._by_slot(torch.stack([loss[name] for loss in losses])) for name in losses[0]}
-        if not torch.isfinite(by_slot["loss"]).all():
-            raise Stop(self._not_finite(step, by_slot["loss"]))
         self.peers.agree()
-        rates = self.update(total, step)
-        if step + 1 == self.text_steps < self.max_steps and self.text_components():
+        self.update(total, step, by_slot)
+        ends_text = step + 1 == self.text_steps < self.max_steps and bool(self.text_components())
+        is_saved = (step + 1) % run.checkpointing_steps == 0 or step + 1 == self.max_steps
+        if ends_text or is_saved or step == self.first_step or self._is_validated(step + 1) or len(self.unread) >= self.read_every:
+            self.read_losses(progress)
+        if ends_text:
             self.finish_text()
-        progress.step(step + 1, {**{name: values.mean().item() for name, values in by_slot.items()}, **rates})
+        if step == self.first_step:
+            self.note_memory("first step", step + 1, progress)
         if (step + 1) % run.checkpointing_steps == 0:
             self.saver.checkpoint(step + 1)
         if self._is_validated(step + 1):
             self.validate(step + 1, progress)
-        progress.restart_clock(step + 1)
+        if not self.unread:
+            progress.restart_clock(step + 1)
+
+    def note_memory(self, phase: str, step: int, progress: report.Progress) -> None:
+        """Read what this process takes at the end of a phase; the main process records it."""
+        self.memory[phase] = memory.reading(self.accelerator.device)
+        progress.memory(step, phase, self.memory[phase])
 
     def _is_validated(self, step: int) -> bool:
         """Whether pictures are due after `step` steps; those of the last are `look_at_the_result`'s."""
@@ -380,7 +452,7 @@ class Training:
     def validate(self, step: int, progress: report.Progress) -> None:
         """Pictures of the adapter as it is, drawn by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None:
-            with saving.in_eval_mode(self.components, self.optimizer):
+            with saving.in_eval_mode(self.components, self.optimizer), compilation.eager(wanted=self.options.speed.compile):
                 asked = self.encode([self.pictures.prompt]), self.encode([""])
                 self.pictures.along_the_way(step, progress, *asked)
         self.peers.wait()
@@ -390,10 +462,52 @@ class Training:
         """Pictures of the finished file, read back as a user's program reads it, by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None and not self.options.validation.skip_final_inference:
             self.saver.hold(self.max_steps)
-            with saving.in_eval_mode(self.components, self.optimizer):
+            with saving.in_eval_mode(self.components, self.optimizer), compilation.eager(wanted=self.options.speed.compile):
                 asked = self.encode([self.pictures.prompt]), self.encode([""])
                 self.result_pictures = self.pictures.of_the_file(self.saver.adapter, self.max_steps, progress, *asked)
         self.peers.wait()
+
+
+def prompts_of(options: TrainOptions, sources: Sequence[Source]) -> list[str]:
+    """Every prompt that a run needs."""
+    drawn = options.validation.validation_prompt
+    return [*(prompt for source in sources for prompt in source.distinct_prompts()), *([drawn, ""] if drawn is not None else [])]
+
+
+def assemble(start: preparation.Start, watch: Watch) -> Training:
+    """The run before its first step. What is frozen is encoded first, and its models freed one after another: text encoders, VAE; the UNet is
+    loaded last. Text encoders that are trained stay, and so does the VAE where nothing is cached."""
+    options, peers, base, sources = start.options, start.peers, start.base, start.sources
+    instance, kind, device = options.instance, options.speed.quantize_base, peers.accelerator.device
+    assert instance.resolution is not None
+    folder = start.encoded_dir if start.cache == "disk" else None
+    entries = encoded_files.Entries(folder, lambda said: report.say(peers.accelerator, f"warning: {said}"))
+    text = families.text_without_encoders(base, start.tokenizers, options.text)
+    vae = book = encoded = None
+    if options.text.train_text_encoder:
+        text.encoders = families.load_encoders(base, start.weight_dtype, device)
+    else:
+        asked = prompts_of(options, sources)
+        book = encodings.encode_prompts(entries, base, text, asked, start.weight_dtype, device, peers, watch.check)
+    if start.cache == "off":
+        vae = families.load_vae(base, device)
+    else:
+        crops = encodings.Crops(instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid)
+        pictures = [picture for source in sources for picture in source.pictures()]
+        encoded = encodings.encode_photos(entries, base, pictures, crops, device, peers, watch.check)
+    if entries.damaged:
+        shown = ", ".join(entries.damaged[:3]) + (", ..." if len(entries.damaged) > 3 else "")
+        report.say(peers.accelerator, f"note: {len(entries.damaged)} files in {folder} were damaged and have been made anew: {shown}")
+    phases: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
+    # a GPU that holds the layers in few bits may not hold them whole
+    unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
+    if kind:
+        quantization.quantize(unet, kind, device)
+    scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
+    parts = FrozenParts(base, text if book is None else None, vae, unet, scheduler)
+    training = Training(options, peers, watch, parts, sources, book, encoded, start.identity)
+    training.memory = phases | {"loaded": memory.reading(device)}
+    return training
 
 
 def train(options: TrainOptions, watch: Watch) -> None:
@@ -401,14 +515,12 @@ def train(options: TrainOptions, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         start = preparation.prepare(options, watch, stack)
         options, peers = start.options, start.peers
-        edm = options.objective.do_edm_style_training
-        parts = families.load_parts(start.base, start.tokenizers, options.text, start.weight_dtype, peers.accelerator.device, edm=edm)
-        training = Training(options, peers, watch, parts, start.sources, start.identity)
+        training = assemble(start, watch)
         start.status.step = lambda: training.completed
         if options.run.gradient_checkpointing:
             training.enable_gradient_checkpointing()
         if options.run.enable_xformers_memory_efficient_attention:
-            parts.unet.enable_xformers_memory_efficient_attention()
+            training.parts.unet.enable_xformers_memory_efficient_attention()
         report.say(peers.accelerator, adapters.describe(training.components))
         report.say(peers.accelerator, f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step")
         if start.checkpoint:
@@ -434,6 +546,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         peers.wait()
         peers.accelerator.end_training()
         report.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
+        report.say(peers.accelerator, memory.summary(training.memory))
 
 
 def main(options: TrainOptions) -> None:

@@ -207,14 +207,18 @@ def weight_files(folder: Path, part: str, variant: str | None, *, kind: str | No
     Raises UserError if there are none, with the reason if they are of another format.
     """
     where = folder / part
-    stem = "model" if (kind or part).startswith("text_encoder") else "diffusion_pytorch_model"
+    is_text = (kind or part).startswith("text_encoder")
+    stem = "model" if is_text else "diffusion_pytorch_model"
     for tag in ([f".{variant}"] if variant else []) + [""]:
         whole = where / f"{stem}{tag}.safetensors"
-        if whole.is_file():
+        # where there are a whole file and pieces too, transformers takes the former and diffusers the latter
+        if is_text and whole.is_file():
             return [whole]
         for index in (where / f"{stem}.safetensors.index{tag}.json", where / f"{stem}{tag}.safetensors.index.json"):
             if index.is_file():
                 return _shards(index)
+        if whole.is_file():
+            return [whole]
     names = sorted(path.name for path in where.iterdir())
     if objects := [n for n in names if n.endswith(_OBJECT_FILES)]:
         raise UserError(

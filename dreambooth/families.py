@@ -3,9 +3,11 @@
 A family is one record in `FAMILIES`, chosen by the pipeline class that the base's `model_index.json` names, never by trying to load.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from dreambooth import base_folders, prompts
+from dreambooth import base_folders, file_digests, frozen_layers, loading, prompts
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding
 from dreambooth.printable import shown
@@ -116,10 +118,28 @@ class Base:
     def side(self) -> int:
         """Pixels along one side of the pictures that the base draws unasked."""
         sample = int(base_folders.read_json(self.folder / "unet" / "config.json").get("sample_size", 64))
+        return sample * self.grid
+
+    @property
+    def grid(self) -> int:
+        """Pixels along one side of a latent; 1 for a base that works on pixels."""
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1) if self.family.has_vae else 1
+
+    @property
+    def latent_channels(self) -> int:
+        return self._vae_config["latent_channels"] if self.family.has_vae else 3
+
+    @property
+    def vae_config(self) -> Mapping[str, Any] | None:
+        """The configuration of the VAE as its model would have it, without loading that; None for a base that works on pixels."""
         if not self.family.has_vae:
-            return sample
-        vae = base_folders.read_json((self.own_vae or self.folder / "vae") / "config.json")
-        return sample * 2 ** (len(vae["block_out_channels"]) - 1)
+            return None
+        defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()}
+        return defaults | self._vae_config
+
+    @property
+    def _vae_config(self) -> dict[str, Any]:
+        return base_folders.read_json((self.own_vae or self.folder / "vae") / "config.json")
 
     @property
     def is_edm(self) -> bool:
@@ -135,31 +155,44 @@ class Base:
     def fingerprint(self) -> str:
         """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
         digest = hashlib.sha256()
-        folders = {part: self.folder / part for part in (*self.family.text, "unet", *(["vae"] if self.family.has_vae else []), "scheduler")}
-        if self.own_vae:
-            folders["vae"] = self.own_vae
-        for part, folder in folders.items():
-            files = sorted(folder.glob("*.json"))
-            if part != "scheduler":  # of the weights those that are loaded: others may lie beside them
-                files += base_folders.weight_files(folder.parent, folder.name, None if folder == self.own_vae else self.options.variant, kind=part)
-            for path in files:
-                digest.update(f"{part}/{path.name}\n".encode())
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        for part in (*self.family.text, "unet", *(["vae"] if self.family.has_vae else []), "scheduler"):
+            for path in self._files(part):
+                digest.update(f"{part}/{path.name}\n".encode() + file_digests.of(path))
         if self.options.prediction_type:
             digest.update(self.options.prediction_type.encode())
         return digest.hexdigest()[:16]
 
+    def part_digest(self, part: str) -> str:
+        """A hash of one part's weight files and configurations, wherever it lies."""
+        digest = hashlib.sha256()
+        for path in self._files(part):
+            digest.update(f"{path.name}\n".encode() + file_digests.of(path))
+        return digest.hexdigest()
+
+    def _files(self, part: str) -> list[Path]:
+        """Configurations and weights of a part. Of the weights those that are loaded: others may lie beside them."""
+        own = self.own_vae if part == "vae" else None
+        folder = own or self.folder / part
+        files = sorted(folder.glob("*.json"))
+        if part != "scheduler":
+            files += base_folders.weight_files(folder.parent, folder.name, None if own else self.options.variant, kind=part)
+        return files
+
 
 @dataclasses.dataclass
 class FrozenParts:
-    """The base, frozen. `text` is None once it has been freed; `vae` is None for a base that works on pixels."""
+    """What of the base is in memory, frozen. `text` and `vae` are None where all that is asked of them has been encoded; `vae` also for a base
+    that works on pixels."""
 
-    family: Family
+    base: Base
     text: TextParts | None
     vae: AutoencoderKL | None
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler | EDMEulerScheduler | EulerDiscreteScheduler
+
+    @property
+    def family(self) -> Family:
+        return self.base.family
 
 
 def find(options: BaseModel) -> Base:
@@ -237,10 +270,22 @@ def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
 
 def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
     """`from_pretrained` whose failure is one line for the user."""
-    try:
+    with _explained(flag, where.get("subfolder") or "it", name):
         return kind.from_pretrained(name, **where)
+
+
+@contextlib.contextmanager
+def _explained(flag: str, part: str, name: str) -> Iterator[None]:
+    """Turn the failure to load a part of what `flag` names into one line for the user."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the libraries raise KeyError, TypeError, AttributeError, ... for files that say nonsense
-        part = where.get("subfolder") or "it"
+        if "can't allocate memory" in str(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
 
@@ -287,67 +332,60 @@ def check_text(base: Base, text: TextEncoding) -> None:
             raise UserError(f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}")
 
 
-def load_parts(
-    base: Base,
-    tokenizers: tuple[PreTrainedTokenizerBase, ...],
-    text: TextEncoding,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    edm: bool = False,
-) -> FrozenParts:
-    """The frozen models on `device`: UNet and text encoders in `dtype`, the VAE in float32, all in eval mode.
-
-    The VAE is small, and Stable Diffusion's overflow in float16. `edm` asks for continuous noise levels where the base does not.
-    Raises UserError if a part is missing or not understood.
-    """
-    name, variant, family = str(base.folder), base.options.variant, base.family
-    where = {"variant": variant, "use_safetensors": True}
-    encoders = {part: _load(kind, name, _FLAG, subfolder=part, dtype=dtype, **where) for part, (_, kind) in family.text.items()}
-    parts = FrozenParts(
-        family=family,
-        text=TextParts(
-            encode=family.encode,
-            tokenizers=tokenizers,
-            encoders=encoders,
-            max_tokens=max_tokens(base, text),
-            attention_mask=text.text_encoder_use_attention_mask,
-            clip_skip=text.clip_skip or 0,
-            zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
-        ),
-        vae=_load_vae(base, torch.float32),
-        unet=_load(UNet2DConditionModel, name, _FLAG, subfolder="unet", dtype=dtype, **where),
-        noise_scheduler=_load_scheduler(base, edm),
+def text_without_encoders(base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextEncoding) -> TextParts:
+    """How the prompts of a run are read; its encoders are still to be loaded."""
+    return TextParts(
+        encode=base.family.encode,
+        tokenizers=tokenizers,
+        encoders={},
+        max_tokens=max_tokens(base, text),
+        attention_mask=text.text_encoder_use_attention_mask,
+        clip_skip=text.clip_skip or 0,
+        zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
     )
-    for model in (parts.unet, parts.vae, *encoders.values()):
-        if model is not None:
-            model.requires_grad_(False).eval().to(device)
-    # the layout that convolutions want: on a CPU it is the difference between seconds and minutes
-    parts.unet.to(memory_format=torch.channels_last)
-    if parts.vae is not None:
-        parts.vae.to(memory_format=torch.channels_last)
-    _align((parts.unet, parts.vae, *encoders.values()))
-    return parts
 
 
-def _align(models: Sequence[torch.nn.Module | None]) -> None:
-    """Move weights on a CPU to where torch puts its own tensors. Loaders leave them at the odd addresses that they have in a mapped file, or
-    not, as they do under torchrun; and a row times a matrix has other last bits at other addresses."""
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+def condition_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the `Conditions` of one prompt of so many tokens, by their names there."""
+    unet = base_folders.read_json(base.folder / "unet" / "config.json")
+    width = unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]
+    if "text_encoder_2" not in base.family.text:
+        return {"embeds": (1, tokens, width)}
+    pooled = base_folders.read_json(base.folder / "text_encoder_2" / "config.json").get("projection_dim", 512)
+    return {"embeds": (1, tokens, width), "pooled": (1, pooled)}
 
 
-def _load_vae(base: Base, dtype: torch.dtype) -> AutoencoderKL | None:
-    if not base.family.has_vae:
-        return None
-    if base.own_vae:
-        return _load(AutoencoderKL, str(base.own_vae), _VAE_FLAG, dtype=dtype, use_safetensors=True)
-    return _load(AutoencoderKL, str(base.folder), _FLAG, subfolder="vae", dtype=dtype, variant=base.options.variant, use_safetensors=True)
+def load_encoders(base: Base, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The text encoders, frozen and in eval mode, by their folders. Raises UserError if one is missing or not understood, as all loaders do."""
+    return {encoder: _load_model(base, encoder, dtype, device) for encoder in base.family.text}
 
 
-def _load_scheduler(base: Base, edm: bool) -> Any:
+def load_vae(base: Base, device: torch.device) -> AutoencoderKL | None:
+    """The VAE, frozen and in eval mode; None for a base that works on pixels. In float32: it is small, and Stable Diffusion's overflow in float16."""
+    return _load_model(base, "vae", torch.float32, device) if base.family.has_vae else None
+
+
+def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """The UNet, frozen and in eval mode."""
+    return _load_model(base, "unet", dtype, device)
+
+
+def _load_model(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """One model of the base, frozen and in eval mode. What convolves is in channels_last, which convolutions want: on a CPU it is the difference
+    between seconds and minutes."""
+    own = base.own_vae if part == "vae" else None
+    folder = own or base.folder / part
+    files = base_folders.weight_files(folder.parent, folder.name, None if own else base.options.variant, kind=part)
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **{encoder: kind for encoder, (_, kind) in base.family.text.items()}}[part]
+    with _explained(_VAE_FLAG if own else _FLAG, "it" if own else part, str(own or base.folder)):
+        model = loading.load(kind, folder, files, dtype=dtype, device=device, channels_last=part in ("unet", "vae"))
+    if device.type == "cpu":
+        frozen_layers.use_onednn(model)
+    return model
+
+
+def load_scheduler(base: Base, *, edm: bool = False) -> Any:
+    """The noise levels that are trained on; `edm` asks for continuous ones where the base does not."""
     kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
     scheduler = _load(kind, str(base.folder), _FLAG, subfolder="scheduler")
     return type(scheduler).from_config(scheduler.config, prediction_type=base.options.prediction_type) if base.options.prediction_type else scheduler
@@ -362,18 +400,23 @@ def sampler(parts: FrozenParts, wanted: str | None) -> Any:
     return kind.from_config(config, **_fixed_variance(config))
 
 
+def class_sampler(own: Any, wanted: str) -> Any:
+    """What draws class images, where the base's pipeline has the scheduler `own`: that one for "base", for "dpm" the multistep DPM solver."""
+    return DPMSolverMultistepScheduler.from_config(own.config, **_fixed_variance(own.config)) if wanted == "dpm" else own
+
+
 def _fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
     """A UNet that learned the variance too is trained here on noise alone, so that its variance is no longer to be used."""
     return {"variance_type": "fixed_small"} if "learned" in str(config.get("variance_type", "")) else {}
 
 
-def pipeline_of(parts: FrozenParts, scheduler: Any) -> Any:
-    """A pipeline on the models in memory, without a safety checker (it blackens pictures)."""
+def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -> Any:
+    """A pipeline on the models in memory, with this VAE and without a safety checker (it blackens pictures)."""
     encoders = parts.text.encoders if parts.text else {}
     names = parts.family.text
     models: dict[str, Any] = {encoder: encoders.get(encoder) for encoder in names}
     models |= {tokenizer: parts.text.tokenizers[n] if parts.text else None for n, (tokenizer, _) in enumerate(names.values())}
-    models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": parts.vae} if parts.vae is not None else {})
+    models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": vae} if vae is not None else {})
     if parts.family.pipeline is StableDiffusionXLPipeline:
         models["add_watermarker"] = False
     else:
@@ -397,19 +440,16 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
     if family.has_vae:
         folder = base.own_vae or base.folder / "vae"
         overflows = dtype == torch.float16 and base_folders.read_json(folder / "config.json").get("force_upcast", True)
-        own["vae"] = _load_vae(base, torch.float32 if overflows else dtype)
+        own["vae"] = _load_model(base, "vae", torch.float32 if overflows else dtype, device)
+    own |= {part: _load_model(base, part, dtype, device) for part in ("unet", *family.text)}
     if family.pipeline is StableDiffusionXLPipeline:
         own["add_watermarker"] = False
-    pipeline = _load(family.pipeline, str(base.folder), _FLAG, variant=options.variant, dtype=dtype, use_safetensors=True, **own)
+    pipeline = _load(family.pipeline, str(base.folder), _FLAG, use_safetensors=True, **own)
     config = pipeline.scheduler.config
     other = _fixed_variance(config) | ({"prediction_type": options.prediction_type} if options.prediction_type else {})
     if other:
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, **other)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    if family.has_vae:
-        pipeline.vae.to(memory_format=torch.channels_last)
-    _align([part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)])
     return pipeline.to(device)
 
 

@@ -62,6 +62,18 @@ def drop(optimizer: torch.optim.Optimizer, name: str) -> None:
         optimizer.state.pop(parameter, None)
 
 
+def can_hold_back(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `hold_back` works for this kind."""
+    return _name(optimizer) == "adamw"
+
+
+def hold_back(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
+    """Have the steps from here on do nothing, neither to parameters nor to state, if `flag`, a float on the device, is 1: nobody need wait for it.
+    It is the place where torch's GradScaler has the fused kernels look for overflows."""
+    held: Any = optimizer
+    held.found_inf = flag
+
+
 def needs_raw_parameters(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the parameters that are stepped are others than the adapter's, so that a checkpoint needs both."""
     return _name(optimizer) == "schedule-free"

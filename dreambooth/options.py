@@ -138,11 +138,12 @@ class PriorPreservation:
     sample_batch_size: int = 4
     """Class images generated at once, per process. Part of what a set of class images is: another number gives other pixels."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision of generating class images; None is that of the ones already there, else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
+    """Precision of generating class images; None is that of the ones already there, else bf16 where the hardware computes in it (GPUs from Ampere
+    on, CPUs with AVX-512 BF16 or AMX), else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
     class_guidance_scale: float = 7.5
     """Classifier-free guidance of class images."""
     class_inference_steps: int | None = None
-    """Sampling steps of class images; None is 25 for --class_scheduler dpm, else 50."""
+    """Sampling steps of class images; None is that of the ones already there, else 25 for --class_scheduler dpm and 50 for base."""
     class_scheduler: Literal["dpm", "base"] | None = None
     """Sampler of class images: the multistep DPM solver (arXiv 2211.01095), or the base's own. None is that of the ones already there, else dpm;
     for a base in pixels, or with an EDM scheduler, its own."""

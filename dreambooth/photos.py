@@ -1,6 +1,6 @@
 """A folder of pictures -> checked, upright RGB images of one size.
 
-`check_folder` decodes every picture before any model is loaded and reports all problems at once. Pictures are taken in the order of
+`check_folder` decodes every picture that is new before any model is loaded and reports all problems at once. Pictures are taken in the order of
 their names, so that a run does not depend on the file system.
 """
 
@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image, ImageCms
 
 from dreambooth.errors import UserError
 from dreambooth.printable import shown
+from dreambooth.seen_photos import Seen, SeenPhotos
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 _CAPTIONS = ("metadata.jsonl", "metadata.csv")  # read, or spoken of, by captions.py
@@ -57,6 +59,7 @@ _CMYK = "converted from CMYK, whose colours are not quite those on screens: {}"
 _TRANSPARENT = "transparent parts are shown over white: {}"
 _PAGES = "only the first page is taken: {}"
 _GREY = "without colour: {}"
+_REMARKS = {_BAD_EXIF, _BAD_PROFILE, _CMYK, _TRANSPARENT, _PAGES, _GREY}  # of decoding
 _LONG = f"more than {ODD_ASPECT} times as long as wide, so that a square crop shows little of it: {{}}"
 
 
@@ -79,9 +82,15 @@ class Folder:
 
 
 def check_folder(
-    folder: str | Path, flag: str, *, max_pixels: int = MAX_PIXELS, allow_odd_photos: bool = False, follow_symlinks: bool = False
+    folder: str | Path,
+    flag: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    allow_odd_photos: bool = False,
+    follow_symlinks: bool = False,
+    known: SeenPhotos | None = None,
 ) -> Folder:
-    """Decode every picture in `folder`, named by `flag` on the command line.
+    """Decode every picture in `folder`, named by `flag` on the command line, that is not `known`; what is found becomes so.
 
     Raises UserError if the folder is missing or has no picture, or with one line for every picture that cannot be used: it is damaged, over
     `max_pixels`, smaller than `allow_odd_photos` lifts, or lies elsewhere and `follow_symlinks` does not say that it may.
@@ -98,7 +107,7 @@ def check_folder(
     remarks: dict[str, list[str]] = {}
     for name in candidates:
         try:
-            photo, said = _check(folder, name, max_pixels, allow_odd_photos, follow_symlinks)
+            photo, said = _check(folder, name, max_pixels, allow_odd_photos, follow_symlinks, known)
         except UserError as error:
             problems.append(f"{flag}: {shown(name)}: {error}")
             continue
@@ -158,7 +167,9 @@ def _duplicates(photos: list[Photo]) -> list[str]:
     return notes
 
 
-def _check(folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, follow_symlinks: bool) -> tuple[Photo, list[str]]:
+def _check(
+    folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, follow_symlinks: bool, known: SeenPhotos | None
+) -> tuple[Photo, list[str]]:
     path = folder / name
     try:
         info = path.stat()
@@ -172,8 +183,8 @@ def _check(folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, fol
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
-    image, remarks = _decode(path, max_pixels)
-    width, height = image.size
+    seen = _seen(path, digest, max_pixels, known)
+    (width, height), remarks = seen.size, list(seen.remarks)
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{width} x {height} pixels is too small; each side must have at least {MIN_SIDE}")
     if min(width, height) < ODD_SIDE and not allow_odd_photos:
@@ -181,8 +192,21 @@ def _check(folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, fol
         raise UserError(f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}; {lift}")
     if max(width, height) > ODD_ASPECT * min(width, height):
         remarks.append(_LONG)
+    return Photo(path, seen.size, digest, seen.pixels_sha256), remarks
+
+
+def _seen(path: Path, digest: str, max_pixels: int, known: SeenPhotos | None) -> Seen:
+    """What decoding finds, or has found of the same bytes; the limits of now hold for either."""
+    found = known.of(digest) if known else None
+    if found is not None and found.size[0] * found.size[1] <= max_pixels and set(found.remarks) <= _REMARKS:
+        return found
+    image, remarks = _decode(path, max_pixels)
+    width, height = image.size
     pixels = hashlib.sha256(f"{width} {height} ".encode() + image.tobytes()).hexdigest()
-    return Photo(path, image.size, digest, pixels), remarks
+    found = Seen(image.size, pixels, tuple(remarks))
+    if known:
+        known.add(digest, found)
+    return found
 
 
 def load(path: Path) -> Image.Image:
@@ -190,13 +214,24 @@ def load(path: Path) -> Image.Image:
     return _decode(path, max_pixels=None)[0]
 
 
-def _decode(path: Path, max_pixels: int | None) -> tuple[Image.Image, list[str]]:
-    """(the picture as `load` gives it, remarks). Without `max_pixels` Pillow's own limit holds, which is higher."""
+def load_checked(photo: Photo) -> Image.Image:
+    """The same picture as when it was checked. Raises UserError if the file is another one by now."""
+    try:
+        data = photo.path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{shown(photo.path)} cannot be read: {error.strerror or error}") from None
+    if hashlib.sha256(data).hexdigest() != photo.sha256:
+        raise UserError(f"{shown(photo.path)} has changed since the run was started; start again")
+    return _decode(photo.path, None, io.BytesIO(data))[0]
+
+
+def _decode(path: Path, max_pixels: int | None, data: BinaryIO | None = None) -> tuple[Image.Image, list[str]]:
+    """(the picture as `load` gives it, remarks), of the file or of its bytes. Without `max_pixels` Pillow's own limit holds, which is higher."""
     formats = tuple(sorted(set(FORMATS.values())))
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")  # seen here alone: those on sizes are errors below, and others name no file
-            with Image.open(path, formats=formats) as image:
+            with Image.open(path if data is None else data, formats=formats) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise UserError(f"{image.width} x {image.height} is over {max_pixels:,} pixels{_SMALLER}")
                 # the second picture of an MPO file, which many phones write as .jpg, is a preview; a TIFF may have pages
@@ -298,10 +333,14 @@ def pixel_values(
 ) -> torch.Tensor:
     """[3, resolution, resolution] in [-1, 1]: shorter side resized, mirrored or not, cropped at `corner` (left, top), or in the middle if None."""
     image = load(path)
-    corner = corner or middle_corner(image.size, resolution)
+    left, top = corner or middle_corner(image.size, resolution)
+    return box_values(image, resolution, interpolation, (left, top, left + resolution, top + resolution), is_mirrored=is_mirrored)
+
+
+def box_values(image: Image.Image, resolution: int, interpolation: str, box: tuple[int, int, int, int], *, is_mirrored: bool) -> torch.Tensor:
+    """[3, height, width] in [-1, 1]: shorter side resized to `resolution`, mirrored or not, and of that the `box` (left, top, right, bottom)."""
     image = image.resize(resized_size(image.size, resolution), INTERPOLATIONS[interpolation])
     if is_mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    left, top = corner
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = image.crop(box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -27,11 +27,15 @@ class ClassImageOptions:
     sample_batch_size: int = 4
     """Pictures generated at once, per process. Part of what a set is: another number gives other pixels."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision; None is fp16 on a GPU and fp32 elsewhere, "no" is fp32."""
+    """Precision; None is that of the pictures already there, else bf16 where the hardware computes in it (GPUs from Ampere on, CPUs with AVX-512
+    BF16 or AMX), else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
     class_guidance_scale: float = 7.5
     """Classifier-free guidance."""
-    class_inference_steps: int = 50
-    """Sampling steps."""
+    class_inference_steps: int | None = None
+    """Sampling steps; None is that of the pictures already there, else 25 for --class_scheduler dpm and 50 for base."""
+    class_scheduler: Literal["dpm", "base"] | None = None
+    """Sampler: the multistep DPM solver (arXiv 2211.01095), or the base's own. None is that of the pictures already there, else dpm; for a base in
+    pixels, or with an EDM scheduler, its own."""
     seed: int = 0
     """Picture k depends on (seed, k) only."""
     resolution: int | None = None

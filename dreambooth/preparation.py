@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import ProjectConfiguration
@@ -26,13 +26,16 @@ from dreambooth import (
     checkpoints,
     class_images,
     dry_run,
+    encodings,
     families,
     hub,
     locks,
+    memory,
     photo_sets,
     photos,
     processes,
     prompts,
+    quantization,
     report,
     runs,
 )
@@ -42,6 +45,7 @@ from dreambooth.options import TrainOptions
 from dreambooth.printable import shown
 from dreambooth.processes import Peers
 from dreambooth.samples import Source
+from dreambooth.seen_photos import SeenPhotos
 from dreambooth.stops import Watch, memory_errors_explained
 
 AdapterState = dict[str, dict[str, torch.Tensor]]
@@ -64,6 +68,9 @@ class Start:
     status: runs.Status
     repository: str | None
     """Where the result is uploaded to, OWNER/NAME; None for nowhere."""
+    cache: encodings.Mode
+    encoded_dir: Path
+    """Where a cache on disk lies."""
 
 
 class Planned(Exception):
@@ -106,7 +113,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
     peers.on_main(lambda: photo_sets.find(options.instance).flag)  # fetched, where that is needed, once
     photo_set = photo_sets.find(options.instance)
-    instance = _pictures(options, str(photo_set.folder), photo_set.flag, allow_odd_photos=options.instance.allow_odd_photos)
+    encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
+    known = SeenPhotos(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
+    instance = _pictures(options, str(photo_set.folder), photo_set.flag, known, allow_odd_photos=options.instance.allow_odd_photos)
     names = [photo.path.name for photo in instance.photos]
     own_captions, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options.instance)
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
@@ -118,12 +127,15 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     caption_notes += _check_prompts(options, base, tokenizers, own_captions)
     first_adapter, first_digest, adapter_notes = read_init_adapter(options, base)
     said_of_photos = [*photo_set.notes, *instance.notes, *caption_notes, *_size_notes(instance, options, base)]
-    for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *processes.notes()]:
+    for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *_device_notes(options, accelerator.device), *processes.notes()]:
         report.say(accelerator, f"note: {note}")
 
     if options.adapter.dry_run:
         raise Planned(dry_run.table(options, base) if peers.is_main else "")
+    cache = _find_cache(options, len(instance.photos), encoded_dir, photo_set.folder, accelerator)
     processes.make_folder(output_dir, "--output_dir")
+    if cache == "disk":
+        processes.make_folder(encoded_dir, "--encoded_dir")
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
         report.say(accelerator, f"note: {note}")
     if swept := peers.on_main(lambda: checkpoints.sweep(output_dir)):
@@ -149,7 +161,21 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         pictures = {source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources}
         slots = run.gradient_accumulation_steps * peers.world
         start = checkpoint.identity.get("start") if checkpoint and first_digest is None else first_digest
-        return runs.identity(options, slots=slots, base=fingerprint, pictures=pictures, captions=own_captions, max_steps=max_steps, start=start)
+        side, center = options.instance.resolution, options.instance.center_crop
+        assert side is not None
+        crops = encodings.Crops(side, options.instance.image_interpolation_mode, center, base.grid)
+        vary = any(not crops.is_fixed(photo.size) for source in sources for photo in source.photos)
+        cut_from: Literal["pixels", "latents"] = "pixels" if cache == "off" or not base.family.has_vae else "latents"
+        return runs.identity(
+            options,
+            slots=slots,
+            base=fingerprint,
+            pictures=pictures,
+            captions=own_captions,
+            max_steps=max_steps,
+            start=start,
+            crops=cut_from if vary else None,
+        )
 
     def check(mine: Mapping[str, Any]) -> list[str]:
         if checkpoint is None or not is_own:
@@ -170,12 +196,30 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     status = stack.enter_context(runs.recorded(output_dir, state.get("step", 0), is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
     if settings is not None:
-        sources.append(_class_source(options, settings, instance, base, peers, watch))
+        sources.append(_class_source(options, settings, instance, base, known, peers, watch))
+    if known and cache == "disk" and peers.is_main:
+        for note in known.save():
+            report.say(accelerator, f"warning: {note}")
     mine = identity(sources)
     for note in peers.on_main(lambda: check(mine)):
         report.say(accelerator, f"note: {note}")
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    return Start(options, peers, base, tokenizers, weight_dtype, sources, mine, checkpoint, is_own, first_adapter, status, repository)
+    return Start(
+        options,
+        peers,
+        base,
+        tokenizers,
+        weight_dtype,
+        sources,
+        mine,
+        checkpoint,
+        is_own,
+        first_adapter,
+        status,
+        repository,
+        cache,
+        encoded_dir,
+    )
 
 
 def _check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> None:
@@ -183,8 +227,16 @@ def _check_device(options: TrainOptions, device: torch.device, mixed_precision: 
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out")
     if mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
+    quantization.check(options.speed, options.adapter.adapter, device)
+    memory.check(options.speed.offload, device)
     if options.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _device_notes(options: TrainOptions, device: torch.device) -> list[str]:
+    if options.speed.compile and device.type == "cpu":
+        return ["--compile is for GPUs: on a CPU the layers that it takes the place of are faster"]
+    return []
 
 
 def _check_base(options: TrainOptions, base: families.Base) -> None:
@@ -336,22 +388,50 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
     return peers.share(random.SystemRandom().randrange(2**31))
 
 
-def _pictures(options: TrainOptions, folder: str, flag: str, *, allow_odd_photos: bool) -> photos.Folder:
+def _find_cache(options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, accelerator: Any) -> encodings.Mode:
+    """Where what is encoded of `count` photos and the class images is kept. Raises UserError if that would be beside the user's pictures."""
+    speed, prior = options.speed, options.prior
+    pictures = count * (2 if options.instance.random_flip else 1) + (prior.num_class_images if prior.with_prior_preservation else 0)
+    cache = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=speed.encoded_dir is not None)
+    if cache != "off" and options.instance.dataloader_num_workers:
+        report.say(accelerator, "note: You need not use --dataloader_num_workers without --cache_latents off.")
+    if cache != "disk":
+        if speed.encoded_dir is not None:
+            report.say(accelerator, f"note: You need not use --encoded_dir with --cache_latents {cache}.")
+        return cache
+    for folder in (photos_dir, prior.class_data_dir if prior.with_prior_preservation else None):
+        if folder is not None and encoded_dir.resolve() == Path(folder).resolve():
+            raise UserError(f"--encoded_dir: {shown(encoded_dir)} is a folder of pictures; name one of its own")
+    return cache
+
+
+def _pictures(options: TrainOptions, folder: str, flag: str, known: SeenPhotos | None, *, allow_odd_photos: bool) -> photos.Folder:
     limits = options.instance
     return photos.check_folder(
-        folder, flag, max_pixels=limits.max_image_pixels, allow_odd_photos=allow_odd_photos, follow_symlinks=limits.follow_symlinks
+        folder,
+        flag,
+        max_pixels=limits.max_image_pixels,
+        allow_odd_photos=allow_odd_photos,
+        follow_symlinks=limits.follow_symlinks,
+        known=known,
     )
 
 
 def _class_source(
-    options: TrainOptions, settings: class_images.Settings, instance: photos.Folder, base: families.Base, peers: Peers, watch: Watch
+    options: TrainOptions,
+    settings: class_images.Settings,
+    instance: photos.Folder,
+    base: families.Base,
+    known: SeenPhotos | None,
+    peers: Peers,
+    watch: Watch,
 ) -> Source:
     """The class images, the missing ones generated first. Raises UserError if a photo of the subject is among them."""
     folder, wanted = options.prior.class_data_dir, options.prior.num_class_images
     assert folder is not None
     class_images.make(Path(folder), settings, wanted, base, peers, watch)
     are_small = base.side < photos.ODD_SIDE  # those of the base's own
-    found = _pictures(options, folder, "--class_data_dir", allow_odd_photos=options.instance.allow_odd_photos or are_small)
+    found = _pictures(options, folder, "--class_data_dir", known, allow_odd_photos=options.instance.allow_odd_photos or are_small)
     photos.check_disjoint(instance, found)
     assert options.prior.class_prompt is not None
     taken = found.photos[:wanted]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dreambooth.errors import UserError
 from dreambooth.printable import shown
 
+_MOST_ON_DEVICE = 64  # prompts: with Stable Diffusion XL's in float32 some 40 MB
 _LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to find the words that do not
 
 
@@ -40,13 +41,20 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 
 @dataclasses.dataclass(frozen=True)
 class Book:
-    """Conditions of prompts that were encoded once, by prompt."""
+    """Conditions of prompts that were encoded once; `read` gives those of one."""
 
-    places: dict[str, int]
-    conditions: Conditions
+    read: Callable[[str], Conditions]
 
     def of(self, prompts: Sequence[str]) -> Conditions:
-        return self.conditions.rows([self.places[prompt] for prompt in prompts])
+        return stack([self.read(prompt) for prompt in prompts])
+
+
+def book(read: Callable[[str], Conditions], prompts: Sequence[str], device: torch.device) -> Book:
+    """The conditions of `prompts`: few wait on the device, many are read where they lie at each visit."""
+    if len(prompts) > _MOST_ON_DEVICE:
+        return Book(read)
+    held = {prompt: read(prompt).to(device) for prompt in prompts}
+    return Book(held.__getitem__)
 
 
 @dataclasses.dataclass
@@ -67,19 +75,30 @@ class TextParts:
         return self.encode(self, prompts)
 
     def book(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> Book:
-        """All `prompts` encoded, on the CPU, each alone: its last bits do not depend on which others there are. `check` is called before each."""
-        distinct = list(dict.fromkeys(prompts))
-        found = []
-        for prompt in distinct:
+        """All `prompts` encoded, each alone: its last bits do not depend on which others there are. `check` is called before each."""
+        device = next(iter(self.encoders.values())).device
+        found = {}
+        for prompt in dict.fromkeys(prompts):
             check()
-            found.append(self([prompt]).to(torch.device("cpu")))
-        return Book({prompt: place for place, prompt in enumerate(distinct)}, stack(found))
+            found[prompt] = self([prompt]).to(torch.device("cpu"))
+        return book(found.__getitem__, list(found), device)
+
+    def ids(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, mask) of the tokenizer at `number`, each [prompts, max_tokens]."""
+        read = as_read(self.encode, prompts)
+        found = self.tokenizers[number](read, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        return found.input_ids, found.attention_mask
 
     def tokens(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask) of the tokenizer at `number`, each [prompts, max_tokens], on the device of its encoder."""
+        """`ids` on the device of their encoder."""
         encoder = list(self.encoders.values())[number]
-        found = self.tokenizers[number](list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
-        return found.input_ids.to(encoder.device), found.attention_mask.to(encoder.device)
+        ids, mask = self.ids(number, prompts)
+        return ids.to(encoder.device), mask.to(encoder.device)
+
+
+def as_read(encode: Callable[["TextParts", Sequence[str]], Conditions], prompts: Sequence[str]) -> list[str]:
+    """Prompts as they come to the tokenizer: for DeepFloyd IF in lower case and trimmed, as its pipeline has them."""
+    return [prompt.lower().strip() for prompt in prompts] if encode is encode_t5 else list(prompts)
 
 
 def encode_clip(text: TextParts, prompts: Sequence[str]) -> Conditions:
@@ -111,9 +130,9 @@ def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> Conditions:
 
 
 def encode_t5(text: TextParts, prompts: Sequence[str]) -> Conditions:
-    """DeepFloyd IF: T5's last hidden state, padding masked; prompts in lower case and trimmed, as its pipeline has them."""
+    """DeepFloyd IF: T5's last hidden state, padding masked."""
     (encoder,) = text.encoders.values()
-    ids, mask = text.tokens(0, [prompt.lower().strip() for prompt in prompts])
+    ids, mask = text.tokens(0, prompts)
     return Conditions(encoder(ids, attention_mask=mask)[0])
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,18 +56,23 @@ class Progress:
         """Leave out of images per second what happened since the last step (validation, a checkpoint)."""
         self.since, self.since_step = time.monotonic(), step
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """Record what step `step` (counted from 1) gave; the bar shows time left, the record images per second since the clock was restarted."""
-        if self.file is None:
+    def steps(self, records: Sequence[tuple[int, dict[str, float]]]) -> None:
+        """Record what steps (counted from 1) gave; the bar shows time left, the record images per second since the clock was restarted."""
+        if self.file is None or not records:
             return
-        now = time.monotonic()
-        rate = (step - self.since_step) * self.images_per_step / max(now - self.since, 1e-9)
-        record = {"step": step, **values, "images_per_second": round(rate, 3)}
-        self._write(json.dumps(record) + "\n")
-        self.accelerator.log(values, step=step)
+        last = records[-1][0]
+        rate = (last - self.since_step) * self.images_per_step / max(time.monotonic() - self.since, 1e-9)
+        for step, values in records:
+            self._write(json.dumps({"step": step, **values, "images_per_second": round(rate, 3)}) + "\n")
+            self.accelerator.log(values, step=step)
         learning_rate = next(value for name, value in values.items() if name.startswith("lr"))
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.2e}", images_s=f"{rate:.1f}")
-        self.bar.update(step - self.bar.n)
+        self.bar.update(last - self.bar.n)
+
+    def memory(self, step: int, phase: str, reading: Mapping[str, float]) -> None:
+        """Record what the main process takes of memory at the end of a phase, after `step` steps."""
+        if self.file is not None:
+            self._write(json.dumps({"step": step, "memory": {"phase": phase, **reading}}) + "\n")
 
     def _write(self, line: str) -> None:
         """A full disk costs records, not the run."""

@@ -55,10 +55,11 @@ BASE = Limits(header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtype
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Shapes by key in the file's order, and its metadata."""
+    """Shapes by key in the file's order, its metadata, and by key the dtype and the byte of the file at which the values begin."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    places: dict[str, tuple[str, int]]
 
 
 class _Broken(Exception):
@@ -86,7 +87,7 @@ def read(path: Path, limits: Limits) -> Header:
                 raise _Broken(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
             file.seek(8)
             content = _json(file.read(size))
-        return _checked(content, info.st_size - 8 - size, limits)
+        return _checked(content, 8 + size, info.st_size - 8 - size, limits)
     except _Broken as error:
         raise UserError(f"{shown(path)}: not a whole safetensors file ({error})") from None
     except OSError as error:
@@ -115,13 +116,13 @@ def _json(header: bytes) -> dict[str, Any]:
     return content
 
 
-def _checked(content: dict[str, Any], body: int, limits: Limits) -> Header:
+def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Broken("its metadata is not a table of texts")
     if len(content) > limits.tensors:
         raise _Broken(f"{len(content):,} tensors are more than {limits.tensors:,}")
-    shapes, places = {}, []
+    shapes, ends, places = {}, [], {}
     for key, entry in content.items():
         if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
             raise _Broken(f"the key {key[:80]!a} is not a name of a tensor")
@@ -139,12 +140,13 @@ def _checked(content: dict[str, Any], body: int, limits: Limits) -> Header:
         if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
             raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its place of {end - begin} bytes")
         shapes[key] = shape
-        places.append((begin, end, key))
+        places[key] = dtype, start + begin
+        ends.append((begin, end, key))
     reached = 0
-    for begin, end, key in sorted(places):
+    for begin, end, key in sorted(ends):
         if begin != reached:
             raise _Broken(f"{key} {'overlaps with' if begin < reached else 'leaves a gap after'} the tensor before it")
         reached = end
     if reached != body:
         raise _Broken(f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}")
-    return Header(shapes, metadata)
+    return Header(shapes, metadata, places)

@@ -1,12 +1,14 @@
-"""Row numbers -> latents and prompts: from a cache where no crop varies, else from photos loaded ahead by worker processes."""
+"""Row numbers -> latents and prompts: from photos encoded once, or from photos loaded ahead by worker processes and encoded at each visit."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKL
 
 from dreambooth import caches, photos, sampling_order
+from dreambooth.encodings import EncodedPhotos
+from dreambooth.photos import Photo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Source:
     def distinct_prompts(self) -> list[str]:
         """Every prompt that a visit may have, once, in order of first use."""
         return list(dict.fromkeys([*self.prompts, *([""] if self.caption_dropout else [])]))
+
+    def pictures(self) -> list[tuple[Photo, bool]]:
+        """Every (photo, whether mirrored) that a visit may have."""
+        return [(photo, is_mirrored) for photo in self.photos for is_mirrored in ((False, True) if self.random_flip else (False,))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +55,12 @@ class MicroBatch:
 
 
 class PhotoRows(torch.utils.data.Dataset):
-    """Row -> [sources, 3, resolution, resolution]: the picture of each source at that row, in its own crop."""
+    """Row -> [sources, 3, resolution, resolution]: the picture of each source at that row, in its own crop. Random crops begin at multiples of
+    `grid` pixels."""
 
-    def __init__(self, sources: list[Source], seed: int, resolution: int, interpolation: str, center_crop: bool):
+    def __init__(self, sources: list[Source], seed: int, resolution: int, interpolation: str, center_crop: bool, grid: int = 1):
         self.sources, self.seed = sources, seed
-        self.resolution, self.interpolation, self.center_crop = resolution, interpolation, center_crop
-
-    @property
-    def crops_are_fixed(self) -> bool:
-        rooms = (photos.crop_room(photo.size, self.resolution) for source in self.sources for photo in source.photos)
-        return self.center_crop or all(room == (0, 0) for room in rooms)
+        self.resolution, self.interpolation, self.center_crop, self.grid = resolution, interpolation, center_crop, grid
 
     def photo(self, source: Source, row: int) -> int:
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
@@ -75,7 +77,7 @@ class PhotoRows(torch.utils.data.Dataset):
         size = source.photos[self.photo(source, row)].size
         if self.center_crop:
             return photos.middle_corner(size, self.resolution)
-        return sampling_order.crop_of_row(self.seed, source.purpose, row, photos.crop_room(size, self.resolution))
+        return sampling_order.crop_of_row(self.seed, source.purpose, row, photos.crop_room(size, self.resolution), self.grid)
 
     def frame(self, source: Source, row: int) -> Frame:
         width, height = source.photos[self.photo(source, row)].size
@@ -93,6 +95,7 @@ class PhotoRows(torch.utils.data.Dataset):
 
 def micro_batches(
     dataset: PhotoRows,
+    encoded: EncodedPhotos | None,
     vae: AutoencoderKL | None,
     steps: range,
     *,
@@ -100,15 +103,13 @@ def micro_batches(
     batch_size: int,
     rank: int,
     world: int,
-    workers: int,
-    show_progress: bool,
-    check: Callable[[], None] = lambda: None,
+    workers: int = 0,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of all `steps`, in order. `check` is called between photos that are encoded ahead."""
+    """This process's micro-batches of all `steps`, in order: of photos that are `encoded`, else loaded by `workers` and encoded by `vae`."""
     mine = sampling_order.my_slots(slots, rank=rank, world=world)
     order = [(step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size)) for step in steps for slot in mine]
-    if dataset.crops_are_fixed:
-        posteriors = _cached(dataset, vae, [rows for _, _, rows in order], show_progress=show_progress, check=check)
+    if encoded is not None:
+        posteriors = _looked_up(dataset, encoded, [rows for _, _, rows in order])
     else:
         posteriors = _encoded(dataset, vae, [rows for _, _, rows in order], workers)
     for (step, slot, rows), posterior in zip(order, posteriors, strict=True):
@@ -117,26 +118,14 @@ def micro_batches(
         yield MicroBatch(step, slot, rows, posterior, prompts, [dataset.frame(source, row) for source, row in visits])
 
 
-def _cached(
-    dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], *, show_progress: bool, check: Callable[[], None]
-) -> Iterator[caches.Posterior]:
-    """From every photo's posterior, and its mirror image's, encoded once."""
-    cached = [
-        caches.encode_photos(
-            vae,
-            [(photo.path, is_mirrored) for photo in source.photos for is_mirrored in ((False, True) if source.random_flip else (False,))],
-            dataset.resolution,
-            dataset.interpolation,
-            show_progress=show_progress,
-            check=check,
-        )
-        for source in dataset.sources
-    ]
+def _looked_up(dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]) -> Iterator[caches.Posterior]:
+    """Each visit's crop of what was encoded once."""
     for rows in order:
-        found = []
-        for source, cache in zip(dataset.sources, cached, strict=True):
-            ways = 2 if source.random_flip else 1
-            found += [cache[dataset.photo(source, row) * ways + dataset.is_mirrored(source, row)] for row in rows]
+        found = [
+            encoded.posterior(source.photos[dataset.photo(source, row)], dataset.corner(source, row), is_mirrored=dataset.is_mirrored(source, row))
+            for source in dataset.sources
+            for row in rows
+        ]
         yield caches.Posterior(torch.cat([f.mean for f in found]), torch.cat([f.std for f in found]))
 
 

@@ -42,10 +42,10 @@ def image_of_row(seed: int, purpose: str, row: int, count: int) -> int:
     return _order(seed, purpose, row // count, count)[row % count]
 
 
-def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int]) -> tuple[int, int]:
-    """(left, top) of a random crop; `room` is how many pixels it can move to the right and down."""
+def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], grid: int = 1) -> tuple[int, int]:
+    """(left, top) of a random crop, multiples of `grid`; `room` is how many pixels it can move to the right and down."""
     draw = generator(seed, "crop", purpose, row)
-    return tuple(int(torch.randint(limit + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
+    return tuple(grid * int(torch.randint(limit // grid + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
 
 
 def chance(seed: int, purpose: str, row: int) -> float:

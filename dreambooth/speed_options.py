@@ -18,7 +18,8 @@ class Speed:
     """Folder of what is kept on disk: latents and prompts, found again by their content. Runs may share one. None is `encoded` in the output
     folder."""
     compile: bool = False
-    """Compile the UNet's blocks (torch.compile): minutes at the start, faster steps after. Other last bits. On a CPU it needs a C++ compiler."""
+    """Compile the UNet's blocks (torch.compile): a minute or more at the start, faster steps after. Other last bits. For GPUs: on a CPU the
+    layers that it takes the place of are faster."""
     quantize_base: Literal["int8", "nf4"] | None = None
     """Keep the UNet's frozen layers in 8 bits (torchao package) or 4 (bitsandbytes package): less memory, slower steps, another result."""
     offload: bool = False

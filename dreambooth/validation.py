@@ -24,10 +24,14 @@ class Pictures:
         encoders = parts.text.encoders if parts.text else {}
         self.layers = attach.layers_of({"unet": parts.unet, **encoders})  # now, while all parts are there
 
+    def _pipeline(self) -> Any:
+        """On the models in memory. A VAE that is not there is loaded, and goes with the pipeline."""
+        vae = self.parts.vae or families.load_vae(self.parts.base, self.accelerator.device)
+        return families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler), vae)
+
     def along_the_way(self, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> None:
         """As the adapter is after `step` steps, to validation/ and the trackers."""
-        pipeline = families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler))
-        images = self._draw(pipeline, prompt, empty)
+        images = self._draw(self._pipeline(), prompt, empty)
         folder = self.folder / "validation"
         self._save(images, [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step)
         progress.images(step, "validation", images, self.prompt)
@@ -35,7 +39,7 @@ class Pictures:
     def of_the_file(self, path: Path, step: int, progress: report.Progress, prompt: Conditions, empty: Conditions) -> list[str]:
         """As the saved adapter draws: the file itself, put on the frozen models, from which the one that was trained is taken off. Names of the
         pictures."""
-        pipeline = families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler))
+        pipeline = self._pipeline()
         pipeline.unload_lora_weights()
         models = {
             "unet": self.parts.unet,
@@ -43,7 +47,8 @@ class Pictures:
         }  # what has been freed has spoken in `prompt` already
         stack = attach.Stack(models)
         stack.add("saved", attach.part(attach.read(path, self.layers), tuple(models)))
-        with stack.worn({"saved": 1.0}):
+        is_quantized = self.options.speed.quantize_base is not None  # then nothing can be added to the weights
+        with stack.worn({"saved": 1.0}, "no" if is_quantized else "auto"):
             images = self._draw(pipeline, prompt, empty)
         names = [f"image_{number}.png" for number in range(len(images))]
         is_saved = self._save(images, [self.folder / name for name in names], step)

@@ -75,5 +75,5 @@ def no_models(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(families, "load_parts", refuse)
-    monkeypatch.setattr(families, "load_pipeline", refuse)
+    for name in ("load_encoders", "load_vae", "load_unet", "load_pipeline"):
+        monkeypatch.setattr(families, name, refuse)

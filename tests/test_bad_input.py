@@ -648,8 +648,8 @@ def _at_the_door(monkeypatch):
         raise AssertionError("a model was loaded before the input was checked")
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(families, "load_parts", refuse)
-    monkeypatch.setattr(families, "load_pipeline", refuse)
+    for name in ("load_encoders", "load_vae", "load_unet", "load_pipeline"):
+        monkeypatch.setattr(families, name, refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "300")
 

@@ -15,14 +15,25 @@ import torch
 from PIL import Image
 
 import generate_class_images
-from dreambooth import class_images, families, pipelines, sampling_order
+from dreambooth import class_images, families, frozen_layers, pipelines, processes, sampling_order
 from dreambooth.class_images import Settings, file_name
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, PriorPreservation
 from dreambooth.picture_options import ClassImageOptions
+from dreambooth.stops import Watch
 
-SETTINGS = Settings(base="0123456789abcdef", prompt="a photo of dog", seed=5, steps=20, guidance_scale=7.5, batch_size=4, side=64, precision="fp32")
+SETTINGS = Settings(
+    base="0123456789abcdef",
+    prompt="a photo of dog",
+    seed=5,
+    steps=20,
+    guidance_scale=7.5,
+    batch_size=4,
+    side=64,
+    precision="fp32",
+    scheduler="dpm",
+)
 FLAG = "--class_data_dir"
 
 
@@ -161,6 +172,7 @@ def test_the_manifest_says_what_the_set_is(tmp_path, whole):
         "batch_size": 4,
         "side": 64,
         "precision": "fp32",
+        "scheduler": "dpm",
     }
     assert found["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in sorted(whole.items()) if name.endswith(".png")}
     assert list(found["sha256"]) == sorted(found["sha256"])
@@ -321,6 +333,7 @@ def test_raising_the_number_keeps_the_old_pictures(more, tmp_path, whole):
         ("batch_size", 8),
         ("side", 512),
         ("precision", "bf16"),
+        ("scheduler", "base"),
     ],
 )
 @pytest.mark.parametrize("interrupted", [False, True], ids=["whole", "interrupted"])
@@ -413,15 +426,30 @@ def test_a_foreign_picture_beside_our_set_is_refused_too(tmp_path):
     assert (tmp_path / file_name(7)).read_bytes() == b"precious"
 
 
+def refused_as_damaged(folder: Path, text: str) -> None:
+    """With `text` for a manifest, and nothing is written."""
+    fill(folder, 4)
+    (folder / "manifest.json").write_text(text)
+    before = contents(folder)
+    with pytest.raises(UserError) as refused:
+        fill(folder, 4)
+    assert str(refused.value).startswith(f"{FLAG}: {folder / 'manifest.json'} is damaged; remove it")
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "sha256": {}}', '{"settings": {}, "sha256": ["x"]}', "null"])
 def test_a_damaged_manifest_is_refused_with_what_to_do(text, tmp_path):
-    fill(tmp_path, 4)
-    (tmp_path / "manifest.json").write_text(text)
-    before = contents(tmp_path)
-    with pytest.raises(UserError) as refused:
-        fill(tmp_path, 4)
-    assert str(refused.value).startswith(f"{FLAG}: {tmp_path / 'manifest.json'} is damaged; remove it")
-    assert contents(tmp_path) == before
+    refused_as_damaged(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": "50"}, {"steps": 0}, {"seed": -1}, {"side": 1.5}, {"precision": "fp8"}, {"precision": None}, {"scheduler": ["dpm"]}],
+    ids=str,
+)
+def test_a_manifest_that_cannot_be_gone_on_from_is_refused_as_damaged(wrong, tmp_path):
+    """What the flags leave open is taken from it."""
+    refused_as_damaged(tmp_path, json.dumps({"settings": dataclasses.asdict(SETTINGS) | wrong, "sha256": {}}))
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
@@ -436,8 +464,8 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "device", "expected"),
     [
-        (None, "cpu", "fp32"),
-        (None, "cuda", "fp16"),
+        (None, "cpu", "bf16"),
+        (None, "cuda", "bf16"),
         (None, "mps", "fp32"),
         ("no", "cuda", "fp32"),
         ("no", "cpu", "fp32"),
@@ -446,8 +474,18 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         ("bf16", "cpu", "bf16"),
     ],
 )
-def test_precision_is_half_on_a_gpu_and_full_elsewhere(flag, device, expected):
+def test_precision_is_bf16_where_the_hardware_computes_in_it(flag, device, expected, monkeypatch):
     """The reference script takes `no` and draws in half precision all the same."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert class_images.precision_of(flag, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("flag", "device", "expected"), [(None, "cpu", "fp32"), (None, "cuda", "fp16"), ("bf16", "cpu", "bf16")])
+def test_precision_on_older_hardware_is_what_it_is_fast_in(flag, device, expected, monkeypatch):
+    """A GPU that only pretends to know bf16 is slower with it than with fp16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True, "avx512_f": True})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert class_images.precision_of(flag, torch.device(device)) == expected
 
 
@@ -458,7 +496,7 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
         generate_class_images.main(parse(ClassImageOptions, "", words))
     base = families.find(BaseModel(str(tiny_base)))
-    settings = Settings(base.fingerprint(), "a dog", 0, 50, 7.5, 4, base.side, "fp16")
+    settings = Settings(base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.side, "fp16", "dpm")
     fill(tmp_path / "set", 2, settings=settings)
     generate_class_images.main(parse(ClassImageOptions, "", words))
 
@@ -472,3 +510,136 @@ def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
     assert wanted.side == base.side
     fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
     assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(wanted, side=128)
+
+
+# --- sampler
+
+
+def class_words(base: Path, folder: Path, *more: str) -> ClassImageOptions:
+    words = f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 2 --sample_batch_size 2 --resolution 16"
+    return parse(ClassImageOptions, "", [*words.split(), "--class_prompt", "a dog", *more])
+
+
+def prior_of(folder: Path, **flags: Any) -> PriorPreservation:
+    return PriorPreservation(with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(folder), **flags)
+
+
+def wanted(base: families.Base, folder: Path, **flags: Any) -> Settings:
+    """The set that a training run with these flags wants."""
+    settings = class_images.settings_of(class_images.adopt(prior_of(folder, **flags), 3), base, base.fingerprint(), torch.device("cpu"))
+    assert settings is not None
+    return settings
+
+
+def make_old(folder: Path) -> None:
+    """What was kept of a set before there was a choice of samplers."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["scheduler"]
+    path.write_text(json.dumps(content))
+
+
+BASES = ["tiny_base", "tiny_v_base", "tiny_xl", "tiny_edm", "tiny_if"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "steps"), [(kind, *(("base", 50) if kind in ("tiny_edm", "tiny_if") else ("dpm", 25))) for kind in BASES]
+)
+def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_50(kind, scheduler, steps, tmp_path, request):
+    base = families.find(BaseModel(str(request.getfixturevalue(kind))))
+    found = wanted(base, tmp_path / "set")
+    assert (found.scheduler, found.steps) == (scheduler, steps)
+    assert wanted(base, tmp_path / "set", class_scheduler="base").steps == 50
+    assert wanted(base, tmp_path / "set", class_inference_steps=7) == dataclasses.replace(found, steps=7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [
+        ("tiny_base", ["DPMSolverMultistepScheduler", "DDIMScheduler"]),
+        ("tiny_v_base", ["DPMSolverMultistepScheduler", "DDIMScheduler"]),
+        ("tiny_xl", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]),
+        ("tiny_edm", ["EDMEulerScheduler"]),
+        ("tiny_if", ["DPMSolverMultistepScheduler", "DDPMScheduler"]),
+    ],
+)
+def test_each_family_draws_with_the_solver_and_with_its_own_sampler(kind, kinds, tmp_path, request, monkeypatch):
+    """What the sampler is told of the base stays: what it predicts, and its noise levels. The text encoders are gone by then, and the UNet's
+    layers are the fast ones."""
+    real, seen = pipelines.draw, []
+
+    def draw(pipeline: Any, *conditions: Any, **flags: Any) -> list[Image.Image]:
+        seen.append(pipeline.scheduler)
+        assert all(getattr(pipeline, encoder) is None for encoder in families.find(BaseModel(str(base))).family.text)
+        layers = [layer for layer in pipeline.unet.modules() if type(layer) is torch.nn.Linear]
+        assert layers
+        assert all(layer.forward.__func__ is frozen_layers._linear_forward for layer in layers)  # type: ignore[attr-defined]
+        return real(pipeline, *conditions, **flags)
+
+    monkeypatch.setattr(pipelines, "draw", draw)
+    base, pictures = request.getfixturevalue(kind), []
+    for scheduler in ["dpm", "base"][-len(kinds) :]:
+        folder = tmp_path / scheduler
+        generate_class_images.main(class_words(base, folder, "--class_scheduler", scheduler, "--class_inference_steps", "2"))
+        assert manifest(folder)["settings"]["scheduler"] == scheduler
+        pictures += [np.asarray(Image.open(folder / file_name(number))) for number in range(2)]
+    assert [type(sampler).__name__ for sampler in seen] == kinds
+    assert {sampler.config.prediction_type for sampler in seen} == {"v_prediction" if kind == "tiny_v_base" else "epsilon"}
+    assert all((a != b).any() for number, a in enumerate(pictures) for b in pictures[:number])  # no two alike: not of one sampler, nor of two
+    if len(kinds) == 2:
+        assert torch.equal(seen[0].alphas_cumprod, seen[1].alphas_cumprod)
+
+
+def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm, tmp_path, no_models):
+    """Its noise levels are others than the solver's."""
+    with pytest.raises(UserError, match=r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base$"):
+        generate_class_images.main(class_words(tiny_edm, tmp_path / "set", "--class_scheduler", "dpm"))
+    with pytest.raises(UserError, match=r"^--class_scheduler dpm: "):
+        wanted(families.find(BaseModel(str(tiny_edm))), tmp_path / "set", class_scheduler="dpm")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["said", "from before there was a choice"])
+def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is_old, tiny_base, tmp_path):
+    """And in its steps and precision: by training and by the script."""
+    how = ["--class_scheduler", "base", "--class_inference_steps", "2", "--prior_generation_precision", "fp32"]
+    generate_class_images.main(class_words(tiny_base, tmp_path / "at_once", *how, "--num_class_images", "4"))
+    generate_class_images.main(class_words(tiny_base, tmp_path / "grown", *how))
+    if is_old:
+        make_old(tmp_path / "grown")
+    found = wanted(families.find(BaseModel(str(tiny_base))), tmp_path / "grown")
+    assert (found.scheduler, found.steps, found.precision) == ("base", 2, "fp32")
+    generate_class_images.main(class_words(tiny_base, tmp_path / "grown", "--num_class_images", "4"))
+    grown, at_once = ({name: data for name, data in contents(tmp_path / folder).items() if name != ".lock"} for folder in ("grown", "at_once"))
+    assert grown == at_once
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["said", "from before there was a choice"])
+def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(is_old, tiny_base, tmp_path, no_models):
+    base = families.find(BaseModel(str(tiny_base)))
+    fill(tmp_path, 2, settings=wanted(base, tmp_path / "none", class_scheduler="base"))
+    if is_old:
+        make_old(tmp_path)
+    before = contents(tmp_path)
+    assert class_images.is_complete(tmp_path, wanted(base, tmp_path), 2)
+    with pytest.raises(UserError) as refused:
+        class_images.is_complete(tmp_path, wanted(base, tmp_path, class_scheduler="dpm"), 2)
+    assert "other settings: scheduler is 'base' there and 'dpm' now (--class_scheduler). Name another folder" in str(refused.value)
+    assert contents(tmp_path) == before
+
+
+def test_processes_on_different_hardware_draw_in_the_precision_of_the_first(tiny_base, tmp_path, monkeypatch):
+    base = families.find(BaseModel(str(tiny_base)))
+    settings, loaded = wanted(base, tmp_path, prior_generation_precision="fp32", class_inference_steps=1), []
+    peers = processes.join(Watch(), peer_timeout=10)
+    monkeypatch.setattr(peers, "share", lambda value: "bf16" if value == "fp32" else value)
+    real = families.load_pipeline
+
+    def load(base: families.Base, dtype: torch.dtype, device: torch.device) -> Any:
+        loaded.append(dtype)
+        return real(base, dtype, device)
+
+    monkeypatch.setattr(families, "load_pipeline", load)
+    class_images.make(tmp_path / "set", settings, 1, base, peers, Watch())
+    assert loaded == [torch.bfloat16]
+    assert manifest(tmp_path / "set")["settings"]["precision"] == "bf16"

@@ -30,7 +30,7 @@ from dreambooth import caches, families, sampling_order
 from dreambooth.adapter_files import ADAPTER_NAME
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TextEncoding
+from dreambooth.options import BaseModel
 from dreambooth.picture_options import InferOptions
 from tests import tiny
 from tests.test_scripts import ROOT, digest, run_train, train_words
@@ -194,14 +194,14 @@ def told(monkeypatch) -> list[dict[str, Any]]:
     return calls
 
 
-@pytest.mark.parametrize("crop", ["", "--center_crop"])
+@pytest.mark.parametrize("crop", ["--cache_latents off", "--center_crop", ""])
 def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop):
-    """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown."""
-    encoded, real = torch.empty(0, 3, 64, 64), caches.encode
+    """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown; of one encoded whole, on its grid."""
+    encoded: list[torch.Tensor] = []
+    real, grid = caches.encode, 1 if crop else 8
 
     def encode(vae, pixel_values):
-        nonlocal encoded
-        encoded = torch.cat([encoded, pixel_values])
+        encoded.extend(pixel_values)
         return real(vae, pixel_values)
 
     monkeypatch.setattr(caches, "encode", encode)
@@ -214,17 +214,22 @@ def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes
             for row in (2 * step, 2 * step + 1):
                 image: Image.Image = Image.open(folder / f"photo-{sampling_order.image_of_row(1, f'{purpose}-order', row, 3)}.png")
                 room = (image.width - 64, image.height - 64)  # the shorter side is 64 already
-                left, top = (room[0] // 2, room[1] // 2) if crop else sampling_order.crop_of_row(1, purpose, row, room)
+                centered = crop == "--center_crop"
+                left, top = (room[0] // 2, room[1] // 2) if centered else sampling_order.crop_of_row(1, purpose, row, room, grid)
                 expected.append([image.height, image.width, top, left, 64, 64])
                 if purpose == "instance" and sampling_order.chance(1, "instance-flip", row) < 0.5:
                     image, flips = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flips + 1
                 shown.append(torch.tensor(np.asarray(image.crop((left, top, left + 64, top + 64)))).permute(2, 0, 1) / 127.5 - 1)
     assert torch.cat([call["time_ids"] for call in told]).tolist() == expected
     assert 0 < flips < 6
-    if crop:  # each photo and its mirror image once
-        assert all(any(torch.allclose(pixel_values, own) for own in encoded) for pixel_values in shown)
-    else:
-        assert torch.allclose(encoded, torch.stack(shown))
+    if crop == "--cache_latents off":
+        assert torch.allclose(torch.stack(encoded), torch.stack(shown))
+    else:  # each photo and its mirror image once
+        assert len(encoded) == 3 * 2 + 3
+        for (*_, top, left, _, _), pixel_values in zip(expected, shown, strict=True):
+            top, left = (0, 0) if crop else (top, left)
+            crops = [own[:, top : top + 64, left : left + 64] for own in encoded]
+            assert any(own.shape == pixel_values.shape and torch.allclose(own, pixel_values) for own in crops)
 
 
 @pytest.mark.parametrize("train_text", [[], ["--train_text_encoder"]])
@@ -250,10 +255,10 @@ def plain_clip(pipeline: Any, skip: int, prompt: str) -> torch.Tensor:
 def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
     """A loader may leave them where a mapped file has them, and under torchrun it does not."""
     found = families.find(BaseModel(str(tiny_xl)))
-    parts = families.load_parts(found, families.load_tokenizers(found), TextEncoding(), torch.float32, torch.device("cpu"))
-    pipeline = families.load_pipeline(found, torch.float32, torch.device("cpu"))
-    assert parts.text is not None
-    for model in (parts.unet, parts.vae, *parts.text.encoders.values(), pipeline.unet, pipeline.text_encoder_2):
+    cpu = torch.device("cpu")
+    own = [families.load_unet(found, torch.float32, cpu), families.load_vae(found, cpu), *families.load_encoders(found, torch.float32, cpu).values()]
+    pipeline = families.load_pipeline(found, torch.float32, cpu)
+    for model in (*own, pipeline.unet, pipeline.text_encoder_2):
         assert model is not None
         assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}
 

@@ -280,7 +280,8 @@ def test_an_adapter_of_another_kind_is_not_started_from(tiny_base, photos_dir, t
 def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(tiny_base, photos_dir, tmp_path, monkeypatch):
     run_train(tiny_base, photos_dir, tmp_path / "wide", "--target_preset", "attn_ff", "--max_train_steps", "1")
     run_train(tiny_base, photos_dir, tmp_path / "text", "--train_text_encoder", "--text_encoder_rank", "2", "--max_train_steps", "1")
-    monkeypatch.setattr(families, "load_parts", None)  # found before a model is loaded
+    for name in ("load_encoders", "load_vae", "load_unet"):
+        monkeypatch.setattr(families, name, None)  # found before a model is loaded
     with pytest.raises(UserError, match=r"--init_adapter: .*wide has 48 layers of unet and this run trains 32.*give the same --target_preset"):
         run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", str(tmp_path / "wide"))
     with pytest.raises(UserError, match=r"--init_adapter: .*text has text_encoder of rank 2; give the same as --text_encoder_rank"):

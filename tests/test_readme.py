@@ -94,14 +94,15 @@ def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
             if flag in words:
                 content = yaml.safe_load(Path(words[words.index(flag) + 1]).read_text())
                 assert content, f"{place} of {command}"
-        base = next((base for name, base in bases.items() if name in command), bases[HUB_ID])
+        recipe = Path(words[words.index("--config") + 1]).read_text() if "--config" in words else ""
+        base = next((base for name, base in bases.items() if name in command + recipe), bases[HUB_ID])
         assert any(name in command for name in bases) or "--config" in words or script == "convert_adapter.py"
         run_script(words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base)
         ran.append(script)
     assert set(SCRIPTS) == set(ran)
     assert (tmp_path / "my_dog_lora" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "my_dog_base" / "model_index.json").is_file()
-    for name in ("my_face_lora", "my_dog_xl", "my_dog_if", "my_dog_captioned"):
+    for name in ("my_face_lora", "my_dog_xl", "my_dog_if", "my_dog_captioned", "my_dog_6gb", "my_dog_12gb"):
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import types
 import weakref
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -23,7 +24,20 @@ from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, 
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, caches, families, objectives, photos, pipelines, preparation, prompts, report, samples
+from dreambooth import (
+    adapter_files,
+    caches,
+    encoded_files,
+    encodings,
+    families,
+    objectives,
+    photos,
+    pipelines,
+    preparation,
+    prompts,
+    report,
+    samples,
+)
 from dreambooth.command_line import parse
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel, TextEncoding, TrainOptions
@@ -49,7 +63,8 @@ def checkpoints_in(folder: Path) -> set[str]:
 
 
 def records(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if "loss" in record]
 
 
 def spy(monkeypatch, owner: Any, name: str, see: Any) -> None:
@@ -289,7 +304,7 @@ def test_pictures_are_drawn_in_eval_mode_by_the_models_in_memory(precision, tiny
     monkeypatch.setattr(families, "load_pipeline", refuse)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
     loaded: list[Any] = []
-    spy(monkeypatch, families, "load_parts", lambda *args, **others: loaded.append(1))
+    spy(monkeypatch, families, "load_unet", lambda *args: loaded.append(1))
     words = f"--max_train_steps 4 --mixed_precision {precision} --lora_dropout 0.3 --train_text_encoder"
     run(tiny_base, photos_dir, tmp_path / "a", words)
     assert seen == []
@@ -323,11 +338,11 @@ def test_second_stage_bases_are_refused(photos_dir, tmp_path, no_models):
 
 def test_deepfloyd_prompts_are_prepared_as_its_pipeline_does(tiny_if):
     base = families.find(BaseModel(str(tiny_if)))
-    parts = families.load_parts(base, families.load_tokenizers(base), TextEncoding(), torch.float32, torch.device("cpu"))
-    assert parts.text is not None
+    text = families.text_without_encoders(base, families.load_tokenizers(base), TextEncoding())
+    text.encoders = families.load_encoders(base, torch.float32, torch.device("cpu"))
     theirs = IFPipeline.from_pretrained(tiny_if, watermarker=None).encode_prompt(" A Photo of SKS dog ", do_classifier_free_guidance=False)[0]
     with torch.no_grad():
-        assert torch.equal(parts.text([" A Photo of SKS dog "]).embeds, theirs)
+        assert torch.equal(text([" A Photo of SKS dog "]).embeds, theirs)
 
 
 def test_nothing_asks_for_a_version_or_imports_a_tracker_at_the_start():
@@ -367,18 +382,20 @@ def dataset(tmp_path) -> samples.PhotoRows:
     return samples.PhotoRows(sources, 1, 64, "lanczos", True)
 
 
-def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset, monkeypatch):
+def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset):
     """Over several passes, with more class images than photos: as without a cache."""
-    vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
+    base, cpu = families.find(BaseModel(str(tiny_base))), torch.device("cpu")
 
-    def means() -> torch.Tensor:
-        words: dict[str, Any] = {"slots": 1, "batch_size": 2, "rank": 0, "world": 1, "workers": 0, "show_progress": False}
-        return torch.stack([batch.posterior.mean for batch in samples.micro_batches(dataset, vae, range(8), **words)])
+    def means(encoded: encodings.EncodedPhotos | None, vae: AutoencoderKL | None) -> torch.Tensor:
+        words: dict[str, Any] = {"slots": 1, "batch_size": 2, "rank": 0, "world": 1}
+        return torch.stack([batch.posterior.mean for batch in samples.micro_batches(dataset, encoded, vae, range(8), **words)])
 
-    cached = means()
+    crops = encodings.Crops(dataset.resolution, dataset.interpolation, dataset.center_crop, base.grid)
+    pictures = [picture for source in dataset.sources for picture in source.pictures()]
+    alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
+    cached = means(encodings.encode_photos(encoded_files.Entries(None, print), base, pictures, crops, cpu, alone, lambda: None), None)
     assert {dataset.photo(dataset.sources[1], row) for row in range(16)} == set(range(5))
-    monkeypatch.setattr(samples.PhotoRows, "crops_are_fixed", False)
-    assert torch.equal(cached, means())
+    assert torch.equal(cached, means(None, families.load_vae(base, cpu)))
     assert len(cached.flatten(2).flatten(0, 1).unique(dim=0)) > 8
 
 
@@ -391,7 +408,7 @@ def test_loader_processes_get_names_and_no_tensors(dataset):
 
 def test_frozen_text_encoders_are_gone_once_the_prompts_are_encoded(tiny_xl, photos_dir, tmp_path, monkeypatch):
     encoders: list[Any] = []
-    spy(monkeypatch, families, "load_parts", lambda parts, *args, **others: encoders.extend(map(weakref.ref, parts.text.encoders.values())))
+    spy(monkeypatch, families, "load_encoders", lambda found, *args: encoders.extend(map(weakref.ref, found.values())))
     left: list[int] = []
 
     def look(*args: Any) -> None:

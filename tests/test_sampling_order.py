@@ -190,6 +190,13 @@ def test_crops_use_all_of_their_room_and_no_more():
     assert {top for _, top in (order.crop_of_row(5, "instance", row, (0, 2)) for row in range(100))} == {0, 1, 2}
 
 
+def test_crops_on_a_grid_use_all_of_their_room_in_steps_of_it():
+    crops = [order.crop_of_row(5, "instance", row, (27, 7), 8) for row in range(100)]
+    assert {left for left, _ in crops} == {0, 8, 16, 24}
+    assert {top for _, top in crops} == {0}
+    assert order.crop_of_row(5, "instance", 3, (27, 7), 1) == order.crop_of_row(5, "instance", 3, (27, 7))
+
+
 def test_the_crop_of_a_row_is_its_own():
     room = (1000, 1000)
     crops = [order.crop_of_row(5, "instance", row, room) for row in range(50)]

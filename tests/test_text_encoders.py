@@ -1,5 +1,6 @@
 """Text encoders: what is read from them, which of their layers are trained, how long, and when they are freed."""
 
+import dataclasses
 import gc
 import itertools
 import shutil
@@ -26,7 +27,8 @@ def text_parts(base: Path, skip: int) -> Any:
     found = families.find(BaseModel(str(base)))
     text = TextEncoding(clip_skip=skip)
     families.check_text(found, text)
-    return families.load_parts(found, families.load_tokenizers(found), text, torch.float32, torch.device("cpu")).text
+    encoders = families.load_encoders(found, torch.float32, torch.device("cpu"))
+    return dataclasses.replace(families.text_without_encoders(found, families.load_tokenizers(found), text), encoders=encoders)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
@@ -85,20 +87,19 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     """Whether they all were at the forward pass of each micro-step to come."""
     freed: list[bool] = []
     encoders: list[weakref.ref] = []
-    real_load, real_ask = families.load_parts, train.Training.ask
+    real_load, real_ask = families.load_encoders, train.Training.ask
 
-    def load(*args, **kwargs):
-        parts = real_load(*args, **kwargs)
-        assert parts.text is not None
-        encoders.extend(weakref.ref(encoder) for encoder in parts.text.encoders.values())
-        return parts
+    def load(*args):
+        found = real_load(*args)
+        encoders.extend(weakref.ref(encoder) for encoder in found.values())
+        return found
 
     def ask(self, *args):
         gc.collect()
         freed.append(self.parts.text is None and bool(encoders) and all(encoder() is None for encoder in encoders))
         return real_ask(self, *args)
 
-    monkeypatch.setattr(families, "load_parts", load)
+    monkeypatch.setattr(families, "load_encoders", load)
     monkeypatch.setattr(train.Training, "ask", ask)
     return freed
 

@@ -164,7 +164,7 @@ def ended(child: int, limit: float = LIMIT) -> int:
 def steps_done(out: Path) -> int:
     """Steps in metrics.jsonl."""
     path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b'"loss":') if path.exists() else 0
 
 
 def wait_for_step(out: Path, step: int, *, alive: Callable[[], bool]) -> None:

@@ -1,0 +1,104 @@
+"""How far latents cut from those of the whole photo are from the latents of the crop itself, with the embedded base's VAE.
+
+    python -m benchmarks.crops PHOTOS
+
+PHOTOS is a folder of photos, or of folders of photos; of each the middle is taken, 3:2, so that a crop can move. For random crops on the
+VAE's grid, at its own resolution and twice that: the root mean square of the difference of the means, over that of the latents; beside it
+what moving the crop by one pixel does to the latents of the crop itself, which is what a crop at any pixel may add. Each over the whole
+crop, over its outermost latents, and over those 4 and more from the border. Writes `benchmarks/results/crops.json`, with a reason in place
+of figures if there are no photos. Half a minute, on two cores.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth import caches, encoded_files, encodings, families, photos
+from dreambooth.options import BaseModel
+from dreambooth.processes import Peers
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "crops.json"
+CROPS = 8  # of each photo
+INSIDE = 4  # latents from the border
+
+
+class Alone(Peers):
+    """One process without peers."""
+
+    def __init__(self) -> None:
+        self.rank, self.world, self.is_main = 0, 1, True
+
+
+def rms(difference: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
+    """Root mean square over that of the latents: over all, at the border, away from it. Both [1, channels, height, width]."""
+    side = latents.shape[-1]
+    border = torch.ones(side, side, dtype=torch.bool)
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    inside[INSIDE:-INSIDE, INSIDE:-INSIDE] = True
+    scale = latents.square().mean()
+    places = {"all": torch.ones_like(border), "outermost": border, f"{INSIDE} and more from the border": inside}
+    return {where: float((difference[..., mask].square().mean() / scale).sqrt()) for where, mask in places.items()}
+
+
+def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> dict[str, Any]:
+    """Means over all crops of all photos."""
+    device = torch.device("cpu")
+    vae, draw = families.load_vae(base, device), random.Random(0)
+    crops = encodings.Crops(resolution, "lanczos", False, base.grid)
+    cut: list[dict[str, float]] = []
+    moved: list[dict[str, float]] = []
+    for photo in found:
+        entries = encoded_files.Entries(None, print)
+        encoded = encodings.encode_photos(entries, base, [(photo, False)], crops, device, Alone(), lambda: None)
+        room = photos.crop_room(photo.size, resolution)
+        for _ in range(CROPS):
+            left, top = (base.grid * draw.randrange(length // base.grid + 1) for length in room)
+            # to where there is room, along the longer side
+            step = 1 if max(left, top) < max(room) else -1
+            other = (left + step, top) if room[0] >= room[1] else (left, top + step)
+            own, shifted = (caches.encode(vae, photos.pixel_values(photo.path, resolution, "lanczos", at)[None]).mean for at in ((left, top), other))
+            cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - own, own))
+            moved.append(rms(shifted - own, own))
+    return {
+        what: {where: round(sum(one[where] for one in values) / len(values), 5) for where in values[0]}
+        for what, values in (("cut from the whole photo's latents", cut), ("crop moved by one pixel", moved))
+    }
+
+
+def main(folder: Path | None) -> dict[str, Any]:
+    """The figures by resolution, or why there are none."""
+    if folder is None or not folder.is_dir():
+        return {"skipped": "no folder of photos was given" if folder is None else "the folder of photos is not there"}
+    base = families.find(BaseModel(str(ROOT / "picturebook" / "model")))
+    with tempfile.TemporaryDirectory() as wide:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in photos.FORMATS)
+        for number, path in enumerate(paths):
+            image = photos.load(path)
+            width, height = min(image.width, image.height * 3 // 2), min(image.height, image.width * 2 // 3)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image.crop((left, top, left + width, top + height)).save(Path(wide, f"{number:04d}.png"))
+        if not paths:
+            return {"skipped": "the folder has no photos"}
+        found = photos.check_folder(wide, "PHOTOS").photos
+        sides = (base.side, 2 * base.side)
+        results = {f"{resolution} pixels": measure(base, found, resolution) for resolution in sides}
+    return {
+        "photos": len(found),
+        "crops of each photo": CROPS,
+        "pixels of the grid": base.grid,
+        "root mean square of the difference, over that of the latents": results,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))

@@ -1,0 +1,502 @@
+"""How fast training and drawing class images are, and how much memory they take: this program, diffusers' example and the bare step, in turn.
+
+    python -m benchmarks.speed [--reference train_dreambooth_lora.py] [--rounds 3] [--only NAME ...] [--resume]
+
+Every run is a process of its own, watched from inside by `speed_probe.py`; figures are medians over the rounds. Bases have random weights and the
+shapes in `speed_bases.py`; photos are noise that needs no resizing. Both programs get the same flags and have their own defaults for the rest.
+
+The reference needs torchvision, of which it uses the transforms alone: `pip install --no-deps --target FOLDER torchvision==0.28.0`, then
+`--reference_path FOLDER`. Beside a torch for CPUs that wheel's compiled part does not load; `speed_probe.py` says what is done about it.
+
+Writes `benchmarks/results/speed.json` and the table in README.md. Ends with status 1 if a run failed. Hours, on two cores.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+# Nothing here imports torch: what runs beside the measured process should be small.
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+MARKS = ("<!-- speed: written by python -m benchmarks.speed -->", "<!-- speed end -->")
+NOT_MEASURED = "Not measured yet."  # between the marks while there is no RESULTS
+PROBE, BARE = ROOT / "benchmarks" / "speed_probe.py", ROOT / "benchmarks" / "speed_bare.py"
+PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+TRACKER = "tensorboard"  # the reference has no word for no tracker
+OWN = 8  # class images that are there before training; no one drew them
+AT_ONCE = 4  # class images that are drawn
+DRAWING_FLAGS = f"--class_prompt dog --class_data_dir {{drawn}} --num_class_images {{count}} --sample_batch_size {AT_ONCE}"
+Figures = dict[str, float]  # seconds end in _s, MiB in _mib
+
+
+@dataclass
+class Options:
+    """Measure speed and memory, side by side with diffusers' example script if there is a copy of it."""
+
+    reference: Path | None = None
+    """diffusers' examples/dreambooth/train_dreambooth_lora.py; None measures this program and the bare step alone."""
+    reference_path: Path | None = None
+    """Folder with the reference's torchvision, if that is not installed."""
+    rounds: int = 3
+    """Runs of each program in each case."""
+    only: tuple[str, ...] = ()
+    """Cases to run; none is all."""
+    resume: bool = False
+    """Keep what --output holds, and run the cases that it lacks, or those of --only anew."""
+    output: Path = RESULTS
+    """JSON file of the results; README.md gets the table only if it is the one beside this script."""
+    work: Path = ROOT / "runs" / "speed"
+    """Folder of bases and photos, kept for the next time, and of what the runs write."""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads of a run, shared out where it has several processes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what is run, and how its figures are taken."""
+
+    title: str
+    base: str
+    """Name of a shape; `embedded` is picturebook/model."""
+    side: int
+    """Pixels."""
+    programs: Mapping[str, Callable[["Case", "Place"], list[str]]]
+    """Command lines, by the name of the program, in the order in which they run."""
+    steps: int = 1
+    batch: int = 1
+    warm_up: int = 1
+    """Steps after the first that do not count yet."""
+    flags: str = ""
+    """For every program."""
+    own_flags: str = ""
+    """For this program alone, which has more to choose from."""
+    processes: int = 1
+    photos: int = 4
+    drawn: int = 0
+    """Class images to draw: they are measured then, and not the steps."""
+    limit: int = 900
+    """Seconds after which a run is ended as failed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one run finds and leaves its files."""
+
+    work: Path
+    reference: Path | None
+
+    def base(self, name: str) -> Path:
+        return ROOT / "picturebook" / "model" if name == "embedded" else self.work / name
+
+    def photos(self, side: int, count: int) -> Path:
+        return self.work / f"photos-{side}-{count}"
+
+    def fill(self, flags: str, case: "Case") -> list[str]:
+        """The words of `flags`, with folders and numbers in place of the braces."""
+        names = {"own": self.photos(case.side, OWN), "drawn": self.drawn, "encoded": self.encoded, "count": case.drawn}
+        return [word.format_map(names) for word in flags.split()]
+
+    @property
+    def output(self) -> Path:
+        """Gone before and after a run."""
+        return self.work / "output"
+
+    @property
+    def drawn(self) -> Path:
+        """Class images drawn by a run; gone before and after it."""
+        return self.work / "class_images"
+
+    @property
+    def encoded(self) -> Path:
+        """What a run keeps for the next one, for --encoded_dir; gone before a round."""
+        return self.work / "encoded"
+
+
+def _training(case: Case, place: Place) -> list[str]:
+    """The flags that both trainers understand."""
+    return [
+        *("--pretrained_model_name_or_path", str(place.base(case.base)), "--instance_data_dir", str(place.photos(case.side, case.photos))),
+        *("--instance_prompt", "a photo of a sks dog", "--output_dir", str(place.output)),
+        *f"--resolution {case.side} --train_batch_size {case.batch} --max_train_steps {case.steps} --seed 0".split(),
+        *f"--rank 4 --learning_rate 1e-4 --lr_warmup_steps 0 --report_to {TRACKER}".split(),
+        *place.fill(case.flags, case),
+    ]
+
+
+def train_here(case: Case, place: Place) -> list[str]:
+    return [str(ROOT / "train_dreambooth_lora.py"), *_training(case, place), *place.fill(case.own_flags, case)]
+
+
+def train_reference(case: Case, place: Place) -> list[str]:
+    return [str(place.reference), *_training(case, place)]
+
+
+def train_bare(case: Case, place: Place) -> list[str]:
+    precision = "bf16" if "bf16" in case.flags else "fp32"
+    return [str(BARE), str(place.base(case.base)), str(case.side), str(case.batch), precision, str(case.steps)]
+
+
+def draw_here(case: Case, place: Place) -> list[str]:
+    script = [str(ROOT / "generate_class_images.py"), "--pretrained_model_name_or_path", str(place.base(case.base))]
+    return [*script, *place.fill(f"{DRAWING_FLAGS} {case.own_flags}", case)]
+
+
+def draw_reference(case: Case, place: Place) -> list[str]:
+    """The reference draws class images before it trains: one step here, which is not measured."""
+    return [*train_reference(case, place), *place.fill(f"--with_prior_preservation {DRAWING_FLAGS}", case)]
+
+
+TRAINING = {"here": train_here, "reference": train_reference}
+WITH_BARE = {**TRAINING, "bare": train_bare}
+DRAWING = {"here": draw_here, "reference": draw_reference}
+TWICE = {"here": train_here, "again": train_here}  # the second finds what the first has encoded
+
+BF16, TEXT = "--mixed_precision bf16", "--train_text_encoder"
+PRIOR = f"--with_prior_preservation --class_prompt dog --class_data_dir {{own}} --num_class_images {OWN}"
+KEPT = "--cache_latents disk --encoded_dir {encoded}"
+M35, SD15 = "35 M UNet, 256 px", "Stable Diffusion 1.5's shape, 512 px"
+EQUAL_STEPS = "--class_scheduler base --class_inference_steps 50 --prior_generation_precision fp32"  # what the reference always does
+
+CASES: dict[str, Case] = {
+    "tiny": Case("embedded base, 64 px, batch 1, fp32", "embedded", 64, TRAINING, steps=60, warm_up=4),
+    "m35": Case(f"{M35}, batch 1, fp32", "m35", 256, WITH_BARE, steps=16, warm_up=2),
+    "m35-bf16": Case(f"{M35}, batch 1, bf16", "m35", 256, WITH_BARE, steps=16, warm_up=2, flags=BF16),
+    "m35-prior": Case(f"{M35}, batch 1, prior preservation, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, flags=PRIOR),
+    "m35-text": Case(f"{M35}, batch 4, text encoder, fp32", "m35", 256, TRAINING, steps=12, batch=4, flags=TEXT),
+    "m35-text-bf16": Case(f"{M35}, batch 4, text encoder, bf16", "m35", 256, TRAINING, steps=12, batch=4, flags=f"{TEXT} {BF16}"),
+    "m35-processes": Case(f"{M35}, batch 1 on each of 2 processes, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, processes=2),
+    "sd15": Case(f"{SD15}, batch 1, fp32", "sd15", 512, WITH_BARE, steps=5, limit=1800),
+    "sd15-bf16": Case(f"{SD15}, batch 1, bf16", "sd15", 512, WITH_BARE, steps=5, flags=BF16, limit=1800),
+    "sd15-checkpointing": Case(
+        f"{SD15}, batch 1, fp32, gradient checkpointing", "sd15", 512, TRAINING, steps=5, flags="--gradient_checkpointing", limit=1800
+    ),
+    "class-images-equal": Case(f"{M35}, 50 steps of the base's sampler", "m35", 256, DRAWING, drawn=12, own_flags=EQUAL_STEPS),
+    "class-images": Case(f"{M35}, each program's defaults", "m35", 256, DRAWING, drawn=12),
+    **{
+        f"pictures-{count}": Case(
+            f"{count:,} pictures", "embedded", 64, TWICE, steps=24, batch=4, warm_up=4, photos=count, own_flags=KEPT, limit=3600
+        )
+        for count in (10, 100, 10_000)
+    },
+}
+
+
+class Failed(Exception):
+    """A run that did not do what it was to do. The message ends with the tail of what it printed."""
+
+
+def figures(reports: Sequence[dict[str, Any]], started: float, case: Case) -> Figures:
+    """What the reports of a run's processes say, by rank; `started` is of the same clock. Memory is that of the process that took most.
+
+    Raises Failed if steps or pictures are missing.
+    """
+    what, count = ("pictures", case.drawn) if case.drawn else ("steps", case.steps)
+    if any(len(report[what]) != count for report in reports):
+        raise Failed(f"{count} {what} were to come, got {', '.join(str(len(report[what])) for report in reports)}")
+    found = {
+        "peak_mib": max(report[what][-1][1] for report in reports),
+        "peak_to_end_mib": max(report["end"][1] for report in reports),  # the reference loads the whole base again after its last step
+    }
+    times = [seconds for seconds, _ in reports[0][what]]
+    if case.drawn:  # the first ones also pay for what is done once
+        found["picture_s"] = (times[-1] - times[AT_ONCE - 1]) / (case.drawn - AT_ONCE)
+    else:
+        found["first_step_s"] = max(report["steps"][0][0] for report in reports) - started
+        found["step_s"] = statistics.median([after - before for before, after in itertools.pairwise(times)][case.warm_up :])
+    return found
+
+
+def medians(runs: Sequence[Figures]) -> Figures:
+    """Of every figure over the runs, to four digits."""
+    return {name: rounded(statistics.median(run[name] for run in runs)) for name in runs[0]}
+
+
+def ratios(of: Figures, to: Figures) -> Figures:
+    """Each figure of the one divided by that of the other, for those that both have."""
+    return {name: rounded(value / to[name]) for name, value in of.items() if name in to}
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """End a run, and with it the workers of a launcher: they are in sessions of their own, so it is asked first."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch(words: Sequence[str], work: Path, environment: Mapping[str, str], limit: float, processes: int = 1) -> tuple[list[dict[str, Any]], float]:
+    """Run a script with its flags under the probe: (the report of each process, the moment it was started). Raises Failed with the tail of its
+    output."""
+    report, log = work / "report.json", work / "log.txt"
+    for old in work.glob("report.json.*"):
+        old.unlink()
+    front = [sys.executable]
+    if processes > 1:
+        config = ROOT / "configs" / "accelerate" / "cpu_processes.yaml"
+        front += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "--main_process_port", "0"]
+    with log.open("w") as file:
+        started = time.monotonic()
+        command = [*front, str(PROBE), str(report), *words]
+        process = subprocess.Popen(command, cwd=work, env={**os.environ, **environment}, stdout=file, stderr=file, start_new_session=True)
+        try:
+            ended = f"exit status {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            ended = f"not done after {limit:g} s"
+        finally:
+            if process.poll() is None:
+                end_all(process)
+    reports = sorted(work.glob("report.json.*"), key=lambda path: int(path.suffix[1:]))
+    if process.returncode != 0 or len(reports) != processes:
+        tail = log.read_text(errors="replace")[-3000:]
+        raise Failed(f"{ended}, {len(reports)} of {processes} reports\n{tail}")
+    return [json.loads(path.read_text()) for path in reports], started
+
+
+def make_photos(folder: Path, side: int, count: int) -> None:
+    """`count` pictures of smooth noise; JPEGs if they are many. Kept if they are there."""
+    if len(list(folder.glob("photo-*"))) == count:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count)  # class images that are photos of the subject are refused
+    suffix = "png" if count <= OWN else "jpg"
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"photo-{number:05d}.{suffix}")
+
+
+def prepare(case: Case, place: Place) -> None:
+    """Make what the case's runs need."""
+    if not place.base(case.base).exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.speed_bases", case.base, str(place.base(case.base))], cwd=ROOT, check=True)
+    for count in (case.photos, OWN):
+        make_photos(place.photos(case.side, count), case.side, count)
+
+
+def read_all(folder: Path) -> None:
+    """Read a base's files, so that every run finds them in the computer's memory."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def clear(place: Place) -> None:
+    """Remove what runs write."""
+    for folder in (place.output, place.drawn):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
+    """The case's record: every program's runs, medians and ratios to this one's. Raises Failed at the first run that fails."""
+    prepare(case, place)
+    programs = {name: words for name, words in case.programs.items() if name != "reference" or place.reference}
+    runs: dict[str, list[Figures]] = {name: [] for name in programs}
+    load = []
+    for _ in range(options.rounds):
+        shutil.rmtree(place.encoded, ignore_errors=True)
+        read_all(place.base(case.base))
+        load.append(load_of_others())
+        for name, words in programs.items():
+            environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, options.threads // case.processes))}
+            if name == "reference" and options.reference_path:
+                environment["PYTHONPATH"] = str(options.reference_path.resolve())
+            clear(place)
+            try:
+                reports, started = launch(words(case, place), place.work, environment, case.limit, case.processes)
+                runs[name].append(figures(reports, started, case))
+            except Failed as failure:
+                raise Failed(f"{name}: {failure}") from None
+            finally:
+                clear(place)
+    shutil.rmtree(place.encoded, ignore_errors=True)
+    record: dict[str, Any] = {"title": case.title, "rounds": options.rounds, "steps": case.steps, "batch": case.batch, "warm_up": case.warm_up}
+    if case.drawn:
+        record = {"title": case.title, "rounds": options.rounds, "pictures": case.drawn}
+    found = {name: medians(of_program) for name, of_program in runs.items()}
+    record |= {"flags": case.flags, "own_flags": case.own_flags, "medians": found}
+    # how many times as much as here; of the bare step, how many times as much here
+    pairs = [("here", "bare") if name == "bare" else (name, "here") for name in found if name != "here"]
+    record["ratios"] = {f"{of}/{to}": ratios(found[of], found[to]) for of, to in pairs}
+    shown = {name: [{figure: rounded(value) for figure, value in run.items()} for run in of_program] for name, of_program in runs.items()}
+    return record | {"runs": shown, "others_busy_cores": load}
+
+
+def load_of_others() -> float:
+    """Processor seconds per second that other processes take, over one second of sleep."""
+
+    def busy() -> float:
+        user, nice, system, _, _, *others = (int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+        return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(1)
+    return round(busy() - before, 2)
+
+
+def setting(options: Options) -> dict[str, Any]:
+    """What figures may be compared under."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    reference = hashlib.sha256(options.reference.read_bytes()).hexdigest() if options.reference else None
+    return {
+        "machine": {
+            "processor": found[1] if found else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": options.threads,
+            "python": platform.python_version(),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "reference_sha256": reference,
+    }
+
+
+HEAD = "| training | seconds a step | seconds to the first step | peak memory, MiB | bare step, seconds |"
+DRAWING_HEAD = "| class images | pictures a second | peak memory, MiB |"
+TWICE_HEAD = "| photos kept encoded on disk | seconds to the first step | the same, second run | seconds a step | peak memory, MiB |"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The README's tables: training, class images and number of photos, those of them that have cases in the report, and how it was measured."""
+    tables: dict[str, list[str]] = {HEAD: [], DRAWING_HEAD: [], TWICE_HEAD: []}
+    for name, record in report["cases"].items():
+        case = CASES[name]
+        head = DRAWING_HEAD if case.drawn else TWICE_HEAD if case.programs is TWICE else HEAD
+        width = head.count("|") - 2
+        cells = ["failed", *[""] * (width - 1)] if "failed" in record else _cells(record["medians"], head)
+        tables[head].append(f"| {case.title} | {' | '.join(cells)} |")
+    lines: list[str] = []
+    for head, rows in tables.items():
+        if rows:
+            lines += [head, "|---" * (head.count("|") - 1) + "|", *rows, ""]
+    machine = report["machine"]
+    rounds = sorted({record["rounds"] for record in report["cases"].values() if "rounds" in record})
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines.append(
+        f"Medians of {' or '.join(map(str, rounds))} runs of each program in turn, every one a process of its own (two where it says so), with "
+        f"{machine['threads']} threads on {machine['cores']} cores of an {machine['processor']}; {versions}. The same flags for both programs; the "
+        "larger bases have random weights. In brackets: diffusers' example, and how many times as much it is (of pictures a second, as little). "
+        "Memory is the most that one process had resident until its last step or picture, pages of mapped files counted. The bare step is forward, "
+        "backward and AdamW of the UNet with peft's LoRA in channels_last, and nothing else; in brackets, how many times as long the step here is."
+    )
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def per_second(value: float) -> str:
+    return f"{1 / value:.3g}"
+
+
+def mib(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _cells(found: dict[str, Figures], head: str) -> list[str]:
+    here, reference = found["here"], found.get("reference")
+
+    def against(name: str, show: Callable[[float], str]) -> str:
+        there = f" ({show(reference[name])}, {reference[name] / here[name]:.2f} x)" if reference else ""
+        return show(here[name]) + there
+
+    if head is DRAWING_HEAD:
+        return [against("picture_s", per_second), against("peak_mib", mib)]
+    if head is TWICE_HEAD:
+        return [seconds(here["first_step_s"]), seconds(found["again"]["first_step_s"]), seconds(here["step_s"]), mib(here["peak_mib"])]
+    bare = f"{seconds(found['bare']['step_s'])} ({here['step_s'] / found['bare']['step_s']:.2f} x)" if "bare" in found else ""
+    return [against("step_s", seconds), against("first_step_s", seconds), against("peak_mib", mib), bare]
+
+
+def write_readme(text: str) -> None:
+    readme = ROOT / "README.md"
+    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text(encoding="utf-8"))
+    if count != 1:
+        raise RuntimeError(f"README.md must have the marks of the table once, has them {count} times")
+    readme.write_text(content, encoding="utf-8")
+
+
+def mistakes(options: Options, held: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What is wrong with the flags; `held` are the results that --resume adds to, `now` is the setting."""
+    found = [f"--only: no case {name!r}; there are: {', '.join(CASES)}" for name in options.only if name not in CASES]
+    found += [f"--{name} must be at least 1" for name in ("rounds", "threads") if getattr(options, name) < 1]
+    if options.reference_path and not (options.reference_path / "torchvision").is_dir():
+        found.append(f"--reference_path: {options.reference_path} has no torchvision")
+    if options.reference:
+        if not (options.reference_path or importlib.util.find_spec("torchvision")):
+            found.append("--reference needs torchvision: pip install --no-deps --target FOLDER torchvision==0.28.0, and --reference_path FOLDER")
+        if not importlib.util.find_spec("tensorboard"):
+            found.append("--reference needs tensorboard: pip install '.[tensorboard]'")
+    for key, value in now.items():
+        if held is not None and held[key] != value:
+            found.append(f"--resume: {options.output} is of another {key.replace('_', ' ')}: {held[key]}, not {value}")
+    return found
+
+
+def main(options: Options) -> int:
+    """0, or 1 if a run failed, or 2 if a flag is wrong."""
+    if options.reference and not options.reference.is_file():
+        print(f"error: --reference: there is no file {options.reference}", file=sys.stderr)
+        return 2
+    now = setting(options)
+    held = json.loads(options.output.read_text()) if options.resume and options.output.exists() else None
+    if wrong := mistakes(options, held, now):
+        print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
+        return 2
+    place = Place(options.work.resolve(), options.reference.resolve() if options.reference else None)
+    place.work.mkdir(parents=True, exist_ok=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    cases: dict[str, Any] = dict(held["cases"]) if held else {}
+
+    def write() -> dict[str, Any]:
+        report = {**now, "cases": {name: cases[name] for name in CASES if name in cases}}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        if options.output.resolve() == RESULTS:
+            write_readme(table(report))
+        return report
+
+    for name in options.only or [name for name in CASES if "medians" not in cases.get(name, {})]:
+        print(f"{name}: {CASES[name].title}", flush=True)
+        try:
+            cases[name] = measure(CASES[name], place, options)
+            print(json.dumps(cases[name]["medians"]), flush=True)
+        except Failed as failure:
+            cases[name] = {"title": CASES[name].title, "failed": str(failure).split("\n", 1)[0]}
+            print(f"failed: {failure}", flush=True)
+        write()
+    print(table(write()))
+    failed = [name for name, record in cases.items() if "failed" in record]
+    print(f"failed: {', '.join(failed)}" if failed else "every run succeeded")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the run of the moment is ended too
+    sys.exit(main(tyro.cli(Options, use_underscores=True)))

@@ -1,0 +1,43 @@
+"""The least that a training step can be: forward, backward and AdamW of a UNet with peft's LoRA, in channels_last, on the same input always.
+
+    python benchmarks/speed_bare.py BASE SIDE BATCH PRECISION STEPS
+
+PRECISION is fp32 or bf16. Nothing is printed; speed_probe.py sees the steps.
+"""
+
+import sys
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+
+
+def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
+    unet.requires_grad_(False)
+    for parameter in unet.parameters():
+        if parameter.data_ptr() % 64:  # in the mapped file weights lie anywhere, and products with such ones are slower
+            parameter.data = parameter.data.clone()
+    unet.to(memory_format=torch.channels_last)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    unet.train()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    latents = torch.randn(batch, 4, side // 8, side // 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    target = torch.randn_like(latents).float()
+    embeds = torch.randn(batch, 77, unet.config.cross_attention_dim).to(dtype)
+    timesteps = torch.full((batch,), 500)
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            prediction = unet(latents, timesteps, embeds).sample
+        torch.nn.functional.mse_loss(prediction.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
