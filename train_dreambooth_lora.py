@@ -498,6 +498,7 @@ def assemble(start: preparation.Start, watch: Watch) -> Training:
     if entries.damaged:
         shown = ", ".join(entries.damaged[:3]) + (", ..." if len(entries.damaged) > 3 else "")
         report.say(peers.accelerator, f"note: {len(entries.damaged)} files in {folder} were damaged and have been made anew: {shown}")
+    memory.give_back()
     phases: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
     # a GPU that holds the layers in few bits may not hold them whole
     unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)

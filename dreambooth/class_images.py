@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dreambooth import adapter_files, families, frozen_layers, locks, photos, pipelines, processes, sampling_order
+from dreambooth import adapter_files, families, locks, photos, pipelines, processes, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.options import PriorPreservation
 from dreambooth.picture_options import ClassImageOptions
@@ -255,7 +255,6 @@ def make(folder: Path, settings: Settings, total: int, base: families.Base, peer
 
     def make_draw() -> Callable[[Sequence[int]], list[Any]]:
         pipeline = families.load_pipeline(base, _DTYPES[settings.precision], peers.accelerator.device)
-        frozen_layers.use_onednn(pipeline.unet)
         pipeline.scheduler = families.class_sampler(pipeline.scheduler, settings.scheduler)
         with torch.no_grad():
             book = families.text_of(pipeline, base).book([settings.prompt, ""], watch.check)

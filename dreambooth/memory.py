@@ -1,6 +1,8 @@
 """Memory: how much a run takes, phase by phase, and the backward pass's share of it moved off the device."""
 
 import contextlib
+import ctypes
+import gc
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +58,16 @@ def _backend(device: torch.device) -> Any:
         return torch.cuda
     # that of Apple's GPUs keeps no peaks
     return None if device.type in ("cpu", "mps") else torch.accelerator
+
+
+def give_back() -> None:
+    """Return freed memory to the system: what models that are gone leave free would else stay with the process, and be no use to larger ones."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of the GNU C library
+    if trim is not None:
+        trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def summary(phases: Mapping[str, Reading]) -> str:

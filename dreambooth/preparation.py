@@ -252,10 +252,11 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         problems.append(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out")
     if options.adapter.output_kohya_format and not base.family.has_vae:
         problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
-    try:
-        families.check_text(base, options.text)
-    except UserError as error:
-        problems.append(str(error))
+    for check in (lambda: families.check_text(base, options.text), lambda: class_images.sampler_of(options.prior.class_scheduler, base)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
     problems += _wrong_layers(options, base)
     if problems:
         raise UserError("\n".join(problems))

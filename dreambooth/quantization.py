@@ -23,6 +23,12 @@ _BLOCK = 64  # weights that share a scale in nf4
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer in few bits. `weight` is a dense copy, made at each reading: what is written into it is lost."""
 
+    rows: Any
+    """int8: torchao's tensor."""
+    packed: Tensor
+    """nf4: two weights a byte."""
+    scales: Tensor
+
     def __init__(self, layer: nn.Linear, kind: str):
         nn.Module.__init__(self)  # nn.Linear's would draw a weight
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
@@ -32,7 +38,7 @@ class QuantizedLinear(nn.Linear):
 
             # the settings of torch's compiler are everybody's
             quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
-            self.rows = layer.weight  # int8, and a scale for each row
+            self.rows = layer.weight
         else:
             import bitsandbytes.functional
 
@@ -89,10 +95,15 @@ def check(speed: Speed, adapter: str, device: torch.device) -> None:
         raise UserError(f"--quantize_base {kind} does not work on this device ({device.type}): {reason}") from None
 
 
+def linear_layers(unet: nn.Module) -> list[str]:
+    """Names of the linear layers of its attention blocks."""
+    return [name for name, layer in unet.named_modules() if type(layer) is nn.Linear and ".attentions." in f".{name}"]
+
+
 def quantize(unet: nn.Module, kind: str, device: torch.device) -> int:
     """Put `unet` on `device` with the linear layers of its attention blocks in few bits; how many. They are moved one at a time, so that the
     device never holds the dense model."""
-    names = [name for name, layer in unet.named_modules() if type(layer) is nn.Linear and ".attentions." in f".{name}"]
+    names = linear_layers(unet)
     for name in names:
         layer: Any = unet.get_submodule(name)
         unet.set_submodule(name, QuantizedLinear(layer.to(device), kind))

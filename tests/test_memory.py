@@ -45,7 +45,7 @@ def test_a_gpu_is_read_phase_by_phase(monkeypatch):
     sizes = {"memory_allocated": 1, "max_memory_allocated": 3, "max_memory_reserved": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size * 2**30)
-    reset = []
+    reset: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     device = torch.device("cuda")
     found = memory.reading(device)
@@ -65,7 +65,8 @@ def test_the_peak_is_known_where_there_is_no_proc(monkeypatch, tmp_path):
 
 
 def test_offloaded_tensors_are_copies_with_their_strides_and_weights_stay():
-    layer = torch.nn.Conv2d(4, 4, 3).requires_grad_(False).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(4, 4, 3).requires_grad_(False)
+    layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     with memory.offloaded(layer):
         out = layer(x.sin()).sigmoid()

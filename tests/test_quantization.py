@@ -1,19 +1,23 @@
 """--quantize_base: the UNet's frozen layers in few bits, trained on, resumed, and drawn with."""
 
 import importlib.util
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from benchmarks import kept
 from dreambooth import adapter_files, adapters, attach, quantization, validation
 from dreambooth.adapter_options import Adapter
 from dreambooth.errors import UserError
 from dreambooth.speed_options import Speed
 from tests.test_scripts import run_train
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed"))
@@ -156,3 +160,14 @@ def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
         UserError, match=rf"--quantize_base {kind} does not work on this device \(cuda\): AssertionError: Torch not compiled with CUDA"
     ):
         quantization.check(Speed(quantize_base=kind), "lora", torch.device("cuda"))
+
+
+def test_readme_has_the_sizes_that_were_counted():
+    """The weights are counted again; what is kept for the backward pass takes minutes."""
+    counted = json.loads(kept.RESULTS.read_text())
+    assert {base: kept.weights(base) for base in kept.BASES} == {base: sizes["weights_gib"] for base, sizes in counted.items()}
+    rows = [[f"{size:.1f}" for size in sizes["weights_gib"].values()] for sizes in counted.values()]
+    readme = (ROOT / "README.md").read_text()
+    assert f"`nf4` | {' | '.join(', '.join(row) for row in rows)} |" in readme
+    for what, name in (("rank 8, bf16", "kept_gib"), ("`--gradient_checkpointing`", "kept_with_checkpointing_gib")):
+        assert f"{what} | {' | '.join(f'{sizes[name]:.1f}' for sizes in counted.values())} |" in readme

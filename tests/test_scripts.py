@@ -108,7 +108,7 @@ def test_training_moves_both_adapters(trained):
 
 
 def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
-    """The adapter file loads with `load_lora_weights`, and the picture is the same to the last bit."""
+    """The adapter file loads with `load_lora_weights`, and the picture is the same but for rounding: on a CPU infer.py computes by oneDNN."""
     from diffusers import StableDiffusionPipeline
 
     path = fill_copy(trained, tmp_path)
@@ -124,8 +124,8 @@ def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     draw["generator"] = [torch.Generator().manual_seed(5)]
     plain = np.asarray(pipeline(["a photo of sks dog"], **draw).images[0])
-    assert np.array_equal(ours, plain)
-    assert not np.array_equal(ours, without)
+    assert np.abs(ours.astype(int) - plain).max() <= 1
+    assert np.abs(ours.astype(int) - without).max() > 10
 
 
 def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp_path):
