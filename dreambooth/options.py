@@ -96,7 +96,7 @@ class InstanceData:
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "lanczos"
     """How photos are resized to the resolution."""
     dataloader_num_workers: int = 0
-    """Processes that load photos ahead; 0 loads in the training process. The samples are the same either way."""
+    """Processes that load photos ahead, with --cache_latents off; 0 loads in the training process. The samples are the same either way."""
     max_image_pixels: int = 64_000_000
     """Largest picture taken, in pixels: a small file can unpack to gigabytes."""
     allow_odd_photos: bool = False

@@ -252,9 +252,13 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         problems.append(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out")
     if options.adapter.output_kohya_format and not base.family.has_vae:
         problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
-    for check in (lambda: families.check_text(base, options.text), lambda: class_images.sampler_of(options.prior.class_scheduler, base)):
+    try:
+        families.check_text(base, options.text)
+    except UserError as error:
+        problems.append(str(error))
+    if options.prior.with_prior_preservation:
         try:
-            check()
+            class_images.sampler_of(options.prior.class_scheduler, base)
         except UserError as error:
             problems.append(str(error))
     problems += _wrong_layers(options, base)

@@ -11,9 +11,9 @@ class Speed:
     """Speed and memory."""
 
     cache_latents: Literal["auto", "memory", "disk", "off"] = "auto"
-    """Encode every photo once, and where to keep that: `memory`, `disk` (see --encoded_dir), `auto` is memory for up to 64 pictures and disk for
-    more. A crop that varies is then cut from the latents of the whole photo, in steps of the VAE's 8 pixels; `off` encodes each visit anew, in
-    a crop that may begin at any pixel."""
+    """Encode every photo once, and where to keep that: `memory`, `disk` (see --encoded_dir), `auto` is memory for up to 64 pictures, disk for
+    more or where --encoded_dir is given. A crop that varies is then cut from the latents of the whole photo, in steps of the VAE's 8 pixels;
+    `off` encodes each visit anew, in a crop that may begin at any pixel."""
     encoded_dir: str | None = None
     """Folder of what is kept on disk: latents and prompts, found again by their content. Runs may share one. None is `encoded` in the output
     folder."""
