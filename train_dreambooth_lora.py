@@ -148,10 +148,9 @@ class Training:
             adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
         for component in components:
+            frozen_layers.use_onednn(component.model)
             if self.options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
-            else:
-                frozen_layers.use_onednn(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         return components
 

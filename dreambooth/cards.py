@@ -25,7 +25,7 @@ from dreambooth.printable import printable
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
 # Flags whose values say where things lie on this machine; those of the second line may be hub ids too.
-_PLACES = ("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "logging_dir", "resume_from_checkpoint")
+_PLACES = ("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "encoded_dir", "logging_dir", "resume_from_checkpoint")
 _PLACES_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name")
 _KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
 _LARGEST_CARD = 2**20  # bytes

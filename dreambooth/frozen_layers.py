@@ -57,6 +57,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # what torch.compile makes has kernels of its own
+        return False
     is_plain = type(weight) in (torch.nn.Parameter, Tensor) and not weight.requires_grad  # quantised ones are of types of their own
     return is_plain and x.device.type == "cpu" and x.dtype in _DTYPES and weight.dtype == x.dtype and x.numel() > 0
 
@@ -249,7 +251,12 @@ class _Attend:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
         is_plain = attention_mask is None and not others and hidden_states.dim() == 3 and not any(norms) and not attn.residual_connection
-        if not is_plain or hidden_states.device.type != "cpu" or min(hidden_states.shape[1], source.shape[1]) < _MANY_TOKENS:
+        if (
+            not is_plain
+            or torch.compiler.is_compiling()
+            or hidden_states.device.type != "cpu"
+            or min(hidden_states.shape[1], source.shape[1]) < _MANY_TOKENS
+        ):
             return self.other(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **others)
 
         def heads(projected: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_d
     monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
     late = digest(run_train(tiny_base, photos_dir, tmp_path / "late", *words))
     assert late == at_once
-    one, other = (
-        [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(tmp_path / n)] for n in ("at_once", "late")
-    )
+    one, other = ([{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(tmp_path / n)] for n in ("at_once", "late"))
     assert one == other
     assert [record["step"] for record in other] == list(range(1, 9))
 
