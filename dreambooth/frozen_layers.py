@@ -28,8 +28,9 @@ from torch import Tensor
 FEW_PIXELS = 512
 # Elements of the scores of one block of queries: 2 MiB in float32, about what fits beside the weights into a core's own cache.
 _BLOCK = 2**19
-# Queries and keys from which the blocks beat torch's attention.
+# Queries and keys from which the blocks beat torch's attention; and, in bfloat16, width of the heads.
 _MANY_TOKENS = 512
+_WIDE_HEAD = 32
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -251,12 +252,9 @@ class _Attend:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
         is_plain = attention_mask is None and not others and hidden_states.dim() == 3 and not any(norms) and not attn.residual_connection
-        if (
-            not is_plain
-            or torch.compiler.is_compiling()
-            or hidden_states.device.type != "cpu"
-            or min(hidden_states.shape[1], source.shape[1]) < _MANY_TOKENS
-        ):
+        is_large = min(hidden_states.shape[1], source.shape[1]) >= _MANY_TOKENS
+        is_wide = _autocast(hidden_states).dtype == torch.float32 or attn.inner_dim // attn.heads >= _WIDE_HEAD
+        if not (is_plain and is_large and is_wide) or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
             return self.other(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **others)
 
         def heads(projected: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
 @pytest.mark.parametrize("tokens", [frozen_layers._MANY_TOKENS, frozen_layers._MANY_TOKENS + 77, 1500])
 def test_attention_of_many_tokens(dtype, tokens):
     torch.manual_seed(0)
-    layer = Attention(query_dim=32, heads=4, dim_head=8, processor=AttnProcessor2_0()).to(dtype).requires_grad_(False)
+    layer = Attention(query_dim=32, heads=4, dim_head=32, processor=AttnProcessor2_0()).to(dtype).requires_grad_(False)
     _agree(layer, torch.randn(2, tokens, 32, dtype=dtype), dtype=dtype)
 
 
