@@ -85,9 +85,14 @@ class Taken:
     rates: dict[str, float]
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; a GPU gets it while the host goes on, which memory that can be swapped out would not allow."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def steps_between_readings(device: torch.device) -> int:
     """After how many steps losses are read: reading waits for a GPU, which then has nothing to do until it is told more."""
-    return 1 if device.type == "cpu" else 10
+    return 10 if device.type == "cuda" else 1
 
 
 class Training:
@@ -148,7 +153,8 @@ class Training:
             adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
         for component in components:
-            frozen_layers.use_onednn(component.model)
+            if self.accelerator.device.type == "cpu":
+                frozen_layers.use_onednn(component.model)
             if self.options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
@@ -268,7 +274,7 @@ class Training:
         count = scheduler.config.num_train_timesteps
         levels = torch.cat([sampling_order.levels_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources])
         gamma = self.options.objective.snr_gamma
-        return objectives.pose(scheduler, latents.to(device), noise.to(device), levels.to(device), snr_gamma=gamma)
+        return objectives.pose(scheduler, *(moved(tensor, device) for tensor in (latents, noise, levels)), snr_gamma=gamma)
 
     def ask(self, task: objectives.Task, conditions: Conditions, batch: MicroBatch) -> torch.Tensor:
         """What the UNet answers, [B, C, h, w]."""
@@ -341,19 +347,23 @@ class Training:
         if not self.scaler.is_enabled() and not torch.isfinite(taken.norm):  # with fp16 the scaler skips such a step and lowers its scale
             raise Stop(f"the gradients of step {taken.step + 1} are not finite; they were not applied")
 
+    def count_back(self) -> Stop | None:
+        """Leave out of the steps taken those that were held back, and of the unread ones them too; why they were, if any."""
+        for place, taken in enumerate(self.unread):
+            try:
+                self._check(taken)
+            except Stop as stop:
+                self.completed, self.unread = taken.step, self.unread[:place]
+                return stop
+        return None
+
     def read_losses(self, progress: report.Progress) -> None:
         """Record the steps that are not recorded yet. Raises Stop if the numbers of one are not finite: from it on none was taken."""
+        spoilt = self.count_back()
         records, self.unread = self.unread, []
-        values = []
-        try:
-            for taken in records:
-                self._check(taken)
-                values.append((taken.step + 1, {**{name: losses.mean().item() for name, losses in taken.losses.items()}, **taken.rates}))
-        except Stop:
-            self.completed = taken.step
-            raise
-        finally:
-            progress.steps(values)
+        progress.steps([(t.step + 1, {**{name: losses.mean().item() for name, losses in t.losses.items()}, **t.rates}) for t in records])
+        if spoilt is not None:
+            raise spoilt
 
     def train(self) -> None:
         """All steps, checkpoints and validations, and the finished adapter. Whatever ends it early, the last completed step is saved."""
@@ -384,11 +394,14 @@ class Training:
                 self.note_memory("training", self.max_steps, progress)
                 self.saver.final(self.max_steps)
                 self.look_at_the_result(progress)
-            except BaseException:
+            except BaseException as error:
+                spoilt = None
                 if self.is_between_steps:
-                    with contextlib.suppress(Stop):  # what ended the run is told
-                        self.read_losses(progress)
+                    spoilt = self.count_back()
                     self.saver.what_is_done(self.completed, self.max_steps)
+                    self.read_losses(progress)
+                if spoilt is not None and isinstance(error, Stop):  # who asked the run to stop must learn that it would fail again
+                    raise spoilt from None
                 raise
 
     def step(self, step: int, batches: Iterator[MicroBatch], progress: report.Progress) -> None:
@@ -479,6 +492,8 @@ def assemble(start: preparation.Start, watch: Watch) -> Training:
     options, peers, base, sources = start.options, start.peers, start.base, start.sources
     instance, kind, device = options.instance, options.speed.quantize_base, peers.accelerator.device
     assert instance.resolution is not None
+    if device.type == "cpu" and not options.run.gradient_checkpointing:
+        memory.keep_freed()
     folder = start.encoded_dir if start.cache == "disk" else None
     entries = encoded_files.Entries(folder, lambda said: report.say(peers.accelerator, f"warning: {said}"))
     text = families.text_without_encoders(base, start.tokenizers, options.text)

@@ -7,6 +7,7 @@ own about the training run. No local paths, nothing in an order that varies: the
 
 import json
 import os
+import secrets
 import struct
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def stable_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)  # less the umask, as other programs' files
+    # a number alone is not enough where containers share a folder: each counts its processes from 1
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.randbelow(10**9)}.tmp")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)  # less the umask, as other programs' files
     try:
         with open(descriptor, "wb") as file:
             file.write(data)

@@ -7,8 +7,21 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
+from dreambooth.errors import UserError
+from dreambooth.printable import shown
+
 # Blocks of one class share compiled code as far as their shapes agree; torch gives up, without a word, after 8 different ones.
 _MOST_SHAPES = 128
+
+
+def check(device: torch.device) -> None:
+    """Raise UserError if nothing can be compiled for this device: a small function is tried."""
+    try:
+        x = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * 2).sin())(x).sum().backward()
+    except Exception as error:  # of the compiler's many parts, any
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--compile does not work here: {shown(reason)}; install a C++ compiler, or leave it out") from None
 
 
 def compile_blocks(unet: torch.nn.Module) -> int:

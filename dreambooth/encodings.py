@@ -14,9 +14,11 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from dreambooth import caches, families, photos, prompts
+from dreambooth import caches, families, frozen_layers, photos, prompts
 from dreambooth.encoded_files import Entries, Shapes, name_of
+from dreambooth.errors import UserError
 from dreambooth.photos import Photo
+from dreambooth.printable import shown
 from dreambooth.processes import Peers
 from dreambooth.prompts import Book, Conditions, TextParts
 
@@ -110,8 +112,12 @@ def encode_photos(
     peers: Peers,
     check: Check,
 ) -> EncodedPhotos:
-    """Encode every (photo, whether mirrored) that `entries` lacks. `check` is called before each."""
-    digest = base.part_digest("vae") if base.family.has_vae else None
+    """Encode every (photo, whether mirrored) that `entries` lacks. `check` is called before each that is looked for, and each that is encoded.
+
+    Raises UserError if a photo has changed since it was checked, or the VAE while it was read.
+    """
+    digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
+    channels = base.latent_channels
     around = _surroundings(device, "diffusers")
     parts = [Part(photo, is_mirrored, box) for photo, is_mirrored in pictures for box in crops.boxes(photo.size)]
     names, shapes = {}, {}
@@ -119,14 +125,21 @@ def encode_photos(
         left, top, right, bottom = part.box
         # a bucket of another aspect would be a word of its own here
         transform = {"resolution": crops.resolution, "interpolation": crops.interpolation, "mirrored": part.is_mirrored, "box": part.box}
-        what = {"photo": part.photo.sha256, "transform": transform, "vae": digest, "dtype": "float32", "around": around | {"pillow": PIL.__version__}}
+        what = {
+            "photo": [part.photo.sha256, part.photo.pixels_sha256],  # one file may be other pixels with another decoder
+            "transform": transform,
+            "vae": digests.get("vae"),
+            "dtype": "float32",
+            "around": around | {"pillow": PIL.__version__},
+        }
         names[part] = name_of("latents", what)
-        shape = (1, base.latent_channels, (bottom - top) // base.grid, (right - left) // base.grid)
+        shape = (1, channels, (bottom - top) // crops.grid, (right - left) // crops.grid)
         shapes[names[part]] = {"mean": shape, "std": shape}
     of_name = {name: part for part, name in names.items()}
 
     def encode(missing: Sequence[str]) -> None:
         vae = families.load_vae(base, device)
+        _check_unchanged(base, digests)
         for name in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
             check()
             part = of_name[name]
@@ -135,7 +148,7 @@ def encode_photos(
             posterior = caches.encode(vae, pixels[None])
             entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
 
-    _fill(entries, shapes, encode, peers)
+    _fill(entries, shapes, encode, peers, check)
     return EncodedPhotos(entries, names, crops)
 
 
@@ -149,12 +162,14 @@ def encode_prompts(
     peers: Peers,
     check: Check,
 ) -> Book:
-    """Encode every prompt that `entries` lacks, with encoders in `dtype` that `text` has not loaded yet. `check` is called before each."""
+    """Encode every prompt that `entries` lacks, with encoders in `dtype` that `text` has not loaded yet. `check` is called before each that is
+    looked for, and each that is encoded. Raises UserError if an encoder has changed while it was read."""
     distinct = list(dict.fromkeys(asked))
     shapes_of_one = families.condition_shapes(base, text.max_tokens)
+    digests = {encoder: base.part_digest(encoder) for encoder in base.family.text}
     common = {
         "family": base.family.key,
-        "encoders": {encoder: base.part_digest(encoder) for encoder in base.family.text},
+        "encoders": digests,
         "dtype": str(dtype),
         "clip_skip": text.clip_skip,
         "attention_mask": text.attention_mask,
@@ -172,12 +187,13 @@ def encode_prompts(
     def encode(missing: Sequence[str]) -> None:
         # frozen encoders have their dtype, and T5 keeps some of its weights in float32, where float16 overflows: no autocast
         loaded = dataclasses.replace(text, encoders=families.load_encoders(base, dtype, device))
+        _check_unchanged(base, digests)
         for name in missing:
             check()
             found = loaded([of_name[name]])
             entries.keep(name, {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled}))
 
-    _fill(entries, dict.fromkeys(names.values(), shapes_of_one), encode, peers)
+    _fill(entries, dict.fromkeys(names.values(), shapes_of_one), encode, peers, check)
 
     def read(prompt: str) -> Conditions:
         tensors = entries.read(names[prompt])
@@ -186,12 +202,27 @@ def encode_prompts(
     return prompts.book(read, distinct, device)
 
 
-def _fill(entries: Entries, wanted: Mapping[str, Shapes], encode: Callable[[Sequence[str]], None], peers: Peers) -> None:
+def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
+    """Raise UserError if the parts just read are not those that the names of entries tell of: what they encode would be found there ever after."""
+    for part, digest in digests.items():
+        if base.part_digest(part) != digest:
+            folder = base.own_vae if part == "vae" and base.own_vae else base.folder / part
+            raise UserError(f"the base has changed while it was read: {shown(folder)}; start again")
+
+
+def _fill(entries: Entries, wanted: Mapping[str, Shapes], encode: Callable[[Sequence[str]], None], peers: Peers, check: Check) -> None:
     """Have `encode` make what is missing. In memory each process makes all. In a folder each makes its share, and then what it lacks all the
     same: nodes may have no folder in common, or another's may be damaged or full."""
 
     def make(names: Sequence[str]) -> None:
-        if missing := [name for name in names if not entries.has(name, wanted[name])]:
+        missing = []
+        # each is read and hashed: seen where that takes long, and then it can be stopped
+        is_quiet = entries.folder is None or not peers.is_main
+        for name in tqdm(names, desc="looking for encodings", unit="file", delay=2, disable=is_quiet):
+            check()
+            if not entries.has(name, wanted[name]):
+                missing.append(name)
+        if missing:
             encode(missing)
 
     names = list(wanted)
@@ -206,8 +237,11 @@ def _fill(entries: Entries, wanted: Mapping[str, Shapes], encode: Callable[[Sequ
 def _surroundings(device: torch.device, library: str) -> dict[str, Any]:
     """What changes the last bits of what is encoded."""
     found: dict[str, Any] = {"device": device.type, **{name: importlib.metadata.version(name) for name in ("torch", library)}}
+    found["arithmetic"] = frozen_layers.ARITHMETIC
     if device.type == "cpu":
-        return found | {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        # oneDNN takes what the CPU has for bf16, of which the name of the whole says nothing
+        special = sorted(name for name, has in torch.cpu.get_capabilities().items() if has and ("bf16" in name or "amx" in name))
+        return found | {"threads": torch.get_num_threads(), "instructions": [torch.backends.cpu.get_cpu_capability(), *special]}
     if device.type == "cuda":
         tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
         return found | {"name": torch.cuda.get_device_name(device), "tf32": tf32}

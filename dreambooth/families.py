@@ -396,13 +396,24 @@ def sampler(parts: FrozenParts, wanted: str | None) -> Any:
     config = parts.noise_scheduler.config
     if isinstance(parts.noise_scheduler, EDMEulerScheduler):
         return EDMEulerScheduler.from_config(config)
-    kind = DDPMScheduler if wanted == "DDPMScheduler" or (wanted is None and not parts.family.has_vae) else DPMSolverMultistepScheduler
-    return kind.from_config(config, **_fixed_variance(config))
+    if wanted == "DDPMScheduler" or (wanted is None and not parts.family.has_vae):
+        return DDPMScheduler.from_config(config, **_fixed_variance(config))
+    return _solver(config)
 
 
 def class_sampler(own: Any, wanted: str) -> Any:
     """What draws class images, where the base's pipeline has the scheduler `own`: that one for "base", for "dpm" the multistep DPM solver."""
-    return DPMSolverMultistepScheduler.from_config(own.config, **_fixed_variance(own.config)) if wanted == "dpm" else own
+    return _solver(own.config) if wanted == "dpm" else own
+
+
+def _solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ on the base's noise levels, whatever solver its own config is of. Raises UserError if it does not know those levels."""
+    own = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
+    try:
+        return DPMSolverMultistepScheduler.from_config(config, **own, **_fixed_variance(config))
+    except NotImplementedError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the multistep DPM solver cannot draw with this base's scheduler ({shown(reason)}); give --class_scheduler base") from None
 
 
 def _fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:

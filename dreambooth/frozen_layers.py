@@ -14,40 +14,41 @@ Measured on two cores of an AMD EPYC (Zen 5), forward and backward, against torc
 bfloat16; 3 x 3 on 8 x 8 pixels of 1280 channels 4.5 and 1.6 times; attention of 4,096 tokens in heads of 40 1.4 and 1.7 times.
 """
 
+import functools
 import sys
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
+# Changes whenever a layer's last bits do: what was computed with another is not quite the same.
+ARITHMETIC = 1
 # Pixels of the output, of all pictures together, up to which the product of windows beats the convolution: its cost is the copy of the windows,
 # that of the convolution the reordering of the weights.
-FEW_PIXELS = 512
+_FEW_PIXELS = 512
 # Elements of the scores of one block of queries: 2 MiB in float32, about what fits beside the weights into a core's own cache.
 _BLOCK = 2**19
-# Queries and keys from which the blocks beat torch's attention; and, in bfloat16, width of the heads.
+# Queries and keys, and in bfloat16 the width of a head, from which the blocks beat torch's attention.
 _MANY_TOKENS = 512
 _WIDE_HEAD = 32
 
-_DTYPES = (torch.float32, torch.bfloat16)
 
-
-def use_onednn(model: torch.nn.Module) -> None:
-    """Have the frozen layers of `model`, on a CPU, and its plain LoRA and attention compute by oneDNN. A second call changes nothing; layers of
-    other kinds, or on other devices, stay as they are. What is trained, saved, merged and unloaded stays as it was."""
+def use_onednn(model: nn.Module) -> None:
+    """Have the frozen layers of `model`, which is on a CPU, and its plain LoRA and attention compute by oneDNN. A second call changes nothing;
+    layers of other kinds stay as they are. What is trained, saved, merged and unloaded stays as it was."""
     if not torch.backends.mkldnn.is_available():
         return
     lora = sys.modules.get("peft.tuners.lora.layer")  # where nobody has imported it no layer is one of its own
     for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
-            layer.forward = MethodType(_linear_forward, layer)  # type: ignore[method-assign]
-        elif type(layer) is torch.nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-            layer.forward = MethodType(_conv_forward, layer)  # type: ignore[method-assign]
+        # another class, not another method: a layer that holds its own method is freed only when the garbage collector comes by
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+        elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.__class__ = Conv2d
         elif lora is not None and type(layer) is lora.Linear:
-            layer.forward = MethodType(_lora_forward, layer)  # type: ignore[method-assign]
+            layer.__class__ = _lora_linear(lora.Linear)
         elif isinstance(layer, Attention) and type(layer.processor) is AttnProcessor2_0:
             layer.processor = _Attend()
 
@@ -61,7 +62,13 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling():  # what torch.compile makes has kernels of its own
         return False
     is_plain = type(weight) in (torch.nn.Parameter, Tensor) and not weight.requires_grad  # quantised ones are of types of their own
-    return is_plain and x.device.type == "cpu" and x.dtype in _DTYPES and weight.dtype == x.dtype and x.numel() > 0
+    return is_plain and x.device.type == "cpu" and _knows(x.dtype) and weight.dtype == x.dtype and x.numel() > 0
+
+
+@functools.cache
+def _knows(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in it on this processor: in bfloat16 not on all."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -82,11 +89,12 @@ class _Product(torch.autograd.Function):
         return _product(grads[0], ctx.weight.t()), None, None
 
 
-def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    x = _autocast(x)
-    if not _fits(x, self.weight):
-        return F.linear(x, self.weight, self.bias)
-    return _Product.apply(x, self.weight, self.bias)
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        x = _autocast(x)
+        if not _fits(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return _Product.apply(x, self.weight, self.bias)
 
 
 # ---- convolutions
@@ -124,16 +132,17 @@ def _rows(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
-def _conv_forward(self: Any, x: Tensor) -> Tensor:
-    x = _autocast(x)
-    kernel, stride, padding = self.kernel_size, self.stride, self.padding
-    if _fits(x, self.weight) and self.dilation == (1, 1) and x.dim() == 4:
-        if kernel == stride == (1, 1) and padding == (0, 0):
-            return _Product.apply(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
-        size = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-        if x.shape[0] * size[0] * size[1] <= FEW_PIXELS and self.weight.is_contiguous(memory_format=torch.channels_last):
-            return _Windows.apply(x, self.weight, self.bias, stride, padding)
-    return F.conv2d(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
+class Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = _autocast(x)
+        kernel, stride, padding = self.kernel_size, self.stride, self.padding
+        if _fits(x, self.weight) and self.dilation == (1, 1) and x.dim() == 4:
+            if kernel == stride == (1, 1) and padding == (0, 0):
+                return _Product.apply(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+            size = [(x.shape[2 + i] + 2 * int(padding[i]) - kernel[i]) // stride[i] + 1 for i in (0, 1)]
+            if x.shape[0] * size[0] * size[1] <= _FEW_PIXELS and self.weight.is_contiguous(memory_format=torch.channels_last):
+                return _Windows.apply(x, self.weight, self.bias, stride, padding)
+        return F.conv2d(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
 
 
 # ---- LoRA
@@ -172,14 +181,20 @@ class _Update(torch.autograd.Function):
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = self.base_layer
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if not args and not kwargs and not self.disable_adapters and not self.merged and len(active) == 1 and type(base) is torch.nn.Linear:
+    if not args and not kwargs and not self.disable_adapters and not self.merged and len(active) == 1 and type(base) in (nn.Linear, Linear):
         name = active[0]
         up, down = self.lora_B[name], self.lora_A[name]
         is_plain = name not in self.lora_variant and up.bias is None and not (self.training and getattr(self.lora_dropout[name], "p", 0.0))
         cast = _autocast(x)
         if is_plain and _fits(cast, base.weight):
             return _Update.apply(cast, base.weight, base.bias, down.weight, up.weight, self.scaling[name])
-    return type(self).forward(self, x, *args, **kwargs)
+    return self.forward_by_peft(x, *args, **kwargs)
+
+
+@functools.cache
+def _lora_linear(own: type) -> type:
+    """peft's class of LoRA on a linear layer, whose forward is `_lora_forward` where that can be."""
+    return type("LoraLinear", (own,), {"forward": _lora_forward, "forward_by_peft": own.forward, "__module__": __name__})  # type: ignore[attr-defined]
 
 
 # ---- attention
@@ -253,7 +268,8 @@ class _Attend:
         norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
         is_plain = attention_mask is None and not others and hidden_states.dim() == 3 and not any(norms) and not attn.residual_connection
         is_large = min(hidden_states.shape[1], source.shape[1]) >= _MANY_TOKENS
-        is_wide = _autocast(hidden_states).dtype == torch.float32 or attn.inner_dim // attn.heads >= _WIDE_HEAD
+        dtype = _autocast(hidden_states).dtype
+        is_wide = _knows(dtype) and (dtype == torch.float32 or attn.inner_dim // attn.heads >= _WIDE_HEAD)
         if not (is_plain and is_large and is_wide) or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
             return self.other(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **others)
 

@@ -7,7 +7,7 @@ Which key of a file is which weight, what stays in float32, what is tied and whi
 
 import contextlib
 import dataclasses
-import re
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,8 +42,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _READERS = 2  # at once: each holds one weight twice, as it is in the file and as it is wanted
-# What a whole CLIP model has besides its text encoder: some bases hold it, and it was never used.
-_REST_OF_CLIP = re.compile(r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,8 @@ def load(kind: type, folder: Path, files: Sequence[Path], *, dtype: torch.dtype,
     """The model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of `files`, all of them safetensors.
 
     It is on `device`, in `dtype` but for what the library keeps in float32, in eval mode and without gradients. `channels_last` is the layout of
-    weights with four dimensions. Raises UserError if the files lack weights of the model, have others, or of other shapes.
+    weights with four dimensions. What the files have besides is left out, as `from_pretrained` does: many bases hold the rest of CLIP, or what a
+    trainer added. Raises UserError if the files lack weights of the model, or have them in other shapes.
     """
     weights = _weights(files)
     if issubclass(kind, ModelMixin):
@@ -112,10 +111,8 @@ def _of_diffusers(
     keys = {key: key for key in weights}
     model._fix_state_dict_keys_on_load(keys)  # the attention of older VAEs has other names
     wanted = model.state_dict()
-    ignored = [re.compile(pattern) for pattern in kind._keys_to_ignore_on_load_unexpected or ()]
-    unexpected = [key for key in keys.keys() - wanted.keys() if not any(pattern.search(key) for pattern in ignored)]
     mismatched = [(name, weights[key].shape, wanted[name].shape) for name, key in keys.items() if name in wanted]
-    _check(wanted.keys() - keys.keys(), unexpected, mismatched)
+    _check(wanted.keys() - keys.keys(), mismatched)
 
     def read(name: str) -> torch.Tensor:
         tensor = weights[keys[name]][...]
@@ -130,20 +127,34 @@ def _of_diffusers(
     return model
 
 
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of what fits and what does not: what matters of it is raised."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _of_transformers(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
     config = kind.config_class.from_pretrained(folder)
-    model, said = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check(said["missing_keys"], [key for key in said["unexpected_keys"] if not _REST_OF_CLIP.match(key)], said["mismatched_keys"])
+    with _without_report():
+        model, said = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _check(said["missing_keys"], said["mismatched_keys"])
     model.config.name_or_path = str(folder)
     return model
 
 
-def _check(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """Raise UserError, with all of it on one line, unless every weight of the model is there, and no other. `shapes` are (name, found, wanted)."""
+def _check(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raise UserError, with all of it on one line, unless every weight of the model is there in its shape. `shapes` are (name, found, wanted)."""
     faults = []
-    for names, what in ((sorted(missing), "lack"), (sorted(unexpected), "have, though it is not of the model,")):
-        if names:
-            faults.append(f"{what} {shown(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    if names := sorted(missing):
+        faults.append(f"lack {shown(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     if unlike := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in shapes if tuple(found) != tuple(wanted)):
         name, found, wanted = unlike[0]
         more = f" and {len(unlike) - 1} more of other shapes" if len(unlike) > 1 else ""

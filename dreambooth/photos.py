@@ -215,14 +215,17 @@ def load(path: Path) -> Image.Image:
 
 
 def load_checked(photo: Photo) -> Image.Image:
-    """The same picture as when it was checked. Raises UserError if the file is another one by now."""
+    """The same picture as when it was checked. Raises UserError, naming the file, if it is another one by now, or cannot be unpacked."""
     try:
         data = photo.path.read_bytes()
     except OSError as error:
         raise UserError(f"{shown(photo.path)} cannot be read: {error.strerror or error}") from None
     if hashlib.sha256(data).hexdigest() != photo.sha256:
         raise UserError(f"{shown(photo.path)} has changed since the run was started; start again")
-    return _decode(photo.path, None, io.BytesIO(data))[0]
+    try:
+        return _decode(photo.path, None, io.BytesIO(data))[0]
+    except UserError as error:
+        raise UserError(f"{shown(photo.path)}: {error}") from None
 
 
 def _decode(path: Path, max_pixels: int | None, data: BinaryIO | None = None) -> tuple[Image.Image, list[str]]:
@@ -252,7 +255,7 @@ def _decode(path: Path, max_pixels: int | None, data: BinaryIO | None = None) ->
     except MemoryError:
         raise UserError(f"there is not enough memory to unpack it{_SMALLER}") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
-        reason = " ".join(str(error).replace(str(path), "").split()) or type(error).__name__
+        reason = " ".join(str(error).replace(str(path) if data is None else repr(data), "").split()) or type(error).__name__
         raise UserError(f"not a whole picture ({shown(reason)}); save it again or remove it") from None
 
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ from dreambooth import (
     captions,
     checkpoints,
     class_images,
+    compilation,
     dry_run,
+    encoded_files,
     encodings,
     families,
     hub,
@@ -136,6 +139,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     processes.make_folder(output_dir, "--output_dir")
     if cache == "disk":
         processes.make_folder(encoded_dir, "--encoded_dir")
+        if left := peers.on_main(lambda: encoded_files.sweep(encoded_dir)):
+            report.say(accelerator, f"note: removed what runs that died left half written in {shown(encoded_dir)}: {', '.join(left)}")
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
         report.say(accelerator, f"note: {note}")
     if swept := peers.on_main(lambda: checkpoints.sweep(output_dir)):
@@ -229,6 +234,8 @@ def _check_device(options: TrainOptions, device: torch.device, mixed_precision: 
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     quantization.check(options.speed, options.adapter.adapter, device)
     memory.check(options.speed.offload, device)
+    if options.speed.compile:
+        compilation.check(device)
     if options.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -394,7 +401,8 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
 
 
 def _find_cache(options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, accelerator: Any) -> encodings.Mode:
-    """Where what is encoded of `count` photos and the class images is kept. Raises UserError if that would be beside the user's pictures."""
+    """Where what is encoded of `count` photos and the class images is kept. Raises UserError if that would be beside the user's pictures, or beside
+    the run's own files."""
     speed, prior = options.speed, options.prior
     pictures = count * (2 if options.instance.random_flip else 1) + (prior.num_class_images if prior.with_prior_preservation else 0)
     cache = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=speed.encoded_dir is not None)
@@ -404,8 +412,11 @@ def _find_cache(options: TrainOptions, count: int, encoded_dir: Path, photos_dir
         if speed.encoded_dir is not None:
             report.say(accelerator, f"note: You need not use --encoded_dir with --cache_latents {cache}.")
         return cache
+    place = os.path.realpath(encoded_dir)
+    if place == os.path.realpath(options.run.output_dir):
+        raise UserError(f"--encoded_dir and --output_dir must be two folders, got {shown(encoded_dir)} for both; leave --encoded_dir out")
     for folder in (photos_dir, prior.class_data_dir if prior.with_prior_preservation else None):
-        if folder is not None and encoded_dir.resolve() == Path(folder).resolve():
+        if folder is not None and place == os.path.realpath(folder):
             raise UserError(f"--encoded_dir: {shown(encoded_dir)} is a folder of pictures; name one of its own")
     return cache
 

@@ -194,5 +194,5 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be made: {error.strerror or error}") from None
-    if not os.access(path, os.W_OK):
+    if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{flag}: {path} cannot be written to")

@@ -97,7 +97,7 @@ def check(speed: Speed, adapter: str, device: torch.device) -> None:
 
 def linear_layers(unet: nn.Module) -> list[str]:
     """Names of the linear layers of its attention blocks."""
-    return [name for name, layer in unet.named_modules() if type(layer) is nn.Linear and ".attentions." in f".{name}"]
+    return [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear) and ".attentions." in f".{name}"]
 
 
 def quantize(unet: nn.Module, kind: str, device: torch.device) -> int:

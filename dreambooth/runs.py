@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dreambooth import adapter_files, checkpoints
+from dreambooth import adapter_files, checkpoints, frozen_layers
 from dreambooth.command_line import as_table, fields_of
 from dreambooth.errors import UserError
 from dreambooth.options import Reports, TrainOptions, Validation
@@ -61,7 +61,7 @@ def identity(
     crops: Literal["latents", "pixels"] | None = None,
 ) -> dict[str, Any]:
     """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name, captions by name, the
-    hash of the adapter that it started from, and what random crops are cut from, if there are any."""
+    hash of the adapter that it started from, and what random crops are cut from; None if all crops are fixed."""
     flags = {name: value for name, value in as_table(options).items() if name not in _FREE}
     if not options.prior.with_prior_preservation:
         flags = {name: value for name, value in flags.items() if name not in _PRIOR}
@@ -69,8 +69,7 @@ def identity(
         flags["max_train_steps"] = max_steps
     if options.text.train_text_encoder and options.text.train_text_encoder_frac < 1:
         flags["text_encoder_steps"] = options.text_steps(max_steps)
-    if crops is not None:
-        flags["crops"] = crops
+    flags["crops"] = crops or "fixed"
     # a round trip, so that what was read from a file compares equal to what was not
     found = {"flags": flags, "slots": slots, "base": base, "pictures": pictures, "captions": captions, "start": start}
     return json.loads(json.dumps(found))
@@ -83,8 +82,9 @@ def versions() -> dict[str, str]:
 
 def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
     """What changes last bits but not the run."""
-    settings = {"tf32": options.run.allow_tf32, "xformers": options.run.enable_xformers_memory_efficient_attention}
-    return {"threads": threads, "device": device, **settings, "compile": options.speed.compile, **versions()}
+    settings = {"tf32": options.run.allow_tf32, "xformers": options.run.enable_xformers_memory_efficient_attention, "compile": options.speed.compile}
+    layers = {"layers": frozen_layers.ARITHMETIC} if device == "cpu" else {}
+    return {"threads": threads, "device": device, **settings, **layers, **versions()}
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -116,10 +116,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     if other_captions := sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
         shown = ", ".join(ascii(name)[1:-1] for name in other_captions[:3]) + (", ..." if len(other_captions) > 3 else "")
         changed.append(f"{len(other_captions)} captions changed ({shown})")
-    # none vary where it is not named: class images may not be known yet, other pictures may be square; older versions cut pixels and named nothing
-    now_cut = other.get("crops")
-    was_cut = flags.get("crops", now_cut if changed else "pixels")
-    if now_cut is not None and was_cut != now_cut:
+    # older versions cut pixels, and named nothing; all are fixed while class images that vary are not known yet, or where other pictures are square
+    was_cut, now_cut = flags.get("crops", "pixels"), other.get("crops", "pixels")
+    if was_cut != now_cut and "fixed" not in (was_cut, now_cut):
         found.append(f"random crops were cut from {was_cut} and are cut from {now_cut}: --cache_latents off cuts pixels, any other latents")
     return found, changed
 
@@ -147,7 +146,7 @@ def check_resume(
     notes += [
         f"{name} was {before.get(name)} and is {value}: the result may differ in its last bits"
         for name, value in around.items()
-        if before.get(name) != value
+        if before.get(name, False if name == "compile" else None) != value  # checkpoints from before there was the flag
     ]
     return notes
 

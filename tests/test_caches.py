@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import gc
+import hashlib
 import json
+import os
 import shutil
 import types
 import weakref
@@ -16,7 +18,20 @@ import torch
 from PIL import Image
 
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, caches, checkpoints, encoded_files, encodings, families, file_digests, photos, processes, prompts, seen_photos
+from dreambooth import (
+    adapter_files,
+    caches,
+    checkpoints,
+    encoded_files,
+    encodings,
+    families,
+    file_digests,
+    frozen_layers,
+    photos,
+    processes,
+    prompts,
+    seen_photos,
+)
 from dreambooth.errors import UserError
 from dreambooth.options import BaseModel
 from dreambooth.seen_photos import SeenPhotos
@@ -265,7 +280,7 @@ def test_where_all_crops_are_fixed_a_run_may_go_on_without_a_cache(tiny_base, mi
     for name, folder, more in (("square", photos_dir, []), ("center", mine, ["--center_crop"])):
         common = ["--max_train_steps", "2", "--checkpointing_steps", "1", *more]
         whole = run_train(tiny_base, folder, tmp_path / name, *common)
-        assert "crops" not in json.loads((tmp_path / name / "run.json").read_text())["flags"]
+        assert json.loads((tmp_path / name / "run.json").read_text())["flags"]["crops"] == "fixed"
         resume = ["--resume_from_checkpoint", str(tmp_path / name / "checkpoint-1"), "--cache_latents", "off"]
         assert digest(run_train(tiny_base, folder, tmp_path / f"{name}-off", *common, *resume)) == digest(whole)
 
@@ -420,6 +435,57 @@ def test_a_photo_that_changes_after_it_was_checked_is_not_taken_for_the_one_that
         encoded_photo(families.find(BaseModel(str(tiny_base))), photo)
 
 
+def test_a_photo_that_cannot_be_unpacked_any_more_is_named(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"no picture")
+    photo = photos.Photo(path, (64, 64), hashlib.sha256(b"no picture").hexdigest(), "")
+    with pytest.raises(UserError) as refusal:
+        photos.load_checked(photo)
+    assert str(refusal.value) == f"{path}: not a whole picture (cannot identify image file); save it again or remove it"
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_base_that_changes_while_it_is_read_gives_no_entry(tiny_base, photos_dir, tmp_path, monkeypatch, part):
+    """Else what the new weights make would be found under the name of the old ones ever after."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (path,) = (base / part).glob("*.safetensors")
+
+    def change(*args: Any) -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+
+    spy(monkeypatch, families, "load_vae" if part == "vae" else "load_encoders", change)
+    with pytest.raises(UserError, match=rf"the base has changed while it was read: {base / part}; start again"):
+        run_train(base, photos_dir, tmp_path / "run", *ON_DISK, str(tmp_path / "kept"))
+    assert entries_in(tmp_path / "kept", "latents" if part == "vae" else "prompt") == {}
+
+
+def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(tiny_base, tmp_path, monkeypatch):
+    base, photo = families.find(BaseModel(str(tiny_base))), photo_of(tmp_path, (64, 64))
+    names = set()
+    for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
+        names |= set(encoded_photo(base, changed).entries.held)
+    assert len(names) == 2
+    monkeypatch.setattr(frozen_layers, "ARITHMETIC", -1)
+    assert not names & set(encoded_photo(base, photo).entries.held)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"})
+    assert not names & set(encoded_photo(base, photo).entries.held)
+
+
+def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
+    """A stop that is asked for is not kept waiting by thousands of files."""
+    base, photo = families.find(BaseModel(str(tiny_base))), photo_of(tmp_path, (64, 64))
+    crops = encodings.Crops(64, "lanczos", False, base.grid)
+    (tmp_path / "kept").mkdir()
+    for expected in (2, 1):  # looked for and encoded; looked for
+        calls: list[int] = []
+        entries = encoded_files.Entries(tmp_path / "kept", print)
+        encodings.encode_photos(entries, base, [(photo, False)], crops, CPU, ALONE, lambda calls=calls: calls.append(1))
+        assert len(calls) == expected
+
+
 # --- folders
 
 
@@ -433,6 +499,65 @@ def test_a_folder_that_cannot_hold_encodings_is_refused_before_models_load(tiny_
         run_train(tiny_base, mine, tmp_path / "run", *ON_DISK, str(folder), *prior_words(tmp_path / "class"))
     assert sorted(mine.iterdir()) == before
     assert list((tmp_path / "class").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["the same", "a link", "a loop"])
+def test_encodings_have_a_folder_of_their_own(tiny_base, mine, tmp_path, no_models, where):
+    out, folder = tmp_path / "run", tmp_path / "run"
+    if where != "the same":
+        folder = tmp_path / "kept"
+        folder.symlink_to(out if where == "a link" else folder)
+    with pytest.raises(UserError, match=r"--encoded_dir: .* cannot be made" if where == "a loop" else "--encoded_dir and --output_dir must be two"):
+        run_train(tiny_base, mine, out, *ON_DISK, str(folder))
+
+
+def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, monkeypatch):
+    shapes = {"mean": (2,)}
+    for name in ("latents-a", "latents-b"):
+        entries = encoded_files.Entries(tmp_path, print)
+        entries.has(name, shapes)
+        entries.keep(name, {"mean": torch.ones(2)})
+    before, real = entries_in(tmp_path), os.open
+
+    def refused(path, flags, *others):
+        if str(path).endswith(".safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *others)
+
+    monkeypatch.setattr(os, "open", refused)
+    told: list[str] = []
+    entries = encoded_files.Entries(tmp_path, told.append)
+    for name in ("latents-a", "latents-b"):
+        assert not entries.has(name, shapes)
+        entries.keep(name, {"mean": torch.zeros(2)})
+        assert entries.has(name, shapes)
+        assert entries.read(name)["mean"].tolist() == [0, 0]
+    assert (entries_in(tmp_path), entries.damaged) == (before, [])
+    said = "latents-a.safetensors cannot be read (Permission denied): what it and others like it may hold is encoded anew, and kept in memory"
+    assert len(told) == 1
+    assert said in told[0]
+
+
+def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
+    entries = encoded_files.Entries(tmp_path, print)
+    name = encoded_files.name_of("latents", {})
+    assert not entries.has(name, {"mean": (2,)})
+    left: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:  # killed before the file has its name
+        patch.setattr(os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept")))
+        entries.keep(name, {"mean": torch.ones(2)})
+        adapter_files.write_atomically(tmp_path / seen_photos.NAME, b"{}")
+        adapter_files.write_atomically(tmp_path / seen_photos.NAME, b"{}")
+    mine = {Path(copy).rename(copy.removesuffix(".kept")) for copy in left}
+    assert len(mine) == 3
+    others = {tmp_path / f"{name}.safetensors", tmp_path / "notes.tmp", tmp_path / ".notes.1.tmp"}
+    for path in others:
+        path.write_text("")
+    assert encoded_files.sweep(tmp_path) == []
+    for path in mine | others:
+        os.utime(path, (0, 0))
+    assert set(encoded_files.sweep(tmp_path)) == {path.name for path in mine}
+    assert set(tmp_path.iterdir()) == others
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
+from transformers import CLIPTextModel
 
 from dreambooth import frozen_layers
 
@@ -145,6 +146,28 @@ def test_a_whole_unet_with_lora_and_gradient_checkpointing_too():
     model.unet.enable_gradient_checkpointing()
     again, _ = _both(model, *inputs)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_a_whole_unet_in_bfloat16_under_autocast_and_recomputed_there():
+    model = _Whole(_unet())
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    inputs = torch.randn(2, 4, 24, 24).bfloat16().contiguous(memory_format=torch.channels_last), torch.randn(2, 7, 32).bfloat16()
+    found, wanted = _both(model, *inputs, autocast=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0) > 0.98
+    model.unet.enable_gradient_checkpointing()
+    again, _ = _both(model, *inputs, autocast=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_a_text_encoder(tiny_base):
+    encoder = CLIPTextModel.from_pretrained(tiny_base, subfolder="text_encoder").requires_grad_(False)
+    ids = torch.tensor([[0, 5, 6, 7, 1]])
+    plain = encoder(ids).last_hidden_state
+    frozen_layers.use_onednn(encoder)
+    assert _unlike(encoder(ids).last_hidden_state, plain) < 1e-5
 
 
 def test_it_is_what_a_unet_computes_with_and_nothing_that_is_saved(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -246,6 +247,28 @@ def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_dr
     seed = json.loads((tmp_path / runs.IDENTITY).read_text())["flags"]["seed"]
     train.main(parse(TrainOptions, "", words))
     assert adapter_files.recorded(adapter_formats.read(tmp_path).metadata)["seed"] == seed
+
+
+@pytest.mark.parametrize("was", [None, "fixed", "pixels", "latents"])
+@pytest.mark.parametrize("now", ["fixed", "pixels", "latents"])
+@pytest.mark.parametrize("other_pictures", [False, True])
+def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, other_pictures):
+    """Whether or not pictures have changed. A run of before this was written down cut pixels; where all crops are fixed there is nothing to cut."""
+    options = parse(TrainOptions, "", train_words(tmp_path, tmp_path, tmp_path))
+
+    def identity(crops: Any, picture: str) -> dict[str, Any]:
+        pictures = {"instance": {"photo.png": picture}}
+        return runs.identity(options, slots=1, base="b", pictures=pictures, captions={}, max_steps=2, start=None, crops=crops)
+
+    before, after = (identity(None if crops == "fixed" else crops, hash_) for crops, hash_ in ((was, "a"), (now, "b" if other_pictures else "a")))
+    assert after["flags"]["crops"] == now
+    if was is None:
+        del before["flags"]["crops"]
+    found, changed = runs.differences(before, after)
+    differs = now != "fixed" and was != "fixed" and now != (was or "pixels")
+    said = f"random crops were cut from {was or 'pixels'} and are cut from {now}: --cache_latents off cuts pixels, any other latents"
+    assert found == [said] * differs
+    assert bool(changed) == other_pictures
 
 
 def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(finished, tiny_base, photos_dir, tmp_path):

@@ -1,6 +1,7 @@
 """The seconds of imports: what is left out of them, and what is hashed meanwhile."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth import families, file_digests, startup
-from dreambooth.options import BaseModel
+from dreambooth import families, file_digests, rules, startup
+from dreambooth.command_line import parse
+from dreambooth.options import BaseModel, TrainOptions
 from dreambooth.stops import Stop
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_dreambooth_lora", "generate_class_images", "infer", "convert_adapter"]
 OPTIONAL_ARE_LEFT_OUT = """
 import gc, importlib.util, sys
+
+assert importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("torchao")
 from dreambooth import startup
 
 startup.imports_begin(["needed"])
@@ -30,14 +34,58 @@ startup.imports_begin(["torchao", "bitsandbytes"])
 assert not sys.modules["torchao"]  # once left out, for good: the libraries have taken notice
 """
 
+ONE_IS_NEEDED = """
+from dreambooth import startup
+
+startup.imports_begin(["torchao"])
+import torchao
+try:
+    import bitsandbytes
+except ModuleNotFoundError:
+    print("left out")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path) -> dict[str, str]:
+    """An environment in which both optional packages are there. The one says what it is when it is imported, the other breaks."""
+    for name, content in (("torchao", "print('imported')"), ("bitsandbytes", "raise SystemExit('bitsandbytes was imported')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(content)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(file_digests, "_known", {})
 
 
-def test_libraries_import_no_optional_package_that_the_run_does_not_need():
-    subprocess.run([sys.executable, "-c", OPTIONAL_ARE_LEFT_OUT], cwd=ROOT, check=True)
+def test_libraries_import_no_optional_package_that_the_run_does_not_need(installed):
+    result = subprocess.run([sys.executable, "-c", OPTIONAL_ARE_LEFT_OUT], cwd=ROOT, env=installed, check=True, capture_output=True, text=True)
+    assert "imported" not in result.stdout
+
+
+def test_the_package_that_is_needed_is_there_and_the_other_is_not(installed):
+    result = subprocess.run([sys.executable, "-c", ONE_IS_NEEDED], cwd=ROOT, env=installed, check=True, capture_output=True, text=True)
+    assert result.stdout == "imported\nleft out\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "packages"),
+    [
+        ([], []),
+        (["--optimizer", "prodigy"], []),
+        (["--optimizer", "adamw8bit"], ["bitsandbytes"]),
+        (["--use_8bit_adam"], ["bitsandbytes"]),
+        (["--quantize_base", "int8"], ["torchao"]),
+        (["--quantize_base", "nf4"], ["bitsandbytes"]),
+        (["--optimizer", "adamw8bit", "--quantize_base", "int8"], ["bitsandbytes", "torchao"]),
+    ],
+)
+def test_each_flag_asks_for_the_package_that_it_needs_and_for_no_other(monkeypatch, given, packages):
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name)  # as if all were installed
+    words = ["--pretrained_model_name_or_path", "b", "--instance_data_dir", "p", "--instance_prompt", "a photo of sks dog", *given]
+    assert startup.packages_of(parse(TrainOptions, "", words)) == packages
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
