@@ -1,4 +1,5 @@
-"""A training step as torch and peft have it, with nothing around it: forward, backward and AdamW of a UNet with peft's LoRA, in channels_last, on the same input always.
+"""A training step as torch and peft have it, with nothing around it: forward, backward and AdamW of a UNet with LoRA, in channels_last, on one
+input.
 
     python benchmarks/speed_bare.py BASE SIDE BATCH PRECISION STEPS
 

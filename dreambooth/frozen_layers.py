@@ -48,7 +48,7 @@ def use_onednn(model: nn.Module) -> None:
         elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             layer.__class__ = Conv2d
         elif lora is not None and type(layer) is lora.Linear:
-            layer.__class__ = _lora_linear(lora.Linear)
+            layer.__class__ = _lora_linear()
         elif isinstance(layer, Attention) and type(layer.processor) is AttnProcessor2_0:
             layer.processor = _Attend()
 
@@ -192,8 +192,10 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def _lora_linear(own: type) -> type:
+def _lora_linear() -> type:
     """peft's class of LoRA on a linear layer, whose forward is `_lora_forward` where that can be."""
+    from peft.tuners.lora.layer import Linear as own
+
     return type("LoraLinear", (own,), {"forward": _lora_forward, "forward_by_peft": own.forward, "__module__": __name__})  # type: ignore[attr-defined]
 
 

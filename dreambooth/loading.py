@@ -131,12 +131,15 @@ def _of_diffusers(
 def _without_report() -> Iterator[None]:
     """Without transformers' table of what fits and what does not: what matters of it is raised."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_let_through(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logger.addFilter(is_let_through)  # at a higher level of its own it would have another module warn of what is not sharded
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(is_let_through)
 
 
 def _of_transformers(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
