@@ -30,10 +30,10 @@ from diffusers.optimization import get_scheduler
 from dreambooth import (
     adapter_files,
     adapters,
+    assembly,
     caches,
     checkpoints,
     compilation,
-    encoded_files,
     encodings,
     families,
     frozen_layers,
@@ -43,7 +43,6 @@ from dreambooth import (
     optimizers,
     preparation,
     publishing,
-    quantization,
     report,
     runs,
     sampling_order,
@@ -242,7 +241,7 @@ class Training:
         """Train the text encoders no more, and free them: what they have learned is kept, and so is what they make of the prompts."""
         assert self.parts.text is not None
         with saving.in_eval_mode(self.components, self.optimizer), self.accelerator.autocast():
-            self.book = self.parts.text.book(prompts_of(self.options, self.sources), self.watch.check)
+            self.book = self.parts.text.book(assembly.prompts_of(self.options, self.sources), self.watch.check)
         self.parts.text = None
         self.drop_text()
         for component in self.text_components():
@@ -480,48 +479,11 @@ class Training:
         self.peers.wait()
 
 
-def prompts_of(options: TrainOptions, sources: Sequence[Source]) -> list[str]:
-    """Every prompt that a run needs."""
-    drawn = options.validation.validation_prompt
-    return [*(prompt for source in sources for prompt in source.distinct_prompts()), *([drawn, ""] if drawn is not None else [])]
-
-
 def assemble(start: preparation.Start, watch: Watch) -> Training:
-    """The run before its first step. What is frozen is encoded first, and its models freed one after another: text encoders, VAE; the UNet is
-    loaded last. Text encoders that are trained stay, and so does the VAE where nothing is cached."""
-    options, peers, base, sources = start.options, start.peers, start.base, start.sources
-    instance, kind, device = options.instance, options.speed.quantize_base, peers.accelerator.device
-    assert instance.resolution is not None
-    if device.type == "cpu" and not options.run.gradient_checkpointing:
-        memory.keep_freed()
-    folder = start.encoded_dir if start.cache == "disk" else None
-    entries = encoded_files.Entries(folder, lambda said: report.say(peers.accelerator, f"warning: {said}"))
-    text = families.text_without_encoders(base, start.tokenizers, options.text)
-    vae = book = encoded = None
-    if options.text.train_text_encoder:
-        text.encoders = families.load_encoders(base, start.weight_dtype, device)
-    else:
-        asked = prompts_of(options, sources)
-        book = encodings.encode_prompts(entries, base, text, asked, start.weight_dtype, device, peers, watch.check)
-    if start.cache == "off":
-        vae = families.load_vae(base, device)
-    else:
-        crops = encodings.Crops(instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid)
-        pictures = [picture for source in sources for picture in source.pictures()]
-        encoded = encodings.encode_photos(entries, base, pictures, crops, device, peers, watch.check)
-    if entries.damaged:
-        shown = ", ".join(entries.damaged[:3]) + (", ..." if len(entries.damaged) > 3 else "")
-        report.say(peers.accelerator, f"note: {len(entries.damaged)} files in {folder} were damaged and have been made anew: {shown}")
-    memory.give_back()
-    phases: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
-    # a GPU that holds the layers in few bits may not hold them whole
-    unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
-    if kind:
-        quantization.quantize(unet, kind, device)
-    scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
-    parts = FrozenParts(base, text if book is None else None, vae, unet, scheduler)
-    training = Training(options, peers, watch, parts, sources, book, encoded, start.identity)
-    training.memory = phases | {"loaded": memory.reading(device)}
+    """The run before its first step."""
+    base = assembly.frozen_half(start, watch.check)
+    training = Training(start.options, start.peers, watch, base.parts, start.sources, base.book, base.encoded, start.identity)
+    training.memory = base.readings | {"loaded": memory.reading(start.peers.accelerator.device)}
     return training
 
 

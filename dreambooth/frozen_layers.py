@@ -10,8 +10,8 @@ the backward passes are the same product with the weights turned.
     attention of many tokens        scores of a block of queries at a time, made again in backward: nothing of the size of the scores is kept
     LoRA                            base layer and update as one node; only the input and A x are kept
 
-Measured on two cores of an AMD EPYC (Zen 5), forward and backward, against torch's own: Linear 2.3 times as fast in float32 and the same in
-bfloat16; 3 x 3 on 8 x 8 pixels of 1280 channels 4.5 and 1.6 times; attention of 4,096 tokens in heads of 40 1.4 and 1.7 times.
+Measured on two cores of an AMD EPYC (Zen 5) against torch's own, in float32 and bfloat16: Linear 2.3 and 1.0 times as fast, 3 x 3 on 8 x 8 pixels
+of 1280 channels 4.4 and 1.6 times, attention of 4,096 tokens in heads of 40 1.4 and 1.3 times. docs/speed.md has the rest.
 """
 
 import functools
