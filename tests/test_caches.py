@@ -659,6 +659,7 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
             small = pixels[:, [0, 1, 2, 0], ::8, ::8].clone()
             return caches.Posterior(small, small.abs())
 
+        torch.set_num_threads(1)  # accelerate gives each of several processes another number, and what they encode another name
         entries = encoded_files.Entries(folder, print)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(families, "load_vae", lambda *args: None)
