@@ -63,7 +63,7 @@ def _backend(device: torch.device) -> Any:
 
 def keep_freed() -> None:
     """Have large blocks that are freed stay with the process until `give_back`: the next layer's are as large, and the system fills every page that
-    it hands out with zeros first. A tenth more memory, and on two cores a fifth less time to encode pictures of 512 pixels, a twentieth in steps."""
+    it hands out with zeros first. What it gives and costs is in docs/speed.md."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # of the GNU C library
     if set_option is not None:
         for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
