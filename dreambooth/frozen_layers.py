@@ -15,6 +15,7 @@ of 1280 channels 4.4 and 1.6 times, attention of 4,096 tokens in heads of 40 1.4
 """
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -24,15 +25,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 # Changes whenever a layer's last bits do: what was computed with another is not quite the same.
-ARITHMETIC = 1
+ARITHMETIC = 2
 # Pixels of the output, of all pictures together, up to which the product of windows beats the convolution: its cost is the copy of the windows,
 # that of the convolution the reordering of the weights.
 _FEW_PIXELS = 512
-# Elements of the scores of one block of queries: 2 MiB in float32, about what fits beside the weights into a core's own cache.
-_BLOCK = 2**19
-# Queries and keys, and in bfloat16 the width of a head, from which the blocks beat torch's attention.
+# Scores of one block: 4 MiB in float32. Fewer make products that are too flat, more do not fit into two cores' own caches.
+_BLOCK = 2**20
+# Queries and keys from which the blocks beat torch's attention.
 _MANY_TOKENS = 512
-_WIDE_HEAD = 32
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -203,42 +203,55 @@ def _lora_linear() -> type:
 
 
 class _Blocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v, [B, heads, tokens, D], a block of queries at a time. Scores and sums over blocks are float32 in bfloat16 too, whose
-    steps are too wide for scores."""
+    """softmax(q k^T / sqrt(D)) v, [B, heads, tokens, D], a block of scores at a time: forward of some queries with all keys, backward of some keys
+    with all queries, from the sum of each query's exponentials that forward keeps (FlashAttention-2, arXiv 2307.08691). Scores and sums over
+    blocks are float32 in bfloat16 too, whose steps are too wide for scores. Exponentials are of base 2, which torch computes three times as fast."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         batch, heads, length, width = query.shape
         found = query.new_empty(batch, length, heads, width)
-        q, k, v = _heads(query).float() * width**-0.5, _heads(key).float(), _heads(value.transpose(2, 3))
+        q, k, v = _scores_query(query), _heads(key).float(), _heads(value.transpose(2, 3))
+        sums = q.new_empty(batch * heads, length)  # log2 of each query's sum
         for number in range(batch * heads):
             into = found[number // heads, :, number % heads]
             for rows in _blocks(length, k.shape[1]):
-                into[rows] = _product(torch.softmax(_product(q[number, rows], k[number]), -1).to(v.dtype), v[number])
-        return found.transpose(1, 2)
+                scores = _product(q[number, rows], k[number])  # [queries, keys]
+                most = scores.amax(-1, keepdim=True)
+                shares = scores.sub_(most).exp2_()
+                total = shares.sum(-1, keepdim=True)
+                into[rows] = _product(v[number], shares.div_(total).to(v.dtype)).t()
+                sums[number, rows] = total.log2_().add_(most)[:, 0]
+        out = found.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        width, dtype = query.shape[-1], query.dtype
-        scaled, keys, values, grad = _heads(query).float() * width**-0.5, _heads(key).float(), _heads(value), _heads(grads[0])
-        queries, turned = scaled.to(dtype), _heads(key.transpose(2, 3))
-        grad_query, grad_key, grad_value = torch.empty_like(queries), torch.empty_like(values), torch.empty_like(values)
-        for q, block_q, k, k_turned, v, g, to_query, to_key, to_value in zip(
-            scaled, queries, keys, turned, values, grad, grad_query, grad_key, grad_value, strict=True
-        ):
-            key_sum, value_sum = k.new_zeros(width, len(k)), k.new_zeros(width, len(k))
-            for rows in _blocks(len(q), len(k)):
-                shares = torch.softmax(_product(q[rows], k), -1).to(dtype)
-                scores_grad = torch._softmax_backward_data(_product(g[rows], v), shares, -1, dtype)
-                to_query[rows] = _product(scores_grad, k_turned)
-                value_sum += _product(g[rows].t().contiguous(), shares.t())
-                key_sum += _product(block_q[rows].t().contiguous(), scores_grad.t())
-            to_key.copy_(key_sum.t())
-            to_value.copy_(value_sum.t())
-        grad_query *= width**-0.5
-        return grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape)
+        query, key, value, out, sums = ctx.saved_tensors
+        (heads, length, width), tokens = query.shape[1:], key.shape[2]
+        dots = (grads[0].float() * out.float()).sum(-1).flatten(0, 1).neg_()  # [B * heads, queries]
+        less = sums.neg()
+        q, k, v, grad = _scores_query(query), _heads(key).float(), _heads(value), _heads(grads[0])
+        turned_q, turned_k, turned_grad = (_heads(tensor.transpose(2, 3)) for tensor in (query, key, grads[0]))
+        grad_query, grad_key, grad_value = (tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in (query, key, value))
+        for number in range(len(q)):
+            place, head = divmod(number, heads)
+            query_sum = q.new_zeros(width, length)
+            for rows in _blocks(tokens, length):
+                shares = _product(k[number, rows], q[number], less[number]).exp2_().to(v.dtype)  # [keys, queries]
+                grad_value[place, rows, head] = _product(turned_grad[number], shares).t()
+                scores_grad = _product(v[number, rows], grad[number], dots[number]).mul_(shares)
+                grad_key[place, rows, head] = _product(turned_q[number], scores_grad).t()
+                query_sum += _product(turned_k[number][:, rows].contiguous(), scores_grad.t())
+            grad_query[place, :, head] = query_sum.t()
+        scale = width**-0.5
+        return grad_query.mul_(scale).transpose(1, 2), grad_key.mul_(scale).transpose(1, 2), grad_value.transpose(1, 2)
+
+
+def _scores_query(query: Tensor) -> Tensor:
+    """What times the keys gives scores, [B * heads, tokens, D] float32, as powers of 2."""
+    return _heads(query).float() * (query.shape[-1] ** -0.5 * math.log2(math.e))
 
 
 def _heads(tensor: Tensor) -> Tensor:
@@ -246,9 +259,16 @@ def _heads(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten(0, 1)
 
 
-def _blocks(length: int, tokens: int) -> list[slice]:
-    rows = max(1, min(length, _BLOCK // tokens))
+def _blocks(length: int, others: int) -> list[slice]:
+    """Of `length` rows, each with a score for all `others`."""
+    rows = max(1, min(length, _BLOCK // others))
     return [slice(start, start + rows) for start in range(0, length, rows)]
+
+
+@functools.cache
+def _is_for_blocks(dtype: torch.dtype) -> bool:
+    """Whether attention in it is better in blocks. Where bfloat16 has instructions for whole tiles (AMX), float32 scores would be the slower part."""
+    return _knows(dtype) and (dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 class _Attend:
@@ -270,9 +290,8 @@ class _Attend:
         norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
         is_plain = attention_mask is None and not others and hidden_states.dim() == 3 and not any(norms) and not attn.residual_connection
         is_large = min(hidden_states.shape[1], source.shape[1]) >= _MANY_TOKENS
-        dtype = _autocast(hidden_states).dtype
-        is_wide = _knows(dtype) and (dtype == torch.float32 or attn.inner_dim // attn.heads >= _WIDE_HEAD)
-        if not (is_plain and is_large and is_wide) or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
+        is_here = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (is_plain and is_large and is_here and _is_for_blocks(_autocast(hidden_states).dtype)):
             return self.other(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **others)
 
         def heads(projected: Tensor) -> Tensor:
