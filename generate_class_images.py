@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import class_images, families, processes, prompts
+from dreambooth import class_images, families, memory, processes, prompts
 from dreambooth.errors import UserError
 from dreambooth.stops import Stop, Watch
 
@@ -44,6 +44,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     state = peers.accelerator
+    memory.keep_freed(state.device)
     for note in processes.notes():
         print(f"note: {note}")
     options = class_images.continued(options)

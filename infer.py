@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import adapter_files, adapter_sets, attach, deltas, families, locks, pipelines, processes, prompts
+from dreambooth import adapter_files, adapter_sets, attach, deltas, families, locks, memory, pipelines, processes, prompts
 from dreambooth.adapter_formats import Adapter
 from dreambooth.adapter_sets import AdapterSet, Choice
 from dreambooth.errors import UserError
@@ -105,6 +105,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     device = peers.accelerator.device
+    memory.keep_freed(device)
     for note in processes.notes():
         print(f"note: {note}")
     if options.mixed_precision == "fp16" and device.type == "cpu":

@@ -34,7 +34,6 @@ from dreambooth import (
     caches,
     checkpoints,
     compilation,
-    encodings,
     families,
     frozen_layers,
     hub,
@@ -50,10 +49,9 @@ from dreambooth import (
     validation,
 )
 from dreambooth.errors import UserError
-from dreambooth.families import FrozenParts
 from dreambooth.processes import Peers
-from dreambooth.prompts import Book, Conditions
-from dreambooth.samples import MicroBatch, PhotoRows, Source, micro_batches
+from dreambooth.prompts import Conditions
+from dreambooth.samples import MicroBatch, micro_batches
 from dreambooth.stops import Stop, Watch
 
 if __name__ == "__main__":
@@ -102,14 +100,12 @@ class Training:
         options: TrainOptions,
         peers: Peers,
         watch: Watch,
-        parts: FrozenParts,
-        sources: list[Source],
-        book: Book | None,
-        encoded: encodings.EncodedPhotos | None,
+        frozen: assembly.FrozenHalf,
         identity: dict[str, Any] | None = None,
     ):
-        self.options, self.peers, self.watch, self.parts, self.sources = options, peers, watch, parts, sources
-        self.book, self.encoded = book, encoded
+        self.options, self.peers, self.watch = options, peers, watch
+        self.parts, self.book, self.dataset, self.encoded = frozen.parts, frozen.book, frozen.rows, frozen.encoded
+        self.sources = self.dataset.sources
         self.accelerator = peers.accelerator
         run, instance = options.run, options.instance
         assert run.seed is not None
@@ -121,14 +117,12 @@ class Training:
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
-        pictures = preparation.pictures_of_pass(options, [len(source.photos) for source in sources])
+        pictures = preparation.pictures_of_pass(options, [len(source.photos) for source in self.sources])
         self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
-        grid = encoded.crops.grid if encoded else 1
-        self.dataset = PhotoRows(sources, self.seed, self.resolution, instance.image_interpolation_mode, instance.center_crop, grid)
-        self.vae_config = parts.base.vae_config
-        self.pictures = validation.Pictures(options, self.accelerator, parts, watch.check) if options.validation.validation_prompt else None
+        self.vae_config = self.parts.base.vae_config
+        self.pictures = validation.Pictures(options, self.accelerator, self.parts, watch.check) if options.validation.validation_prompt else None
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
         self.is_between_steps = True
@@ -137,7 +131,7 @@ class Training:
         self.read_every = steps_between_readings(self.accelerator.device) if can_wait else 1
         self.is_spoilt = torch.zeros((), device=self.accelerator.device)  # 1 from the first step on whose numbers are not finite
         self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
-        self.memory: dict[str, memory.Reading] = {}  # by phase
+        self.memory: dict[str, memory.Reading] = dict(frozen.readings)  # by phase
 
     def _inject(self) -> list[adapters.Component]:
         options, text = self.options.adapter, self.options.text
@@ -424,6 +418,9 @@ class Training:
             self.finish_text()
         if step == self.first_step:
             self.note_memory("first step", step + 1, progress)
+            if self.encoded and self.encoded.waiting and step + 1 < self.max_steps:
+                assembly.encode_rest(self.encoded, self.peers)
+                self.note_memory("rest encoded", step + 1, progress)
         if (step + 1) % run.checkpointing_steps == 0:
             self.saver.checkpoint(step + 1)
         if self._is_validated(step + 1):
@@ -481,9 +478,8 @@ class Training:
 
 def assemble(start: preparation.Start, watch: Watch) -> Training:
     """The run before its first step."""
-    base = assembly.frozen_half(start, watch.check)
-    training = Training(start.options, start.peers, watch, base.parts, start.sources, base.book, base.encoded, start.identity)
-    training.memory = base.readings | {"loaded": memory.reading(start.peers.accelerator.device)}
+    training = Training(start.options, start.peers, watch, assembly.frozen_half(start, watch.check), start.identity)
+    training.memory["loaded"] = memory.reading(start.peers.accelerator.device)
     return training
 
 

@@ -1,4 +1,4 @@
-"""What a run encodes once, before its first step: photos to latents, prompts to conditions.
+"""What a run encodes once: photos to latents, prompts to conditions.
 
 An entry's name is made of contents: the photo's bytes, the part of it that is encoded, the weights that encode it, and what changes last bits.
 Where crops vary the whole resized photo is encoded, and a crop is cut from its latents, on their grid. Models are loaded only for what is
@@ -89,10 +89,15 @@ class Part:
 
 
 class EncodedPhotos:
-    """The posterior of every crop that a run may draw."""
+    """The posterior of every crop that a run may draw. `waiting` are parts that are not encoded yet; `fill` encodes those that it is given."""
 
-    def __init__(self, entries: Entries, names: Mapping[Part, str], crops: Crops):
-        self.entries, self.names, self.crops = entries, names, crops
+    def __init__(self, entries: Entries, names: Mapping[Part, str], crops: Crops, waiting: Sequence[Part], fill: Callable[[Sequence[Part]], None]):
+        self.entries, self.names, self.crops, self.waiting, self.fill = entries, names, crops, waiting, fill
+
+    def encode_rest(self) -> None:
+        """Encode what is waiting. Raises as `encode_photos` does."""
+        self.fill(self.waiting)
+        self.waiting = ()
 
     def posterior(self, photo: Photo, corner: tuple[int, int], *, is_mirrored: bool) -> caches.Posterior:
         """[1, channels, height, width] on the CPU, of the crop at `corner`, which where crops vary is a multiple of the grid."""
@@ -111,17 +116,19 @@ def encode_photos(
     device: torch.device,
     peers: Peers,
     check: Check,
+    later: Sequence[tuple[Photo, bool]] = (),
 ) -> EncodedPhotos:
-    """Encode every (photo, whether mirrored) that `entries` lacks. `check` is called before each that is looked for, and each that is encoded.
+    """Encode every (photo, whether mirrored) of `pictures` that `entries` lacks, and at `encode_rest` those of `later`. `check` is called before each
+    that is looked for, and each that is encoded.
 
     Raises UserError if a photo has changed since it was checked, or the VAE while it was read.
     """
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
     around = _surroundings(device, "diffusers")
-    parts = [Part(photo, is_mirrored, box) for photo, is_mirrored in pictures for box in crops.boxes(photo.size)]
+    now, waiting = ([Part(photo, is_mirrored, box) for photo, is_mirrored in some for box in crops.boxes(photo.size)] for some in (pictures, later))
     names, shapes = {}, {}
-    for part in parts:
+    for part in [*now, *waiting]:
         left, top, right, bottom = part.box
         # a bucket of another aspect would be a word of its own here
         transform = {"resolution": crops.resolution, "interpolation": crops.interpolation, "mirrored": part.is_mirrored, "box": part.box}
@@ -148,8 +155,11 @@ def encode_photos(
             posterior = caches.encode(vae, pixels[None])
             entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
 
-    _fill(entries, shapes, encode, peers, check)
-    return EncodedPhotos(entries, names, crops)
+    def fill(some: Sequence[Part]) -> None:
+        _fill(entries, {names[part]: shapes[names[part]] for part in some}, encode, peers, check)
+
+    fill(now)
+    return EncodedPhotos(entries, names, crops, waiting, fill)
 
 
 def encode_prompts(

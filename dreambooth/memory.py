@@ -61,9 +61,11 @@ def _backend(device: torch.device) -> Any:
     return None if device.type in ("cpu", "mps") else torch.accelerator
 
 
-def keep_freed() -> None:
-    """Have large blocks that are freed stay with the process until `give_back`: the next layer's are as large, and the system fills every page that
-    it hands out with zeros first. What it gives and costs is in docs/speed.md."""
+def keep_freed(device: torch.device) -> None:
+    """Where the work is done on a CPU, have large blocks that are freed stay with the process until `give_back`: the next layer's are as large, and
+    the system fills every page that it hands out with zeros first. What it gives and costs is in docs/speed.md."""
+    if device.type != "cpu":
+        return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # of the GNU C library
     if set_option is not None:
         for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):

@@ -112,6 +112,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
     accelerator = peers.accelerator
     _check_device(options, accelerator.device, accelerator.mixed_precision)
+    if not options.run.gradient_checkpointing:
+        memory.keep_freed(accelerator.device)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     peers.on_main(lambda: photo_sets.find(options.instance).flag)  # fetched, where that is needed, once

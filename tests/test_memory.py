@@ -22,7 +22,8 @@ def records(out: Path) -> list[dict]:
 def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp_path, capsys):
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "3")
     found = records(tmp_path)
-    assert [(record["step"], record["memory"]["phase"]) for record in found] == [(0, "encoded"), (0, "loaded"), (1, "first step"), (3, "training")]
+    phases = [(0, "encoded"), (0, "loaded"), (1, "first step"), (1, "rest encoded"), (3, "training")]
+    assert [(record["step"], record["memory"]["phase"]) for record in found] == phases
     for record in found:
         assert 0.1 < record["memory"]["resident_gib"] <= record["memory"]["peak_resident_gib"] < 100
         assert not any(name.startswith(("device", "peak_device")) for name in record["memory"])
@@ -35,8 +36,8 @@ def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
     run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
     run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     assert [(record["step"], record["memory"]["phase"]) for record in records(tmp_path)] == [
-        *[(0, "encoded"), (0, "loaded"), (1, "first step"), (2, "training")],
-        *[(2, "encoded"), (2, "loaded"), (3, "first step"), (4, "training")],
+        *[(0, "encoded"), (0, "loaded"), (1, "first step"), (1, "rest encoded"), (2, "training")],
+        *[(2, "encoded"), (2, "loaded"), (3, "first step"), (3, "rest encoded"), (4, "training")],
     ]
 
 
