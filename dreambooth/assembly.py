@@ -77,6 +77,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
     if kind:
         quantization.quantize(unet, kind, device)
+    memory.give_back()  # in which the weights were read and cast
     scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
     return FrozenHalf(FrozenParts(base, text if book is None else None, vae, unet, scheduler), book, rows, encoded, readings)
 

@@ -14,7 +14,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from dreambooth import caches, families, frozen_layers, photos, prompts
+from dreambooth import caches, families, frozen_layers, memory, photos, prompts
 from dreambooth.encoded_files import Entries, Shapes, name_of
 from dreambooth.errors import UserError
 from dreambooth.photos import Photo
@@ -147,6 +147,9 @@ def encode_photos(
     def encode(missing: Sequence[str]) -> None:
         vae = families.load_vae(base, device)
         _check_unchanged(base, digests)
+        if vae is not None:
+            vae.decoder = None  # most of the weights, and of no use here
+            memory.give_back()
         for name in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
             check()
             part = of_name[name]

@@ -34,12 +34,13 @@ from dreambooth import (
     prompts,
     seen_photos,
 )
+from dreambooth.command_line import parse
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
+from dreambooth.options import BaseModel, TrainOptions
 from dreambooth.seen_photos import SeenPhotos
 from tests import tiny
 from tests.test_processes import together
-from tests.test_scripts import digest, prior_words, run_train
+from tests.test_scripts import digest, prior_words, run_train, train_words
 
 FLAG = "--instance_data_dir"
 CPU = torch.device("cpu")
@@ -643,6 +644,57 @@ def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_p
     assert len(entries_in(tmp_path / "kept")) == 4
     start(tiny_base, photos_dir, tmp_path / "own", "--cache_latents", "disk")
     assert entries_in(tmp_path / "own" / "encoded") == entries_in(tmp_path / "kept")
+
+
+# --- the first step before most photos
+
+
+def test_the_first_step_comes_before_most_photos_unless_memory_is_short(tiny_base, mine, tmp_path, monkeypatch):
+    """The same adapter either way. The VAE that encodes has no decoder, which is most of its weights."""
+    seen: list[str] = []
+    spy(monkeypatch, caches, "encode", lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"))
+    spy(monkeypatch, train.Training, "step", lambda *args: seen.append("step"))
+    first = run_train(tiny_base, mine, tmp_path / "a", "--max_train_steps", "2")
+    assert seen == ["photo", "step", "photo", "photo", "step"]
+    seen.clear()
+    ahead = run_train(tiny_base, mine, tmp_path / "b", "--max_train_steps", "2", "--gradient_checkpointing")
+    assert seen == ["photo"] * 3 + ["step"] * 2
+    assert digest(first) == digest(ahead)
+
+
+def test_a_run_of_one_step_encodes_what_it_needs_and_a_resumed_one_what_comes_next(tiny_base, mine, tmp_path, work):
+    whole = run_train(tiny_base, mine, tmp_path / "whole", "--max_train_steps", "2")
+    work.pictures.clear()
+    run_train(tiny_base, mine, tmp_path / "one", "--max_train_steps", "1", "--checkpointing_steps", "1")
+    assert len(work.pictures) == 1
+    work.pictures.clear()
+    more = ["--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
+    resumed = run_train(tiny_base, mine, tmp_path / "one", "--max_train_steps", "2", *more)
+    assert len(work.pictures) == 1
+    assert digest(resumed) == digest(whole)
+
+
+@pytest.mark.parametrize(("device", "world", "flags"), [("cuda", 1, []), ("cpu", 2, []), ("cpu", 1, ["--gradient_checkpointing"]), ("cpu", 1, None)])
+def test_on_gpus_and_several_processes_all_photos_come_before_the_first_step(device, world, flags, tiny_base, photos_dir, tmp_path):
+    options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, *(flags or [])))
+    peers = types.SimpleNamespace(world=world, accelerator=types.SimpleNamespace(device=torch.device(device)))
+    start: Any = types.SimpleNamespace(options=options, peers=peers)
+    assert assembly.encodes_ahead(start) == (flags is not None)
+
+
+def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_saved(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    pictures = shutil.copytree(photos_dir, tmp_path / "photos")
+
+    def change(*args: Any) -> None:
+        for path in pictures.iterdir():
+            path.write_bytes(path.read_bytes() + b"more")
+
+    spy(monkeypatch, train.Training, "update", change)
+    with pytest.raises(SystemExit) as stop:
+        run_train(tiny_base, pictures, tmp_path / "out", "--max_train_steps", "3")
+    assert stop.value.code == 1
+    assert "has changed since the run was started" in capsys.readouterr().err
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path / "out")] == [1]
 
 
 # --- several processes
