@@ -26,6 +26,7 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import machine
 from dreambooth import factored
 
 ROOT = Path(__file__).parent.parent
@@ -205,7 +206,7 @@ def main() -> None:
             counts = {a: {program: pool.apply(count_whole, (layers, a, program)) for program in programs(a)} for a in COUNTED}
             results.setdefault(whole, {})[layers] = with_ratios(counts)
     report = {
-        "machine": {"processor": processor(), "threads": THREADS, "python": platform.python_version(), "others_busy_cores": load},
+        "machine": {"processor": machine.processor(), "threads": THREADS, "python": platform.python_version(), "others_busy_cores": load},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "diffusers": diffusers.__version__},
         "rounds": ROUNDS,
         "results": results,
@@ -241,9 +242,9 @@ def table(report: dict[str, Any]) -> str:
     load = report["machine"]["others_busy_cores"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines.append("")
-    machine = report["machine"]
+    computer = report["machine"]
     lines.append(
-        f"`python -m benchmarks.adapters`: forward and backward in float32 on {machine['threads']} thread of an {machine['processor']}, medians of "
+        f"`python -m benchmarks.adapters`: forward and backward in float32 on {computer['threads']} thread of an {computer['processor']}, medians of "
         f"{report['rounds']} rounds in turn; other programs kept {min(load):.1f} to {max(load):.1f} cores busy meanwhile, so that the seconds say "
         f"little beyond the order; the bytes and operations are counted. {versions}."
     )
@@ -257,11 +258,6 @@ def write_table(report: dict[str, Any]) -> None:
     if len(parts) != 3:
         raise RuntimeError(f"{DOCS.name} must have the mark {MARK} twice, has it {len(parts) - 1} times")
     DOCS.write_text(f"{parts[0]}{MARK}\n{table(report)}\n{MARK}{parts[2]}", encoding="utf-8")
-
-
-def processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":

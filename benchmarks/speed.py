@@ -34,6 +34,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from benchmarks import machine
+
 # Nothing here imports torch: what runs beside the measured process should be small.
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +70,7 @@ class Options:
     """JSON file of the results; README.md gets the table only if it is the one beside this script."""
     work: Path = ROOT / "runs" / "speed"
     """Folder of bases and photos, kept for the next time, and of what the runs write."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = machine.cores()
     """CPU threads of a run, shared out where it has several processes."""
 
 
@@ -362,12 +364,11 @@ def load_of_others() -> float:
 
 def setting(options: Options) -> dict[str, Any]:
     """What figures may be compared under."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     reference = hashlib.sha256(options.reference.read_bytes()).hexdigest() if options.reference else None
     return {
         "machine": {
-            "processor": found[1] if found else platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
+            "processor": machine.processor(),
+            "cores": machine.cores(),
             "threads": options.threads,
             "python": platform.python_version(),
         },
@@ -394,15 +395,16 @@ def table(report: dict[str, Any]) -> str:
     for head, rows in tables.items():
         if rows:
             lines += [head, "|---" * (head.count("|") - 1) + "|", *rows, ""]
-    machine = report["machine"]
+    computer = report["machine"]
     rounds = sorted({record["rounds"] for record in report["cases"].values() if "rounds" in record})
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines.append(
         f"Medians of {' or '.join(map(str, rounds))} runs of each program in turn, every one a process of its own (two where it says so), with "
-        f"{machine['threads']} threads on {machine['cores']} cores of an {machine['processor']}; {versions}. The same flags for both programs; the "
-        "larger bases have random weights. In brackets: diffusers' example, and how many times as much it is (of pictures a second, as little). "
-        "Memory is the most that one process had resident until its last step or picture, pages of mapped files counted. The bare step is forward, "
-        "backward and AdamW of the UNet with peft's LoRA in channels_last, and nothing else; in brackets, how many times as long the step here is."
+        f"{computer['threads']} threads on {computer['cores']} cores of an {computer['processor']}; {versions}. The same flags for both "
+        "programs; the larger bases have random weights. In brackets: diffusers' example, and how many times as much it is (of pictures a second, "
+        "as little). Memory is the most that one process had resident until its last step or picture, pages of mapped files counted. The bare step "
+        "is forward, backward and AdamW of the UNet with peft's LoRA in channels_last, and nothing else; in brackets, how many times as long the "
+        "step here is."
     )
     return "\n".join(lines)
 

@@ -29,6 +29,8 @@ ARITHMETIC = 2
 # Pixels of the output, of all pictures together, up to which the product of windows beats the convolution: its cost is the copy of the windows,
 # that of the convolution the reordering of the weights.
 _FEW_PIXELS = 512
+# Weights from which it does: below, what it takes to call so many operations outweighs that.
+_MANY_WEIGHTS = {torch.float32: 2**20, torch.bfloat16: 2**23}
 # Scores of one block: 4 MiB in float32. Fewer make products that are too flat, more do not fit into two cores' own caches.
 _BLOCK = 2**20
 # Queries and keys from which the blocks beat torch's attention.
@@ -53,7 +55,7 @@ def use_onednn(model: nn.Module) -> None:
             layer.processor = _Attend()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], transposed, plus bias. The weight may lie in memory either way round."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -82,11 +84,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _product(grads[0], ctx.weight.t()), None, None
+        return product(grads[0], ctx.weight.t()), None, None
 
 
 class Linear(nn.Linear):
@@ -111,7 +113,7 @@ class _Windows(torch.autograd.Function):
         windows = pixels.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # [B, oh, ow, in, kh, kw]
         batch, height, width = windows.shape[:3]
         rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(batch * height * width, -1)
-        return _product(rows, _rows(weight), bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return product(rows, _rows(weight), bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,7 +122,7 @@ class _Windows(torch.autograd.Function):
         kernel = ctx.weight.shape[2:]
         grad = grads[0].permute(0, 2, 3, 1)  # [B, oh, ow, out]
         oh, ow = grad.shape[1:3]
-        windows = _product(grad.reshape(batch * oh * ow, -1), _rows(ctx.weight).t()).view(batch, oh, ow, *kernel, channels)
+        windows = product(grad.reshape(batch * oh * ow, -1), _rows(ctx.weight).t()).view(batch, oh, ow, *kernel, channels)
         found = windows.new_zeros(batch, height + 2 * top, width + 2 * left, channels)
         for y in range(kernel[0]):
             for x in range(kernel[1]):
@@ -140,7 +142,8 @@ class Conv2d(nn.Conv2d):
             if kernel == stride == (1, 1) and padding == (0, 0):
                 return _Product.apply(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
             size = [(x.shape[2 + i] + 2 * int(padding[i]) - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-            if x.shape[0] * size[0] * size[1] <= _FEW_PIXELS and self.weight.is_contiguous(memory_format=torch.channels_last):
+            is_deep = x.shape[0] * size[0] * size[1] <= _FEW_PIXELS and self.weight.numel() >= _MANY_WEIGHTS[x.dtype]
+            if is_deep and self.weight.is_contiguous(memory_format=torch.channels_last):
                 return _Windows.apply(x, self.weight, self.bias, stride, padding)
         return F.conv2d(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
 
@@ -154,8 +157,8 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         down, up = a.to(x.dtype), b.to(x.dtype)
-        inner = _product(x, down)
-        result = _product(x, weight, bias)
+        inner = product(x, down)
+        result = product(x, weight, bias)
         flat = result.view(-1, result.shape[-1])
         torch.addmm(flat, inner.view(-1, inner.shape[-1]), up.t(), alpha=scale, out=flat)
         ctx.save_for_backward(x, inner, a, b)
@@ -172,7 +175,7 @@ class _Update(torch.autograd.Function):
         grad_a = (inner_grad.t() @ x.reshape(-1, x.shape[-1])).to(a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, ctx.weight.t())
+            grad_x = product(grad, ctx.weight.t())
             rows = grad_x.view(-1, grad_x.shape[-1])
             torch.addmm(rows, inner_grad, a.to(x.dtype), out=rows)
         return grad_x, None, None, grad_a, grad_b, None
@@ -216,11 +219,11 @@ class _Blocks(torch.autograd.Function):
         for number in range(batch * heads):
             into = found[number // heads, :, number % heads]
             for rows in _blocks(length, k.shape[1]):
-                scores = _product(q[number, rows], k[number])  # [queries, keys]
+                scores = product(q[number, rows], k[number])  # [queries, keys]
                 most = scores.amax(-1, keepdim=True)
                 shares = scores.sub_(most).exp2_()
                 total = shares.sum(-1, keepdim=True)
-                into[rows] = _product(v[number], shares.div_(total).to(v.dtype)).t()
+                into[rows] = product(v[number], shares.div_(total).to(v.dtype)).t()
                 sums[number, rows] = total.log2_().add_(most)[:, 0]
         out = found.transpose(1, 2)
         ctx.save_for_backward(query, key, value, out, sums)
@@ -239,14 +242,19 @@ class _Blocks(torch.autograd.Function):
             place, head = divmod(number, heads)
             query_sum = q.new_zeros(width, length)
             for rows in _blocks(tokens, length):
-                shares = _product(k[number, rows], q[number], less[number]).exp2_().to(v.dtype)  # [keys, queries]
-                grad_value[place, rows, head] = _product(turned_grad[number], shares).t()
-                scores_grad = _product(v[number, rows], grad[number], dots[number]).mul_(shares)
-                grad_key[place, rows, head] = _product(turned_q[number], scores_grad).t()
-                query_sum += _product(turned_k[number][:, rows].contiguous(), scores_grad.t())
+                shares = product(k[number, rows], q[number], less[number]).exp2_().to(v.dtype)  # [keys, queries]
+                grad_value[place, rows, head] = product(turned_grad[number], shares).t()
+                scores_grad = product(v[number, rows], grad[number], dots[number]).mul_(shares)
+                grad_key[place, rows, head] = product(turned_q[number], scores_grad).t()
+                query_sum += product(turned_k[number][:, rows].contiguous(), scores_grad.t())
             grad_query[place, :, head] = query_sum.t()
         scale = width**-0.5
         return grad_query.mul_(scale).transpose(1, 2), grad_key.mul_(scale).transpose(1, 2), grad_value.transpose(1, 2)
+
+
+def attention_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, all of them [B, heads, tokens, D] on a CPU, in float32 or bfloat16; keeps one number a query besides them."""
+    return _Blocks.apply(query, key, value)
 
 
 def _scores_query(query: Tensor) -> Tensor:
@@ -297,6 +305,6 @@ class _Attend:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, tokens, D]
 
-        found = _Blocks.apply(heads(attn.to_q(hidden_states)), heads(attn.to_k(source)), heads(attn.to_v(source)))
+        found = attention_in_blocks(heads(attn.to_q(hidden_states)), heads(attn.to_k(source)), heads(attn.to_v(source)))
         out = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out

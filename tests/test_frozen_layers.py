@@ -173,13 +173,13 @@ def test_a_text_encoder(tiny_base):
 def test_it_is_what_a_unet_computes_with_and_nothing_that_is_saved(monkeypatch):
     unet = _unet()
     keys = list(unet.state_dict())
-    product, calls = frozen_layers._product, []
+    product, calls = frozen_layers.product, []
 
     def counted(*args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return product(*args)
 
-    monkeypatch.setattr(frozen_layers, "_product", counted)
+    monkeypatch.setattr(frozen_layers, "product", counted)
     frozen_layers.use_onednn(unet)
     frozen_layers.use_onednn(unet)
     unet(torch.randn(1, 4, 24, 24).contiguous(memory_format=torch.channels_last), 3, torch.randn(1, 7, 32))

@@ -1,0 +1,22 @@
+"""What figures were measured on."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def processor() -> str:
+    """Name, family and model of the processor: many call themselves by one name, of which generations differ twofold."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = [re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    if not all(found):
+        return platform.processor() or platform.machine()
+    name, family, model = (match[1] for match in found if match)
+    return f"{name} (family {family}, model {model})"
+
+
+def cores() -> int:
+    """How many of them this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
