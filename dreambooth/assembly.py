@@ -77,7 +77,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
     if kind:
         quantization.quantize(unet, kind, device)
-    memory.give_back()  # in which the weights were read and cast
+    memory.trim()  # in which the weights were read and cast
     scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
     return FrozenHalf(FrozenParts(base, text if book is None else None, vae, unet, scheduler), book, rows, encoded, readings)
 
@@ -91,13 +91,13 @@ def _first_rows(start: Start) -> range:
 
 def encode_rest(encoded: encodings.EncodedPhotos, peers: Peers) -> None:
     """Encode the photos that were left for after the first step. Raises Stop if one has changed since it was checked, or the VAE."""
-    memory.give_back()  # the VAE needs blocks of other sizes than the UNet
+    memory.trim()  # the VAE needs blocks of other sizes than the UNet
     try:
         encoded.encode_rest()
     except UserError as error:
         raise Stop(str(error)) from None
     say_damaged(encoded.entries, peers)
-    memory.give_back()
+    memory.trim()
 
 
 def say_damaged(entries: encoded_files.Entries, peers: Peers) -> None:

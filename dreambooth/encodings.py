@@ -149,7 +149,7 @@ def encode_photos(
         _check_unchanged(base, digests)
         if vae is not None:
             vae.decoder = None  # most of the weights, and of no use here
-            memory.give_back()
+            memory.trim()
         for name in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
             check()
             part = of_name[name]

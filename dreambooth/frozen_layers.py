@@ -1,7 +1,7 @@
 """Frozen layers on a CPU, by oneDNN: what torch computes, to rounding, in the products that it is slow at.
 
 torch gives float32 products to MKL, which on processors other than Intel's takes instructions of half the width; oneDNN does not. And it
-reorders a convolution's weights at every call, which for the deep layers of a UNet, many channels on few pixels, takes longer than the
+reorders a convolution's weights at every call, which for the deepest layers of a UNet, many channels on few pixels, takes as long as the
 convolution. Weights that are never trained need no gradient and no copy: these forwards are oneDNN's product on the weights as they lie, and
 the backward passes are the same product with the weights turned.
 
@@ -10,8 +10,7 @@ the backward passes are the same product with the weights turned.
     attention of many tokens        scores of a block of queries at a time, made again in backward: nothing of the size of the scores is kept
     LoRA                            base layer and update as one node; only the input and A x are kept
 
-Measured on two cores of an AMD EPYC (Zen 5) against torch's own, in float32 and bfloat16: Linear 2.3 and 1.0 times as fast, 3 x 3 on 8 x 8 pixels
-of 1280 channels 4.4 and 1.6 times, attention of 4,096 tokens in heads of 40 1.4 and 1.3 times. docs/speed.md has the rest.
+How many times as fast each is depends on the processor: `python -m benchmarks.layers` measures it, docs/speed.md has what was measured.
 """
 
 import functools
