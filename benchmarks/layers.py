@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "layers.json"
 DOCS = ROOT / "docs" / "speed.md"
 MARKS = ("<!-- layers: written by python -m benchmarks.layers -->", "<!-- layers end -->")
 ROUNDS, SECONDS = 7, 0.2  # in turn, and how long each is timed in one
+SIDE = 2048  # of the matrices whose product is timed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Layer = Callable[..., Tensor]
@@ -88,15 +89,14 @@ def measure(make: Callable[[], Layer], shape: tuple[int, ...], count: int, dtype
 
 def product_rate(dtype: torch.dtype) -> float:
     """GFLOP/s of a product of two large matrices by oneDNN, the most that any layer here can come to."""
-    side = 2048
-    x, weight = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    x, weight = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
     times = []
     with torch.no_grad():
         for _ in range(10 * ROUNDS):
             started = time.perf_counter()
             frozen_layers.product(x, weight)
             times.append(time.perf_counter() - started)
-    return round(2 * side**3 / statistics.median(times) / 1e9)
+    return round(2 * SIDE**3 / statistics.median(times) / 1e9)
 
 
 def table(results: dict[str, Any]) -> str:

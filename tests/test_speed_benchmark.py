@@ -228,6 +228,8 @@ def test_operators_are_declared_only_where_their_library_does_not_load(tmp_path,
 def test_layers_are_timed_against_torchs_own_and_what_other_processors_gave_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "CASES", {"a layer": (lambda: torch.nn.Linear(8, 8), (1, 4, 8), 1)})
     monkeypatch.setattr(layers, "SECONDS", 0.001)
+    monkeypatch.setattr(layers, "SIDE", 64)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     monkeypatch.setattr(layers, "RESULTS", tmp_path / "layers.json")
     monkeypatch.setattr(layers, "DOCS", tmp_path / "speed.md")
     layers.DOCS.write_text(f"before\n{layers.MARKS[0]}\nold\n{layers.MARKS[1]}\nafter\n")
