@@ -109,7 +109,7 @@ def table(results: dict[str, Any]) -> str:
     said = []
     for name, found in results.items():
         rates = " and ".join(f"{rate} in {dtype}" for dtype, rate in found["gflop_per_s"].items())
-        said.append(f"{name}: torch {found['torch']}, {found['threads']} threads; a product of 2,048 x 2,048 matrices {rates} GFLOP/s")
+        said.append(f"{name}: torch {found['torch']}, {found['threads']} threads; a product of {SIDE:,} x {SIDE:,} matrices {rates} GFLOP/s")
     return "\n".join(
         [*lines, "", f"Forward and backward together, medians of {ROUNDS} rounds in turn, `python -m benchmarks.layers`. {'; '.join(said)}."]
     )

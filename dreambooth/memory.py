@@ -79,7 +79,7 @@ def give_back() -> None:
 
 
 def trim() -> None:
-    """The same of what nothing refers to any more, not even itself: as `give_back`, but in milliseconds."""
+    """`give_back` without a search for objects that refer to each other: milliseconds, not tenths of seconds."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of the GNU C library
     if malloc_trim is not None:
         malloc_trim(0)

@@ -15,6 +15,12 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of the largest value
 
 
+@pytest.fixture(autouse=True)
+def windows_of_any_size(monkeypatch):
+    """The layers here are too small to be worth it."""
+    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, 0))
+
+
 def _unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
@@ -61,6 +67,16 @@ def test_convolution(dtype, kernel, stride, padding, side):
     layer = torch.nn.Conv2d(8, 12, kernel, stride, padding, dtype=dtype).requires_grad_(False)
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     _agree(layer, torch.randn(2, 8, side, side + 1, dtype=dtype).contiguous(memory_format=torch.channels_last), dtype=dtype)
+
+
+def test_windows_are_for_convolutions_of_few_pixels_and_many_weights(monkeypatch):
+    layer = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False).to(memory_format=torch.channels_last)
+    frozen_layers.use_onednn(layer)
+    x, many = torch.randn(1, 8, 8, 8, requires_grad=True), torch.randn(1, 8, 32, 32, requires_grad=True)
+    assert "_Windows" in layer(x).grad_fn.name()
+    assert "_Windows" not in layer(many).grad_fn.name()
+    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, layer[0].weight.numel() + 1))
+    assert "_Windows" not in layer(x).grad_fn.name()
 
 
 def test_lora_gives_its_own_gradients_with_and_without_autocast():
