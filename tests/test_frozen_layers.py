@@ -70,12 +70,14 @@ def test_convolution(dtype, kernel, stride, padding, side):
 
 
 def test_windows_are_for_convolutions_of_few_pixels_and_many_weights(monkeypatch):
-    layer = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False).to(memory_format=torch.channels_last)
+    convolution = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+    layer = torch.nn.Sequential(convolution)
     frozen_layers.use_onednn(layer)
     x, many = torch.randn(1, 8, 8, 8, requires_grad=True), torch.randn(1, 8, 32, 32, requires_grad=True)
     assert "_Windows" in layer(x).grad_fn.name()
     assert "_Windows" not in layer(many).grad_fn.name()
-    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, layer[0].weight.numel() + 1))
+    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, convolution.weight.numel() + 1))
     assert "_Windows" not in layer(x).grad_fn.name()
 
 
