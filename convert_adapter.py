@@ -7,9 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreambooth import stops
-from dreambooth.command_line import fail, parse
-from dreambooth.convert_options import (
+from dreambooth.options.command_line import fail, parse
+from dreambooth.options.conversion import (
     COMMANDS,
     BakeOptions,
     ConvertOptions,
@@ -20,6 +19,7 @@ from dreambooth.convert_options import (
     NeededBase,
     ResizeOptions,
 )
+from dreambooth.runtime import stops
 
 
 def parse_command(words: Sequence[str]) -> Any:
@@ -47,12 +47,14 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import adapter_files, adapter_names, adapter_sets, base_folders, base_weights, deltas, merging
-from dreambooth.adapter_formats import Adapter, Family, read, table, to_lora, write_kohya, write_native, write_peft
-from dreambooth.deltas import Lora
-from dreambooth.errors import UserError
-from dreambooth.printable import shown
-from dreambooth.stops import Stop, Watch
+from dreambooth.adapter_files import bake as base_weights
+from dreambooth.adapter_files import deltas, layer_names, merging, native
+from dreambooth.adapter_files.deltas import Lora
+from dreambooth.adapter_files.formats import Adapter, Family, read, table, to_lora, write_kohya, write_native, write_peft
+from dreambooth.bases import folders
+from dreambooth.errors import UserError, shown
+from dreambooth.options import adapter_sets
+from dreambooth.runtime.stops import Stop, Watch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,7 +81,7 @@ def _base(options: KnownBase | NeededBase) -> Any:
     model = options.model()
     if model is None:
         return None
-    from dreambooth import families  # its libraries take seconds, and most conversions need no base
+    from dreambooth.bases import families  # its libraries take seconds, and most conversions need no base
 
     return families.find(model)
 
@@ -91,7 +93,7 @@ def _read_whole(path: str, base: Any) -> Adapter:
         return adapter
     modules = [(component, path, module) for component, own in adapter.components.items() for path, module in own.items()]
     needs = "give --pretrained_model_name_or_path"
-    if raw := [name for _, name, _ in modules if adapter_names.is_raw(name)]:
+    if raw := [name for _, name, _ in modules if layer_names.is_raw(name)]:
         raise UserError(f"{shown(path)}: {raw[0]} is a name in kohya's layout, which only the base's own layers tell where to part; {needs}")
     if others := [(f"{component}.{name}", deltas.kind(module)) for component, name, module in modules if not isinstance(module, Lora)]:
         layer, kind = others[0]
@@ -113,7 +115,7 @@ def _new_file(output: str, inputs: Sequence[str]) -> Path:
     try:
         for given in inputs:
             source = Path(given)
-            held = [source, source / adapter_files.ADAPTER_NAME] if source.is_dir() else [source]
+            held = [source, source / native.ADAPTER_NAME] if source.is_dir() else [source]
             if path.exists() and any(other.exists() and path.samefile(other) for other in held):
                 raise UserError(f"--output: {shown(output)} is the adapter that is read; name another file")
         if path.is_dir():
@@ -142,7 +144,7 @@ def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        adapter_files.write_atomically(path, data)
+        native.write_atomically(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {shown(path)}")
@@ -150,7 +152,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
     """Write a LoRA in our layout and say what it is."""
-    data = write_native(adapter, adapter_files.recorded(adapter.metadata), DTYPES[dtype])
+    data = write_native(adapter, native.recorded(adapter.metadata), DTYPES[dtype])
     print(table(adapter))
     _write(path, data)
 
@@ -167,9 +169,9 @@ def _say_kept(kept: merging.Share) -> None:
 def inspect(options: InspectOptions) -> None:
     base = _base(options.base)
     if base:
-        from dreambooth import attach  # brings peft
+        from dreambooth.adapters import apply  # brings peft
 
-        adapter = attach.read(Path(options.adapter), base.layers())
+        adapter = apply.read(Path(options.adapter), base.layers())
     else:
         adapter = read(Path(options.adapter))
     if isinstance(adapter, Adapter):
@@ -231,7 +233,7 @@ def convert(options: ConvertOptions) -> None:
         path = _new_file(options.output, [options.adapter])
     base = _base(options.base)
     adapter = _read_whole(options.adapter, base)
-    info = adapter_files.recorded(adapter.metadata)
+    info = native.recorded(adapter.metadata)
     if options.to == "lora":
         lora, kept = to_lora(adapter, options.rank)
         if options.rank:
@@ -242,7 +244,7 @@ def convert(options: ConvertOptions) -> None:
     if options.to == "native":
         _write(path, write_native(adapter, info, dtype))
     elif options.to == "kohya":
-        depth = adapter_names.depth_of(base.layers()["unet"]) if base else adapter_names.XL_DEPTH
+        depth = layer_names.depth_of(base.layers()["unet"]) if base else layer_names.XL_DEPTH
         if base:
             info.setdefault("prediction_type", _prediction_type(base))
         _write(path, write_kohya(adapter, _family(options.adapter, adapter, base), info, dtype, depth=depth))
@@ -257,7 +259,7 @@ def _family(path: str, adapter: Adapter, base: Any) -> Family:
     if (base and base.family.key == "sdxl") or "text_encoder_2" in adapter.components:
         return "sdxl"
     if base:
-        return "sd2" if base_folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"] == 1024 else "sd1"
+        return "sd2" if folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"] == 1024 else "sd1"
     known: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     unet = adapter.components.get("unet", {})
     widths = {deltas.shape(module)[1] for name, module in unet.items() if re.search(r"attn2\.to_[kv]$", name)}
@@ -267,7 +269,7 @@ def _family(path: str, adapter: Adapter, base: Any) -> Family:
 
 
 def _prediction_type(base: Any) -> str:
-    return str(base_folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
+    return str(folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
 
 
 def _text_prefixes() -> dict[str, str]:
@@ -311,9 +313,10 @@ def resize(options: ResizeOptions) -> None:
 
 
 def extract(options: ExtractOptions) -> None:
-    from dreambooth import adapters, families
-    from dreambooth.adapter_options import Adapter as Kind
-    from dreambooth.options import BaseModel
+    from dreambooth.adapters import inject
+    from dreambooth.bases import families
+    from dreambooth.options.adapter import Adapter as Kind
+    from dreambooth.options.training import BaseModel
 
     path = _new_file(options.output, [])
     base = _base(options.base)
@@ -328,7 +331,7 @@ def extract(options: ExtractOptions) -> None:
     targets = {
         part: [
             layer.removeprefix("text_model.")
-            for layer in adapters.layers_at(adapters.unet_targets(kind) if part == "unet" else adapters.text_targets(0, 0, kind), own)
+            for layer in inject.layers_at(inject.unet_targets(kind) if part == "unet" else inject.text_targets(0, 0, kind), own)
         ]
         for part, own in layers.items()
         if part == "unet" or base.family.trains_text
@@ -341,14 +344,14 @@ def extract(options: ExtractOptions) -> None:
 
 
 def bake(options: BakeOptions) -> None:
-    from dreambooth import attach  # brings peft
+    from dreambooth.adapters import apply  # brings peft
 
     base = _base(options.base)
     folder = _new_folder("--merge_to", options.merge_to, [base.folder])
     layers = base.layers()
     uses = []
     for name, weight in _weighted(options.adapter):
-        adapter = attach.read(Path(name), layers)
+        adapter = apply.read(Path(name), layers)
         if not isinstance(adapter, Adapter) and weight != 1:
             kinds = ", ".join(adapter.kinds).upper()
             raise UserError(f"--adapter: {shown(name)} is {kinds}, which turns weights: its own can be 1 only, got {weight:g}")

@@ -3,9 +3,9 @@
 Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
 to share the work among processes, or with plain `python`."""
 
-from dreambooth import startup, stops
-from dreambooth.command_line import fail, parse
-from dreambooth.picture_options import ClassImageOptions
+from dreambooth.options.command_line import fail, parse
+from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
     OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from dreambooth import class_images, families, memory, processes, prompts
+from dreambooth.bases import families, prompts
+from dreambooth.data import class_images
 from dreambooth.errors import UserError
-from dreambooth.stops import Stop, Watch
+from dreambooth.runtime import memory, processes
+from dreambooth.runtime.stops import Stop, Watch
 
 if __name__ == "__main__":
     startup.imports_end()

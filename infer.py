@@ -1,9 +1,9 @@
 """Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files with their settings inside, and a contact
 sheet. Launch with `accelerate launch` to share the work among processes: the pictures are the same on any number of them."""
 
-from dreambooth import startup, stops
-from dreambooth.command_line import fail, parse
-from dreambooth.picture_options import InferOptions
+from dreambooth.options.command_line import fail, parse
+from dreambooth.options.pictures import InferOptions
+from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
     OPTIONS = parse(InferOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
@@ -24,15 +24,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import adapter_files, adapter_sets, attach, deltas, families, locks, memory, pipelines, processes, prompts
-from dreambooth.adapter_formats import Adapter
-from dreambooth.adapter_sets import AdapterSet, Choice
-from dreambooth.errors import UserError
-from dreambooth.options import TextEncoding
-from dreambooth.printable import shown
-from dreambooth.processes import Peers
-from dreambooth.rotations import Rotations
-from dreambooth.stops import Stop, Watch
+from dreambooth.adapter_files import deltas, native
+from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapter_files.rotations import Rotations
+from dreambooth.adapters import apply
+from dreambooth.bases import families, pipelines, prompts
+from dreambooth.errors import UserError, shown
+from dreambooth.files import locks
+from dreambooth.options import adapter_sets
+from dreambooth.options.adapter_sets import AdapterSet, Choice
+from dreambooth.options.training import TextEncoding
+from dreambooth.runtime import memory, processes
+from dreambooth.runtime.processes import Peers
+from dreambooth.runtime.stops import Stop, Watch
 
 if __name__ == "__main__":
     startup.imports_end()
@@ -73,7 +77,7 @@ class Arm:
     clip_skip: int
     jobs: tuple[tuple[str, int], ...]
 
-    def weights(self, adapters: dict[Path, Worn]) -> dict[str, attach.Weight]:
+    def weights(self, adapters: dict[Path, Worn]) -> dict[str, apply.Weight]:
         """By the adapters' names on the models."""
         return {adapters[choice.path].key: choice.weights(self.factor) for choice in self.choices}
 
@@ -146,11 +150,11 @@ def read_adapters(sets: Sequence[AdapterSet], base: families.Base, clip_skip: in
             if choice.path in found:
                 continue
             try:
-                adapter = attach.read(choice.path, layers)
+                adapter = apply.read(choice.path, layers)
                 label, sha256 = _identity(choice.path)
             except UserError as error:
                 raise UserError(f"{one.where}: {error}") from None
-            recorded = adapter_files.recorded(adapter.metadata).get("clip_skip", 0)
+            recorded = native.recorded(adapter.metadata).get("clip_skip", 0)
             recorded = recorded if type(recorded) is int and recorded >= 0 else 0
             found[choice.path] = Worn(f"adapter_{len(found)}", adapter, label, sha256, clip_skip if clip_skip is not None else recorded)
     return found
@@ -158,7 +162,7 @@ def read_adapters(sets: Sequence[AdapterSet], base: families.Base, clip_skip: in
 
 def _identity(path: Path) -> tuple[str, str]:
     """(how an adapter is shown, a hash of its files)."""
-    whole = path / adapter_files.ADAPTER_NAME
+    whole = path / native.ADAPTER_NAME
     file = whole if path.is_dir() and whole.exists() else path
     files = [file] if file.is_file() else sorted(p for p in file.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
     hashes = []
@@ -209,14 +213,14 @@ def check(options: InferOptions, arms: Sequence[Arm], adapters: dict[Path, Worn]
                     raise UserError(f"{where}: {shown(choice.path)} is {kinds}, which is always worked into the weights; leave --fuse no out")
 
 
-def table(arms: Sequence[Arm], adapters: dict[Path, Worn], how: attach.Fusing, dtype: torch.dtype) -> str:
+def table(arms: Sequence[Arm], adapters: dict[Path, Worn], how: apply.Fusing, dtype: torch.dtype) -> str:
     """What was read, line by line, and what the user should know of it."""
     lines = [f"{'set':<16} {'adapter':<28} {'component':<16} {'kind':<6} {'modules':>7}  {'rank':<12} {'weight':<24}"] if adapters else []
     notes = []
     for arm in arms:
         worn = [adapters[choice.path] for choice in arm.choices]
-        seen = [adapters[choice.path].adapter for choice in arm.choices if attach.is_worn(choice.weights(arm.factor))]
-        is_fused = attach.is_fused(seen, how, dtype)
+        seen = [adapters[choice.path].adapter for choice in arm.choices if apply.is_worn(choice.weights(arm.factor))]
+        is_fused = apply.is_fused(seen, how, dtype)
         for choice, one in zip(arm.choices, worn, strict=True):
             weights = choice.weights(arm.factor)
             for component, kind, modules, ranks in _contents(one.adapter):
@@ -258,7 +262,7 @@ def draw_all(
     The last bits of a picture depend on those that it is drawn with: so chunks of --batch_size are fixed by number, chunk c is process
     c % processes' whole.
     """
-    stack = attach.Stack({part: getattr(pipeline, part) for part in ("unet", *base.family.text)})
+    stack = apply.Stack({part: getattr(pipeline, part) for part in ("unet", *base.family.text)})
     for worn in adapters.values():
         stack.add(worn.key, worn.adapter)
     # by every process, those that draw no picture of some arm too: pictures must not depend on who has drawn what before
@@ -304,7 +308,7 @@ def _settings(options: InferOptions, arm: Arm, adapters: dict[Path, Worn]) -> di
     worn, names = [], []
     for choice in arm.choices:
         one, weights = adapters[choice.path], choice.weights(arm.factor)
-        names += [one.label] if attach.is_worn(weights) else []
+        names += [one.label] if apply.is_worn(weights) else []
         parts = {part: weight for part, weight in weights.items() if part}
         worn.append({"file": one.label, "sha256": one.sha256[:16], "weight": weights[""]} | ({"weights": parts} if parts else {}))
     return {
@@ -322,7 +326,7 @@ def _settings(options: InferOptions, arm: Arm, adapters: dict[Path, Worn]) -> di
 def _save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     pipelines.save_png(image, buffer, settings)
-    adapter_files.write_atomically(path, buffer.getvalue())
+    native.write_atomically(path, buffer.getvalue())
 
 
 THUMBNAIL = 160  # longer side of a picture on the sheet, in pixels
@@ -350,9 +354,9 @@ def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, 
     columns = [f"seed {seed}" + f" {arm.label}" * (len(arms) > 1) for seed in options.seeds for arm in arms]
     sheet = io.BytesIO()
     pipelines.contact_sheet(rows, columns, THUMBNAIL).save(sheet, format="PNG")
-    adapter_files.write_atomically(folder / "contact_sheet.png", sheet.getvalue())
+    native.write_atomically(folder / "contact_sheet.png", sheet.getvalue())
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-    adapter_files.write_atomically(folder / "images.json", text.encode())
+    native.write_atomically(folder / "images.json", text.encode())
     print(f"wrote {len(records)} pictures and contact_sheet.png to {folder}")
 
 

@@ -3,9 +3,9 @@
 The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth import startup, stops
-from dreambooth.command_line import as_table, fail, parse, yaml_text
-from dreambooth.options import TrainOptions
+from dreambooth.options.command_line import as_table, fail, parse, yaml_text
+from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
@@ -27,32 +27,17 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
-from dreambooth import (
-    adapter_files,
-    adapters,
-    assembly,
-    caches,
-    checkpoints,
-    compilation,
-    families,
-    frozen_layers,
-    hub,
-    memory,
-    objectives,
-    optimizers,
-    preparation,
-    publishing,
-    report,
-    runs,
-    sampling_order,
-    saving,
-    validation,
-)
+from dreambooth.adapter_files import native
+from dreambooth.adapters import inject
+from dreambooth.bases import autoencoder, compilation, families, onednn
+from dreambooth.bases.prompts import Conditions
+from dreambooth.data import sampling_order
+from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
-from dreambooth.processes import Peers
-from dreambooth.prompts import Conditions
-from dreambooth.samples import MicroBatch, micro_batches
-from dreambooth.stops import Stop, Watch
+from dreambooth.runtime import memory
+from dreambooth.runtime.processes import Peers
+from dreambooth.runtime.stops import Stop, Watch
+from dreambooth.training import checkpoints, frozen_models, hub, metrics, objectives, optimizers, prepare, publishing, run_folder, saving, validation
 
 if __name__ == "__main__":
     startup.imports_end()
@@ -100,7 +85,7 @@ class Training:
         options: TrainOptions,
         peers: Peers,
         watch: Watch,
-        frozen: assembly.FrozenHalf,
+        frozen: frozen_models.FrozenHalf,
         identity: dict[str, Any] | None = None,
     ):
         self.options, self.peers, self.watch = options, peers, watch
@@ -117,8 +102,8 @@ class Training:
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
-        pictures = preparation.pictures_of_pass(options, [len(source.photos) for source in self.sources])
-        self.steps_per_epoch, self.max_steps = preparation.steps_of_run(options, pictures, peers.world)
+        pictures = prepare.pictures_of_pass(options, [len(source.photos) for source in self.sources])
+        self.steps_per_epoch, self.max_steps = prepare.steps_of_run(options, pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
         self.vae_config = self.parts.base.vae_config
@@ -133,21 +118,21 @@ class Training:
         self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
         self.memory: dict[str, memory.Reading] = dict(frozen.readings)  # by phase
 
-    def _inject(self) -> list[adapters.Component]:
+    def _inject(self) -> list[inject.Component]:
         options, text = self.options.adapter, self.options.text
-        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, adapters.unet_targets(options))]
+        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, inject.unet_targets(options))]
         if text.train_text_encoder:
             assert self.parts.text is not None
             for name, encoder in self.parts.text.encoders.items():
                 unused = families.unused_layers(self.parts.family, name, text)
-                targets = adapters.text_targets(encoder.config.num_hidden_layers, unused, options, adapters.shapes_of(encoder))
+                targets = inject.text_targets(encoder.config.num_hidden_layers, unused, options, inject.shapes_of(encoder))
                 models.append((name, encoder, targets))
         components = [
-            adapters.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
+            inject.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
         ]
         for component in components:
             if self.accelerator.device.type == "cpu":
-                frozen_layers.use_onednn(component.model)
+                onednn.use_onednn(component.model)
             if self.options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
@@ -166,7 +151,7 @@ class Training:
             assert decay is not None
             by_rate: dict[float | None, list[torch.nn.Parameter]] = {}
             for name, parameter in component.named_parameters():
-                by_rate.setdefault(adapters.by_part(own_rates, name), []).append(parameter)
+                by_rate.setdefault(inject.by_part(own_rates, name), []).append(parameter)
             for own, parameters in by_rate.items():
                 # the component's name is also that of its parameters without a rate of their own
                 name = component.name if own is None else f"{component.name}:{own!r}"
@@ -215,7 +200,7 @@ class Training:
             self.scaler.load_state_dict(state["grad_scaler"])
         self.first_step = self.completed = self.saver.saved = checkpoint.step
 
-    def text_components(self) -> list[adapters.Component]:
+    def text_components(self) -> list[inject.Component]:
         return [component for component in self.components if component.name != "unet"]
 
     def drop_text(self) -> None:
@@ -235,13 +220,13 @@ class Training:
         """Train the text encoders no more, and free them: what they have learned is kept, and so is what they make of the prompts."""
         assert self.parts.text is not None
         with saving.in_eval_mode(self.components, self.optimizer), self.accelerator.autocast():
-            self.book = self.parts.text.book(assembly.prompts_of(self.options, self.sources), self.watch.check)
+            self.book = self.parts.text.book(frozen_models.prompts_of(self.options, self.sources), self.watch.check)
         self.parts.text = None
         self.drop_text()
         for component in self.text_components():
             self.saver.finish(component)
         self.components = [component for component in self.components if component.name == "unet"]
-        report.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
+        metrics.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """The conditions of each of `prompts`; each distinct one is encoded once."""
@@ -260,7 +245,7 @@ class Training:
         def draw(what: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.cat([sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{what}", batch.rows, shape) for s in self.sources])
 
-        latents = caches.normalized(self.vae_config, batch.posterior.sample(draw("posterior", shape)))
+        latents = autoencoder.normalized(self.vae_config, batch.posterior.sample(draw("posterior", shape)))
         noise = draw("noise", shape)
         if offset := self.options.objective.noise_offset:
             noise = noise + offset * draw("noise-offset", (shape[0], 1, 1))
@@ -350,7 +335,7 @@ class Training:
                 return stop
         return None
 
-    def read_losses(self, progress: report.Progress) -> None:
+    def read_losses(self, progress: metrics.Progress) -> None:
         """Record the steps that are not recorded yet. Raises Stop if the numbers of one are not finite: from it on none was taken."""
         spoilt = self.count_back()
         records, self.unread = self.unread, []
@@ -373,7 +358,7 @@ class Training:
             workers=self.options.instance.dataloader_num_workers,
         )
         images_per_step = self.slots * run.train_batch_size * len(self.sources)
-        progress = report.Progress(
+        progress = metrics.Progress(
             self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.first_step, last_step=self.max_steps, images_per_step=images_per_step
         )
         with contextlib.closing(progress):
@@ -397,7 +382,7 @@ class Training:
                     raise spoilt from None
                 raise
 
-    def step(self, step: int, batches: Iterator[MicroBatch], progress: report.Progress) -> None:
+    def step(self, step: int, batches: Iterator[MicroBatch], progress: metrics.Progress) -> None:
         """Step number `step`, counted from 0, and what is due after it. Raises Stop, its update undone or not begun, if the run is to end."""
         run = self.options.run
         total = torch.zeros(sum(p.numel() for p in self.parameters), device=self.accelerator.device)
@@ -419,7 +404,7 @@ class Training:
         if step == self.first_step:
             self.note_memory("first step", step + 1, progress)
             if self.encoded and self.encoded.waiting and step + 1 < self.max_steps:
-                assembly.encode_rest(self.encoded, self.peers)
+                frozen_models.encode_rest(self.encoded, self.peers)
                 self.note_memory("rest encoded", step + 1, progress)
         if (step + 1) % run.checkpointing_steps == 0:
             self.saver.checkpoint(step + 1)
@@ -428,7 +413,7 @@ class Training:
         if not self.unread:
             progress.restart_clock(step + 1)
 
-    def note_memory(self, phase: str, step: int, progress: report.Progress) -> None:
+    def note_memory(self, phase: str, step: int, progress: metrics.Progress) -> None:
         """Read what this process takes at the end of a phase; the main process records it."""
         self.memory[phase] = memory.reading(self.accelerator.device)
         progress.memory(step, phase, self.memory[phase])
@@ -457,7 +442,7 @@ class Training:
         return f"the loss of step {step + 1} is not finite ({values}) at rows {rows[0]} to {rows[-1]}: {shown}; it was not applied"
 
     @torch.no_grad()
-    def validate(self, step: int, progress: report.Progress) -> None:
+    def validate(self, step: int, progress: metrics.Progress) -> None:
         """Pictures of the adapter as it is, drawn by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None:
             with saving.in_eval_mode(self.components, self.optimizer), compilation.eager(wanted=self.options.speed.compile):
@@ -466,7 +451,7 @@ class Training:
         self.peers.wait()
 
     @torch.no_grad()
-    def look_at_the_result(self, progress: report.Progress) -> None:
+    def look_at_the_result(self, progress: metrics.Progress) -> None:
         """Pictures of the finished file, read back as a user's program reads it, by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None and not self.options.validation.skip_final_inference:
             self.saver.hold(self.max_steps)
@@ -476,9 +461,9 @@ class Training:
         self.peers.wait()
 
 
-def assemble(start: preparation.Start, watch: Watch) -> Training:
+def assemble(start: prepare.Start, watch: Watch) -> Training:
     """The run before its first step."""
-    training = Training(start.options, start.peers, watch, assembly.frozen_half(start, watch.check), start.identity)
+    training = Training(start.options, start.peers, watch, frozen_models.frozen_half(start, watch.check), start.identity)
     training.memory["loaded"] = memory.reading(start.peers.accelerator.device)
     return training
 
@@ -486,7 +471,7 @@ def assemble(start: preparation.Start, watch: Watch) -> Training:
 def train(options: TrainOptions, watch: Watch) -> None:
     """Everything from the check of the input to the finished adapter."""
     with contextlib.ExitStack() as stack:
-        start = preparation.prepare(options, watch, stack)
+        start = prepare.prepare(options, watch, stack)
         options, peers = start.options, start.peers
         training = assemble(start, watch)
         start.status.step = lambda: training.completed
@@ -494,23 +479,23 @@ def train(options: TrainOptions, watch: Watch) -> None:
             training.enable_gradient_checkpointing()
         if options.run.enable_xformers_memory_efficient_attention:
             training.parts.unet.enable_xformers_memory_efficient_attention()
-        report.say(peers.accelerator, adapters.describe(training.components))
-        report.say(peers.accelerator, f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step")
+        metrics.say(peers.accelerator, inject.describe(training.components))
+        metrics.say(peers.accelerator, f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step")
         if start.checkpoint:
             training.resume(start.checkpoint)
             left = "" if training.first_step < training.max_steps else "; nothing is left to train"
-            report.say(peers.accelerator, f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}")
+            metrics.say(peers.accelerator, f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}")
         else:
             training.start_from(start.first_adapter)
         peers.check_same({"adapter weights at the start": hashlib.sha256(training.saver.pack(training.first_step)).hexdigest()})
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
-                runs.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
+                run_folder.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
             saved = yaml_text(hub.without_token(as_table(options.without_once())))
-            adapter_files.write_atomically(training.output_dir / "run.yaml", saved.encode())
+            native.write_atomically(training.output_dir / "run.yaml", saved.encode())
         peers.wait()
         if peers.accelerator.log_with:
-            peers.accelerator.init_trackers(report.TRACKER_NAME, config=report.jsonable(hub.without_token(as_table(options))))
+            peers.accelerator.init_trackers(metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(options))))
         started = time.monotonic()
         watch.is_immediate = False
         training.train()
@@ -518,8 +503,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
             publishing.publish(options.without_once(), start.base, training.saver.adapter, training.result_pictures, start.repository)
         peers.wait()
         peers.accelerator.end_training()
-        report.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
-        report.say(peers.accelerator, memory.summary(training.memory))
+        metrics.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
+        metrics.say(peers.accelerator, memory.summary(training.memory))
 
 
 def main(options: TrainOptions) -> None:
@@ -532,7 +517,7 @@ def main(options: TrainOptions) -> None:
     watch.is_immediate = True
     try:
         train(options, watch)
-    except preparation.Planned as planned:
+    except prepare.Planned as planned:
         if str(planned):  # the main process's
             print(planned)
     except Stop as stop:

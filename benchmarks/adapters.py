@@ -1,4 +1,4 @@
-"""What LoRA, LoHa and LoKr cost in training: peft's forward and dreambooth/factored.py's, side by side.
+"""What LoRA, LoHa and LoKr cost in training: peft's forward and dreambooth/adapters/factored.py's, side by side.
 
     python -m benchmarks.adapters
 
@@ -27,7 +27,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
-from dreambooth import factored
+from dreambooth.adapters import factored
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "adapters.json"

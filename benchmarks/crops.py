@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from dreambooth import caches, encoded_files, encodings, families, photos
-from dreambooth.options import BaseModel
-from dreambooth.processes import Peers
+from dreambooth.bases import autoencoder, families
+from dreambooth.data import encoding_cache, encodings, photos
+from dreambooth.options.training import BaseModel
+from dreambooth.runtime.processes import Peers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "crops.json"
@@ -55,7 +56,7 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
     cut: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []
     for photo in found:
-        entries = encoded_files.Entries(None, print)
+        entries = encoding_cache.Entries(None, print)
         encoded = encodings.encode_photos(entries, base, [(photo, False)], crops, device, Alone(), lambda: None)
         room = photos.crop_room(photo.size, resolution)
         for _ in range(CROPS):
@@ -63,7 +64,8 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
             # to where there is room, along the longer side
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
-            own, shifted = (caches.encode(vae, photos.pixel_values(photo.path, resolution, "lanczos", at)[None]).mean for at in ((left, top), other))
+            pixels = [photos.pixel_values(photo.path, resolution, "lanczos", at) for at in ((left, top), other)]
+            own, shifted = (autoencoder.encode(vae, one[None]).mean for one in pixels)
             cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - own, own))
             moved.append(rms(shifted - own, own))
     return {

@@ -1,4 +1,4 @@
-"""The layers of dreambooth/frozen_layers.py and torch's own, in turn: how many times as fast they are on this processor.
+"""The layers of dreambooth/bases/onednn.py and torch's own, in turn: how many times as fast they are on this processor.
 
     python -m benchmarks.layers
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import machine
-from dreambooth import frozen_layers, memory
+from dreambooth.bases import onednn
+from dreambooth.runtime import memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "layers.json"
@@ -49,10 +50,10 @@ CASES: dict[str, tuple[Callable[[], Layer], tuple[int, ...], int]] = {
 def both(layer: Layer, dtype: torch.dtype) -> dict[str, Layer]:
     """torch's layer, and the same as it is computed here."""
     if not isinstance(layer, nn.Module):
-        return {"torch": layer, "here": frozen_layers.attention_in_blocks}
+        return {"torch": layer, "here": onednn.attention_in_blocks}
     layer.to(dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
     here = nn.Sequential(copy.deepcopy(layer))
-    frozen_layers.use_onednn(here)
+    onednn.use_onednn(here)
     return {"torch": layer, "here": here}
 
 
@@ -94,7 +95,7 @@ def product_rate(dtype: torch.dtype) -> float:
     with torch.no_grad():
         for _ in range(10 * ROUNDS):
             started = time.perf_counter()
-            frozen_layers.product(x, weight)
+            onednn.product(x, weight)
             times.append(time.perf_counter() - started)
     return round(2 * SIDE**3 / statistics.median(times) / 1e9)
 

@@ -70,7 +70,7 @@ def fresh_accelerate():
 @pytest.fixture
 def no_models(monkeypatch):
     """Loading a model fails the test."""
-    from dreambooth import families
+    from dreambooth.bases import families
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was checked")

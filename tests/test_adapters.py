@@ -15,12 +15,15 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextModel
 
-from dreambooth import adapter_files, adapters, attach, families
-from dreambooth.adapter_formats import Layers
-from dreambooth.adapters import Component
-from dreambooth.deltas import Lora
+from dreambooth.adapter_files import native
+from dreambooth.adapter_files.deltas import Lora
+from dreambooth.adapter_files.formats import Layers
+from dreambooth.adapters import apply
+from dreambooth.adapters import inject as adapters
+from dreambooth.adapters.inject import Component
+from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
+from dreambooth.options.training import BaseModel
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -89,12 +92,12 @@ def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 def packed(components: list[Component]) -> bytes:
     state = {component.name: component.state_dict() for component in components}
-    return adapter_files.pack(state, {component.name: adapters.metadata(component) for component in components}, INFO)
+    return native.pack(state, {component.name: adapters.metadata(component) for component in components}, INFO)
 
 
 def written(folder: Path, components: list[Component]) -> Path:
-    path = folder / adapter_files.ADAPTER_NAME
-    adapter_files.write_atomically(path, packed(components))
+    path = folder / native.ADAPTER_NAME
+    native.write_atomically(path, packed(components))
     return path
 
 
@@ -233,7 +236,7 @@ def test_a_unet_alone_makes_a_file_without_text_encoder_keys(models, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_what_is_read_is_what_was_packed(dtype, tiny_base, layers, tmp_path):
     components = trained(inject(load_models(tiny_base, dtype), rank=8))
-    adapter = attach.read(written(tmp_path, components), layers)
+    adapter = apply.read(written(tmp_path, components), layers)
     assert tuple(adapter.components) == NAMES
     for component in components:
         found: dict[str, torch.Tensor] = {}
@@ -258,7 +261,7 @@ def test_metadata_has_the_stable_fields_in_sorted_order_and_no_path(models, laye
     """Readers build a LoraConfig from it: an unknown field breaks old ones, and peft's own dump has the user's folder in it."""
     components = inject(models, rank=8, dropout=0.25)
     path = written(tmp_path, components)
-    metadata = attach.read(path, layers).metadata
+    metadata = apply.read(path, layers).metadata
     assert set(metadata) == {"format", "lora_adapter_metadata", "dreambooth"}
     assert metadata["format"] == "pt"
     fields = {
@@ -325,7 +328,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
     """Temporary files have 0600; a file that a web server or a colleague cannot read is a bug."""
     before = os.umask(umask)
     try:
-        adapter_files.write_atomically(tmp_path / "file", b"data")
+        native.write_atomically(tmp_path / "file", b"data")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
@@ -333,7 +336,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
 
 def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     for data in (b"old", b"", b"new" * 1000):
-        adapter_files.write_atomically(tmp_path / "file", data)
+        native.write_atomically(tmp_path / "file", data)
         assert (tmp_path / "file").read_bytes() == data
         assert os.listdir(tmp_path) == ["file"]
 
@@ -348,7 +351,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, error, tm
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)):
-        adapter_files.write_atomically(tmp_path / "file", b"new")
+        native.write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -368,7 +371,7 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    adapter_files.write_atomically(tmp_path / "file", b"12345")
+    native.write_atomically(tmp_path / "file", b"12345")
     assert calls[:2] == [("fsync", 5), ("replace", 0)]
 
 
@@ -408,7 +411,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
 def test_a_file_that_is_no_whole_adapter_is_refused_by_name(what, reason, models, layers, tmp_path):
     path = unreadable(tmp_path, models, what)
     with pytest.raises(UserError) as refused:
-        attach.read(path, layers)
+        apply.read(path, layers)
     assert str(refused.value).startswith(f"{path}: ")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -469,7 +472,7 @@ def test_another_rank_is_refused(loaded):
 def test_an_adapter_of_a_base_with_other_text_is_refused_with_both_widths(name, reason, models, other_base, tmp_path):
     path = written(tmp_path, inject({name: models[name]}))
     with pytest.raises(UserError) as refused:
-        attach.read(path, families.find(BaseModel(str(other_base))).layers())
+        apply.read(path, families.find(BaseModel(str(other_base))).layers())
     assert str(refused.value).startswith(f"{path}: {name}.")
     assert reason in str(refused.value)
 
@@ -522,7 +525,7 @@ def test_an_adapter_with_a_part_that_has_no_place_is_refused(change, reason, mod
     change(state)
     save_file(state, path)
     with pytest.raises(UserError) as refused:
-        attach.read(path, layers)
+        apply.read(path, layers)
     assert str(refused.value).startswith(f"{path}: ")
     assert reason in str(refused.value)
 

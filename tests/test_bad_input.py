@@ -24,11 +24,16 @@ from safetensors.torch import load, save
 
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapters, attach, class_images, families, options, photos, pipelines, safetensors_headers
-from dreambooth.command_line import fail, parse
+from dreambooth.adapter_files import native
+from dreambooth.adapters import apply, inject
+from dreambooth.bases import families, pipelines
+from dreambooth.data import class_images, photos
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TrainOptions
-from dreambooth.picture_options import InferOptions
+from dreambooth.files import safetensors_files
+from dreambooth.options import training
+from dreambooth.options.command_line import fail, parse
+from dreambooth.options.pictures import InferOptions
+from dreambooth.options.training import BaseModel, TrainOptions
 from tests.test_photos import BAD as BAD_PICTURES
 from tests.test_photos import encoded, noise
 
@@ -408,7 +413,7 @@ def of(change: Callable[[dict[str, torch.Tensor]], object], **metadata: object) 
 
     def spoil(path: Path) -> None:
         tensors = dict(sorted(load(path.read_bytes()).items()))  # the library's order varies from run to run
-        old = safetensors_headers.read(path, safetensors_headers.ADAPTER).metadata
+        old = safetensors_files.read(path, safetensors_files.ADAPTER).metadata
         change(tensors)
         fields = json.loads(old["lora_adapter_metadata"]) | {f"unet.{name}": value for name, value in metadata.items()}
         path.write_bytes(save(tensors, old | {"lora_adapter_metadata": json.dumps(fields)}))
@@ -659,9 +664,9 @@ def good_adapter(tiny_base, tmp_path_factory) -> Path:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    component = adapters.inject_lora("unet", unet, rank=4, dropout=0, targets=adapters.UNET_TARGETS, seed=0)
+    component = inject.inject_lora("unet", unet, rank=4, dropout=0, targets=inject.UNET_TARGETS, seed=0)
     path = tmp_path_factory.mktemp("adapter") / "good.safetensors"
-    path.write_bytes(adapter_files.pack({"unet": component.state_dict()}, {"unet": adapters.metadata(component)}, {}))
+    path.write_bytes(native.pack({"unet": component.state_dict()}, {"unet": inject.metadata(component)}, {}))
     return path
 
 
@@ -773,7 +778,7 @@ def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter,
     path = tmp_path / "theirs.safetensors"
     shutil.copy(good_adapter, path)
     of(kept, task_type=None, auto_mapping=None, base_model_name_or_path=None, megatron_core="evil", layers_pattern=None, runtime_config={})(path)
-    ours, theirs = (attach.read(file, layers).components["unet"] for file in (good_adapter, path))
+    ours, theirs = (apply.read(file, layers).components["unet"] for file in (good_adapter, path))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(vars(ours[name])[factor], vars(theirs[name])[factor]) for name in ours for factor in ("down", "up"))
 
@@ -785,7 +790,7 @@ def test_expressions_for_targets_are_not_run(tiny_base, good_adapter, tmp_path):
         path = tmp_path / "adapter.safetensors"
         shutil.copy(good_adapter, path)
         of(kept, target_modules=expression)(path)
-        assert attach.read(path, layers).components.keys() == {"unet"}
+        assert apply.read(path, layers).components.keys() == {"unet"}
 
 
 # --- fuzz
@@ -884,7 +889,7 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
         header = mutated(data[8 : 8 + size], draw)
         return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
-    found = outcomes(count, data, "adapter.safetensors", tmp_path, lambda path: attach.read(path, layers), mutate)
+    found = outcomes(count, data, "adapter.safetensors", tmp_path, lambda path: apply.read(path, layers), mutate)
     assert found["refused"] > count // 2
 
 
@@ -934,12 +939,12 @@ def test_messages_have_no_escapes(text, capsys):
 
 
 def test_the_limits_on_headers_are_those_promised():
-    limits = safetensors_headers.ADAPTER
+    limits = safetensors_files.ADAPTER
     assert (limits.header_bytes, limits.tensors, limits.file_bytes) == (4 * 2**20, 20_000, 2 * 2**30)
     assert limits.dtypes == {"F32", "F16", "BF16"}
 
 
 def test_rules_outside_of_parse_raise_at_once():
     with pytest.raises(ValueError, match="--rank must be at least 1, got 0"):
-        options.Adapter(rank=0)
-    assert np.isfinite(options.Adapter().rank)
+        training.Adapter(rank=0)
+    assert np.isfinite(training.Adapter().rank)

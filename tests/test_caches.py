@@ -19,25 +19,16 @@ import torch
 from PIL import Image
 
 import train_dreambooth_lora as train
-from dreambooth import (
-    adapter_files,
-    assembly,
-    caches,
-    checkpoints,
-    encoded_files,
-    encodings,
-    families,
-    file_digests,
-    frozen_layers,
-    photos,
-    processes,
-    prompts,
-    seen_photos,
-)
-from dreambooth.command_line import parse
+from dreambooth.adapter_files import native
+from dreambooth.bases import autoencoder, families, onednn, prompts
+from dreambooth.data import decode_cache, encoding_cache, encodings, photos
+from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TrainOptions
-from dreambooth.seen_photos import SeenPhotos
+from dreambooth.files import digests as file_digests
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.runtime import processes
+from dreambooth.training import checkpoints, frozen_models
 from tests import tiny
 from tests.test_processes import together
 from tests.test_scripts import digest, prior_words, run_train, train_words
@@ -71,7 +62,7 @@ def spy(monkeypatch, owner: Any, name: str, see: Callable[..., Any]) -> None:
 @pytest.fixture
 def work(monkeypatch) -> Work:
     done = Work()
-    spy(monkeypatch, caches, "encode", lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels))
+    spy(monkeypatch, autoencoder, "encode", lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels))
     spy(monkeypatch, prompts.TextParts, "__call__", lambda self, words: done.prompts.extend(words))
     spy(monkeypatch, photos, "_decode", lambda path, *others, **more: done.decoded.append(path.name))
     for part in ("load_vae", "load_encoders", "load_unet"):
@@ -82,7 +73,7 @@ def work(monkeypatch) -> Work:
 def train_nothing(training: train.Training) -> None:
     """What is left to encode after a first step, and no step."""
     if training.encoded and training.encoded.waiting:
-        assembly.encode_rest(training.encoded, training.peers)
+        frozen_models.encode_rest(training.encoded, training.peers)
 
 
 @pytest.fixture
@@ -310,7 +301,7 @@ def photo_of(folder: Path, size: tuple[int, int]) -> photos.Photo:
 
 def encoded_photo(base: families.Base, photo: photos.Photo, *, resolution: int = 64, mirrored: bool = False) -> encodings.EncodedPhotos:
     crops = encodings.Crops(resolution, "lanczos", False, base.grid)
-    entries = encoded_files.Entries(None, print)
+    entries = encoding_cache.Entries(None, print)
     return encodings.encode_photos(entries, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
 
 
@@ -397,12 +388,12 @@ def test_a_damaged_entry_is_encoded_anew_and_it_alone(kept, tiny_base, mine, tmp
 
 def test_an_entry_of_another_shape_is_encoded_anew_though_its_hash_holds(tmp_path):
     told: list[str] = []
-    entries = encoded_files.Entries(tmp_path, told.append)
+    entries = encoding_cache.Entries(tmp_path, told.append)
     assert not entries.has("latents-a", {"mean": (2, 2)})
     entries.keep("latents-a", {"mean": torch.ones(2, 2)})
-    assert encoded_files.Entries(tmp_path, told.append).has("latents-a", {"mean": (2, 2)})
+    assert encoding_cache.Entries(tmp_path, told.append).has("latents-a", {"mean": (2, 2)})
     for shapes in ({"mean": (4,)}, {"mean": (2, 2), "std": (2, 2)}, {"std": (2, 2)}):
-        assert not encoded_files.Entries(tmp_path, told.append).has("latents-a", shapes)
+        assert not encoding_cache.Entries(tmp_path, told.append).has("latents-a", shapes)
     (tmp_path / "latents-b.safetensors").write_bytes((tmp_path / "latents-a.safetensors").read_bytes())
     assert not entries.has("latents-b", {"mean": (2, 2)})
     assert (entries.damaged, told, entries.held) == (["latents-b.safetensors"], [], {})
@@ -476,7 +467,7 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(ti
     for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
         names |= set(encoded_photo(base, changed).entries.held)
     assert len(names) == 2
-    monkeypatch.setattr(frozen_layers, "ARITHMETIC", -1)
+    monkeypatch.setattr(onednn, "ARITHMETIC", -1)
     assert not names & set(encoded_photo(base, photo).entries.held)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"})
@@ -490,7 +481,7 @@ def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     (tmp_path / "kept").mkdir()
     for expected in (2, 1):  # looked for and encoded; looked for
         check = Mock()
-        encodings.encode_photos(encoded_files.Entries(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check)
+        encodings.encode_photos(encoding_cache.Entries(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check)
         assert check.call_count == expected
 
 
@@ -522,7 +513,7 @@ def test_encodings_have_a_folder_of_their_own(tiny_base, mine, tmp_path, no_mode
 def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, monkeypatch):
     shapes = {"mean": (2,)}
     for name in ("latents-a", "latents-b"):
-        entries = encoded_files.Entries(tmp_path, print)
+        entries = encoding_cache.Entries(tmp_path, print)
         entries.has(name, shapes)
         entries.keep(name, {"mean": torch.ones(2)})
     before, real = entries_in(tmp_path), os.open
@@ -534,7 +525,7 @@ def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, mon
 
     monkeypatch.setattr(os, "open", refused)
     told: list[str] = []
-    entries = encoded_files.Entries(tmp_path, told.append)
+    entries = encoding_cache.Entries(tmp_path, told.append)
     for name in ("latents-a", "latents-b"):
         assert not entries.has(name, shapes)
         entries.keep(name, {"mean": torch.zeros(2)})
@@ -547,31 +538,31 @@ def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, mon
 
 
 def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
-    entries = encoded_files.Entries(tmp_path, print)
-    name = encoded_files.name_of("latents", {})
+    entries = encoding_cache.Entries(tmp_path, print)
+    name = encoding_cache.name_of("latents", {})
     assert not entries.has(name, {"mean": (2,)})
     left: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # killed before the file has its name
         patch.setattr(os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept")))
         entries.keep(name, {"mean": torch.ones(2)})
-        adapter_files.write_atomically(tmp_path / seen_photos.NAME, b"{}")
-        adapter_files.write_atomically(tmp_path / seen_photos.NAME, b"{}")
+        native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
+        native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
     mine = {Path(copy).rename(copy.removesuffix(".kept")) for copy in left}
     assert len(mine) == 3
     others = {tmp_path / f"{name}.safetensors", tmp_path / "notes.tmp", tmp_path / ".notes.1.tmp"}
     for path in others:
         path.write_text("")
-    assert encoded_files.sweep(tmp_path) == []
+    assert encoding_cache.sweep(tmp_path) == []
     for path in mine | others:
         os.utime(path, (0, 0))
-    assert set(encoded_files.sweep(tmp_path)) == {path.name for path in mine}
+    assert set(encoding_cache.sweep(tmp_path)) == {path.name for path in mine}
     assert set(tmp_path.iterdir()) == others
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, monkeypatch, capsys):
     common = ["--max_train_steps", "3", *CAPTIONED]
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common)
-    real, written = adapter_files.write_atomically, []
+    real, written = native.write_atomically, []
 
     def fills_up(path, data):
         if path.parent.name == "kept":
@@ -580,7 +571,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(adapter_files, "write_atomically", fills_up)
+    monkeypatch.setattr(native, "write_atomically", fills_up)
     found = run_train(tiny_base, mine, tmp_path / "full", *ON_DISK, str(tmp_path / "kept"), *common)
     assert digest(found) == digest(whole)
     said = capsys.readouterr().out
@@ -594,7 +585,7 @@ def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 3, (96, 64)), FLAG).photos
     crops = encodings.Crops(64, "lanczos", False, base.grid)
     (tmp_path / "kept").mkdir()
-    entries = encoded_files.Entries(tmp_path / "kept", print)
+    entries = encoding_cache.Entries(tmp_path / "kept", print)
     encoded = encodings.encode_photos(entries, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None)
     assert entries.held == {}
     assert encoded.posterior(found[0], (8, 0), is_mirrored=False).mean.shape == (1, 4, 8, 8)
@@ -652,7 +643,7 @@ def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_p
 def test_the_first_step_comes_before_most_photos_unless_memory_is_short(tiny_base, mine, tmp_path, monkeypatch):
     """The same adapter either way. The VAE that encodes has no decoder, which is most of its weights."""
     seen: list[str] = []
-    spy(monkeypatch, caches, "encode", lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"))
+    spy(monkeypatch, autoencoder, "encode", lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"))
     spy(monkeypatch, train.Training, "step", lambda *args: seen.append("step"))
     first = run_train(tiny_base, mine, tmp_path / "a", "--max_train_steps", "2")
     assert seen == ["photo", "step", "photo", "photo", "step"]
@@ -679,7 +670,7 @@ def test_on_gpus_and_several_processes_all_photos_come_before_the_first_step(dev
     options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, *(flags or [])))
     peers = types.SimpleNamespace(world=world, accelerator=types.SimpleNamespace(device=torch.device(device)))
     start: Any = types.SimpleNamespace(options=options, peers=peers)
-    assert assembly.encodes_ahead(start) == (flags is not None)
+    assert frozen_models.encodes_ahead(start) == (flags is not None)
 
 
 def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_saved(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
@@ -712,17 +703,17 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
     def encode(folder: Path, peers: processes.Peers) -> int:
         calls: list[int] = []
 
-        def in_place_of_a_vae(vae: Any, pixels: torch.Tensor) -> caches.Posterior:
+        def in_place_of_a_vae(vae: Any, pixels: torch.Tensor) -> autoencoder.Posterior:
             """These processes are forks, in which the threads of a real one's layers are gone."""
             calls.append(1)
             small = pixels[:, [0, 1, 2, 0], ::8, ::8].clone()
-            return caches.Posterior(small, small.abs())
+            return autoencoder.Posterior(small, small.abs())
 
         torch.set_num_threads(1)  # accelerate gives each of several processes another number, and what they encode another name
-        entries = encoded_files.Entries(folder, print)
+        entries = encoding_cache.Entries(folder, print)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(families, "load_vae", lambda *args: None)
-            patch.setattr(caches, "encode", in_place_of_a_vae)
+            patch.setattr(autoencoder, "encode", in_place_of_a_vae)
             encodings.encode_photos(entries, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None)
         return len(calls)
 
@@ -833,10 +824,10 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
 def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, how):
     folder = tiny.make_photos(tmp_path / "photos", 2)
     first = check(folder, tmp_path)
-    path = tmp_path / seen_photos.NAME
+    path = tmp_path / decode_cache.NAME
     text = path.read_text()
     if how == "another version of Pillow":
-        monkeypatch.setattr(seen_photos.PIL, "__version__", "0.1")
+        monkeypatch.setattr(decode_cache.PIL, "__version__", "0.1")
     elif how == "a folder":
         path.unlink()
         path.mkdir()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dreambooth import captions, photo_sets, photos
+from dreambooth.data import captions, photo_sets, photos
 from dreambooth.errors import UserError
-from dreambooth.options import InstanceData
+from dreambooth.options.training import InstanceData
 
 FLAG = "--instance_data_dir"
 NAMES = ["a.png", "b.png", "c.jpg"]

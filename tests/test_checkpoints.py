@@ -21,9 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dreambooth import checkpoint_files, checkpoints
-from dreambooth.adapters import Component
+from dreambooth.adapters.inject import Component
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
+from dreambooth.training import checkpoints
 from tests.faults import checkpoint_faults
 from tests.test_adapters import Models, inject, load_models, packed, trained
 
@@ -673,7 +674,7 @@ def test_any_damage_to_the_newest_is_noticed_and_the_one_before_is_chosen(counts
 
 def test_the_count_of_detected_damage_can_be_less(tmp_path, monkeypatch):
     """The control of the test above: names and sizes alone let a flipped bit pass."""
-    monkeypatch.setattr(checkpoint_files, "verify", lambda folder: ["missing"] if names(folder) != FILES else [])
+    monkeypatch.setattr(checkpoint_folders, "verify", lambda folder: ["missing"] if names(folder) != FILES else [])
     assert checkpoint_faults.damage_newest(tmp_path, count=48)["damaged_skipped"] < 48
 
 
@@ -753,7 +754,7 @@ def sealed(**changes: Any) -> Callable[[bytes], bytes]:
     def with_changes(data: bytes) -> bytes:
         body = {**json.loads(data), **changes}
         del body["sha256_of_the_rest"]
-        return checkpoint_files._sealed(body)
+        return checkpoint_folders._sealed(body)
 
     return with_changes
 
@@ -925,7 +926,7 @@ def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes | None]) ->
     files = dict(content.files)
     changed = change(files.pop(name))
     shutil.rmtree(folder)
-    checkpoint_files.publish(folder.parent, content.step, files if changed is None else {**files, name: changed}, {}, limit=None)
+    checkpoint_folders.publish(folder.parent, content.step, files if changed is None else {**files, name: changed}, {}, limit=None)
 
 
 def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 import generate_class_images
-from dreambooth import class_images, families, frozen_layers, pipelines, processes, sampling_order
-from dreambooth.class_images import Settings, file_name
-from dreambooth.command_line import parse
+from dreambooth.bases import families, onednn, pipelines
+from dreambooth.data import class_images, sampling_order
+from dreambooth.data.class_images import Settings, file_name
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, PriorPreservation
-from dreambooth.picture_options import ClassImageOptions
-from dreambooth.stops import Watch
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.training import BaseModel, PriorPreservation
+from dreambooth.runtime import processes
+from dreambooth.runtime.stops import Watch
 
 SETTINGS = Settings(
     base="0123456789abcdef",
@@ -573,7 +575,7 @@ def test_each_family_draws_with_the_solver_and_with_its_own_sampler(kind, kinds,
         assert all(getattr(pipeline, encoder) is None for encoder in families.find(BaseModel(str(base))).family.text)
         layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, torch.nn.Linear)]
         assert layers
-        assert all(type(layer) is frozen_layers.Linear for layer in layers)
+        assert all(type(layer) is onednn.Linear for layer in layers)
         return real(pipeline, *conditions, **flags)
 
     monkeypatch.setattr(pipelines, "draw", draw)

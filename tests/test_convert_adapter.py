@@ -19,11 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import convert_adapter
-from dreambooth import adapter_files, adapter_formats, attach, deltas, families, stops
-from dreambooth.adapter_formats import Adapter
-from dreambooth.deltas import Lora
+from dreambooth.adapter_files import deltas, formats
+from dreambooth.adapter_files import native as adapter_files
+from dreambooth.adapter_files.deltas import Lora
+from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapters import apply
+from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
+from dreambooth.options.training import BaseModel
+from dreambooth.runtime import stops
 from tests.test_adapter_formats import ATTENTION, KINDS, Models, expect_same_deltas, outputs, peft_file, with_adapter
 from tests.test_infer import rotation_file
 
@@ -72,15 +76,15 @@ def native(adapted, layers, tmp_path_factory) -> Callable[[str], Path]:
     def of_kind(kind: str) -> Path:
         path = folder / f"{kind.replace(' ', '_')}.safetensors"
         if not path.exists():
-            adapter = adapter_formats.read(peft_file(folder / "peft.safetensors", adapted(kind)), layers)
-            path.write_bytes(adapter_formats.write_native(adapter, INFO))
+            adapter = formats.read(peft_file(folder / "peft.safetensors", adapted(kind)), layers)
+            path.write_bytes(formats.write_native(adapter, INFO))
         return path
 
     return of_kind
 
 
 @pytest.fixture(scope="module")
-def layers(tiny_base) -> adapter_formats.Layers:
+def layers(tiny_base) -> formats.Layers:
     return families.find(BaseModel(str(tiny_base))).layers()
 
 
@@ -90,8 +94,8 @@ def xl_adapter(loaded_xl, tiny_xl, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("xl_adapter")
     targets = {name: ATTENTION["unet"] if name == "unet" else [*ATTENTION["text_encoder"], "fc1"] for name in loaded_xl}
     models = {n: with_adapter(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=3, target_modules=targets[n])) for n, model in loaded_xl.items()}
-    adapter = adapter_formats.read(peft_file(folder / "peft.safetensors", models), families.find(BaseModel(str(tiny_xl))).layers())
-    (folder / "xl.safetensors").write_bytes(adapter_formats.write_native(adapter, INFO))
+    adapter = formats.read(peft_file(folder / "peft.safetensors", models), families.find(BaseModel(str(tiny_xl))).layers())
+    (folder / "xl.safetensors").write_bytes(formats.write_native(adapter, INFO))
     return folder / "xl.safetensors"
 
 
@@ -134,8 +138,8 @@ def test_inspect_with_a_base_says_whether_it_fits(native, tiny_base, tiny_xl, ca
 def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_base, tmp_path, capsys):
     """Names stay as in the file; norms are those of the same adapter with its base."""
     run("convert", native(kind), "--to", "kohya", "--output", tmp_path / "k.safetensors", "--pretrained_model_name_or_path", tiny_base)
-    plain = adapter_formats.read(tmp_path / "k.safetensors")
-    whole = adapter_formats.read(native(kind), layers)
+    plain = formats.read(tmp_path / "k.safetensors")
+    whole = formats.read(native(kind), layers)
     assert all(path.startswith("lora_") for modules in plain.components.values() for path in modules)
     for component, modules in whole.components.items():
         norms = [sorted(deltas.norm(module) for module in part.values()) for part in (modules, plain.components[component])]
@@ -147,7 +151,7 @@ def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_ba
 
 def test_norms_are_those_of_the_dense_update(native, layers):
     for kind in ("locon", "loha cp", "lokr cp", "lokr dense"):
-        for modules in adapter_formats.read(native(kind), layers).components.values():
+        for modules in formats.read(native(kind), layers).components.values():
             for module in modules.values():
                 assert deltas.norm(module) == pytest.approx(float(deltas.delta(module).norm()), rel=1e-5)
                 assert deltas.shape(module) == deltas.delta(module).shape
@@ -163,7 +167,7 @@ def test_kohya_and_back_gives_the_same_bytes(kind, native, tiny_base, adapted, l
     run("convert", tmp_path / "a.safetensors", "--to", "native", "--output", tmp_path / "b.safetensors", *base)
     run("convert", tmp_path / "b.safetensors", "--to", "kohya", "--output", tmp_path / "c.safetensors", *base)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
-    adapter = adapter_formats.read(tmp_path / "b.safetensors", layers)
+    adapter = formats.read(tmp_path / "b.safetensors", layers)
     expect_same_deltas(adapter, adapted(kind))
     assert adapter_files.recorded(adapter.metadata) == INFO | {"prediction_type": "epsilon"}
 
@@ -176,7 +180,7 @@ def test_an_xl_adapter_goes_to_kohya_and_back(xl_adapter, tiny_xl, tmp_path):
     assert {key.split("_")[1] for key in keys} == {"unet", "te1", "te2"}
     run("convert", tmp_path / "k.safetensors", "--to", "native", "--output", tmp_path / "n.safetensors", *base)
     own = families.find(BaseModel(str(tiny_xl))).layers()
-    expect_close(adapter_formats.read(tmp_path / "n.safetensors", own), all_deltas(adapter_formats.read(xl_adapter, own)))
+    expect_close(formats.read(tmp_path / "n.safetensors", own), all_deltas(formats.read(xl_adapter, own)))
 
 
 @pytest.mark.parametrize("kind", ["loha", "loha cp", "lokr", "lokr dense"])
@@ -184,11 +188,11 @@ def test_loha_and_lokr_become_the_same_lora(kind, native, adapted, layers, tiny_
     words = ("convert", native(kind), "--to", "lora", "--pretrained_model_name_or_path", tiny_base)
     run(*words, "--output", tmp_path / "a.safetensors")
     assert "is kept" not in capsys.readouterr().out  # all of it
-    adapter = adapter_formats.read(tmp_path / "a.safetensors", layers)
+    adapter = formats.read(tmp_path / "a.safetensors", layers)
     assert adapter.kinds == ("lora",)
     expect_same_deltas(adapter, adapted(kind))
     run(*words, "--output", tmp_path / "b.safetensors", "--rank", 2)
-    small = adapter_formats.read(tmp_path / "b.safetensors", layers)
+    small = formats.read(tmp_path / "b.safetensors", layers)
     assert {module.rank for modules in small.components.values() for module in modules.values()} == {2}
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if "is kept" in line)
     for component, modules in adapter.components.items():
@@ -210,7 +214,7 @@ def test_peft_loads_the_folders_that_are_made_for_it(kind, native, adapted, load
 def test_peft_loads_the_text_encoders_of_xl_too(xl_adapter, loaded_xl, tiny_xl, tmp_path):
     run("convert", xl_adapter, "--to", "peft", "--output", tmp_path / "peft")
     own = families.find(BaseModel(str(tiny_xl))).layers()
-    wanted = adapter_formats.read(xl_adapter, own)
+    wanted = formats.read(xl_adapter, own)
     for name, model in loaded_xl.items():
         merged = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft" / name).merge_and_unload()
         before, after = (dict(m.named_parameters()) for m in (model, merged))
@@ -231,10 +235,10 @@ def test_the_family_is_told_by_the_width_of_the_text(width, te, name, tmp_path):
         "unet": {layer: Lora(torch.ones(1, width), torch.ones(640, 1))},
         "text_encoder": {"encoder.layers.0.self_attn.q_proj": Lora(torch.ones(1, 8), torch.ones(8, 1))},
     }
-    (tmp_path / "a.safetensors").write_bytes(adapter_formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
     run("convert", tmp_path / "a.safetensors", "--to", "kohya", "--output", tmp_path / "k.safetensors")
     assert any(key.startswith(te) for key in load_file(tmp_path / "k.safetensors"))
-    assert adapter_formats.read(tmp_path / "k.safetensors").metadata["ss_base_model_version"] == name
+    assert formats.read(tmp_path / "k.safetensors").metadata["ss_base_model_version"] == name
 
 
 def test_half_precision_halves_the_file(native, tiny_base, tmp_path):
@@ -254,17 +258,17 @@ def test_merging_adds_weighted_updates(native, layers, tiny_base, tmp_path):
     run("merge", *words, "--output", tmp_path / "m.safetensors", "--pretrained_model_name_or_path", tiny_base)
     wanted: dict[str, torch.Tensor] = {}
     for kind, weight in uses:
-        for name, delta in all_deltas(adapter_formats.read(native(kind), layers)).items():
+        for name, delta in all_deltas(formats.read(native(kind), layers)).items():
             wanted[name] = wanted.get(name, 0) + weight * delta
-    merged = adapter_formats.read(tmp_path / "m.safetensors", layers)
+    merged = formats.read(tmp_path / "m.safetensors", layers)
     expect_close(merged, wanted)
     assert adapter_files.recorded(merged.metadata) == INFO
 
 
 def test_merging_to_a_rank_is_the_best_of_that_rank(native, layers, tmp_path, capsys):
     run("merge", native("lora"), f"{native('rslora')}:2", "--rank", 3, "--output", tmp_path / "m.safetensors")
-    one, other = (all_deltas(adapter_formats.read(native(kind), layers)) for kind in ("lora", "rslora"))
-    small = adapter_formats.read(tmp_path / "m.safetensors", layers)
+    one, other = (all_deltas(formats.read(native(kind), layers)) for kind in ("lora", "rslora"))
+    small = formats.read(tmp_path / "m.safetensors", layers)
     squares = {"unet": [0.0, 0.0], "text_encoder": [0.0, 0.0]}
     for name, delta in all_deltas(small).items():
         whole = one[name] + 2 * other[name]
@@ -280,7 +284,7 @@ def test_merging_to_a_rank_is_the_best_of_that_rank(native, layers, tmp_path, ca
 @pytest.mark.parametrize("kind", ["locon", "dora", "lokr dense"])
 def test_resizing_is_the_optimal_truncation(kind, native, layers, tiny_base, tmp_path):
     run("resize", native(kind), "--rank", 2, "--output", tmp_path / "r.safetensors", "--pretrained_model_name_or_path", tiny_base)
-    small, whole = (adapter_formats.read(path, layers) for path in (tmp_path / "r.safetensors", native(kind)))
+    small, whole = (formats.read(path, layers) for path in (tmp_path / "r.safetensors", native(kind)))
     wanted = all_deltas(whole)
     for name, delta in all_deltas(small).items():
         values = torch.linalg.svdvals(wanted[name].flatten(1).double())
@@ -302,7 +306,7 @@ def test_extracting_finds_the_low_rank_update_that_was_baked_in(native, layers, 
     base = ("--pretrained_model_name_or_path", tiny_base)
     run("bake", native("lora"), *base, "--merge_to", tmp_path / "tuned")
     run("extract", tmp_path / "tuned", *base, "--rank", 4, "--output", tmp_path / "e.safetensors")
-    expect_close(adapter_formats.read(tmp_path / "e.safetensors", layers), all_deltas(adapter_formats.read(native("lora"), layers)), 2e-5)
+    expect_close(formats.read(tmp_path / "e.safetensors", layers), all_deltas(formats.read(native("lora"), layers)), 2e-5)
     out = capsys.readouterr().out
     assert "unet: 100.0000% of what differs lies in the layers of --target_preset attn" in out
     assert "text_encoder: 100.0000% of the update's energy is kept" in out
@@ -315,14 +319,14 @@ def test_extracting_says_what_its_layers_leave_out(native, layers, tiny_base, tm
     for preset in ("attn", "attn_ff", "full"):
         capsys.readouterr()
         run("extract", "--tuned", tmp_path / "tuned", *base, "--rank", 3, "--target_preset", preset, "--output", tmp_path / "e.safetensors")
-        found[preset] = adapter_formats.read(tmp_path / "e.safetensors", layers)
+        found[preset] = formats.read(tmp_path / "e.safetensors", layers)
         share = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("unet: ") and "what differs" in line)
-        wanted = all_deltas(adapter_formats.read(native("locon"), layers))
+        wanted = all_deltas(formats.read(native("locon"), layers))
         total, own = (sum(float(wanted[n].square().sum()) for n in names if n.startswith("unet")) for names in (wanted, all_deltas(found[preset])))
         assert float(share.split()[1].rstrip("%")) / 100 == pytest.approx(own / total, abs=1e-5)
     sizes = [len(all_deltas(adapter)) for adapter in found.values()]
     assert sizes == sorted(set(sizes))
-    whole = all_deltas(adapter_formats.read(native("locon"), layers))
+    whole = all_deltas(formats.read(native("locon"), layers))
     expect_close(found["full"], {n: whole[n] for n in all_deltas(found["full"])}, 2e-5)
 
 
@@ -376,13 +380,13 @@ def test_several_baked_adapters_add_up_dora_too(native, tiny_base, tmp_path):
     expect_same_pictures(tmp_path / "baked", tiny_base, [(native("dora"), 1.0), (native("lora"), -0.4)])
 
 
-def expect_weights_of_infer(baked: Path, base: Path, layers: adapter_formats.Layers, adapter: Path, weight: float) -> None:
+def expect_weights_of_infer(baked: Path, base: Path, layers: formats.Layers, adapter: Path, weight: float) -> None:
     """The new base has the weights that infer.py draws with when it works the adapter in."""
     pipeline, found = open_pipeline(base), open_pipeline(baked)
     models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     changed = 0
     before = {name: model.state_dict() for name, model in copy.deepcopy(models).items()}
-    with attach.fused(models, [(attach.read(adapter, layers), weight)]):
+    with apply.fused(models, [(apply.read(adapter, layers), weight)]):
         for name, model in models.items():
             own = getattr(found, name).state_dict()
             for key, tensor in model.state_dict().items():
@@ -420,8 +424,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_a_baked_base_is_the_base_but_for_its_weights(adapted, layers, tiny_base, tmp_path):
     """The same keys and files; parts without an adapter, tokenizers and whatever else byte for byte; the same bytes again."""
-    adapter = adapter_formats.read(peft_file(tmp_path / "peft.safetensors", {"unet": adapted("lora")["unet"]}), layers)
-    (tmp_path / "a.safetensors").write_bytes(adapter_formats.write_native(adapter, {}))
+    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", {"unet": adapted("lora")["unet"]}), layers)
+    (tmp_path / "a.safetensors").write_bytes(formats.write_native(adapter, {}))
     for name in ("one", "two"):
         run("bake", tmp_path / "a.safetensors", "--pretrained_model_name_or_path", tiny_base, "--merge_to", tmp_path / name)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -487,7 +491,7 @@ def test_variants_and_files_in_pieces_come_out_as_a_plain_base(dtype, odd_base, 
 
 def test_a_value_too_large_for_half_precision_is_refused_and_leaves_nothing(tiny_base, tmp_path):
     modules: Modules = {"unet": {"conv_in": Lora(torch.full((1, 4, 3, 3), 300.0), torch.full((32, 1, 1, 1), 300.0))}}
-    (tmp_path / "a.safetensors").write_bytes(adapter_formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
     words = ("bake", tmp_path / "a.safetensors", "--pretrained_model_name_or_path", tiny_base, "--merge_to", tmp_path / "new", "--dtype", "fp16")
     with pytest.raises(UserError, match=r"unet\.conv_in\.weight is not finite in float16; give another --dtype"):
         run(*words)
@@ -577,9 +581,9 @@ def test_dora_is_not_merged(native, tmp_path):
 
 def test_an_exact_lora_of_any_rank_is_written_and_read(tmp_path):
     modules: Modules = {"unet": {"x.to_k": Lora(torch.ones(600, 8), torch.ones(8, 600))}}
-    (tmp_path / "a.safetensors").write_bytes(adapter_formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
     run("merge", tmp_path / "a.safetensors", f"{tmp_path / 'a.safetensors'}:2", "--output", tmp_path / "m.safetensors")
-    found = adapter_formats.read(tmp_path / "m.safetensors")
+    found = formats.read(tmp_path / "m.safetensors")
     assert found.components["unet"]["x.to_k"].rank == 1200
     expect_close(found, {"unet.x.to_k": torch.full((8, 8), 1800.0)})
 
@@ -671,7 +675,7 @@ def test_two_wrong_flags_are_two_lines(capsys):
 
 def test_files_and_weights_are_told_apart_as_infer_does(native, layers, tmp_path, monkeypatch, capsys):
     """What infer.py refuses is refused in the same words, and what is a file as it stands has the weight 1."""
-    from dreambooth import adapter_sets
+    from dreambooth.options import adapter_sets
 
     for weight in ("1000", "nan"):
         with pytest.raises(UserError) as theirs:
@@ -680,8 +684,8 @@ def test_files_and_weights_are_told_apart_as_infer_does(native, layers, tmp_path
     monkeypatch.chdir(tmp_path)
     Path("a:2.safetensors").write_bytes(native("lora").read_bytes())
     run("merge", "a:2.safetensors", "a:2.safetensors:-0.5", "--output", "m.safetensors")
-    whole = all_deltas(adapter_formats.read(native("lora"), layers))
-    expect_close(adapter_formats.read(Path("m.safetensors"), layers), {name: 0.5 * delta for name, delta in whole.items()})
+    whole = all_deltas(formats.read(native("lora"), layers))
+    expect_close(formats.read(Path("m.safetensors"), layers), {name: 0.5 * delta for name, delta in whole.items()})
 
 
 def test_flags_come_from_a_file_too(native, tmp_path):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import adapters as adapters_benchmark
-from dreambooth import deltas
-from dreambooth.factored import use_factored_forward
+from dreambooth.adapter_files import deltas
+from dreambooth.adapters.factored import use_factored_forward
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 WIDE = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]

@@ -26,12 +26,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
-from dreambooth import caches, families, sampling_order
-from dreambooth.adapter_files import ADAPTER_NAME
-from dreambooth.command_line import parse
+from dreambooth.adapter_files.native import ADAPTER_NAME
+from dreambooth.bases import autoencoder, families
+from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
-from dreambooth.picture_options import InferOptions
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import InferOptions
+from dreambooth.options.training import BaseModel
 from tests import tiny
 from tests.test_scripts import ROOT, digest, run_train, train_words
 
@@ -198,13 +199,13 @@ def told(monkeypatch) -> list[dict[str, Any]]:
 def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop):
     """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown; of one encoded whole, on its grid."""
     encoded: list[torch.Tensor] = []
-    real, grid = caches.encode, 1 if crop else 8
+    real, grid = autoencoder.encode, 1 if crop else 8
 
     def encode(vae, pixel_values):
         encoded.extend(pixel_values)
         return real(vae, pixel_values)
 
-    monkeypatch.setattr(caches, "encode", encode)
+    monkeypatch.setattr(autoencoder, "encode", encode)
     tiny.make_photos(tmp_path / "class", 3, (64, 72), seed=2)
     words = f"--with_prior_preservation --class_data_dir {tmp_path / 'class'} --num_class_images 3 --train_batch_size 2 --max_train_steps 3"
     run_train(tiny_xl, two_sizes, tmp_path / "out", *words.split(), *crop.split(), "--random_flip", "--class_prompt", "a dog")

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CLIPTextModel
 
-from dreambooth import frozen_layers
+from dreambooth.bases import onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of the largest value
@@ -18,7 +18,7 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of the largest value
 @pytest.fixture(autouse=True)
 def windows_of_any_size(monkeypatch):
     """The layers here are too small to be worth it."""
-    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, 0))
+    monkeypatch.setattr(onednn, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, 0))
 
 
 def _unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -31,7 +31,7 @@ def _both(layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False)
     for is_fast in (True, False):
         model = copy.deepcopy(layer)
         if is_fast:
-            frozen_layers.use_onednn(model)
+            onednn.use_onednn(model)
         own = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(*own)
@@ -73,11 +73,11 @@ def test_windows_are_for_convolutions_of_few_pixels_and_many_weights(monkeypatch
     convolution = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     layer = torch.nn.Sequential(convolution)
-    frozen_layers.use_onednn(layer)
+    onednn.use_onednn(layer)
     x, many = torch.randn(1, 8, 8, 8, requires_grad=True), torch.randn(1, 8, 32, 32, requires_grad=True)
     assert "_Windows" in layer(x).grad_fn.name()
     assert "_Windows" not in layer(many).grad_fn.name()
-    monkeypatch.setattr(frozen_layers, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, convolution.weight.numel() + 1))
+    monkeypatch.setattr(onednn, "_MANY_WEIGHTS", dict.fromkeys(ROUNDING, convolution.weight.numel() + 1))
     assert "_Windows" not in layer(x).grad_fn.name()
 
 
@@ -96,7 +96,7 @@ def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
     model = inject_adapter_in_model(LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"], init_lora_weights=False), model)
-    frozen_layers.use_onednn(model)
+    onednn.use_onednn(model)
     x = torch.randn(64, 16)
     torch.manual_seed(0)
     one = model(x)
@@ -110,7 +110,7 @@ def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", [frozen_layers._MANY_TOKENS, frozen_layers._MANY_TOKENS + 77, 1500])
+@pytest.mark.parametrize("tokens", [onednn._MANY_TOKENS, onednn._MANY_TOKENS + 77, 1500])
 def test_attention_of_many_tokens(dtype, tokens):
     torch.manual_seed(0)
     layer = Attention(query_dim=32, heads=4, dim_head=32, processor=AttnProcessor2_0()).to(dtype).requires_grad_(False)
@@ -123,7 +123,7 @@ def test_attention_to_text_and_with_a_mask_are_torchs_own():
     _agree(layer, torch.randn(1, 600, 32), torch.randn(1, 77, 16))
     masked = Attention(query_dim=32, heads=4, dim_head=8, processor=AttnProcessor2_0()).requires_grad_(False)
     fast = copy.deepcopy(masked)
-    frozen_layers.use_onednn(fast)
+    onednn.use_onednn(fast)
     x, mask = torch.randn(1, 600, 32), torch.zeros(1, 1, 600)
     mask[..., 300:] = -1e4
     assert torch.allclose(fast(x, attention_mask=mask), masked(x, attention_mask=mask), atol=1e-5)
@@ -184,22 +184,22 @@ def test_a_text_encoder(tiny_base):
     encoder = CLIPTextModel.from_pretrained(tiny_base, subfolder="text_encoder").requires_grad_(False)
     ids = torch.tensor([[0, 5, 6, 7, 1]])
     plain = encoder(ids).last_hidden_state
-    frozen_layers.use_onednn(encoder)
+    onednn.use_onednn(encoder)
     assert _unlike(encoder(ids).last_hidden_state, plain) < 1e-5
 
 
 def test_it_is_what_a_unet_computes_with_and_nothing_that_is_saved(monkeypatch):
     unet = _unet()
     keys = list(unet.state_dict())
-    product, calls = frozen_layers.product, []
+    product, calls = onednn.product, []
 
     def counted(*args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return product(*args)
 
-    monkeypatch.setattr(frozen_layers, "product", counted)
-    frozen_layers.use_onednn(unet)
-    frozen_layers.use_onednn(unet)
+    monkeypatch.setattr(onednn, "product", counted)
+    onednn.use_onednn(unet)
+    onednn.use_onednn(unet)
     unet(torch.randn(1, 4, 24, 24).contiguous(memory_format=torch.channels_last), 3, torch.randn(1, 7, 32))
     assert len(calls) > 50
     assert list(unet.state_dict()) == keys
@@ -208,6 +208,6 @@ def test_it_is_what_a_unet_computes_with_and_nothing_that_is_saved(monkeypatch):
 def test_layers_that_are_trained_get_their_gradients():
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8)
-    frozen_layers.use_onednn(layer)
+    onednn.use_onednn(layer)
     layer(torch.randn(2, 8)).sum().backward()
     assert layer.weight.grad is not None

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth import adapters
+from dreambooth.adapters import inject
 
 XL_UNET = {
     "block_out_channels": (320, 640, 1280),
@@ -34,7 +34,7 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_unets(config, whole, 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         assert sum(p.numel() for p in unet.parameters()) == whole
-        component = adapters.inject_lora("unet", unet, rank=4, dropout=0.0, targets=adapters.UNET_TARGETS, seed=0)
+        component = inject.inject_lora("unet", unet, rank=4, dropout=0.0, targets=inject.UNET_TARGETS, seed=0)
     assert sum(p.numel() for _, p in component.named_parameters()) == trained
     assert all(p.is_meta for p in unet.parameters())
 
@@ -53,6 +53,6 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_text_encoders(kind, l
     counts = []
     for unused in (0, 1):
         with torch.device("meta"):
-            component = adapters.inject_lora("text_encoder", kind(config), rank=4, dropout=0.0, targets=adapters.text_targets(layers, unused), seed=0)
+            component = inject.inject_lora("text_encoder", kind(config), rank=4, dropout=0.0, targets=inject.text_targets(layers, unused), seed=0)
         counts.append(sum(p.numel() for _, p in component.named_parameters()))
     assert counts == [trained, trained // layers * (layers - 1)]  # Stable Diffusion XL leaves out the last layer of its first one

@@ -29,10 +29,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model_state_dict
 
-from dreambooth import cards, hub
-from dreambooth.command_line import as_table, fields_of
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, InstanceData, Reports, TrainOptions
+from dreambooth.options.command_line import as_table, fields_of
+from dreambooth.options.training import BaseModel, InstanceData, Reports, TrainOptions
+from dreambooth.training import hub, model_card
 
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
 PICTURES = ["image_0.png", "image_1.png"]
@@ -221,7 +221,7 @@ def chosen(family: str = "sd", **values: Any) -> TrainOptions:
 def card(
     family: str = "sd", *, base_folder: Path = Path("nowhere"), pictures: list[str] = PICTURES, repository: str | None = None, **values: Any
 ) -> str:
-    return cards.model_card(chosen(family, **values), base_folder=base_folder, pictures=pictures, repository=repository, family=family)
+    return model_card.model_card(chosen(family, **values), base_folder=base_folder, pictures=pictures, repository=repository, family=family)
 
 
 def front_of(text: str) -> dict[str, Any]:
@@ -591,7 +591,7 @@ def test_no_path_of_the_machine_and_no_token_is_in_the_card(tmp_path, server):
     }
     texts = {name for name, field in fields_of(TrainOptions).items() if field.type in (str, str | None)}
     places = texts - prompts - not_places
-    assert places == {*cards._PLACES, *cards._PLACES_OR_IDS}  # a new flag is one or the other
+    assert places == {*model_card._PLACES, *model_card._PLACES_OR_IDS}  # a new flag is one or the other
     at = {"pretrained_model_name_or_path": "base", "pretrained_vae_model_name_or_path": "vae", "tokenizer_name": "tokenizer", "dataset_name": "data"}
     values: dict[str, Any] = {name: str(tmp_path / "secret" / at.get(name, f"{name}-folder")) for name in places}
     text = card(base_folder=tmp_path / "secret" / "base", with_prior_preservation=True, class_prompt="a dog", **values)

@@ -24,14 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import infer
-from dreambooth import adapter_files, adapter_formats, adapter_sets, attach, deltas, families, pipelines
-from dreambooth.adapter_formats import Adapter
-from dreambooth.command_line import parse
-from dreambooth.deltas import LoHa, LoKr, Lora
+from dreambooth.adapter_files import deltas, formats, native
+from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
+from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapter_files.rotations import Rotations
+from dreambooth.adapters import apply
+from dreambooth.bases import families, pipelines
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
-from dreambooth.picture_options import InferOptions
-from dreambooth.rotations import Rotations
+from dreambooth.options import adapter_sets
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import InferOptions
+from dreambooth.options.training import BaseModel
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -78,7 +81,7 @@ def lokr(shape: Shape, draw: torch.Generator) -> LoKr:
 KINDS: dict[str, Make] = {"lora": lora, "dora": dora, "loha": loha, "doha": doha, "lokr": lokr}
 
 
-def adapter_of(layers: adapter_formats.Layers, make: Make, ends: tuple[str, ...] = WIDE, seed: int = 0) -> Adapter:
+def adapter_of(layers: formats.Layers, make: Make, ends: tuple[str, ...] = WIDE, seed: int = 0) -> Adapter:
     """An adapter of random tensors on all layers with these ends, text encoders included."""
     draw = torch.Generator().manual_seed(seed)
     components = {}
@@ -95,7 +98,7 @@ def mixed(shape: Shape, draw: torch.Generator) -> deltas.Module:
 
 
 @pytest.fixture(scope="module")
-def layers(tiny_base) -> adapter_formats.Layers:
+def layers(tiny_base) -> formats.Layers:
     return families.find(BaseModel(str(tiny_base))).layers()
 
 
@@ -153,7 +156,7 @@ def test_an_adapter_of_any_kind_adds_exactly_what_it_says(kind, pipeline, layers
     adapter = adapter_of(layers, KINDS.get(kind, mixed))
     before = outputs(pipeline)
     expected = outputs(by_hand(pipeline, [(adapter, lambda place: 1.0)]))
-    attach.attach(models_of(pipeline), adapter, "subject")
+    apply.attach(models_of(pipeline), adapter, "subject")
     expect_close(outputs(pipeline), expected)
     assert (expected - before).norm() > 0.01
 
@@ -165,8 +168,8 @@ def test_kinds_on_the_same_layers_add_up_at_their_weights_in_any_order(pipeline,
     for order in (list(KINDS), ["lokr", "dora", "loha", "lora", "doha"]):
         own = copy.deepcopy(pipeline)
         for kind in order:
-            attach.attach(models_of(own), adapters[kind], kind)
-        attach.set_weights(models_of(own), {kind: weights[kind] for kind in order})
+            apply.attach(models_of(own), adapters[kind], kind)
+        apply.set_weights(models_of(own), {kind: weights[kind] for kind in order})
         expect_close(outputs(own), expected)
 
 
@@ -175,12 +178,12 @@ def test_attaching_adds_to_what_is_active_and_says_nothing(pipeline, layers, cap
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for number, adapter in enumerate(adapters):
-            attach.attach(models_of(pipeline), adapter, f"number_{number}")
+            apply.attach(models_of(pipeline), adapter, f"number_{number}")
     expect_close(outputs(pipeline), outputs(by_hand(copy.deepcopy(clean(pipeline)), [(adapter, lambda place: 1.0) for adapter in adapters])))
     assert capfd.readouterr() == ("", "")
     for name in ("a.b", "items", "number_0"):
         with pytest.raises(ValueError, match=r"name|already"):
-            attach.attach(models_of(pipeline), adapters[0], name)
+            apply.attach(models_of(pipeline), adapters[0], name)
 
 
 def clean(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
@@ -196,8 +199,8 @@ def test_what_diffusers_does_to_adapters_works_on_all_kinds(pipeline, layers):
     first, second = adapter_of(layers, mixed, seed=1), adapter_of(layers, mixed, seed=2)
     expected = outputs(by_hand(pipeline, [(first, lambda place: 0.5), (second, lambda place: 1.0)]))
     alone = outputs(by_hand(pipeline, [(second, lambda place: 1.0)]))
-    attach.attach(models_of(pipeline), first, "first")
-    attach.attach(models_of(pipeline), second, "second")
+    apply.attach(models_of(pipeline), first, "first")
+    apply.attach(models_of(pipeline), second, "second")
     assert pipeline.get_list_adapters() == {"unet": ["first", "second"], "text_encoder": ["first", "second"]}
     pipeline.set_adapters(["first", "second"], [0.5, 1.0])
     expect_close(outputs(pipeline), expected)
@@ -218,7 +221,7 @@ def test_what_diffusers_does_to_adapters_works_on_all_kinds(pipeline, layers):
 @pytest.mark.parametrize("how", ["yes", "no"])
 def test_weight_0_and_taking_off_leave_the_base_bit_for_bit(how, pipeline, layers):
     before = outputs(pipeline)
-    stack = attach.Stack(models_of(pipeline))
+    stack = apply.Stack(models_of(pipeline))
     for number, make in enumerate(KINDS.values()):
         stack.add(f"a{number}", adapter_of(layers, make, seed=number))
     weights = dict.fromkeys(stack.adapters, 0.7)
@@ -237,7 +240,7 @@ def test_weight_0_and_taking_off_leave_the_base_bit_for_bit(how, pipeline, layer
 
 def test_an_error_within_leaves_the_base_as_it_was(pipeline, layers):
     before = outputs(pipeline)
-    stack = attach.Stack(models_of(pipeline))
+    stack = apply.Stack(models_of(pipeline))
     stack.add("a", adapter_of(layers, loha))
     for how in ("yes", "no"):
         with pytest.raises(KeyError), stack.worn({"a": 1.0}, how):
@@ -246,10 +249,10 @@ def test_an_error_within_leaves_the_base_as_it_was(pipeline, layers):
 
 
 def test_fused_equals_live(pipeline, layers):
-    stack = attach.Stack(models_of(pipeline))
+    stack = apply.Stack(models_of(pipeline))
     for number in range(3):
         stack.add(f"a{number}", adapter_of(layers, mixed, seed=number))
-    weights: dict[str, attach.Weight] = {"a0": 0.5, "a1": -0.3, "a2": {"": 0.2, "unet.mid_block": 1.0, "text_encoder": 0.0}}
+    weights: dict[str, apply.Weight] = {"a0": 0.5, "a1": -0.3, "a2": {"": 0.2, "unet.mid_block": 1.0, "text_encoder": 0.0}}
     found = []
     for how in ("yes", "no"):
         with stack.worn(weights, how):
@@ -267,7 +270,7 @@ def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeli
     layer = unet.get_submodule(path)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn((64, weight.shape[1]) if weight.ndim == 2 else (1, weight.shape[1], 8, 8), generator=draw).bfloat16()
-    stack = attach.Stack({"unet": unet})
+    stack = apply.Stack({"unet": unet})
     stack.add("near", Adapter({"unet": {path: near}}, {}))
     with torch.no_grad():
         plain = layer(x).float()
@@ -286,7 +289,7 @@ def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
     weight = model.text_projection.weight.detach().clone()
     adapter = Adapter({"text_encoder_2": {"text_projection": lora(tuple(weight.shape), torch.Generator().manual_seed(0))}}, {})
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
-    stack = attach.Stack({"text_encoder_2": model})
+    stack = apply.Stack({"text_encoder_2": model})
     stack.add("projecting", adapter)
     with stack.worn({"projecting": 0.5}, how), torch.no_grad():
         found = model.text_projection(x)
@@ -304,7 +307,7 @@ def test_blocks_have_weights_of_their_own(pipeline, layers):
 
     parts = {"": 9.0, "unet": 0.8, "unet.up_blocks": 1.2, "unet.up_blocks.0.resnets": 0.0, "text_encoder": 0.5}
     expected = outputs(by_hand(pipeline, [(adapter, weight)]))
-    stack = attach.Stack(models_of(pipeline))
+    stack = apply.Stack(models_of(pipeline))
     stack.add("a", adapter)
     for how in ("yes", "no"):
         with stack.worn({"a": parts}, how):
@@ -315,11 +318,11 @@ def test_what_is_fused_by_itself():
     plain, other = Adapter({"unet": {"x": lora((4, 4), torch.Generator())}}, {}), Adapter({"unet": {"x": loha((4, 4), torch.Generator())}}, {})
     turned = Rotations({"unet": {}}, {"unet": ("OFT", {})}, {})
     full, half = torch.float32, torch.bfloat16
-    assert [attach.is_fused([plain], how, full) for how in ("auto", "yes", "no")] == [False, True, False]
-    assert [attach.is_fused([plain, other], how, full) for how in ("auto", "yes", "no")] == [True, True, False]
-    assert not attach.is_fused([other], "auto", half)  # bfloat16 would round a small update away
-    assert attach.is_fused([turned, plain], "auto", half)
-    assert not attach.is_fused([], "yes", full)
+    assert [apply.is_fused([plain], how, full) for how in ("auto", "yes", "no")] == [False, True, False]
+    assert [apply.is_fused([plain, other], how, full) for how in ("auto", "yes", "no")] == [True, True, False]
+    assert not apply.is_fused([other], "auto", half)  # bfloat16 would round a small update away
+    assert apply.is_fused([turned, plain], "auto", half)
+    assert not apply.is_fused([], "yes", full)
 
 
 # --- adapters that turn weights
@@ -366,8 +369,8 @@ def test_adapters_that_turn_weights_are_what_peft_makes_of_them(name, pipeline, 
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stack = attach.Stack(models_of(pipeline))
-        stack.add("turned", attach.read(path, layers))
+        stack = apply.Stack(models_of(pipeline))
+        stack.add("turned", apply.read(path, layers))
         with stack.worn({"turned": 1.0}, "auto"):
             expect_close(outputs(pipeline), expected, 3e-6)
     assert torch.equal(outputs(pipeline), before)
@@ -377,8 +380,8 @@ def test_adapters_that_turn_weights_are_what_peft_makes_of_them(name, pipeline, 
 
 def test_a_turned_weight_and_an_update_add_up(pipeline, layers, tmp_path):
     path = rotation_file(copy.deepcopy(pipeline), "hra", tmp_path / "turned.safetensors")
-    stack = attach.Stack(models_of(pipeline))
-    stack.add("turned", attach.read(path, layers))
+    stack = apply.Stack(models_of(pipeline))
+    stack.add("turned", apply.read(path, layers))
     stack.add("dora", adapter_of(layers, dora))
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = pipeline.unet.get_submodule(name)
@@ -401,7 +404,7 @@ def test_two_butterfly_factors_are_refused(layers, tmp_path):
         {"lora_adapter_metadata": json.dumps({"unet.peft_type": "BOFT"})},
     )
     with pytest.raises(UserError, match="2 butterfly factors need peft's CUDA extension"):
-        attach.read(path, layers)
+        apply.read(path, layers)
 
 
 # --- words: files, weights, sets
@@ -471,11 +474,11 @@ def files(layers, loaded, tmp_path_factory) -> Path:
     """Adapter files of several kinds and layouts."""
     folder = tmp_path_factory.mktemp("adapters")
     plain = adapter_of(layers, lora, ATTENTION)
-    (folder / "lora.safetensors").write_bytes(adapter_formats.write_native(plain, {}))
-    (folder / "kohya.safetensors").write_bytes(adapter_formats.write_kohya(plain, "sd1", {}))
+    (folder / "lora.safetensors").write_bytes(formats.write_native(plain, {}))
+    (folder / "kohya.safetensors").write_bytes(formats.write_kohya(plain, "sd1", {}))
     for kind in ("dora", "loha"):
-        (folder / f"{kind}.safetensors").write_bytes(adapter_formats.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1}))
-    (folder / "mixed.safetensors").write_bytes(adapter_formats.write_kohya(adapter_of(layers, mixed), "sd1", {}))
+        (folder / f"{kind}.safetensors").write_bytes(formats.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1}))
+    (folder / "mixed.safetensors").write_bytes(formats.write_kohya(adapter_of(layers, mixed), "sd1", {}))
     rotation_file(copy.deepcopy(loaded), "oft", folder / "oft.safetensors")
     return folder
 
@@ -504,7 +507,7 @@ def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(tiny_base, files,
     """diffusers drops its magnitudes there when they have peft's own spelling."""
     path = str(files / "dora.safetensors")
     records = run(tiny_base, tmp_path / "ours", "--adapter", path, "--fuse", "no", "--seeds", "3", "--clip_skip", "0")
-    own = by_hand(loaded, [(attach.read(Path(path), layers), lambda place: 1.0)])  # type: ignore[list-item]
+    own = by_hand(loaded, [(apply.read(Path(path), layers), lambda place: 1.0)])  # type: ignore[list-item]
     expected = own(["a dog"], num_inference_steps=2, generator=[torch.Generator().manual_seed(3)]).images[0]
     found = np.asarray(Image.open(tmp_path / "ours" / records[0]["file"])).astype(int)
     assert np.abs(found - np.asarray(expected)).max() <= 1
@@ -589,7 +592,7 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
     adapter = adapter_of(base.layers(), mixed)
     assert adapter.components.keys() == {"unet", "text_encoder", "text_encoder_2"}
     path = tmp_path / "xl.safetensors"
-    path.write_bytes(adapter_formats.write_kohya(adapter, "sdxl", {}, depth=1))
+    path.write_bytes(formats.write_kohya(adapter, "sdxl", {}, depth=1))
     plain = run(tiny_xl, tmp_path / "plain")
     found = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -600,8 +603,8 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
 
     pipeline = families.load_pipeline(base, torch.float32, torch.device("cpu"))
     models = {part: getattr(pipeline, part) for part in adapter.components}
-    stack = attach.Stack(models)
-    stack.add("xl", attach.read(path, base.layers()))
+    stack = apply.Stack(models)
+    stack.add("xl", apply.read(path, base.layers()))
     found_embeds, found_pooled = [], []
     for how in ("yes", "no"):
         with stack.worn({"xl": 1.0}, how), torch.no_grad():
@@ -616,7 +619,7 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
 def test_adapters_of_two_bases_are_refused(tiny_base, tiny_xl, files, tmp_path):
     other = tmp_path / "xl.safetensors"
     adapter = adapter_of(families.find(BaseModel(str(tiny_xl))).layers(), lora, ATTENTION)
-    other.write_bytes(adapter_formats.write_native(adapter, {}))
+    other.write_bytes(formats.write_native(adapter, {}))
     with pytest.raises(UserError, match=r"--adapter: .*xl\.safetensors.*base"):
         run(tiny_base, tmp_path / "out", "--adapter", str(files / "lora.safetensors"), str(other))
     assert not (tmp_path / "out").exists()
@@ -644,7 +647,7 @@ def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, la
     """The second of two processes draws none of the first set: its layers must lie one in another as if it had."""
     wide = {kind: adapter_of(layers, KINDS[kind]) for kind in ("loha", "lokr")}
     for kind, adapter in wide.items():
-        (tmp_path / f"{kind}.safetensors").write_bytes(adapter_formats.write_native(adapter, {}))
+        (tmp_path / f"{kind}.safetensors").write_bytes(formats.write_native(adapter, {}))
     sets = f"one: [{tmp_path}/loha.safetensors]\ntwo: [{tmp_path}/lokr.safetensors, {tmp_path}/loha.safetensors]\n"
     (tmp_path / "sets.yaml").write_text(sets)
     words = ["--adapters_file", str(tmp_path / "sets.yaml"), "--mixed_precision", "bf16"]
@@ -708,7 +711,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tiny_base, tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter_files.os, "replace", full)
+    monkeypatch.setattr(native.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         run(tiny_base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}

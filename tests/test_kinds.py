@@ -9,11 +9,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from dreambooth import adapters, families
-from dreambooth.adapter_options import Adapter
-from dreambooth.command_line import parse
+from dreambooth.adapters import inject
+from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options import TrainOptions
+from dreambooth.options.adapter import Adapter
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TrainOptions
 from tests.test_scripts import metrics, run_train
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -77,14 +78,14 @@ def test_parameters_at_full_size_are_the_known_ones(kind, rank, preset):
     options = options_of(kind, target_preset=preset, **({} if rank is None else {"rank": rank}))
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SD15)
-        component = adapters.inject("unet", unet, options, adapters.unet_targets(options), seed=0)
+        component = inject.inject("unet", unet, options, inject.unet_targets(options), seed=0)
     assert sum(p.numel() for _, p in component.named_parameters()) == COUNTS[kind, rank, preset]
 
 
 @pytest.mark.parametrize(("preset", "modules"), [("attn", 128), ("attn_ff", 192), ("full", 278)])
 def test_presets_have_the_known_layers(preset, modules, sd15):
     shapes = {name: tuple(m.weight.shape) for name, m in sd15.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
-    assert len(adapters.layers_at(adapters.unet_targets(Adapter(target_preset=preset)), shapes)) == modules
+    assert len(inject.layers_at(inject.unet_targets(Adapter(target_preset=preset)), shapes)) == modules
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +109,7 @@ def test_the_adapted_model_is_the_base_bit_for_bit_at_the_start(kind, tiny_base)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.randn(2, 7, 32)
     with torch.no_grad():
         before = unet(*inputs).sample
-        adapters.inject("unet", unet, parsed.adapter, adapters.unet_targets(parsed.adapter), seed=0)
+        inject.inject("unet", unet, parsed.adapter, inject.unet_targets(parsed.adapter), seed=0)
         assert torch.equal(unet(*inputs).sample, before)
 
 
@@ -116,15 +117,15 @@ def test_the_scale_is_worked_into_the_file_for_every_kind_that_has_one(tiny_base
     for kind in ("lora", "dora", "loha", "lokr"):
         unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
         options = options_of(kind, lora_alpha=12)
-        component = adapters.inject("unet", unet, options, adapters.unet_targets(options), seed=0)
+        component = inject.inject("unet", unet, options, inject.unet_targets(options), seed=0)
         with torch.no_grad():
             for _, parameter in component.named_parameters():
                 parameter.normal_()
         raw = {name: parameter.clone() for name, parameter in component.named_parameters()}
         state = {key: tensor.clone() for key, tensor in component.state_dict().items()}
-        assert adapters.metadata(component)["lora_alpha" if kind in ("lora", "dora") else "alpha"] == 4
+        assert inject.metadata(component)["lora_alpha" if kind in ("lora", "dora") else "alpha"] == 4
         tripled = [key for key in state if any(torch.allclose(state[key], 3 * value) for value in raw.values() if value.shape == state[key].shape)]
-        assert len(tripled) == len({adapters.module_of(key) for key in state}), kind  # one factor a layer
+        assert len(tripled) == len({inject.module_of(key) for key in state}), kind  # one factor a layer
         component.load_state_dict(state)
         assert all(torch.allclose(parameter, raw[name], rtol=1e-6) for name, parameter in component.named_parameters())
 
@@ -191,7 +192,7 @@ def test_layers_of_the_text_encoder_that_are_not_used_are_left_out_however_they_
 def test_rslora_has_one_scale_for_all_ranks(tiny_base):
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     options = Adapter(use_rslora=True, rank_pattern="to_q=16")
-    adapters.inject("unet", unet, options, adapters.unet_targets(options), seed=0)
+    inject.inject("unet", unet, options, inject.unet_targets(options), seed=0)
     assert {round(float(module.scaling["default"]), 6) for module in unet.modules() if hasattr(module, "scaling")} == {2.0}
 
 

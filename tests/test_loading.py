@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth import base_folders, families, loading
+from dreambooth.bases import families, folders, loading
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel
+from dreambooth.options.training import BaseModel
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +33,7 @@ MODELS = [
 
 
 def ours(base: Path, part: str, kind: type, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
-    files = base_folders.weight_files(base, part, variant)
+    files = folders.weight_files(base, part, variant)
     return loading.load(kind, base / part, files, dtype=dtype, device=CPU, channels_last=part in KINDS)
 
 
@@ -108,7 +108,7 @@ def test_variants_and_files_in_pieces_are_read_as_from_pretrained_reads_them(req
         for path in (tmp_path / part).glob("*.safetensors"):
             path.unlink()
     (model.half() if variant else model).save_pretrained(tmp_path / part, variant=variant, max_shard_size="20KB" if pieces else "1GB")
-    assert (len(base_folders.weight_files(tmp_path, part, variant)) > 1) == pieces
+    assert (len(folders.weight_files(tmp_path, part, variant)) > 1) == pieces
     for dtype in (torch.float32, torch.bfloat16):
         assert_same(ours(tmp_path, part, kind, dtype, variant), theirs(tmp_path, part, kind, dtype, variant))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth import memory
-from dreambooth.command_line import parse
-from dreambooth.options import TrainOptions
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import memory
 from tests.test_scripts import run_train, train_words
 
 

@@ -12,12 +12,14 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from dreambooth import families, objectives, preparation, sampling_order
-from dreambooth.command_line import parse
-from dreambooth.options import TextEncoding, TrainOptions
-from dreambooth.prompts import TextParts
-from dreambooth.samples import micro_batches
-from dreambooth.stops import Watch
+from dreambooth.bases import families
+from dreambooth.bases.prompts import TextParts
+from dreambooth.data import sampling_order
+from dreambooth.data.batches import micro_batches
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TextEncoding, TrainOptions
+from dreambooth.runtime.stops import Watch
+from dreambooth.training import objectives, prepare
 from tests import tiny
 from train_dreambooth_lora import Training, assemble
 
@@ -50,7 +52,7 @@ def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Tr
     watch = Watch()
     try:
         with contextlib.ExitStack() as stack:
-            start = preparation.prepare(options, watch, stack)
+            start = prepare.prepare(options, watch, stack)
             training = assemble(start, watch)
             generator = torch.Generator().manual_seed(0)
             for component in training.components:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from dreambooth import hub
+from dreambooth.training import hub
 from tests.fixtures import build_older_readers, make_older_readers
 from tests.fixtures.build_older_readers import FILES, stems
 from tests.fixtures.make_older_readers import base_hashes, content, draw, draw_with, load, load_whole, models_of, some

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dreambooth import adapters, checkpoints, optimizers
+from dreambooth.adapters import inject
 from dreambooth.errors import UserError
-from dreambooth.optimizers import Group
-from dreambooth.options import OPTIMIZERS, Optimization
+from dreambooth.options.training import OPTIMIZERS, Optimization
+from dreambooth.training import checkpoints, optimizers
+from dreambooth.training.optimizers import Group
 from tests.test_adapters import TARGETS, Models, load_models, packed
 from tests.test_checkpoints import rewrite
 
@@ -51,7 +52,7 @@ class Run:
 
     def __init__(self, loaded: Models, optimizer: str, *, rank: int = 4, seed: int = 7, alpha: float = 1.0, **more: Any):
         models = copy.deepcopy(loaded)
-        self.components = [adapters.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed) for n in models]
+        self.components = [inject.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed) for n in models]
         self.alpha = alpha  # what the adapter file has its lora_B multiplied by
         self.named = [pair for component in self.components for pair in component.named_parameters()]
         self.names = {id(parameter): name for name, parameter in self.named}

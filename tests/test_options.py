@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from dreambooth import command_line, options
-from dreambooth.options import TrainOptions
-from dreambooth.picture_options import ClassImageOptions, InferOptions
+from dreambooth.options import command_line, training
+from dreambooth.options.pictures import ClassImageOptions, InferOptions
+from dreambooth.options.training import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")
@@ -321,11 +321,11 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
 def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "")
     monkeypatch.delenv("LOCAL_RANK")
-    command_line.adopt_local_rank(options.Run())
+    command_line.adopt_local_rank(training.Run())
     assert "LOCAL_RANK" not in os.environ
-    command_line.adopt_local_rank(options.Run(local_rank=3))
+    command_line.adopt_local_rank(training.Run(local_rank=3))
     assert os.environ["LOCAL_RANK"] == "3"
-    command_line.adopt_local_rank(options.Run(local_rank=1))
+    command_line.adopt_local_rank(training.Run(local_rank=1))
     assert os.environ["LOCAL_RANK"] == "3"
 
 
@@ -496,7 +496,7 @@ def imported(importtime: str) -> set[str]:
 SLOW = {"torch", "numpy", "diffusers", "transformers", "peft", "accelerate"}
 
 
-@pytest.mark.parametrize("module", ["dreambooth.options", "dreambooth.errors"])
+@pytest.mark.parametrize("module", ["dreambooth.options.training", "dreambooth.errors"])
 def test_options_pull_in_no_slow_package(module):
     done = python("-c", f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))")
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
@@ -545,7 +545,7 @@ def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
 
 
 def test_interpolations_offered_are_the_reference_s():
-    choices = typing.get_args(typing.get_type_hints(options.InstanceData)["image_interpolation_mode"])
+    choices = typing.get_args(typing.get_type_hints(training.InstanceData)["image_interpolation_mode"])
     assert set(choices) == {"nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"}
 
 

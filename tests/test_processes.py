@@ -15,9 +15,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dreambooth import processes
 from dreambooth.errors import UserError
-from dreambooth.stops import Stop, Watch
+from dreambooth.runtime import processes
+from dreambooth.runtime.stops import Stop, Watch
 
 
 def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:

@@ -11,10 +11,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from benchmarks import kept
-from dreambooth import adapter_files, adapters, attach, quantization, validation
-from dreambooth.adapter_options import Adapter
+from dreambooth.adapter_files import native
+from dreambooth.adapters import apply, inject
+from dreambooth.bases import quantization
 from dreambooth.errors import UserError
-from dreambooth.speed_options import Speed
+from dreambooth.options.adapter import Adapter
+from dreambooth.options.speed import Speed
+from dreambooth.training import validation
 from tests.test_scripts import run_train
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +89,7 @@ def test_the_linear_layers_of_attention_blocks_are_quantized_and_no_others(kind,
     changed = {name for name, layer in unet.named_modules() if type(layer) is not before[name]}
     assert len(changed) == count > 0
     assert all(before[name] is torch.nn.Linear and ".attentions." in name for name in changed)
-    targeted = adapters.layers_at(adapters.UNET_TARGETS, adapters.shapes_of(unet))
+    targeted = inject.layers_at(inject.UNET_TARGETS, inject.shapes_of(unet))
     assert changed >= {name for name in targeted if before[name] is torch.nn.Linear}
 
 
@@ -123,16 +126,16 @@ def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(ki
     trained, drawn = (load_unet(tiny_base) for _ in range(2))
     for unet in (trained, drawn):
         quantization.quantize(unet, kind, CPU)
-    component = adapters.inject("unet", trained, adapter, adapters.unet_targets(adapter), seed=0)
+    component = inject.inject("unet", trained, adapter, inject.unet_targets(adapter), seed=0)
     generator = torch.Generator().manual_seed(0)
     for _, parameter in component.named_parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(adapter_files.pack({"unet": component.state_dict()}, {"unet": adapters.metadata(component)}, {}))
+    path.write_bytes(native.pack({"unet": component.state_dict()}, {"unet": inject.metadata(component)}, {}))
     question = torch.randn(1, 4, 8, 8, generator=generator), 5, torch.randn(1, 7, 32, generator=generator)
     models = {"unet": drawn}
-    stack = attach.Stack(models)
-    stack.add("saved", attach.read(path, attach.layers_of(models)))
+    stack = apply.Stack(models)
+    stack.add("saved", apply.read(path, apply.layers_of(models)))
     with torch.no_grad():
         base, expected = drawn(*question).sample, trained(*question).sample
         with stack.worn({"saved": 1.0}, "no"):

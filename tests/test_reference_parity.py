@@ -24,23 +24,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, 
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import (
-    adapter_files,
-    caches,
-    encoded_files,
-    encodings,
-    families,
-    objectives,
-    photos,
-    pipelines,
-    preparation,
-    prompts,
-    report,
-    samples,
-)
-from dreambooth.command_line import parse
+from dreambooth.adapter_files import native
+from dreambooth.bases import autoencoder, families, pipelines, prompts
+from dreambooth.data import batches, encoding_cache, encodings, photos
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TextEncoding, TrainOptions
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import BaseModel, TextEncoding, TrainOptions
+from dreambooth.training import metrics, objectives, prepare
 from tests import tiny
 from tests.test_options import REFERENCE, TRAIN, flat, pretend_everything_is_installed
 
@@ -55,7 +45,7 @@ def run(base: Path, data: Path, out: Path, words: str, photos_flag: str = "--ins
     """Train in this process with the words of a command line, and return the adapter file."""
     line = f"--pretrained_model_name_or_path {base} {photos_flag} {data} --output_dir {out} {COMMON} {words}"
     train.main(parse(TrainOptions, "", line.split()))
-    return out / adapter_files.ADAPTER_NAME
+    return out / native.ADAPTER_NAME
 
 
 def checkpoints_in(folder: Path) -> set[str]:
@@ -239,7 +229,7 @@ def test_validation_comes_when_the_flags_say(when, tiny_base, photos_dir, tmp_pa
 def test_trackers_write_to_the_logging_folder_and_never_the_token(tiny_base, photos_dir, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as without:
         without.setattr(importlib.util, "find_spec", lambda name: None)
-        assert "tensorboard is not installed" in report.trackers("tensorboard")[1][0]
+        assert "tensorboard is not installed" in metrics.trackers("tensorboard")[1][0]
     pytest.importorskip("tensorboard", reason="tensorboard is an optional extra")
     run(tiny_base, photos_dir, tmp_path, f"{TWO_STEPS} --logging_dir records --report_to tensorboard --hub_token hf_SeCrEt")
     assert list((tmp_path / "records" / "dreambooth-lora").rglob("events*"))
@@ -266,7 +256,7 @@ def test_the_launcher_s_precision_counts_and_what_is_trained_is_float32(tiny_bas
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     final = load_file(run(tiny_base, photos_dir, tmp_path, "--max_train_steps 4 --checkpointing_steps 2 --learning_rate 1e-4 --train_text_encoder"))
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["mixed_precision"] == "bf16"
-    halfway = load_file(tmp_path / "checkpoint-2" / adapter_files.ADAPTER_NAME)
+    halfway = load_file(tmp_path / "checkpoint-2" / native.ADAPTER_NAME)
     moments = load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")
     assert {tensor.dtype for tensor in (*final.values(), *moments.values())} == {torch.float32}
     moved = torch.cat([(final[key] != halfway[key]).flatten() for key in final if key.startswith("unet") and "lora_A" in key])
@@ -364,9 +354,9 @@ def test_nothing_asks_for_a_version_or_imports_a_tracker_at_the_start():
 @pytest.mark.parametrize(("world", "accumulation", "steps"), [(1, 1, 10), (2, 1, 6), (1, 3, 4), (2, 3, 2)])
 def test_steps_of_a_pass_are_counted_once_for_all_processes(world, accumulation, steps):
     words = ["--train_batch_size", "1", "--num_train_epochs", "2", "--gradient_accumulation_steps", str(accumulation)]
-    per_pass, total = preparation.steps_of_run(parse(TrainOptions, "", [*TRAIN, *words]), 10 if world == 1 else 11, world)
+    per_pass, total = prepare.steps_of_run(parse(TrainOptions, "", [*TRAIN, *words]), 10 if world == 1 else 11, world)
     assert (per_pass, total) == (steps, 2 * steps)
-    assert preparation.pictures_of_pass(parse(TrainOptions, "", [*TRAIN, "--repeats", "100"]), [3, 50]) == 300
+    assert prepare.pictures_of_pass(parse(TrainOptions, "", [*TRAIN, "--repeats", "100"]), [3, 50]) == 300
 
 
 # --- defects: the scripts for Stable Diffusion XL
@@ -379,12 +369,12 @@ def test_min_snr_of_0_is_refused(capsys):
 
 
 @pytest.fixture
-def dataset(tmp_path) -> samples.PhotoRows:
+def dataset(tmp_path) -> batches.PhotoRows:
     """Three photos, mirrored or not, and five class images, none of them square."""
     folders = tiny.make_photos(tmp_path / "wide", 3, (96, 64)), tiny.make_photos(tmp_path / "five", 5, (64, 80), seed=7)
     mine, classes = (photos.check_folder(folder, "--instance_data_dir").photos for folder in folders)
-    sources = [samples.Source("instance", mine, ["photo"] * 3, random_flip=True), samples.Source("class", classes, ["dog"] * 5)]
-    return samples.PhotoRows(sources, 1, 64, "lanczos", True)
+    sources = [batches.Source("instance", mine, ["photo"] * 3, random_flip=True), batches.Source("class", classes, ["dog"] * 5)]
+    return batches.PhotoRows(sources, 1, 64, "lanczos", True)
 
 
 def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset):
@@ -393,12 +383,12 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
 
     def means(encoded: encodings.EncodedPhotos | None, vae: AutoencoderKL | None) -> torch.Tensor:
         words: dict[str, Any] = {"slots": 1, "batch_size": 2, "rank": 0, "world": 1}
-        return torch.stack([batch.posterior.mean for batch in samples.micro_batches(dataset, encoded, vae, range(8), **words)])
+        return torch.stack([batch.posterior.mean for batch in batches.micro_batches(dataset, encoded, vae, range(8), **words)])
 
     crops = encodings.Crops(dataset.resolution, dataset.interpolation, dataset.center_crop, base.grid)
     pictures = [picture for source in dataset.sources for picture in source.pictures()]
     alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
-    cached = means(encodings.encode_photos(encoded_files.Entries(None, print), base, pictures, crops, cpu, alone, lambda: None), None)
+    cached = means(encodings.encode_photos(encoding_cache.Entries(None, print), base, pictures, crops, cpu, alone, lambda: None), None)
     assert {dataset.photo(dataset.sources[1], row) for row in range(16)} == set(range(5))
     assert torch.equal(cached, means(None, families.load_vae(base, cpu)))
     assert len(cached.flatten(2).flatten(0, 1).unique(dim=0)) > 8
@@ -448,7 +438,7 @@ def test_noise_levels_are_found_by_number_not_by_timestep():
 def test_constants_are_computed_once_and_records_are_one_an_update(tiny_base, photos_dir, tmp_path, monkeypatch):
     classes = tiny.make_photos(tmp_path / "class", 2, (64, 80), seed=7)
     encoded: list[int] = []
-    spy(monkeypatch, caches, "encode", lambda result, vae, pixels: encoded.append(len(pixels)))
+    spy(monkeypatch, autoencoder, "encode", lambda result, vae, pixels: encoded.append(len(pixels)))
     asked: list[str] = []
     spy(monkeypatch, prompts.TextParts, "__call__", lambda result, self, words: asked.extend(words))
     run(tiny_base, photos_dir, tmp_path / "out", f"{PRIOR} {classes} --center_crop --max_train_steps 4 --gradient_accumulation_steps 2")

@@ -12,10 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapter_formats, locks, runs
-from dreambooth.command_line import parse
+from dreambooth.adapter_files import formats, native
 from dreambooth.errors import UserError
-from dreambooth.options import TrainOptions
+from dreambooth.files import locks
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TrainOptions
+from dreambooth.training import run_folder
 from tests import tiny
 from tests.test_scripts import digest, metrics, prior_words, run_train, train_words
 
@@ -137,7 +139,7 @@ def test_another_run_in_the_folder_is_refused_with_the_difference(finished, tiny
         run_train(tiny_base, photos_dir, finished, "--max_train_steps", "6", *words, *more)
     assert difference in str(refusal.value)
     assert files(finished) == before
-    assert json.loads((finished / runs.STATUS).read_text())["state"] == "finished"
+    assert json.loads((finished / run_folder.STATUS).read_text())["state"] == "finished"
 
 
 def test_all_differences_are_in_one_message(finished, tiny_base, photos_dir):
@@ -202,7 +204,7 @@ def test_photos_may_lie_elsewhere_if_they_are_the_same(finished, tiny_base, phot
     for path in photos_dir.iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
     words = ["--max_train_steps", "4", "--resume_from_checkpoint", str(finished / "checkpoint-2")]
-    assert digest(run_train(tiny_base, moved, tmp_path / "out", *words)) == digest(finished / adapter_files.ADAPTER_NAME)
+    assert digest(run_train(tiny_base, moved, tmp_path / "out", *words)) == digest(finished / native.ADAPTER_NAME)
 
 
 def test_overwrite_removes_the_run_that_was_there_and_nothing_else(tiny_base, photos_dir, tmp_path):
@@ -244,9 +246,9 @@ def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_dr
     with monkeypatch.context() as patch:
         patch.setattr(train.Training, "train", lambda self: None)  # it dies before it has saved anything
         train.main(parse(TrainOptions, "", words))
-    seed = json.loads((tmp_path / runs.IDENTITY).read_text())["flags"]["seed"]
+    seed = json.loads((tmp_path / run_folder.IDENTITY).read_text())["flags"]["seed"]
     train.main(parse(TrainOptions, "", words))
-    assert adapter_files.recorded(adapter_formats.read(tmp_path).metadata)["seed"] == seed
+    assert native.recorded(formats.read(tmp_path).metadata)["seed"] == seed
 
 
 @pytest.mark.parametrize("was", [None, "fixed", "pixels", "latents"])
@@ -258,13 +260,13 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
 
     def identity(crops: Any, picture: str) -> dict[str, Any]:
         pictures = {"instance": {"photo.png": picture}}
-        return runs.identity(options, slots=1, base="b", pictures=pictures, captions={}, max_steps=2, start=None, crops=crops)
+        return run_folder.identity(options, slots=1, base="b", pictures=pictures, captions={}, max_steps=2, start=None, crops=crops)
 
     before, after = (identity(None if crops == "fixed" else crops, hash_) for crops, hash_ in ((was, "a"), (now, "b" if other_pictures else "a")))
     assert after["flags"]["crops"] == now
     if was is None:
         del before["flags"]["crops"]
-    found, changed = runs.differences(before, after)
+    found, changed = run_folder.differences(before, after)
     differs = now != "fixed" and was != "fixed" and now != (was or "pixels")
     said = f"random crops were cut from {was or 'pixels'} and are cut from {now}: --cache_latents off cuts pixels, any other latents"
     assert found == [said] * differs
@@ -280,7 +282,7 @@ def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_i
         run_train(tiny_base, photos_dir, here, *words)
     assert files(here) == before
     run_train(tiny_base, photos_dir, tmp_path / "new", *words)
-    assert runs.read_identity(tmp_path / "new") is not None
+    assert run_folder.read_identity(tmp_path / "new") is not None
 
 
 def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, tmp_path):
@@ -308,7 +310,7 @@ def test_checkpoints_that_no_run_accounts_for_are_not_mixed_with_new_ones(tiny_b
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": {}}'])
 def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, content):
-    (tmp_path / runs.IDENTITY).write_text(content)
+    (tmp_path / run_folder.IDENTITY).write_text(content)
     with pytest.raises(UserError, match=r"run\.json"):
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--overwrite")
@@ -320,7 +322,7 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
 def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir, tmp_path):
     """Without a step taken it is that adapter; and it is not where a run from nothing starts."""
     started = run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--learning_rate", "0", "--max_train_steps", "1")
-    one, other = load_file(started), load_file(finished / adapter_files.ADAPTER_NAME)
+    one, other = load_file(started), load_file(finished / native.ADAPTER_NAME)
     assert all((one[key] == other[key]).all() for key in other)
     assert any(tensor.any() for key, tensor in one.items() if "lora_B" in key)
 

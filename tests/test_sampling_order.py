@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth import sampling_order as order
+from dreambooth.data import sampling_order as order
 
 
 def drawn(seed: int, *what: str | int) -> torch.Tensor:

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapter_formats, families, objectives
-from dreambooth.command_line import parse
+from dreambooth.adapter_files import formats, native
+from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TrainOptions
-from dreambooth.picture_options import ClassImageOptions, InferOptions
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions, InferOptions
+from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.training import objectives
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,7 @@ def train_words(base: Path, photos: Path, out: Path, *more: str) -> list[str]:
 def run_train(base: Path, photos: Path, out: Path, *more: str) -> Path:
     """Train in process and return the adapter file."""
     train.main(parse(TrainOptions, "", train_words(base, photos, out, *more)))
-    return out / adapter_files.ADAPTER_NAME
+    return out / native.ADAPTER_NAME
 
 
 def prior_words(folder: Path, *more: str) -> list[str]:
@@ -58,17 +60,17 @@ def metrics(out: Path) -> list[dict]:
 
 def fill(path: Path, scale: float = 0.3) -> Path:
     """Give an adapter file updates large enough to see."""
-    state, metadata = load_file(path), adapter_formats.read(path).metadata
+    state, metadata = load_file(path), formats.read(path).metadata
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor for key, tensor in state.items()}
-    path.write_bytes(adapter_files.stable_bytes(state, metadata))
+    path.write_bytes(native.stable_bytes(state, metadata))
     return path
 
 
 def fill_copy(run: Path, folder: Path) -> Path:
     """A copy of a run's adapter with updates large enough to see."""
     path = folder / "filled.safetensors"
-    path.write_bytes((run / adapter_files.ADAPTER_NAME).read_bytes())
+    path.write_bytes((run / native.ADAPTER_NAME).read_bytes())
     return fill(path)
 
 
@@ -100,7 +102,7 @@ def test_loss_is_instance_plus_weighted_prior(trained):
 
 
 def test_training_moves_both_adapters(trained):
-    state = load_file(trained / adapter_files.ADAPTER_NAME)
+    state = load_file(trained / native.ADAPTER_NAME)
     for component in ("unet.", "text_encoder."):
         moved = [tensor.abs().max() for key, tensor in state.items() if key.startswith(component) and "lora_B" in key]
         assert moved
@@ -146,7 +148,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
     words += ["--checkpointing_steps", "3", "--lr_scheduler", "linear"]
     whole = run_train(tiny_base, photos, tmp_path / "whole", *words, "--max_train_steps", "6")
     run_train(tiny_base, photos, tmp_path / "cut", *words, "--max_train_steps", "6")
-    for name in ("checkpoint-6", adapter_files.ADAPTER_NAME):  # as if the run had died after step 4
+    for name in ("checkpoint-6", native.ADAPTER_NAME):  # as if the run had died after step 4
         path = tmp_path / "cut" / name
         if path.is_dir():
             for file in path.iterdir():
@@ -188,7 +190,7 @@ def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     pictures = [[digest(tmp_path / folder / f"class-00000{k}.png") for k in range(3)] for folder in ("class-1", "class-2")]
     assert pictures[0] == pictures[1]
-    assert digest(one) == digest(tmp_path / "two" / adapter_files.ADAPTER_NAME)
+    assert digest(one) == digest(tmp_path / "two" / native.ADAPTER_NAME)
     assert len(metrics(tmp_path / "two")) == 3  # one process writes
 
 
@@ -255,7 +257,7 @@ def test_run_yaml_repeats_the_run(tiny_base, photos_dir, tmp_path):
     del words[at : at + 2]
     train.main(parse(TrainOptions, "", words))
     train.main(parse(TrainOptions, "", ["--config", str(tmp_path / "a" / "run.yaml"), "--output_dir", str(tmp_path / "b")]))
-    assert digest(tmp_path / "a" / adapter_files.ADAPTER_NAME) == digest(tmp_path / "b" / adapter_files.ADAPTER_NAME)
+    assert digest(tmp_path / "a" / native.ADAPTER_NAME) == digest(tmp_path / "b" / native.ADAPTER_NAME)
 
 
 def test_scale_lr_and_schedule_set_the_rate_of_each_step(tiny_base, photos_dir, tmp_path):
@@ -278,7 +280,7 @@ def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, phot
     words = prior_words(trained / "class", "--train_text_encoder", "--max_train_steps", "6")
     run_train(tiny_base, photos_dir, tmp_path, *words, "--resume_from_checkpoint", str(trained / "checkpoint-6"))
     assert "nothing is left to train" in capsys.readouterr().out
-    assert digest(tmp_path / adapter_files.ADAPTER_NAME) == digest(trained / adapter_files.ADAPTER_NAME)
+    assert digest(tmp_path / native.ADAPTER_NAME) == digest(trained / native.ADAPTER_NAME)
 
 
 def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, photos_dir, tmp_path):
@@ -321,7 +323,7 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_p
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2")
     assert stop.value.code == 1
     assert "gradients of step 1 are not finite" in capsys.readouterr().err
-    assert not (tmp_path / adapter_files.ADAPTER_NAME).exists()
+    assert not (tmp_path / native.ADAPTER_NAME).exists()
 
 
 def test_adapters_in_the_reference_scripts_spelling_are_read(trained, tiny_base, tmp_path):
@@ -382,7 +384,7 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, 
 def test_what_is_trained_is_printed(tiny_base, photos_dir, tmp_path, capsys):
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--train_text_encoder", "--rank", "2")
     printed = capsys.readouterr().out
-    state = load_file(tmp_path / adapter_files.ADAPTER_NAME)
+    state = load_file(tmp_path / native.ADAPTER_NAME)
     for component in ("unet", "text_encoder"):
         tensors = [tensor for key, tensor in state.items() if key.startswith(component + ".")]
         row = next(line for line in printed.splitlines() if line.startswith(component + " "))
@@ -502,7 +504,7 @@ def make_class_images(base: Path, folder: Path, *more: str) -> dict[str, str]:
 
 
 def test_class_images_are_the_same_after_an_interruption(tiny_base, tmp_path, monkeypatch):
-    from dreambooth import pipelines
+    from dreambooth.bases import pipelines
 
     whole = make_class_images(tiny_base, tmp_path / "whole")
     assert len(set(whole.values())) == 5
@@ -618,9 +620,9 @@ def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
 def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, tiny_base):
     from safetensors import safe_open
 
-    with safe_open(trained / adapter_files.ADAPTER_NAME, framework="pt") as file:
+    with safe_open(trained / native.ADAPTER_NAME, framework="pt") as file:
         metadata = file.metadata()
-    said = adapter_files.recorded(metadata)
+    said = native.recorded(metadata)
     base = families.find(BaseModel(str(tiny_base)))
     assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (tiny_base.name, base.fingerprint(), 6, 1)
     assert set(said["versions"]) == {"torch", "diffusers", "transformers", "peft"}

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, compilation, frozen_layers
+from dreambooth.adapter_files import native
+from dreambooth.bases import compilation, onednn
 from dreambooth.errors import UserError
 from tests.test_scripts import digest, metrics, run_train
 
@@ -49,7 +50,7 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(tin
     assert f"{what} of step 5 {'is' if what == 'the loss' else 'are'} not finite" in said
     assert json.loads((tmp_path / "late" / "status.json").read_text())["step"] == 4
     assert [record["step"] for record in metrics(tmp_path / "late")] == [1, 2, 3, 4]
-    there = load_file(tmp_path / "late" / "checkpoint-4" / adapter_files.ADAPTER_NAME)
+    there = load_file(tmp_path / "late" / "checkpoint-4" / native.ADAPTER_NAME)
     wanted = load_file(shorter)
     assert there.keys() == wanted.keys()
     assert all(torch.equal(there[key], wanted[key]) for key in wanted)
@@ -92,7 +93,7 @@ def test_a_compiler_that_is_missing_is_told_before_anything_slow(tiny_base, phot
 
 def test_fast_layers_are_freed_with_the_last_who_knows_them():
     layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 1)).requires_grad_(False)
-    frozen_layers.use_onednn(layer)
+    onednn.use_onednn(layer)
     kept = [weakref.ref(parameter) for parameter in layer.parameters()]
     gc.disable()
     try:

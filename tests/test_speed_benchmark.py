@@ -12,9 +12,9 @@ import torch
 
 import train_dreambooth_lora
 from benchmarks import layers, machine, speed, speed_probe
-from dreambooth.command_line import parse
-from dreambooth.options import TrainOptions
-from dreambooth.picture_options import ClassImageOptions
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.training import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 STEPPING = """

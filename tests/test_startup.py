@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth import families, file_digests, rules, startup
-from dreambooth.command_line import parse
-from dreambooth.options import BaseModel, TrainOptions
-from dreambooth.stops import Stop
+from dreambooth.bases import families
+from dreambooth.files import digests
+from dreambooth.options import rules
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.runtime import startup
+from dreambooth.runtime.stops import Stop
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_dreambooth_lora", "generate_class_images", "infer", "convert_adapter"]
@@ -57,7 +60,7 @@ def installed(tmp_path) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(file_digests, "_known", {})
+    monkeypatch.setattr(digests, "_known", {})
 
 
 def test_libraries_import_no_optional_package_that_the_run_does_not_need(installed):
@@ -105,19 +108,19 @@ def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
             thread.join()
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     weights = {path for part in parts for path in (tiny_xl / part).glob("*.safetensors")}
-    assert {path for path, *_ in file_digests._known} == weights
+    assert {path for path, *_ in digests._known} == weights
     read: list[Path] = []
-    real = file_digests._computed
+    real = digests._computed
 
     def noted(path: Path, size: int) -> bytes:
         read.append(path)
         return real(path, size)
 
-    monkeypatch.setattr(file_digests, "_computed", noted)
+    monkeypatch.setattr(digests, "_computed", noted)
     first = families.find(BaseModel(str(tiny_xl))).fingerprint()
     assert read
     assert not weights & set(read)
-    monkeypatch.setattr(file_digests, "_known", {})
+    monkeypatch.setattr(digests, "_known", {})
     assert families.find(BaseModel(str(tiny_xl))).fingerprint() == first
 
 
@@ -131,11 +134,11 @@ def test_what_is_wrong_with_a_base_is_not_said_by_the_thread(name, capfd):
 
 
 def test_digests_are_those_of_hashlib_and_follow_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_digests, "_CHUNK", 1000)
+    monkeypatch.setattr(digests, "_CHUNK", 1000)
     path = tmp_path / "file"
     for content in (b"", b"a" * 999, b"b" * 1000, b"c" * 12345):
         path.write_bytes(content)
-        assert file_digests.of(path) == hashlib.sha256(content).digest()
+        assert digests.of(path) == hashlib.sha256(content).digest()
 
 
 def test_a_digest_is_computed_once_for_all_who_ask_at_the_same_time(tmp_path, monkeypatch):
@@ -147,9 +150,9 @@ def test_a_digest_is_computed_once_for_all_who_ask_at_the_same_time(tmp_path, mo
         time.sleep(0.2)
         return b"digest"
 
-    monkeypatch.setattr(file_digests, "_computed", computed)
+    monkeypatch.setattr(digests, "_computed", computed)
     found: list[bytes] = []
-    threads = [threading.Thread(target=lambda: found.append(file_digests.of(tmp_path / "file"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(digests.of(tmp_path / "file"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -159,13 +162,13 @@ def test_a_digest_is_computed_once_for_all_who_ask_at_the_same_time(tmp_path, mo
 
 def test_a_digest_that_was_broken_off_is_computed_anew(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"content")
-    real = file_digests._computed
+    real = digests._computed
 
     def stopped(path: Path, size: int) -> bytes:
         raise Stop("stopped by SIGTERM")
 
-    monkeypatch.setattr(file_digests, "_computed", stopped)
+    monkeypatch.setattr(digests, "_computed", stopped)
     with pytest.raises(Stop):
-        file_digests.of(tmp_path / "file")
-    monkeypatch.setattr(file_digests, "_computed", real)
-    assert file_digests.of(tmp_path / "file") == hashlib.sha256(b"content").digest()
+        digests.of(tmp_path / "file")
+    monkeypatch.setattr(digests, "_computed", real)
+    assert digests.of(tmp_path / "file") == hashlib.sha256(b"content").digest()

@@ -11,9 +11,13 @@ import torch
 
 import generate_class_images
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, adapter_formats, caches, checkpoints, class_images, pipelines, stops
-from dreambooth.command_line import parse
-from dreambooth.picture_options import ClassImageOptions
+from dreambooth.adapter_files import formats, native
+from dreambooth.bases import autoencoder, pipelines
+from dreambooth.data import class_images
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.runtime import stops
+from dreambooth.training import checkpoints
 from tests.test_scripts import digest, metrics, prior_words, run_train
 
 STEPS = ["--max_train_steps", "5", "--checkpointing_steps", "50"]
@@ -63,7 +67,7 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(tiny_base, photos_dir, t
         "pid": 0,
         "host": "",
     }
-    assert adapter_files.recorded(adapter_formats.read(tmp_path).metadata)["steps"] == 3
+    assert native.recorded(formats.read(tmp_path).metadata)["steps"] == 3
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
     assert status(tmp_path)["state"] == "finished"
@@ -97,7 +101,7 @@ def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(t
     assert len(calls) == 3
     assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == [class_images.file_name(0), class_images.file_name(1)]
     assert status(tmp_path / "out")["step"] == 0
-    assert not (tmp_path / "out" / adapter_files.ADAPTER_NAME).exists()
+    assert not (tmp_path / "out" / native.ADAPTER_NAME).exists()
     monkeypatch.undo()
     again = run_train(tiny_base, photos_dir, tmp_path / "out", *words)
     other = [*prior_words(tmp_path / "class-2"), *STEPS]
@@ -113,14 +117,14 @@ def test_a_signal_ends_the_making_of_class_images(tiny_base, tmp_path, monkeypat
 
 
 def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(tiny_base, photos_dir, tmp_path, monkeypatch):
-    real, calls = caches.encode, []
+    real, calls = autoencoder.encode, []
 
     def counted(*args):
         calls.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(caches, "encode", counted)
+    monkeypatch.setattr(autoencoder, "encode", counted)
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert (stop.value.code, len(calls)) == (143, 1)
@@ -255,14 +259,14 @@ def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, mon
     with pytest.raises(SystemExit):
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert not list(tmp_path.glob("checkpoint-*"))
-    assert not (tmp_path / adapter_files.ADAPTER_NAME).exists()
+    assert not (tmp_path / native.ADAPTER_NAME).exists()
 
 
 # --- a full disk
 
 
 def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
-    real, calls = checkpoints.checkpoint_files._write_new, []
+    real, calls = checkpoints.checkpoint_folders._write_new, []
 
     def full(path, data):
         calls.append(path)
@@ -270,7 +274,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(tiny_base, p
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(checkpoints.checkpoint_files, "_write_new", full)
+    monkeypatch.setattr(checkpoints.checkpoint_folders, "_write_new", full)
     adapter = run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "2")
     assert digest(adapter) == unbroken
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -281,14 +285,14 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(tiny_base, p
 
 
 def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
-    real = adapter_files.write_atomically
+    real = native.write_atomically
 
     def full(path, data):
-        if path.name == adapter_files.ADAPTER_NAME:
+        if path.name == native.ADAPTER_NAME:
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(adapter_files, "write_atomically", full)
+    monkeypatch.setattr(native, "write_atomically", full)
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert stop.value.code == 1
@@ -308,10 +312,10 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, phot
         write = flush = close = full
         writelines = staticmethod(lambda lines: None)
 
-    real = adapter_files.write_atomically
-    monkeypatch.setattr(train.report.Progress, "_open", staticmethod(lambda path, first_step: Full()))
+    real = native.write_atomically
+    monkeypatch.setattr(train.metrics.Progress, "_open", staticmethod(lambda path, first_step: Full()))
     monkeypatch.setattr(pipelines, "save_png", full)
-    monkeypatch.setattr(adapter_files, "write_atomically", lambda path, data: full() if path.name == "status.json" else real(path, data))
+    monkeypatch.setattr(native, "write_atomically", lambda path, data: full() if path.name == "status.json" else real(path, data))
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1"]
     assert digest(run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)) == unbroken
     said = capsys.readouterr()
@@ -321,7 +325,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, phot
 
 
 def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(tiny_base, photos_dir, tmp_path, monkeypatch):
-    real, calls = checkpoints.checkpoint_files._write_new, []
+    real, calls = checkpoints.checkpoint_folders._write_new, []
 
     def full_once(path, data):
         calls.append(path)
@@ -329,7 +333,7 @@ def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_sto
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(checkpoints.checkpoint_files, "_write_new", full_once)
+    monkeypatch.setattr(checkpoints.checkpoint_folders, "_write_new", full_once)
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "3")

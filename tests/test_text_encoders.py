@@ -14,11 +14,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth import families
-from dreambooth.adapter_files import ADAPTER_NAME
+from dreambooth.adapter_files.native import ADAPTER_NAME
+from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options import BaseModel, TextEncoding
-from dreambooth.stops import Stop
+from dreambooth.options.training import BaseModel, TextEncoding
+from dreambooth.runtime.stops import Stop
 from tests.test_families import PROMPT, plain_clip
 from tests.test_scripts import digest, metrics, run_train
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreambooth import checkpoint_files
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir", "close")
 FILES = ("pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json")
@@ -29,7 +29,7 @@ def publish(output_dir: Path, step: int, *, limit: int | None = None, mark: int 
     """A checkpoint whose bytes follow from step and mark."""
     draw = random.Random(f"{step} {mark}")
     files = {name: draw.randbytes(200 + 100 * number) for number, name in enumerate(FILES)}
-    return checkpoint_files.publish(output_dir, step, files, {"mark": mark}, limit=limit)
+    return checkpoint_folders.publish(output_dir, step, files, {"mark": mark}, limit=limit)
 
 
 def is_whole(folder: Path) -> bool:
@@ -38,7 +38,7 @@ def is_whole(folder: Path) -> bool:
     for mark in (0, 1):
         draw = random.Random(f"{folder.name.rpartition('-')[2]} {mark}")
         wanted = {name: draw.randbytes(200 + 100 * number) for number, name in enumerate(FILES)}
-        if {**wanted, checkpoint_files.MANIFEST: there.get(checkpoint_files.MANIFEST)} == there:
+        if {**wanted, checkpoint_folders.MANIFEST: there.get(checkpoint_folders.MANIFEST)} == there:
             return True
     return False
 
@@ -102,14 +102,14 @@ def after_a_kill(output_dir: Path, keep: int) -> list[str]:
     """What is wrong once a process has died in the middle of saving: with what is found, and with what the next run makes of the rest."""
     wrong = []
     try:
-        found = checkpoint_files.choose("latest", output_dir)
+        found = checkpoint_folders.choose("latest", output_dir)
         if found.folder is None or found.skipped or not is_whole(found.folder):
             wrong.append(f"latest finds {found}")
         for path in output_dir.iterdir():
             if "checkpoint" in path.name and not is_whole(path):
                 wrong.append(f"{path.name} is not whole")
-        checkpoint_files.sweep(output_dir)
-        after = checkpoint_files.choose("latest", output_dir)
+        checkpoint_folders.sweep(output_dir)
+        after = checkpoint_folders.choose("latest", output_dir)
         if after.folder is None or after.folder.name.rpartition("-")[2] != (found.folder or Path()).name.rpartition("-")[2]:
             wrong.append(f"latest finds {after} after the leftovers were swept")
         publish(output_dir, 99, limit=keep)
@@ -137,7 +137,7 @@ def kill_everywhere(folder: Path, *, keeps: tuple[int, ...] = (1, 2, 3)) -> dict
 
         def work(output_dir: Path, keep: int = keep, what: str = what) -> None:
             if what == "sweep":
-                checkpoint_files.sweep(output_dir)
+                checkpoint_folders.sweep(output_dir)
             else:
                 publish(output_dir, keep + 1 if what == "new" else keep, limit=keep, mark=1)
 
@@ -194,7 +194,7 @@ def damage_newest(folder: Path, *, count: int = 200, seed: int = 0) -> dict[str,
     template.mkdir(parents=True)
     for step in (1, 2):
         publish(template, step)
-    kinds = list(itertools.product(DAMAGES, (*FILES, checkpoint_files.MANIFEST)))
+    kinds = list(itertools.product(DAMAGES, (*FILES, checkpoint_folders.MANIFEST)))
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
         kind, name = kinds[number % len(kinds)]
@@ -205,9 +205,9 @@ def damage_newest(folder: Path, *, count: int = 200, seed: int = 0) -> dict[str,
         DAMAGES[kind](path, draw)
         if path.exists() and path.read_bytes() == before:  # zeros where there were zeros
             raise RuntimeError(f"{kind} of {name} did nothing")
-        problems = checkpoint_files.verify(path.parent)
+        problems = checkpoint_folders.verify(path.parent)
         detected += any(name in problem for problem in problems)
-        found = checkpoint_files.choose("latest", output_dir)
+        found = checkpoint_folders.choose("latest", output_dir)
         chosen = found.folder == output_dir / "checkpoint-1" and is_whole(output_dir / "checkpoint-1")
         skipped += chosen and found.skipped == [f"checkpoint-2: {'; '.join(problems)}"]
         shutil.rmtree(output_dir)

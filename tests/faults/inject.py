@@ -52,7 +52,7 @@ def main() -> None:
     sys.path.insert(0, root)
     if faults:
         # the script runs as __main__, where its classes are made anew: they are caught when the run starts
-        from dreambooth import preparation
+        from dreambooth.training import prepare as preparation
 
         real = preparation.prepare
 

@@ -24,10 +24,13 @@ from accelerate.state import AcceleratorState
 
 import generate_class_images
 import train_dreambooth_lora as train
-from dreambooth import adapter_files, checkpoints, class_images, stops
-from dreambooth.command_line import parse
-from dreambooth.options import TrainOptions
-from dreambooth.picture_options import ClassImageOptions
+from dreambooth.adapter_files import native
+from dreambooth.data import class_images
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import stops
+from dreambooth.training import checkpoints
 from tests import tiny
 from tests.faults import inject
 
@@ -176,7 +179,7 @@ def wait_for_step(out: Path, step: int, *, alive: Callable[[], bool]) -> None:
 
 def hashes(out: Path, step: int) -> str:
     """One hash of a run's adapter and of the optimizer in its checkpoint."""
-    digest = hashlib.sha256((out / adapter_files.ADAPTER_NAME).read_bytes())
+    digest = hashlib.sha256((out / native.ADAPTER_NAME).read_bytes())
     digest.update((out / f"checkpoint-{step}" / "optimizer.safetensors").read_bytes())
     return digest.hexdigest()
 
@@ -211,7 +214,7 @@ def exact_worlds(world: World, *, sizes: Sequence[int] = (1, 2, 4), resumes: Seq
         out = world.folder / name
         shutil.copytree(world.folder / f"world-{before}", out)
         shutil.rmtree(out / "checkpoint-4")
-        (out / adapter_files.ADAPTER_NAME).unlink()
+        (out / native.ADAPTER_NAME).unlink()
         found[f"{before} to {after}"] = go(name, after, "--resume_from_checkpoint", "latest")
     control = go("world-control", 1, "--seed", "2", "--class_seed", "1")
     equal = len(set(found.values())) == 1
@@ -282,7 +285,7 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
 
 
 def adapter(out: Path) -> bytes:
-    return (out / adapter_files.ADAPTER_NAME).read_bytes()
+    return (out / native.ADAPTER_NAME).read_bytes()
 
 
 def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+"""Captions that lie beside the photos: in metadata.jsonl or metadata.csv, or in a .txt file for each.
+
+The first two are the layout of the datasets package's imagefolder, the last that of kohya's scripts. They are files that somebody else
+wrote: every fault of theirs is told in one message before anything slow, each with its line.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import UserError, shown
+from dreambooth.options.training import InstanceData
+
+METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
+_LARGEST = 16 * 2**20  # bytes of one file
+_MOST_PROBLEMS = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What a metadata file holds: columns in order, (line number, cells) of every good line, and what is wrong with the others."""
+
+    columns: list[str]
+    rows: list[tuple[int, Mapping[str, Any]]]
+    problems: list[str]
+
+
+def name_column(instance: InstanceData) -> str:
+    """The column of a metadata file that names the pictures. The datasets package calls it `file_name` there, and `image` once it is loaded."""
+    return "file_name" if instance.image_column == "image" else instance.image_column
+
+
+def check_columns(instance: InstanceData) -> None:
+    """Raise UserError if captions are to come from the column that names the pictures."""
+    if instance.caption_column == name_column(instance):
+        raise UserError(f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give the one with their captions")
+
+
+def read(folder: Path, flag: str, names: Sequence[str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+    """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions without --caption_column.
+
+    A picture that is left out has an empty caption or no .txt file, and is to get --instance_prompt. Captions have no line breaks and no
+    other control characters. `flag` named the folder. Raises UserError, a line for each problem, if the captions cannot be read, are not
+    text, or are of other pictures than these.
+    """
+    metadata = [name for name in METADATA if os.path.lexists(folder / name)]
+    texts = {name: text for name in names if os.path.lexists(folder / (text := Path(name).stem + ".txt"))}
+    if instance.caption_column is None:
+        return {}, _unread_note(folder, metadata, texts, instance)
+    check_columns(instance)
+    if metadata:
+        captions, problems = _from_metadata(folder, metadata[0], names, instance)
+        notes = _passed_over_note(metadata, texts)
+    elif texts:
+        captions, problems = _from_texts(folder, texts, instance)
+        without = [name for name in names if name not in texts]
+        notes = [f"no .txt file lies beside {_few(without)}: trained with --instance_prompt"] if without else []
+    else:
+        looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {shown(Path(names[0]).stem if names else 'photo')}.txt"
+        raise UserError(f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}")
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        tail = [f"{flag}: and {more} more problems of the captions"] if more > 0 else []
+        raise UserError("\n".join([f"{flag}: {problem}" for problem in problems[:_MOST_PROBLEMS]] + tail))
+    if empty := [name for name in names if captions.get(name) == ""]:
+        notes.append(f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {_few(empty)}")
+    return {name: captions[name] for name in names if captions.get(name)}, notes
+
+
+def _from_metadata(folder: Path, file: str, names: Sequence[str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+    """({picture: caption or ""}, problems)."""
+    try:
+        table = _table(folder, file, instance)
+    except UserError as error:
+        return {}, [f"{file}: {error}"]
+    name_of, caption_of = name_column(instance), instance.caption_column
+    assert caption_of is not None
+    problems = [f"{file} {problem}" for problem in table.problems]
+    if not table.columns:
+        return {}, problems or [f"{file} is empty"]
+    there = f"its columns are {_few(table.columns, 20)}"
+    if caption_of not in table.columns:
+        problems.append(f"{file} has no column {_short(caption_of)} (--caption_column); {there}")
+    if name_of not in table.columns:
+        flag = " (--image_column)" if instance.image_column != "image" else ""
+        return {}, [*problems, f"{file} has no column {_short(name_of)}{flag} with the names of the pictures; {there}"]
+    wanted, elsewhere = set(names), []
+    first: dict[str, int] = {}  # the line that names a picture
+    captions: dict[str, str] = {}
+    for line, cells in table.rows:
+        name: Any = cells.get(name_of)
+        caption: Any = "" if cells.get(caption_of) is None else cells[caption_of]
+        where = f"{file} line {line}"
+        if fault := _fault_of_name(name, wanted):
+            problems.append(f"{where}: {_short(name_of)} {fault}")
+            continue
+        if fault := _fault_of_caption(caption):
+            problems.append(f"{where}: the caption {fault}")
+            caption = ""
+        if name in first:
+            problems.append(f"{where} names {_short(name)} again, after line {first[name]}")
+            continue
+        first[name] = line
+        captions[name] = _one_line(caption)
+        if name not in wanted:
+            elsewhere.append(name)
+    if elsewhere:
+        problems.append(f"{file} names pictures that are not in {shown(folder)}: {_few(elsewhere)}")
+    if unnamed := [name for name in names if name not in first]:
+        problems.append(f"{file} does not name {_few(unnamed)}; give each a line, with an empty caption for --instance_prompt")
+    return captions, problems
+
+
+def _fault_of_name(name: object, wanted: set[str]) -> str | None:
+    if name is None or name == "":
+        return "is missing"
+    if not isinstance(name, str):
+        return f"is {_short(name)}, which is not text"
+    if "/" in name or name in (".", "..") or ("\\" in name and name not in wanted):
+        return f"is {_short(name)}; only pictures directly in the folder are taken: move it there, and give its bare name"
+    return None
+
+
+def _fault_of_caption(caption: object) -> str | None:
+    if not isinstance(caption, str):
+        return f"is {_short(caption)}, which is not text"
+    if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):  # half of a pair, which JSON can spell and no tokenizer takes
+        return f"holds what is no character: {_short(caption)}"
+    return None
+
+
+def _from_texts(folder: Path, texts: Mapping[str, str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+    """({picture: caption or ""}, problems) from the .txt file of each picture."""
+    captions, problems = {}, []
+    for name, file in texts.items():
+        try:
+            caption = _text(folder, file, instance)
+        except UserError as error:
+            problems.append(f"{shown(file)}: {error}")
+            continue
+        if fault := _fault_of_caption(caption):
+            problems.append(f"{shown(file)} {fault}")
+        captions[name] = _one_line(caption)
+    return captions, problems
+
+
+def _unread_note(folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceData) -> list[str]:
+    """What to say of captions that are not asked for."""
+    for file in metadata[:1]:
+        try:
+            table = _table(folder, file, instance)
+        except UserError as error:  # no reason to stop: nothing of it is needed
+            return [f"captions may lie beside the photos ({file}: {error}); they are not read without --caption_column"]
+        with_text = [column for column in table.columns if column != name_column(instance) and _is_text(table, column)]
+        if with_text:
+            return [f"captions lie beside the photos ({file}); --caption_column {_short(with_text[0])} reads them"]
+    if texts and not metadata:
+        return ["captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"]
+    return []
+
+
+def _is_text(table: _Table, column: str) -> bool:
+    found = [cells[column] for _, cells in table.rows if cells.get(column) is not None]
+    return bool(found) and all(isinstance(value, str) for value in found)
+
+
+def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
+    others = [*metadata[1:], *([".txt files"] if texts else [])]
+    return [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"] if others else []
+
+
+def _table(folder: Path, file: str, instance: InstanceData) -> _Table:
+    text = _text(folder, file, instance)
+    return _json_lines(text) if file.endswith(".jsonl") else _comma_separated(text)
+
+
+def _json_lines(text: str) -> _Table:
+    columns: dict[str, None] = {}
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    problems = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at signs that may stand within a caption
+        if not line.strip():
+            continue
+        try:
+            cells = json.loads(line)
+        except (ValueError, RecursionError):
+            cells = None
+        if not isinstance(cells, dict):
+            problems.append(f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {_short(line.strip())}')
+            continue
+        columns |= dict.fromkeys(cells)
+        rows.append((number, cells))
+    return _Table(list(columns), rows, problems)
+
+
+def _comma_separated(text: str) -> _Table:
+    columns: list[str] = []
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    problems = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not columns:
+                columns = cells
+                if len(set(columns)) < len(columns):
+                    problems.append(f"has several columns of one name: {_few(columns, 20)}")
+            elif len(cells) > len(columns):
+                problems.append(f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption with a comma needs quotes")
+            else:
+                rows.append((reader.line_num, dict(zip(columns, cells, strict=False))))
+    except csv.Error as error:
+        problems.append(f"line {reader.line_num} is no line of a CSV file: {error}")
+    return _Table(columns, rows, problems)
+
+
+def _text(folder: Path, file: str, instance: InstanceData) -> str:
+    """The text of a file in the folder. Raises UserError, without the file's name, if it lies elsewhere or is no text."""
+    path = folder / file
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device would wait for ever
+            raise UserError("not a regular file")
+        if not instance.follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks")
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    if len(data) > _LARGEST:
+        raise UserError(f"over {_LARGEST:,} bytes, which is too much for captions")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _one_line(caption: str) -> str:
+    return _CONTROL.sub(" ", caption).strip()
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else ascii(value)
+    return shown(text if len(text) <= 80 else text[:80] + "...")
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(map(_short, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,238 @@
+"""Where the photos of the subject lie: a folder of the user's, or a data set of the hub, whose pictures are written into a folder once.
+
+Training reads folders of pictures only. A data set's pictures are stored as they came, byte for byte, in the cache, with a metadata.jsonl
+that holds their captions; so it is checked, and counts as the same or another, as any folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dreambooth.data import captions
+from dreambooth.data.photos import FORMATS
+from dreambooth.errors import UserError, shown
+from dreambooth.files import locks
+from dreambooth.options.training import InstanceData
+
+_FLAG = "--dataset_name"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_LARGEST_PICTURE = 512 * 2**20  # bytes
+_MOST_PROBLEMS = 20
+_LAYOUT = 1  # of the folders in the cache: another one is written anew
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoSet:
+    """A folder of photos, the flag that named it, and notes for the user."""
+
+    folder: Path
+    flag: str
+    notes: tuple[str, ...] = ()
+
+
+def find(instance: InstanceData) -> PhotoSet:
+    """The folder of the subject's photos. A data set of the hub is downloaded, or found in the cache; its `train` split is taken.
+
+    Raises UserError if the data set cannot be had, or lacks the columns asked for. The pictures of a user's own folder are not looked at.
+    """
+    if instance.dataset_name is None:
+        assert instance.instance_data_dir is not None
+        found = PhotoSet(Path(instance.instance_data_dir), "--instance_data_dir")
+    else:
+        folder = _own_folder(instance.dataset_name)
+        if folder is None:
+            return _of_hub(instance)
+        found = PhotoSet(folder, _FLAG)
+    if instance.dataset_config_name is not None:
+        raise UserError(f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of yours: leave it out")
+    return found
+
+
+def _own_folder(name: str) -> Path | None:
+    """The folder `name`, or its `train` if the photos are there; None if there is no such folder."""
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            if os.path.lexists(folder):
+                raise UserError(f"{_FLAG}: {shown(name)} is not a folder; name the folder that holds the pictures")
+            return None
+        train = folder / "train"
+        return train if train.is_dir() and not _holds_photos(folder) else folder
+    except OSError as error:  # no permission, or a name that is too long
+        raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
+
+
+def _holds_photos(folder: Path) -> bool:
+    visible = [name for name in os.listdir(folder) if not name.startswith(".")]
+    return any(name in captions.METADATA or Path(name).suffix.lower() in FORMATS for name in visible)
+
+
+def _of_hub(instance: InstanceData) -> PhotoSet:
+    name = instance.dataset_name
+    assert name is not None
+    if not _HUB_ID.fullmatch(name):  # "imagefolder" and the like would have the package take every picture of the working directory
+        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and a hub id is of the form OWNER/NAME")
+    try:
+        from datasets import Image, config, load_dataset
+    except ImportError as error:
+        why = "" if error.name == "datasets" else f" ({_one_line(error)})"
+        install = f"for a hub id the datasets package is needed: pip install '.[datasets]'{why}"
+        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and {install}") from None
+    captions.check_columns(instance)
+    try:
+        dataset = load_dataset(name, instance.dataset_config_name, split="train", cache_dir=instance.cache_dir)
+    except Exception as error:  # the package's own, and those of files, the network, Parquet and archives: all say why it cannot be had
+        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {_one_line(error)}") from None
+    notes = _check_columns(dataset, Image, instance)
+    wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
+    rows = dataset.select_columns(wanted).cast_column(instance.image_column, Image(decode=False))
+    what = [_LAYOUT, name, instance.dataset_config_name, dataset._fingerprint, instance.image_column, instance.caption_column]
+    root = Path(instance.cache_dir or config.HF_DATASETS_CACHE) / "dreambooth-photos"
+    folder = root / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    try:
+        if not folder.is_dir():
+            _write_once(folder, rows, instance)
+    except OSError as error:
+        raise UserError(f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: {error.strerror or error}") from None
+    return PhotoSet(folder, _FLAG, notes)
+
+
+def _check_columns(dataset: Any, image_kind: type, instance: InstanceData) -> tuple[str, ...]:
+    """Notes. Raises UserError unless there are the columns of pictures and of captions."""
+    kinds = dict(dataset.features)
+    pictures = [column for column, kind in kinds.items() if isinstance(kind, image_kind)]
+    texts = [column for column, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    problems = []
+    for flag, column, fitting, what in (
+        ("--image_column", instance.image_column, pictures, "pictures"),
+        ("--caption_column", instance.caption_column, texts, "text"),
+    ):
+        if column is not None and column not in fitting:
+            there = f"those with {what}: {_listed(fitting)}; all its columns: {_listed(list(kinds))}"
+            problems.append(f"{flag}: {shown(instance.dataset_name)} has no column {_short(column)} with {what}; {there}")
+    if problems:
+        raise UserError("\n".join(problems))
+    if instance.caption_column is None and texts:
+        return (f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {_short(texts[0])} takes it as captions",)
+    return ()
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(map(_short, columns[:20])) + (" ..." if len(columns) > 20 else "") or "none"
+
+
+def _write_once(folder: Path, rows: Any, instance: InstanceData) -> None:
+    """Write pictures and captions beside `folder`, and rename: it is there whole, or not at all. Processes that come together take turns."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
+        if folder.is_dir():
+            return
+        if not unlocked:
+            for left in folder.parent.glob(".tmp-*"):  # by a process that died: any other would hold the lock
+                shutil.rmtree(left)
+        temporary = folder.parent / f".tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            _write(temporary, rows, instance)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process, where no lock can be had, was first with the same pictures
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # what is left of it: nothing, if all went well
+
+
+def _write(folder: Path, rows: Any, instance: InstanceData) -> None:
+    problems, lines = [], []
+    for number, row in enumerate(_each(rows)):
+        try:
+            caption = row[instance.caption_column] if instance.caption_column else None
+            if caption is not None and not isinstance(caption, str):
+                raise UserError(f"the caption is {_short(ascii(caption))}, which is not text")
+            data = _bytes(row[instance.image_column])
+            name = f"{number:05}{_suffix(data)}"
+        except UserError as error:
+            problems.append(f"{_FLAG}: {shown(instance.dataset_name)}, row {number}: {error}")
+            continue
+        _write_file(folder / name, data)
+        cells = {captions.name_column(instance): name}
+        lines.append(json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {})))
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        raise UserError("\n".join(problems[:_MOST_PROBLEMS] + ([f"{_FLAG}: and {more} more rows"] if more > 0 else [])))
+    if not lines:
+        raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
+    _write_file(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # before the folder is renamed: a power cut must not leave a whole folder of empty files
+
+
+def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows. Raises UserError if the cached data set is damaged."""
+    remaining = iter(rows)
+    while True:
+        try:
+            row = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # of Arrow, as many kinds as there are ways to break a file
+            raise UserError(f"{_FLAG}: the cached data set cannot be read ({_one_line(error)}); remove it, or name another --cache_dir") from None
+        yield row
+
+
+def _bytes(cell: Any) -> bytes:
+    """A picture's file, from a cell that is not decoded: {"bytes": the file or None, "path": where it lies otherwise}."""
+    if not isinstance(cell, Mapping):
+        raise UserError("there is no picture")
+    if cell.get("bytes") is not None:
+        return bytes(cell["bytes"])
+    where = cell.get("path")
+    if not isinstance(where, str):
+        raise UserError("there is no picture")
+    try:
+        info = os.stat(where)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE:  # a data set may name any path, a device's too
+            raise UserError(f"{_short(where)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
+        return Path(where).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the picture {_short(where)} cannot be read: {reason}") from None
+
+
+def _suffix(data: bytes) -> str:
+    """The file's own format, by its first bytes, whatever the data set calls it."""
+    for start, suffix in (
+        (b"\x89PNG\r\n\x1a\n", ".png"),
+        (b"\xff\xd8\xff", ".jpg"),
+        (b"BM", ".bmp"),
+        (b"II*\0", ".tif"),
+        (b"MM\0*", ".tif"),
+    ):
+        if data.startswith(start):
+            return suffix
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    raise UserError(f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with {ascii(data[:8])[1:]}")
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())[:300]
+    return shown(f"{type(error).__name__}: {words}" if words else type(error).__name__)
+
+
+def _short(text: str) -> str:
+    return shown(text if len(text) <= 80 else text[:80] + "...")

@@ -1,0 +1,151 @@
+"""The header of a safetensors file, checked before any library reads the file.
+
+A header is a promise about sizes that whoever sent the file wrote. The safetensors library refuses broken ones, but takes a million empty
+tensors (20 seconds), the same key twice and any name; and a file that is no safetensors at all is told apart here by its first bytes.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import UserError, shown
+
+_BITS = (
+    dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
+    | dict.fromkeys(("F32", "I32", "U32"), 32)
+    | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+    | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
+)
+# `string_to_param.*` is of an embedding that lies in a bundle; whoever reads the file says what it is
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
+_LONGEST_KEY = 512
+_MAGIC = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes it; such files can carry code",
+    b"\x80\x02": "serialized Python objects, which can carry code",
+    b"\x80\x03": "serialized Python objects, which can carry code",
+    b"\x80\x04": "serialized Python objects, which can carry code",
+    b"\x80\x05": "serialized Python objects, which can carry code",
+    b"version https://git-lfs": "a pointer of git-lfs; fetch the file itself with `git lfs pull`",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a file may be at most, and which dtypes it may have."""
+
+    header_bytes: int
+    tensors: int
+    file_bytes: int
+    dtypes: frozenset[str]
+    empty_tensors: bool
+
+
+ADAPTER = Limits(header_bytes=4 * 2**20, tensors=20_000, file_bytes=2 * 2**30, dtypes=frozenset({"F32", "F16", "BF16"}), empty_tensors=False)
+# A base is large and may have indices or masks; what its parts need is known by whoever loads it.
+BASE = Limits(header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtypes=frozenset(_BITS), empty_tensors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Shapes by key in the file's order, its metadata, and by key the dtype and the byte of the file at which the values begin."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    places: dict[str, tuple[str, int]]
+
+
+class _Broken(Exception):
+    """Why a header cannot be read."""
+
+
+def read(path: Path, limits: Limits) -> Header:
+    """The header of the file. Raises UserError, naming file and reason, unless it describes exactly the bytes that follow, within `limits`."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
+            raise _Broken("it is not a regular file")
+        if info.st_size > limits.file_bytes:
+            raise _Broken(f"{info.st_size:,} bytes are more than {limits.file_bytes:,}")
+        with path.open("rb") as file:
+            start = file.read(24)
+            if info.st_size < 8:
+                raise _Broken(f"it has {info.st_size} bytes; it was not written to its end")
+            (size,) = struct.unpack("<Q", start[:8])
+            if (known := _what_it_is(start)) and (size > info.st_size - 8 or start[8:9] != b"{"):
+                raise _Broken(f"it is {known}")
+            if size > info.st_size - 8:
+                raise _Broken(f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: cut off, or no safetensors file")
+            if size > limits.header_bytes:
+                raise _Broken(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
+            file.seek(8)
+            content = _json(file.read(size))
+        return _checked(content, 8 + size, info.st_size - 8 - size, limits)
+    except _Broken as error:
+        raise UserError(f"{shown(path)}: not a whole safetensors file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{shown(path)}: not a whole safetensors file (it cannot be read: {error.strerror or error})") from None
+
+
+def _what_it_is(start: bytes) -> str:
+    return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), "")
+
+
+def _json(header: bytes) -> dict[str, Any]:
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "a key"
+            raise _Broken(f"{shown(twice)} stands twice in its header")
+        return found
+
+    try:
+        content = json.loads(header.decode("utf-8"), object_pairs_hook=table)
+    except (ValueError, RecursionError) as error:
+        raise _Broken(f"its header is not JSON: {' '.join(str(error).split())[:100]}") from None
+    if not isinstance(content, dict):
+        raise _Broken("its header is not a table")
+    return content
+
+
+def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Broken("its metadata is not a table of texts")
+    if len(content) > limits.tensors:
+        raise _Broken(f"{len(content):,} tensors are more than {limits.tensors:,}")
+    shapes, ends, places = {}, [], {}
+    for key, entry in content.items():
+        if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
+            raise _Broken(f"the key {key[:80]!a} is not a name of a tensor")
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise _Broken(f"{key} lacks dtype, shape or place") from None
+        numbers = (*shape, begin, end)
+        if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
+            raise _Broken(f"{key} has a shape or place that cannot be")
+        if not isinstance(dtype, str) or dtype not in limits.dtypes:
+            raise _Broken(f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {', '.join(sorted(limits.dtypes))}")
+        if 0 in shape and not limits.empty_tensors:
+            raise _Broken(f"{key} has no values: shape {shape}")
+        if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
+            raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its place of {end - begin} bytes")
+        shapes[key] = shape
+        places[key] = dtype, start + begin
+        ends.append((begin, end, key))
+    reached = 0
+    for begin, end, key in sorted(ends):
+        if begin != reached:
+            raise _Broken(f"{key} {'overlaps with' if begin < reached else 'leaves a gap after'} the tensor before it")
+        reached = end
+    if reached != body:
+        raise _Broken(f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}")
+    return Header(shapes, metadata, places)

@@ -1,0 +1,172 @@
+"""The flags about what is trained: the kind of adapter, its size, and the layers that get one.
+
+Imports no torch: `--help` and every message about a wrong flag come at once.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from dreambooth.options.rules import at_least, named, require
+
+# Flags that only some kinds have.
+_OWN = {
+    "use_dora": ("lora",),
+    "use_rslora": ("lora",),
+    "lora_dropout": ("lora",),
+    "text_encoder_dropout": ("lora",),
+    "lora_alpha": ("lora", "loha", "lokr"),
+    "text_encoder_alpha": ("lora", "loha", "lokr"),
+    "rank_dropout": ("loha", "lokr"),
+    "module_dropout": ("loha", "lokr", "oft"),
+    "decompose_both": ("lokr",),
+    "use_effective_conv2d": ("loha", "lokr"),
+    "apply_gs": ("hra",),
+    "rank_pattern": ("lora", "loha", "lokr"),
+    "output_kohya_format": ("lora", "loha", "lokr"),
+}
+_DEFAULT_RANK = 4
+
+
+@dataclasses.dataclass
+class Adapter:
+    """The adapter that is trained."""
+
+    adapter: Literal["lora", "loha", "lokr", "oft", "boft", "hra"] = "lora"
+    """Kind: LoRA (arXiv 2106.09685), LoHa (2108.06098), LoKr (2309.14859), OFT (2306.07280, linear layers only), BOFT (2311.06243), HRA
+    (2405.17484). Plain diffusers loads LoRA files; LoHa and LoKr go through the kohya format or convert_adapter.py; the last three are read by
+    infer.py only."""
+    rank: int = 4
+    """Rank of the update matrices; for HRA the reflections, an even number. OFT and BOFT have block sizes instead."""
+    lora_alpha: float | None = None
+    """The update is scaled by alpha / rank; None is the rank. Adapter files have the scale worked in, so that every reader gets it right."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of LoRA's update matrices, in training."""
+    use_dora: bool = False
+    """DoRA (arXiv 2402.09353): LoRA with a trained length for each output."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small ones."""
+    text_encoder_rank: int | None = None
+    """Rank in the text encoder; None is --rank."""
+    text_encoder_alpha: float | None = None
+    """Alpha in the text encoder; None is --lora_alpha, or its own rank where --text_encoder_rank is given."""
+    text_encoder_dropout: float | None = None
+    """Dropout in the text encoder; None is --lora_dropout."""
+    rank_dropout: float = 0.0
+    """LoHa and LoKr: share of ranks dropped, in training."""
+    module_dropout: float = 0.0
+    """LoHa, LoKr and OFT: share of steps in which a layer's update is left out."""
+    decompose_both: bool = False
+    """LoKr: both factors of low rank."""
+    decompose_factor: int = -1
+    """LoKr: how the widths are divided; -1 is as near a square as can be."""
+    use_effective_conv2d: bool = False
+    """LoHa and LoKr: a kernel of its own low rank in 3 x 3 convolutions (CP, "tucker")."""
+    oft_block_size: int = 32
+    """OFT: side of the rotated blocks."""
+    boft_block_size: int = 4
+    """BOFT: side of the rotated blocks."""
+    apply_gs: bool = False
+    """HRA: keep the reflections orthogonal (Gram-Schmidt)."""
+    target_preset: Literal["attn", "attn_ff", "full"] = "attn"
+    """Layers: every attention projection; with the feed-forward and in and out projections too; or also convolutions and time embeddings. In
+    the text encoder the last two add fc1 and fc2."""
+    lora_layers: str | None = None
+    """Layers of the UNet instead, by the ends of their names, with commas between: "to_k,to_q,to_v,to_out.0"."""
+    text_encoder_layers: str | None = None
+    """Layers of the text encoder instead, likewise: "q_proj,v_proj"."""
+    rank_pattern: str | None = None
+    """Other ranks for parts: "unet.up_blocks=8,text_encoder=2,to_q=16". A part is any run of whole words of a layer's name; the last that fits
+    holds. Alpha is scaled along."""
+    lr_pattern: str | None = None
+    """Other learning rates for parts, likewise: "unet.down_blocks=1e-5,mid_block=5e-5"."""
+    output_kohya_format: bool = False
+    """Write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, A1111, Forge and kohya's scripts."""
+    init_adapter: str | None = None
+    """Adapter file, or a folder with one, to start from: a finished run, a checkpoint of the reference script, a kohya file."""
+    dry_run: bool = False
+    """Show what would be trained, layers, parameters and sizes of files, without loading weights, and stop."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank", "text_encoder_rank")
+        for name in ("rank", "text_encoder_rank"):
+            value = getattr(self, name)
+            require(value is None or value <= 1024, f"--{name} must be at most 1024, got {value}")
+        for name in ("lora_dropout", "text_encoder_dropout", "rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"--{name} must be in [0, 1), got {value}")
+        for name in ("lora_alpha", "text_encoder_alpha"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 2**16, f"--{name} must be over 0 and at most {2**16}, got {value}")
+        named("init_adapter", self.init_adapter)
+        for name in ("lora_layers", "text_encoder_layers"):
+            given = getattr(self, name)
+            layers = _words(given)
+            good = layers is None or (bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers))
+            require(good, f"--{name} must be names of layers with commas between, got {given!r}")
+        self.ranks()
+        self.learning_rates()
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        for name, kinds in _OWN.items():
+            default = type(self).__dataclass_fields__[name].default
+            given = getattr(self, name)
+            owners = " and ".join(kinds)
+            require(given == default or self.adapter in kinds, f"--{name} is of --adapter {owners}; --adapter {self.adapter} has no such thing")
+        factor = self.decompose_factor
+        require(factor == -1 or factor >= 1, f"--decompose_factor must be -1 or at least 1, got {factor}")
+        require(factor == -1 or self.adapter == "lokr", f"--decompose_factor is of --adapter lokr; --adapter {self.adapter} has no such thing")
+        for name, kind in (("oft_block_size", "oft"), ("boft_block_size", "boft")):
+            at_least(self, 2, name)
+            default = type(self).__dataclass_fields__[name].default
+            fits = getattr(self, name) == default or self.adapter == kind
+            require(fits, f"--{name} is of --adapter {kind}; --adapter {self.adapter} has no such thing")
+        if self.adapter in ("oft", "boft"):
+            ranks = self.rank == _DEFAULT_RANK and self.text_encoder_rank is None
+            require(ranks, f"--rank: --adapter {self.adapter} has none; its size is set by --{self.adapter}_block_size")
+        if self.adapter == "hra":
+            for name in ("rank", "text_encoder_rank"):
+                value = getattr(self, name)
+                require(value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}")
+        # peft rotates patches of the picture one by one where a kernel is larger than 1 x 1, and adds them up: not the identity at the start
+        fits = self.adapter != "oft" or self.target_preset != "full"
+        require(fits, "--target_preset full has 3 x 3 convolutions, which --adapter oft cannot rotate; use attn_ff, or --adapter boft")
+
+    def unet_layers(self) -> tuple[str, ...] | None:
+        """--lora_layers as names."""
+        return _words(self.lora_layers)
+
+    def text_layers(self) -> tuple[str, ...] | None:
+        """--text_encoder_layers as names."""
+        return _words(self.text_encoder_layers)
+
+    def ranks(self) -> dict[str, int]:
+        """--rank_pattern by part."""
+        return {part: int(value) for part, value in _pattern("rank_pattern", self.rank_pattern, lambda v: v == int(v) and 1 <= v <= 1024).items()}
+
+    def learning_rates(self) -> dict[str, float]:
+        """--lr_pattern by part."""
+        return _pattern("lr_pattern", self.lr_pattern, lambda v: v >= 0)
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _pattern(flag: str, text: str | None, is_right) -> dict[str, float]:
+    """ "a.b=1,c=2" as a table. A rule of the flag is broken if it is none."""
+    found: dict[str, float] = {}
+    for entry in _words(text) or ():
+        part, _, value = entry.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        good = re.fullmatch(r"\w+(\.\w+)*", part.strip()) is not None and math.isfinite(number) and is_right(number)
+        require(good, f"--{flag} must be PART=NUMBER with commas between, got {entry!r}")
+        if good:
+            found[part.strip()] = number
+    require(text is None or bool(_words(text)), f"--{flag} must be PART=NUMBER with commas between, got {text!r}")
+    return found

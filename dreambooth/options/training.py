@@ -1,0 +1,474 @@
+"""Every flag of the training script: its meaning, its default and its checks.
+
+Groups of flags are dataclasses; the docstring under a field is its help text, and a group is what functions take. Names and defaults are
+those of Hugging Face diffusers' `train_dreambooth_lora.py` and its sibling for Stable Diffusion XL, so their command lines work here
+unchanged. Where the two have different defaults the flag's is None, and `TrainOptions.completed` fills in that of the base's family.
+This module imports no torch: `--help` and every message about a wrong flag come at once.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Annotated, Literal
+
+import tyro
+
+from dreambooth.errors import shown
+from dreambooth.options.adapter import Adapter
+from dreambooth.options.rules import at_least, named, require, require_package
+from dreambooth.options.speed import Speed
+
+# A boolean that takes a word, True or False, as the reference script's Prodigy flags do.
+Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
+
+# Flags that say nothing without another one.
+_OF_VALIDATION = ("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler", "skip_final_inference")
+_OF_PRIOR = (
+    *("class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images"),
+    *("class_guidance_scale", "class_inference_steps", "class_scheduler", "class_seed"),
+)
+_OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+
+# What a flag that was left out is, by family of the base.
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "sd": {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
+    "sdxl": {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 1e-3},
+    "if": {"resolution": 64, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
+}
+
+
+@dataclasses.dataclass
+class BaseModel:
+    """The frozen base model."""
+
+    pretrained_model_name_or_path: str
+    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. `picturebook/model` is the embedded one."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Folder or hub id of a VAE to use instead of the base's."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit), for every part of the base."""
+    variant: str | None = None
+    """Weight files to prefer, e.g. fp16 for `*.fp16.safetensors`."""
+    tokenizer_name: str | None = None
+    """Folder or hub id of a tokenizer to use instead of the base's (its first)."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, noise or velocity, where its scheduler's file says otherwise."""
+
+    def __post_init__(self) -> None:
+        named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        named("pretrained_vae_model_name_or_path", self.pretrained_vae_model_name_or_path)
+        named("tokenizer_name", self.tokenizer_name)
+        fits = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None  # it becomes part of a file name
+        require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
+
+
+@dataclasses.dataclass
+class InstanceData:
+    """The photos of the subject."""
+
+    instance_prompt: str
+    """Prompt of every instance photo that has no caption, with a rare word for the subject: "a photo of sks dog"."""
+    instance_data_dir: str | None = None
+    """Folder with the photos of the subject; this or --dataset_name."""
+    dataset_name: str | None = None
+    """A data set of photos instead: a folder (photos there or in its `train`), or a hub id, which needs the datasets package."""
+    dataset_config_name: str | None = None
+    """Configuration of the hub's data set."""
+    cache_dir: str | None = None
+    """Where the hub's data set is kept; None is the place that the datasets package has for it."""
+    image_column: str = "image"
+    """Column of the data set with the photos. In a folder's metadata.jsonl `image` is called `file_name`."""
+    caption_column: str | None = None
+    """Column of the data set, or of metadata.jsonl (or .csv) beside the photos, with a caption for each; a folder that has no such file is
+    searched for a .txt file beside each photo. A photo with an empty caption gets --instance_prompt. None takes no captions."""
+    caption_dropout: float = 0.0
+    """Share of the visits of instance photos that are trained with the empty prompt."""
+    repeats: int = 1
+    """How many times a pass goes over every photo: it makes passes (see --num_train_epochs) longer."""
+    resolution: int | None = None
+    """Side of the square crop that is trained on, in pixels; a multiple of 8. None is 512, for Stable Diffusion XL 1024, for DeepFloyd IF 64."""
+    center_crop: bool = False
+    """Crop the middle; without it every visit of a photo that is not square draws a crop of its own."""
+    random_flip: bool = False
+    """Mirror half of the visits of instance photos. Not for faces and writing, whose sides differ."""
+    image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "lanczos"
+    """How photos are resized to the resolution."""
+    dataloader_num_workers: int = 0
+    """Processes that load photos ahead, with --cache_latents off; 0 loads in the training process. The samples are the same either way."""
+    max_image_pixels: int = 64_000_000
+    """Largest picture taken, in pixels: a small file can unpack to gigabytes."""
+    allow_odd_photos: bool = False
+    """Take pictures with a side under 64 pixels."""
+    follow_symlinks: bool = False
+    """Take links to pictures outside the folder."""
+
+    def __post_init__(self) -> None:
+        side = self.resolution
+        require(side is None or (side > 0 and side % 8 == 0), f"--resolution must be a positive multiple of 8, got {side}")
+        require(side is None or side <= 8192, f"--resolution must be at most 8192, got {side}")
+        at_least(self, 0, "dataloader_num_workers")
+        at_least(self, 1, "repeats")
+        require(0 <= self.caption_dropout <= 1, f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}")
+        one = (self.instance_data_dir is None) != (self.dataset_name is None)
+        require(one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
+        for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
+            named(name, getattr(self, name))
+        fits = 4096 <= self.max_image_pixels <= 178_000_000
+        require(fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}")  # where Pillow itself gives up
+        named("instance_data_dir", self.instance_data_dir)
+        require(self.instance_prompt.strip() != "", '--instance_prompt must not be empty; for example "a photo of sks dog"')
+
+
+@dataclasses.dataclass
+class PriorPreservation:
+    """Prior preservation: pictures of the class, drawn by the base itself, keep it from forgetting the class (arXiv 2208.12242, eq. 2)."""
+
+    with_prior_preservation: bool = False
+    """Train on class images beside the instance images."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class images' loss."""
+    class_data_dir: str | None = None
+    """Folder of class images; the missing ones are generated into it."""
+    class_prompt: str | None = None
+    """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""
+    num_class_images: int = 100
+    """How many class images there must be."""
+    sample_batch_size: int = 4
+    """Class images generated at once, per process. Part of what a set of class images is: another number gives other pixels."""
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
+    """Precision of generating class images; None is that of the ones already there, else bf16 where the hardware computes in it (GPUs from Ampere
+    on, CPUs with AVX-512 BF16 or AMX), else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
+    class_guidance_scale: float = 7.5
+    """Classifier-free guidance of class images."""
+    class_inference_steps: int | None = None
+    """Sampling steps of class images; None is that of the ones already there, else 25 for --class_scheduler dpm and 50 for base."""
+    class_scheduler: Literal["dpm", "base"] | None = None
+    """Sampler of class images: the multistep DPM solver (arXiv 2211.01095), or the base's own. None is that of the ones already there, else dpm;
+    for a base in pixels, or with an EDM scheduler, its own."""
+    class_seed: int | None = None
+    """Seed of the class images; None takes that of the class images already there, else --seed, else 0."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "prior_loss_weight", "class_guidance_scale")
+        at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
+        if self.with_prior_preservation:
+            require(self.class_data_dir is not None, "You must specify a data directory for class images: --class_data_dir")
+            require(bool(self.class_prompt and self.class_prompt.strip()), "You must specify prompt for class images: --class_prompt")
+
+
+@dataclasses.dataclass
+class TextEncoding:
+    """The text encoder."""
+
+    train_text_encoder: bool = False
+    """Train LoRA on the text encoder too (on both, where the base has two)."""
+    train_text_encoder_frac: float = 1.0
+    """Share of the run in which the text encoder is trained; then it is frozen, its prompts encoded once more, and freed."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out at its end (of Stable Diffusion XL's, before the last but one, which it always takes)."""
+    pre_compute_text_embeddings: bool = False
+    """Encode the prompts once and free the text encoder. Always so when it is not trained; kept for old command lines."""
+    tokenizer_max_length: int | None = None
+    """Tokens that prompts are padded to; None takes what the text encoder has room for."""
+    text_encoder_use_attention_mask: bool = False
+    """Hide the padding from the text encoder: always so for DeepFloyd IF. Not how Stable Diffusion's was trained, nor how pipelines call it."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 3, "tokenizer_max_length")
+        at_least(self, 0, "clip_skip")
+        share = self.train_text_encoder_frac
+        require(0 < share <= 1, f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none")
+        both = self.train_text_encoder and self.pre_compute_text_embeddings
+        require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
+
+
+@dataclasses.dataclass
+class Optimization:
+    """The optimizer and its learning rate."""
+
+    learning_rate: float | None = None
+    """Learning rate. None is 5e-4, for Stable Diffusion XL 1e-4, with Prodigy 1."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it is always --learning_rate."""
+    scale_lr: bool = False
+    """Multiply the learning rates by gradient accumulation x batch size x processes."""
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "constant"
+    """Course of the learning rate."""
+    lr_warmup_steps: int = 500
+    """Steps over which the learning rate rises from 0 (not for `constant`)."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of polynomial."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit (bitsandbytes package), prodigy (prodigyopt package), adafactor or schedule-free (schedulefree package)."""
+    use_8bit_adam: bool = False
+    """The same as --optimizer adamw8bit."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's mean of squared gradients."""
+    adam_weight_decay: float | None = None
+    """Decoupled weight decay of the UNet's adapter, whatever the optimizer. None is 1e-2, for Stable Diffusion XL 1e-4."""
+    adam_weight_decay_text_encoder: float | None = None
+    """The same of the text encoder's adapter. None is --adam_weight_decay, for Stable Diffusion XL 1e-3."""
+    adam_epsilon: float = 1e-8
+    """Added to Adam's denominator."""
+    prodigy_beta3: float | None = None
+    """Decay of Prodigy's estimate of its step size; None is the root of --adam_beta2."""
+    prodigy_decouple: Spoken = True
+    """Prodigy decays weights as AdamW does."""
+    prodigy_use_bias_correction: Spoken = True
+    """Prodigy corrects its moments' bias at the start, as Adam does."""
+    prodigy_safeguard_warmup: Spoken = True
+    """Prodigy leaves the learning rate out of its estimate while that rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm")
+        at_least(self, 0, "text_encoder_lr", "adam_weight_decay_text_encoder")
+        at_least(self, 1, "lr_num_cycles")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        # without it the first step divides zero by zero: LoRA's A has no gradient while B is zero
+        require(0 < self.adam_epsilon < float("inf"), f"--adam_epsilon must be over 0, got {self.adam_epsilon}")
+        beta3 = self.prodigy_beta3
+        require(beta3 is None or 0 <= beta3 < 1, f"--prodigy_beta3 must be in [0, 1), got {beta3}")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        self.optimizer = self.optimizer.lower()
+        known = self.optimizer in OPTIMIZERS
+        require(known, f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {shown(self.optimizer)}")
+        if self.use_8bit_adam:
+            fits = self.optimizer in ("adamw", "adamw8bit")
+            require(fits, f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}")
+            self.optimizer = "adamw8bit"
+        flag = "--use_8bit_adam" if self.use_8bit_adam else f"--optimizer {self.optimizer}"
+        for name, package, extra in (
+            ("adamw8bit", "bitsandbytes", "bitsandbytes"),
+            ("prodigy", "prodigyopt", "prodigy"),
+            ("schedule-free", "schedulefree", "schedule-free"),
+        ):
+            require_package(self.optimizer == name, flag, package, f"pip install '.[{extra}]'")
+        if self.optimizer == "schedule-free":
+            fits = self.lr_scheduler in ("constant", "constant_with_warmup")
+            require(fits, f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}")
+            require(self.adam_beta1 > 0, f"--adam_beta1 must be over 0 with --optimizer schedule-free, got {self.adam_beta1}")
+
+
+@dataclasses.dataclass
+class Objective:
+    """What the UNet is trained to predict, and how its errors count."""
+
+    snr_gamma: float | None = None
+    """Min-SNR weighting (arXiv 2303.09556): errors at low noise count less; 5 is usual. None counts all alike."""
+    noise_offset: float = 0.0
+    """Noise of this standard deviation, one value a channel, is added to the noise: lets the model reach darker and brighter pictures."""
+    do_edm_style_training: bool = False
+    """Train on continuous noise levels, on the clean picture (arXiv 2206.00364). Always so for a base with an EDM scheduler."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "noise_offset")
+        require(
+            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"), f"--snr_gamma must be over 0, got {self.snr_gamma}; leave it out for none"
+        )
+        both = self.do_edm_style_training and self.snr_gamma is not None
+        require(not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training.")
+
+
+@dataclasses.dataclass
+class Run:
+    """How long, where and with what arithmetic."""
+
+    output_dir: str = "lora-dreambooth-model"
+    """Folder of the adapter, checkpoints, logs and validation pictures."""
+    seed: int | None = None
+    """Every random choice follows from it; None draws one, prints it and stores it in run.yaml."""
+    train_batch_size: int = 4
+    """Instance photos in one forward pass, per process (as many class images on top with prior preservation)."""
+    num_train_epochs: int = 1
+    """Passes over the photos, or the class images if they are more, when --max_train_steps is not given."""
+    max_train_steps: int | None = None
+    """Optimizer steps; overrides --num_train_epochs."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes per optimizer step, per process."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept; the oldest go once a newer one is safe. None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """`latest` (or `auto`), `checkpoint-N` or a path: go on from there."""
+    overwrite: bool = False
+    """Remove what an earlier run left in the output folder (checkpoints, adapter, metrics, validation pictures) and start anew."""
+    allow_data_change: bool = False
+    """Resume although photos or class images are not those that the checkpoint was trained on."""
+    max_train_minutes: float | None = None
+    """Stop after so many minutes, with a checkpoint and exit status 75; start again with --resume_from_checkpoint latest to go on."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Arithmetic of the frozen weights; None takes `accelerate`'s setting. The adapter is float32 always."""
+    num_threads: int | None = None
+    """CPU threads; None leaves them to torch. On a CPU another number gives other last bits."""
+    gradient_sync: Literal["exact", "ddp"] = "exact"
+    """Sum of the processes' gradients: `exact` adds them in a fixed order, so that any process count gives the same bits; `ddp` adds them
+    once a step in an order of the backend's own, which moves less data and gives the same up to rounding."""
+    peer_timeout: float = 600.0
+    """Seconds that a process waits for the others within a step before it gives up."""
+    allow_tf32: bool = False
+    """TF32 matrix products on Ampere and later GPUs."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Attention by the xformers package instead of torch's own."""
+    local_rank: int = -1
+    """Set by old distributed launchers; taken over as LOCAL_RANK where that is not set."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
+        at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
+        at_least(self, 0, "seed", "max_train_minutes")
+        require(
+            not (self.overwrite and self.resume_from_checkpoint),
+            "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",
+        )
+        wanted = self.enable_xformers_memory_efficient_attention
+        require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
+
+
+@dataclasses.dataclass
+class Validation:
+    """Pictures along the way."""
+
+    validation_prompt: str | None = None
+    """Prompt of the validation pictures; None makes none."""
+    num_validation_images: int = 4
+    """Pictures at each validation."""
+    validation_epochs: int = 50
+    """Passes (as in --num_train_epochs) between validations; the first comes after the first pass."""
+    validation_steps: int | None = None
+    """Steps between validations, instead of passes."""
+    validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = None
+    """Sampler of the validation pictures; None is the multistep DPM solver, for DeepFloyd IF DDPM, for a base with an EDM scheduler its own."""
+    skip_final_inference: bool = False
+    """Make no pictures at the end."""
+    validation_images: tuple[str, ...] | None = None
+    """First-stage pictures to validate a second-stage model with. No base of this version takes them: refused."""
+    class_labels_conditioning: str | None = None
+    """`timesteps` for second-stage models. No base of this version takes it: refused."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_validation_images", "validation_epochs", "validation_steps")
+        require(self.validation_prompt is None or self.validation_prompt.strip() != "", "--validation_prompt must not be empty")
+        why = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
+        require(self.validation_images is None, f"--validation_images {why}")
+        require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
+
+
+@dataclasses.dataclass
+class Reports:
+    """Logs and uploads. metrics.jsonl is always written."""
+
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
+    """Tracker: left out with a note when tensorboard, the default, is not installed."""
+    logging_dir: str = "logs"
+    """Folder of the tracker's logs, under the output folder."""
+    push_to_hub: bool = False
+    """Upload adapter, model card and pictures to the hub when the run is finished."""
+    hub_token: str | None = None
+    """Token for --push_to_hub; None takes the one of `hf auth login`. It is written nowhere."""
+    hub_model_id: str | None = None
+    """Repository for --push_to_hub; None is the name of the output folder."""
+    hub_private_repo: bool = False
+    """Make the repository a private one."""
+
+    def __post_init__(self) -> None:
+        named("hub_model_id", self.hub_model_id)
+        for tracker, extra in (("wandb", "wandb"), ("comet_ml", "comet")):
+            require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'")
+
+
+@dataclasses.dataclass
+class TrainOptions:
+    """All flags of train_dreambooth_lora.py."""
+
+    base: BaseModel
+    instance: InstanceData
+    prior: PriorPreservation = dataclasses.field(default_factory=PriorPreservation)
+    text: TextEncoding = dataclasses.field(default_factory=TextEncoding)
+    adapter: Adapter = dataclasses.field(default_factory=Adapter)
+    optimization: Optimization = dataclasses.field(default_factory=Optimization)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    run: Run = dataclasses.field(default_factory=Run)
+    speed: Speed = dataclasses.field(default_factory=Speed)
+    validation: Validation = dataclasses.field(default_factory=Validation)
+    reports: Reports = dataclasses.field(default_factory=Reports)
+
+    def __post_init__(self) -> None:
+        one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates().values())
+        require(one_rate, "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one")
+        for name in ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers"):
+            given = getattr(self.adapter, name)
+            require(given is None or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
+        prior = self.prior
+        folders = [os.path.realpath(folder) for folder in (self.instance.instance_data_dir, prior.class_data_dir) if folder and "\0" not in folder]
+        same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
+        require(not same, f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both")
+
+    def notes(self) -> list[str]:
+        """What is odd about the flags but no error."""
+        notes = []
+        prior = self.prior
+        if prior.with_prior_preservation and prior.class_prompt and prior.class_prompt.strip() == self.instance.instance_prompt.strip():
+            notes.append("--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways.")
+        for group, names, has_it, needed in (
+            (self.optimization, ("text_encoder_lr", "adam_weight_decay_text_encoder"), self.text.train_text_encoder, "--train_text_encoder"),
+            (self.text, ("train_text_encoder_frac",), self.text.train_text_encoder, "--train_text_encoder"),
+            (self.validation, _OF_VALIDATION, self.validation.validation_prompt is not None, "--validation_prompt"),
+            (prior, _OF_PRIOR, prior.with_prior_preservation, "--with_prior_preservation"),
+            (self.optimization, _OF_PRODIGY, self.optimization.optimizer == "prodigy", "--optimizer prodigy"),
+            (self.instance, ("cache_dir", "dataset_config_name"), self.instance.dataset_name is not None, "--dataset_name"),
+        ):
+            for name in names:
+                if not has_it and getattr(group, name) != type(group).__dataclass_fields__[name].default:
+                    notes.append(f"You need not use --{name} without {needed}.")
+        other_rate = self.optimization.text_encoder_lr not in (None, self.optimization.learning_rate or 1.0)
+        if self.optimization.optimizer == "prodigy" and self.text.train_text_encoder and other_rate:
+            notes.append("Prodigy has one step size for all: the text encoder is trained with --learning_rate, not --text_encoder_lr.")
+        if self.optimization.optimizer == "adafactor":
+            notes.append("Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers.")
+        if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
+            notes.append(
+                f"--learning_rate {self.optimization.learning_rate} is small for Prodigy, which multiplies its own step size by it; 1 is usual"
+            )
+        return notes
+
+    def text_steps(self, max_steps: int) -> int:
+        """Steps of a run of `max_steps` after which the text encoder is trained no more."""
+        return max(1, round(self.text.train_text_encoder_frac * max_steps))
+
+    def without_once(self) -> "TrainOptions":
+        """The options less those that hold for one start of the run only."""
+        run = dataclasses.replace(self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)
+        return dataclasses.replace(self, run=run)
+
+    def completed(self, family: str) -> "TrainOptions":
+        """The options with nothing left open that depends on the base's `family`: sd, sdxl or if."""
+        defaults, o = _DEFAULTS[family], self.optimization
+
+        def pick(given: float | None, *else_: float | None) -> float:
+            return next(value for value in (given, *else_) if value is not None)
+
+        one = 1.0 if o.optimizer == "prodigy" else None
+        rate = pick(o.learning_rate, one, defaults["learning_rate"])
+        decay = pick(o.adam_weight_decay, defaults["adam_weight_decay"])
+        optimization = dataclasses.replace(o, learning_rate=rate, adam_weight_decay=decay)
+        if self.text.train_text_encoder:
+            # Prodigy has one step size for all
+            optimization.text_encoder_lr = rate if one else pick(o.text_encoder_lr, defaults.get("text_encoder_lr"), rate)
+            own_decay = o.adam_weight_decay_text_encoder
+            optimization.adam_weight_decay_text_encoder = pick(own_decay, defaults.get("adam_weight_decay_text_encoder"), decay)
+        instance = dataclasses.replace(self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"])))
+        return dataclasses.replace(self, instance=instance, optimization=optimization)

@@ -1,0 +1,50 @@
+"""What is made of a finished adapter: its kohya form, its model card, its upload."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth.adapter_files import formats, layer_names, native
+from dreambooth.bases import families, folders
+from dreambooth.options.training import TrainOptions
+from dreambooth.runtime.stops import Stop
+from dreambooth.training import hub, model_card
+
+
+def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures: Sequence[str], repository: str | None) -> None:
+    """Write and upload what the flags ask for. `pictures` are names in the adapter's folder, `repository` is OWNER/NAME on the hub or None.
+    Raises Stop if one of them fails."""
+    folder = adapter.parent
+    if options.adapter.output_kohya_format:
+        _write_kohya(options, base, adapter)
+    if repository is not None:
+        card = model_card.model_card(options, base_folder=base.folder, family=base.family.key, pictures=pictures, repository=repository)
+        try:
+            native.write_atomically(folder / hub.CARD_NAME, card.encode())
+            print(f"uploaded to {hub.push(options.reports, folder, pictures)}")
+        except (OSError, hub.UploadFailed) as error:
+            raise Stop(str(error)) from None
+
+
+def _write_kohya(options: TrainOptions, base: families.Base, adapter: Path) -> None:
+    info = {"resolution": options.instance.resolution, "seed": options.run.seed, "prediction_type": _prediction_type(base)}
+    layers = base.layers()
+    found = formats.read(adapter, layers)
+    data = formats.write_kohya(found, _kohya_family(base), info, depth=layer_names.depth_of(layers["unet"]))
+    path = adapter.parent / hub.KOHYA_NAME
+    try:
+        native.write_atomically(path, data)
+    except OSError as error:
+        raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
+    print(f"wrote {path}")
+
+
+def _kohya_family(base: families.Base) -> formats.Family:
+    if base.family.key == "sdxl":
+        return "sdxl"
+    width = folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"]
+    return "sd2" if width == 1024 else "sd1"
+
+
+def _prediction_type(base: families.Base) -> str:
+    own = folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    return base.options.prediction_type or own
