@@ -38,7 +38,9 @@ def parse_command(words: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_command(sys.argv[1:])  # before the imports below: --help and mistakes are answered at once
+    OPTIONS = parse_command(
+        sys.argv[1:]
+    )  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
 
 import re
@@ -50,7 +52,16 @@ import torch
 from dreambooth.adapter_files import bake as base_weights
 from dreambooth.adapter_files import deltas, layer_names, merging, native
 from dreambooth.adapter_files.deltas import Lora
-from dreambooth.adapter_files.formats import Adapter, Family, read, table, to_lora, write_kohya, write_native, write_peft
+from dreambooth.adapter_files.formats import (
+    Adapter,
+    Family,
+    read,
+    table,
+    to_lora,
+    write_kohya,
+    write_native,
+    write_peft,
+)
 from dreambooth.bases import folders
 from dreambooth.errors import UserError, shown
 from dreambooth.options import adapter_sets
@@ -91,13 +102,25 @@ def _read_whole(path: str, base: Any) -> Adapter:
     adapter = read(Path(path), base.layers() if base else None)
     if base:
         return adapter
-    modules = [(component, path, module) for component, own in adapter.components.items() for path, module in own.items()]
+    modules = [
+        (component, path, module)
+        for component, own in adapter.components.items()
+        for path, module in own.items()
+    ]
     needs = "give --pretrained_model_name_or_path"
     if raw := [name for _, name, _ in modules if layer_names.is_raw(name)]:
-        raise UserError(f"{shown(path)}: {raw[0]} is a name in kohya's layout, which only the base's own layers tell where to part; {needs}")
-    if others := [(f"{component}.{name}", deltas.kind(module)) for component, name, module in modules if not isinstance(module, Lora)]:
+        raise UserError(
+            f"{shown(path)}: {raw[0]} is a name in kohya's layout, which only the base's own layers tell where to part; {needs}"
+        )
+    if others := [
+        (f"{component}.{name}", deltas.kind(module))
+        for component, name, module in modules
+        if not isinstance(module, Lora)
+    ]:
         layer, kind = others[0]
-        raise UserError(f"{shown(path)}: {layer} is a {kind}, which does not say the size of its layer's kernel; {needs}")
+        raise UserError(
+            f"{shown(path)}: {layer} is a {kind}, which does not say the size of its layer's kernel; {needs}"
+        )
     return adapter
 
 
@@ -133,9 +156,13 @@ def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
         if path.exists() and not path.is_dir():
             raise UserError(f"{flag}: {shown(name)} is a file; name a folder")
         if path.is_dir() and (held := sorted(entry.name for entry in path.iterdir())):
-            raise UserError(f"{flag}: {shown(name)} is not empty, it holds {', '.join(map(shown, held[:3]))}; name a new folder")
+            raise UserError(
+                f"{flag}: {shown(name)} is not empty, it holds {', '.join(map(shown, held[:3]))}; name a new folder"
+            )
         if within := [folder for folder in inputs if path.resolve().is_relative_to(folder.resolve())]:
-            raise UserError(f"{flag}: {shown(name)} lies in {shown(within[0])}, which is read; name a folder outside of it")
+            raise UserError(
+                f"{flag}: {shown(name)} lies in {shown(within[0])}, which is read; name a folder outside of it"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag}: {shown(name)} cannot be made: {error.strerror or error}") from None
@@ -188,7 +215,9 @@ def _turning_table(adapter: Any) -> str:
     for component, modules in adapter.components.items():
         counted = sorted(Counter(adapter.size(component, module) for module in modules).items())
         words = [f"{size}" + f" ({count}x)" * (len(counted) > 1) for size, count in counted]
-        lines.append(f"{component:<16} {adapter.settings[component][0].lower():<6} {len(modules):>8}  {', '.join(words)}")
+        lines.append(
+            f"{component:<16} {adapter.settings[component][0].lower():<6} {len(modules):>8}  {', '.join(words)}"
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +226,9 @@ def _scales(adapter: Adapter) -> str:
     lines = [f"{'component':<16} scale"]
     for component, scales in adapter.scales.items():
         counted = Counter(f"{scale:.6g}" for scale in scales.values()).most_common(6)
-        lines.append(f"{component:<16} {', '.join(scale + f' ({count}x)' * (len(counted) > 1) for scale, count in counted)}")
+        lines.append(
+            f"{component:<16} {', '.join(scale + f' ({count}x)' * (len(counted) > 1) for scale, count in counted)}"
+        )
     return "\n".join(lines)
 
 
@@ -210,10 +241,17 @@ def _norms(adapter: Adapter) -> str:
     for component, modules in adapter.components.items():
         for path, module in modules.items():
             found = _BLOCK.search(f"{path}.") if component == "unet" else None
-            blocks[f"unet {found[1]}" if found else "unet, other" if component == "unet" else component].append(deltas.norm(module))
+            blocks[
+                f"unet {found[1]}" if found else "unet, other" if component == "unet" else component
+            ].append(deltas.norm(module))
     lines = [f"{'block':<24} {'layers':>6} {'norm of the update':>20} {'largest of a layer':>20}"]
-    lines += [f"{name:<24} {len(norms):>6} {sum(n * n for n in norms) ** 0.5:>20.6g} {max(norms):>20.6g}" for name, norms in blocks.items()]
-    if any(module.magnitude is not None for modules in adapter.components.values() for module in modules.values()):
+    lines += [
+        f"{name:<24} {len(norms):>6} {sum(n * n for n in norms) ** 0.5:>20.6g} {max(norms):>20.6g}"
+        for name, norms in blocks.items()
+    ]
+    if any(
+        module.magnitude is not None for modules in adapter.components.values() for module in modules.values()
+    ):
         lines.append("(without the lengths of rows that DoRA has as well)")
     return "\n".join(lines)
 
@@ -221,14 +259,19 @@ def _norms(adapter: Adapter) -> str:
 def _metadata(metadata: Mapping[str, str]) -> str:
     if not metadata:
         return "no metadata"
-    cut = {name: text if len(text) <= 300 else f"{text[:300]} ... ({len(text)} characters)" for name, text in sorted(metadata.items())}
+    cut = {
+        name: text if len(text) <= 300 else f"{text[:300]} ... ({len(text)} characters)"
+        for name, text in sorted(metadata.items())
+    }
     return "\n".join(["metadata", *(f"  {shown(name)}: {shown(text)}" for name, text in cut.items())])
 
 
 def convert(options: ConvertOptions) -> None:
     dtype = DTYPES[options.dtype]
     if options.to == "peft":
-        folder = _new_folder("--output", options.output, [path for path in [Path(options.adapter)] if path.is_dir()])
+        folder = _new_folder(
+            "--output", options.output, [path for path in [Path(options.adapter)] if path.is_dir()]
+        )
     else:
         path = _new_file(options.output, [options.adapter])
     base = _base(options.base)
@@ -259,17 +302,27 @@ def _family(path: str, adapter: Adapter, base: Any) -> Family:
     if (base and base.family.key == "sdxl") or "text_encoder_2" in adapter.components:
         return "sdxl"
     if base:
-        return "sd2" if folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"] == 1024 else "sd1"
+        return (
+            "sd2"
+            if folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"] == 1024
+            else "sd1"
+        )
     known: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     unet = adapter.components.get("unet", {})
     widths = {deltas.shape(module)[1] for name, module in unet.items() if re.search(r"attn2\.to_[kv]$", name)}
     if len(widths) != 1 or not widths <= known.keys():
-        raise UserError(f"{shown(path)}: its layers do not tell whether it is for Stable Diffusion 1, 2 or XL; give --pretrained_model_name_or_path")
+        raise UserError(
+            f"{shown(path)}: its layers do not tell whether it is for Stable Diffusion 1, 2 or XL; give --pretrained_model_name_or_path"
+        )
     return known[widths.pop()]
 
 
 def _prediction_type(base: Any) -> str:
-    return str(folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
+    return str(
+        folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get(
+            "prediction_type", "epsilon"
+        )
+    )
 
 
 def _text_prefixes() -> dict[str, str]:
@@ -326,19 +379,27 @@ def extract(options: ExtractOptions) -> None:
     except UserError as error:
         raise UserError(str(error).replace("--pretrained_model_name_or_path", "--tuned")) from None
     if tuned.family is not base.family:
-        raise UserError(f"--tuned: {shown(options.tuned)} is a {tuned.family.name}, and the base a {base.family.name}")
+        raise UserError(
+            f"--tuned: {shown(options.tuned)} is a {tuned.family.name}, and the base a {base.family.name}"
+        )
     kind = Kind(target_preset=options.target_preset)
     targets = {
         part: [
             layer.removeprefix("text_model.")
-            for layer in inject.layers_at(inject.unet_targets(kind) if part == "unet" else inject.text_targets(0, 0, kind), own)
+            for layer in inject.layers_at(
+                inject.unet_targets(kind) if part == "unet" else inject.text_targets(0, 0, kind), own
+            )
         ]
         for part, own in layers.items()
         if part == "unet" or base.family.trains_text
     }
-    lora, kept, covered = base_weights.extract(base.folder, tuned.folder, options.base.variant, targets, options.rank)
+    lora, kept, covered = base_weights.extract(
+        base.folder, tuned.folder, options.base.variant, targets, options.rank
+    )
     for part, share in covered.items():
-        print(f"{part}: {share:.4%} of what differs lies in the layers of --target_preset {options.target_preset}")
+        print(
+            f"{part}: {share:.4%} of what differs lies in the layers of --target_preset {options.target_preset}"
+        )
     _say_kept(kept)
     _save(path, lora, options.dtype)
 
@@ -354,7 +415,9 @@ def bake(options: BakeOptions) -> None:
         adapter = apply.read(Path(name), layers)
         if not isinstance(adapter, Adapter) and weight != 1:
             kinds = ", ".join(adapter.kinds).upper()
-            raise UserError(f"--adapter: {shown(name)} is {kinds}, which turns weights: its own can be 1 only, got {weight:g}")
+            raise UserError(
+                f"--adapter: {shown(name)} is {kinds}, which turns weights: its own can be 1 only, got {weight:g}"
+            )
         contents = table(adapter) if isinstance(adapter, Adapter) else _turning_table(adapter)
         print(f"{shown(name)}, weight {weight:g}", contents, sep="\n")
         uses.append((adapter, weight))

@@ -8,7 +8,9 @@ from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(ClassImageOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    OPTIONS = parse(
+        ClassImageOptions, __doc__
+    )  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
     startup.hash_ahead(OPTIONS.base)
     startup.imports_begin()
@@ -53,7 +55,9 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
     scheduler = class_images.sampler_of(options.class_scheduler, base)
-    prompts.check(families.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base))
+    prompts.check(
+        families.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
+    )
     settings = class_images.Settings(
         base=base.fingerprint(),
         prompt=options.class_prompt,

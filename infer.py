@@ -6,7 +6,9 @@ from dreambooth.options.pictures import InferOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(InferOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    OPTIONS = parse(
+        InferOptions, __doc__
+    )  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
     startup.imports_begin()
 
@@ -122,7 +124,13 @@ def infer(options: InferOptions, watch: Watch) -> None:
     adapters = read_adapters(sets, base, options.clip_skip)
     arms = plan(options, sets, adapters, words)
     check(options, arms, adapters, base)
-    peers.check_same({"prompts and adapters": hashlib.sha256(repr((arms, [worn.sha256 for worn in adapters.values()])).encode()).hexdigest()})
+    peers.check_same(
+        {
+            "prompts and adapters": hashlib.sha256(
+                repr((arms, [worn.sha256 for worn in adapters.values()])).encode()
+            ).hexdigest()
+        }
+    )
     output_dir = Path(options.output_dir)
     processes.make_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
@@ -156,7 +164,13 @@ def read_adapters(sets: Sequence[AdapterSet], base: families.Base, clip_skip: in
                 raise UserError(f"{one.where}: {error}") from None
             recorded = native.recorded(adapter.metadata).get("clip_skip", 0)
             recorded = recorded if type(recorded) is int and recorded >= 0 else 0
-            found[choice.path] = Worn(f"adapter_{len(found)}", adapter, label, sha256, clip_skip if clip_skip is not None else recorded)
+            found[choice.path] = Worn(
+                f"adapter_{len(found)}",
+                adapter,
+                label,
+                sha256,
+                clip_skip if clip_skip is not None else recorded,
+            )
     return found
 
 
@@ -164,7 +178,11 @@ def _identity(path: Path) -> tuple[str, str]:
     """(how an adapter is shown, a hash of its files)."""
     whole = path / native.ADAPTER_NAME
     file = whole if path.is_dir() and whole.exists() else path
-    files = [file] if file.is_file() else sorted(p for p in file.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
+    files = (
+        [file]
+        if file.is_file()
+        else sorted(p for p in file.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
+    )
     hashes = []
     try:
         for one in files:
@@ -173,31 +191,54 @@ def _identity(path: Path) -> tuple[str, str]:
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     absolute = file.absolute()
-    return f"{absolute.parent.name}/{absolute.name}", hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return f"{absolute.parent.name}/{absolute.name}", hashes[0] if len(hashes) == 1 else hashlib.sha256(
+        "".join(hashes).encode()
+    ).hexdigest()
 
 
-def plan(options: InferOptions, sets: Sequence[AdapterSet], adapters: dict[Path, Worn], words: Sequence[str]) -> list[Arm]:
+def plan(
+    options: InferOptions, sets: Sequence[AdapterSet], adapters: dict[Path, Worn], words: Sequence[str]
+) -> list[Arm]:
     """All that is drawn, in the order of its columns on the sheet; the base first, if it is wanted."""
-    wanted: list[tuple[str, AdapterSet | None, float]] = [("base", None, 0.0)] if options.compare or not sets else []
+    wanted: list[tuple[str, AdapterSet | None, float]] = (
+        [("base", None, 0.0)] if options.compare or not sets else []
+    )
     for one in sets:
         label = one.name if options.adapters_file else "adapter"
-        wanted += [(label if options.sweep is None else f"{label} x {factor:g}", one, factor) for factor in options.factors()]
+        wanted += [
+            (label if options.sweep is None else f"{label} x {factor:g}", one, factor)
+            for factor in options.factors()
+        ]
     arms = []
     skips = [adapters[choice.path].clip_skip for one in sets for choice in one.choices]
     everything = dict.fromkeys([*words, *(prompt for one in sets for prompt in one.prompts)])
     for label, chosen, factor in wanted:
         asked = list(everything) if chosen is None else list(chosen.prompts or words)
         if not asked:
-            raise UserError(f"{chosen.where if chosen else '--prompt'} has no prompts; give it some, or --prompt for all sets")
+            raise UserError(
+                f"{chosen.where if chosen else '--prompt'} has no prompts; give it some, or --prompt for all sets"
+            )
         own = [adapters[choice.path].clip_skip for choice in chosen.choices] if chosen else []
         clip_skip = options.clip_skip if options.clip_skip is not None else next(iter(own or skips), 0)
-        arms.append(Arm(label, chosen, factor, clip_skip, tuple((prompt, seed) for prompt in asked for seed in options.seeds)))
+        arms.append(
+            Arm(
+                label,
+                chosen,
+                factor,
+                clip_skip,
+                tuple((prompt, seed) for prompt in asked for seed in options.seeds),
+            )
+        )
     return arms
 
 
-def check(options: InferOptions, arms: Sequence[Arm], adapters: dict[Path, Worn], base: families.Base) -> None:
+def check(
+    options: InferOptions, arms: Sequence[Arm], adapters: dict[Path, Worn], base: families.Base
+) -> None:
     """Raise UserError if an arm asks for what its adapters, or this base, cannot do."""
-    asked = {f"the prompt {prompt!r}": prompt for arm in arms for prompt, _ in arm.jobs} | {"--negative_prompt": options.negative_prompt}
+    asked = {f"the prompt {prompt!r}": prompt for arm in arms for prompt, _ in arm.jobs} | {
+        "--negative_prompt": options.negative_prompt
+    }
     prompts.check(families.load_tokenizers(base), asked, families.max_tokens(base))
     for clip_skip in dict.fromkeys(arm.clip_skip for arm in arms):
         families.check_text(base, TextEncoding(clip_skip=clip_skip))
@@ -208,30 +249,52 @@ def check(options: InferOptions, arms: Sequence[Arm], adapters: dict[Path, Worn]
                 where, kinds = arm.where, ", ".join(adapter.kinds).upper()
                 for weight in choice.weights(arm.factor).values():
                     if weight not in (0, 1):
-                        raise UserError(f"{where}: {shown(choice.path)} is {kinds}, which turns weights: its own can be 0 or 1 only, got {weight:g}")
+                        raise UserError(
+                            f"{where}: {shown(choice.path)} is {kinds}, which turns weights: its own can be 0 or 1 only, got {weight:g}"
+                        )
                 if options.fuse == "no":
-                    raise UserError(f"{where}: {shown(choice.path)} is {kinds}, which is always worked into the weights; leave --fuse no out")
+                    raise UserError(
+                        f"{where}: {shown(choice.path)} is {kinds}, which is always worked into the weights; leave --fuse no out"
+                    )
 
 
 def table(arms: Sequence[Arm], adapters: dict[Path, Worn], how: apply.Fusing, dtype: torch.dtype) -> str:
     """What was read, line by line, and what the user should know of it."""
-    lines = [f"{'set':<16} {'adapter':<28} {'component':<16} {'kind':<6} {'modules':>7}  {'rank':<12} {'weight':<24}"] if adapters else []
+    lines = (
+        [
+            f"{'set':<16} {'adapter':<28} {'component':<16} {'kind':<6} {'modules':>7}  {'rank':<12} {'weight':<24}"
+        ]
+        if adapters
+        else []
+    )
     notes = []
     for arm in arms:
         worn = [adapters[choice.path] for choice in arm.choices]
-        seen = [adapters[choice.path].adapter for choice in arm.choices if apply.is_worn(choice.weights(arm.factor))]
+        seen = [
+            adapters[choice.path].adapter
+            for choice in arm.choices
+            if apply.is_worn(choice.weights(arm.factor))
+        ]
         is_fused = apply.is_fused(seen, how, dtype)
         for choice, one in zip(arm.choices, worn, strict=True):
             weights = choice.weights(arm.factor)
             for component, kind, modules, ranks in _contents(one.adapter):
                 own = {part: w for part, w in weights.items() if part.partition(".")[0] in ("", component)}
-                said = ", ".join(f"{part + ' ' if part else ''}{w:g}" for part, w in own.items()) + (" (fused)" if is_fused else "")
-                lines.append(f"{arm.label[:16]:<16} {choice.name[:28]:<28} {component:<16} {kind:<6} {modules:>7}  {ranks[:12]:<12} {said}")
+                said = ", ".join(f"{part + ' ' if part else ''}{w:g}" for part, w in own.items()) + (
+                    " (fused)" if is_fused else ""
+                )
+                lines.append(
+                    f"{arm.label[:16]:<16} {choice.name[:28]:<28} {component:<16} {kind:<6} {modules:>7}  {ranks[:12]:<12} {said}"
+                )
         skips = {f"{one.label}: {one.clip_skip}" for one in worn}
         if len({one.clip_skip for one in worn}) > 1:
-            notes.append(f"note: the adapters were trained with different clip_skip ({', '.join(sorted(skips))}); drawn with {arm.clip_skip}")
+            notes.append(
+                f"note: the adapters were trained with different clip_skip ({', '.join(sorted(skips))}); drawn with {arm.clip_skip}"
+            )
     if len({arm.clip_skip for arm in arms}) > 1:
-        notes.append("note: the sets are drawn with different clip_skip, as their adapters were trained; --clip_skip sets one for all")
+        notes.append(
+            "note: the sets are drawn with different clip_skip, as their adapters were trained; --clip_skip sets one for all"
+        )
     return "".join(f"{line.rstrip()}\n" for line in [*lines, *dict.fromkeys(notes)])
 
 
@@ -241,11 +304,18 @@ def _contents(adapter: Adapter | Rotations) -> list[tuple[str, str, int, str]]:
     for component, modules in adapter.components.items():
         for path in modules:
             if isinstance(adapter, Rotations):
-                rows.setdefault((component, adapter.settings[component][0].lower()), []).append(adapter.size(component, path))
+                rows.setdefault((component, adapter.settings[component][0].lower()), []).append(
+                    adapter.size(component, path)
+                )
             else:
                 module = adapter.components[component][path]
-                rows.setdefault((component, deltas.kind(module)), []).append("dense" if module.rank is None else module.rank)
-    return [(*key, len(ranks), ", ".join(str(rank) for rank in sorted(set(ranks), key=str))) for key, ranks in rows.items()]
+                rows.setdefault((component, deltas.kind(module)), []).append(
+                    "dense" if module.rank is None else module.rank
+                )
+    return [
+        (*key, len(ranks), ", ".join(str(rank) for rank in sorted(set(ranks), key=str)))
+        for key, ranks in rows.items()
+    ]
 
 
 def draw_all(
@@ -275,17 +345,32 @@ def draw_all(
             start = len(records)
             has_base = bool(adapters) and not arm.set
             records += [
-                {"file": f"{number:05d}_{seed}{'_base' if has_base else ''}.png", "prompt": prompt, "seed": seed, **_settings(options, arm, adapters)}
+                {
+                    "file": f"{number:05d}_{seed}{'_base' if has_base else ''}.png",
+                    "prompt": prompt,
+                    "seed": seed,
+                    **_settings(options, arm, adapters),
+                }
                 for number, (prompt, seed) in enumerate(arm.jobs, start)
             ]
-            chunks = [records[first : first + options.batch_size] for first in range(start, len(records), options.batch_size)]
-            mine = [chunk for number, chunk in enumerate(chunks, chunk_number) if number % peers.world == peers.rank]
+            chunks = [
+                records[first : first + options.batch_size]
+                for first in range(start, len(records), options.batch_size)
+            ]
+            mine = [
+                chunk
+                for number, chunk in enumerate(chunks, chunk_number)
+                if number % peers.world == peers.rank
+            ]
             chunk_number += len(chunks)
             if not mine:
                 continue
             with stack.worn(arm.weights(adapters), options.fuse), torch.no_grad():
                 text = families.text_of(pipeline, base, clip_skip=arm.clip_skip)
-                book = text.book([*(record["prompt"] for chunk in mine for record in chunk), options.negative_prompt], watch.check)
+                book = text.book(
+                    [*(record["prompt"] for chunk in mine for record in chunk), options.negative_prompt],
+                    watch.check,
+                )
                 for chunk in mine:
                     images = pipelines.draw(
                         pipeline,
@@ -298,7 +383,11 @@ def draw_all(
                         check=watch.check,
                     )
                     for record, image in zip(chunk, images, strict=True):
-                        _save(image, Path(options.output_dir) / record["file"], {key: value for key, value in record.items() if key != "file"})
+                        _save(
+                            image,
+                            Path(options.output_dir) / record["file"],
+                            {key: value for key, value in record.items() if key != "file"},
+                        )
                     bar.update(min(len(chunk) * peers.world, count - bar.n))
     return records
 
@@ -310,7 +399,10 @@ def _settings(options: InferOptions, arm: Arm, adapters: dict[Path, Worn]) -> di
         one, weights = adapters[choice.path], choice.weights(arm.factor)
         names += [one.label] if apply.is_worn(weights) else []
         parts = {part: weight for part, weight in weights.items() if part}
-        worn.append({"file": one.label, "sha256": one.sha256[:16], "weight": weights[""]} | ({"weights": parts} if parts else {}))
+        worn.append(
+            {"file": one.label, "sha256": one.sha256[:16], "weight": weights[""]}
+            | ({"weights": parts} if parts else {})
+        )
     return {
         "negative_prompt": options.negative_prompt,
         "steps": options.num_inference_steps,
@@ -337,7 +429,9 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     scale = THUMBNAIL / max(image.size)
     if scale >= 1:
         return image
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    return image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
 
 
 def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, Any]]) -> None:
@@ -348,9 +442,17 @@ def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, 
     for number, arm in enumerate(arms):
         for prompt, seed in arm.jobs:
             with Image.open(folder / next(left)["file"]) as image:
-                pictures[number, prompt, seed] = _thumbnail(image.convert("RGB"))  # all at once in memory: thousands at full size are gigabytes
+                pictures[number, prompt, seed] = _thumbnail(
+                    image.convert("RGB")
+                )  # all at once in memory: thousands at full size are gigabytes
     asked = dict.fromkeys(prompt for arm in arms for prompt, _ in arm.jobs)
-    rows = [(prompt, [pictures.get((number, prompt, seed)) for seed in options.seeds for number in range(len(arms))]) for prompt in asked]
+    rows = [
+        (
+            prompt,
+            [pictures.get((number, prompt, seed)) for seed in options.seeds for number in range(len(arms))],
+        )
+        for prompt in asked
+    ]
     columns = [f"seed {seed}" + f" {arm.label}" * (len(arms) > 1) for seed in options.seeds for arm in arms]
     sheet = io.BytesIO()
     pipelines.contact_sheet(rows, columns, THUMBNAIL).save(sheet, format="PNG")

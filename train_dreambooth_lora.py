@@ -8,7 +8,9 @@ from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(TrainOptions, __doc__)  # before the imports below: --help and mistakes are answered at once
+    OPTIONS = parse(
+        TrainOptions, __doc__
+    )  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
     startup.hash_ahead(OPTIONS.base)
     startup.imports_begin(startup.packages_of(OPTIONS))
@@ -37,19 +39,35 @@ from dreambooth.errors import UserError
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
-from dreambooth.training import checkpoints, frozen_models, hub, metrics, objectives, optimizers, prepare, publishing, run_folder, saving, validation
+from dreambooth.training import (
+    checkpoints,
+    frozen_models,
+    hub,
+    metrics,
+    objectives,
+    optimizers,
+    prepare,
+    publishing,
+    run_folder,
+    saving,
+    validation,
+)
 
 if __name__ == "__main__":
     startup.imports_end()
 
 
-def denoising_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def denoising_losses(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean squared error of each row, times its weight, float32 [B]."""
     losses = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
     return losses if weights is None else losses * weights
 
 
-def dreambooth_loss(losses: torch.Tensor, *, sources: int, prior_loss_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def dreambooth_loss(
+    losses: torch.Tensor, *, sources: int, prior_loss_weight: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(scalar to minimise, its parts). Instance and class rows are averaged separately (DreamBooth, arXiv 2208.12242, eq. 2)."""
     if sources == 1:
         return losses.mean(), {}
@@ -89,7 +107,12 @@ class Training:
         identity: dict[str, Any] | None = None,
     ):
         self.options, self.peers, self.watch = options, peers, watch
-        self.parts, self.book, self.dataset, self.encoded = frozen.parts, frozen.book, frozen.rows, frozen.encoded
+        self.parts, self.book, self.dataset, self.encoded = (
+            frozen.parts,
+            frozen.book,
+            frozen.rows,
+            frozen.encoded,
+        )
         self.sources = self.dataset.sources
         self.accelerator = peers.accelerator
         run, instance = options.run, options.instance
@@ -100,35 +123,50 @@ class Training:
         self.slots = run.gradient_accumulation_steps * peers.world
         self.components = self._inject()
         self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
+        )
         self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
         pictures = prepare.pictures_of_pass(options, [len(source.photos) for source in self.sources])
         self.steps_per_epoch, self.max_steps = prepare.steps_of_run(options, pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
         self.vae_config = self.parts.base.vae_config
-        self.pictures = validation.Pictures(options, self.accelerator, self.parts, watch.check) if options.validation.validation_prompt else None
+        self.pictures = (
+            validation.Pictures(options, self.accelerator, self.parts, watch.check)
+            if options.validation.validation_prompt
+            else None
+        )
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
         self.is_between_steps = True
         self.unread: list[Taken] = []
         can_wait = optimizers.can_hold_back(self.optimizer) and not self.scaler.is_enabled()
         self.read_every = steps_between_readings(self.accelerator.device) if can_wait else 1
-        self.is_spoilt = torch.zeros((), device=self.accelerator.device)  # 1 from the first step on whose numbers are not finite
+        self.is_spoilt = torch.zeros(
+            (), device=self.accelerator.device
+        )  # 1 from the first step on whose numbers are not finite
         self.result_pictures: list[str] = []  # names of those drawn with the finished adapter
         self.memory: dict[str, memory.Reading] = dict(frozen.readings)  # by phase
 
     def _inject(self) -> list[inject.Component]:
         options, text = self.options.adapter, self.options.text
-        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [("unet", self.parts.unet, inject.unet_targets(options))]
+        models: list[tuple[str, torch.nn.Module, tuple[str, ...]]] = [
+            ("unet", self.parts.unet, inject.unet_targets(options))
+        ]
         if text.train_text_encoder:
             assert self.parts.text is not None
             for name, encoder in self.parts.text.encoders.items():
                 unused = families.unused_layers(self.parts.family, name, text)
-                targets = inject.text_targets(encoder.config.num_hidden_layers, unused, options, inject.shapes_of(encoder))
+                targets = inject.text_targets(
+                    encoder.config.num_hidden_layers, unused, options, inject.shapes_of(encoder)
+                )
                 models.append((name, encoder, targets))
         components = [
-            inject.inject(name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)) for name, model, targets in models
+            inject.inject(
+                name, model, options, targets, seed=sampling_order.key(self.seed, "lora-init", name)
+            )
+            for name, model, targets in models
         ]
         for component in components:
             if self.accelerator.device.type == "cpu":
@@ -155,7 +193,9 @@ class Training:
             for own, parameters in by_rate.items():
                 # the component's name is also that of its parameters without a rate of their own
                 name = component.name if own is None else f"{component.name}:{own!r}"
-                groups.append(optimizers.Group(name, parameters, (rate if own is None else own) * scale, decay))
+                groups.append(
+                    optimizers.Group(name, parameters, (rate if own is None else own) * scale, decay)
+                )
         return optimizers.make(o, groups)
 
     @property
@@ -213,14 +253,18 @@ class Training:
         """Recompute activations in the backward pass."""
         self.parts.unet.enable_gradient_checkpointing()
         for component in self.text_components():
-            component.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            component.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )  # type: ignore[operator]
 
     @torch.no_grad()
     def finish_text(self) -> None:
         """Train the text encoders no more, and free them: what they have learned is kept, and so is what they make of the prompts."""
         assert self.parts.text is not None
         with saving.in_eval_mode(self.components, self.optimizer), self.accelerator.autocast():
-            self.book = self.parts.text.book(frozen_models.prompts_of(self.options, self.sources), self.watch.check)
+            self.book = self.parts.text.book(
+                frozen_models.prompts_of(self.options, self.sources), self.watch.check
+            )
         self.parts.text = None
         self.drop_text()
         for component in self.text_components():
@@ -243,16 +287,28 @@ class Training:
         shape = tuple(batch.posterior.mean.shape[1:])
 
         def draw(what: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.cat([sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{what}", batch.rows, shape) for s in self.sources])
+            return torch.cat(
+                [
+                    sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{what}", batch.rows, shape)
+                    for s in self.sources
+                ]
+            )
 
         latents = autoencoder.normalized(self.vae_config, batch.posterior.sample(draw("posterior", shape)))
         noise = draw("noise", shape)
         if offset := self.options.objective.noise_offset:
             noise = noise + offset * draw("noise-offset", (shape[0], 1, 1))
         count = scheduler.config.num_train_timesteps
-        levels = torch.cat([sampling_order.levels_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count) for s in self.sources])
+        levels = torch.cat(
+            [
+                sampling_order.levels_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count)
+                for s in self.sources
+            ]
+        )
         gamma = self.options.objective.snr_gamma
-        return objectives.pose(scheduler, *(moved(tensor, device) for tensor in (latents, noise, levels)), snr_gamma=gamma)
+        return objectives.pose(
+            scheduler, *(moved(tensor, device) for tensor in (latents, noise, levels)), snr_gamma=gamma
+        )
 
     def ask(self, task: objectives.Task, conditions: Conditions, batch: MicroBatch) -> torch.Tensor:
         """What the UNet answers, [B, C, h, w]."""
@@ -262,23 +318,32 @@ class Training:
         if conditions.pooled is not None:
             side = self.resolution
             sizes = [(f.height, f.width, f.top, f.left, side, side) for f in batch.frames]
-            added = {"text_embeds": conditions.pooled, "time_ids": torch.tensor(sizes, device=device, dtype=torch.float32)}  # bf16 would round sizes
+            added = {
+                "text_embeds": conditions.pooled,
+                "time_ids": torch.tensor(sizes, device=device, dtype=torch.float32),
+            }  # bf16 would round sizes
         keeping = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
         with self.accelerator.autocast(), keeping:
             model_input = task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last)
             output = unet(model_input, task.timesteps, conditions.embeds, added_cond_kwargs=added).sample
         # a UNet that predicts the variance as well has it in the second half of its channels
-        return output.chunk(2, dim=1)[0] if unet.config.out_channels == 2 * unet.config.in_channels else output
+        return (
+            output.chunk(2, dim=1)[0] if unet.config.out_channels == 2 * unet.config.in_channels else output
+        )
 
     def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch; gradients are left on the parameters. Returns the detached loss and its parts."""
         task = self.pose(batch)
-        torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))  # dropout has no generator argument
+        torch.manual_seed(
+            sampling_order.key(self.seed, "dropout", batch.step, batch.slot)
+        )  # dropout has no generator argument
         output = self.ask(task, self.encode(batch.prompts), batch)
         if self.peers.world == 1:  # several stop together, once a micro-step
             self.watch.check()
         losses = denoising_losses(task.prediction(output), task.target, task.weights)
-        loss, pieces = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight)
+        loss, pieces = dreambooth_loss(
+            losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight
+        )
         self.scaler.scale(loss / self.slots).backward()
         self.peers.agree()
         return {name: value.detach() for name, value in {"loss": loss, **pieces}.items()}
@@ -286,7 +351,12 @@ class Training:
     def take_gradients(self, total: torch.Tensor) -> None:
         """Add the gradients of this micro-step to `total`: every process's, in the order of their slots, which no process count changes; or
         with --gradient_sync ddp this process's alone, for one sum at the end of the step."""
-        flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in self.parameters])
+        flat = torch.cat(
+            [
+                p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten()
+                for p in self.parameters
+            ]
+        )
         if self.options.run.gradient_sync == "ddp":
             total += flat
         else:
@@ -299,16 +369,25 @@ class Training:
         """One optimizer step from the summed gradients. Raises Stop, the step not taken, if they or the losses are found not to be finite; what is
         not looked at yet is held back on the device, with all that follows."""
         rates = optimizers.set_learning_rate(self.optimizer, self.learning_rate_factor(step))
-        for parameter, gradient in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
+        for parameter, gradient in zip(
+            self.parameters, total.split([p.numel() for p in self.parameters]), strict=True
+        ):
             parameter.grad = gradient.view_as(parameter)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([total])  # whose views the gradients are
         total *= torch.clamp((self.options.optimization.max_grad_norm or math.inf) / (norm + 1e-6), max=1.0)
-        taken = Taken(step, losses, norm, {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()})
+        taken = Taken(
+            step,
+            losses,
+            norm,
+            {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()},
+        )
         if self.read_every == 1:
             self._check(taken)
         else:
-            self.is_spoilt = torch.maximum(self.is_spoilt, (~torch.isfinite(losses["loss"].sum() + norm)).to(self.is_spoilt))
+            self.is_spoilt = torch.maximum(
+                self.is_spoilt, (~torch.isfinite(losses["loss"].sum() + norm)).to(self.is_spoilt)
+            )
             optimizers.hold_back(self.optimizer, self.is_spoilt)
         self.is_between_steps = False
         self.scaler.step(self.optimizer)
@@ -322,7 +401,9 @@ class Training:
         """Raise Stop if the numbers of a step are not finite."""
         if not torch.isfinite(taken.losses["loss"]).all():
             raise Stop(self._not_finite(taken.step, taken.losses["loss"]))
-        if not self.scaler.is_enabled() and not torch.isfinite(taken.norm):  # with fp16 the scaler skips such a step and lowers its scale
+        if not self.scaler.is_enabled() and not torch.isfinite(
+            taken.norm
+        ):  # with fp16 the scaler skips such a step and lowers its scale
             raise Stop(f"the gradients of step {taken.step + 1} are not finite; they were not applied")
 
     def count_back(self) -> Stop | None:
@@ -339,7 +420,12 @@ class Training:
         """Record the steps that are not recorded yet. Raises Stop if the numbers of one are not finite: from it on none was taken."""
         spoilt = self.count_back()
         records, self.unread = self.unread, []
-        progress.steps([(t.step + 1, {**{name: losses.mean().item() for name, losses in t.losses.items()}, **t.rates}) for t in records])
+        progress.steps(
+            [
+                (t.step + 1, {**{name: losses.mean().item() for name, losses in t.losses.items()}, **t.rates})
+                for t in records
+            ]
+        )
         if spoilt is not None:
             raise spoilt
 
@@ -359,14 +445,20 @@ class Training:
         )
         images_per_step = self.slots * run.train_batch_size * len(self.sources)
         progress = metrics.Progress(
-            self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.first_step, last_step=self.max_steps, images_per_step=images_per_step
+            self.accelerator,
+            self.output_dir / "metrics.jsonl",
+            first_step=self.first_step,
+            last_step=self.max_steps,
+            images_per_step=images_per_step,
         )
         with contextlib.closing(progress):
             for phase, found in self.memory.items():  # of before
                 progress.memory(self.first_step, phase, found)
             try:
                 for step in range(self.first_step, self.max_steps):
-                    if step >= self.text_steps and self.text_components():  # a resumed run that stopped before it could
+                    if (
+                        step >= self.text_steps and self.text_components()
+                    ):  # a resumed run that stopped before it could
                         self.finish_text()
                     self.step(step, batches, progress)
                 self.note_memory("training", self.max_steps, progress)
@@ -378,7 +470,9 @@ class Training:
                     spoilt = self.count_back()
                     self.saver.what_is_done(self.completed, self.max_steps)
                     self.read_losses(progress)
-                if spoilt is not None and isinstance(error, Stop):  # who asked the run to stop must learn that it would fail again
+                if spoilt is not None and isinstance(
+                    error, Stop
+                ):  # who asked the run to stop must learn that it would fail again
                     raise spoilt from None
                 raise
 
@@ -397,7 +491,13 @@ class Training:
         self.update(total, step, by_slot)
         ends_text = step + 1 == self.text_steps < self.max_steps and bool(self.text_components())
         is_saved = (step + 1) % run.checkpointing_steps == 0 or step + 1 == self.max_steps
-        if ends_text or is_saved or step == self.first_step or self._is_validated(step + 1) or len(self.unread) >= self.read_every:
+        if (
+            ends_text
+            or is_saved
+            or step == self.first_step
+            or self._is_validated(step + 1)
+            or len(self.unread) >= self.read_every
+        ):
             self.read_losses(progress)
         if ends_text:
             self.finish_text()
@@ -425,7 +525,10 @@ class Training:
             return False
         if when.validation_steps:
             return step % when.validation_steps == 0
-        return step % self.steps_per_epoch == 0 and (step // self.steps_per_epoch - 1) % when.validation_epochs == 0
+        return (
+            step % self.steps_per_epoch == 0
+            and (step // self.steps_per_epoch - 1) % when.validation_epochs == 0
+        )
 
     def _by_slot(self, values: torch.Tensor) -> torch.Tensor:
         """[slots] from every process's [micro-steps]: slot j was micro-step j // world of process j % world."""
@@ -435,8 +538,18 @@ class Training:
         """What to say of losses, [slots], that are not all finite: the pictures, since with the seed they are all it takes to see it again."""
         size = self.options.run.train_batch_size
         slots = [slot for slot, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
-        rows = [row for slot in slots for row in sampling_order.rows_of_slot(step, slot, slots=self.slots, batch_size=size)]
-        names = sorted({source.photos[self.dataset.photo(source, row)].path.name for source in self.sources for row in rows})
+        rows = [
+            row
+            for slot in slots
+            for row in sampling_order.rows_of_slot(step, slot, slots=self.slots, batch_size=size)
+        ]
+        names = sorted(
+            {
+                source.photos[self.dataset.photo(source, row)].path.name
+                for source in self.sources
+                for row in rows
+            }
+        )
         shown = ", ".join(ascii(name)[1:-1] for name in names[:5])
         values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
         return f"the loss of step {step + 1} is not finite ({values}) at rows {rows[0]} to {rows[-1]}: {shown}; it was not applied"
@@ -445,7 +558,10 @@ class Training:
     def validate(self, step: int, progress: metrics.Progress) -> None:
         """Pictures of the adapter as it is, drawn by the main process; the others wait."""
         if self.peers.is_main and self.pictures is not None:
-            with saving.in_eval_mode(self.components, self.optimizer), compilation.eager(wanted=self.options.speed.compile):
+            with (
+                saving.in_eval_mode(self.components, self.optimizer),
+                compilation.eager(wanted=self.options.speed.compile),
+            ):
                 asked = self.encode([self.pictures.prompt]), self.encode([""])
                 self.pictures.along_the_way(step, progress, *asked)
         self.peers.wait()
@@ -453,17 +569,28 @@ class Training:
     @torch.no_grad()
     def look_at_the_result(self, progress: metrics.Progress) -> None:
         """Pictures of the finished file, read back as a user's program reads it, by the main process; the others wait."""
-        if self.peers.is_main and self.pictures is not None and not self.options.validation.skip_final_inference:
+        if (
+            self.peers.is_main
+            and self.pictures is not None
+            and not self.options.validation.skip_final_inference
+        ):
             self.saver.hold(self.max_steps)
-            with saving.in_eval_mode(self.components, self.optimizer), compilation.eager(wanted=self.options.speed.compile):
+            with (
+                saving.in_eval_mode(self.components, self.optimizer),
+                compilation.eager(wanted=self.options.speed.compile),
+            ):
                 asked = self.encode([self.pictures.prompt]), self.encode([""])
-                self.result_pictures = self.pictures.of_the_file(self.saver.adapter, self.max_steps, progress, *asked)
+                self.result_pictures = self.pictures.of_the_file(
+                    self.saver.adapter, self.max_steps, progress, *asked
+                )
         self.peers.wait()
 
 
 def assemble(start: prepare.Start, watch: Watch) -> Training:
     """The run before its first step."""
-    training = Training(start.options, start.peers, watch, frozen_models.frozen_half(start, watch.check), start.identity)
+    training = Training(
+        start.options, start.peers, watch, frozen_models.frozen_half(start, watch.check), start.identity
+    )
     training.memory["loaded"] = memory.reading(start.peers.accelerator.device)
     return training
 
@@ -480,14 +607,26 @@ def train(options: TrainOptions, watch: Watch) -> None:
         if options.run.enable_xformers_memory_efficient_attention:
             training.parts.unet.enable_xformers_memory_efficient_attention()
         metrics.say(peers.accelerator, inject.describe(training.components))
-        metrics.say(peers.accelerator, f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step")
+        metrics.say(
+            peers.accelerator,
+            f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step",
+        )
         if start.checkpoint:
             training.resume(start.checkpoint)
             left = "" if training.first_step < training.max_steps else "; nothing is left to train"
-            metrics.say(peers.accelerator, f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}")
+            metrics.say(
+                peers.accelerator,
+                f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}",
+            )
         else:
             training.start_from(start.first_adapter)
-        peers.check_same({"adapter weights at the start": hashlib.sha256(training.saver.pack(training.first_step)).hexdigest()})
+        peers.check_same(
+            {
+                "adapter weights at the start": hashlib.sha256(
+                    training.saver.pack(training.first_step)
+                ).hexdigest()
+            }
+        )
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
                 run_folder.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
@@ -495,15 +634,26 @@ def train(options: TrainOptions, watch: Watch) -> None:
             native.write_atomically(training.output_dir / "run.yaml", saved.encode())
         peers.wait()
         if peers.accelerator.log_with:
-            peers.accelerator.init_trackers(metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(options))))
+            peers.accelerator.init_trackers(
+                metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(options)))
+            )
         started = time.monotonic()
         watch.is_immediate = False
         training.train()
         if peers.is_main:
-            publishing.publish(options.without_once(), start.base, training.saver.adapter, training.result_pictures, start.repository)
+            publishing.publish(
+                options.without_once(),
+                start.base,
+                training.saver.adapter,
+                training.result_pictures,
+                start.repository,
+            )
         peers.wait()
         peers.accelerator.end_training()
-        metrics.say(peers.accelerator, f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
+        metrics.say(
+            peers.accelerator,
+            f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s",
+        )
         metrics.say(peers.accelerator, memory.summary(training.memory))
 
 

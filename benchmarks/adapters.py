@@ -38,7 +38,19 @@ THREADS = 1  # other programs on the machine then slow a run evenly
 
 LAYERS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
-    "full": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv", "conv1", "conv2"]
+    "full": [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv",
+        "conv1",
+        "conv2",
+    ]
     + ["conv_shortcut", "time_emb_proj"],
 }
 ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
@@ -53,7 +65,12 @@ ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
 SLOW = "block 320 wide, 4096 tokens"  # seconds a step, nearly all of it attention
 IN_SLOW = ("lora 4", "loha 8", "lokr 4")  # and their full set of layers only
 COUNTED = ("lora 4", "loha 4", "loha 8", "lokr 4")  # on all of Stable Diffusion 1.5
-PRELOADED = (factored, diffusers.models.transformers.transformer_2d, diffusers.models.unets.unet_2d_condition, peft)  # what takes seconds
+PRELOADED = (
+    factored,
+    diffusers.models.transformers.transformer_2d,
+    diffusers.models.unets.unet_2d_condition,
+    peft,
+)  # what takes seconds
 Run = Callable[[], Any]
 
 
@@ -135,7 +152,10 @@ def measure_memory(name: str, layers: str, adapter: str, program: str) -> dict[s
     before = resident("VmRSS")
     kept, output = kept_bytes(model, call)
     output.square().mean().backward()
-    return {"kept_mib": round(kept / 2**20, 1), "rss_rise_mib": round((resident("VmHWM") - before) / 2**20, 1)}
+    return {
+        "kept_mib": round(kept / 2**20, 1),
+        "rss_rise_mib": round((resident("VmHWM") - before) / 2**20, 1),
+    }
 
 
 def measure_seconds(name: str, layers: str) -> dict[str, dict[str, float]]:
@@ -176,7 +196,9 @@ def load_of_others() -> float:
     """Processor seconds per second that other processes take, over one second of sleep."""
 
     def busy() -> float:
-        user, nice, system, _, _, *others = (int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+        user, nice, system, _, _, *others = (
+            int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+        )
         return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
     before = busy()
@@ -194,20 +216,37 @@ def main() -> None:
     with processes.Pool(1, maxtasksperchild=1) as pool:
         for name in MODELS:
             for layers in LAYERS if name != SLOW else ("full",):
-                found: dict[str, Any] = {adapter: {program: {} for program in programs(adapter)} for adapter in measured(name)}
+                found: dict[str, Any] = {
+                    adapter: {program: {} for program in programs(adapter)} for adapter in measured(name)
+                }
                 for adapter, medians in pool.apply(measure_seconds, (name, layers)).items():
                     for program, seconds in medians.items():
-                        found[adapter][program] = {"seconds": seconds, **pool.apply(measure_memory, (name, layers, adapter, program))}
+                        found[adapter][program] = {
+                            "seconds": seconds,
+                            **pool.apply(measure_memory, (name, layers, adapter, program)),
+                        }
                 results.setdefault(name, {})[layers] = with_ratios(found)
                 load.append(load_of_others())
                 print(f"{name}, {layers}: {time.perf_counter() - start:.0f} s", flush=True)
         whole = "Stable Diffusion 1.5, batch 1, counted"
         for layers in LAYERS:
-            counts = {a: {program: pool.apply(count_whole, (layers, a, program)) for program in programs(a)} for a in COUNTED}
+            counts = {
+                a: {program: pool.apply(count_whole, (layers, a, program)) for program in programs(a)}
+                for a in COUNTED
+            }
             results.setdefault(whole, {})[layers] = with_ratios(counts)
     report = {
-        "machine": {"processor": machine.processor(), "threads": THREADS, "python": platform.python_version(), "others_busy_cores": load},
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "diffusers": diffusers.__version__},
+        "machine": {
+            "processor": machine.processor(),
+            "threads": THREADS,
+            "python": platform.python_version(),
+            "others_busy_cores": load,
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "diffusers": diffusers.__version__,
+        },
         "rounds": ROUNDS,
         "results": results,
         "seconds": round(time.perf_counter() - start, 1),
@@ -222,13 +261,19 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
     """The same with factored's share of peft's."""
     for by_program in found.values():
         if "factored" in by_program:
-            by_program["ratio"] = {key: round(value / by_program["peft"][key], 3) for key, value in by_program["factored"].items()}
+            by_program["ratio"] = {
+                key: round(value / by_program["peft"][key], 3)
+                for key, value in by_program["factored"].items()
+            }
     return found
 
 
 def table(report: dict[str, Any]) -> str:
     """The table of docs/adapters.md: seconds and bytes kept, of peft's forward and of this program's."""
-    lines = ["| model | layers | adapter | seconds: peft | here | kept for backward: peft | here |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | layers | adapter | seconds: peft | here | kept for backward: peft | here |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for model, by_layers in report["results"].items():
         for layers, by_adapter in by_layers.items():
             for adapter, found in by_adapter.items():
@@ -238,7 +283,9 @@ def table(report: dict[str, Any]) -> str:
                 else:
                     seconds = [f"{values['seconds']:.3g}" for values in (theirs, ours)]
                 kept = [f"{values['kept_mib']:,.0f} MiB" for values in (theirs, ours)]
-                lines.append(f"| {model} | {layers} | {adapter} | {seconds[0]} | {seconds[1]} | {kept[0]} | {kept[1]} |")
+                lines.append(
+                    f"| {model} | {layers} | {adapter} | {seconds[0]} | {seconds[1]} | {kept[0]} | {kept[1]} |"
+                )
     load = report["machine"]["others_busy_cores"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines.append("")

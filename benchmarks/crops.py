@@ -44,8 +44,14 @@ def rms(difference: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
     border[1:-1, 1:-1] = False
     inside[INSIDE:-INSIDE, INSIDE:-INSIDE] = True
     scale = latents.square().mean()
-    places = {"all": torch.ones_like(border), "outermost": border, f"{INSIDE} and more from the border": inside}
-    return {where: float((difference[..., mask].square().mean() / scale).sqrt()) for where, mask in places.items()}
+    places = {
+        "all": torch.ones_like(border),
+        "outermost": border,
+        f"{INSIDE} and more from the border": inside,
+    }
+    return {
+        where: float((difference[..., mask].square().mean() / scale).sqrt()) for where, mask in places.items()
+    }
 
 
 def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> dict[str, Any]:
@@ -57,14 +63,18 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
     moved: list[dict[str, float]] = []
     for photo in found:
         entries = encoding_cache.Entries(None, print)
-        encoded = encodings.encode_photos(entries, base, [(photo, False)], crops, device, Alone(), lambda: None)
+        encoded = encodings.encode_photos(
+            entries, base, [(photo, False)], crops, device, Alone(), lambda: None
+        )
         room = photos.crop_room(photo.size, resolution)
         for _ in range(CROPS):
             left, top = (base.grid * draw.randrange(length // base.grid + 1) for length in room)
             # to where there is room, along the longer side
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
-            pixels = [photos.pixel_values(photo.path, resolution, "lanczos", at) for at in ((left, top), other)]
+            pixels = [
+                photos.pixel_values(photo.path, resolution, "lanczos", at) for at in ((left, top), other)
+            ]
             own, shifted = (autoencoder.encode(vae, one[None]).mean for one in pixels)
             cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - own, own))
             moved.append(rms(shifted - own, own))
@@ -77,7 +87,11 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
 def main(folder: Path | None) -> dict[str, Any]:
     """The figures by resolution, or why there are none."""
     if folder is None or not folder.is_dir():
-        return {"skipped": "no folder of photos was given" if folder is None else "the folder of photos is not there"}
+        return {
+            "skipped": "no folder of photos was given"
+            if folder is None
+            else "the folder of photos is not there"
+        }
     base = families.find(BaseModel(str(ROOT / "picturebook" / "model")))
     with tempfile.TemporaryDirectory() as wide:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in photos.FORMATS)

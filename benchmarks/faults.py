@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # as the tests have it, which are run here; read when the library below is imported
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # as the tests have it, which are run here; read when the library below is imported
+)
 
 import torch
 
@@ -48,7 +50,10 @@ def bad_inputs() -> dict[str, int]:
     from tests import test_bad_input
 
     counter = Counter()
-    code = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_bad_input.py")], plugins=[counter])
+    code = pytest.main(
+        ["-q", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_bad_input.py")],
+        plugins=[counter],
+    )
     if code == pytest.ExitCode.INTERNAL_ERROR or not counter.passed:
         raise RuntimeError(f"the tests of bad input did not run ({code})")
     kinds = [name for name in {*counter.passed, *counter.failed} if not name.startswith("test_fuzz")]
@@ -56,7 +61,9 @@ def bad_inputs() -> dict[str, int]:
         "bad_inputs": len(test_bad_input.BAD_INPUTS),
         "bad_input_tests_failed": sum(counter.failed.get(name, 0) for name in kinds),
         "fuzzed_files": test_bad_input.TALLY["fuzzed_files"],
-        "fuzz_tests_failed": sum(count for name, count in counter.failed.items() if name.startswith("test_fuzz")),
+        "fuzz_tests_failed": sum(
+            count for name, count in counter.failed.items() if name.startswith("test_fuzz")
+        ),
         "payloads_executed": test_bad_input.TALLY["payloads_executed"],
     }
 
@@ -72,14 +79,35 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ("faults_recovered", counts["faults_injected"]),
         ("final_hash_equal", True),
         ("stops_right", counts["stops"]),
-        *((name, True) for name in ("launcher_stopped", "launcher_killed", "not_a_number_stopped", "disk_full", "second_run_refused")),
+        *(
+            (name, True)
+            for name in (
+                "launcher_stopped",
+                "launcher_killed",
+                "not_a_number_stopped",
+                "disk_full",
+                "second_run_refused",
+            )
+        ),
         *((name, True) for name in ("class_images_equal", "one_process_said")),
         *((name, 0) for name in ("bad_input_tests_failed", "fuzz_tests_failed", "payloads_executed")),
     ]
     found = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
-    found += [f"a peer that did {kind}: {result}" for kind, result in counts["peers_lost"].items() if not result["right"]]
-    least = [("kill_points", 100), ("faults_injected", 40), ("damaged", 200), ("bad_inputs", 60), ("fuzzed_files", 500)]
-    found += [f"{name} is only {counts[name]}, not {wanted}" for name, wanted in least if counts[name] < wanted]
+    found += [
+        f"a peer that did {kind}: {result}"
+        for kind, result in counts["peers_lost"].items()
+        if not result["right"]
+    ]
+    least = [
+        ("kill_points", 100),
+        ("faults_injected", 40),
+        ("damaged", 200),
+        ("bad_inputs", 60),
+        ("fuzzed_files", 500),
+    ]
+    found += [
+        f"{name} is only {counts[name]}, not {wanted}" for name, wanted in least if counts[name] < wanted
+    ]
     if counts["seconds_to_stop_max"] >= 5:
         found.append(f"a stop took {counts['seconds_to_stop_max']} s, not under 5")
     return found
@@ -90,16 +118,46 @@ ROWS = (
         "random faults in one run (all killed, one process killed, terminated), on one process or two in turn",
         "{faults_injected} injected, {faults_recovered} recovered; final bytes {final_hash} the unbroken run's",
     ),
-    ("steps lost to a fault, with a checkpoint every {checkpoint_interval}", "{steps_lost_mean} on average, {steps_lost_max} at most"),
-    ("the same run on 1, 2 and 4 processes, and resumed across them", "{runs} runs, bytes {worlds_hash} each other"),
-    ("killed at every call to the file system while saving", "{kill_points} kill points, {violations} without a whole checkpoint"),
-    ("newest checkpoint damaged", "{damaged} times, {detected} detected, {damaged_skipped} passed over for the one before"),
-    ("TERM, INT and USR1: seconds until the last step is saved", "{seconds_to_stop_median} median, {seconds_to_stop_max} at most of {stops}"),
-    ("launcher killed; launcher of two processes stopped", "saved and ended in {launcher_killed_seconds} s; {launcher_stop_seconds} s"),
-    ("one of two processes: {peer_kinds}", "{peers_right} of {peers} jobs ended with its name and the last step saved"),
-    ("class images killed and completed", "{class_image_kills} times; pictures {class_hash} an unbroken set's"),
-    ("kinds of bad input, each with one message and exit status 2", "{bad_inputs} kinds, {bad_input_tests_failed} not so"),
-    ("fuzzed pictures, adapters, configs and manifests", "{fuzzed_files} files, {fuzz_tests_failed} kinds with a traceback"),
+    (
+        "steps lost to a fault, with a checkpoint every {checkpoint_interval}",
+        "{steps_lost_mean} on average, {steps_lost_max} at most",
+    ),
+    (
+        "the same run on 1, 2 and 4 processes, and resumed across them",
+        "{runs} runs, bytes {worlds_hash} each other",
+    ),
+    (
+        "killed at every call to the file system while saving",
+        "{kill_points} kill points, {violations} without a whole checkpoint",
+    ),
+    (
+        "newest checkpoint damaged",
+        "{damaged} times, {detected} detected, {damaged_skipped} passed over for the one before",
+    ),
+    (
+        "TERM, INT and USR1: seconds until the last step is saved",
+        "{seconds_to_stop_median} median, {seconds_to_stop_max} at most of {stops}",
+    ),
+    (
+        "launcher killed; launcher of two processes stopped",
+        "saved and ended in {launcher_killed_seconds} s; {launcher_stop_seconds} s",
+    ),
+    (
+        "one of two processes: {peer_kinds}",
+        "{peers_right} of {peers} jobs ended with its name and the last step saved",
+    ),
+    (
+        "class images killed and completed",
+        "{class_image_kills} times; pictures {class_hash} an unbroken set's",
+    ),
+    (
+        "kinds of bad input, each with one message and exit status 2",
+        "{bad_inputs} kinds, {bad_input_tests_failed} not so",
+    ),
+    (
+        "fuzzed pictures, adapters, configs and manifests",
+        "{fuzzed_files} files, {fuzz_tests_failed} kinds with a traceback",
+    ),
     ("code carried in files", "{payloads_executed} times executed"),
 )
 
@@ -150,8 +208,18 @@ def main() -> int:
     counts = {name: value for part in parts.values() for name, value in part["counts"].items()}
     seconds = {name: part["seconds"] for name, part in parts.items()}
     wrong = broken(counts)
-    machine = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    record = {"counts": counts, "broken": wrong, "seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "machine": machine}
+    machine = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    record = {
+        "counts": counts,
+        "broken": wrong,
+        "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
+        "machine": machine,
+    }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     partial.unlink()
     write_readme(table(counts))

@@ -62,8 +62,12 @@ def norms_in_float32() -> Iterator[None]:
     def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.float()
 
-    F.layer_norm = lambda x, shape, w=None, b=None, eps=1e-5: before[0](x.float(), shape, wide(w), wide(b), eps)  # type: ignore[assignment]
-    F.group_norm = lambda x, groups, w=None, b=None, eps=1e-5: before[1](x.float(), groups, wide(w), wide(b), eps)  # type: ignore[assignment]
+    F.layer_norm = lambda x, shape, w=None, b=None, eps=1e-5: before[0](
+        x.float(), shape, wide(w), wide(b), eps
+    )  # type: ignore[assignment]
+    F.group_norm = lambda x, groups, w=None, b=None, eps=1e-5: before[1](
+        x.float(), groups, wide(w), wide(b), eps
+    )  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -93,9 +97,19 @@ def kept(base: str, *, checkpointing: bool) -> float:
         unet.enable_gradient_checkpointing()
     latents = torch.randn(1, 4, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
     text = torch.randn(1, 77, config["cross_attention_dim"]).bfloat16()
-    added = {"text_embeds": torch.randn(1, 1280).bfloat16(), "time_ids": torch.zeros(1, 6)} if config is XL else None
-    with norms_in_float32(), torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = unet(latents, torch.tensor([500]), text, added_cond_kwargs=added).sample  # held: what it comes from is then kept
+    added = (
+        {"text_embeds": torch.randn(1, 1280).bfloat16(), "time_ids": torch.zeros(1, 6)}
+        if config is XL
+        else None
+    )
+    with (
+        norms_in_float32(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        output = unet(
+            latents, torch.tensor([500]), text, added_cond_kwargs=added
+        ).sample  # held: what it comes from is then kept
     assert output.requires_grad
     return round(sum(storage.nbytes() for storage in found.values()) / GIB, 2)
 

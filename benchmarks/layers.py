@@ -38,9 +38,21 @@ CASES: dict[str, tuple[Callable[[], Layer], tuple[int, ...], int]] = {
     "Linear, 640 to 5,120, 1,024 tokens": (lambda: nn.Linear(640, 5120), (1, 1024, 640), 1),
     "Linear, 1,280 to 10,240, 256 tokens": (lambda: nn.Linear(1280, 10240), (1, 256, 1280), 1),
     "convolution 1 x 1, 640 channels, 32 x 32 pixels": (lambda: nn.Conv2d(640, 640, 1), (1, 640, 32, 32), 1),
-    "convolution 3 x 3, 1,280 channels, 8 x 8 pixels": (lambda: nn.Conv2d(1280, 1280, 3, 1, 1), (1, 1280, 8, 8), 1),
-    "convolution 3 x 3, 1,280 channels, 16 x 16 pixels": (lambda: nn.Conv2d(1280, 1280, 3, 1, 1), (1, 1280, 16, 16), 1),
-    "convolution 3 x 3, 256 channels, 8 x 8 pixels": (lambda: nn.Conv2d(256, 256, 3, 1, 1), (1, 256, 8, 8), 1),
+    "convolution 3 x 3, 1,280 channels, 8 x 8 pixels": (
+        lambda: nn.Conv2d(1280, 1280, 3, 1, 1),
+        (1, 1280, 8, 8),
+        1,
+    ),
+    "convolution 3 x 3, 1,280 channels, 16 x 16 pixels": (
+        lambda: nn.Conv2d(1280, 1280, 3, 1, 1),
+        (1, 1280, 16, 16),
+        1,
+    ),
+    "convolution 3 x 3, 256 channels, 8 x 8 pixels": (
+        lambda: nn.Conv2d(256, 256, 3, 1, 1),
+        (1, 256, 8, 8),
+        1,
+    ),
     "attention, 4,096 tokens, 8 heads of 40": (lambda: F.scaled_dot_product_attention, (1, 8, 4096, 40), 3),
     "attention, 1,024 tokens, 8 heads of 80": (lambda: F.scaled_dot_product_attention, (1, 8, 1024, 80), 3),
     "attention, 1,024 tokens, 8 heads of 8": (lambda: F.scaled_dot_product_attention, (1, 8, 1024, 8), 3),
@@ -66,7 +78,9 @@ def once(layer: Layer, inputs: list[Tensor]) -> tuple[float, float]:
     return 1000 * (between - started), 1000 * (time.perf_counter() - between)
 
 
-def measure(make: Callable[[], Layer], shape: tuple[int, ...], count: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(
+    make: Callable[[], Layer], shape: tuple[int, ...], count: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """Milliseconds of forward and backward, torch's and those here, and how many times as long torch takes for both."""
     torch.manual_seed(0)
     layers = both(make(), dtype)
@@ -83,9 +97,15 @@ def measure(make: Callable[[], Layer], shape: tuple[int, ...], count: int, dtype
             until = time.perf_counter() + SECONDS
             while time.perf_counter() < until:
                 times[name].append(once(layer, inputs))
-    found = {name: [statistics.median(part) for part in zip(*of_layer, strict=True)] for name, of_layer in times.items()}
+    found = {
+        name: [statistics.median(part) for part in zip(*of_layer, strict=True)]
+        for name, of_layer in times.items()
+    }
     ratio = sum(found["torch"]) / sum(found["here"])
-    return {**{name: [float(f"{ms:.3g}") for ms in pair] for name, pair in found.items()}, "times": round(ratio, 2)}
+    return {
+        **{name: [float(f"{ms:.3g}") for ms in pair] for name, pair in found.items()},
+        "times": round(ratio, 2),
+    }
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -103,16 +123,27 @@ def product_rate(dtype: torch.dtype) -> float:
 def table(results: dict[str, Any]) -> str:
     """The table of docs/speed.md: a column for each processor and precision."""
     columns = [(name, dtype) for name in results for dtype in DTYPES]
-    lines = [f"| times as fast as torch's own | {' | '.join(f'{name}, {dtype}' for name, dtype in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"| times as fast as torch's own | {' | '.join(f'{name}, {dtype}' for name, dtype in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for case in CASES:
         cells = [results[name]["cases"].get(case, {}).get(dtype) for name, dtype in columns]
-        lines.append(f"| {case} | {' | '.join('' if cell is None else format(cell['times'], '.2f') for cell in cells)} |")
+        lines.append(
+            f"| {case} | {' | '.join('' if cell is None else format(cell['times'], '.2f') for cell in cells)} |"
+        )
     said = []
     for name, found in results.items():
         rates = " and ".join(f"{rate} in {dtype}" for dtype, rate in found["gflop_per_s"].items())
-        said.append(f"{name}: torch {found['torch']}, {found['threads']} threads; a product of {SIDE:,} x {SIDE:,} matrices {rates} GFLOP/s")
+        said.append(
+            f"{name}: torch {found['torch']}, {found['threads']} threads; a product of {SIDE:,} x {SIDE:,} matrices {rates} GFLOP/s"
+        )
     return "\n".join(
-        [*lines, "", f"Forward and backward together, medians of {ROUNDS} rounds in turn, `python -m benchmarks.layers`. {'; '.join(said)}."]
+        [
+            *lines,
+            "",
+            f"Forward and backward together, medians of {ROUNDS} rounds in turn, `python -m benchmarks.layers`. {'; '.join(said)}.",
+        ]
     )
 
 
@@ -126,11 +157,18 @@ def main() -> None:
         print(name, {kind: found["times"] for kind, found in cases[name].items()}, flush=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rates = {kind: product_rate(dtype) for kind, dtype in DTYPES.items()}
-    results[machine.processor()] = {"torch": torch.__version__, "threads": threads, "gflop_per_s": rates, "cases": cases}
+    results[machine.processor()] = {
+        "torch": torch.__version__,
+        "threads": threads,
+        "gflop_per_s": rates,
+        "cases": cases,
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     text = DOCS.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
-    DOCS.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    DOCS.write_text(
+        f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

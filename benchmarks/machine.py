@@ -10,7 +10,9 @@ def processor() -> str:
     """Name, family and model of the processor: many call themselves by one name, of which generations differ twofold."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    found = [re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    found = [
+        re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE) for key in ("model name", "cpu family", "model")
+    ]
     if not all(found):
         return platform.processor() or platform.machine()
     name, family, model = (match[1] for match in found if match)

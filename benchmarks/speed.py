@@ -116,7 +116,12 @@ class Place:
 
     def fill(self, flags: str, case: "Case") -> list[str]:
         """The words of `flags`, with folders and numbers in place of the braces."""
-        names = {"own": self.photos(case.side, OWN), "drawn": self.drawn, "encoded": self.encoded, "count": case.drawn}
+        names = {
+            "own": self.photos(case.side, OWN),
+            "drawn": self.drawn,
+            "encoded": self.encoded,
+            "count": case.drawn,
+        }
         return [word.format_map(names) for word in flags.split()]
 
     @property
@@ -138,7 +143,12 @@ class Place:
 def _training(case: Case, place: Place) -> list[str]:
     """The flags that both trainers understand."""
     return [
-        *("--pretrained_model_name_or_path", str(place.base(case.base)), "--instance_data_dir", str(place.photos(case.side, case.photos))),
+        *(
+            "--pretrained_model_name_or_path",
+            str(place.base(case.base)),
+            "--instance_data_dir",
+            str(place.photos(case.side, case.photos)),
+        ),
         *("--instance_prompt", "a photo of a sks dog", "--output_dir", str(place.output)),
         *f"--resolution {case.side} --train_batch_size {case.batch} --max_train_steps {case.steps} --seed 0".split(),
         *f"--rank 4 --learning_rate 1e-4 --lr_warmup_steps 0 --report_to {TRACKER}".split(),
@@ -147,7 +157,11 @@ def _training(case: Case, place: Place) -> list[str]:
 
 
 def train_here(case: Case, place: Place) -> list[str]:
-    return [str(ROOT / "train_dreambooth_lora.py"), *_training(case, place), *place.fill(case.own_flags, case)]
+    return [
+        str(ROOT / "train_dreambooth_lora.py"),
+        *_training(case, place),
+        *place.fill(case.own_flags, case),
+    ]
 
 
 def train_reference(case: Case, place: Place) -> list[str]:
@@ -156,11 +170,22 @@ def train_reference(case: Case, place: Place) -> list[str]:
 
 def train_bare(case: Case, place: Place) -> list[str]:
     precision = "bf16" if "bf16" in case.flags else "fp32"
-    return [str(BARE), str(place.base(case.base)), str(case.side), str(case.batch), precision, str(case.steps)]
+    return [
+        str(BARE),
+        str(place.base(case.base)),
+        str(case.side),
+        str(case.batch),
+        precision,
+        str(case.steps),
+    ]
 
 
 def draw_here(case: Case, place: Place) -> list[str]:
-    script = [str(ROOT / "generate_class_images.py"), "--pretrained_model_name_or_path", str(place.base(case.base))]
+    script = [
+        str(ROOT / "generate_class_images.py"),
+        "--pretrained_model_name_or_path",
+        str(place.base(case.base)),
+    ]
     return [*script, *place.fill(f"{DRAWING_FLAGS} {case.own_flags}", case)]
 
 
@@ -184,20 +209,45 @@ CASES: dict[str, Case] = {
     "tiny": Case("embedded base, 64 px, batch 1, fp32", "embedded", 64, TRAINING, steps=60, warm_up=4),
     "m35": Case(f"{M35}, batch 1, fp32", "m35", 256, WITH_BARE, steps=16, warm_up=2),
     "m35-bf16": Case(f"{M35}, batch 1, bf16", "m35", 256, WITH_BARE, steps=16, warm_up=2, flags=BF16),
-    "m35-prior": Case(f"{M35}, batch 1, prior preservation, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, flags=PRIOR),
-    "m35-text": Case(f"{M35}, batch 4, text encoder, fp32", "m35", 256, TRAINING, steps=12, batch=4, flags=TEXT),
-    "m35-text-bf16": Case(f"{M35}, batch 4, text encoder, bf16", "m35", 256, TRAINING, steps=12, batch=4, flags=f"{TEXT} {BF16}"),
-    "m35-processes": Case(f"{M35}, batch 1 on each of 2 processes, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, processes=2),
+    "m35-prior": Case(
+        f"{M35}, batch 1, prior preservation, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, flags=PRIOR
+    ),
+    "m35-text": Case(
+        f"{M35}, batch 4, text encoder, fp32", "m35", 256, TRAINING, steps=12, batch=4, flags=TEXT
+    ),
+    "m35-text-bf16": Case(
+        f"{M35}, batch 4, text encoder, bf16", "m35", 256, TRAINING, steps=12, batch=4, flags=f"{TEXT} {BF16}"
+    ),
+    "m35-processes": Case(
+        f"{M35}, batch 1 on each of 2 processes, fp32", "m35", 256, TRAINING, steps=16, warm_up=2, processes=2
+    ),
     "sd15": Case(f"{SD15}, batch 1, fp32", "sd15", 512, WITH_BARE, steps=5, limit=1800),
     "sd15-bf16": Case(f"{SD15}, batch 1, bf16", "sd15", 512, WITH_BARE, steps=5, flags=BF16, limit=1800),
     "sd15-checkpointing": Case(
-        f"{SD15}, batch 1, fp32, gradient checkpointing", "sd15", 512, TRAINING, steps=5, flags="--gradient_checkpointing", limit=1800
+        f"{SD15}, batch 1, fp32, gradient checkpointing",
+        "sd15",
+        512,
+        TRAINING,
+        steps=5,
+        flags="--gradient_checkpointing",
+        limit=1800,
     ),
-    "class-images-equal": Case(f"{M35}, 50 steps of the base's sampler", "m35", 256, DRAWING, drawn=12, own_flags=EQUAL_STEPS),
+    "class-images-equal": Case(
+        f"{M35}, 50 steps of the base's sampler", "m35", 256, DRAWING, drawn=12, own_flags=EQUAL_STEPS
+    ),
     "class-images": Case(f"{M35}, each program's defaults", "m35", 256, DRAWING, drawn=12),
     **{
         f"pictures-{count}": Case(
-            f"{count:,} pictures", "embedded", 64, TWICE, steps=24, batch=4, warm_up=4, photos=count, own_flags=KEPT, limit=3600
+            f"{count:,} pictures",
+            "embedded",
+            64,
+            TWICE,
+            steps=24,
+            batch=4,
+            warm_up=4,
+            photos=count,
+            own_flags=KEPT,
+            limit=3600,
         )
         for count in (10, 100, 10_000)
     },
@@ -215,17 +265,23 @@ def figures(reports: Sequence[dict[str, Any]], started: float, case: Case) -> Fi
     """
     what, count = ("pictures", case.drawn) if case.drawn else ("steps", case.steps)
     if any(len(report[what]) != count for report in reports):
-        raise Failed(f"{count} {what} were to come, got {', '.join(str(len(report[what])) for report in reports)}")
+        raise Failed(
+            f"{count} {what} were to come, got {', '.join(str(len(report[what])) for report in reports)}"
+        )
     found = {
         "peak_mib": max(report[what][-1][1] for report in reports),
-        "peak_to_end_mib": max(report["end"][1] for report in reports),  # the reference loads the whole base again after its last step
+        "peak_to_end_mib": max(
+            report["end"][1] for report in reports
+        ),  # the reference loads the whole base again after its last step
     }
     times = [seconds for seconds, _ in reports[0][what]]
     if case.drawn:  # the first ones also pay for what is done once
         found["picture_s"] = (times[-1] - times[AT_ONCE - 1]) / (case.drawn - AT_ONCE)
     else:
         found["first_step_s"] = max(report["steps"][0][0] for report in reports) - started
-        found["step_s"] = statistics.median([after - before for before, after in itertools.pairwise(times)][case.warm_up :])
+        found["step_s"] = statistics.median(
+            [after - before for before, after in itertools.pairwise(times)][case.warm_up :]
+        )
     return found
 
 
@@ -253,7 +309,9 @@ def end_all(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def launch(words: Sequence[str], work: Path, environment: Mapping[str, str], limit: float, processes: int = 1) -> tuple[list[dict[str, Any]], float]:
+def launch(
+    words: Sequence[str], work: Path, environment: Mapping[str, str], limit: float, processes: int = 1
+) -> tuple[list[dict[str, Any]], float]:
     """Run a script with its flags under the probe: (the report of each process, the moment it was started). Raises Failed with the tail of its
     output."""
     report, log = work / "report.json", work / "log.txt"
@@ -262,11 +320,27 @@ def launch(words: Sequence[str], work: Path, environment: Mapping[str, str], lim
     front = [sys.executable]
     if processes > 1:
         config = ROOT / "configs" / "accelerate" / "cpu_processes.yaml"
-        front += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "--main_process_port", "0"]
+        front += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(config),
+            "--num_processes",
+            str(processes),
+            "--main_process_port",
+            "0",
+        ]
     with log.open("w") as file:
         started = time.monotonic()
         command = [*front, str(PROBE), str(report), *words]
-        process = subprocess.Popen(command, cwd=work, env={**os.environ, **environment}, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=work,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
         try:
             ended = f"exit status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
@@ -296,7 +370,11 @@ def make_photos(folder: Path, side: int, count: int) -> None:
 def prepare(case: Case, place: Place) -> None:
     """Make what the case's runs need."""
     if not place.base(case.base).exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.speed_bases", case.base, str(place.base(case.base))], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.speed_bases", case.base, str(place.base(case.base))],
+            cwd=ROOT,
+            check=True,
+        )
     for count in (case.photos, OWN):
         make_photos(place.photos(case.side, count), case.side, count)
 
@@ -318,7 +396,9 @@ def clear(place: Place) -> None:
 def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
     """The case's record: every program's runs, medians and ratios to this one's. Raises Failed at the first run that fails."""
     prepare(case, place)
-    programs = {name: words for name, words in case.programs.items() if name != "reference" or place.reference}
+    programs = {
+        name: words for name, words in case.programs.items() if name != "reference" or place.reference
+    }
     runs: dict[str, list[Figures]] = {name: [] for name in programs}
     load = []
     for _ in range(options.rounds):
@@ -331,14 +411,22 @@ def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
                 environment["PYTHONPATH"] = str(options.reference_path.resolve())
             clear(place)
             try:
-                reports, started = launch(words(case, place), place.work, environment, case.limit, case.processes)
+                reports, started = launch(
+                    words(case, place), place.work, environment, case.limit, case.processes
+                )
                 runs[name].append(figures(reports, started, case))
             except Failed as failure:
                 raise Failed(f"{name}: {failure}") from None
             finally:
                 clear(place)
     shutil.rmtree(place.encoded, ignore_errors=True)
-    record: dict[str, Any] = {"title": case.title, "rounds": options.rounds, "steps": case.steps, "batch": case.batch, "warm_up": case.warm_up}
+    record: dict[str, Any] = {
+        "title": case.title,
+        "rounds": options.rounds,
+        "steps": case.steps,
+        "batch": case.batch,
+        "warm_up": case.warm_up,
+    }
     if case.drawn:
         record = {"title": case.title, "rounds": options.rounds, "pictures": case.drawn}
     found = {name: medians(of_program) for name, of_program in runs.items()}
@@ -346,7 +434,10 @@ def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
     # how many times as much as here; of the bare step, how many times as much here
     pairs = [("here", "bare") if name == "bare" else (name, "here") for name in found if name != "here"]
     record["ratios"] = {f"{of}/{to}": ratios(found[of], found[to]) for of, to in pairs}
-    shown = {name: [{figure: rounded(value) for figure, value in run.items()} for run in of_program] for name, of_program in runs.items()}
+    shown = {
+        name: [{figure: rounded(value) for figure, value in run.items()} for run in of_program]
+        for name, of_program in runs.items()
+    }
     return record | {"runs": shown, "others_busy_cores": load}
 
 
@@ -354,7 +445,9 @@ def load_of_others() -> float:
     """Processor seconds per second that other processes take, over one second of sleep."""
 
     def busy() -> float:
-        user, nice, system, _, _, *others = (int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+        user, nice, system, _, _, *others = (
+            int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+        )
         return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
     before = busy()
@@ -431,15 +524,26 @@ def _cells(found: dict[str, Figures], head: str) -> list[str]:
     if head is DRAWING_HEAD:
         return [against("picture_s", per_second), against("peak_mib", mib)]
     if head is TWICE_HEAD:
-        return [seconds(here["first_step_s"]), seconds(found["again"]["first_step_s"]), seconds(here["step_s"]), mib(here["peak_mib"])]
-    bare = f"{seconds(found['bare']['step_s'])} ({here['step_s'] / found['bare']['step_s']:.2f} x)" if "bare" in found else ""
+        return [
+            seconds(here["first_step_s"]),
+            seconds(found["again"]["first_step_s"]),
+            seconds(here["step_s"]),
+            mib(here["peak_mib"]),
+        ]
+    bare = (
+        f"{seconds(found['bare']['step_s'])} ({here['step_s'] / found['bare']['step_s']:.2f} x)"
+        if "bare" in found
+        else ""
+    )
     return [against("step_s", seconds), against("first_step_s", seconds), against("peak_mib", mib), bare]
 
 
 def write_readme(text: str) -> None:
     readme = ROOT / "README.md"
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
-    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text(encoding="utf-8"))
+    content, count = pattern.subn(
+        lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text(encoding="utf-8")
+    )
     if count != 1:
         raise RuntimeError(f"README.md must have the marks of the table once, has them {count} times")
     readme.write_text(content, encoding="utf-8")
@@ -447,18 +551,26 @@ def write_readme(text: str) -> None:
 
 def mistakes(options: Options, held: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     """What is wrong with the flags; `held` are the results that --resume adds to, `now` is the setting."""
-    found = [f"--only: no case {name!r}; there are: {', '.join(CASES)}" for name in options.only if name not in CASES]
+    found = [
+        f"--only: no case {name!r}; there are: {', '.join(CASES)}"
+        for name in options.only
+        if name not in CASES
+    ]
     found += [f"--{name} must be at least 1" for name in ("rounds", "threads") if getattr(options, name) < 1]
     if options.reference_path and not (options.reference_path / "torchvision").is_dir():
         found.append(f"--reference_path: {options.reference_path} has no torchvision")
     if options.reference:
         if not (options.reference_path or importlib.util.find_spec("torchvision")):
-            found.append("--reference needs torchvision: pip install --no-deps --target FOLDER torchvision==0.28.0, and --reference_path FOLDER")
+            found.append(
+                "--reference needs torchvision: pip install --no-deps --target FOLDER torchvision==0.28.0, and --reference_path FOLDER"
+            )
         if not importlib.util.find_spec("tensorboard"):
             found.append("--reference needs tensorboard: pip install '.[tensorboard]'")
     for key, value in now.items():
         if held is not None and held[key] != value:
-            found.append(f"--resume: {options.output} is of another {key.replace('_', ' ')}: {held[key]}, not {value}")
+            found.append(
+                f"--resume: {options.output} is of another {key.replace('_', ' ')}: {held[key]}, not {value}"
+            )
     return found
 
 
@@ -500,5 +612,7 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the run of the moment is ended too
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # so that the run of the moment is ended too
     sys.exit(main(tyro.cli(Options, use_underscores=True)))

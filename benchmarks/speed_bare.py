@@ -19,16 +19,27 @@ def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
     unet.requires_grad_(False)
     for parameter in unet.parameters():
-        if parameter.data_ptr() % 64:  # in the mapped file weights lie anywhere, and products with such ones are slower
+        if (
+            parameter.data_ptr() % 64
+        ):  # in the mapped file weights lie anywhere, and products with such ones are slower
             parameter.data = parameter.data.clone()
     unet.to(memory_format=torch.channels_last)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    unet.add_adapter(
+        LoraConfig(
+            r=4,
+            lora_alpha=4,
+            init_lora_weights="gaussian",
+            target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+        )
+    )
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     unet.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    latents = torch.randn(batch, 4, side // 8, side // 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    latents = (
+        torch.randn(batch, 4, side // 8, side // 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    )
     target = torch.randn_like(latents).float()
     embeds = torch.randn(batch, 77, unet.config.cross_attention_dim).to(dtype)
     timesteps = torch.full((batch,), 500)

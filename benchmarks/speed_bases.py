@@ -16,7 +16,11 @@ from picturebook.tokenizer import build_tokenizer
 
 # name: UNet, the VAE's widths, the text encoder's width, layers, heads and least vocabulary
 SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int, int, int]]] = {
-    "m35": ({"sample_size": 32, "block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256}, (64, 64, 128, 128), (256, 6, 8, 1000)),
+    "m35": (
+        {"sample_size": 32, "block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256},
+        (64, 64, 128, 128),
+        (256, 6, 8, 1000),
+    ),
     "sd15": ({"sample_size": 64, "cross_attention_dim": 768}, (128, 256, 512, 512), (768, 12, 12, 49408)),
 }
 
@@ -51,7 +55,9 @@ def build(name: str, folder: Path) -> None:
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(attention_head_dim=8, **unet),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

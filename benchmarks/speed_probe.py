@@ -26,7 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Moment = tuple[float, float]  # seconds, MiB
 
 # What torchvision's Python part asks torch for when it is imported.
-_OPERATORS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
 
 def moment() -> Moment:

@@ -73,7 +73,9 @@ def draw_prompts(pipeline: Any, prompts: list[str], options: Options) -> list[Im
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
         generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(batch))]
-        images += pipeline(batch, generator=generators, num_inference_steps=25, guidance_scale=options.guidance_scale).images
+        images += pipeline(
+            batch, generator=generators, num_inference_steps=25, guidance_scale=options.guidance_scale
+        ).images
     return images
 
 
@@ -84,13 +86,18 @@ def reader_accuracy(pictures: int = 200) -> float:
 
 
 def same_but_pose(a: Any, b: Any) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in ("kind", "colour", "place", "accessory", "accessory_colour", "identity"))
+    return all(
+        getattr(a, name) == getattr(b, name)
+        for name in ("kind", "colour", "place", "accessory", "accessory_colour", "identity")
+    )
 
 
 def main(options: Options) -> bool:
     """Print and write the figures; True if all targets are met."""
     torch.set_num_threads(options.num_threads)
-    pipeline = StableDiffusionPipeline.from_pretrained(options.model, dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        options.model, dtype=torch.float32, safety_checker=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
@@ -105,7 +112,11 @@ def main(options: Options) -> bool:
         sheet = Image.new("RGB", (8 * 136, 6 * 150), "white")
         for n, image in enumerate(images[:48]):
             sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (8 + n % 8 * 136, n // 8 * 150))
-            ImageDraw.Draw(sheet).text((8 + n % 8 * 136, n // 8 * 150 + 130), prompts[n].removeprefix("a photo of ")[:24], fill="black")
+            ImageDraw.Draw(sheet).text(
+                (8 + n % 8 * 136, n // 8 * 150 + 130),
+                prompts[n].removeprefix("a photo of ")[:24],
+                fill="black",
+            )
         sheet.save(options.sheet)
     figures: dict[str, Any] = {
         "prompts": options.prompts,
@@ -113,13 +124,23 @@ def main(options: Options) -> bool:
         "steps": 25,
         **{name: round(value, 4) for name, value in score.prompt_scores(readings, prompts).items()},
         "spread": {name: round(value, 4) for name, value in score.spread(readings).items()},
-        "valid_by_gate": {str(gate): round(sum(r.confidence >= gate for r in readings) / len(readings), 4) for gate in GATES},
+        "valid_by_gate": {
+            str(gate): round(sum(r.confidence >= gate for r in readings) / len(readings), 4) for gate in GATES
+        },
         "psnr_db": round(reconstruction_psnr(pipeline.vae), 2),
         "reader_right_on_renders": round(reader_accuracy(), 4),
         "seconds_a_picture": round(drawing_seconds / len(images), 3),
     }
-    misses = [f"{name} {figures[name]:.3f} < {target}" for name, target in score.BASE_TARGETS.items() if figures[name] < target]
-    misses += [f"spread of {name} {value:.3f} > {SPREAD_TARGET}" for name, value in figures["spread"].items() if value > SPREAD_TARGET]
+    misses = [
+        f"{name} {figures[name]:.3f} < {target}"
+        for name, target in score.BASE_TARGETS.items()
+        if figures[name] < target
+    ]
+    misses += [
+        f"spread of {name} {value:.3f} > {SPREAD_TARGET}"
+        for name, value in figures["spread"].items()
+        if value > SPREAD_TARGET
+    ]
     misses += [f"PSNR {figures['psnr_db']} dB < {PSNR_TARGET} dB"] if figures["psnr_db"] < PSNR_TARGET else []
     figures["misses"] = misses
     print(json.dumps(figures, indent=1))
@@ -138,7 +159,11 @@ def card(figures: dict[str, Any], model: Path) -> str:
         ("place as prompted", figures["place"], score.BASE_TARGETS["place"]),
         ("colour as prompted", figures["colour"], score.BASE_TARGETS["colour"]),
         ("accessory with its colour as prompted", figures["accessory"], score.BASE_TARGETS["accessory"]),
-        ("valid: a render of what was read matches the picture", figures["valid"], score.BASE_TARGETS["valid"]),
+        (
+            "valid: a render of what was read matches the picture",
+            figures["valid"],
+            score.BASE_TARGETS["valid"],
+        ),
     ]
     table = "\n".join(f"| {name} | {value:.1%} | {target:.0%} |" for name, value, target in rows)
     spread = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures["spread"].items())

@@ -35,20 +35,46 @@ def _poly(*points: tuple[float, float]) -> Shape:
 
 # Ears, tails, roofs, sails and handles: six of each, the `shape` of an identity. All of them change the outline.
 _DOG_SHAPES = (
-    (_poly((41, 20), (35, 24), (33, 38), (39, 36), (44, 26)), ("line", 4, 12, 38, 5, 28)),  # hanging ear, tail up
+    (
+        _poly((41, 20), (35, 24), (33, 38), (39, 36), (44, 26)),
+        ("line", 4, 12, 38, 5, 28),
+    ),  # hanging ear, tail up
     (_poly((38, 24), (37, 8), (47, 19)), ("line", 4, 12, 40, 4, 46)),  # pricked ear, tail down
     (("ellipse", 33, 9, 45, 23), ("ellipse", 3, 30, 13, 40)),  # round ear, pompom
-    (_poly((40, 22), (27, 16), (29, 28), (40, 28)), ("line", 4, 13, 37, 5, 37, 5, 28, 9, 26)),  # ear blown back, hooked tail
-    (_poly((37, 24), (33, 8), (40, 17)), _poly((43, 18), (49, 7), (51, 20)), _poly((13, 34), (3, 24), (3, 38))),  # two ears, brush tail
+    (
+        _poly((40, 22), (27, 16), (29, 28), (40, 28)),
+        ("line", 4, 13, 37, 5, 37, 5, 28, 9, 26),
+    ),  # ear blown back, hooked tail
+    (
+        _poly((37, 24), (33, 8), (40, 17)),
+        _poly((43, 18), (49, 7), (51, 20)),
+        _poly((13, 34), (3, 24), (3, 38)),
+    ),  # two ears, brush tail
     (("line", 7, 42, 20, 34, 26, 34, 46), ("line", 3, 12, 36, 2, 36)),  # very long ear, straight thin tail
 )
 _CAT_SHAPES = (
-    (_poly((20, 24), (19, 9), (31, 17)), _poly((44, 24), (45, 9), (33, 17)), ("line", 4, 44, 53, 54, 50, 54, 38)),
+    (
+        _poly((20, 24), (19, 9), (31, 17)),
+        _poly((44, 24), (45, 9), (33, 17)),
+        ("line", 4, 44, 53, 54, 50, 54, 38),
+    ),
     (("ellipse", 14, 10, 27, 23), ("ellipse", 37, 10, 50, 23), ("line", 4, 44, 54, 57, 54)),
     (_poly((22, 22), (8, 14), (24, 32)), _poly((42, 22), (56, 14), (40, 32)), ("ellipse", 46, 44, 58, 56)),
-    (_poly((22, 22), (24, 4), (30, 18)), _poly((42, 22), (40, 4), (34, 18)), ("line", 4, 44, 53, 50, 46, 57, 40)),
-    (_poly((19, 26), (13, 16), (28, 15)), _poly((45, 26), (51, 16), (36, 15)), _poly((44, 55), (60, 57), (56, 45))),
-    (_poly((18, 26), (9, 35), (22, 36)), _poly((46, 26), (55, 35), (42, 36)), ("line", 4, 44, 54, 51, 52, 51, 40, 57, 40)),
+    (
+        _poly((22, 22), (24, 4), (30, 18)),
+        _poly((42, 22), (40, 4), (34, 18)),
+        ("line", 4, 44, 53, 50, 46, 57, 40),
+    ),
+    (
+        _poly((19, 26), (13, 16), (28, 15)),
+        _poly((45, 26), (51, 16), (36, 15)),
+        _poly((44, 55), (60, 57), (56, 45)),
+    ),
+    (
+        _poly((18, 26), (9, 35), (22, 36)),
+        _poly((46, 26), (55, 35), (42, 36)),
+        ("line", 4, 44, 54, 51, 52, 51, 40, 57, 40),
+    ),
 )
 _BIRD_SHAPES = (
     (_poly((38, 18), (36, 7), (43, 15)), _poly((18, 40), (5, 34), (6, 46))),
@@ -63,7 +89,10 @@ _FISH_SHAPES = (
     (_poly((17, 37), (3, 24), (9, 37), (3, 50)), ("ellipse", 24, 18, 44, 34)),
     (("ellipse", 2, 28, 18, 46), _poly((24, 30), (20, 17), (40, 28))),
     (("box", 5, 27, 16, 47), ("box", 26, 19, 40, 30)),
-    (_poly((18, 37), (2, 33), (2, 41)), _poly((24, 30), (24, 17), (30, 25), (34, 15), (38, 25), (44, 18), (44, 30))),
+    (
+        _poly((18, 37), (2, 33), (2, 41)),
+        _poly((24, 30), (24, 17), (30, 25), (34, 15), (38, 25), (44, 18), (44, 30)),
+    ),
     (_poly((17, 36), (4, 18), (11, 34)), _poly((17, 38), (4, 56), (11, 40)), ("line", 4, 34, 28, 26, 16)),
 )
 _CAR_SHAPES = (
@@ -151,7 +180,9 @@ _KINDS = {
     "fish": _Kind(
         body=(("ellipse", 12, 24, 58, 51),),
         coat=(("ellipse", 14, 24, 40, 51),),
-        front=(_poly((40, 25), (48, 26.5), (56, 33), (57.6, 38), (55, 43), (48, 48.5), (40, 50.5), (42, 38)),),
+        front=(
+            _poly((40, 25), (48, 26.5), (56, 33), (57.6, 38), (55, 43), (48, 48.5), (40, 50.5), (42, 38)),
+        ),
         shapes=_FISH_SHAPES,
         trims=((INK, ("line", 1.6, 51, 44, 56, 42.5)),),
         eyes=((48.5, 34.5),),
@@ -228,7 +259,13 @@ def _pattern_shapes(kind: str, pattern: int) -> tuple[Shape, ...]:
     cells = [(x, y) for x in range(0, SIDE, 4) for y in range(0, SIDE, 4)]
 
     def box(x, y, width=4, height=4):
-        return ("box", x, y, x + width - 1 / SUPERSAMPLING, y + height - 1 / SUPERSAMPLING)  # Pillow's boxes include their last row
+        return (
+            "box",
+            x,
+            y,
+            x + width - 1 / SUPERSAMPLING,
+            y + height - 1 / SUPERSAMPLING,
+        )  # Pillow's boxes include their last row
 
     match PATTERNS[pattern]:
         case "rows":
@@ -254,23 +291,38 @@ def _eye_shapes(kind: _Kind, style: int) -> tuple[tuple[Rgb, Shape], ...]:
             case "dot":
                 shapes += [(INK, ("ellipse", x - 2.7, y - 2.7, x + 2.7, y + 2.7))]
             case "wide":
-                shapes += [ring, (WHITE, ("ellipse", x - r, y - r, x + r, y + r)), (INK, ("ellipse", x - 1, y - 1.8, x + 2.6, y + 1.8))]
+                shapes += [
+                    ring,
+                    (WHITE, ("ellipse", x - r, y - r, x + r, y + r)),
+                    (INK, ("ellipse", x - 1, y - 1.8, x + 2.6, y + 1.8)),
+                ]
             case "closed":
-                shapes += [(INK, ("line", 2.4, x - r, y - 1, x - r / 2, y + 1.6, x + r / 2, y + 1.6, x + r, y - 1))]
+                shapes += [
+                    (INK, ("line", 2.4, x - r, y - 1, x - r / 2, y + 1.6, x + r / 2, y + 1.6, x + r, y - 1))
+                ]
             case _:  # gold
-                shapes += [ring, (GOLD, ("ellipse", x - r, y - r, x + r, y + r)), (INK, ("box", x - 0.9, y - r, x + 0.9, y + r))]
+                shapes += [
+                    ring,
+                    (GOLD, ("ellipse", x - r, y - r, x + r, y + r)),
+                    (INK, ("box", x - 0.9, y - r, x + 0.9, y + r)),
+                ]
     return tuple(shapes)
 
 
 def _accessory_shapes(kind: _Kind, accessory: str) -> tuple[Shape, ...]:
     if accessory == "hat":
         x, y, width = kind.hat
-        return (("box", x - width / 2, y - 1.5, x + width / 2, y + 2), ("box", x - width / 3.2, y - 9.5, x + width / 3.2, y))
+        return (
+            ("box", x - width / 2, y - 1.5, x + width / 2, y + 2),
+            ("box", x - width / 3.2, y - 9.5, x + width / 3.2, y),
+        )
     if accessory == "scarf":
         x0, y0, x1, y1, hang = kind.scarf
         end = min(y0 + 16, GROUND) if y0 == y1 or abs(y1 - y0) < 8 else y1
         top = y0 if abs(y1 - y0) < 8 else (y0 + y1) / 2
-        tail = ("line", 5, hang, top, hang, end) if abs(y1 - y0) < 8 else ("line", 5, x0, top, x0 - 11, top + 3)
+        tail = (
+            ("line", 5, hang, top, hang, end) if abs(y1 - y0) < 8 else ("line", 5, x0, top, x0 - 11, top + 3)
+        )
         return (("line", 5.5, x0, y0, x1, y1), tail)
     x, y = kind.bow
     return (
@@ -351,7 +403,9 @@ def trim_layers(kind: str, flip: bool) -> tuple[Layer, ...]:
 
 @functools.cache
 def eye_layers(kind: str, eyes: int, flip: bool) -> tuple[Layer, ...]:
-    return tuple((_finish(_large_mask((shape,)), flip), colour) for colour, shape in _eye_shapes(_KINDS[kind], eyes))
+    return tuple(
+        (_finish(_large_mask((shape,)), flip), colour) for colour, shape in _eye_shapes(_KINDS[kind], eyes)
+    )
 
 
 @functools.cache

@@ -40,9 +40,13 @@ from picturebook.world import (
 # from 0.75 to 0.80 kind, place and accessory are right in every picture and the colour in 96 %, from 0.70 to 0.75 the colour in 85 %.
 VALID_CONFIDENCE = 0.80
 CAPTION_CONFIDENCE = 0.75
-CLIP = np.int16(90)  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
+CLIP = np.int16(
+    90
+)  # differences above this (of 255) count as this: one wrong part must not outweigh the rest
 CANDIDATES = 3
-REACH = max(map(abs, (*OFFSETS_X, *OFFSETS_Y))) + 1  # pixels from the middle that a sprite is looked for: a generated one may stand a little off
+REACH = (
+    max(map(abs, (*OFFSETS_X, *OFFSETS_Y))) + 1
+)  # pixels from the middle that a sprite is looked for: a generated one may stand a little off
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,12 @@ def _backdrops() -> tuple[list[tuple[str, int]], np.ndarray]:
 def _outlines() -> tuple[list[tuple[str, int, bool]], torch.Tensor]:
     """Every silhouette of the world, zero mean and unit norm: [96, 1, 64, 64]."""
     keys = [(kind, shape, flip) for kind in KINDS for shape in range(SHAPES) for flip in (False, True)]
-    masks = torch.from_numpy(np.stack([np.asarray(sprite_masks(*key)["outline"], dtype=np.float32) for key in keys])) / 255
+    masks = (
+        torch.from_numpy(
+            np.stack([np.asarray(sprite_masks(*key)["outline"], dtype=np.float32) for key in keys])
+        )
+        / 255
+    )
     masks = masks - masks.mean(dim=(1, 2), keepdim=True)
     return keys, (masks / masks.flatten(1).norm(dim=1)[:, None, None])[:, None]
 
@@ -124,7 +133,9 @@ class _Fit:
             body_pixels, second_pixels = self._under(body), self._under(second)
             if len(body_pixels) and len(second_pixels):
                 colour = tuple(COLOURS)[_median_colour(body_pixels, COLOURS)]
-                found.append(self.change_identity(pattern=pattern, second=_median_colour(second_pixels, SECOND_HUES)))
+                found.append(
+                    self.change_identity(pattern=pattern, second=_median_colour(second_pixels, SECOND_HUES))
+                )
                 found[-1] = dataclasses.replace(found[-1], colour=colour)
         return found
 
@@ -147,7 +158,10 @@ class _Fit:
 
     def poses(self) -> list[Scene]:
         pose = self.scene.pose
-        moved = [dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y) for x, y in ((0, -1), (0, 1), (-1, 0), (1, 0))]
+        moved = [
+            dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y)
+            for x, y in ((0, -1), (0, 1), (-1, 0), (1, 0))
+        ]
         return [self.change(pose=p) for p in moved if max(abs(p.dx), abs(p.dy)) <= REACH]
 
     def start(self) -> None:
@@ -177,7 +191,9 @@ def _shown(kind: str, shape: int, pattern: int, flip: bool) -> tuple[np.ndarray,
         shown = np.zeros((SIDE, SIDE))
         for number, (mask, _) in enumerate(stack):
             cover = np.asarray(mask) / 255
-            is_wanted = number in ((1, 4) if wanted == "body" else (2,))  # the order of `layers`: outline, body, pattern, rim, front
+            is_wanted = number in (
+                (1, 4) if wanted == "body" else (2,)
+            )  # the order of `layers`: outline, body, pattern, rim, front
             shown = shown * (1 - cover) + cover * is_wanted
         pure.append(shown > 0.9)
     return pure[0], pure[1]
@@ -198,7 +214,16 @@ def _candidates(picture: np.ndarray) -> list[Scene]:
     for index in best.argsort(descending=True)[:CANDIDATES].tolist():
         kind, shape, flip = outline_keys[index]
         row, column = divmod(int(where[index]), 2 * REACH + 1)
-        scenes.append(Scene(kind, "red", place, Identity(0, 0, shape, 0), pose=Pose(column - REACH, row - REACH, flip), backdrop=variant))
+        scenes.append(
+            Scene(
+                kind,
+                "red",
+                place,
+                Identity(0, 0, shape, 0),
+                pose=Pose(column - REACH, row - REACH, flip),
+                backdrop=variant,
+            )
+        )
     return scenes
 
 

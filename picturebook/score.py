@@ -50,7 +50,11 @@ def parse_prompt(prompt: str) -> Wanted:
 def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
     """For each attribute that the prompt names, whether the picture shows it. An accessory counts with its colour if that is named."""
     scene, right = reading.scene, {}
-    for name, found, asked in (("class", scene.kind, wanted.kind), ("colour", scene.colour, wanted.colour), ("place", scene.place, wanted.place)):
+    for name, found, asked in (
+        ("class", scene.kind, wanted.kind),
+        ("colour", scene.colour, wanted.colour),
+        ("place", scene.place, wanted.place),
+    ):
         if asked is not None:
             right[name] = reading.shows_caption and found == asked
     if wanted.accessory is not None:
@@ -72,7 +76,9 @@ def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
     """Share of the subject's identity attributes that a picture shows, 0 to 1; 0 if it is invalid or of another kind."""
     if not reading.valid or reading.scene.kind != kind:
         return 0.0
-    return sum(getattr(reading.scene.identity, name) == getattr(identity, name) for name in IDENTITY_SIZES) / len(IDENTITY_SIZES)
+    return sum(
+        getattr(reading.scene.identity, name) == getattr(identity, name) for name in IDENTITY_SIZES
+    ) / len(IDENTITY_SIZES)
 
 
 def spread(readings: Sequence[Reading]) -> dict[str, float]:
@@ -81,11 +87,15 @@ def spread(readings: Sequence[Reading]) -> dict[str, float]:
     distances = {}
     for name, size in IDENTITY_SIZES.items():
         counts = Counter(getattr(r.scene.identity, name) for r in valid)
-        distances[name] = 0.5 * sum(abs(counts[value] / max(1, len(valid)) - 1 / size) for value in range(size))
+        distances[name] = 0.5 * sum(
+            abs(counts[value] / max(1, len(valid)) - 1 / size) for value in range(size)
+        )
     return distances
 
 
-def subject_scores(readings: Sequence[Reading], prompts: Sequence[str], kind: str, colour: str, identity: Identity) -> dict[str, float]:
+def subject_scores(
+    readings: Sequence[Reading], prompts: Sequence[str], kind: str, colour: str, identity: Identity
+) -> dict[str, float]:
     """ID (mean share of identity shown), ID_all (share of pictures with all of it), the subject's colour, and what the prompts name."""
     shares = [identity_share(r, kind, identity) for r in readings]
     return {
@@ -121,9 +131,15 @@ def main(options: Options) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for title, folder in (("subject", options.pictures), ("class", options.class_pictures)):
         for arm in ("adapter", "base"):
-            found = [(record, reading) for record, reading in read_pictures(folder) if (record["adapter"] is not None) == (arm == "adapter")]
+            found = [
+                (record, reading)
+                for record, reading in read_pictures(folder)
+                if (record["adapter"] is not None) == (arm == "adapter")
+            ]
             if not found:
-                sys.exit(f"error: {folder} has no picture drawn with{'out' if arm == 'base' else ''} an adapter; draw them with infer.py --compare")
+                sys.exit(
+                    f"error: {folder} has no picture drawn with{'out' if arm == 'base' else ''} an adapter; draw them with infer.py --compare"
+                )
             readings = [reading for _, reading in found]
             prompts = [record["prompt"] for record, _ in found]
             scores[f"{title} prompts, {arm}"] = {
@@ -131,7 +147,9 @@ def main(options: Options) -> dict[str, Any]:
                 **subject_scores(readings, prompts, kind, colour, identity),
                 **{f"spread_{name}": distance for name, distance in spread(readings).items()},
             }
-    scores["rise of ID on class prompts"] = scores["class prompts, adapter"]["ID"] - scores["class prompts, base"]["ID"]
+    scores["rise of ID on class prompts"] = (
+        scores["class prompts, adapter"]["ID"] - scores["class prompts, base"]["ID"]
+    )
     print(table(scores))
     if options.output:
         options.output.write_text(json.dumps(scores, indent=1) + "\n")
@@ -144,7 +162,13 @@ def table(scores: dict[str, Any]) -> str:
     for row, values in scores.items():
         if isinstance(values, dict):
             cells = [values.get(name) for name in names]
-            lines.append(f"{row:<26}" + "".join(f"{'-' if c is None else c if isinstance(c, int) else format(c, '.3f'):>15}" for c in cells))
+            lines.append(
+                f"{row:<26}"
+                + "".join(
+                    f"{'-' if c is None else c if isinstance(c, int) else format(c, '.3f'):>15}"
+                    for c in cells
+                )
+            )
     lines.append(f"rise of ID on class prompts: {scores['rise of ID on class prompts']:+.3f}")
     return "\n".join(lines)
 

@@ -32,11 +32,17 @@ def main(options: Options) -> dict[str, dict[str, dict[str, float]]]:
     for name in dict.fromkeys(record["set"] for record, _ in found):
         for folder in options.subjects:
             kind, colour, identity = load_subject(folder)
-            own = [(record, reading) for record, reading in found if record["set"] == name and parse_prompt(record["prompt"]).kind == kind]
+            own = [
+                (record, reading)
+                for record, reading in found
+                if record["set"] == name and parse_prompt(record["prompt"]).kind == kind
+            ]
             prompts, readings = [record["prompt"] for record, _ in own], [reading for _, reading in own]
             values = {"pictures": len(own), **subject_scores(readings, prompts, kind, colour, identity)}
             scores.setdefault(name, {})[kind] = values
-            print(f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   whole identity {values['ID_all']:.3f}")
+            print(
+                f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   whole identity {values['ID_all']:.3f}"
+            )
     if options.output:
         options.output.write_text(json.dumps(scores, indent=1) + "\n")
     return scores

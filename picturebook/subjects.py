@@ -23,7 +23,10 @@ def make_subject(kind: str) -> list[Scene]:
         identity = random_identity(rng)
     colour = rng.choice(tuple(COLOURS))
     places = rng.sample(tuple(PLACES), PICTURES)
-    return [Scene(kind, colour, place, identity, pose=random_pose(rng), backdrop=rng.randrange(BACKDROPS)) for place in places]
+    return [
+        Scene(kind, colour, place, identity, pose=random_pose(rng), backdrop=rng.randrange(BACKDROPS))
+        for place in places
+    ]
 
 
 def load_subject(folder: Path) -> tuple[str, str, Identity]:
@@ -39,7 +42,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for number, scene in enumerate(scenes):
             draw(scene).save(folder / f"{number}.png")
-        record = {"kind": kind, "colour": scenes[0].colour, "identity": scenes[0].identity.__dict__, "places": [s.place for s in scenes]}
+        record = {
+            "kind": kind,
+            "colour": scenes[0].colour,
+            "identity": scenes[0].identity.__dict__,
+            "places": [s.place for s in scenes],
+        }
         (folder / "subject.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -40,6 +40,12 @@ def build_tokenizer() -> CLIPTokenizer:
     """The vocabulary is laid out as CLIP's: bytes, bytes that end a word, merged pieces, begin, end."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(all_words())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), BEGIN, END]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(left + right for left, right in merges),
+        BEGIN,
+        END,
+    ]
     vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)

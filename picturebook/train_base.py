@@ -22,7 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -160,7 +166,14 @@ class Log:
         print(record, flush=True)
 
 
-def save_checkpoint(path: Path, model: torch.nn.Module, ema: AveragedModel, optimizers: list[torch.optim.Optimizer], step: int, rate: float) -> None:
+def save_checkpoint(
+    path: Path,
+    model: torch.nn.Module,
+    ema: AveragedModel,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    rate: float,
+) -> None:
     """Write to a neighbouring file, then rename: a cut never leaves half a checkpoint. `rate` is the learning rate of the last step."""
     tensors = {f"model|{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema|{name}": tensor for name, tensor in ema.state_dict().items()}
@@ -168,7 +181,11 @@ def save_checkpoint(path: Path, model: torch.nn.Module, ema: AveragedModel, opti
         for parameter, fields in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer|{number}|{parameter}|{field}": tensor for field, tensor in fields.items()}
     temporary = path.with_suffix(".tmp")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"step": str(step), "learning_rate": str(rate)})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        temporary,
+        {"step": str(step), "learning_rate": str(rate)},
+    )
     os.replace(temporary, path)
 
 
@@ -186,7 +203,10 @@ class MuonAdamW:
                 self.kernels.append((parameter, torch.nn.Parameter(self.matrix(parameter.data))))
         matrices = [matrix for _, matrix in self.kernels]
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
-        self.optimizers = [muon, torch.optim.AdamW(rest, lr=learning_rate, weight_decay=1e-2, betas=(0.9, 0.99))]
+        self.optimizers = [
+            muon,
+            torch.optim.AdamW(rest, lr=learning_rate, weight_decay=1e-2, betas=(0.9, 0.99)),
+        ]
 
     @staticmethod
     def matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,7 +227,9 @@ class MuonAdamW:
         self.optimizers[1].zero_grad()
 
 
-def resume(path: Path, model: torch.nn.Module, ema: AveragedModel, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+def resume(
+    path: Path, model: torch.nn.Module, ema: AveragedModel, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
     """Fill model, average and optimizers from a checkpoint, if there is one; returns (steps done, learning rate of the last one)."""
     if not path.exists():
         return 0, 0.0
@@ -262,7 +284,14 @@ def train_vae(options: Options, log: Log) -> AutoencoderKL:
         step += 1
         if step % 100 == 0:
             psnr = -10 * math.log10(error.square().mean().item() / 4)
-            log(stage="vae", step=step, psnr=psnr, kl=kl.item(), latent_std=mean.std().item(), posterior_std=posterior.std.mean().item())
+            log(
+                stage="vae",
+                step=step,
+                psnr=psnr,
+                kl=kl.item(),
+                latent_std=mean.std().item(),
+                posterior_std=posterior.std.mean().item(),
+            )
         if step % options.save_every == 0 or step == total:
             save_checkpoint(path, vae, ema, [optimizer], step, learning_rate)
     vae.load_state_dict(ema.module.state_dict())
@@ -279,8 +308,13 @@ def encode_scenes(options: Options, vae: AutoencoderKL, log: Log) -> dict[str, t
         for start in range(0, options.num_scenes, 100):
             rows = range(start, min(start + 100, options.num_scenes))
             with torch.autocast("cpu", torch.bfloat16):
-                posterior = vae.encode(to_tensor([training_scene(options.seed, "unet", n) for n in rows])).latent_dist
-            mean[rows.start : rows.stop], std[rows.start : rows.stop] = posterior.mean.half(), posterior.std.half()
+                posterior = vae.encode(
+                    to_tensor([training_scene(options.seed, "unet", n) for n in rows])
+                ).latent_dist
+            mean[rows.start : rows.stop], std[rows.start : rows.stop] = (
+                posterior.mean.half(),
+                posterior.std.half(),
+            )
             if start % 10_000 == 0:
                 log(stage="latents", done=start)
         temporary = path.with_suffix(".tmp")
@@ -307,7 +341,9 @@ _orders: dict[tuple[int, int, int], torch.Tensor] = {}
 def _order(seed: int, count: int, epoch: int) -> torch.Tensor:
     key = (seed, count, epoch)
     if key not in _orders:
-        _orders[key] = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        _orders[key] = torch.randperm(
+            count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        )
     return _orders[key]
 
 
@@ -322,16 +358,22 @@ class Denoiser(torch.nn.Module):
         return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
 
 
-def timesteps_of_training(count: int, alphas_cumprod: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def timesteps_of_training(
+    count: int, alphas_cumprod: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """[count] timesteps: three tenths uniform, the rest log-normal in sigma (Karras et al. 2022, table 1) around the noise at which shapes and
     patterns are decided. Above it, most of the loss is what no caption tells; below it, the noise of the autoencoder's own posterior."""
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     uniform = torch.randint(len(sigmas), (count,), generator=generator)
-    drawn = torch.searchsorted(sigmas, (0.3 + 1.0 * torch.randn(count, generator=generator)).exp()).clamp(max=len(sigmas) - 1)
+    drawn = torch.searchsorted(sigmas, (0.3 + 1.0 * torch.randn(count, generator=generator)).exp()).clamp(
+        max=len(sigmas) - 1
+    )
     return torch.where(torch.rand(count, generator=generator) < 0.3, uniform, drawn)
 
 
-def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> tuple[Denoiser, float, dict[str, Any]]:
+def train_unet(
+    options: Options, latents: dict[str, torch.Tensor], log: Log
+) -> tuple[Denoiser, float, dict[str, Any]]:
     """(averaged UNet and text encoder, scaling factor of the latents, record of the training). v-prediction; 10 % of the captions are left empty."""
     torch.manual_seed(options.seed + 1)
     tokenizer = build_tokenizer()
@@ -352,7 +394,9 @@ def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> 
         rows = next(batches)
         rng = random.Random(f"{options.seed} captions {step}")
         captions = ["" if rng.random() < 0.1 else caption(scenes[row], rng) for row in rows]
-        input_ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        input_ids = tokenizer(
+            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         generator = torch.Generator().manual_seed(7_919 * step + options.seed)
         mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
         clean = (mean + std * torch.randn(mean.shape, generator=generator)) * scaling_factor
@@ -388,7 +432,9 @@ def train_unet(options: Options, latents: dict[str, torch.Tensor], log: Log) -> 
     return model.eval(), scaling_factor, record
 
 
-def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: dict[str, Any], target: Path) -> None:
+def export(
+    vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: dict[str, Any], target: Path
+) -> None:
     """Write a plain Stable Diffusion folder, weights in float16 safetensors, and the record of its training."""
     vae.register_to_config(scaling_factor=scaling_factor)
     logging.set_verbosity_error()
@@ -406,7 +452,11 @@ def export(vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: d
     # transformers 5 saves flat names; older versions and other programs know them only under `text_model.`, and would go on with a random
     # text encoder. Both read these.
     path = target / "text_encoder" / "model.safetensors"
-    save_file({"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()},
+        path,
+        {"format": "pt"},
+    )
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in target.rglob("*.safetensors"):
         path.chmod(0o644)  # the library writes files that only their owner may read
@@ -418,8 +468,12 @@ def main() -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     log = Log(options.work_dir / "metrics.jsonl")
     if options.stage == "export":
-        if missing := [name for name in ("vae.safetensors", "unet.safetensors") if not (options.work_dir / name).exists()]:
-            sys.exit(f"error: {options.work_dir} has no {' and no '.join(missing)}: there is nothing to export")
+        if missing := [
+            name for name in ("vae.safetensors", "unet.safetensors") if not (options.work_dir / name).exists()
+        ]:
+            sys.exit(
+                f"error: {options.work_dir} has no {' and no '.join(missing)}: there is nothing to export"
+            )
         options.vae_steps = options.unet_steps = 0  # nothing more to train
     vae = train_vae(options, log)
     if options.stage == "vae":

@@ -81,7 +81,13 @@ class Identity:
 
     def is_held_out(self, kind: str) -> bool:
         """True for the one identity in 32 that base training never sees: the ones that subjects are taken from."""
-        return hashlib.sha256(f"{kind} {self.pattern} {self.second} {self.shape} {self.eyes}".encode()).digest()[0] % 32 == 0
+        return (
+            hashlib.sha256(f"{kind} {self.pattern} {self.second} {self.shape} {self.eyes}".encode()).digest()[
+                0
+            ]
+            % 32
+            == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -137,14 +143,20 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def describe(
-    kind: str, colour: str | None = None, place: str | None = None, accessory: str | None = None, accessory_colour: str | None = None
+    kind: str,
+    colour: str | None = None,
+    place: str | None = None,
+    accessory: str | None = None,
+    accessory_colour: str | None = None,
 ) -> str:
     """A caption body: `red dog in the snow wearing a blue hat`, each part but the kind left out when None."""
     words = [colour, kind] if colour else [kind]
     if place:
         words.append(PLACES[place])
     if accessory:
-        words.append(f"wearing a {accessory_colour} {accessory}" if accessory_colour else f"wearing a {accessory}")
+        words.append(
+            f"wearing a {accessory_colour} {accessory}" if accessory_colour else f"wearing a {accessory}"
+        )
     return " ".join(words)
 
 
@@ -170,5 +182,16 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 def all_words() -> list[str]:
     """Every word that captions use, and the rare ones, sorted."""
-    text = " ".join([*KINDS, *COLOURS, *PLACES.values(), *ACCESSORIES, *ACCESSORY_COLOURS, *OPENINGS, *RARE_WORDS, "a an wearing the in on with and"])
+    text = " ".join(
+        [
+            *KINDS,
+            *COLOURS,
+            *PLACES.values(),
+            *ACCESSORIES,
+            *ACCESSORY_COLOURS,
+            *OPENINGS,
+            *RARE_WORDS,
+            "a an wearing the in on with and",
+        ]
+    )
     return sorted(set(text.split()))

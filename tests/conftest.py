@@ -15,7 +15,9 @@ from accelerate.state import AcceleratorState
 from tests import tiny
 
 torch.set_num_threads(1)  # the same last bits on any machine
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in its background leaves it ignored
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell that runs the tests in its background leaves it ignored
 
 
 @pytest.fixture(autouse=True)

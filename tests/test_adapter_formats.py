@@ -15,7 +15,14 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,13 +36,28 @@ from dreambooth.bases import folders
 from dreambooth.errors import UserError
 
 Models = dict[str, torch.nn.Module]
-ATTENTION = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+ATTENTION = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
 WIDE = {
-    "unet": [*ATTENTION["unet"], "proj_in", "conv1", "conv_shortcut", "conv", "conv_in", "time_emb_proj", "ff.net.2"],
+    "unet": [
+        *ATTENTION["unet"],
+        "proj_in",
+        "conv1",
+        "conv_shortcut",
+        "conv",
+        "conv_in",
+        "time_emb_proj",
+        "ff.net.2",
+    ],
     "text_encoder": [*ATTENTION["text_encoder"], "fc1"],
 }
 MIXED = {
-    "unet": {"rank_pattern": {"to_k": 2, "attn2.to_v": 6}, "alpha_pattern": {"to_k": 1.0, "down_blocks.1.attentions.0.proj_in": 3.0}},
+    "unet": {
+        "rank_pattern": {"to_k": 2, "attn2.to_v": 6},
+        "alpha_pattern": {"to_k": 1.0, "down_blocks.1.attentions.0.proj_in": 3.0},
+    },
     "text_encoder": {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 1.0}},
 }
 # Scales other than 1 everywhere: a reader that forgets them is found out.
@@ -47,7 +69,9 @@ KINDS: dict[str, Callable[[str], object]] = {
     "dora": lambda c: LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=WIDE[c]),
     "loha": lambda c: LoHaConfig(r=2, alpha=3, target_modules=WIDE[c]),
     "loha cp": lambda c: LoHaConfig(r=2, alpha=3, use_effective_conv2d=True, target_modules=WIDE[c]),
-    "loha mixed ranks": lambda c: LoHaConfig(r=2, alpha=3, target_modules=ATTENTION[c], rank_pattern=MIXED[c]["rank_pattern"]),
+    "loha mixed ranks": lambda c: LoHaConfig(
+        r=2, alpha=3, target_modules=ATTENTION[c], rank_pattern=MIXED[c]["rank_pattern"]
+    ),
     "lokr": lambda c: LoKrConfig(r=2, alpha=3, target_modules=WIDE[c]),
     "lokr factor": lambda c: LoKrConfig(r=2, alpha=3, decompose_factor=4, target_modules=ATTENTION[c]),
     "lokr both": lambda c: LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules=WIDE[c]),
@@ -71,7 +95,10 @@ def loaded(tiny_base) -> Models:
 def base(tiny_base) -> formats.Layers:
     """From the headers of the base's files, as the scripts have it, before anything is loaded."""
     shapes = {part: folders.weight_shapes(tiny_base, part, None) for part in ("unet", "text_encoder")}
-    return {part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")} for part, own in shapes.items()}
+    return {
+        part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")}
+        for part, own in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +108,9 @@ def adapted(loaded) -> Callable[[str], Models]:
 
     def of_kind(kind: str) -> Models:
         if kind not in made:
-            made[kind] = {name: with_adapter(copy.deepcopy(model), KINDS[kind](name)) for name, model in loaded.items()}
+            made[kind] = {
+                name: with_adapter(copy.deepcopy(model), KINDS[kind](name)) for name, model in loaded.items()
+            }
         return made[kind]
 
     return of_kind
@@ -110,20 +139,33 @@ def peft_file(path: Path, models: Models) -> Path:
     fields: dict[str, object] = {}
     for component, model in models.items():
         config = model.peft_config["default"].to_dict()  # type: ignore[union-attr,operator,index]
-        fields |= {f"{component}.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    save_file(peft_state(models), path, {"format": "pt", "lora_adapter_metadata": json.dumps(fields, default=str)})
+        fields |= {
+            f"{component}.{name}": sorted(value) if isinstance(value, set) else value
+            for name, value in config.items()
+        }
+    save_file(
+        peft_state(models), path, {"format": "pt", "lora_adapter_metadata": json.dumps(fields, default=str)}
+    )
     return path
 
 
 def tuner_layers(models: Models) -> dict[tuple[str, str], BaseTunerLayer]:
-    layers = ((component, name, module) for component, model in models.items() for name, module in model.named_modules())
-    return {(component, name): module for component, name, module in layers if isinstance(module, BaseTunerLayer)}
+    layers = (
+        (component, name, module)
+        for component, model in models.items()
+        for name, module in model.named_modules()
+    )
+    return {
+        (component, name): module for component, name, module in layers if isinstance(module, BaseTunerLayer)
+    }
 
 
 def expect_same_deltas(adapter: Adapter, models: Models) -> None:
     """Every module of the one is in the other, and adds what peft itself computes."""
     layers = tuner_layers(models)
-    assert {(component, path) for component, modules in adapter.components.items() for path in modules} == layers.keys()
+    assert {
+        (component, path) for component, modules in adapter.components.items() for path in modules
+    } == layers.keys()
     for (component, path), layer in layers.items():
         module = adapter.components[component][path]
         weight = layer.get_base_layer().weight.data
@@ -152,7 +194,9 @@ def expect_same_outputs(loaded: Models, models: Models, data: bytes, tmp_path: P
     """Plain diffusers, given the file, draws what the adapted models draw."""
     (tmp_path / "adapter.safetensors").write_bytes(data)
     unet, text_encoder = (copy.deepcopy(loaded[name]) for name in ("unet", "text_encoder"))
-    pipeline = StableDiffusionPipeline(None, text_encoder, None, unet, None, None, None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        None, text_encoder, None, unet, None, None, None, requires_safety_checker=False
+    )
     before = outputs(unet, text_encoder)
     pipeline.load_lora_weights(tmp_path / "adapter.safetensors", adapter_name="subject")
     expected = outputs(models["unet"], models["text_encoder"])
@@ -162,7 +206,9 @@ def expect_same_outputs(loaded: Models, models: Models, data: bytes, tmp_path: P
 
 
 def rewritten(adapter: Adapter, layout: str) -> bytes:
-    return formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sd1", {})
+    return (
+        formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sd1", {})
+    )
 
 
 def read_bytes(data: bytes, path: Path, base: formats.Layers) -> Adapter:
@@ -212,7 +258,9 @@ def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, bas
     for component, modules in adapter.components.items():
         for path, module in modules.items():
             wanted = deltas.delta(module)
-            assert (deltas.delta(again.components[component][path]) - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
+            assert (deltas.delta(again.components[component][path]) - wanted).norm() <= 2 * torch.finfo(
+                dtype
+            ).eps * wanted.norm()
 
 
 # ---- other programs read what is written
@@ -257,15 +305,27 @@ def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, ba
     (size,) = torch.frombuffer(bytearray(data[:8]), dtype=torch.int64)
     fields = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["lora_adapter_metadata"])
     for component, model in loaded.items():
-        own = {name.removeprefix(f"{component}."): value for name, value in fields.items() if name.startswith(f"{component}.")}
+        own = {
+            name.removeprefix(f"{component}."): value
+            for name, value in fields.items()
+            if name.startswith(f"{component}.")
+        }
         config = {"LOHA": LoHaConfig, "LOKR": LoKrConfig}[own.pop("peft_type")](**own)
         made = copy.deepcopy(model)
         inject_adapter_in_model(config, made, "default")
-        shapes = {key: tensor.shape for key, tensor in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
+        shapes = {
+            key: tensor.shape
+            for key, tensor in get_peft_model_state_dict(made, save_embedding_layers=False).items()
+        }
         prefixes = (f"{component}.text_model.", f"{component}.")
         written = {key: tensor.shape for key, tensor in load(data).items() if key.startswith(f"{component}.")}
-        assert {next(key.removeprefix(p) for p in prefixes if key.startswith(p)): shape for key, shape in written.items()} == shapes
-        assert {layer.scaling["default"] for layer in made.modules() if isinstance(layer, LycorisLayer)} == {1.0}
+        assert {
+            next(key.removeprefix(p) for p in prefixes if key.startswith(p)): shape
+            for key, shape in written.items()
+        } == shapes
+        assert {layer.scaling["default"] for layer in made.modules() if isinstance(layer, LycorisLayer)} == {
+            1.0
+        }
 
 
 @needs_lycoris
@@ -280,18 +340,26 @@ def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_
     stems = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
     for (component, path), layer in tuner_layers(models).items():
         stem = stems[component] + path.replace(".", "_")
-        own = {key.removeprefix(f"{stem}."): tensor for key, tensor in tensors.items() if key.startswith(f"{stem}.")}
+        own = {
+            key.removeprefix(f"{stem}."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{stem}.")
+        }
         shape = layer.get_base_layer().weight.shape
         alpha = float(own.pop("alpha"))
         if "lora_down.weight" in own:
             rank = own["lora_down.weight"].shape[0]
-            found = locon.diff_weight(own["lora_down.weight"], own["lora_up.weight"], None, gamma=alpha / rank)
+            found = locon.diff_weight(
+                own["lora_down.weight"], own["lora_up.weight"], None, gamma=alpha / rank
+            )
         elif "hada_w1_a" in own:
             factors = [own.get(f"hada_{name}") for name in ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")]
             found = loha.diff_weight(*factors, gamma=torch.tensor(alpha / own["hada_w1_b"].shape[0]))
         else:
             factors = [own.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
-            scale = next((alpha / own[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in own), 1.0)
+            scale = next(
+                (alpha / own[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in own), 1.0
+            )
             found = lokr.kron_weight(*factors, scale=scale)
         with torch.no_grad():
             if kind == "dora":
@@ -305,10 +373,20 @@ def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_
 
 def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapted, base, tmp_path):
     adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted("mixed ranks")), base)
-    tensors = load(data := formats.write_kohya(adapter, "sd2", {"resolution": 768, "seed": 5, "prediction_type": "v_prediction"}))
+    tensors = load(
+        data := formats.write_kohya(
+            adapter, "sd2", {"resolution": 768, "seed": 5, "prediction_type": "v_prediction"}
+        )
+    )
     for prefix, rank in (("lora_unet_", 6), ("lora_te_", 4)):
-        assert {t.shape[0] for key, t in tensors.items() if key.startswith(prefix) and key.endswith("lora_down.weight")} == {rank}
-        assert {float(t) for key, t in tensors.items() if key.startswith(prefix) and key.endswith("alpha")} == {rank}
+        assert {
+            t.shape[0]
+            for key, t in tensors.items()
+            if key.startswith(prefix) and key.endswith("lora_down.weight")
+        } == {rank}
+        assert {
+            float(t) for key, t in tensors.items() if key.startswith(prefix) and key.endswith("alpha")
+        } == {rank}
     (tmp_path / "kohya.safetensors").write_bytes(data)
     metadata = formats.read(tmp_path / "kohya.safetensors", base).metadata
     assert {key: value for key, value in metadata.items() if key.startswith("ss_")} == {
@@ -329,7 +407,11 @@ def test_the_same_adapter_gives_the_same_bytes(layout, adapted, base, tmp_path):
     state = peft_state(adapted("locon"))
     files = []
     for n, keys in enumerate((sorted(state), sorted(state, reverse=True))):
-        save_file({key: state[key] for key in keys}, tmp_path / f"{n}.safetensors", {"b": "1", "a": "2"} if n else {"a": "2", "b": "1"})
+        save_file(
+            {key: state[key] for key in keys},
+            tmp_path / f"{n}.safetensors",
+            {"b": "1", "a": "2"} if n else {"a": "2", "b": "1"},
+        )
         files.append(rewritten(formats.read(tmp_path / f"{n}.safetensors", base), layout))
     assert files[0] == files[1]
     assert str(tmp_path).encode() not in files[0]
@@ -348,8 +430,18 @@ def in_layout(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
             end = "lora.{}.weight" if key.startswith("unet") else "lora_linear_layer.{}.weight"
             renamed[f"{module}.{end.format(side)}"] = tensor
         else:
-            names = {"to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-            parent, last = next((module.removesuffix(f".{n}"), n) for n in (*names, "to_q", "to_k", "to_v") if module.endswith(f".{n}"))
+            names = {
+                "to_out.0": "to_out",
+                "q_proj": "to_q",
+                "k_proj": "to_k",
+                "v_proj": "to_v",
+                "out_proj": "to_out",
+            }
+            parent, last = next(
+                (module.removesuffix(f".{n}"), n)
+                for n in (*names, "to_q", "to_k", "to_v")
+                if module.endswith(f".{n}")
+            )
             processor = ".processor" if key.startswith("unet") else ""
             renamed[f"{parent}{processor}.{names.get(last, last)}_lora.{side}.weight"] = tensor
     return renamed
@@ -359,9 +451,15 @@ def in_layout(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
 @pytest.mark.parametrize("layout", ["peft", "peft, named", "diffusers", "processors"])
 def test_spellings_without_metadata_are_read_with_scale_one(layout, text_model, loaded, base, tmp_path):
     models = {
-        name: with_adapter(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION[name])) for name, model in loaded.items()
+        name: with_adapter(
+            copy.deepcopy(model), LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION[name])
+        )
+        for name, model in loaded.items()
     }
-    state = {key.replace("text_encoder.", f"text_encoder.{text_model}"): tensor for key, tensor in peft_state(models).items()}
+    state = {
+        key.replace("text_encoder.", f"text_encoder.{text_model}"): tensor
+        for key, tensor in peft_state(models).items()
+    }
     if layout == "peft, named":  # the name of the adapter was left in
         state = {key.replace(".weight", ".default_0.weight"): tensor for key, tensor in state.items()}
     save_file(state if layout.startswith("peft") else in_layout(state, layout), tmp_path / "a.safetensors")
@@ -371,7 +469,9 @@ def test_spellings_without_metadata_are_read_with_scale_one(layout, text_model, 
 def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, base, tmp_path):
     """`unet.save_attn_procs` once wrote them so; diffusers of today loads nothing from such a file, in silence."""
     unet = {"unet": adapted("lora")["unet"]}
-    tensors = {key.removeprefix("unet."): tensor for key, tensor in in_layout(peft_state(unet), "processors").items()}
+    tensors = {
+        key.removeprefix("unet."): tensor for key, tensor in in_layout(peft_state(unet), "processors").items()
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = formats.read(tmp_path / "a.safetensors", base)
     assert list(adapter.components) == ["unet"]
@@ -384,11 +484,17 @@ def test_folders_saved_by_peft_are_read(kind, adapted, loaded, base, tmp_path):
     models = adapted(kind)
     for component, model in loaded.items():
         wrapped = PeftModel(copy.deepcopy(model), KINDS[kind](component))
-        state = {f"base_model.model.{key}": t for key, t in get_peft_model_state_dict(models[component], save_embedding_layers=False).items()}
+        state = {
+            f"base_model.model.{key}": t
+            for key, t in get_peft_model_state_dict(models[component], save_embedding_layers=False).items()
+        }
         wrapped.save_pretrained(tmp_path / "out" / component, state_dict=None, save_embedding_layers=False)
         saved = load((tmp_path / "out" / component / "adapter_model.safetensors").read_bytes())
         assert saved.keys() == state.keys()  # peft's own names
-        save_file({key: t.contiguous().clone() for key, t in state.items()}, tmp_path / "out" / component / "adapter_model.safetensors")
+        save_file(
+            {key: t.contiguous().clone() for key, t in state.items()},
+            tmp_path / "out" / component / "adapter_model.safetensors",
+        )
     expect_same_deltas(formats.read(tmp_path / "out", base), models)
     for component in loaded:
         (tmp_path / "out" / component).rename(tmp_path / f"my_{component}")
@@ -404,7 +510,11 @@ def test_patterns_of_whole_names_are_read_as_peft_reads_them(adapted, base, tmp_
     save_file(peft_state(models), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
     modules = formats.read(tmp_path / "a.safetensors", base).components["unet"]
     layers = tuner_layers(models)
-    for name, scale in ((path, 0.75), (path.replace("attn2", "attn1"), 3.0), (path.replace("to_k", "to_q"), 1.0)):
+    for name, scale in (
+        (path, 0.75),
+        (path.replace("attn2", "attn1"), 3.0),
+        (path.replace("to_k", "to_q"), 1.0),
+    ):
         wanted = scale / 1.5 * layers["unet", name].get_delta_weight("default").detach()  # type: ignore[operator]
         assert torch.allclose(deltas.delta(modules[name]), wanted, atol=1e-6)
 
@@ -423,7 +533,10 @@ def test_a_file_of_one_model_alone_has_its_alpha_without_a_prefix(adapted, base,
 def test_any_one_name_of_the_adapter_in_all_keys_is_taken_off(name, kind, adapted, base, tmp_path):
     models = adapted(kind)
     parts = r"lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+"
-    tensors = {re.sub(rf"\.({parts})(?=\.weight$|$)", rf".\1.{name}", key): tensor for key, tensor in peft_state(models).items()}
+    tensors = {
+        re.sub(rf"\.({parts})(?=\.weight$|$)", rf".\1.{name}", key): tensor
+        for key, tensor in peft_state(models).items()
+    }
     assert all(f".{name}" in key for key in tensors)
     save_file(tensors, tmp_path / "a.safetensors")
     save_file(peft_state(models), tmp_path / "b.safetensors")
@@ -438,10 +551,19 @@ def test_any_one_name_of_the_adapter_in_all_keys_is_taken_off(name, kind, adapte
 
 def test_the_unet_is_diffusion_model_in_files_of_other_programs(adapted, base, tmp_path):
     models = {"unet": adapted("lora")["unet"]}
-    tensors = {key.replace("unet.", "diffusion_model.", 1): tensor for key, tensor in peft_state(models).items()}
+    tensors = {
+        key.replace("unet.", "diffusion_model.", 1): tensor for key, tensor in peft_state(models).items()
+    }
     save_file(tensors, tmp_path / "a.safetensors")
-    with_base, without = formats.read(tmp_path / "a.safetensors", base), formats.read(tmp_path / "a.safetensors")
-    assert with_base.components["unet"].keys() == without.components["unet"].keys() == {path for _, path in tuner_layers(models)}
+    with_base, without = (
+        formats.read(tmp_path / "a.safetensors", base),
+        formats.read(tmp_path / "a.safetensors"),
+    )
+    assert (
+        with_base.components["unet"].keys()
+        == without.components["unet"].keys()
+        == {path for _, path in tuner_layers(models)}
+    )
 
 
 def test_a_run_folder_is_read_by_its_adapter(adapted, base, tmp_path):
@@ -456,7 +578,11 @@ def test_kohya_files_are_read_with_their_alphas(text_model, te, alpha_dtype, ada
     models = adapted("mixed ranks")
     tensors = {}
     for key, tensor in peft_state(models).items():
-        component, module, end = key.split(".", 1)[0], key.split(".", 1)[1].rpartition(".lora_")[0], key.rpartition(".lora_")[2]
+        component, module, end = (
+            key.split(".", 1)[0],
+            key.split(".", 1)[1].rpartition(".lora_")[0],
+            key.rpartition(".lora_")[2],
+        )
         stem = ("lora_unet_" if component == "unet" else te + text_model) + module.replace(".", "_")
         tensors[f"{stem}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = tensor
         layer = tuner_layers(models)[component, module]
@@ -465,7 +591,9 @@ def test_kohya_files_are_read_with_their_alphas(text_model, te, alpha_dtype, ada
     expect_same_deltas(formats.read(tmp_path / "kohya.safetensors", base), models)
 
 
-def one_layer(base: formats.Layers, path: str = "down_blocks.1.resnets.0.conv1") -> tuple[str, tuple[int, ...]]:
+def one_layer(
+    base: formats.Layers, path: str = "down_blocks.1.resnets.0.conv1"
+) -> tuple[str, tuple[int, ...]]:
     return "lora_unet_" + path.replace(".", "_"), tuple(base["unet"][path])
 
 
@@ -475,7 +603,12 @@ def test_a_locon_with_a_core_is_read_as_the_lora_that_it_is(base, tmp_path):
 
     stem, (outputs, inputs, *kernel) = one_layer(base)
     down, up, mid = torch.randn(3, inputs, 1, 1), torch.randn(outputs, 3, 1, 1), torch.randn(3, 3, *kernel)
-    tensors = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": mid, "alpha": torch.tensor(1.5)}
+    tensors = {
+        "lora_down.weight": down,
+        "lora_up.weight": up,
+        "lora_mid.weight": mid,
+        "alpha": torch.tensor(1.5),
+    }
     save_file({f"{stem}.{name}": t for name, t in tensors.items()}, tmp_path / "a.safetensors")
     (module,) = formats.read(tmp_path / "a.safetensors", base).components["unet"].values()
     wanted = locon.diff_weight(down, up, mid, gamma=0.5)
@@ -498,21 +631,33 @@ def test_lycoris_own_modules_are_read_with_their_magnitudes(kind, loaded, base, 
         if name != "dora_scale":
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
     module.dora_scale.data *= 1.3
-    save_file({f"{stem}.{name}": t.detach().clone() for name, t in module.custom_state_dict().items()}, tmp_path / "a.safetensors")
+    save_file(
+        {f"{stem}.{name}": t.detach().clone() for name, t in module.custom_state_dict().items()},
+        tmp_path / "a.safetensors",
+    )
     adapter = formats.read(tmp_path / "a.safetensors", base)
     assert adapter.kinds == ({"lora": "dora", "loha": "doha", "lokr": "dokr"}[kind],)
     with torch.no_grad():
         wanted = module.get_merged_weight(shape=layer.weight.shape)[0]
-    for again in (adapter, formats.to_lora(adapter)[0], read_bytes(rewritten(adapter, "kohya"), tmp_path / "b.safetensors", base)):
+    for again in (
+        adapter,
+        formats.to_lora(adapter)[0],
+        read_bytes(rewritten(adapter, "kohya"), tmp_path / "b.safetensors", base),
+    ):
         (found,) = again.components["unet"].values()
         assert (deltas.adapted(found, layer.weight.data) - wanted).norm() <= 2e-6 * wanted.norm()
 
 
 def test_modules_of_different_kinds_stand_in_one_file(adapted, base, tmp_path):
     """Each module is what its own keys say; peft's layout, with one configuration for all, is refused for it."""
-    parts = [formats.read(peft_file(tmp_path / "a.safetensors", adapted(kind)), base) for kind in ("locon", "loha", "lokr")]
+    parts = [
+        formats.read(peft_file(tmp_path / "a.safetensors", adapted(kind)), base)
+        for kind in ("locon", "loha", "lokr")
+    ]
     paths = sorted(parts[0].components["unet"])
-    mixed = Adapter({"unet": {path: parts[n % 3].components["unet"][path] for n, path in enumerate(paths)}}, {})
+    mixed = Adapter(
+        {"unet": {path: parts[n % 3].components["unet"][path] for n, path in enumerate(paths)}}, {}
+    )
     again = read_bytes(formats.write_kohya(mixed, "sd1", {}), tmp_path / "b.safetensors", base)
     assert again.kinds == ("loha", "lokr", "lora")
     for path, module in mixed.components["unet"].items():
@@ -542,7 +687,11 @@ def xl_shapes() -> dict[str, tuple[int, ...]]:
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-    return {name: tuple(module.weight.shape) for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
 
 
 def test_xl_names_are_those_that_diffusers_reads(xl_shapes):
@@ -550,7 +699,10 @@ def test_xl_names_are_those_that_diffusers_reads(xl_shapes):
     names = {path: "lora_unet_" + layer_names.sgm_name(path, 2).replace(".", "_") for path in xl_shapes}
     assert len(xl_shapes) == len(set(names.values())) == 794
     # as in files that kohya's scripts wrote
-    assert names["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"] == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    assert (
+        names["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]
+        == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    )
     assert names["up_blocks.0.attentions.2.proj_out"] == "lora_unet_output_blocks_2_1_proj_out"
     assert names["down_blocks.0.downsamplers.0.conv"] == "lora_unet_input_blocks_3_0_op"
     assert names["mid_block.resnets.1.time_emb_proj"] == "lora_unet_middle_block_2_emb_layers_1"
@@ -560,8 +712,13 @@ def test_xl_names_are_those_that_diffusers_reads(xl_shapes):
 
     # a rank that only this layer has says which one it became
     numbered = {f"{name}.lora_down.weight": n for n, name in enumerate(names.values())}
-    mapped = {_convert_unet_lora_key(key): n for key, n in _maybe_map_sgm_blocks_to_diffusers(numbered, Config()).items()}
-    found = {key.removesuffix(".lora_A.weight"): n for key, n in convert_unet_state_dict_to_peft(mapped).items()}
+    mapped = {
+        _convert_unet_lora_key(key): n
+        for key, n in _maybe_map_sgm_blocks_to_diffusers(numbered, Config()).items()
+    }
+    found = {
+        key.removesuffix(".lora_A.weight"): n for key, n in convert_unet_state_dict_to_peft(mapped).items()
+    }
     assert found == {path: n for n, path in enumerate(names)}
 
 
@@ -584,15 +741,27 @@ def xl() -> Models:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 24,
     )
-    text = {"vocab_size": 100, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 24}
+    text = {
+        "vocab_size": 100,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 24,
+    }
     first = CLIPTextModel(CLIPTextConfig(hidden_size=16, **text))
     second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, **text))
     return {"unet": unet.eval(), "text_encoder": first.eval(), "text_encoder_2": second.eval()}
 
 
 def xl_layers(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
-    named = {component: [(name, getattr(m, "weight", None)) for name, m in model.named_modules()] for component, model in models.items()}
-    return {component: {name: tuple(w.shape) for name, w in pairs if isinstance(w, torch.Tensor)} for component, pairs in named.items()}
+    named = {
+        component: [(name, getattr(m, "weight", None)) for name, m in model.named_modules()]
+        for component, model in models.items()
+    }
+    return {
+        component: {name: tuple(w.shape) for name, w in pairs if isinstance(w, torch.Tensor)}
+        for component, pairs in named.items()
+    }
 
 
 @pytest.mark.parametrize("layout", ["native", "kohya"])
@@ -601,22 +770,31 @@ def test_plain_diffusers_loads_an_xl_adapter(layout, xl, tmp_path):
     text = [*ATTENTION["text_encoder"], "text_projection"]
     linear = [*ATTENTION["unet"], "proj_out", "conv1", "conv_shortcut", "conv", "time_emb_proj", "conv_out"]
     models = {
-        name: with_adapter(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=3, target_modules=linear if name == "unet" else text))
+        name: with_adapter(
+            copy.deepcopy(model),
+            LoraConfig(r=2, lora_alpha=3, target_modules=linear if name == "unet" else text),
+        )
         for name, model in xl.items()
     }
     adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), xl_layers(xl))
     assert list(adapter.components) == ["unet", "text_encoder", "text_encoder_2"]
     assert len(adapter.components["text_encoder_2"]) == 9
-    data = formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sdxl", {})
+    data = (
+        formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sdxl", {})
+    )
     (tmp_path / "a.safetensors").write_bytes(data)
     again = formats.read(tmp_path / "a.safetensors", xl_layers(xl))
     for component, modules in adapter.components.items():
         assert again.components[component].keys() == modules.keys()
         for path, module in modules.items():
-            assert torch.allclose(deltas.delta(again.components[component][path]), deltas.delta(module), atol=1e-6)
+            assert torch.allclose(
+                deltas.delta(again.components[component][path]), deltas.delta(module), atol=1e-6
+            )
 
     bare = {name: copy.deepcopy(model) for name, model in xl.items()}
-    pipeline = StableDiffusionXLPipeline(None, bare["text_encoder"], bare["text_encoder_2"], None, None, bare["unet"], None)
+    pipeline = StableDiffusionXLPipeline(
+        None, bare["text_encoder"], bare["text_encoder_2"], None, None, bare["unet"], None
+    )
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="subject")
     assert_same_xl_outputs(bare, models)
 
@@ -625,7 +803,10 @@ def assert_same_xl_outputs(found: Models, wanted: Models) -> None:
     def drawn(models: Models) -> list[torch.Tensor]:
         draw = torch.Generator().manual_seed(4)
         latents, text = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 7, 40, generator=draw)
-        more = {"text_embeds": torch.randn(1, 24, generator=draw), "time_ids": torch.randn(1, 6, generator=draw)}
+        more = {
+            "text_embeds": torch.randn(1, 24, generator=draw),
+            "time_ids": torch.randn(1, 6, generator=draw),
+        }
         tokens = torch.randint(0, 90, (1, 7), generator=draw)
         with torch.no_grad():
             unet = models["unet"](latents, torch.tensor([500]), text, added_cond_kwargs=more).sample
@@ -638,8 +819,17 @@ def assert_same_xl_outputs(found: Models, wanted: Models) -> None:
 def test_an_xl_file_with_diffusers_names_is_read_too(xl, tmp_path):
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     width = xl_layers(xl)["unet"][path][1]
-    for stem in ("lora_unet_" + path.replace(".", "_"), "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"):
-        save_file({f"{stem}.lora_down.weight": torch.ones(1, width), f"{stem}.lora_up.weight": torch.ones(width, 1)}, tmp_path / "a.safetensors")
+    for stem in (
+        "lora_unet_" + path.replace(".", "_"),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    ):
+        save_file(
+            {
+                f"{stem}.lora_down.weight": torch.ones(1, width),
+                f"{stem}.lora_up.weight": torch.ones(width, 1),
+            },
+            tmp_path / "a.safetensors",
+        )
         assert list(formats.read(tmp_path / "a.safetensors", xl_layers(xl)).components["unet"]) == [path]
 
 
@@ -678,7 +868,9 @@ def broken(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     elif case == "other layer":
         tensors = {key.replace("down_blocks.1", "down_blocks.7"): tensor for key, tensor in tensors.items()}
     elif case == "second text encoder":
-        tensors = {key.replace("text_encoder.", "text_encoder_2.", 1): tensor for key, tensor in tensors.items()}
+        tensors = {
+            key.replace("text_encoder.", "text_encoder_2.", 1): tensor for key, tensor in tensors.items()
+        }
     elif case == "twice":
         tensors[f"{SOME}.lora.down.weight"] = tensors[a].clone()
     elif case == "two kinds":
@@ -695,7 +887,9 @@ def broken(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     elif case == "a bundled embedding":
         tensors["bundle_emb.dog.string_to_param.*"] = torch.ones(2, 32)
     elif case == "a star in a layer":
-        tensors |= {key.replace("to_k", "*"): tensor.clone() for key, tensor in tensors.items() if "to_k" in key}
+        tensors |= {
+            key.replace("to_k", "*"): tensor.clone() for key, tensor in tensors.items() if "to_k" in key
+        }
     elif case == "whole numbers":
         tensors[a] = tensors[a].long()
     return tensors
@@ -755,17 +949,29 @@ METADATA = {
     "no JSON": ("[", "is not a JSON table"),
     "other kind": ('{"unet.peft_type": "OFT"}', "has peft_type = 'OFT'"),
     "other rank": ('{"unet.r": 5, "unet.lora_alpha": 5}', "has rank 4, and its metadata says 5"),
-    "odd alpha": ('{"unet.r": 4, "unet.lora_alpha": "much"}', "has lora_alpha = 'much'; it must be a number other than 0"),
+    "odd alpha": (
+        '{"unet.r": 4, "unet.lora_alpha": "much"}',
+        "has lora_alpha = 'much'; it must be a number other than 0",
+    ),
     "pissa": ('{"unet.r": 4, "unet.init_lora_weights": "pissa"}', "leaves the base's weights alone"),
     "trained biases": ('{"unet.r": 4, "unet.bias": "all"}', "bias = 'all'"),
     "a pattern": ('{"unet.r": 4, "unet.rank_pattern": {"(a+)+b": 4}}', "only names of layers are read"),
-    "missing layers": ('{"unet.r": 4, "unet.target_modules": ["to_k", "conv1"]}', r"lacks \d+ of the \d+ layers of unet .*conv1"),
+    "missing layers": (
+        '{"unet.r": 4, "unet.target_modules": ["to_k", "conv1"]}',
+        r"lacks \d+ of the \d+ layers of unet .*conv1",
+    ),
     "half an adapter": (
         '{"unet.r": 4, "unet.lora_alpha": 6, "text_encoder.r": 4, "text_encoder_2.r": 4}',
         "has metadata about a text_encoder_2 and no tensor of it; the adapter is not whole",
     ),
-    "no component": ('{"r": 4, "lora_alpha": 6}', "its metadata has r, which is for no part of this adapter of text_encoder and unet"),
-    "another component": ('{"unet.r": 4, "transformer.lora_alpha": 6}', r"its metadata has transformer\.lora_alpha, which is for no part"),
+    "no component": (
+        '{"r": 4, "lora_alpha": 6}',
+        "its metadata has r, which is for no part of this adapter of text_encoder and unet",
+    ),
+    "another component": (
+        '{"unet.r": 4, "transformer.lora_alpha": 6}',
+        r"its metadata has transformer\.lora_alpha, which is for no part",
+    ),
     "transposed": ('{"unet.fan_in_fan_out": true}', "fan_in_fan_out"),
 }
 
@@ -795,7 +1001,9 @@ def test_damaged_files_are_refused_or_read_and_never_crash(adapted, base, tmp_pa
         header = int.from_bytes(data[:8], "little")
         for _ in range(draw.randint(1, 3)):
             place = draw.randrange(8 + header) if draw.random() < 0.9 else draw.randrange(len(data))
-            data[place] = draw.choice((data[place] ^ 1 << draw.randrange(8), ord(draw.choice('019{}[]",:._ab'))))
+            data[place] = draw.choice(
+                (data[place] ^ 1 << draw.randrange(8), ord(draw.choice('019{}[]",:._ab')))
+            )
         if draw.random() < 0.1:
             del data[draw.randrange(len(data)) :]
         (tmp_path / "damaged.safetensors").write_bytes(data)
@@ -816,7 +1024,9 @@ def test_damaged_files_are_refused_or_read_and_never_crash(adapted, base, tmp_pa
 def random_lora(rank: int, shape: tuple[int, ...], seed: int = 0) -> Lora:
     draw = torch.Generator().manual_seed(seed)
     ones = [1] * (len(shape) - 2)
-    return Lora(torch.randn(rank, *shape[1:], generator=draw), torch.randn(shape[0], rank, *ones, generator=draw))
+    return Lora(
+        torch.randn(rank, *shape[1:], generator=draw), torch.randn(shape[0], rank, *ones, generator=draw)
+    )
 
 
 @pytest.mark.parametrize("shape", [(24, 17), (12, 5, 3, 3)])
@@ -843,7 +1053,9 @@ def test_extraction_finds_a_low_rank_and_the_best_of_a_high_one(shape):
     values = torch.linalg.svdvals(noise.flatten(1).double())
     found, kept = deltas.extract(noise, 5)
     assert kept == pytest.approx(float(values[:5].square().sum() / values.square().sum()), rel=1e-6)
-    assert float((deltas.delta(found) - noise).norm()) == pytest.approx(float(values[5:].square().sum().sqrt()), rel=1e-5)
+    assert float((deltas.delta(found) - noise).norm()) == pytest.approx(
+        float(values[5:].square().sum().sqrt()), rel=1e-5
+    )
     assert deltas.extract(torch.zeros(shape), 2)[1] == 1.0
     assert not deltas.delta(deltas.extract(torch.zeros(shape), 2)[0]).any()
 
@@ -874,7 +1086,9 @@ def test_ranks_of_exact_loras_are_products():
     wide = LoHa(tensor(20, 8), tensor(8, 50), tensor(20, 8), tensor(8, 50))
     assert deltas.as_lora(wide).rank == 20  # never more than the layer has
     for module in (loha, lokr, wide):
-        assert (deltas.delta(deltas.as_lora(module)) - deltas.delta(module)).norm() <= 1e-6 * deltas.delta(module).norm()
+        assert (deltas.delta(deltas.as_lora(module)) - deltas.delta(module)).norm() <= 1e-6 * deltas.delta(
+            module
+        ).norm()
 
 
 def test_no_step_of_an_exact_lora_is_larger_than_the_layer(monkeypatch):

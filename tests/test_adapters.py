@@ -64,7 +64,10 @@ def other_base(tmp_path_factory) -> Path:
 
 
 def inject(models: Models, rank: int = 4, seed: int = 7, dropout: float = 0.0) -> list[Component]:
-    return [adapters.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed) for name, model in models.items()]
+    return [
+        adapters.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed)
+        for name, model in models.items()
+    ]
 
 
 def trained(components: list[Component]) -> list[Component]:
@@ -92,7 +95,9 @@ def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 def packed(components: list[Component]) -> bytes:
     state = {component.name: component.state_dict() for component in components}
-    return native.pack(state, {component.name: adapters.metadata(component) for component in components}, INFO)
+    return native.pack(
+        state, {component.name: adapters.metadata(component) for component in components}, INFO
+    )
 
 
 def written(folder: Path, components: list[Component]) -> Path:
@@ -134,7 +139,9 @@ def test_every_attention_projection_gets_an_adapter_and_nothing_else_does(models
     """Dual LoRA: 4 layers in each of 2 attentions in each transformer block, 4 in each layer of the text encoder."""
     modules = {
         name: {
-            key for key, _ in model.named_modules() if key.endswith(TARGETS[name]) and isinstance(dict(model.named_modules())[key], torch.nn.Linear)
+            key
+            for key, _ in model.named_modules()
+            if key.endswith(TARGETS[name]) and isinstance(dict(model.named_modules())[key], torch.nn.Linear)
         }
         for name, model in models.items()
     }
@@ -142,7 +149,11 @@ def test_every_attention_projection_gets_an_adapter_and_nothing_else_does(models
     assert len(modules["unet"]) % 8 == 0
     for component in inject(models):
         keys = component.state_dict()
-        expected = {f"{module}.{factor}.weight" for module in modules[component.name] for factor in ("lora_A", "lora_B")}
+        expected = {
+            f"{module}.{factor}.weight"
+            for module in modules[component.name]
+            for factor in ("lora_A", "lora_B")
+        }
         assert set(keys) == expected
 
 
@@ -156,10 +167,14 @@ def test_the_adapter_is_float32_and_the_frozen_base_keeps_its_dtype(dtype, tiny_
 
 
 def test_only_the_adapter_is_trained(models):
-    before = {f"{name}.{key}": p.clone() for name, model in models.items() for key, p in model.state_dict().items()}
+    before = {
+        f"{name}.{key}": p.clone() for name, model in models.items() for key, p in model.state_dict().items()
+    }
     components = inject(models)
     parameters = dict(pair for component in components for pair in component.named_parameters())
-    assert len(parameters) == sum(len(list(component.named_parameters())) for component in components)  # unique over components
+    assert len(parameters) == sum(
+        len(list(component.named_parameters())) for component in components
+    )  # unique over components
     assert all(name.startswith(NAMES) and "lora_" in name for name in parameters)
     start = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
@@ -225,12 +240,20 @@ def test_keys_are_those_that_other_programs_know(models, tmp_path):
     tensors = load_file(written(tmp_path, inject(models)))
     assert {key.partition(".")[0] for key in tensors} == set(NAMES)
     assert all("lora" in key for key in tensors)
-    assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in tensors if key.startswith("text_encoder"))
-    assert not any("base_model" in key or "default" in key or "text_model.text_model" in key for key in tensors)
+    assert all(
+        key.startswith("text_encoder.text_model.encoder.layers.")
+        for key in tensors
+        if key.startswith("text_encoder")
+    )
+    assert not any(
+        "base_model" in key or "default" in key or "text_model.text_model" in key for key in tensors
+    )
 
 
 def test_a_unet_alone_makes_a_file_without_text_encoder_keys(models, tmp_path):
-    assert all(key.startswith("unet.") for key in load_file(written(tmp_path, inject({"unet": models["unet"]}))))
+    assert all(
+        key.startswith("unet.") for key in load_file(written(tmp_path, inject({"unet": models["unet"]})))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -251,7 +274,9 @@ def test_what_is_read_is_what_was_packed(dtype, tiny_base, layers, tmp_path):
 
 
 def test_a_component_takes_what_another_gives(loaded):
-    for old, new in zip(trained(inject(copy.deepcopy(loaded))), inject(copy.deepcopy(loaded), seed=8), strict=True):
+    for old, new in zip(
+        trained(inject(copy.deepcopy(loaded))), inject(copy.deepcopy(loaded), seed=8), strict=True
+    ):
         wanted = old.state_dict()
         new.load_state_dict(wanted)
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in new.state_dict().items())
@@ -304,7 +329,13 @@ def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, model
     code = "import sys, torch; from tests import conftest, test_adapters; print(test_adapters.digest(sys.argv[1]))"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_base)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code, str(tiny_base)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     assert done.stdout.split()[-1] == hashlib.sha256(packed(components)).hexdigest()
     assert digest(str(tiny_base)) == hashlib.sha256(packed(components)).hexdigest()
@@ -342,7 +373,9 @@ def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"]
+)
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, error, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"old")
 
@@ -404,8 +437,14 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
         ("header cut", "not a whole safetensors file (its header is said to have "),
         ("longer than it says", "bytes left over"),
         ("text", "cut off, or no safetensors file"),
-        ("a third text encoder", "keys are for no layer of this base, e.g. text_encoder_3.text_model.q_proj.lora_A.weight"),
-        ("a base's weights", "1 of 1 keys belong to no kind of adapter that is read here, e.g. unet.conv_in.weight"),
+        (
+            "a third text encoder",
+            "keys are for no layer of this base, e.g. text_encoder_3.text_model.q_proj.lora_A.weight",
+        ),
+        (
+            "a base's weights",
+            "1 of 1 keys belong to no kind of adapter that is read here, e.g. unet.conv_in.weight",
+        ),
     ],
 )
 def test_a_file_that_is_no_whole_adapter_is_refused_by_name(what, reason, models, layers, tmp_path):
@@ -466,10 +505,15 @@ def test_another_rank_is_refused(loaded):
     ("name", "reason"),
     [
         ("unet", "the adapter is for another base: its UNet reads text 32 wide, and this one's 48"),
-        ("text_encoder", "has shape (32, 4); for this layer of (48, 48) it must be of shape (48, 4); the adapter is for another base, or broken"),
+        (
+            "text_encoder",
+            "has shape (32, 4); for this layer of (48, 48) it must be of shape (48, 4); the adapter is for another base, or broken",
+        ),
     ],
 )
-def test_an_adapter_of_a_base_with_other_text_is_refused_with_both_widths(name, reason, models, other_base, tmp_path):
+def test_an_adapter_of_a_base_with_other_text_is_refused_with_both_widths(
+    name, reason, models, other_base, tmp_path
+):
     path = written(tmp_path, inject({name: models[name]}))
     with pytest.raises(UserError) as refused:
         apply.read(path, families.find(BaseModel(str(other_base))).layers())
@@ -514,7 +558,10 @@ def of_a_norm(state: State) -> None:
         (without_one_a, "has only up; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"),
         (of_two_ranks, "4); for this layer of (64, 64) it must be of shape (64, 5)"),
         (flattened, "the adapter is for another base, or broken"),
-        (of_a_missing_layer, "no layer of this base, e.g. text_encoder.text_model.encoder.layers.7.self_attn.q_proj.lora_A.weight"),
+        (
+            of_a_missing_layer,
+            "no layer of this base, e.g. text_encoder.text_model.encoder.layers.7.self_attn.q_proj.lora_A.weight",
+        ),
         (of_a_norm, "no layer of this base, e.g. unet.conv_norm_out.lora_A.weight"),
     ],
 )

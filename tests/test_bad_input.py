@@ -84,14 +84,32 @@ flags("no steps", ["--max_train_steps", "0"], "--max_train_steps must be at leas
 flags("rank 0", ["--rank", "0"], "--rank must be at least 1, got 0")
 flags("rank past every layer", ["--rank", "100000"], "--rank must be at most 1024, got 100000")
 flags("share over 1", ["--lora_dropout", "1"], "--lora_dropout must be in [0, 1), got 1.0")
-flags("resolution between pixels of latents", ["--resolution", "100"], "--resolution must be a positive multiple of 8, got 100")
-flags("resolution past all memory", ["--resolution", "80000"], "--resolution must be at most 8192, got 80000")
-flags("limit on pixels past Pillow's", ["--max_image_pixels", "900000000"], "--max_image_pixels must be from 4096 to 178000000, got 900000000")
 flags(
-    "empty name of the base", ["--pretrained_model_name_or_path", ""], "--pretrained_model_name_or_path must be the name of a file or folder, got ''"
+    "resolution between pixels of latents",
+    ["--resolution", "100"],
+    "--resolution must be a positive multiple of 8, got 100",
 )
-flags("empty name of the photos", ["--instance_data_dir", " "], "--instance_data_dir must be the name of a file or folder, got ' '")
-flags("empty name of an adapter", ["--init_adapter", ""], "--init_adapter must be the name of a file or folder, got ''")
+flags("resolution past all memory", ["--resolution", "80000"], "--resolution must be at most 8192, got 80000")
+flags(
+    "limit on pixels past Pillow's",
+    ["--max_image_pixels", "900000000"],
+    "--max_image_pixels must be from 4096 to 178000000, got 900000000",
+)
+flags(
+    "empty name of the base",
+    ["--pretrained_model_name_or_path", ""],
+    "--pretrained_model_name_or_path must be the name of a file or folder, got ''",
+)
+flags(
+    "empty name of the photos",
+    ["--instance_data_dir", " "],
+    "--instance_data_dir must be the name of a file or folder, got ' '",
+)
+flags(
+    "empty name of an adapter",
+    ["--init_adapter", ""],
+    "--init_adapter must be the name of a file or folder, got ''",
+)
 flags("path for a variant", ["--variant", "../fp16"], "--variant must be letters and digits", "'../fp16'")
 flags("blank prompt", ["--instance_prompt", " \n"], "--instance_prompt must not be empty")
 flags("blank validation prompt", ["--validation_prompt", ""], "--validation_prompt must not be empty")
@@ -102,12 +120,31 @@ flags(
     ["--with_prior_preservation", "--class_prompt", "dog", "--class_data_dir", "photos/."],
     "--class_data_dir and --instance_data_dir must be two folders, got photos/.",
 )
-flags("text encoder trained and freed", ["--train_text_encoder", "--pre_compute_text_embeddings"], "--train_text_encoder cannot be used with")
-flags("second stage", ["--class_labels_conditioning", "timesteps"], "--class_labels_conditioning is for second-stage")
+flags(
+    "text encoder trained and freed",
+    ["--train_text_encoder", "--pre_compute_text_embeddings"],
+    "--train_text_encoder cannot be used with",
+)
+flags(
+    "second stage",
+    ["--class_labels_conditioning", "timesteps"],
+    "--class_labels_conditioning is for second-stage",
+)
 flags("upload", ["--push_to_hub"], "--push_to_hub needs the hub, but HF_HUB_OFFLINE")
 flags(
     "several at once",
-    ["--rank", "0", "--resolution", "30", "--learning_rate", "nan", "--train_text_encoder", "--pre_compute_text_embeddings", "--adam_beta1", "2"],
+    [
+        "--rank",
+        "0",
+        "--resolution",
+        "30",
+        "--learning_rate",
+        "nan",
+        "--train_text_encoder",
+        "--pre_compute_text_embeddings",
+        "--adam_beta1",
+        "2",
+    ],
     "--rank must be at least 1, got 0",
     "--resolution must be a positive multiple of 8, got 30",
     "--learning_rate must be at least 0, got nan",
@@ -126,17 +163,34 @@ def config(what: str, content: bytes, *said: str) -> None:
     bad("flags", f"config, {what}", make, *said)
 
 
-config("of an unknown flag", b"lerning_rate: 1\n", "flags.yaml: no flag 'lerning_rate'; did you mean 'learning_rate'?")
+config(
+    "of an unknown flag",
+    b"lerning_rate: 1\n",
+    "flags.yaml: no flag 'lerning_rate'; did you mean 'learning_rate'?",
+)
 config("that is a list", b"- rank\n", "must be a table of `flag: value` lines, got list")
 config("that is a picture", encoded(noise(), "PNG"), "not a YAML file")
 config("with code", b"seed: !!python/object/apply:os.getpid []\n", "not a YAML file")
 config("with a table for a value", b"rank: {of: 4}\n", "'rank' must be a value or a list, got a table")
-config("with lists in a list", b"validation_images: [[a], [b]]\n", "'validation_images' must be a value or a list of values")
+config(
+    "with lists in a list",
+    b"validation_images: [[a], [b]]\n",
+    "'validation_images' must be a value or a list of values",
+)
 config("with a date that cannot be", b"output_dir: 2026-02-31\n", "not a YAML file")
 config("of a megabyte", b"# " + b"x" * 2**20 + b"\n", "bytes are no table of flags")
-config("with a name that ends early", b'init_adapter: "a\\0b"\n', "--init_adapter must be the name of a file or folder, got 'a\\x00b'")
+config(
+    "with a name that ends early",
+    b'init_adapter: "a\\0b"\n',
+    "--init_adapter must be the name of a file or folder, got 'a\\x00b'",
+)
 config("with escapes in a key", b'"\\e[2Jrank": 1\n', r"no flag ''\x1b[2Jrank''")
-bad("flags", "config, missing", lambda folder: ["--config", str(folder / "none.yaml")], "none.yaml: No such file")
+bad(
+    "flags",
+    "config, missing",
+    lambda folder: ["--config", str(folder / "none.yaml")],
+    "none.yaml: No such file",
+)
 
 
 def config_pipe(folder: Path) -> list[str]:
@@ -186,12 +240,47 @@ def noise_elsewhere(path: Path) -> Path:
     return other
 
 
-bad("photos", "small", add("small.png", lambda path: noise(40, 64).save(path)), "small.png: 40 x 64 pixels is small", "--allow_odd_photos")
-bad("photos", "strip", add("strip.png", lambda path: noise(3000, 40).save(path)), "strip.png: 3000 x 40 pixels", "--allow_odd_photos")
-bad("photos", "link out of the folder", add("link.png", outside), "link.png: a link to ", "elsewhere.png, outside the folder", "--follow_symlinks")
-bad("photos", "several at once", several, "--instance_data_dir: a.png: not a whole picture", "--instance_data_dir: b.jpg: the file is empty")
-bad("photos", "escapes in a name", add(f"{ESCAPE}.png", lambda path: path.write_bytes(b"")), r"--instance_data_dir: '\x1b[2J.png': the file is empty")
-bad("photos", "a line in a name", add("x\nerror: y.png", lambda path: path.write_bytes(b"")), r"'x\nerror: y.png': the file is empty")
+bad(
+    "photos",
+    "small",
+    add("small.png", lambda path: noise(40, 64).save(path)),
+    "small.png: 40 x 64 pixels is small",
+    "--allow_odd_photos",
+)
+bad(
+    "photos",
+    "strip",
+    add("strip.png", lambda path: noise(3000, 40).save(path)),
+    "strip.png: 3000 x 40 pixels",
+    "--allow_odd_photos",
+)
+bad(
+    "photos",
+    "link out of the folder",
+    add("link.png", outside),
+    "link.png: a link to ",
+    "elsewhere.png, outside the folder",
+    "--follow_symlinks",
+)
+bad(
+    "photos",
+    "several at once",
+    several,
+    "--instance_data_dir: a.png: not a whole picture",
+    "--instance_data_dir: b.jpg: the file is empty",
+)
+bad(
+    "photos",
+    "escapes in a name",
+    add(f"{ESCAPE}.png", lambda path: path.write_bytes(b"")),
+    r"--instance_data_dir: '\x1b[2J.png': the file is empty",
+)
+bad(
+    "photos",
+    "a line in a name",
+    add("x\nerror: y.png", lambda path: path.write_bytes(b"")),
+    r"'x\nerror: y.png': the file is empty",
+)
 bad("photos", "no folder", lambda folder: shutil.rmtree(folder), "--instance_data_dir: there is no folder ")
 bad("photos", "empty folder", emptied, "--instance_data_dir: no picture in ", "it is empty")
 bad("photos", "a file for a folder", as_a_file, "is not a folder")
@@ -213,14 +302,42 @@ def prompts(what: str, words: list[str], *said: str) -> None:
     bad("prompts", what, lambda folder: words, *said)
 
 
-prompts("cut off", ["--instance_prompt", LONG], "--instance_prompt is longer than 77 tokens", "wearing a yellow scarf")
-prompts("cut off at another length", ["--tokenizer_max_length", "4"], "--instance_prompt is longer than 4 tokens", "sks dog")
-prompts("more tokens than positions", ["--tokenizer_max_length", "900"], "--tokenizer_max_length must be at most 77", "got 900")
+prompts(
+    "cut off",
+    ["--instance_prompt", LONG],
+    "--instance_prompt is longer than 77 tokens",
+    "wearing a yellow scarf",
+)
+prompts(
+    "cut off at another length",
+    ["--tokenizer_max_length", "4"],
+    "--instance_prompt is longer than 4 tokens",
+    "sks dog",
+)
+prompts(
+    "more tokens than positions",
+    ["--tokenizer_max_length", "900"],
+    "--tokenizer_max_length must be at most 77",
+    "got 900",
+)
 prompts("a megabyte", ["--instance_prompt", "dog " * 250_000], "--instance_prompt has 1,000,000 characters")
-prompts("bytes that are no text", ["--instance_prompt", "a \udcff dog"], "--instance_prompt has bytes in it that are no UTF-8 text")
+prompts(
+    "bytes that are no text",
+    ["--instance_prompt", "a \udcff dog"],
+    "--instance_prompt has bytes in it that are no UTF-8 text",
+)
 prompts("validation cut off", ["--validation_prompt", LONG], "--validation_prompt is longer than 77 tokens")
-prompts("two cut off", ["--instance_prompt", LONG, "--validation_prompt", LONG], "--instance_prompt is longer", "--validation_prompt is longer")
-prompts("no such tokenizer", ["--tokenizer_name", "./nowhere"], "--tokenizer_name: it of ./nowhere cannot be loaded")
+prompts(
+    "two cut off",
+    ["--instance_prompt", LONG, "--validation_prompt", LONG],
+    "--instance_prompt is longer",
+    "--validation_prompt is longer",
+)
+prompts(
+    "no such tokenizer",
+    ["--tokenizer_name", "./nowhere"],
+    "--tokenizer_name: it of ./nowhere cannot be loaded",
+)
 
 
 # --- bases: (copy of a good base) -> refused by infer
@@ -254,45 +371,150 @@ def only(*names: str) -> Callable[[Path], None]:
 
 def pickled(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload(folder.parent / "executed")))
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps(Payload(folder.parent / "executed"))
+    )
 
 
 def sharded(name: str) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-        (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+        (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"conv_in.weight": name}})
+        )
 
     return spoil
 
 
-UNET, TEXT, VAE = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+UNET, TEXT, VAE = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 bad("bases", "no folder", lambda folder: shutil.rmtree(folder), "there is no folder ")
 bad("bases", "empty folder", only(), "it has no model_index.json; it holds nothing")
 bad("bases", "single file", as_a_file, "is a single file", "from_single_file")
-bad("bases", "folder of a single file", only("v1-5-pruned.safetensors"), "no model_index.json", "from_single_file")
-bad("bases", "folder of an adapter", only("pytorch_lora_weights.safetensors"), "That is an adapter, not a base")
+bad(
+    "bases",
+    "folder of a single file",
+    only("v1-5-pruned.safetensors"),
+    "no model_index.json",
+    "from_single_file",
+)
+bad(
+    "bases",
+    "folder of an adapter",
+    only("pytorch_lora_weights.safetensors"),
+    "That is an adapter, not a base",
+)
 bad("bases", "index that is no JSON", replaced("model_index.json", b"{"), "model_index.json cannot be read")
-bad("bases", "index that is a list", replaced("model_index.json", b"[1]"), "it must be a table, and is a list")
-bad("bases", "index nested without end", replaced("model_index.json", b"[" * 100_000), "model_index.json cannot be read")
-bad("bases", "no class", replaced("model_index.json", b"{}"), "is a None; this version trains StableDiffusionPipeline")
+bad(
+    "bases", "index that is a list", replaced("model_index.json", b"[1]"), "it must be a table, and is a list"
+)
+bad(
+    "bases",
+    "index nested without end",
+    replaced("model_index.json", b"[" * 100_000),
+    "model_index.json cannot be read",
+)
+bad(
+    "bases",
+    "no class",
+    replaced("model_index.json", b"{}"),
+    "is a None; this version trains StableDiffusionPipeline",
+)
 for kind, script in (("StableDiffusion3Pipeline", "sd3"), ("FluxPipeline", "flux")):
-    bad("bases", kind, edited("model_index.json", _class_name=kind), f"is a {kind}", f"train_dreambooth_lora_{script}.py trains it")
+    bad(
+        "bases",
+        kind,
+        edited("model_index.json", _class_name=kind),
+        f"is a {kind}",
+        f"train_dreambooth_lora_{script}.py trains it",
+    )
 bad("bases", "class with escapes", edited("model_index.json", _class_name=ESCAPE), r"is a '\x1b[2J'")
 bad("bases", "missing part", lambda folder: shutil.rmtree(folder / "vae"), "lacks the folders vae")
-bad("bases", "library of its own", edited("model_index.json", unet=["evil", "UNet"]), "unet comes from evil; only diffusers and transformers")
-bad("bases", "code for an unused part", edited("model_index.json", extra=["os", "system"]), "extra comes from os")
-bad("bases", "other class of a part", edited("model_index.json", unet=["diffusers", "FluxTransformer2DModel"]), "unet is a FluxTransformer2DModel")
+bad(
+    "bases",
+    "library of its own",
+    edited("model_index.json", unet=["evil", "UNet"]),
+    "unet comes from evil; only diffusers and transformers",
+)
+bad(
+    "bases",
+    "code for an unused part",
+    edited("model_index.json", extra=["os", "system"]),
+    "extra comes from os",
+)
+bad(
+    "bases",
+    "other class of a part",
+    edited("model_index.json", unet=["diffusers", "FluxTransformer2DModel"]),
+    "unet is a FluxTransformer2DModel",
+)
 bad("bases", "part left out", edited("model_index.json", vae=[None, None]), "leaves out vae")
-bad("bases", "code named by a part", edited("text_encoder/config.json", auto_map={"AutoModel": "evil.Model"}), "text_encoder", "auto_map")
-bad("bases", "code named by the tokenizer", edited("tokenizer/tokenizer_config.json", auto_map={"A": ["evil.T", None]}), "tokenizer", "auto_map")
-bad("bases", "part without a config", lambda folder: (folder / "vae" / "config.json").unlink(), "vae/config.json cannot be read")
-bad("bases", "config that is no JSON", replaced("unet/config.json", b"\xff\xfe"), "unet/config.json cannot be read")
-bad("bases", "text of another width", edited("text_encoder/config.json", hidden_size=48), "takes 32 wide text and its text encoder gives 48")
-bad("bases", "latents of other channels", edited("vae/config.json", latent_channels=16), "takes 4 channels and its VAE gives 16")
-bad("bases", "text for a width", edited("unet/config.json", cross_attention_dim="32"), "cross_attention_dim '32'; it must be a whole number")
-bad("bases", "no blocks", edited("vae/config.json", block_out_channels=[]), "block_out_channels []; it must be a list")
-bad("bases", "unknown prediction", edited("scheduler/scheduler_config.json", prediction_type="sample"), "Unknown prediction type sample")
-bad("bases", "no weights", lambda folder: (folder / UNET).unlink(), "has no weights", "diffusion_pytorch_model.safetensors")
+bad(
+    "bases",
+    "code named by a part",
+    edited("text_encoder/config.json", auto_map={"AutoModel": "evil.Model"}),
+    "text_encoder",
+    "auto_map",
+)
+bad(
+    "bases",
+    "code named by the tokenizer",
+    edited("tokenizer/tokenizer_config.json", auto_map={"A": ["evil.T", None]}),
+    "tokenizer",
+    "auto_map",
+)
+bad(
+    "bases",
+    "part without a config",
+    lambda folder: (folder / "vae" / "config.json").unlink(),
+    "vae/config.json cannot be read",
+)
+bad(
+    "bases",
+    "config that is no JSON",
+    replaced("unet/config.json", b"\xff\xfe"),
+    "unet/config.json cannot be read",
+)
+bad(
+    "bases",
+    "text of another width",
+    edited("text_encoder/config.json", hidden_size=48),
+    "takes 32 wide text and its text encoder gives 48",
+)
+bad(
+    "bases",
+    "latents of other channels",
+    edited("vae/config.json", latent_channels=16),
+    "takes 4 channels and its VAE gives 16",
+)
+bad(
+    "bases",
+    "text for a width",
+    edited("unet/config.json", cross_attention_dim="32"),
+    "cross_attention_dim '32'; it must be a whole number",
+)
+bad(
+    "bases",
+    "no blocks",
+    edited("vae/config.json", block_out_channels=[]),
+    "block_out_channels []; it must be a list",
+)
+bad(
+    "bases",
+    "unknown prediction",
+    edited("scheduler/scheduler_config.json", prediction_type="sample"),
+    "Unknown prediction type sample",
+)
+bad(
+    "bases",
+    "no weights",
+    lambda folder: (folder / UNET).unlink(),
+    "has no weights",
+    "diffusion_pytorch_model.safetensors",
+)
 bad(
     "bases",
     "pickled weights",
@@ -301,11 +523,33 @@ bad(
     "safe_serialization=True",
 )
 bad("bases", "truncated weights", cut(UNET), UNET, "cut off")
-bad("bases", "weights of git-lfs", replaced(TEXT, b"version https://git-lfs.github.com/spec/v1\n"), TEXT, "git lfs pull")
+bad(
+    "bases",
+    "weights of git-lfs",
+    replaced(TEXT, b"version https://git-lfs.github.com/spec/v1\n"),
+    TEXT,
+    "git lfs pull",
+)
 bad("bases", "weights that are a web page", replaced(VAE, b"<!DOCTYPE html><html>" * 9), VAE, "a web page")
-bad("bases", "weights of something else", replaced(UNET, save({"a.weight": torch.zeros(1)})), "are of something else")
-bad("bases", "weights of another width", replaced(TEXT, save({"token_embedding.weight": torch.zeros(2, 8)})), "are of another model", "says 32")
-bad("bases", "shards outside the folder", sharded("../../secret.safetensors"), "which is no safetensors file beside it")
+bad(
+    "bases",
+    "weights of something else",
+    replaced(UNET, save({"a.weight": torch.zeros(1)})),
+    "are of something else",
+)
+bad(
+    "bases",
+    "weights of another width",
+    replaced(TEXT, save({"token_embedding.weight": torch.zeros(2, 8)})),
+    "are of another model",
+    "says 32",
+)
+bad(
+    "bases",
+    "shards outside the folder",
+    sharded("../../secret.safetensors"),
+    "which is no safetensors file beside it",
+)
 bad("bases", "missing shard", sharded("part-1.safetensors"), "lacks part-1.safetensors")
 
 
@@ -327,7 +571,9 @@ def raw(header: object, body: bytes = b"", *, size: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if size is None else size) + text + body
 
 
-def tensor(begin: int = 0, end: int = 16, shape: tuple[int, ...] = (4,), dtype: object = "F32") -> dict[str, object]:
+def tensor(
+    begin: int = 0, end: int = 16, shape: tuple[int, ...] = (4,), dtype: object = "F32"
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
@@ -336,12 +582,21 @@ ONE = {K: tensor()}
 
 
 def million() -> bytes:
-    entries = (b'"unet.%d.lora_A.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(1_000_000))
+    entries = (
+        b'"unet.%d.lora_A.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n
+        for n in range(1_000_000)
+    )
     return raw(b"{" + b",".join(entries) + b"}")
 
 
 def header(what: str, data: bytes | Callable[[], bytes], *said: str) -> None:
-    bad("adapters", what, lambda path: path.write_bytes(data if isinstance(data, bytes) else data()), "not a whole safetensors file", *said)
+    bad(
+        "adapters",
+        what,
+        lambda path: path.write_bytes(data if isinstance(data, bytes) else data()),
+        "not a whole safetensors file",
+        *said,
+    )
 
 
 header("no bytes", b"", "it has 0 bytes")
@@ -362,21 +617,52 @@ header("negative offsets", raw({K: tensor(-16, 0)}, bytes(16)), "cannot be")
 header("negative sides", raw({K: tensor(shape=(-2, -2))}, bytes(16)), "cannot be")
 header("no offsets", raw({K: {"dtype": "F32", "shape": [4]}}, bytes(16)), "lacks dtype, shape or place")
 header("a number for a tensor", raw({K: 7}, bytes(16)), "lacks dtype, shape or place")
-header("shape that does not fill its place", raw({K: tensor(shape=(5,))}, bytes(16)), "does not fill its place of 16 bytes")
+header(
+    "shape that does not fill its place",
+    raw({K: tensor(shape=(5,))}, bytes(16)),
+    "does not fill its place of 16 bytes",
+)
 header("unknown dtype", raw({K: tensor(dtype="F99")}, bytes(16)), "dtype 'F99'")
 header("dtype that is a list", raw({K: tensor(dtype=["F32"])}, bytes(16)), "dtype ['F32']")
-header("truths for weights", raw({K: tensor(0, 4, dtype="BOOL")}, bytes(4)), "dtype 'BOOL'; it must be one of BF16, F16, F32, F64, I32, I64")
-header("metadata that is no text", raw(ONE | {"__metadata__": {"r": 4}}, bytes(16)), "metadata is not a table of texts")
+header(
+    "truths for weights",
+    raw({K: tensor(0, 4, dtype="BOOL")}, bytes(4)),
+    "dtype 'BOOL'; it must be one of BF16, F16, F32, F64, I32, I64",
+)
+header(
+    "metadata that is no text",
+    raw(ONE | {"__metadata__": {"r": 4}}, bytes(16)),
+    "metadata is not a table of texts",
+)
 header("tensor without values", raw({K: tensor(0, 0, (0, 4))}), "has no values")
 header("a million tensors", million, "is over 4,194,304")
-header("30,000 tensors", lambda: raw({f"u{n}": 0 for n in range(30_000)}), "30,000 tensors are more than 20,000")
-header("a key twice", raw(f'{{"{K}": {json.dumps(tensor())}, "{K}": {json.dumps(tensor())}}}'.encode(), bytes(16)), f"{K} stands twice")
+header(
+    "30,000 tensors", lambda: raw({f"u{n}": 0 for n in range(30_000)}), "30,000 tensors are more than 20,000"
+)
+header(
+    "a key twice",
+    raw(f'{{"{K}": {json.dumps(tensor())}, "{K}": {json.dumps(tensor())}}}'.encode(), bytes(16)),
+    f"{K} stands twice",
+)
 header("a path for a key", raw({"unet.lora/../../etc/x": tensor()}, bytes(16)), "is not a name of a tensor")
 header("escapes in a key", raw({f"unet.lora{ESCAPE}": tensor()}, bytes(16)), r"'unet.lora\x1b[2J'")
-header("renamed zip of PyTorch", lambda: zipped(), "a zip archive, as torch.save writes it; such files can carry code")
+header(
+    "renamed zip of PyTorch",
+    lambda: zipped(),
+    "a zip archive, as torch.save writes it; such files can carry code",
+)
 header("a web page", b"<!DOCTYPE html><html>Not found</html>", "a web page")
-header("a pointer to the file", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a pointer of git-lfs", "`git lfs pull`")
-header("weights of eight bits", raw({K: tensor(0, 4, dtype="F8_E4M3")}, bytes(4)), "dtype 'F8_E4M3'; it must be one of BF16, F16, F32")
+header(
+    "a pointer to the file",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "a pointer of git-lfs",
+    "`git lfs pull`",
+)
+header(
+    "weights of eight bits",
+    raw({K: tensor(0, 4, dtype="F8_E4M3")}, bytes(4)),
+    "dtype 'F8_E4M3'; it must be one of BF16, F16, F32",
+)
 
 
 def zipped() -> bytes:
@@ -415,7 +701,9 @@ def of(change: Callable[[dict[str, torch.Tensor]], object], **metadata: object) 
         tensors = dict(sorted(load(path.read_bytes()).items()))  # the library's order varies from run to run
         old = safetensors_files.read(path, safetensors_files.ADAPTER).metadata
         change(tensors)
-        fields = json.loads(old["lora_adapter_metadata"]) | {f"unet.{name}": value for name, value in metadata.items()}
+        fields = json.loads(old["lora_adapter_metadata"]) | {
+            f"unet.{name}": value for name, value in metadata.items()
+        }
         path.write_bytes(save(tensors, old | {"lora_adapter_metadata": json.dumps(fields)}))
 
     return spoil
@@ -470,13 +758,23 @@ def weighed(weight: str) -> Callable[[Path], list[str]]:
     return lambda path: ["--adapter", f"{path}:{weight}"]
 
 
-def turning(change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None, **metadata: object) -> Callable[[Path], None]:
+def turning(
+    change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None, **metadata: object
+) -> Callable[[Path], None]:
     """An OFT of one layer, its tensors changed, or fields of its metadata; None takes one away."""
 
     def make(path: Path) -> None:
-        tensors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": torch.full((8, 28), 0.1)}
+        tensors = {
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": torch.full(
+                (8, 28), 0.1
+            )
+        }
         change(tensors)
-        fields = {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]} | metadata
+        fields = {
+            "peft_type": "OFT",
+            "oft_block_size": 8,
+            "target_modules": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"],
+        } | metadata
         text = json.dumps({f"unet.{name}": value for name, value in fields.items() if value is not None})
         path.write_bytes(save(tensors, {"lora_adapter_metadata": text}))
 
@@ -497,7 +795,13 @@ def shortened(state: dict[str, torch.Tensor]) -> None:
 
 
 bad("adapters", "missing", lambda path: path.unlink(), "--adapter: ", "there is no such file")
-bad("adapters", "name of 5000 letters", lambda path: ["--adapter", "x" * 5000], "--adapter: ", "File name too long")
+bad(
+    "adapters",
+    "name of 5000 letters",
+    lambda path: ["--adapter", "x" * 5000],
+    "--adapter: ",
+    "File name too long",
+)
 bad(
     "adapters",
     "folder without one",
@@ -507,55 +811,215 @@ bad(
 )
 bad("adapters", "pipe", as_a_pipe, "it is not a regular file")
 bad("adapters", "over two gibibytes", endless, "2,147,483,649 bytes are more than 2,147,483,648")
-bad("adapters", "evil pickle", evil, "not a whole safetensors file", "serialized Python objects, which can carry code")
+bad(
+    "adapters",
+    "evil pickle",
+    evil,
+    "not a whole safetensors file",
+    "serialized Python objects, which can carry code",
+)
 for suffix in (".bin", ".pt", ".ckpt"):
-    bad("adapters", f"evil {suffix}", renamed(suffix), f"{suffix} is not a .safetensors file; other formats can carry code")
+    bad(
+        "adapters",
+        f"evil {suffix}",
+        renamed(suffix),
+        f"{suffix} is not a .safetensors file; other formats can carry code",
+    )
 bad("adapters", "empty", lambda path: path.write_bytes(save({}, {"format": "pt"})), "the adapter is empty")
 bad("adapters", "half of the keys", of(half), "that is no whole LoRA, LoHa or LoKr, the adapter is not whole")
-bad("adapters", "half of the layers", of(half_the_layers), "layers of unet that it was trained on", "the adapter is not whole")
+bad(
+    "adapters",
+    "half of the layers",
+    of(half_the_layers),
+    "layers of unet that it was trained on",
+    "the adapter is not whole",
+)
 bad("adapters", "not a number in it", of(spoiled_with(float("nan"))), "has values that are not finite")
 bad("adapters", "infinite", of(spoiled_with(float("inf"))), "has values that are not finite")
 bad("adapters", "whole numbers for weights", of(whole_numbers), "holds whole numbers; the adapter is broken")
-bad("adapters", "half of another program's prefix", of(prefixed("lora_unet_")), "keys are for no layer of this base", "lora_unet_")
-bad("adapters", "key of no adapter", of(lambda state: state.update({"unet.conv_in.weight": torch.zeros(4)})), "belong to no kind of adapter")
-bad("adapters", "prefix of no component", of(prefixed("transformer.")), "keys are for no layer of this base", "transformer.")
-bad("adapters", "layers that are not there", of(prefixed("unet.other.")), "keys are for no layer of this base", "unet.other.")
-bad("adapters", "for a base of another width", of(widened), "the adapter is for another base", "its UNet reads text Stable Diffusion 2.x's 1024 wide")
-bad("adapters", "factors that do not multiply", of(odd_ranks, r=4, rank_pattern={"x": 3}), "its up has shape", "it must be of shape")
+bad(
+    "adapters",
+    "half of another program's prefix",
+    of(prefixed("lora_unet_")),
+    "keys are for no layer of this base",
+    "lora_unet_",
+)
+bad(
+    "adapters",
+    "key of no adapter",
+    of(lambda state: state.update({"unet.conv_in.weight": torch.zeros(4)})),
+    "belong to no kind of adapter",
+)
+bad(
+    "adapters",
+    "prefix of no component",
+    of(prefixed("transformer.")),
+    "keys are for no layer of this base",
+    "transformer.",
+)
+bad(
+    "adapters",
+    "layers that are not there",
+    of(prefixed("unet.other.")),
+    "keys are for no layer of this base",
+    "unet.other.",
+)
+bad(
+    "adapters",
+    "for a base of another width",
+    of(widened),
+    "the adapter is for another base",
+    "its UNet reads text Stable Diffusion 2.x's 1024 wide",
+)
+bad(
+    "adapters",
+    "factors that do not multiply",
+    of(odd_ranks, r=4, rank_pattern={"x": 3}),
+    "its up has shape",
+    "it must be of shape",
+)
 bad("adapters", "metadata of another rank", of(kept, r=8), "has rank 4, and its metadata says 8")
 bad("adapters", "huge rank", of(kept, r=10**9), "has r = 1000000000; it must be a whole number over 0")
-bad("adapters", "alpha that is no number", of(kept, lora_alpha="1"), "has lora_alpha = '1'; it must be a number other than 0")
-bad("adapters", "infinite alpha", of(kept, lora_alpha=float("inf")), "has lora_alpha = inf; it must be a number other than 0")
-bad("adapters", "pattern that is no table", of(kept, rank_pattern=7), "has rank_pattern = 7; it must be a table of at most")
-bad("adapters", "pattern with an expression", of(kept, alpha_pattern={"(a+)+$": 1}), "in alpha_pattern; only names of layers are read")
-bad("adapters", "rsLoRA that is neither", of(kept, use_rslora="yes"), "has use_rslora = 'yes'; it must be true or false")
-bad("adapters", "DoRA without its lengths", of(kept, use_dora=True), "is of DoRA and has no magnitudes", "the adapter is not whole")
+bad(
+    "adapters",
+    "alpha that is no number",
+    of(kept, lora_alpha="1"),
+    "has lora_alpha = '1'; it must be a number other than 0",
+)
+bad(
+    "adapters",
+    "infinite alpha",
+    of(kept, lora_alpha=float("inf")),
+    "has lora_alpha = inf; it must be a number other than 0",
+)
+bad(
+    "adapters",
+    "pattern that is no table",
+    of(kept, rank_pattern=7),
+    "has rank_pattern = 7; it must be a table of at most",
+)
+bad(
+    "adapters",
+    "pattern with an expression",
+    of(kept, alpha_pattern={"(a+)+$": 1}),
+    "in alpha_pattern; only names of layers are read",
+)
+bad(
+    "adapters",
+    "rsLoRA that is neither",
+    of(kept, use_rslora="yes"),
+    "has use_rslora = 'yes'; it must be true or false",
+)
+bad(
+    "adapters",
+    "DoRA without its lengths",
+    of(kept, use_dora=True),
+    "is of DoRA and has no magnitudes",
+    "the adapter is not whole",
+)
 bad("adapters", "LoRA with biases", of(kept, bias="all"), "has bias = 'all'; it must be none")
-bad("adapters", "metadata nested without end", metadata("[" * 200_000), "its metadata about the LoRA is not a JSON table")
-bad("adapters", "number of 6000 digits in the metadata", metadata('{"unet.r": ' + "9" * 6000 + "}"), "is not a JSON table")
-bad("adapters", "metadata that is no table", metadata("[" * 9), "its metadata about the LoRA is not a JSON table")
-bad("adapters", "weight that is no number", weighed("strong"), "--adapter: the weight of ", "must be a number from -100 to 100, got 'strong'")
+bad(
+    "adapters",
+    "metadata nested without end",
+    metadata("[" * 200_000),
+    "its metadata about the LoRA is not a JSON table",
+)
+bad(
+    "adapters",
+    "number of 6000 digits in the metadata",
+    metadata('{"unet.r": ' + "9" * 6000 + "}"),
+    "is not a JSON table",
+)
+bad(
+    "adapters",
+    "metadata that is no table",
+    metadata("[" * 9),
+    "its metadata about the LoRA is not a JSON table",
+)
+bad(
+    "adapters",
+    "weight that is no number",
+    weighed("strong"),
+    "--adapter: the weight of ",
+    "must be a number from -100 to 100, got 'strong'",
+)
 bad("adapters", "endless weight", weighed("inf"), "must be a number from -100 to 100, got 'inf'")
 bad("adapters", "weight of an escape", weighed(ESCAPE), "must be a number from -100 to 100, got ")
-bad("adapters", "one adapter twice", lambda path: ["--adapter", str(path), f"{path}:2"], "is named twice; name it once, with the sum of the weights")
-bad("adapters", "OFT at half its weight", turning_with("--adapter", "FILE:0.5"), "is OFT, which turns weights: its own can be 0 or 1 only, got 0.5")
-bad("adapters", "OFT within a sweep", turning_with("--adapter", "FILE", "--sweep", "0,0.5,1"), "can be 0 or 1 only, got 0.5")
+bad(
+    "adapters",
+    "one adapter twice",
+    lambda path: ["--adapter", str(path), f"{path}:2"],
+    "is named twice; name it once, with the sum of the weights",
+)
+bad(
+    "adapters",
+    "OFT at half its weight",
+    turning_with("--adapter", "FILE:0.5"),
+    "is OFT, which turns weights: its own can be 0 or 1 only, got 0.5",
+)
+bad(
+    "adapters",
+    "OFT within a sweep",
+    turning_with("--adapter", "FILE", "--sweep", "0,0.5,1"),
+    "can be 0 or 1 only, got 0.5",
+)
 bad(
     "adapters",
     "OFT at half weight in a block",
     turning_with("--adapter", "FILE", "--adapter_weights", "unet.mid_block=0.5"),
     "can be 0 or 1 only, got 0.5",
 )
-bad("adapters", "OFT that is not fused", turning_with("--adapter", "FILE", "--fuse", "no"), "is always worked into the weights; leave --fuse no out")
-bad("adapters", "OFT without settings", turning(peft_type=None), "unet.peft_type = None; it must be one of OFT, BOFT, HRA")
-bad("adapters", "OFT that is said to be HRA", turning(peft_type="HRA"), "is of OFT, and its metadata says that unet has HRA")
+bad(
+    "adapters",
+    "OFT that is not fused",
+    turning_with("--adapter", "FILE", "--fuse", "no"),
+    "is always worked into the weights; leave --fuse no out",
+)
+bad(
+    "adapters",
+    "OFT without settings",
+    turning(peft_type=None),
+    "unet.peft_type = None; it must be one of OFT, BOFT, HRA",
+)
+bad(
+    "adapters",
+    "OFT that is said to be HRA",
+    turning(peft_type="HRA"),
+    "is of OFT, and its metadata says that unet has HRA",
+)
 bad("adapters", "OFT with odd settings", turning(coft="yes"), "unet.coft = 'yes'; it must be true or false")
 bad("adapters", "OFT with biases", turning(bias="all"), "unet.bias = 'all'; it must be none")
-bad("adapters", "OFT of another width", turning(shortened), "does not turn 64 inputs; the adapter is for another base, or broken")
-bad("adapters", "OFT that is not whole", turning(target_modules=["to_q"]), "layers of unet that it was trained on", "the adapter is not whole")
-bad("adapters", "OFT of a layer that is not there", turning(prefixed("unet.other.")), "is no layer of this base; the adapter is for another base")
-bad("adapters", "OFT among other tensors", turning(lambda state: state.update({K: torch.zeros(4, 4)})), "is none of an OFT, BOFT or HRA adapter")
-bad("adapters", "OFT that is not finite", turning(spoiled_with(float("nan"))), "has values that are not finite")
+bad(
+    "adapters",
+    "OFT of another width",
+    turning(shortened),
+    "does not turn 64 inputs; the adapter is for another base, or broken",
+)
+bad(
+    "adapters",
+    "OFT that is not whole",
+    turning(target_modules=["to_q"]),
+    "layers of unet that it was trained on",
+    "the adapter is not whole",
+)
+bad(
+    "adapters",
+    "OFT of a layer that is not there",
+    turning(prefixed("unet.other.")),
+    "is no layer of this base; the adapter is for another base",
+)
+bad(
+    "adapters",
+    "OFT among other tensors",
+    turning(lambda state: state.update({K: torch.zeros(4, 4)})),
+    "is none of an OFT, BOFT or HRA adapter",
+)
+bad(
+    "adapters",
+    "OFT that is not finite",
+    turning(spoiled_with(float("nan"))),
+    "has values that are not finite",
+)
 bad(
     "adapters",
     "factor for no part",
@@ -588,16 +1052,57 @@ def prompts_file(content: bytes) -> Callable[[Path], list[str]]:
     return make
 
 
-bad("infer", "prompt cut off", lambda folder: ["--prompt", LONG], "is longer than 77 tokens", "wearing a yellow scarf")
-bad("infer", "negative prompt cut off", lambda folder: ["--prompt", "dog", "--negative_prompt", LONG], "--negative_prompt is longer than 77 tokens")
+bad(
+    "infer",
+    "prompt cut off",
+    lambda folder: ["--prompt", LONG],
+    "is longer than 77 tokens",
+    "wearing a yellow scarf",
+)
+bad(
+    "infer",
+    "negative prompt cut off",
+    lambda folder: ["--prompt", "dog", "--negative_prompt", LONG],
+    "--negative_prompt is longer than 77 tokens",
+)
 bad("infer", "escapes in a prompt cut off", lambda folder: ["--prompt", f"{ESCAPE}{LONG}"], r"\x1b[2J")
-bad("infer", "no file of prompts", lambda folder: ["--prompts_file", str(folder / "none.txt")], "none.txt: No such file")
-bad("infer", "prompts in a file that is no text", prompts_file(b"\xff\xfea dog"), "prompts.txt: it is not UTF-8 text")
+bad(
+    "infer",
+    "no file of prompts",
+    lambda folder: ["--prompts_file", str(folder / "none.txt")],
+    "none.txt: No such file",
+)
+bad(
+    "infer",
+    "prompts in a file that is no text",
+    prompts_file(b"\xff\xfea dog"),
+    "prompts.txt: it is not UTF-8 text",
+)
 bad("infer", "no prompt in the file", prompts_file(b"# nothing\n\n"), "prompts.txt: no prompt in it")
-bad("infer", "prompt and file", lambda folder: ["--prompt", "dog", "--prompts_file", "x"], "give either --prompt or --prompts_file")
-bad("infer", "seed past the generator's", lambda folder: ["--prompt", "dog", "--seeds", str(2**64)], "--seeds must be numbers from 0 on")
-bad("infer", "compare without an adapter", lambda folder: ["--prompt", "dog", "--compare"], "--compare needs an --adapter")
-bad("infer", "sweep without an adapter", lambda folder: ["--prompt", "dog", "--sweep", "0,1"], "--sweep needs an --adapter whose weight it changes")
+bad(
+    "infer",
+    "prompt and file",
+    lambda folder: ["--prompt", "dog", "--prompts_file", "x"],
+    "give either --prompt or --prompts_file",
+)
+bad(
+    "infer",
+    "seed past the generator's",
+    lambda folder: ["--prompt", "dog", "--seeds", str(2**64)],
+    "--seeds must be numbers from 0 on",
+)
+bad(
+    "infer",
+    "compare without an adapter",
+    lambda folder: ["--prompt", "dog", "--compare"],
+    "--compare needs an --adapter",
+)
+bad(
+    "infer",
+    "sweep without an adapter",
+    lambda folder: ["--prompt", "dog", "--sweep", "0,1"],
+    "--sweep needs an --adapter whose weight it changes",
+)
 bad(
     "infer",
     "sweep of words",
@@ -605,7 +1110,12 @@ bad(
     "--sweep must be different numbers",
     "'0,all'",
 )
-bad("infer", "factors without an adapter", lambda folder: ["--prompt", "dog", "--adapter_weights", "unet=1"], "--adapter_weights needs --adapter")
+bad(
+    "infer",
+    "factors without an adapter",
+    lambda folder: ["--prompt", "dog", "--adapter_weights", "unet=1"],
+    "--adapter_weights needs --adapter",
+)
 
 
 def sets_file(content: str) -> Callable[[Path], list[str]]:
@@ -620,13 +1130,33 @@ def sets_alone(content: str) -> Callable[[Path], list[str]]:
     return lambda folder: sets_file(content)(folder)[2:]
 
 
-bad("infer", "no file of sets", lambda folder: ["--prompt", "dog", "--adapters_file", str(folder / "none.yaml")], "none.yaml: No such file")
-bad("infer", "sets and an adapter", lambda folder: [*sets_file("a: []")(folder), "--adapter", "x"], "give either --adapter or --adapters_file")
+bad(
+    "infer",
+    "no file of sets",
+    lambda folder: ["--prompt", "dog", "--adapters_file", str(folder / "none.yaml")],
+    "none.yaml: No such file",
+)
+bad(
+    "infer",
+    "sets and an adapter",
+    lambda folder: [*sets_file("a: []")(folder), "--adapter", "x"],
+    "give either --adapter or --adapters_file",
+)
 bad("infer", "sets that are a list", sets_file("- a.safetensors\n"), "must be a table of sets", "got list")
 bad("infer", "sets that are no YAML", sets_file("a: [\n"), "not a YAML file")
 bad("infer", "a set twice", sets_file("a: []\nb: []\na: []\n"), "the set a is there twice")
-bad("infer", "unknown key of a set", sets_file("a:\n  adapter: [x]\n"), "set a has 'adapter'; did you mean adapters?")
-bad("infer", "a number for adapters", sets_file("a: 7\n"), "set a: adapters must be a text or a list of texts, got 7")
+bad(
+    "infer",
+    "unknown key of a set",
+    sets_file("a:\n  adapter: [x]\n"),
+    "set a has 'adapter'; did you mean adapters?",
+)
+bad(
+    "infer",
+    "a number for adapters",
+    sets_file("a: 7\n"),
+    "set a: adapters must be a text or a list of texts, got 7",
+)
 bad(
     "infer",
     "a set's adapter that is missing",
@@ -639,7 +1169,12 @@ bad(
     sets_alone("a: {adapters: [], prompts: [a cat]}\nb: []\n"),
     "set b has no prompts; give it some, or --prompt for all sets",
 )
-bad("infer", "fp16 on a CPU", lambda folder: ["--prompt", "dog", "--mixed_precision", "fp16"], "fp16 does not work on a CPU")
+bad(
+    "infer",
+    "fp16 on a CPU",
+    lambda folder: ["--prompt", "dog", "--mixed_precision", "fp16"],
+    "fp16 does not work on a CPU",
+)
 
 
 # --- how each is refused
@@ -699,8 +1234,24 @@ def check_refused(row: str, script: Any, kind: type, words: list[str], out: Path
 
 
 def train_words(base: Path | str, photos_dir: Path | str, out: Path, *more: str) -> list[str]:
-    words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos_dir), "--output_dir", str(out)]
-    return [*words, "--instance_prompt", "a photo of sks dog", "--resolution", "64", "--report_to", "none", *more]
+    words = [
+        "--pretrained_model_name_or_path",
+        str(base),
+        "--instance_data_dir",
+        str(photos_dir),
+        "--output_dir",
+        str(out),
+    ]
+    return [
+        *words,
+        "--instance_prompt",
+        "a photo of sks dog",
+        "--resolution",
+        "64",
+        "--report_to",
+        "none",
+        *more,
+    ]
 
 
 def infer_words(base: Path, out: Path, *more: str) -> list[str]:
@@ -710,7 +1261,14 @@ def infer_words(base: Path, out: Path, *more: str) -> list[str]:
 @rows("flags")
 def test_wrong_flags_are_refused(row, tmp_path, capsys):
     words = BAD_INPUTS[row].make(tmp_path)
-    check_refused(row, train, TrainOptions, train_words("base", "photos", tmp_path / "out", *words), tmp_path / "out", capsys)
+    check_refused(
+        row,
+        train,
+        TrainOptions,
+        train_words("base", "photos", tmp_path / "out", *words),
+        tmp_path / "out",
+        capsys,
+    )
 
 
 @rows("photos")
@@ -719,7 +1277,9 @@ def test_bad_photos_are_refused(row, tiny_base, tmp_path, capsys):
     folder.mkdir()
     noise(seed=9).save(folder / "good.png")
     BAD_INPUTS[row].make(folder)
-    check_refused(row, train, TrainOptions, train_words(tiny_base, folder, tmp_path / "out"), tmp_path / "out", capsys)
+    check_refused(
+        row, train, TrainOptions, train_words(tiny_base, folder, tmp_path / "out"), tmp_path / "out", capsys
+    )
 
 
 @rows("prompts")
@@ -733,7 +1293,14 @@ def test_broken_bases_are_refused(row, tiny_base, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     BAD_INPUTS[row].make(base)
-    check_refused(row, infer, InferOptions, infer_words(base, tmp_path / "out", "--prompt", "a dog"), tmp_path / "out", capsys)
+    check_refused(
+        row,
+        infer,
+        InferOptions,
+        infer_words(base, tmp_path / "out", "--prompt", "a dog"),
+        tmp_path / "out",
+        capsys,
+    )
     assert_not_executed(tmp_path)
 
 
@@ -743,7 +1310,14 @@ def test_bad_adapters_are_refused(row, tiny_base, good_adapter, tmp_path, capsys
     shutil.copy(good_adapter, path)
     words = BAD_INPUTS[row].make(path)
     words = words if isinstance(words, list) else ["--adapter", str(path)]
-    check_refused(row, infer, InferOptions, infer_words(tiny_base, tmp_path / "out", "--prompt", "a dog", *words), tmp_path / "out", capsys)
+    check_refused(
+        row,
+        infer,
+        InferOptions,
+        infer_words(tiny_base, tmp_path / "out", "--prompt", "a dog", *words),
+        tmp_path / "out",
+        capsys,
+    )
     assert_not_executed(tmp_path)
 
 
@@ -755,7 +1329,14 @@ def test_bad_prompts_and_settings_of_pictures_are_refused(row, tiny_base, tmp_pa
 
 def test_there_are_sixty_kinds_and_each_is_in_a_group_that_is_tested():
     assert len(BAD_INPUTS) >= 60
-    assert {case.group for case in BAD_INPUTS.values()} == {"flags", "photos", "prompts", "bases", "adapters", "infer"}
+    assert {case.group for case in BAD_INPUTS.values()} == {
+        "flags",
+        "photos",
+        "prompts",
+        "bases",
+        "adapters",
+        "infer",
+    }
 
 
 def test_the_payload_would_leave_its_mark(tmp_path):
@@ -767,9 +1348,21 @@ def test_the_payload_would_leave_its_mark(tmp_path):
 def test_good_input_reaches_the_models(tiny_base, good_adapter, photos_dir, tmp_path):
     """Else everything could be refused."""
     with pytest.raises(AssertionError, match="a model was loaded"):
-        infer.main(parse(InferOptions, "", infer_words(tiny_base, tmp_path / "a", "--prompt", "dog", "--adapter", str(good_adapter))))
+        infer.main(
+            parse(
+                InferOptions,
+                "",
+                infer_words(tiny_base, tmp_path / "a", "--prompt", "dog", "--adapter", str(good_adapter)),
+            )
+        )
     with pytest.raises(AssertionError, match="a model was loaded"):
-        train.main(parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path / "b", "--max_train_steps", "1", "--seed", "1")))
+        train.main(
+            parse(
+                TrainOptions,
+                "",
+                train_words(tiny_base, photos_dir, tmp_path / "b", "--max_train_steps", "1", "--seed", "1"),
+            )
+        )
 
 
 def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter, tmp_path):
@@ -777,10 +1370,22 @@ def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter,
     layers = families.find(BaseModel(str(tiny_base))).layers()
     path = tmp_path / "theirs.safetensors"
     shutil.copy(good_adapter, path)
-    of(kept, task_type=None, auto_mapping=None, base_model_name_or_path=None, megatron_core="evil", layers_pattern=None, runtime_config={})(path)
+    of(
+        kept,
+        task_type=None,
+        auto_mapping=None,
+        base_model_name_or_path=None,
+        megatron_core="evil",
+        layers_pattern=None,
+        runtime_config={},
+    )(path)
     ours, theirs = (apply.read(file, layers).components["unet"] for file in (good_adapter, path))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(vars(ours[name])[factor], vars(theirs[name])[factor]) for name in ours for factor in ("down", "up"))
+    assert all(
+        torch.equal(vars(ours[name])[factor], vars(theirs[name])[factor])
+        for name in ours
+        for factor in ("down", "up")
+    )
 
 
 def test_expressions_for_targets_are_not_run(tiny_base, good_adapter, tmp_path):
@@ -826,7 +1431,9 @@ def recompressed(data: bytes, draw: random.Random) -> bytes:
         at += 12 + size
     number = draw.randrange(len(chunks))
     chunks[number] = (chunks[number][0], mutated(chunks[number][1], draw))
-    return data[:8] + b"".join(struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks)
+    return data[:8] + b"".join(
+        struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks
+    )
 
 
 def assert_not_executed(folder: Path) -> None:
@@ -834,7 +1441,9 @@ def assert_not_executed(folder: Path) -> None:
     assert not (folder / "executed").exists()
 
 
-def outcomes(count: int, data: bytes, name: str, folder: Path, use: Callable[[Path], object], mutate=mutated) -> dict[str, int]:
+def outcomes(
+    count: int, data: bytes, name: str, folder: Path, use: Callable[[Path], object], mutate=mutated
+) -> dict[str, int]:
     """How many of `count` mutations were accepted and refused. Anything but UserError or status 2 fails the test."""
     found = {"accepted": 0, "refused": 0}
     for number in range(count):
@@ -863,7 +1472,12 @@ def checked_and_loaded(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "mutate"),
-    [("a.png", "PNG", mutated), ("b.png", "PNG", recompressed), ("a.jpg", "JPEG", mutated), ("a.webp", "WEBP", mutated)],
+    [
+        ("a.png", "PNG", mutated),
+        ("b.png", "PNG", recompressed),
+        ("a.jpg", "JPEG", mutated),
+        ("a.webp", "WEBP", mutated),
+    ],
 )
 def test_fuzz_pictures(name, kind, mutate, tmp_path):
     exif = Image.Exif()
@@ -889,20 +1503,31 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
         header = mutated(data[8 : 8 + size], draw)
         return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
-    found = outcomes(count, data, "adapter.safetensors", tmp_path, lambda path: apply.read(path, layers), mutate)
+    found = outcomes(
+        count, data, "adapter.safetensors", tmp_path, lambda path: apply.read(path, layers), mutate
+    )
     assert found["refused"] > count // 2
 
 
 def test_fuzz_configs(tmp_path):
     text = b"rank: 8\nlearning_rate: 1e-4\ninstance_prompt: 'a photo of sks dog'\nseed: null\ncenter_crop: true\nvalidation_epochs: 3\n"
     words = ["--pretrained_model_name_or_path", "b", "--instance_data_dir", "p", "--instance_prompt", "x"]
-    found = outcomes(80, text, "flags.yaml", tmp_path, lambda path: parse(TrainOptions, "", [*words, "--config", str(path)]))
+    found = outcomes(
+        80,
+        text,
+        "flags.yaml",
+        tmp_path,
+        lambda path: parse(TrainOptions, "", [*words, "--config", str(path)]),
+    )
     assert found["refused"] > 20
 
 
 def test_fuzz_manifests(tmp_path):
     settings = class_images.Settings("0123456789abcdef", "a photo of dog", 5, 20, 7.5, 4, 64, "fp32", "dpm")
-    manifest = {"settings": dataclasses.asdict(settings), "sha256": {class_images.file_name(k): f"{k:064x}" for k in range(3)}}
+    manifest = {
+        "settings": dataclasses.asdict(settings),
+        "sha256": {class_images.file_name(k): f"{k:064x}" for k in range(3)},
+    }
 
     def use(path: Path) -> None:
         class_images.made_with(path.parent)
@@ -915,7 +1540,14 @@ def test_fuzz_manifests(tmp_path):
 # --- what is written and printed
 
 
-FORGERIES = ['dog\nSteps: 1, Seed: 2", "seed": 2', ESCAPE + "red", '"><img src=x onerror=alert(1)>', "<script>x</script>", "\x00", "狗"]
+FORGERIES = [
+    'dog\nSteps: 1, Seed: 2", "seed": 2',
+    ESCAPE + "red",
+    '"><img src=x onerror=alert(1)>',
+    "<script>x</script>",
+    "\x00",
+    "狗",
+]
 
 
 @pytest.mark.parametrize("prompt", FORGERIES)

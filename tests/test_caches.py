@@ -62,11 +62,21 @@ def spy(monkeypatch, owner: Any, name: str, see: Callable[..., Any]) -> None:
 @pytest.fixture
 def work(monkeypatch) -> Work:
     done = Work()
-    spy(monkeypatch, autoencoder, "encode", lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels))
+    spy(
+        monkeypatch,
+        autoencoder,
+        "encode",
+        lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels),
+    )
     spy(monkeypatch, prompts.TextParts, "__call__", lambda self, words: done.prompts.extend(words))
     spy(monkeypatch, photos, "_decode", lambda path, *others, **more: done.decoded.append(path.name))
     for part in ("load_vae", "load_encoders", "load_unet"):
-        spy(monkeypatch, families, part, lambda *args, part=part: done.loaded.append(part.removeprefix("load_")))
+        spy(
+            monkeypatch,
+            families,
+            part,
+            lambda *args, part=part: done.loaded.append(part.removeprefix("load_")),
+        )
     return done
 
 
@@ -85,7 +95,9 @@ def start(monkeypatch, work) -> Callable[..., Work]:
         for field in dataclasses.fields(Work):
             getattr(work, field.name).clear()
         run_train(*args)
-        return dataclasses.replace(work, **{field.name: list(getattr(work, field.name)) for field in dataclasses.fields(Work)})
+        return dataclasses.replace(
+            work, **{field.name: list(getattr(work, field.name)) for field in dataclasses.fields(Work)}
+        )
 
     return run
 
@@ -118,7 +130,12 @@ def test_a_second_run_encodes_nothing_and_loads_the_unet_alone(tiny_base, mine, 
     first = run_train(tiny_base, mine, tmp_path / "first", *words)
     assert sorted(work.pictures) == [SQUARE] * 4 + [WHOLE] * 2
     assert sorted(work.prompts) == ALL_PROMPTS
-    assert work.loaded == ["encoders", "vae", "unet", "vae"]  # the first step's photo first, the others after that step
+    assert work.loaded == [
+        "encoders",
+        "vae",
+        "unet",
+        "vae",
+    ]  # the first step's photo first, the others after that step
     for seen in (work.pictures, work.prompts, work.loaded, work.decoded):
         seen.clear()
     second = run_train(tiny_base, mine, tmp_path / "second", *words)
@@ -190,7 +207,16 @@ def kept(tiny_base, tmp_path_factory) -> Path:
     (pictures / "photo-1.txt").write_text("sks dog on a mat")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Training, "train", train_nothing)
-        run_train(tiny_base, pictures, folder / "run", *ON_DISK, str(folder / "encoded"), *CAPTIONED, "--num_threads", "1")
+        run_train(
+            tiny_base,
+            pictures,
+            folder / "run",
+            *ON_DISK,
+            str(folder / "encoded"),
+            *CAPTIONED,
+            "--num_threads",
+            "1",
+        )
     return folder / "encoded"
 
 
@@ -199,15 +225,29 @@ def test_a_change_makes_anew_exactly_what_follows_from_it(change, kept, tiny_bas
     make, pictures, texts = CHANGES[change]
     shutil.copytree(kept, tmp_path / "kept")
     more = make(tmp_path, tiny_base)
-    done = start(tiny_base, mine, tmp_path / "run", *ON_DISK, str(tmp_path / "kept"), *CAPTIONED, "--num_threads", "1", *more)
+    done = start(
+        tiny_base,
+        mine,
+        tmp_path / "run",
+        *ON_DISK,
+        str(tmp_path / "kept"),
+        *CAPTIONED,
+        "--num_threads",
+        "1",
+        *more,
+    )
     assert sorted(done.pictures) == sorted(pictures)
     assert sorted(done.prompts) == sorted(texts)
     assert set(done.loaded) == {"unet", *(["encoders"] if texts else []), *(["vae"] if pictures else [])}
-    assert entries_in(kept).items() <= entries_in(tmp_path / "kept").items()  # the old ones stay, for who goes back
+    assert (
+        entries_in(kept).items() <= entries_in(tmp_path / "kept").items()
+    )  # the old ones stay, for who goes back
     assert len(entries_in(tmp_path / "kept")) == 6 + len(pictures) + len(texts)
 
 
-def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts_anew(kept, tiny_base, mine, tmp_path, start):
+def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts_anew(
+    kept, tiny_base, mine, tmp_path, start
+):
     shutil.copytree(kept, tmp_path / "kept")
     common = [*ON_DISK, str(tmp_path / "kept"), *CAPTIONED, "--num_threads", "1"]
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -247,16 +287,31 @@ def test_weights_are_hashed_once_in_a_process_and_anew_when_they_change(tiny_bas
 # --- the same samples, wherever they are kept
 
 
-@pytest.mark.parametrize(("base", "more"), [("tiny_base", ["--center_crop", "--random_flip"]), ("tiny_xl", ["--center_crop"]), ("tiny_if", [])])
-def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(request, mine, tmp_path, base, more):
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [("tiny_base", ["--center_crop", "--random_flip"]), ("tiny_xl", ["--center_crop"]), ("tiny_if", [])],
+)
+def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(
+    request, mine, tmp_path, base, more
+):
     """Wherever crops are fixed; and random ones of a base in pixels, which has no grid. With class images, and prompts on disk."""
-    common = [*prior_words(tmp_path / "class"), "--max_train_steps", "2", "--caption_dropout", "0.3", *CAPTIONED, *more]
+    common = [
+        *prior_words(tmp_path / "class"),
+        "--max_train_steps",
+        "2",
+        "--caption_dropout",
+        "0.3",
+        *CAPTIONED,
+        *more,
+    ]
     if base == "tiny_if":
         common += ["--resolution", "32"]
     digests = set()
     for mode in ("memory", "disk", "disk", "off"):
         out = tmp_path / f"{mode}-{len(list(tmp_path.iterdir()))}"
-        digests.add(digest(run_train(request.getfixturevalue(base), mine, out, *common, "--cache_latents", mode)))
+        digests.add(
+            digest(run_train(request.getfixturevalue(base), mine, out, *common, "--cache_latents", mode))
+        )
         assert (out / "encoded").is_dir() == (mode == "disk")
     assert len(digests) == 1
 
@@ -282,7 +337,9 @@ def test_where_all_crops_are_fixed_a_run_may_go_on_without_a_cache(tiny_base, mi
         whole = run_train(tiny_base, folder, tmp_path / name, *common)
         assert json.loads((tmp_path / name / "run.json").read_text())["flags"]["crops"] == "fixed"
         resume = ["--resume_from_checkpoint", str(tmp_path / name / "checkpoint-1"), "--cache_latents", "off"]
-        assert digest(run_train(tiny_base, folder, tmp_path / f"{name}-off", *common, *resume)) == digest(whole)
+        assert digest(run_train(tiny_base, folder, tmp_path / f"{name}-off", *common, *resume)) == digest(
+            whole
+        )
 
 
 def test_class_images_of_other_sizes_do_not_stand_in_the_way_of_going_on(tiny_base, photos_dir, tmp_path):
@@ -299,7 +356,9 @@ def photo_of(folder: Path, size: tuple[int, int]) -> photos.Photo:
     return photos.check_folder(tiny.make_photos(folder, 1, size), FLAG).photos[0]
 
 
-def encoded_photo(base: families.Base, photo: photos.Photo, *, resolution: int = 64, mirrored: bool = False) -> encodings.EncodedPhotos:
+def encoded_photo(
+    base: families.Base, photo: photos.Photo, *, resolution: int = 64, mirrored: bool = False
+) -> encodings.EncodedPhotos:
     crops = encodings.Crops(resolution, "lanczos", False, base.grid)
     entries = encoding_cache.Entries(None, print)
     return encodings.encode_photos(entries, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
@@ -314,7 +373,11 @@ def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, 
     assert vae is not None
     image: Image.Image = Image.open(photo.path)
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
-    pixels = torch.tensor(list(image.crop((0, 0, 96, 64)).tobytes())).view(64, 96, 3).permute(2, 0, 1).contiguous() / 127.5 - 1
+    pixels = (
+        torch.tensor(list(image.crop((0, 0, 96, 64)).tobytes())).view(64, 96, 3).permute(2, 0, 1).contiguous()
+        / 127.5
+        - 1
+    )
     with torch.no_grad():
         plain = vae.encode(pixels[None].contiguous(memory_format=torch.channels_last)).latent_dist
     for left in (0, 8, 16, 24, 32):
@@ -357,7 +420,11 @@ def test_each_photo_is_whole_or_not_by_its_own_size(tiny_base, mine, tmp_path, s
 
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
-    others = sorted(other for other in path.parent.glob("*.safetensors") if other != path and other.name[:4] == path.name[:4])
+    others = sorted(
+        other
+        for other in path.parent.glob("*.safetensors")
+        if other != path and other.name[:4] == path.name[:4]
+    )
     header = int.from_bytes(data[:8], "little")
     content = {
         "cut off": data[: len(data) // 2],
@@ -373,17 +440,27 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["latents", "prompt"])
-@pytest.mark.parametrize("how", ["cut off", "empty", "one bit", "one bit of the header", "another file", "no hash", "text", "zeros"])
-def test_a_damaged_entry_is_encoded_anew_and_it_alone(kept, tiny_base, mine, tmp_path, start, capsys, how, kind):
+@pytest.mark.parametrize(
+    "how",
+    ["cut off", "empty", "one bit", "one bit of the header", "another file", "no hash", "text", "zeros"],
+)
+def test_a_damaged_entry_is_encoded_anew_and_it_alone(
+    kept, tiny_base, mine, tmp_path, start, capsys, how, kind
+):
     shutil.copytree(kept, tmp_path / "kept")
     whole = entries_in(kept, kind)
     victim = sorted(whole)[-1]
     damage(tmp_path / "kept" / victim, how)
     assert entries_in(tmp_path / "kept", kind) != whole
-    done = start(tiny_base, mine, tmp_path / "run", *ON_DISK, str(tmp_path / "kept"), *CAPTIONED, "--num_threads", "1")
+    done = start(
+        tiny_base, mine, tmp_path / "run", *ON_DISK, str(tmp_path / "kept"), *CAPTIONED, "--num_threads", "1"
+    )
     assert (len(done.pictures), len(done.prompts)) == ((1, 0) if kind == "latents" else (0, 1))
     assert entries_in(tmp_path / "kept", kind) == whole
-    assert f"1 files in {tmp_path / 'kept'} were damaged and have been made anew: {victim}" in capsys.readouterr().out
+    assert (
+        f"1 files in {tmp_path / 'kept'} were damaged and have been made anew: {victim}"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_entry_of_another_shape_is_encoded_anew_though_its_hash_holds(tmp_path):
@@ -399,7 +476,9 @@ def test_an_entry_of_another_shape_is_encoded_anew_though_its_hash_holds(tmp_pat
     assert (entries.damaged, told, entries.held) == (["latents-b.safetensors"], [], {})
 
 
-def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys
+):
     common = [*ON_DISK, str(tmp_path / "kept"), "--max_train_steps", "6"]
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", *common)
     real, steps = train.Training.step, []
@@ -421,7 +500,9 @@ def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(
     assert steps == [0, 1]
     assert [step for step, _ in checkpoints.list_checkpoints(tmp_path / "cut")] == [2]
     monkeypatch.undo()
-    assert digest(run_train(tiny_base, photos_dir, tmp_path / "cut", *common, "--resume_from_checkpoint", "latest")) == digest(whole)
+    assert digest(
+        run_train(tiny_base, photos_dir, tmp_path / "cut", *common, "--resume_from_checkpoint", "latest")
+    ) == digest(whole)
 
 
 def test_a_photo_that_changes_after_it_was_checked_is_not_taken_for_the_one_that_was(tiny_base, tmp_path):
@@ -441,11 +522,16 @@ def test_a_photo_that_cannot_be_unpacked_any_more_is_named(tmp_path):
     photo = photos.Photo(path, (64, 64), hashlib.sha256(b"no picture").hexdigest(), "")
     with pytest.raises(UserError) as refusal:
         photos.load_checked(photo)
-    assert str(refusal.value) == f"{path}: not a whole picture (cannot identify image file); save it again or remove it"
+    assert (
+        str(refusal.value)
+        == f"{path}: not a whole picture (cannot identify image file); save it again or remove it"
+    )
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_a_base_that_changes_while_it_is_read_gives_no_entry(tiny_base, photos_dir, tmp_path, monkeypatch, part):
+def test_a_base_that_changes_while_it_is_read_gives_no_entry(
+    tiny_base, photos_dir, tmp_path, monkeypatch, part
+):
     """Else what the new weights make would be found under the name of the old ones ever after."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (path,) = (base / part).glob("*.safetensors")
@@ -456,12 +542,16 @@ def test_a_base_that_changes_while_it_is_read_gives_no_entry(tiny_base, photos_d
         path.write_bytes(bytes(data))
 
     spy(monkeypatch, families, "load_vae" if part == "vae" else "load_encoders", change)
-    with pytest.raises(UserError, match=rf"the base has changed while it was read: {base / part}; start again"):
+    with pytest.raises(
+        UserError, match=rf"the base has changed while it was read: {base / part}; start again"
+    ):
         run_train(base, photos_dir, tmp_path / "run", *ON_DISK, str(tmp_path / "kept"))
     assert entries_in(tmp_path / "kept", "latents" if part == "vae" else "prompt") == {}
 
 
-def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(tiny_base, tmp_path, monkeypatch):
+def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
+    tiny_base, tmp_path, monkeypatch
+):
     base, photo = families.find(BaseModel(str(tiny_base))), photo_of(tmp_path, (64, 64))
     names = set()
     for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
@@ -470,7 +560,9 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(ti
     monkeypatch.setattr(onednn, "ARITHMETIC", -1)
     assert not names & set(encoded_photo(base, photo).entries.held)
     monkeypatch.undo()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"}
+    )
     assert not names & set(encoded_photo(base, photo).entries.held)
 
 
@@ -481,7 +573,9 @@ def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     (tmp_path / "kept").mkdir()
     for expected in (2, 1):  # looked for and encoded; looked for
         check = Mock()
-        encodings.encode_photos(encoding_cache.Entries(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check)
+        encodings.encode_photos(
+            encoding_cache.Entries(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check
+        )
         assert check.call_count == expected
 
 
@@ -489,12 +583,20 @@ def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["a file", "beside the photos", "beside the class images"])
-def test_a_folder_that_cannot_hold_encodings_is_refused_before_models_load(tiny_base, mine, tmp_path, no_models, where):
+def test_a_folder_that_cannot_hold_encodings_is_refused_before_models_load(
+    tiny_base, mine, tmp_path, no_models, where
+):
     (tmp_path / "file").write_text("")
     (tmp_path / "class").mkdir()
-    folder = {"a file": tmp_path / "file" / "kept", "beside the photos": mine, "beside the class images": tmp_path / "class" / ".." / "class"}[where]
+    folder = {
+        "a file": tmp_path / "file" / "kept",
+        "beside the photos": mine,
+        "beside the class images": tmp_path / "class" / ".." / "class",
+    }[where]
     before = sorted(mine.iterdir())
-    with pytest.raises(UserError, match=r"--encoded_dir: .* (cannot be made|is a folder of pictures; name one of its own)"):
+    with pytest.raises(
+        UserError, match=r"--encoded_dir: .* (cannot be made|is a folder of pictures; name one of its own)"
+    ):
         run_train(tiny_base, mine, tmp_path / "run", *ON_DISK, str(folder), *prior_words(tmp_path / "class"))
     assert sorted(mine.iterdir()) == before
     assert list((tmp_path / "class").iterdir()) == []
@@ -506,7 +608,12 @@ def test_encodings_have_a_folder_of_their_own(tiny_base, mine, tmp_path, no_mode
     if where != "the same":
         folder = tmp_path / "kept"
         folder.symlink_to(out if where == "a link" else folder)
-    with pytest.raises(UserError, match=r"--encoded_dir: .* cannot be made" if where == "a loop" else "--encoded_dir and --output_dir must be two"):
+    with pytest.raises(
+        UserError,
+        match=r"--encoded_dir: .* cannot be made"
+        if where == "a loop"
+        else "--encoded_dir and --output_dir must be two",
+    ):
         run_train(tiny_base, mine, out, *ON_DISK, str(folder))
 
 
@@ -543,7 +650,9 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
     assert not entries.has(name, {"mean": (2,)})
     left: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # killed before the file has its name
-        patch.setattr(os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept")))
+        patch.setattr(
+            os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept"))
+        )
         entries.keep(name, {"mean": torch.ones(2)})
         native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
         native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
@@ -575,7 +684,12 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
     found = run_train(tiny_base, mine, tmp_path / "full", *ON_DISK, str(tmp_path / "kept"), *common)
     assert digest(found) == digest(whole)
     said = capsys.readouterr().out
-    assert said.count(f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): what is encoded from here on") == 1
+    assert (
+        said.count(
+            f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): what is encoded from here on"
+        )
+        == 1
+    )
     assert len(entries_in(tmp_path / "kept")) == 3  # after the pictures' own file
     assert len(written) == 5
 
@@ -586,7 +700,9 @@ def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
     crops = encodings.Crops(64, "lanczos", False, base.grid)
     (tmp_path / "kept").mkdir()
     entries = encoding_cache.Entries(tmp_path / "kept", print)
-    encoded = encodings.encode_photos(entries, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None)
+    encoded = encodings.encode_photos(
+        entries, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None
+    )
     assert entries.held == {}
     assert encoded.posterior(found[0], (8, 0), is_mirrored=False).mean.shape == (1, 4, 8, 8)
     assert entries.held == {}
@@ -616,19 +732,33 @@ def test_auto_is_memory_for_up_to_64_pictures_and_disk_above_or_with_a_folder_na
     assert encodings.mode_of("auto", 65, is_folder_given=False) == "disk"
     assert encodings.mode_of("auto", 1, is_folder_given=True) == "disk"
     for mode in ("memory", "disk", "off"):
-        assert {encodings.mode_of(mode, count, is_folder_given=given) for count in (1, 100) for given in (True, False)} == {mode}
+        assert {
+            encodings.mode_of(mode, count, is_folder_given=given)
+            for count in (1, 100)
+            for given in (True, False)
+        } == {mode}
 
 
 def test_loader_processes_that_load_nothing_are_said(tiny_base, photos_dir, tmp_path, start, capsys):
     said = "note: You need not use --dataloader_num_workers without --cache_latents off."
     for mode, expected in (("memory", True), ("off", False)):
-        start(tiny_base, photos_dir, tmp_path / mode, "--cache_latents", mode, "--dataloader_num_workers", "1")
+        start(
+            tiny_base, photos_dir, tmp_path / mode, "--cache_latents", mode, "--dataloader_num_workers", "1"
+        )
         assert (said in capsys.readouterr().out) == expected
 
 
 def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_path, start, capsys):
     for mode in ("memory", "off"):
-        start(tiny_base, photos_dir, tmp_path / mode, "--cache_latents", mode, "--encoded_dir", str(tmp_path / "kept"))
+        start(
+            tiny_base,
+            photos_dir,
+            tmp_path / mode,
+            "--cache_latents",
+            mode,
+            "--encoded_dir",
+            str(tmp_path / "kept"),
+        )
         assert f"note: You need not use --encoded_dir with --cache_latents {mode}." in capsys.readouterr().out
     assert not (tmp_path / "kept").exists()
     start(tiny_base, photos_dir, tmp_path / "auto", "--encoded_dir", str(tmp_path / "kept"))
@@ -640,10 +770,17 @@ def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_p
 # --- the first step before most photos
 
 
-def test_the_first_step_comes_before_most_photos_unless_memory_is_short(tiny_base, mine, tmp_path, monkeypatch):
+def test_the_first_step_comes_before_most_photos_unless_memory_is_short(
+    tiny_base, mine, tmp_path, monkeypatch
+):
     """The same adapter either way. The VAE that encodes has no decoder, which is most of its weights."""
     seen: list[str] = []
-    spy(monkeypatch, autoencoder, "encode", lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"))
+    spy(
+        monkeypatch,
+        autoencoder,
+        "encode",
+        lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"),
+    )
     spy(monkeypatch, train.Training, "step", lambda *args: seen.append("step"))
     first = run_train(tiny_base, mine, tmp_path / "a", "--max_train_steps", "2")
     assert seen == ["photo", "step", "photo", "photo", "step"]
@@ -653,7 +790,9 @@ def test_the_first_step_comes_before_most_photos_unless_memory_is_short(tiny_bas
     assert digest(first) == digest(ahead)
 
 
-def test_a_run_of_one_step_encodes_what_it_needs_and_a_resumed_one_what_comes_next(tiny_base, mine, tmp_path, work):
+def test_a_run_of_one_step_encodes_what_it_needs_and_a_resumed_one_what_comes_next(
+    tiny_base, mine, tmp_path, work
+):
     whole = run_train(tiny_base, mine, tmp_path / "whole", "--max_train_steps", "2")
     work.pictures.clear()
     run_train(tiny_base, mine, tmp_path / "one", "--max_train_steps", "1", "--checkpointing_steps", "1")
@@ -665,15 +804,22 @@ def test_a_run_of_one_step_encodes_what_it_needs_and_a_resumed_one_what_comes_ne
     assert digest(resumed) == digest(whole)
 
 
-@pytest.mark.parametrize(("device", "world", "flags"), [("cuda", 1, []), ("cpu", 2, []), ("cpu", 1, ["--gradient_checkpointing"]), ("cpu", 1, None)])
-def test_on_gpus_and_several_processes_all_photos_come_before_the_first_step(device, world, flags, tiny_base, photos_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("device", "world", "flags"),
+    [("cuda", 1, []), ("cpu", 2, []), ("cpu", 1, ["--gradient_checkpointing"]), ("cpu", 1, None)],
+)
+def test_on_gpus_and_several_processes_all_photos_come_before_the_first_step(
+    device, world, flags, tiny_base, photos_dir, tmp_path
+):
     options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, *(flags or [])))
     peers = types.SimpleNamespace(world=world, accelerator=types.SimpleNamespace(device=torch.device(device)))
     start: Any = types.SimpleNamespace(options=options, peers=peers)
     assert frozen_models.encodes_ahead(start) == (flags is not None)
 
 
-def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_saved(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_saved(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys
+):
     pictures = shutil.copytree(photos_dir, tmp_path / "photos")
 
     def change(*args: Any) -> None:
@@ -709,12 +855,16 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
             small = pixels[:, [0, 1, 2, 0], ::8, ::8].clone()
             return autoencoder.Posterior(small, small.abs())
 
-        torch.set_num_threads(1)  # accelerate gives each of several processes another number, and what they encode another name
+        torch.set_num_threads(
+            1
+        )  # accelerate gives each of several processes another number, and what they encode another name
         entries = encoding_cache.Entries(folder, print)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(families, "load_vae", lambda *args: None)
             patch.setattr(autoencoder, "encode", in_place_of_a_vae)
-            encodings.encode_photos(entries, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None)
+            encodings.encode_photos(
+                entries, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None
+            )
         return len(calls)
 
     def work(peers: processes.Peers) -> int:
@@ -730,7 +880,9 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
 # --- models that are not needed
 
 
-def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pictures(tiny_xl, photos_dir, tmp_path, monkeypatch, work):
+def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pictures(
+    tiny_xl, photos_dir, tmp_path, monkeypatch, work
+):
     alive: dict[str, list[weakref.ref]] = {"vae": [], "encoders": []}
     real_vae, real_encoders, real_unet = families.load_vae, families.load_encoders, families.load_unet
     at_step: list[tuple[int, int]] = []
@@ -750,7 +902,9 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
         return found
 
     def load_unet(*args):
-        at_step.append(count())  # without a garbage collection: they are gone before there is room for the UNet
+        at_step.append(
+            count()
+        )  # without a garbage collection: they are gone before there is room for the UNet
         return real_unet(*args)
 
     monkeypatch.setattr(families, "load_vae", load_vae)
@@ -764,16 +918,37 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
     finally:
         gc.enable()
     assert at_step == [(0, 0)] * 3
-    assert (len(alive["vae"]), len(alive["encoders"])) == (2 + 2, 2)  # before and after the first step, and twice for pictures
+    assert (len(alive["vae"]), len(alive["encoders"])) == (
+        2 + 2,
+        2,
+    )  # before and after the first step, and twice for pictures
     assert work.loaded[:4] == ["encoders", "vae", "unet", "vae"]
 
 
-def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(tiny_base, photos_dir, tmp_path, work):
+def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(
+    tiny_base, photos_dir, tmp_path, work
+):
     for mode, kept in (("off", ["vae", "text"]), ("memory", ["text"])):
         held: list[list[str]] = []
         with pytest.MonkeyPatch.context() as patch:
-            spy(patch, train.Training, "step", lambda self, *args, held=held: held.append([p for p in ("vae", "text") if getattr(self.parts, p)]))
-            run_train(tiny_base, photos_dir, tmp_path / mode, "--max_train_steps", "1", "--train_text_encoder", "--cache_latents", mode)
+            spy(
+                patch,
+                train.Training,
+                "step",
+                lambda self, *args, held=held: held.append(
+                    [p for p in ("vae", "text") if getattr(self.parts, p)]
+                ),
+            )
+            run_train(
+                tiny_base,
+                photos_dir,
+                tmp_path / mode,
+                "--max_train_steps",
+                "1",
+                "--train_text_encoder",
+                "--cache_latents",
+                mode,
+            )
         assert held == [kept]
 
 
@@ -820,7 +995,9 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
         check(folder, tmp_path, allow_odd_photos=True)
 
 
-@pytest.mark.parametrize("how", ["cut off", "one number", "no table", "another version of Pillow", "nonsense", "a folder"])
+@pytest.mark.parametrize(
+    "how", ["cut off", "one number", "no table", "another version of Pillow", "nonsense", "a folder"]
+)
 def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, how):
     folder = tiny.make_photos(tmp_path / "photos", 2)
     first = check(folder, tmp_path)
@@ -832,7 +1009,12 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
         path.unlink()
         path.mkdir()
     else:
-        content = {"cut off": text[:-20], "one number": text.replace("[64,64]", "[64,65]", 1), "no table": "[]", "nonsense": '{"layout": 1}'}
+        content = {
+            "cut off": text[:-20],
+            "one number": text.replace("[64,64]", "[64,65]", 1),
+            "no table": "[]",
+            "nonsense": '{"layout": 1}',
+        }
         path.write_text(content[how])
     work.decoded.clear()
     known = SeenPhotos(tmp_path)

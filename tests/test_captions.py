@@ -60,7 +60,9 @@ def refusal(folder: Path, names: list[str] = NAMES, **flags: Any) -> str:
 
 
 def lines(*rows: Any) -> bytes:
-    return "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows).encode()
+    return "".join(
+        (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows
+    ).encode()
 
 
 def jsonl(folder: Path, *rows: Any) -> None:
@@ -105,7 +107,10 @@ def test_jsonl_is_read_before_csv_and_txt_and_that_is_said(folder):
     jsonl(folder, *rows_of(TEXTS))
     (folder / "metadata.csv").write_text("file_name,text\na.png,no\n")
     (folder / "a.txt").write_text("no")
-    assert read(folder) == (TEXTS, ["captions are read from metadata.jsonl; not from the metadata.csv and .txt files beside it"])
+    assert read(folder) == (
+        TEXTS,
+        ["captions are read from metadata.jsonl; not from the metadata.csv and .txt files beside it"],
+    )
 
 
 def test_an_empty_or_missing_caption_leaves_the_picture_to_the_instance_prompt(folder):
@@ -118,7 +123,9 @@ def test_an_empty_or_missing_caption_leaves_the_picture_to_the_instance_prompt(f
     )
     found, notes = read(folder, [*NAMES, "d.png"])
     assert found == {"d.png": "x"}
-    assert notes == ["3 of 4 photos have an empty caption and are trained with --instance_prompt: a.png, b.png, c.jpg"]
+    assert notes == [
+        "3 of 4 photos have an empty caption and are trained with --instance_prompt: a.png, b.png, c.jpg"
+    ]
 
 
 def test_line_breaks_and_control_characters_of_captions_become_spaces(folder):
@@ -129,23 +136,44 @@ def test_line_breaks_and_control_characters_of_captions_become_spaces(folder):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"file_name": "a.png", "text": "x"}, "{broken"], f"{FLAG}: metadata.jsonl line 2 is no JSON object"),
+        (
+            [{"file_name": "a.png", "text": "x"}, "{broken"],
+            f"{FLAG}: metadata.jsonl line 2 is no JSON object",
+        ),
         (['["a.png", "x"]'], "line 1 is no JSON object"),
         (["[" * 200_000], "line 1 is no JSON object"),
         (["", {"text": "x"}, {"file_name": "a.png"}], "metadata.jsonl line 2: file_name is missing"),
         ([{"file_name": 7, "text": "x"}], "line 1: file_name is 7, which is not text"),
-        ([{"file_name": "images/a.png", "text": "x"}], "file_name is images/a.png; only pictures directly in the folder are taken"),
+        (
+            [{"file_name": "images/a.png", "text": "x"}],
+            "file_name is images/a.png; only pictures directly in the folder are taken",
+        ),
         ([{"file_name": "/etc/a.png", "text": "x"}], "only pictures directly in the folder are taken"),
         ([{"file_name": "..", "text": "x"}], "only pictures directly in the folder are taken"),
         ([{"file_name": "images\\a.png", "text": "x"}], "only pictures directly in the folder are taken"),
         ([{"file_name": "a.png", "text": ["x"]}], "line 1: the caption is ['x'], which is not text"),
         ([{"file_name": "a.png", "text": 0}], "line 1: the caption is 0, which is not text"),
-        (['{"file_name": "a.png", "text": "\\ud800"}'], "line 1: the caption holds what is no character: '\\ud800'"),
-        (['{"file_name": "a.png", "text": "x\\u0000"}'], "line 1: the caption holds what is no character: 'x\\x00'"),
-        ([{"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": "x"}], "line 2 names a.png again, after line 1"),
+        (
+            ['{"file_name": "a.png", "text": "\\ud800"}'],
+            "line 1: the caption holds what is no character: '\\ud800'",
+        ),
+        (
+            ['{"file_name": "a.png", "text": "x\\u0000"}'],
+            "line 1: the caption holds what is no character: 'x\\x00'",
+        ),
+        (
+            [{"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": "x"}],
+            "line 2 names a.png again, after line 1",
+        ),
         ([{"file_name": "a.png", "text": "x"}], "metadata.jsonl does not name b.png, c.jpg"),
-        ([{"file_name": "a.png", "caption": "x", "size": 3}], "has no column text (--caption_column); its columns are file_name, caption, size"),
-        ([{"image": "a.png", "text": "x"}], "has no column file_name with the names of the pictures; its columns are image, text"),
+        (
+            [{"file_name": "a.png", "caption": "x", "size": 3}],
+            "has no column text (--caption_column); its columns are file_name, caption, size",
+        ),
+        (
+            [{"image": "a.png", "text": "x"}],
+            "has no column file_name with the names of the pictures; its columns are image, text",
+        ),
         ([], "metadata.jsonl is empty"),
     ],
 )
@@ -182,21 +210,35 @@ def test_pictures_that_are_not_there_or_not_named_are_listed_up_to_five(folder):
 
 def test_a_missing_image_column_names_its_flag(folder):
     jsonl(folder, *rows_of(TEXTS))
-    assert "no column photo (--image_column) with the names of the pictures; its columns are file_name, text" in refusal(folder, image_column="photo")
+    assert (
+        "no column photo (--image_column) with the names of the pictures; its columns are file_name, text"
+        in refusal(folder, image_column="photo")
+    )
 
 
 def test_captions_cannot_come_from_the_column_of_names(folder):
     jsonl(folder, *rows_of(TEXTS))
-    assert refusal(folder, caption_column="file_name").startswith("--caption_column: file_name is the column that names the pictures")
+    assert refusal(folder, caption_column="file_name").startswith(
+        "--caption_column: file_name is the column that names the pictures"
+    )
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("file_name,text\na.png,a dog, asleep\n", "metadata.csv line 2 has 3 cells for 2 columns; a caption with a comma needs quotes"),
+        (
+            "file_name,text\na.png,a dog, asleep\n",
+            "metadata.csv line 2 has 3 cells for 2 columns; a caption with a comma needs quotes",
+        ),
         ('file_name,text\na.png,"a dog\n', "is no line of a CSV file"),
-        ("file_name,text,text\na.png,x,y\n", "metadata.csv has several columns of one name: file_name, text, text"),
-        ("file_name;text\na.png;x\n", "has no column file_name with the names of the pictures; its columns are file_name;text"),
+        (
+            "file_name,text,text\na.png,x,y\n",
+            "metadata.csv has several columns of one name: file_name, text, text",
+        ),
+        (
+            "file_name;text\na.png;x\n",
+            "has no column file_name with the names of the pictures; its columns are file_name;text",
+        ),
         ("", "metadata.csv is empty"),
         (f"file_name,text\na.png,{'x' * 200_000}\n", "field larger than field limit"),
     ],
@@ -229,7 +271,11 @@ def test_pipes_folders_and_links_outside_are_not_followed(folder, name):
     (folder / name).symlink_to(folder / "nowhere")
     assert f"{FLAG}: {name}: cannot be read: No such file" in refusal(folder)
     (folder / name).unlink()
-    body = {"metadata.jsonl": lines(*rows_of({"a.png": "x"})), "metadata.csv": b"file_name,text\na.png,x\n", "a.txt": b"x"}[name]
+    body = {
+        "metadata.jsonl": lines(*rows_of({"a.png": "x"})),
+        "metadata.csv": b"file_name,text\na.png,x\n",
+        "a.txt": b"x",
+    }[name]
     (folder.parent / "elsewhere").write_bytes(body)
     (folder / name).symlink_to(folder.parent / "elsewhere")
     assert "outside the folder; copy the file, or give --follow_symlinks" in refusal(folder, ["a.png"])
@@ -245,7 +291,19 @@ def test_names_that_would_clear_the_screen_are_spelled_out(folder):
 
 def test_damaged_metadata_gives_captions_or_one_message_and_never_another_error(folder):
     rng = random.Random(0)
-    pieces = [b"\0", b'"', b"\n", b"{", b"null", b"\\u0000", b"\\ud83d", b"1e999", b"/../", b"\xff", b"[" * 5000]
+    pieces = [
+        b"\0",
+        b'"',
+        b"\n",
+        b"{",
+        b"null",
+        b"\\u0000",
+        b"\\ud83d",
+        b"1e999",
+        b"/../",
+        b"\xff",
+        b"[" * 5000,
+    ]
     whole = lines(*rows_of(TEXTS | {"d.png": "", "e.png": 'quoted "words"'}))
     refused = 0
     for _ in range(100):
@@ -318,9 +376,14 @@ def test_captions_that_are_not_asked_for_are_not_read_and_a_note_says_how_to(fol
         "captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"
     ]
     (folder / "metadata.csv").write_text("file_name,caption\na.png,x\n")
-    assert read(folder, caption_column=None)[1] == ["captions lie beside the photos (metadata.csv); --caption_column caption reads them"]
+    assert read(folder, caption_column=None)[1] == [
+        "captions lie beside the photos (metadata.csv); --caption_column caption reads them"
+    ]
     jsonl(folder, {"file_name": "a.png", "label": 3, "short": "x", "long": "x y"})
-    assert read(folder, caption_column=None) == ({}, ["captions lie beside the photos (metadata.jsonl); --caption_column short reads them"])
+    assert read(folder, caption_column=None) == (
+        {},
+        ["captions lie beside the photos (metadata.jsonl); --caption_column short reads them"],
+    )
 
 
 def test_metadata_without_text_is_not_spoken_of(folder):
@@ -332,15 +395,21 @@ def test_unreadable_captions_that_are_not_asked_for_stop_nothing(folder):
     os.mkfifo(folder / "metadata.jsonl")
     found, notes = read(folder, caption_column=None)
     assert found == {}
-    assert notes == ["captions may lie beside the photos (metadata.jsonl: not a regular file); they are not read without --caption_column"]
+    assert notes == [
+        "captions may lie beside the photos (metadata.jsonl: not a regular file); they are not read without --caption_column"
+    ]
 
 
 # Where the photos lie
 
 
 def test_the_folder_is_the_one_that_a_flag_names(tmp_path):
-    assert photo_sets.find(wanted(instance_data_dir=str(tmp_path))) == photo_sets.PhotoSet(tmp_path, "--instance_data_dir")
-    assert photo_sets.find(wanted(dataset_name=str(tmp_path))) == photo_sets.PhotoSet(tmp_path, "--dataset_name")
+    assert photo_sets.find(wanted(instance_data_dir=str(tmp_path))) == photo_sets.PhotoSet(
+        tmp_path, "--instance_data_dir"
+    )
+    assert photo_sets.find(wanted(dataset_name=str(tmp_path))) == photo_sets.PhotoSet(
+        tmp_path, "--dataset_name"
+    )
 
 
 def test_a_data_set_folder_without_photos_of_its_own_stands_for_its_train_folder(tmp_path):
@@ -361,10 +430,14 @@ def set_refusal(**flags: Any) -> str:
     return str(refused.value)
 
 
-def test_a_data_set_name_that_is_neither_folder_nor_hub_id_is_refused_without_the_package(tmp_path, monkeypatch):
+def test_a_data_set_name_that_is_neither_folder_nor_hub_id_is_refused_without_the_package(
+    tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails
     (tmp_path / "file").touch()
-    assert set_refusal(dataset_name=str(tmp_path / "file")).endswith("is not a folder; name the folder that holds the pictures")
+    assert set_refusal(dataset_name=str(tmp_path / "file")).endswith(
+        "is not a folder; name the folder that holds the pictures"
+    )
     for name in ("imagefolder", "my photos", "a/b/c", "../x", str(tmp_path / "none"), "buckets/me/photos"):
         said = set_refusal(dataset_name=name)
         assert said == f"--dataset_name: there is no folder {name}, and a hub id is of the form OWNER/NAME"
@@ -374,11 +447,16 @@ def test_a_data_set_name_that_is_neither_folder_nor_hub_id_is_refused_without_th
 def test_a_hub_id_without_the_datasets_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     said = set_refusal(dataset_name="me/dog")
-    assert said == "--dataset_name: there is no folder me/dog, and for a hub id the datasets package is needed: pip install '.[datasets]'"
+    assert (
+        said
+        == "--dataset_name: there is no folder me/dog, and for a hub id the datasets package is needed: pip install '.[datasets]'"
+    )
 
 
 def test_a_configuration_is_not_for_folders(tmp_path):
-    assert "--dataset_config_name is for a data set of the hub" in set_refusal(dataset_name=str(tmp_path), dataset_config_name="small")
+    assert "--dataset_config_name is for a data set of the hub" in set_refusal(
+        dataset_name=str(tmp_path), dataset_config_name="small"
+    )
     assert "leave it out" in set_refusal(instance_data_dir=str(tmp_path), dataset_config_name="small")
 
 
@@ -403,19 +481,27 @@ class Rows:
         self.features, self.rows, self._fingerprint = features, rows, fingerprint
 
     def select_columns(self, names: list[str]) -> "Rows":
-        return Rows({n: self.features[n] for n in names}, [{n: row[n] for n in names} for row in self.rows], self._fingerprint)
+        return Rows(
+            {n: self.features[n] for n in names},
+            [{n: row[n] for n in names} for row in self.rows],
+            self._fingerprint,
+        )
 
     def cast_column(self, name: str, kind: Any) -> "Rows":
         return Rows(self.features | {name: kind}, self.rows, self._fingerprint)
 
     def __iter__(self):
-        assert not any(kind.decode for kind in self.features.values() if isinstance(kind, Picture)), "pictures would be decoded"
+        assert not any(kind.decode for kind in self.features.values() if isinstance(kind, Picture)), (
+            "pictures would be decoded"
+        )
         return iter(self.rows)
 
 
 def encoded(kind: str, colour: str, **settings: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.effect_noise((80, 64), 50).convert("RGB").point(lambda v: v // 2 + len(colour)).save(buffer, kind, **settings)
+    Image.effect_noise((80, 64), 50).convert("RGB").point(lambda v: v // 2 + len(colour)).save(
+        buffer, kind, **settings
+    )
     return buffer.getvalue()
 
 
@@ -429,7 +515,10 @@ class Hub:
     def __init__(self, cache: Path):
         self.cache, self.calls = cache, list[tuple]()
         self.files = [encoded("PNG", "red"), encoded("JPEG", "green"), encoded("WEBP", "blue", lossless=True)]
-        rows = [{"image": cell(data, "misnamed.bmp"), "text": f"caption {k}", "label": k} for k, data in enumerate(self.files)]
+        rows = [
+            {"image": cell(data, "misnamed.bmp"), "text": f"caption {k}", "label": k}
+            for k, data in enumerate(self.files)
+        ]
         self.rows: Rows | Exception = Rows({"image": Picture(), "text": Text(), "label": object()}, rows)
 
     def load_dataset(self, name: str, config: str | None, *, split: str, cache_dir: str | None) -> Rows:
@@ -459,7 +548,10 @@ def test_pictures_of_the_hub_become_a_folder_of_their_own_bytes_with_captions(hu
     assert sorted(os.listdir(found.folder)) == [*names, "metadata.jsonl"]
     assert [(found.folder / name).read_bytes() for name in names] == hub.files
     assert [photo.path.name for photo in photos.check_folder(found.folder, found.flag).photos] == names
-    assert captions.read(found.folder, found.flag, names, instance) == ({name: f"caption {k}" for k, name in enumerate(names)}, [])
+    assert captions.read(found.folder, found.flag, names, instance) == (
+        {name: f"caption {k}" for k, name in enumerate(names)},
+        [],
+    )
 
 
 def test_a_second_run_takes_the_folder_that_is_there(hub, monkeypatch):
@@ -486,17 +578,25 @@ def test_cache_dir_is_where_the_data_set_and_its_pictures_go(hub, tmp_path):
 
 
 def test_captions_are_found_again_where_the_pictures_column_has_another_name(hub):
-    rows: list[dict[str, Any]] = [{"photo": cell(hub.files[0]), "text": None}, {"photo": cell(hub.files[1]), "text": "x\ny"}]
+    rows: list[dict[str, Any]] = [
+        {"photo": cell(hub.files[0]), "text": None},
+        {"photo": cell(hub.files[1]), "text": "x\ny"},
+    ]
     hub.rows = Rows({"photo": Picture(), "text": Text()}, rows)
     instance = wanted(dataset_name="me/dog", image_column="photo", caption_column="text")
     folder = photo_sets.find(instance).folder
-    assert captions.read(folder, "--dataset_name", ["00000.png", "00001.jpg"], instance)[0] == {"00001.jpg": "x y"}
+    assert captions.read(folder, "--dataset_name", ["00000.png", "00001.jpg"], instance)[0] == {
+        "00001.jpg": "x y"
+    }
 
 
 def test_text_of_the_hub_that_is_not_asked_for_is_told(hub):
     found = photo_sets.find(wanted(dataset_name="me/dog"))
     assert found.notes == ("me/dog has text beside its pictures; --caption_column text takes it as captions",)
-    assert captions.read(found.folder, found.flag, ["00000.png", "00001.jpg", "00002.webp"], wanted()) == ({}, [])
+    assert captions.read(found.folder, found.flag, ["00000.png", "00001.jpg", "00002.webp"], wanted()) == (
+        {},
+        [],
+    )
 
 
 def test_wrong_columns_name_the_columns_that_there_are(hub):
@@ -520,8 +620,20 @@ def test_an_error_of_the_hub_is_one_line(hub):
 def test_rows_that_hold_no_picture_are_named_and_leave_nothing_behind(hub, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "secret.png").write_text("no picture")
-    bad = [cell(hub.files[0]), None, cell(None), cell(b"GIF89a"), cell(None, str(tmp_path / "pipe")), cell(None, "/dev/zero"), cell(None, "a\0b")]
-    bad += [cell(None, str(tmp_path / "none.png")), cell(None, str(tmp_path / "secret.png")), cell(None, "https://example.com/a.png")]
+    bad = [
+        cell(hub.files[0]),
+        None,
+        cell(None),
+        cell(b"GIF89a"),
+        cell(None, str(tmp_path / "pipe")),
+        cell(None, "/dev/zero"),
+        cell(None, "a\0b"),
+    ]
+    bad += [
+        cell(None, str(tmp_path / "none.png")),
+        cell(None, str(tmp_path / "secret.png")),
+        cell(None, "https://example.com/a.png"),
+    ]
     hub.rows = Rows({"image": Picture()}, [{"image": found} for found in bad])
     said = set_refusal(dataset_name="me/dog").split("\n")
     assert [line.split(":")[1] for line in said] == [f" me/dog, row {k}" for k in range(1, len(bad))]
@@ -538,7 +650,10 @@ def test_pictures_of_the_hub_that_lie_in_files_are_copied(hub, tmp_path):
 def test_captions_of_the_hub_that_are_no_text_and_empty_data_sets_are_refused(hub):
     features = hub.rows.features
     hub.rows = Rows(features, [{"image": cell(hub.files[0]), "text": ["x"]}])
-    assert set_refusal(dataset_name="me/dog", caption_column="text") == "--dataset_name: me/dog, row 0: the caption is ['x'], which is not text"
+    assert (
+        set_refusal(dataset_name="me/dog", caption_column="text")
+        == "--dataset_name: me/dog, row 0: the caption is ['x'], which is not text"
+    )
     hub.rows = Rows(features, [])
     assert set_refusal(dataset_name="me/dog") == "--dataset_name: me/dog has no rows in its train split"
 
@@ -609,13 +724,17 @@ def test_a_damaged_row_of_the_cache_is_one_message(hub):
             raise RuntimeError("bad\nArrow")
 
     hub.rows = Damaged(hub.rows.features, hub.rows.rows)
-    assert "the cached data set cannot be read (RuntimeError: bad Arrow); remove it" in set_refusal(dataset_name="me/dog")
+    assert "the cached data set cannot be read (RuntimeError: bad Arrow); remove it" in set_refusal(
+        dataset_name="me/dog"
+    )
 
 
 # The package itself
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the datasets package, an extra, is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="the datasets package, an extra, is not installed"
+)
 def test_the_datasets_package_itself_gives_bytes_captions_and_one_line_errors(tmp_path, monkeypatch):
     import datasets
 
@@ -628,7 +747,9 @@ def test_the_datasets_package_itself_gives_bytes_captions_and_one_line_errors(tm
     instance = wanted(dataset_name="me/dog", caption_column="text", cache_dir=str(tmp_path / "cache"))
     load_dataset = datasets.load_dataset
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda _, config, **flags: load_dataset(str(source), config, **flags))
+        patch.setattr(
+            datasets, "load_dataset", lambda _, config, **flags: load_dataset(str(source), config, **flags)
+        )
         found = photo_sets.find(instance)
         assert photo_sets.find(instance) == found
         assert "those with pictures: image; all its columns: image, text" in set_refusal(
@@ -637,13 +758,21 @@ def test_the_datasets_package_itself_gives_bytes_captions_and_one_line_errors(tm
         parquet = tmp_path / "parquet"
         parquet.mkdir()
         rows = datasets.load_dataset("", None, split="train", cache_dir=str(tmp_path / "cache"))
-        rows.to_parquet(str(parquet / "train.parquet"))  # as most data sets of the hub are: pictures within the rows
+        rows.to_parquet(
+            str(parquet / "train.parquet")
+        )  # as most data sets of the hub are: pictures within the rows
         source = parquet
         packed = photo_sets.find(instance)
     for folder in (found.folder, packed.folder):
         assert sorted(os.listdir(folder)) == ["00000.png", "00001.jpg", "metadata.jsonl"]
         assert [(folder / name).read_bytes() for name in ("00000.png", "00001.jpg")] == list(files.values())
-        assert captions.read(folder, found.flag, ["00000.png", "00001.jpg"], instance)[0] == {"00000.png": "an x"}
-    said = set_refusal(dataset_name="nobody/nothing-of-this-name", cache_dir=str(tmp_path / "empty"))  # the tests are offline
-    assert said.startswith("--dataset_name: there is no folder nobody/nothing-of-this-name, and as a hub id it cannot be read: ")
+        assert captions.read(folder, found.flag, ["00000.png", "00001.jpg"], instance)[0] == {
+            "00000.png": "an x"
+        }
+    said = set_refusal(
+        dataset_name="nobody/nothing-of-this-name", cache_dir=str(tmp_path / "empty")
+    )  # the tests are offline
+    assert said.startswith(
+        "--dataset_name: there is no folder nobody/nothing-of-this-name, and as a hub id it cannot be read: "
+    )
     assert said.isprintable()

@@ -42,7 +42,14 @@ def loaded(tiny_base) -> Models:
 class Run:
     """Adapters on fresh models and an optimizer that takes steps with made-up gradients."""
 
-    def __init__(self, loaded: Models, *, rank: int = 4, seed: int = 7, names: tuple[str, ...] = ("unet", "text_encoder")):
+    def __init__(
+        self,
+        loaded: Models,
+        *,
+        rank: int = 4,
+        seed: int = 7,
+        names: tuple[str, ...] = ("unet", "text_encoder"),
+    ):
         self.components = trained(inject(copy.deepcopy({name: loaded[name] for name in names}), rank, seed))
         pairs = [pair for component in self.components for pair in component.named_parameters()]
         self.names = {id(parameter): name for name, parameter in pairs}
@@ -63,12 +70,18 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint must bring back, copied."""
-        adapter = {f"{component.name}.{key}": tensor for component in self.components for key, tensor in component.state_dict().items()}
+        adapter = {
+            f"{component.name}.{key}": tensor
+            for component in self.components
+            for key, tensor in component.state_dict().items()
+        }
         return {key: tensor.detach().clone() for key, tensor in (adapter | self.moments()).items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) and tensor.dtype == other[key].dtype for key, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[key]) and tensor.dtype == other[key].dtype for key, tensor in one.items()
+    )
 
 
 @pytest.fixture
@@ -88,7 +101,9 @@ def folder(run, tmp_path) -> Path:
 def small(output_dir: Path, step: int, *, limit: int | None = None, mark: int = 0) -> Path:
     """A checkpoint without models: its files can be told apart by step and mark."""
     moments = {"unet.a|exp_avg": torch.tensor([step, mark])}
-    return checkpoints.save(output_dir, step, f"adapter {step} {mark}".encode(), moments, {**STATE, "mark": mark}, limit=limit)
+    return checkpoints.save(
+        output_dir, step, f"adapter {step} {mark}".encode(), moments, {**STATE, "mark": mark}, limit=limit
+    )
 
 
 def content(folder: Path) -> tuple[int, int]:
@@ -175,7 +190,11 @@ def test_the_state_comes_back_with_its_step(run, tmp_path):
 
 
 def test_what_run_it_is_comes_back_from_the_manifest(tmp_path):
-    identity = {"data": {"photos": 3, 5: [1.5, None]}, "versions": ("2.13", "0.8"), "prompt": "a \u00e9 \ud800"}
+    identity = {
+        "data": {"photos": 3, 5: [1.5, None]},
+        "versions": ("2.13", "0.8"),
+        "prompt": "a \u00e9 \ud800",
+    }
     folder = checkpoints.save(tmp_path, 2, b"adapter", {}, STATE, limit=None, identity=identity)
     content = checkpoints.read(folder)
     assert content.identity == json.loads(json.dumps(identity))
@@ -232,7 +251,9 @@ def test_checkpoints_are_listed_by_number_not_by_letter(tmp_path):
     assert latest(tmp_path) == tmp_path / "checkpoint-100"
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(None, [2, 4, 6, 8]), (1, [8]), (2, [6, 8]), (3, [4, 6, 8]), (9, [2, 4, 6, 8])])
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(None, [2, 4, 6, 8]), (1, [8]), (2, [6, 8]), (3, [4, 6, 8]), (9, [2, 4, 6, 8])]
+)
 def test_the_limit_keeps_the_newest(limit, kept, tmp_path):
     for step in (2, 4, 6, 8):
         small(tmp_path, step, limit=limit)
@@ -247,7 +268,9 @@ def test_a_lower_limit_removes_several_at_once(tmp_path):
     assert names(tmp_path) == {"checkpoint-6", "checkpoint-8"}
 
 
-@pytest.mark.parametrize(("damaged", "limit", "kept"), [({4}, 2, {4, 6, 8}), ({4, 6}, 2, {2, 4, 6, 8}), ({2, 6}, 1, {2, 6, 8})])
+@pytest.mark.parametrize(
+    ("damaged", "limit", "kept"), [({4}, 2, {4, 6, 8}), ({4, 6}, 2, {2, 4, 6, 8}), ({2, 6}, 1, {2, 6, 8})]
+)
 def test_a_damaged_checkpoint_neither_counts_nor_is_removed(damaged, limit, kept, tmp_path):
     """It is left to be looked at, and is no reason to remove a whole one."""
     for step in (2, 4, 6):
@@ -259,7 +282,15 @@ def test_a_damaged_checkpoint_neither_counts_nor_is_removed(damaged, limit, kept
 
 
 def test_pruning_touches_nothing_that_is_no_checkpoint(tmp_path):
-    others = {"logs", "checkpoint-old", "my-checkpoint-2", "run.yaml", "checkpoint-1", "checkpoint-03", "checkpoint-2\n"}
+    others = {
+        "logs",
+        "checkpoint-old",
+        "my-checkpoint-2",
+        "run.yaml",
+        "checkpoint-1",
+        "checkpoint-03",
+        "checkpoint-2\n",
+    }
     for name in others - {"run.yaml"}:
         (tmp_path / name).mkdir()
     (tmp_path / "run.yaml").write_text("")
@@ -298,7 +329,9 @@ def test_a_damaged_checkpoint_of_the_same_step_is_kept_aside(tmp_path):
     assert names(tmp_path) == {"checkpoint-2", ".bad-step-2", ".bad-step-2-2", ".bad-step-2-3"}
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("a file"), Path.mkdir, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("a file"), Path.mkdir, lambda path: path.symlink_to("nowhere")]
+)
 def test_whatever_has_the_name_of_a_checkpoint_is_moved_not_lost(make, tmp_path):
     make(tmp_path / "checkpoint-2")
     assert content(small(tmp_path, 2)) == (2, 0)
@@ -392,7 +425,9 @@ def test_a_file_that_takes_several_writes_is_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("call", ["mkdir", "write", "fsync", "rename"])
 @pytest.mark.parametrize("step", [4, 6], ids=["again", "new"])
-def test_a_disk_that_does_not_take_a_checkpoint_leaves_the_older_ones_and_nothing_else(step, call, number, tmp_path, monkeypatch):
+def test_a_disk_that_does_not_take_a_checkpoint_leaves_the_older_ones_and_nothing_else(
+    step, call, number, tmp_path, monkeypatch
+):
     """Even where it would have replaced one, and where the limit would have removed one: the last whole checkpoint is never removed."""
     for older in (2, 4):
         small(tmp_path, older)
@@ -458,7 +493,9 @@ def test_one_error_of_the_disk_at_any_call_costs_no_whole_checkpoint(step, tmp_p
             except checkpoints.SaveFailed as error:
                 failures[type(error).__name__] += 1
                 done = isinstance(error, checkpoints.PruneFailed)
-                assert latest(output_dir) == output_dir / (f"checkpoint-{step}" if done else "checkpoint-4"), moment
+                assert latest(output_dir) == output_dir / (
+                    f"checkpoint-{step}" if done else "checkpoint-4"
+                ), moment
                 assert content(latest(output_dir) or Path()) == ((step, 1) if done else (4, 0)), moment
         assert content(small(output_dir, 8, limit=1)) == (8, 0)
         checkpoints.sweep(output_dir)
@@ -488,7 +525,10 @@ def test_an_older_one_that_cannot_be_removed_is_no_lost_save(tmp_path, monkeypat
     small(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse(OSError(errno.EACCES, "Permission denied")))
-        with pytest.raises(checkpoints.PruneFailed, match=r"^checkpoint-4 is saved, but an older checkpoint in .* could not be removed"):
+        with pytest.raises(
+            checkpoints.PruneFailed,
+            match=r"^checkpoint-4 is saved, but an older checkpoint in .* could not be removed",
+        ):
             small(tmp_path, 4, limit=1)
     assert content(tmp_path / "checkpoint-4") == (4, 0)
     assert latest(tmp_path) == tmp_path / "checkpoint-4"
@@ -500,7 +540,10 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1500, 1500))
     assert checkpoints.room_note(tmp_path, 1000) is None
     note = checkpoints.room_note(tmp_path, 1001)
-    assert note == f"{tmp_path} has 1,500 bytes free; the last checkpoint took 1,001, the next may not fit. Make room"
+    assert (
+        note
+        == f"{tmp_path} has 1,500 bytes free; the last checkpoint took 1,001, the next may not fit. Make room"
+    )
 
 
 # --- when the process dies
@@ -510,7 +553,11 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
 def counts() -> dict[str, int]:
     """What the fault report counts; in a process without torch, which forks faster."""
     words = [sys.executable, "-m", "tests.faults.checkpoint_faults"]
-    return json.loads(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+        ).stdout.splitlines()[-1]
+    )
 
 
 def test_whenever_the_process_is_killed_there_is_a_whole_checkpoint_and_it_is_found(counts):
@@ -556,7 +603,10 @@ def test_leftovers_of_a_process_that_died_are_swept_and_nothing_else(tmp_path):
 def test_leftovers_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
     (tmp_path / ".trash-step-2-1-0123abcd").mkdir()
     monkeypatch.setattr(shutil, "rmtree", refuse(OSError(errno.EACCES, "Permission denied")))
-    with pytest.raises(UserError, match=r"^--output_dir: .*\.trash-step-2-1-0123abcd.* cannot be removed \(Permission denied\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--output_dir: .*\.trash-step-2-1-0123abcd.* cannot be removed \(Permission denied\)$",
+    ):
         checkpoints.sweep(tmp_path)
 
 
@@ -578,7 +628,10 @@ def test_the_newest_whole_one_is_chosen_and_each_newer_one_named_with_its_reason
     (tmp_path / "checkpoint-8" / "state.json").unlink()
     assert checkpoints.choose(word, tmp_path) == (
         tmp_path / "checkpoint-4",
-        ["checkpoint-8: state.json is missing", "checkpoint-6: optimizer.safetensors is not as it was written (its SHA-256 differs)"],
+        [
+            "checkpoint-8: state.json is missing",
+            "checkpoint-6: optimizer.safetensors is not as it was written (its SHA-256 differs)",
+        ],
     )
 
 
@@ -591,7 +644,9 @@ def test_where_every_checkpoint_is_damaged_no_new_run_starts(word, tmp_path):
         checkpoints.choose(word, tmp_path)
     first, *reasons, advice = str(refused.value).splitlines()
     assert first == f"{FLAG} {word}: {tmp_path} has 2 checkpoint(s) and none is whole:"
-    assert reasons == [f"  checkpoint-{step}: state.json is not as it was written (its SHA-256 differs)" for step in (4, 2)]
+    assert reasons == [
+        f"  checkpoint-{step}: state.json is not as it was written (its SHA-256 differs)" for step in (4, 2)
+    ]
     assert advice == "Name another checkpoint, or move these away to start a new run"
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
 
@@ -603,7 +658,10 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_whatever_else_there_is(tm
     for named in ("checkpoint-4", str(damaged)):
         with pytest.raises(UserError) as refused:
             checkpoints.choose(named, tmp_path)
-        assert str(refused.value) == f"{FLAG}: {damaged} cannot be used: state.json is not as it was written (its SHA-256 differs)"
+        assert (
+            str(refused.value)
+            == f"{FLAG}: {damaged} cannot be used: state.json is not as it was written (its SHA-256 differs)"
+        )
 
 
 def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
@@ -633,7 +691,10 @@ def test_an_unknown_name_lists_what_there_is(tmp_path):
         small(tmp_path, step)
     with pytest.raises(UserError) as refused:
         checkpoints.choose("checkpoint-99", tmp_path)
-    assert str(refused.value) == f"{FLAG}: no checkpoint 'checkpoint-99'; {tmp_path} has: checkpoint-2, checkpoint-10"
+    assert (
+        str(refused.value)
+        == f"{FLAG}: no checkpoint 'checkpoint-99'; {tmp_path} has: checkpoint-2, checkpoint-10"
+    )
 
 
 def test_an_unknown_name_where_there_is_none_says_so(tmp_path):
@@ -659,7 +720,10 @@ def test_a_checkpoint_of_the_reference_script_is_refused_with_what_can_be_done(n
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(UserError, match=r"it has no manifest\.json, so it is not a checkpoint of this program or was never finished"):
+    with pytest.raises(
+        UserError,
+        match=r"it has no manifest\.json, so it is not a checkpoint of this program or was never finished",
+    ):
         checkpoints.choose(str(tmp_path), tmp_path)
 
 
@@ -674,7 +738,9 @@ def test_any_damage_to_the_newest_is_noticed_and_the_one_before_is_chosen(counts
 
 def test_the_count_of_detected_damage_can_be_less(tmp_path, monkeypatch):
     """The control of the test above: names and sizes alone let a flipped bit pass."""
-    monkeypatch.setattr(checkpoint_folders, "verify", lambda folder: ["missing"] if names(folder) != FILES else [])
+    monkeypatch.setattr(
+        checkpoint_folders, "verify", lambda folder: ["missing"] if names(folder) != FILES else []
+    )
     assert checkpoint_faults.damage_newest(tmp_path, count=48)["damaged_skipped"] < 48
 
 
@@ -702,7 +768,10 @@ def make_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: (folder / "state\x1b[2J.json").write_text(""), "'state\\x1b[2J.json' does not belong there"),
+        (
+            lambda folder: (folder / "state\x1b[2J.json").write_text(""),
+            "'state\\x1b[2J.json' does not belong there",
+        ),
         (make_extra_folder, "'more' does not belong there"),
         (make_link, "state.json is a symbolic link"),
         (make_pipe, "state.json is not a regular file"),
@@ -745,7 +814,9 @@ def test_a_link_to_a_checkpoint_is_refused_with_its_target(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     folder = small(tmp_path / "elsewhere", 2)
     (tmp_path / "checkpoint-2").symlink_to(folder)
-    assert checkpoints.verify(tmp_path / "checkpoint-2") == [f"it is a symbolic link; name the folder itself, {folder.resolve()}"]
+    assert checkpoints.verify(tmp_path / "checkpoint-2") == [
+        f"it is a symbolic link; name the folder itself, {folder.resolve()}"
+    ]
 
 
 def sealed(**changes: Any) -> Callable[[bytes], bytes]:
@@ -776,10 +847,19 @@ MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "yes for a step": (sealed(step=True), "lacks step, identity or files"),
     "identity of no kind": (sealed(identity=[]), "lacks step, identity or files"),
     "no files": (sealed(files={}), "lacks step, identity or files"),
-    "path for a name": (sealed(files={"../checkpoint-1/state.json": ENTRY}), "has an entry '../checkpoint-1/state.json' that is none"),
+    "path for a name": (
+        sealed(files={"../checkpoint-1/state.json": ENTRY}),
+        "has an entry '../checkpoint-1/state.json' that is none",
+    ),
     "itself": (sealed(files={"manifest.json": ENTRY}), "has an entry 'manifest.json' that is none"),
-    "size below 0": (sealed(files={"state.json": {**ENTRY, "size": -1}}), "has an entry 'state.json' that is none"),
-    "hash of no kind": (sealed(files={"state.json": {**ENTRY, "sha256": "0"}}), "has an entry 'state.json' that is none"),
+    "size below 0": (
+        sealed(files={"state.json": {**ENTRY, "size": -1}}),
+        "has an entry 'state.json' that is none",
+    ),
+    "hash of no kind": (
+        sealed(files={"state.json": {**ENTRY, "sha256": "0"}}),
+        "has an entry 'state.json' that is none",
+    ),
     "entry of no kind": (sealed(files={"state.json": 5}), "has an entry 'state.json' that is none"),
 }
 
@@ -834,8 +914,19 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
     assert marker.exists()  # it does work
     marker.unlink()
     refusals = 0
-    more = {"optimizer.bin", "optimizer.pt", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin", "more.json"}
-    for name, kind in [*itertools.product(FILES, ("in place", "with hashes")), *itertools.product(more, ("too many",))]:
+    more = {
+        "optimizer.bin",
+        "optimizer.pt",
+        "scheduler.bin",
+        "random_states_0.pkl",
+        "custom_checkpoint_0.pkl",
+        "pytorch_model.bin",
+        "more.json",
+    }
+    for name, kind in [
+        *itertools.product(FILES, ("in place", "with hashes")),
+        *itertools.product(more, ("too many",)),
+    ]:
         output_dir = tmp_path / f"{name} {kind}"
         shutil.copytree(folder, output_dir / "checkpoint-2")
         if kind == "with hashes" and name != "manifest.json":
@@ -845,7 +936,9 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
         other = Run(loaded, seed=8)
         for attempt in (
             lambda output_dir=output_dir: checkpoints.choose("latest", output_dir),
-            lambda output_dir=output_dir, other=other: restore(output_dir / "checkpoint-2", other.components, other.optimizer),
+            lambda output_dir=output_dir, other=other: restore(
+                output_dir / "checkpoint-2", other.components, other.optimizer
+            ),
             lambda output_dir=output_dir: read_state(output_dir / "checkpoint-2"),
         ):
             try:
@@ -859,13 +952,22 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
 def test_the_product_has_no_reader_of_pickles():
     """Nor any of the functions, of torch and accelerate, that are one inside."""
     reader = r"pickle|torch\.load|(import|from)\s+(marshal|shelve|dill|joblib)|\.load_state\("
-    files = [*ROOT.glob("*.py"), *(path for folder in ("dreambooth", "picturebook", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(
+            path
+            for folder in ("dreambooth", "picturebook", "benchmarks")
+            for path in (ROOT / folder).rglob("*.py")
+        ),
+    ]
     assert len(files) > 10
     assert [str(path.relative_to(ROOT)) for path in files if re.search(reader, path.read_text())] == []
     assert re.search(reader, Path(__file__).read_text())
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}", b'{"step": 3}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}", b'{"step": 3}', b"[" * 100_000]
+)
 def test_a_state_that_the_program_cannot_have_written_is_refused_by_name(data, tmp_path):
     folder = small(tmp_path, 2)
     rewrite(folder, "state.json", lambda _: data)
@@ -900,16 +1002,24 @@ DAMAGE = {
     "optimizer cut": lambda folder: rewrite(folder, "optimizer.safetensors", lambda data: data[:-50]),
     "optimizer empty": lambda folder: rewrite(folder, "optimizer.safetensors", lambda data: b""),
     "optimizer missing": lambda folder: rewrite(folder, "optimizer.safetensors", lambda data: None),
-    "adapter cut": lambda folder: rewrite(folder, "pytorch_lora_weights.safetensors", lambda data: data[:-50]),
+    "adapter cut": lambda folder: rewrite(
+        folder, "pytorch_lora_weights.safetensors", lambda data: data[:-50]
+    ),
     "adapter missing": lambda folder: rewrite(folder, "pytorch_lora_weights.safetensors", lambda data: None),
     "a moment missing": lambda folder: edit(folder, "optimizer.safetensors", without_one),
-    "a parameter's moments missing": lambda folder: edit(folder, "optimizer.safetensors", without_one_parameter),
+    "a parameter's moments missing": lambda folder: edit(
+        folder, "optimizer.safetensors", without_one_parameter
+    ),
     "all moments missing": lambda folder: edit(folder, "optimizer.safetensors", dict.clear),
     "a moment of another shape": lambda folder: edit(folder, "optimizer.safetensors", of_another_shape),
     "a moment of no parameter": lambda folder: edit(folder, "optimizer.safetensors", of_an_unknown_parameter),
     "a moment not finite": lambda folder: edit(folder, "optimizer.safetensors", not_finite),
-    "the second adapter incomplete": lambda folder: edit(folder, "pytorch_lora_weights.safetensors", without_one_of_the_text_encoder),
-    "the adapter not finite": lambda folder: edit(folder, "pytorch_lora_weights.safetensors", lambda t: next(iter(t.values())).fill_(float("inf"))),
+    "the second adapter incomplete": lambda folder: edit(
+        folder, "pytorch_lora_weights.safetensors", without_one_of_the_text_encoder
+    ),
+    "the adapter not finite": lambda folder: edit(
+        folder, "pytorch_lora_weights.safetensors", lambda t: next(iter(t.values())).fill_(float("inf"))
+    ),
     "the adapter changed on the disk": lambda folder: change(folder / "pytorch_lora_weights.safetensors"),
     "the optimizer changed on the disk": lambda folder: change(folder / "optimizer.safetensors"),
     "the optimizer gone from the disk": lambda folder: (folder / "optimizer.safetensors").unlink(),
@@ -926,7 +1036,9 @@ def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes | None]) ->
     files = dict(content.files)
     changed = change(files.pop(name))
     shutil.rmtree(folder)
-    checkpoint_folders.publish(folder.parent, content.step, files if changed is None else {**files, name: changed}, {}, limit=None)
+    checkpoint_folders.publish(
+        folder.parent, content.step, files if changed is None else {**files, name: changed}, {}, limit=None
+    )
 
 
 def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -956,12 +1068,17 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(what, folder
     ("settings", "reason"),
     [
         ({"names": ("unet",)}, "holds an adapter of text_encoder and unet; this run trains unet"),
-        ({"names": ("text_encoder",)}, "holds an adapter of text_encoder and unet; this run trains text_encoder"),
+        (
+            {"names": ("text_encoder",)},
+            "holds an adapter of text_encoder and unet; this run trains text_encoder",
+        ),
         ({"rank": 8}, "of shape ("),
     ],
     ids=["UNet alone", "text encoder alone", "another rank"],
 )
-def test_a_checkpoint_of_another_adapter_is_refused_before_anything_is_changed(settings, reason, folder, loaded):
+def test_a_checkpoint_of_another_adapter_is_refused_before_anything_is_changed(
+    settings, reason, folder, loaded
+):
     other = Run(loaded, **settings)
     before = other.tensors()
     with pytest.raises(UserError) as refused:

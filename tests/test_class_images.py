@@ -60,16 +60,24 @@ class Painter:
             raise Interrupted
         self.chunks.append(list(seeds))
         batch = sampling_order.key(0, *seeds)
-        return [Image.fromarray(np.random.default_rng([seed, batch]).integers(0, 256, (8, 8, 3), dtype=np.uint8)) for seed in seeds]
+        return [
+            Image.fromarray(np.random.default_rng([seed, batch]).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            for seed in seeds
+        ]
 
     @property
     def numbers(self) -> list[int]:
         """The chunks drawn, by their number."""
-        first = {sampling_order.key(SETTINGS.seed, "class-image", SETTINGS.batch_size * chunk): chunk for chunk in range(100)}
+        first = {
+            sampling_order.key(SETTINGS.seed, "class-image", SETTINGS.batch_size * chunk): chunk
+            for chunk in range(100)
+        }
         return [first[seeds[0]] for seeds in self.chunks]
 
 
-def fill(folder: Path, total: int, painter: Painter | None = None, settings: Settings = SETTINGS, **place: Any) -> int:
+def fill(
+    folder: Path, total: int, painter: Painter | None = None, settings: Settings = SETTINGS, **place: Any
+) -> int:
     return class_images.fill(folder, settings, total, (painter or Painter()).make_draw, **place)
 
 
@@ -80,7 +88,14 @@ def fill_with_processes(folder: Path, total: int, painters: list[Painter]) -> li
 
     def work(rank: int) -> None:
         try:
-            made[rank] = fill(folder, total, painters[rank], rank=rank, world=len(painters), wait=lambda: barrier.wait() and None)
+            made[rank] = fill(
+                folder,
+                total,
+                painters[rank],
+                rank=rank,
+                world=len(painters),
+                wait=lambda: barrier.wait() and None,
+            )
         except BaseException as error:
             barrier.abort()  # as a launcher ends all processes when one dies
             errors.append(error)
@@ -130,7 +145,11 @@ def test_every_picture_has_a_seed_of_its_own_and_chunks_go_by_number(tmp_path):
     painter = Painter()
     assert fill(tmp_path, 10, painter) == 10
     seeds = [sampling_order.key(5, "class-image", number) for number in range(12)]
-    assert painter.chunks == [seeds[:4], seeds[4:8], seeds[8:]]  # the last one whole, though two of it are not kept
+    assert painter.chunks == [
+        seeds[:4],
+        seeds[4:8],
+        seeds[8:],
+    ]  # the last one whole, though two of it are not kept
     assert painter.loaded == 1
 
 
@@ -176,7 +195,11 @@ def test_the_manifest_says_what_the_set_is(tmp_path, whole):
         "precision": "fp32",
         "scheduler": "dpm",
     }
-    assert found["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in sorted(whole.items()) if name.endswith(".png")}
+    assert found["sha256"] == {
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in sorted(whole.items())
+        if name.endswith(".png")
+    }
     assert list(found["sha256"]) == sorted(found["sha256"])
 
 
@@ -253,18 +276,26 @@ def test_killed_after_the_last_picture_the_next_run_completes_the_manifest(tmp_p
 
     with pytest.raises(Interrupted):
         fill(tmp_path, 10, wait=wait)
-    assert {name for name in contents(tmp_path) if name.endswith(".png")} == {file_name(number) for number in range(10)}
+    assert {name for name in contents(tmp_path) if name.endswith(".png")} == {
+        file_name(number) for number in range(10)
+    }
     painter = Painter()
     assert fill(tmp_path, 10, painter) == 0
     assert painter.loaded == 0
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", "cut", "flipped"], ids=["empty", "text", "cut", "flipped"])
+@pytest.mark.parametrize(
+    "data", [b"", b"no picture", "cut", "flipped"], ids=["empty", "text", "cut", "flipped"]
+)
 def test_a_damaged_picture_is_drawn_again(data, tmp_path, whole):
     fill(tmp_path, 10)
     good = whole[file_name(5)]
-    bad = {"cut": good[:-20], "flipped": good[:60] + bytes([good[60] ^ 1]) + good[61:]}.get(data, data) if isinstance(data, str) else data
+    bad = (
+        {"cut": good[:-20], "flipped": good[:60] + bytes([good[60] ^ 1]) + good[61:]}.get(data, data)
+        if isinstance(data, str)
+        else data
+    )
     assert isinstance(bad, bytes)
     (tmp_path / file_name(5)).write_bytes(bad)
     painter = Painter()
@@ -378,7 +409,12 @@ def test_every_process_is_refused_alike(tmp_path):
 
 
 def test_the_user_s_own_pictures_count_and_are_never_touched(tmp_path, whole):
-    own = {"holiday.jpg": b"not even read here", "IMG_1.PNG": b"x", "class-1.png": b"x", "class-000000.jpg": b"x"}
+    own = {
+        "holiday.jpg": b"not even read here",
+        "IMG_1.PNG": b"x",
+        "class-1.png": b"x",
+        "class-000000.jpg": b"x",
+    }
     others = {"notes.txt": b"x", ".hidden.png": b"x"}
     for name, data in (own | others).items():
         (tmp_path / name).write_bytes(data)
@@ -404,7 +440,9 @@ def test_a_picture_under_our_name_that_is_not_ours_is_refused_not_overwritten(tm
     painter = Painter()
     with pytest.raises(UserError) as refused:
         fill(tmp_path, 10, painter)
-    assert str(refused.value).startswith(f"{FLAG}: {tmp_path / file_name(0)} is in no manifest and would be overwritten")
+    assert str(refused.value).startswith(
+        f"{FLAG}: {tmp_path / file_name(0)} is in no manifest and would be overwritten"
+    )
     assert contents(tmp_path) == {file_name(0): b"precious"}
     assert painter.loaded == 0
 
@@ -439,14 +477,33 @@ def refused_as_damaged(folder: Path, text: str) -> None:
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "sha256": {}}', '{"settings": {}, "sha256": ["x"]}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"settings": {}}',
+        '{"settings": 3, "sha256": {}}',
+        '{"settings": {}, "sha256": ["x"]}',
+        "null",
+    ],
+)
 def test_a_damaged_manifest_is_refused_with_what_to_do(text, tmp_path):
     refused_as_damaged(tmp_path, text)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": "50"}, {"steps": 0}, {"seed": -1}, {"side": 1.5}, {"precision": "fp8"}, {"precision": None}, {"scheduler": ["dpm"]}],
+    [
+        {"steps": "50"},
+        {"steps": 0},
+        {"seed": -1},
+        {"side": 1.5},
+        {"precision": "fp8"},
+        {"precision": None},
+        {"scheduler": ["dpm"]},
+    ],
     ids=str,
 )
 def test_a_manifest_that_cannot_be_gone_on_from_is_refused_as_damaged(wrong, tmp_path):
@@ -483,17 +540,28 @@ def test_precision_is_bf16_where_the_hardware_computes_in_it(flag, device, expec
     assert class_images.precision_of(flag, torch.device(device)) == expected
 
 
-@pytest.mark.parametrize(("flag", "device", "expected"), [(None, "cpu", "fp32"), (None, "cuda", "fp16"), ("bf16", "cpu", "bf16")])
+@pytest.mark.parametrize(
+    ("flag", "device", "expected"), [(None, "cpu", "fp32"), (None, "cuda", "fp16"), ("bf16", "cpu", "bf16")]
+)
 def test_precision_on_older_hardware_is_what_it_is_fast_in(flag, device, expected, monkeypatch):
     """A GPU that only pretends to know bf16 is slower with it than with fp16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True, "avx512_f": True})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True, "avx512_f": True}
+    )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert class_images.precision_of(flag, torch.device(device)) == expected
 
 
 def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base, tmp_path, no_models):
     """A whole set of it, from a machine with a GPU, is taken."""
-    words = ["--pretrained_model_name_or_path", str(tiny_base), "--class_prompt", "a dog", "--prior_generation_precision", "fp16"]
+    words = [
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--class_prompt",
+        "a dog",
+        "--prior_generation_precision",
+        "fp16",
+    ]
     words += ["--class_data_dir", str(tmp_path / "set"), "--num_class_images", "2"]
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
         generate_class_images.main(parse(ClassImageOptions, "", words))
@@ -505,13 +573,17 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
 
 def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
     base = families.find(BaseModel(str(tiny_base)))
-    prior = PriorPreservation(with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(tmp_path / "set"), class_seed=0)
+    prior = PriorPreservation(
+        with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(tmp_path / "set"), class_seed=0
+    )
     device = torch.device("cpu")
     wanted = class_images.settings_of(prior, base, base.fingerprint(), device)
     assert wanted is not None
     assert wanted.side == base.side
     fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
-    assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(wanted, side=128)
+    assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(
+        wanted, side=128
+    )
 
 
 # --- sampler
@@ -523,12 +595,16 @@ def class_words(base: Path, folder: Path, *more: str) -> ClassImageOptions:
 
 
 def prior_of(folder: Path, **flags: Any) -> PriorPreservation:
-    return PriorPreservation(with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(folder), **flags)
+    return PriorPreservation(
+        with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(folder), **flags
+    )
 
 
 def wanted(base: families.Base, folder: Path, **flags: Any) -> Settings:
     """The set that a training run with these flags wants."""
-    settings = class_images.settings_of(class_images.adopt(prior_of(folder, **flags), 3), base, base.fingerprint(), torch.device("cpu"))
+    settings = class_images.settings_of(
+        class_images.adopt(prior_of(folder, **flags), 3), base, base.fingerprint(), torch.device("cpu")
+    )
     assert settings is not None
     return settings
 
@@ -545,9 +621,12 @@ BASES = ["tiny_base", "tiny_v_base", "tiny_xl", "tiny_edm", "tiny_if"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "scheduler", "steps"), [(kind, *(("base", 50) if kind in ("tiny_edm", "tiny_if") else ("dpm", 25))) for kind in BASES]
+    ("kind", "scheduler", "steps"),
+    [(kind, *(("base", 50) if kind in ("tiny_edm", "tiny_if") else ("dpm", 25))) for kind in BASES],
 )
-def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_50(kind, scheduler, steps, tmp_path, request):
+def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_50(
+    kind, scheduler, steps, tmp_path, request
+):
     base = families.find(BaseModel(str(request.getfixturevalue(kind))))
     found = wanted(base, tmp_path / "set")
     assert (found.scheduler, found.steps) == (scheduler, steps)
@@ -565,14 +644,18 @@ def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_5
         ("tiny_if", ["DPMSolverMultistepScheduler", "DDPMScheduler"]),
     ],
 )
-def test_each_family_draws_with_the_solver_and_with_its_own_sampler(kind, kinds, tmp_path, request, monkeypatch):
+def test_each_family_draws_with_the_solver_and_with_its_own_sampler(
+    kind, kinds, tmp_path, request, monkeypatch
+):
     """What the sampler is told of the base stays: what it predicts, and its noise levels. The text encoders are gone by then, and the UNet's
     layers are the fast ones."""
     real, seen = pipelines.draw, []
 
     def draw(pipeline: Any, *conditions: Any, **flags: Any) -> list[Image.Image]:
         seen.append(pipeline.scheduler)
-        assert all(getattr(pipeline, encoder) is None for encoder in families.find(BaseModel(str(base))).family.text)
+        assert all(
+            getattr(pipeline, encoder) is None for encoder in families.find(BaseModel(str(base))).family.text
+        )
         layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, torch.nn.Linear)]
         assert layers
         assert all(type(layer) is onednn.Linear for layer in layers)
@@ -582,19 +665,28 @@ def test_each_family_draws_with_the_solver_and_with_its_own_sampler(kind, kinds,
     base, pictures = request.getfixturevalue(kind), []
     for scheduler in ["dpm", "base"][-len(kinds) :]:
         folder = tmp_path / scheduler
-        generate_class_images.main(class_words(base, folder, "--class_scheduler", scheduler, "--class_inference_steps", "2"))
+        generate_class_images.main(
+            class_words(base, folder, "--class_scheduler", scheduler, "--class_inference_steps", "2")
+        )
         assert manifest(folder)["settings"]["scheduler"] == scheduler
         pictures += [np.asarray(Image.open(folder / file_name(number))) for number in range(2)]
     assert [type(sampler).__name__ for sampler in seen] == kinds
-    assert {sampler.config.prediction_type for sampler in seen} == {"v_prediction" if kind == "tiny_v_base" else "epsilon"}
-    assert all((a != b).any() for number, a in enumerate(pictures) for b in pictures[:number])  # no two alike: not of one sampler, nor of two
+    assert {sampler.config.prediction_type for sampler in seen} == {
+        "v_prediction" if kind == "tiny_v_base" else "epsilon"
+    }
+    assert all(
+        (a != b).any() for number, a in enumerate(pictures) for b in pictures[:number]
+    )  # no two alike: not of one sampler, nor of two
     if len(kinds) == 2:
         assert torch.equal(seen[0].alphas_cumprod, seen[1].alphas_cumprod)
 
 
 def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm, tmp_path, no_models):
     """Its noise levels are others than the solver's."""
-    with pytest.raises(UserError, match=r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base$",
+    ):
         generate_class_images.main(class_words(tiny_edm, tmp_path / "set", "--class_scheduler", "dpm"))
     with pytest.raises(UserError, match=r"^--class_scheduler dpm: "):
         wanted(families.find(BaseModel(str(tiny_edm))), tmp_path / "set", class_scheduler="dpm")
@@ -604,7 +696,14 @@ def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm
 @pytest.mark.parametrize("is_old", [False, True], ids=["said", "from before there was a choice"])
 def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is_old, tiny_base, tmp_path):
     """And in its steps and precision: by training and by the script."""
-    how = ["--class_scheduler", "base", "--class_inference_steps", "2", "--prior_generation_precision", "fp32"]
+    how = [
+        "--class_scheduler",
+        "base",
+        "--class_inference_steps",
+        "2",
+        "--prior_generation_precision",
+        "fp32",
+    ]
     generate_class_images.main(class_words(tiny_base, tmp_path / "at_once", *how, "--num_class_images", "4"))
     generate_class_images.main(class_words(tiny_base, tmp_path / "grown", *how))
     if is_old:
@@ -612,12 +711,17 @@ def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is
     found = wanted(families.find(BaseModel(str(tiny_base))), tmp_path / "grown")
     assert (found.scheduler, found.steps, found.precision) == ("base", 2, "fp32")
     generate_class_images.main(class_words(tiny_base, tmp_path / "grown", "--num_class_images", "4"))
-    grown, at_once = ({name: data for name, data in contents(tmp_path / folder).items() if name != ".lock"} for folder in ("grown", "at_once"))
+    grown, at_once = (
+        {name: data for name, data in contents(tmp_path / folder).items() if name != ".lock"}
+        for folder in ("grown", "at_once")
+    )
     assert grown == at_once
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["said", "from before there was a choice"])
-def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(is_old, tiny_base, tmp_path, no_models):
+def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(
+    is_old, tiny_base, tmp_path, no_models
+):
     base = families.find(BaseModel(str(tiny_base)))
     fill(tmp_path, 2, settings=wanted(base, tmp_path / "none", class_scheduler="base"))
     if is_old:
@@ -626,7 +730,10 @@ def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(is
     assert class_images.is_complete(tmp_path, wanted(base, tmp_path), 2)
     with pytest.raises(UserError) as refused:
         class_images.is_complete(tmp_path, wanted(base, tmp_path, class_scheduler="dpm"), 2)
-    assert "other settings: scheduler is 'base' there and 'dpm' now (--class_scheduler). Name another folder" in str(refused.value)
+    assert (
+        "other settings: scheduler is 'base' there and 'dpm' now (--class_scheduler). Name another folder"
+        in str(refused.value)
+    )
     assert contents(tmp_path) == before
 
 

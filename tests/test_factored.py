@@ -18,7 +18,17 @@ from dreambooth.adapter_files import deltas
 from dreambooth.adapters.factored import use_factored_forward
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-WIDE = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+WIDE = [
+    *ATTENTION,
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+]
 
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(24, 36),
@@ -34,8 +44,15 @@ LAYERS: dict[str, Any] = {
 KINDS: dict[str, Any] = {
     "loha": lambda rank: LoHaConfig(r=rank, alpha=2 * rank + 1, target_modules=["layer"]),
     **{
-        f"lokr {factor}{' both' * both}{' cp' * core}": lambda rank, factor=factor, both=both, core=core: LoKrConfig(
-            r=rank, alpha=2 * rank + 1, target_modules=["layer"], decompose_factor=factor, decompose_both=both, use_effective_conv2d=core
+        f"lokr {factor}{' both' * both}{' cp' * core}": lambda rank, factor=factor, both=both, core=core: (
+            LoKrConfig(
+                r=rank,
+                alpha=2 * rank + 1,
+                target_modules=["layer"],
+                decompose_factor=factor,
+                decompose_both=both,
+                use_effective_conv2d=core,
+            )
         )
         for factor in (-1, 8)
         for both in (False, True)
@@ -87,7 +104,9 @@ def answers(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     output = model(x)
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output.dtype))
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     return {"output": output.detach(), "input": x.grad, **gradients}
 
 
@@ -104,7 +123,9 @@ def kept_by(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return kept
 
 
-def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+def assert_near(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float = 1e-5
+) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
@@ -130,8 +151,14 @@ class DenseLoHa(Holder):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer: Any = self.layer
-        parts = {name: getattr(layer, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
-        own = {name.replace("_", ""): tensors["default"] for name, tensors in parts.items() if "default" in tensors}
+        parts = {
+            name: getattr(layer, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+        }
+        own = {
+            name.replace("_", ""): tensors["default"]
+            for name, tensors in parts.items()
+            if "default" in tensors
+        }
         base = layer.get_base_layer()
         if "t1" not in own:  # peft has none for a 1x1 convolution
             own |= {name: own[name].reshape(*own[name].shape, 1, 1) for name in ("w1b", "w2b")}
@@ -143,9 +170,15 @@ class DenseLoHa(Holder):
 def test_gradients_of_a_loha_with_cores_are_the_derivatives(layer):
     """Those of dense arithmetic. peft's own are not, for w1_a and w2_a: its backward contracts them with the other factor's core."""
     for rank in (2, 7):
-        model = adapted(LAYERS[layer](), LoHaConfig(r=rank, alpha=3.0, target_modules=["layer"], use_effective_conv2d=True))
+        model = adapted(
+            LAYERS[layer](),
+            LoHaConfig(r=rank, alpha=3.0, target_modules=["layer"], use_effective_conv2d=True),
+        )
         x = input_of(model.layer.get_base_layer())
-        peft, ours, exact = (answers(network, x) for network in (copy.deepcopy(model), factored(model), DenseLoHa(copy.deepcopy(model.layer))))
+        peft, ours, exact = (
+            answers(network, x)
+            for network in (copy.deepcopy(model), factored(model), DenseLoHa(copy.deepcopy(model.layer)))
+        )
         assert_near(ours, exact)
         wrong = [name for name in exact if (exact[name] - peft[name]).norm() > 1e-5 * exact[name].norm()]
         assert wrong == ([] if layer == "1x1" else ["layer.hada_w1_a.default", "layer.hada_w2_a.default"])
@@ -161,13 +194,19 @@ def test_nothing_is_kept_for_backward_but_the_input_and_parameters(layer, kind):
         kept = []
         for network in (model, factored(model)):
             there |= {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-            kept.append([tensor for tensor in kept_by(network, x) if tensor.untyped_storage().data_ptr() not in there])
+            kept.append(
+                [tensor for tensor in kept_by(network, x) if tensor.untyped_storage().data_ptr() not in there]
+            )
         dense = model.layer.get_base_layer().weight.numel()
-        assert any(tensor.numel() == dense for tensor in kept[0]), "peft keeps no dense update: is this module still needed?"
+        assert any(tensor.numel() == dense for tensor in kept[0]), (
+            "peft keeps no dense update: is this module still needed?"
+        )
         assert kept[1] == []
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(320, 320), nn.Conv2d(320, 320, 3, padding=1)], ids=["linear", "3x3"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(320, 320), nn.Conv2d(320, 320, 3, padding=1)], ids=["linear", "3x3"]
+)
 @pytest.mark.parametrize(
     ("config", "most"),
     [
@@ -183,7 +222,11 @@ def test_an_update_multiplies_less_often_than_pefts(layer, config, most):
     """As a share of peft's; where no chain is shorter, its own count and the second making of the dense update."""
     # the counter takes the gradient of a weight of a convolution in groups for one without groups, so the truth is lower
     counts = []
-    for network in (copy.deepcopy(layer).requires_grad_(False), model := adapted(copy.deepcopy(layer), config), factored(model)):
+    for network in (
+        copy.deepcopy(layer).requires_grad_(False),
+        model := adapted(copy.deepcopy(layer), config),
+        factored(model),
+    ):
         x = torch.randn(1, 320, 12, 12) if isinstance(layer, nn.Conv2d) else torch.randn(1, 400, 320)
         with FlopCounterMode(display=False) as counter:
             network(x.requires_grad_()).sum().backward()
@@ -213,7 +256,10 @@ def predict(unet: Any, number: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize(
     "config",
-    [LoHaConfig(r=2, alpha=2, target_modules=WIDE), LoKrConfig(r=4, alpha=8, target_modules=WIDE, decompose_factor=8)],
+    [
+        LoHaConfig(r=2, alpha=2, target_modules=WIDE),
+        LoKrConfig(r=4, alpha=8, target_modules=WIDE, decompose_factor=8),
+    ],
     ids=["loha", "lokr"],
 )
 def test_three_steps_train_the_same_adapter_as_peft(tiny_base, config, checkpointing):
@@ -221,7 +267,9 @@ def test_three_steps_train_the_same_adapter_as_peft(tiny_base, config, checkpoin
     for ours in (False, True):
         unet = unet_with(tiny_base, config).to(memory_format=torch.channels_last)
         if ours:
-            assert len(use_factored_forward(unet)) == len({key.rpartition(".")[0] for key in get_peft_model_state_dict(unet)})
+            assert len(use_factored_forward(unet)) == len(
+                {key.rpartition(".")[0] for key in get_peft_model_state_dict(unet)}
+            )
             if checkpointing:
                 unet.enable_gradient_checkpointing()
         parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -305,7 +353,9 @@ def test_several_adapters_on_a_layer_add_up_as_pefts_do(tiny_base):
     unet = unet_with(tiny_base, LoHaConfig(r=2, alpha=2, target_modules=ATTENTION))
     unet.add_adapter(LoHaConfig(r=3, alpha=6, target_modules=["to_q"]), "second")
     unet.add_adapter(LoKrConfig(r=2, alpha=2, target_modules=["to_k", "to_q"]), "third")
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]), "fourth")
+    unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]), "fourth"
+    )
     unet.requires_grad_(True)
     for name, parameter in unet.named_parameters():
         if name.endswith((".default", ".second", ".third")):
@@ -352,7 +402,9 @@ def test_unloading_gives_the_base_back(tiny_base, kind):
     use_factored_forward(unet)
     assert not torch.equal(predict(unet), predict(base))
     unet.unload_lora()
-    assert [(name, type(module)) for name, module in unet.named_modules()] == [(name, type(module)) for name, module in base.named_modules()]
+    assert [(name, type(module)) for name, module in unet.named_modules()] == [
+        (name, type(module)) for name, module in base.named_modules()
+    ]
     assert torch.equal(predict(unet), predict(base))
 
 
@@ -366,7 +418,9 @@ def test_half_precision_is_as_near_as_pefts(layer, kind):
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = answers(copy.deepcopy(ours), x), answers(copy.deepcopy(model), x)
     assert found["output"].dtype == wanted["output"].dtype
-    assert all(tensor.dtype == exact[name].dtype and tensor.isfinite().all() for name, tensor in found.items())
+    assert all(
+        tensor.dtype == exact[name].dtype and tensor.isfinite().all() for name, tensor in found.items()
+    )
     assert_near(found, exact, 0.02)
     for network in (model, ours):
         network.layer.get_base_layer().bfloat16()
@@ -383,7 +437,9 @@ def test_frozen_and_partly_frozen_adapters_pass_gradients_on():
         assert_near(answers(factored(model), x), answers(model, x))
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(24, 36, 3, groups=4), nn.Conv2d(24, 36, 3, padding="same"), nn.Conv1d(24, 36, 3)])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(24, 36, 3, groups=4), nn.Conv2d(24, 36, 3, padding="same"), nn.Conv1d(24, 36, 3)]
+)
 def test_layers_that_it_does_not_know_stay_pefts(layer):
     model = adapted(layer, KINDS["loha"](2))
     assert use_factored_forward(model) == []

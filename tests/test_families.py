@@ -81,7 +81,9 @@ def runs(request, two_sizes, tmp_path_factory) -> Callable[[str], Run]:
 
     def run_of(kind: str) -> Run:
         if kind not in found:
-            found[kind] = trained(kind, request.getfixturevalue(BASES[kind]), two_sizes, tmp_path_factory.mktemp(kind))
+            found[kind] = trained(
+                kind, request.getfixturevalue(BASES[kind]), two_sizes, tmp_path_factory.mktemp(kind)
+            )
         return found[kind]
 
     return run_of
@@ -95,16 +97,29 @@ def run(request, runs) -> Run:
 def trained(kind: str, base: Path, photos: Path, out: Path) -> Run:
     torch.set_num_threads(1)
     words = [*STEPS.split(), *WORDS[kind].split()]
-    run_train(base, photos, out, *words, "--validation_steps=2", "--num_validation_images=1", "--validation_prompt", PROMPT)
+    run_train(
+        base,
+        photos,
+        out,
+        *words,
+        "--validation_steps=2",
+        "--num_validation_images=1",
+        "--validation_prompt",
+        PROMPT,
+    )
     return Run(kind, base, photos, out, words)
 
 
 def plain_pipeline(run: Run, scheduler: Any = None) -> Any:
     """As a user of diffusers has it; `scheduler` in place of the base's own."""
-    pipeline = DiffusionPipeline.from_pretrained(run.base, **({} if run.kind in ("xl", "edm") else {"safety_checker": None}))
+    pipeline = DiffusionPipeline.from_pretrained(
+        run.base, **({} if run.kind in ("xl", "edm") else {"safety_checker": None})
+    )
     if scheduler is not None or run.kind == "if":
         fixed = {"variance_type": "fixed_small"} if run.kind == "if" else {}
-        pipeline.scheduler = (scheduler or type(pipeline.scheduler)).from_config(pipeline.scheduler.config, **fixed)
+        pipeline.scheduler = (scheduler or type(pipeline.scheduler)).from_config(
+            pipeline.scheduler.config, **fixed
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -112,8 +127,13 @@ def plain_pipeline(run: Run, scheduler: Any = None) -> Any:
 def plain_picture(run: Run, pipeline: Any, seed: int, steps: int) -> np.ndarray:
     """uint8 [height, width, 3], as integers that can be subtracted."""
     words: dict[str, Any] = {"prompt": PROMPT}
-    if run.kind == "v":  # by hand: with the newest transformers diffusers' own clip_skip fails, and it skips nothing for the empty prompt
-        words = {"prompt_embeds": plain_clip(pipeline, 1, PROMPT), "negative_prompt_embeds": plain_clip(pipeline, 1, "")}
+    if (
+        run.kind == "v"
+    ):  # by hand: with the newest transformers diffusers' own clip_skip fails, and it skips nothing for the empty prompt
+        words = {
+            "prompt_embeds": plain_clip(pipeline, 1, PROMPT),
+            "negative_prompt_embeds": plain_clip(pipeline, 1, ""),
+        }
     generator = torch.Generator().manual_seed(seed)
     image = pipeline(**words, num_inference_steps=steps, guidance_scale=7.5, generator=generator).images[0]
     return np.asarray(image).astype(int)
@@ -135,7 +155,9 @@ def ours(run: Run, out: Path, seed: int, steps: int, *more: str) -> np.ndarray:
 def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
     """Three steps are two and one more: with dropout, flips, dropped captions, accumulation, both text encoders where they can be trained."""
     assert {path.name for path in run.out.glob("**/*.png")} == {"image_0.png", "step-000002-00.png"}
-    resumed = run_train(run.base, run.photos, tmp_path, *run.words, "--resume_from_checkpoint", str(run.out / "checkpoint-2"))
+    resumed = run_train(
+        run.base, run.photos, tmp_path, *run.words, "--resume_from_checkpoint", str(run.out / "checkpoint-2")
+    )
     assert digest(resumed) == digest(run.adapter)
     assert digest(run.out / "checkpoint-2" / ADAPTER_NAME) != digest(run.adapter)
 
@@ -158,7 +180,10 @@ def test_validation_shows_what_plain_diffusers_draws_with_the_files(run):
     """Along the way the adapter in memory, at the end the finished file; to one of 255 levels."""
     scheduler = {"edm": EDMEulerScheduler, "if": DDPMScheduler}.get(run.kind, DPMSolverMultistepScheduler)
     seed = sampling_order.key(1, "validation", 0)
-    for path, folder in ((run.out / "validation" / "step-000002-00.png", run.out / "checkpoint-2"), (run.out / "image_0.png", run.out)):
+    for path, folder in (
+        (run.out / "validation" / "step-000002-00.png", run.out / "checkpoint-2"),
+        (run.out / "image_0.png", run.out),
+    ):
         pipeline = plain_pipeline(run, scheduler)
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_NAME)
         assert np.abs(plain_picture(run, pipeline, seed, 25) - pixels(path)).max() <= 1, path.name
@@ -170,7 +195,16 @@ def test_two_processes_train_the_xl_adapter_of_one(runs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "train_dreambooth_lora.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        port,
+        "train_dreambooth_lora.py",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command += train_words(run.base, run.photos, tmp_path, *words)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -196,7 +230,9 @@ def told(monkeypatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("crop", ["--cache_latents off", "--center_crop", ""])
-def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop):
+def test_size_and_crop_of_each_picture_arrive_with_its_pixels(
+    tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop
+):
     """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown; of one encoded whole, on its grid."""
     encoded: list[torch.Tensor] = []
     real, grid = autoencoder.encode, 1 if crop else 8
@@ -208,19 +244,38 @@ def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes
     monkeypatch.setattr(autoencoder, "encode", encode)
     tiny.make_photos(tmp_path / "class", 3, (64, 72), seed=2)
     words = f"--with_prior_preservation --class_data_dir {tmp_path / 'class'} --num_class_images 3 --train_batch_size 2 --max_train_steps 3"
-    run_train(tiny_xl, two_sizes, tmp_path / "out", *words.split(), *crop.split(), "--random_flip", "--class_prompt", "a dog")
+    run_train(
+        tiny_xl,
+        two_sizes,
+        tmp_path / "out",
+        *words.split(),
+        *crop.split(),
+        "--random_flip",
+        "--class_prompt",
+        "a dog",
+    )
     expected, shown, flips = [], [], 0
     for step in range(3):
         for purpose, folder in (("instance", two_sizes), ("class", tmp_path / "class")):
             for row in (2 * step, 2 * step + 1):
-                image: Image.Image = Image.open(folder / f"photo-{sampling_order.image_of_row(1, f'{purpose}-order', row, 3)}.png")
+                image: Image.Image = Image.open(
+                    folder / f"photo-{sampling_order.image_of_row(1, f'{purpose}-order', row, 3)}.png"
+                )
                 room = (image.width - 64, image.height - 64)  # the shorter side is 64 already
                 centered = crop == "--center_crop"
-                left, top = (room[0] // 2, room[1] // 2) if centered else sampling_order.crop_of_row(1, purpose, row, room, grid)
+                left, top = (
+                    (room[0] // 2, room[1] // 2)
+                    if centered
+                    else sampling_order.crop_of_row(1, purpose, row, room, grid)
+                )
                 expected.append([image.height, image.width, top, left, 64, 64])
                 if purpose == "instance" and sampling_order.chance(1, "instance-flip", row) < 0.5:
                     image, flips = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flips + 1
-                shown.append(torch.tensor(np.asarray(image.crop((left, top, left + 64, top + 64)))).permute(2, 0, 1) / 127.5 - 1)
+                shown.append(
+                    torch.tensor(np.asarray(image.crop((left, top, left + 64, top + 64)))).permute(2, 0, 1)
+                    / 127.5
+                    - 1
+                )
     assert torch.cat([call["time_ids"] for call in told]).tolist() == expected
     assert 0 < flips < 6
     if crop == "--cache_latents off":
@@ -234,11 +289,31 @@ def test_size_and_crop_of_each_picture_arrive_with_its_pixels(tiny_xl, two_sizes
 
 
 @pytest.mark.parametrize("train_text", [[], ["--train_text_encoder"]])
-def test_dropped_captions_are_zeros_for_xl_and_the_empty_prompt_elsewhere(tiny_xl, tiny_base, photos_dir, tmp_path, told, train_text):
-    run_train(tiny_xl, photos_dir, tmp_path / "xl", "--max_train_steps", "1", "--caption_dropout", "1.0", *train_text)
+def test_dropped_captions_are_zeros_for_xl_and_the_empty_prompt_elsewhere(
+    tiny_xl, tiny_base, photos_dir, tmp_path, told, train_text
+):
+    run_train(
+        tiny_xl,
+        photos_dir,
+        tmp_path / "xl",
+        "--max_train_steps",
+        "1",
+        "--caption_dropout",
+        "1.0",
+        *train_text,
+    )
     assert not told[0]["embeds"].any()
     assert not told[0]["text_embeds"].any()
-    run_train(tiny_base, photos_dir, tmp_path / "sd", "--max_train_steps", "1", "--caption_dropout", "1.0", *train_text)
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path / "sd",
+        "--max_train_steps",
+        "1",
+        "--caption_dropout",
+        "1.0",
+        *train_text,
+    )
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     assert torch.allclose(told[1]["embeds"], plain_clip(pipeline, 0, ""), atol=1e-6)
 
@@ -257,7 +332,11 @@ def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
     """A loader may leave them where a mapped file has them, and under torchrun it does not."""
     found = families.find(BaseModel(str(tiny_xl)))
     cpu = torch.device("cpu")
-    own = [families.load_unet(found, torch.float32, cpu), families.load_vae(found, cpu), *families.load_encoders(found, torch.float32, cpu).values()]
+    own = [
+        families.load_unet(found, torch.float32, cpu),
+        families.load_vae(found, cpu),
+        *families.load_encoders(found, torch.float32, cpu).values(),
+    ]
     pipeline = families.load_pipeline(found, torch.float32, cpu)
     for model in (*own, pipeline.unet, pipeline.text_encoder_2):
         assert model is not None
@@ -265,9 +344,23 @@ def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
 
 
 def test_lora_layers_selects_and_unknown_names_are_refused(tiny_base, photos_dir, tmp_path, request):
-    state = load_file(run_train(tiny_base, photos_dir, tmp_path / "run", "--max_train_steps", "1", "--lora_layers", "to_q, attn2.to_k,conv1"))
+    state = load_file(
+        run_train(
+            tiny_base,
+            photos_dir,
+            tmp_path / "run",
+            "--max_train_steps",
+            "1",
+            "--lora_layers",
+            "to_q, attn2.to_k,conv1",
+        )
+    )
     ends = {".".join(key.split(".lora_")[0].split(".")[-2:]) for key in state}
-    assert {end for end in ends if not end.endswith(".conv1")} == {"attn1.to_q", "attn2.to_q", "attn2.to_k"} < ends
+    assert (
+        {end for end in ends if not end.endswith(".conv1")}
+        == {"attn1.to_q", "attn2.to_q", "attn2.to_k"}
+        < ends
+    )
     request.getfixturevalue("no_models")
     with pytest.raises(UserError, match=r"--lora_layers: no layer of unet ends with to_kk; there are .*to_k"):
         run_train(tiny_base, photos_dir, tmp_path / "other", "--lora_layers", "to_q,to_kk")
@@ -283,7 +376,14 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
     tiny.build_vae().save_pretrained(tmp_path / "vae")
     words = ["--max_train_steps", "1", "--validation_prompt", "a dog", "--num_validation_images", "1"]
     own = run_train(tiny_base, photos_dir, tmp_path / "own", *words)
-    other = run_train(tiny_base, photos_dir, tmp_path / "other", *words, "--pretrained_vae_model_name_or_path", str(tmp_path / "vae"))
+    other = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path / "other",
+        *words,
+        "--pretrained_vae_model_name_or_path",
+        str(tmp_path / "vae"),
+    )
     swapped = shutil.copytree(tiny_base, tmp_path / "swapped")
     shutil.copytree(tmp_path / "vae", swapped / "vae", dirs_exist_ok=True)
     by_hand = run_train(swapped, photos_dir, tmp_path / "by_hand", *words)
@@ -295,8 +395,17 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
     request.getfixturevalue("no_models")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latent_channels": 16}))
-    with pytest.raises(UserError, match=r"--pretrained_vae_model_name_or_path: .* has latents of 16 channels at 1/8; the base has 4 channels at 1/8"):
-        run_train(tiny_base, photos_dir, tmp_path / "refused", "--pretrained_vae_model_name_or_path", str(tmp_path / "vae"))
+    with pytest.raises(
+        UserError,
+        match=r"--pretrained_vae_model_name_or_path: .* has latents of 16 channels at 1/8; the base has 4 channels at 1/8",
+    ):
+        run_train(
+            tiny_base,
+            photos_dir,
+            tmp_path / "refused",
+            "--pretrained_vae_model_name_or_path",
+            str(tmp_path / "vae"),
+        )
 
 
 def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos_dir, tmp_path):
@@ -305,8 +414,15 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
         ["--max_train_steps", "2", "--validation_prompt", "a dog", "--num_validation_images", "1"],
         ["--prediction_type", "v_prediction"],
     )
-    said, own = run_train(tiny_base, photos_dir, tmp_path / "said", *words, *override), run_train(tiny_v_base, photos_dir, tmp_path / "own", *words)
-    assert numbers(said) == numbers(own) != numbers(run_train(tiny_base, photos_dir, tmp_path / "epsilon", *words))
+    said, own = (
+        run_train(tiny_base, photos_dir, tmp_path / "said", *words, *override),
+        run_train(tiny_v_base, photos_dir, tmp_path / "own", *words),
+    )
+    assert (
+        numbers(said)
+        == numbers(own)
+        != numbers(run_train(tiny_base, photos_dir, tmp_path / "epsilon", *words))
+    )
     assert digest(tmp_path / "said" / "image_0.png") == digest(tmp_path / "own" / "image_0.png")
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     drawn = ours(run, tmp_path / "a", 1, 3, *override)
@@ -315,7 +431,16 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
 
 def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
     words = "--max_train_steps 5 --validation_steps 2 --num_validation_images 1 --validation_scheduler DDPMScheduler --skip_final_inference"
-    run_train(tiny_base, photos_dir, tmp_path, *words.split(), "--validation_prompt", PROMPT, "--checkpointing_steps", "4")
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *words.split(),
+        "--validation_prompt",
+        PROMPT,
+        "--checkpointing_steps",
+        "4",
+    )
     assert {path.name for path in tmp_path.glob("**/*.png")} == {"step-000002-00.png", "step-000004-00.png"}
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     pipeline = plain_pipeline(run, DDPMScheduler)
@@ -330,21 +455,54 @@ def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
 @pytest.mark.parametrize(
     ("base", "words", "said"),
     [
-        ("tiny_if", "--train_text_encoder", "--train_text_encoder: DeepFloyd IF, first stage takes the text of a frozen T5"),
+        (
+            "tiny_if",
+            "--train_text_encoder",
+            "--train_text_encoder: DeepFloyd IF, first stage takes the text of a frozen T5",
+        ),
         ("tiny_if", "--clip_skip 1", "--clip_skip: DeepFloyd IF, first stage has no CLIP"),
-        ("tiny_if", "--pretrained_vae_model_name_or_path {vae}", "--pretrained_vae_model_name_or_path: .* has no VAE"),
+        (
+            "tiny_if",
+            "--pretrained_vae_model_name_or_path {vae}",
+            "--pretrained_vae_model_name_or_path: .* has no VAE",
+        ),
         ("tiny_if", "--do_edm_style_training", "--do_edm_style_training: .* is trained on noise prediction"),
-        ("tiny_if", "--output_kohya_format", "--output_kohya_format: there is no such format for DeepFloyd IF"),
-        ("tiny_edm", "--validation_scheduler DDPMScheduler", "--validation_scheduler: a base with an EDM scheduler is drawn with that"),
-        ("tiny_edm", "--snr_gamma 5", "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training"),
+        (
+            "tiny_if",
+            "--output_kohya_format",
+            "--output_kohya_format: there is no such format for DeepFloyd IF",
+        ),
+        (
+            "tiny_edm",
+            "--validation_scheduler DDPMScheduler",
+            "--validation_scheduler: a base with an EDM scheduler is drawn with that",
+        ),
+        (
+            "tiny_edm",
+            "--snr_gamma 5",
+            "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training",
+        ),
         ("tiny_base", "--tokenizer_max_length 78", "--tokenizer_max_length must be at most 77"),
-        ("tiny_xl", "--tokenizer_max_length 33", "--tokenizer_max_length must be at most 32"),  # what its tokenizers, and so its pipeline, pad to
+        (
+            "tiny_xl",
+            "--tokenizer_max_length 33",
+            "--tokenizer_max_length must be at most 32",
+        ),  # what its tokenizers, and so its pipeline, pad to
     ],
 )
-def test_flags_that_a_base_cannot_follow_are_refused_at_the_door(request, photos_dir, tmp_path, no_models, base, words, said):
+def test_flags_that_a_base_cannot_follow_are_refused_at_the_door(
+    request, photos_dir, tmp_path, no_models, base, words, said
+):
     words = words.format(vae=request.getfixturevalue("tiny_base") / "vae")
     with pytest.raises(UserError, match=said) as refusal:
-        run_train(request.getfixturevalue(base), photos_dir, tmp_path, "--validation_prompt", "a dog", *words.split())
+        run_train(
+            request.getfixturevalue(base),
+            photos_dir,
+            tmp_path,
+            "--validation_prompt",
+            "a dog",
+            *words.split(),
+        )
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
 
@@ -353,11 +511,23 @@ def test_flags_that_a_base_cannot_follow_are_refused_at_the_door(request, photos
     ("base", "part", "change", "said"),
     [
         ("tiny_if", "unet", {"in_channels": 6}, "takes 6 channels and not 3: a second stage"),
-        ("tiny_xl", "text_encoder_2", {"projection_dim": 32}, "takes 72 numbers of text and size and gets 80: parts of two different bases"),
-        ("tiny_xl", "text_encoder_2", {"hidden_size": 48}, "takes 72 wide text and its text encoders give 80: parts of two different bases"),
+        (
+            "tiny_xl",
+            "text_encoder_2",
+            {"projection_dim": 32},
+            "takes 72 numbers of text and size and gets 80: parts of two different bases",
+        ),
+        (
+            "tiny_xl",
+            "text_encoder_2",
+            {"hidden_size": 48},
+            "takes 72 wide text and its text encoders give 80: parts of two different bases",
+        ),
     ],
 )
-def test_bases_of_other_shapes_are_refused_at_the_door(request, photos_dir, tmp_path, no_models, base, part, change, said):
+def test_bases_of_other_shapes_are_refused_at_the_door(
+    request, photos_dir, tmp_path, no_models, base, part, change, said
+):
     folder = shutil.copytree(request.getfixturevalue(base), tmp_path / "base")
     config = json.loads((folder / part / "config.json").read_text())
     (folder / part / "config.json").write_text(json.dumps(config | change))

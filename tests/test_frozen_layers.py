@@ -25,7 +25,9 @@ def _unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
-def _both(layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _both(
+    layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """([what comes out, gradients] by oneDNN, the same by torch)."""
     results = []
     for is_fast in (True, False):
@@ -42,7 +44,9 @@ def _both(layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False)
     return results[0], results[1]
 
 
-def _agree(layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False, dtype: torch.dtype = torch.float32) -> None:
+def _agree(
+    layer: torch.nn.Module, *inputs: torch.Tensor, autocast: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
     for found, wanted in zip(*_both(layer, *inputs, autocast=autocast), strict=True):
         assert found.dtype == wanted.dtype
         assert found.shape == wanted.shape
@@ -60,13 +64,26 @@ def test_linear(dtype, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "side"),
-    [(1, 1, 0, 9), (3, 1, 1, 9), (3, 2, 1, 9), (3, 2, 1, 8), (3, 2, 0, 9), (3, 1, 1, 40), (1, 2, 0, 7), ((3, 1), (1, 2), (1, 0), 8)],
+    [
+        (1, 1, 0, 9),
+        (3, 1, 1, 9),
+        (3, 2, 1, 9),
+        (3, 2, 1, 8),
+        (3, 2, 0, 9),
+        (3, 1, 1, 40),
+        (1, 2, 0, 7),
+        ((3, 1), (1, 2), (1, 0), 8),
+    ],
 )
 def test_convolution(dtype, kernel, stride, padding, side):
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(8, 12, kernel, stride, padding, dtype=dtype).requires_grad_(False)
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-    _agree(layer, torch.randn(2, 8, side, side + 1, dtype=dtype).contiguous(memory_format=torch.channels_last), dtype=dtype)
+    _agree(
+        layer,
+        torch.randn(2, 8, side, side + 1, dtype=dtype).contiguous(memory_format=torch.channels_last),
+        dtype=dtype,
+    )
 
 
 def test_windows_are_for_convolutions_of_few_pixels_and_many_weights(monkeypatch):
@@ -83,8 +100,12 @@ def test_windows_are_for_convolutions_of_few_pixels_and_many_weights(monkeypatch
 
 def test_lora_gives_its_own_gradients_with_and_without_autocast():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16)).requires_grad_(False)
-    adapted = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=False), model)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16)
+    ).requires_grad_(False)
+    adapted = inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=False), model
+    )
     _agree(adapted, torch.randn(3, 5, 16))
     for parameter in adapted.parameters():
         if not parameter.requires_grad:
@@ -95,7 +116,9 @@ def test_lora_gives_its_own_gradients_with_and_without_autocast():
 def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
-    model = inject_adapter_in_model(LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"], init_lora_weights=False), model)
+    model = inject_adapter_in_model(
+        LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"], init_lora_weights=False), model
+    )
     onednn.use_onednn(model)
     x = torch.randn(64, 16)
     torch.manual_seed(0)
@@ -105,7 +128,11 @@ def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
     model.eval()
     full = model(x)
     model[0].enable_adapters(False)
-    assert torch.allclose(model(x), torch.nn.functional.linear(x, model[0].base_layer.weight, model[0].base_layer.bias), atol=1e-6)
+    assert torch.allclose(
+        model(x),
+        torch.nn.functional.linear(x, model[0].base_layer.weight, model[0].base_layer.bias),
+        atol=1e-6,
+    )
     assert not torch.allclose(model(x), full, atol=1e-3)
 
 
@@ -113,13 +140,19 @@ def test_lora_with_dropout_or_switched_off_goes_pefts_own_way():
 @pytest.mark.parametrize("tokens", [onednn._MANY_TOKENS, onednn._MANY_TOKENS + 77, 1500])
 def test_attention_of_many_tokens(dtype, tokens):
     torch.manual_seed(0)
-    layer = Attention(query_dim=32, heads=4, dim_head=32, processor=AttnProcessor2_0()).to(dtype).requires_grad_(False)
+    layer = (
+        Attention(query_dim=32, heads=4, dim_head=32, processor=AttnProcessor2_0())
+        .to(dtype)
+        .requires_grad_(False)
+    )
     _agree(layer, torch.randn(2, tokens, 32, dtype=dtype), dtype=dtype)
 
 
 def test_attention_to_text_and_with_a_mask_are_torchs_own():
     torch.manual_seed(0)
-    layer = Attention(query_dim=32, cross_attention_dim=16, heads=4, dim_head=8, processor=AttnProcessor2_0()).requires_grad_(False)
+    layer = Attention(
+        query_dim=32, cross_attention_dim=16, heads=4, dim_head=8, processor=AttnProcessor2_0()
+    ).requires_grad_(False)
     _agree(layer, torch.randn(1, 600, 32), torch.randn(1, 77, 16))
     masked = Attention(query_dim=32, heads=4, dim_head=8, processor=AttnProcessor2_0()).requires_grad_(False)
     fast = copy.deepcopy(masked)
@@ -142,7 +175,11 @@ def _unet() -> UNet2DConditionModel:
         norm_num_groups=8,
     )
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    unet.add_adapter(
+        LoraConfig(
+            r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_k", "to_q", "to_v", "to_out.0"]
+        )
+    )
     return unet.to(memory_format=torch.channels_last).train()
 
 
@@ -171,10 +208,16 @@ def test_a_whole_unet_in_bfloat16_under_autocast_and_recomputed_there():
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    inputs = torch.randn(2, 4, 24, 24).bfloat16().contiguous(memory_format=torch.channels_last), torch.randn(2, 7, 32).bfloat16()
+    inputs = (
+        torch.randn(2, 4, 24, 24).bfloat16().contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 7, 32).bfloat16(),
+    )
     found, wanted = _both(model, *inputs, autocast=True)
     for one, other in zip(found, wanted, strict=True):
-        assert torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0) > 0.98
+        assert (
+            torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0)
+            > 0.98
+        )
     model.unet.enable_gradient_checkpointing()
     again, _ = _both(model, *inputs, autocast=True)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))

@@ -25,7 +25,15 @@ XL_UNET = {
     ("config", "whole", "trained"),
     [
         ({"cross_attention_dim": 768, "attention_head_dim": 8}, 859_520_964, 797_184),
-        ({"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}, 865_910_724, 829_952),
+        (
+            {
+                "cross_attention_dim": 1024,
+                "attention_head_dim": (5, 10, 20, 20),
+                "use_linear_projection": True,
+            },
+            865_910_724,
+            829_952,
+        ),
         (XL_UNET, 2_567_463_684, 5_806_080),
     ],
     ids=["SD 1.5", "SD 2.1", "SDXL"],
@@ -43,16 +51,36 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_unets(config, whole, 
     ("kind", "layers", "width", "trained"),
     [
         (CLIPTextModel, 12, 768, 294_912),
-        (CLIPTextModel, 23, 1024, 753_664),  # OpenCLIP-H as Stable Diffusion 2 has it: its 24th layer is not in the base
+        (
+            CLIPTextModel,
+            23,
+            1024,
+            753_664,
+        ),  # OpenCLIP-H as Stable Diffusion 2 has it: its 24th layer is not in the base
         (CLIPTextModelWithProjection, 32, 1280, 1_310_720),
     ],
     ids=["CLIP-L", "OpenCLIP-H", "OpenCLIP-bigG"],
 )
 def test_rank_4_trains_so_many_parameters_of_the_full_size_text_encoders(kind, layers, width, trained):
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64)
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+    )
     counts = []
     for unused in (0, 1):
         with torch.device("meta"):
-            component = inject.inject_lora("text_encoder", kind(config), rank=4, dropout=0.0, targets=inject.text_targets(layers, unused), seed=0)
+            component = inject.inject_lora(
+                "text_encoder",
+                kind(config),
+                rank=4,
+                dropout=0.0,
+                targets=inject.text_targets(layers, unused),
+                seed=0,
+            )
         counts.append(sum(p.numel() for _, p in component.named_parameters()))
-    assert counts == [trained, trained // layers * (layers - 1)]  # Stable Diffusion XL leaves out the last layer of its first one
+    assert counts == [
+        trained,
+        trained // layers * (layers - 1),
+    ]  # Stable Diffusion XL leaves out the last layer of its first one

@@ -37,7 +37,10 @@ from dreambooth.training import hub, model_card
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
 PICTURES = ["image_0.png", "image_1.png"]
 UPLOADED = ["pytorch_lora_weights.safetensors", "README.md", *PICTURES]
-ACCOUNT = {"name": "me", "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}}
+ACCOUNT = {
+    "name": "me",
+    "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}},
+}
 
 
 @dataclasses.dataclass
@@ -68,7 +71,9 @@ class Hub:
 
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                request = Request(
+                    self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body
+                )
                 hub.requests.append(request)
                 status, content = hub.answer(request)
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -118,8 +123,15 @@ class Hub:
             return 200, {}
         if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
             objects = json.loads(request.body)["objects"]
-            return 200, {"objects": [o | {"actions": {"upload": {"href": f"{self.address}/storage/{o['oid']}"}}} for o in objects]}
-        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|preupload|commit|paths-info)/(\w+))?", path)
+            return 200, {
+                "objects": [
+                    o | {"actions": {"upload": {"href": f"{self.address}/storage/{o['oid']}"}}}
+                    for o in objects
+                ]
+            }
+        found = re.fullmatch(
+            r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|preupload|commit|paths-info)/(\w+))?", path
+        )
         if not found or found[1] not in {*self.files, *self.cards}:
             return 404, {"error": "Repository not found"}
         return self.answer_about(found[1], found[2], request)
@@ -127,24 +139,41 @@ class Hub:
     def answer_about(self, name: str, what: str | None, request: Request) -> tuple[int, Any]:
         files = self.files.get(name, {})
         if what == "preupload":
-            return 200, {"files": [self.how(files, file["path"]) for file in json.loads(request.body)["files"]]}
+            return 200, {
+                "files": [self.how(files, file["path"]) for file in json.loads(request.body)["files"]]
+            }
         if what == "commit":
             header, *rows = [json.loads(line) for line in request.body.splitlines()]
             for row in rows:
                 value = row["value"]
-                files[value["path"]] = base64.b64decode(value["content"]) if row["key"] == "file" else self.stored[value["oid"]]
+                files[value["path"]] = (
+                    base64.b64decode(value["content"]) if row["key"] == "file" else self.stored[value["oid"]]
+                )
             self.commits.append((header["value"]["summary"], [row["value"]["path"] for row in rows]))
             return 200, {"commitUrl": f"{self.address}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40}
         if what == "paths-info":
             asked = parse_qs(request.body.decode())["paths"]
-            return 200, [{"type": "file", "path": path, "size": len(files[path]), "oid": "0"} for path in asked if path in files]
-        info = {"id": name, "private": self.private.get(name, False), "sha": "a" * 40, "siblings": [{"rfilename": file} for file in files]}
+            return 200, [
+                {"type": "file", "path": path, "size": len(files[path]), "oid": "0"}
+                for path in asked
+                if path in files
+            ]
+        info = {
+            "id": name,
+            "private": self.private.get(name, False),
+            "sha": "a" * 40,
+            "siblings": [{"rfilename": file} for file in files],
+        }
         return 200, info | {"cardData": self.cards.get(name)}
 
     def how(self, files: dict[str, bytes], path: str) -> dict[str, Any]:
         """The way a file goes up: large formats beside the commit, as on the real hub. `oid` is that of the same file there."""
         is_large = path.endswith(".safetensors")
-        found: dict[str, Any] = {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": path in self.ignored}
+        found: dict[str, Any] = {
+            "path": path,
+            "uploadMode": "lfs" if is_large else "regular",
+            "shouldIgnore": path in self.ignored,
+        }
         if path in files:
             git = hashlib.sha1(b"blob %d\0" % len(files[path]) + files[path]).hexdigest()
             found["oid"] = hashlib.sha256(files[path]).hexdigest() if is_large else git
@@ -210,7 +239,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def chosen(family: str = "sd", **values: Any) -> TrainOptions:
     """Completed options; `values` replace flags by name, whatever their checks say."""
-    options = TrainOptions(BaseModel("org/base"), InstanceData("a photo of sks dog", instance_data_dir="photos"), reports=reports()).completed(family)
+    options = TrainOptions(
+        BaseModel("org/base"),
+        InstanceData("a photo of sks dog", instance_data_dir="photos"),
+        reports=reports(),
+    ).completed(family)
     groups = [getattr(options, field.name) for field in dataclasses.fields(options)]
     for name, value in values.items():
         (group,) = [group for group in groups if hasattr(group, name)]
@@ -219,9 +252,20 @@ def chosen(family: str = "sd", **values: Any) -> TrainOptions:
 
 
 def card(
-    family: str = "sd", *, base_folder: Path = Path("nowhere"), pictures: list[str] = PICTURES, repository: str | None = None, **values: Any
+    family: str = "sd",
+    *,
+    base_folder: Path = Path("nowhere"),
+    pictures: list[str] = PICTURES,
+    repository: str | None = None,
+    **values: Any,
 ) -> str:
-    return model_card.model_card(chosen(family, **values), base_folder=base_folder, pictures=pictures, repository=repository, family=family)
+    return model_card.model_card(
+        chosen(family, **values),
+        base_folder=base_folder,
+        pictures=pictures,
+        repository=repository,
+        family=family,
+    )
 
 
 def front_of(text: str) -> dict[str, Any]:
@@ -259,7 +303,11 @@ def test_adapter_card_and_pictures_arrive_byte_for_byte_in_one_commit_and_nothin
 def test_the_other_format_goes_up_where_it_was_written(server, out):
     (out / hub.KOHYA_NAME).write_bytes(b"kohya")
     hub.push(reports(hub_model_id="club/dog"), out, [])
-    assert server.files["club/dog"].keys() == {"pytorch_lora_weights.safetensors", hub.KOHYA_NAME, "README.md"}
+    assert server.files["club/dog"].keys() == {
+        "pytorch_lora_weights.safetensors",
+        hub.KOHYA_NAME,
+        "README.md",
+    }
     assert server.files["club/dog"][hub.KOHYA_NAME] == b"kohya"
 
 
@@ -279,8 +327,14 @@ def test_the_token_is_in_authorization_headers_and_nowhere_else(server, out, cap
     sent = [request for request in server.requests if not request.path.startswith("/storage/")]
     assert {request.headers.pop("authorization") for request in sent} == {f"Bearer {TOKEN}"}
     assert len(sent) < len(server.requests)  # the storage is another's: it has no header to take out
-    everything = [part for r in server.requests for part in (r.path.encode(), repr(r.headers).encode(), r.body)]
-    everything += [*server.files["me/dog-lora"].values(), *contents(out).values(), *map(str.encode, capfd.readouterr())]
+    everything = [
+        part for r in server.requests for part in (r.path.encode(), repr(r.headers).encode(), r.body)
+    ]
+    everything += [
+        *server.files["me/dog-lora"].values(),
+        *contents(out).values(),
+        *map(str.encode, capfd.readouterr()),
+    ]
     assert all(TOKEN.encode() not in part for part in everything)
 
 
@@ -306,7 +360,9 @@ def test_nothing_private_goes_into_a_public_repository_that_was_there(server, ou
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
-@pytest.mark.parametrize("step", ["/api/repos/create", "/preupload/", "/storage/", "/commit/", "/paths-info/"])
+@pytest.mark.parametrize(
+    "step", ["/api/repos/create", "/preupload/", "/storage/", "/commit/", "/paths-info/"]
+)
 def test_a_failed_upload_says_so_without_the_token_and_loses_nothing(server, out, capfd, step, status):
     before = contents(out)
     server.faults[step] = status
@@ -315,7 +371,10 @@ def test_a_failed_upload_says_so_without_the_token_and_loses_nothing(server, out
     text = "".join(traceback.format_exception(caught.value)) + "".join(capfd.readouterr())
     assert TOKEN not in text
     assert TOKEN[:12] not in text  # cut off in the middle
-    assert (caught.value.__cause__, caught.value.__context__) == (None, None)  # the library's errors have the request with its headers
+    assert (caught.value.__cause__, caught.value.__context__) == (
+        None,
+        None,
+    )  # the library's errors have the request with its headers
     assert "\n" not in str(caught.value)
     assert "dog-lora failed: " in str(caught.value)
     assert contents(out) == before
@@ -328,8 +387,16 @@ def test_the_command_in_the_message_does_what_the_upload_did_not(server, out):
     server.faults.clear()
     words = shlex.split(str(caught.value).partition("try again with: ")[2])
     program = Path(sys.executable).parent / words.pop(0)
-    here = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-    result = subprocess.run([program, *words], env=os.environ | here, capture_output=True, text=True, timeout=120)
+    here = {
+        "HF_ENDPOINT": server.address,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
+    result = subprocess.run(
+        [program, *words], env=os.environ | here, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert server.files["me/dog-lora"] == {name: (out / name).read_bytes() for name in UPLOADED}
 
@@ -356,7 +423,11 @@ def test_files_that_the_repository_ignores_are_a_failed_upload(server, out):
 def test_an_answer_that_never_comes_ends_the_upload(server, out, monkeypatch):
     monkeypatch.setattr(hub, "_COMMIT_WITHIN", 0.2)
     done, answer = threading.Event(), server.answer
-    monkeypatch.setattr(server, "answer", lambda request: answer(request) if "/commit/" not in request.path else (500 + done.wait(30), {}))
+    monkeypatch.setattr(
+        server,
+        "answer",
+        lambda request: answer(request) if "/commit/" not in request.path else (500 + done.wait(30), {}),
+    )
     try:
         with pytest.raises(hub.UploadFailed, match="timed out"):
             hub.push(reports(), out, PICTURES)
@@ -422,10 +493,14 @@ def test_a_token_that_can_only_read_is_found_before_training(server, out):
         hub.check(reports(), out)
 
 
-@pytest.mark.parametrize(("answer", "status"), [(b"<html>log in to the network</html>", 200), ([], 200), ({"error": "busy"}, 503)])
+@pytest.mark.parametrize(
+    ("answer", "status"), [(b"<html>log in to the network</html>", 200), ([], 200), ({"error": "busy"}, 503)]
+)
 def test_a_hub_in_trouble_is_found_before_training(server, out, monkeypatch, answer, status):
     monkeypatch.setattr(server, "answer", lambda request: (status, answer))
-    with pytest.raises(UserError, match=rf"{re.escape(server.address)} does not say whose token .*HTTP status {status}"):
+    with pytest.raises(
+        UserError, match=rf"{re.escape(server.address)} does not say whose token .*HTTP status {status}"
+    ):
         hub.check(reports(), out)
 
 
@@ -451,7 +526,9 @@ def test_a_token_on_a_command_line_that_a_tracker_records_is_refused(out, monkey
 
 def test_hub_flags_without_an_upload_are_noted():
     given = reports(push_to_hub=False, hub_model_id="me/dog")
-    assert hub.notes(given) == [f"You need not use --{name} without --push_to_hub." for name in ("hub_token", "hub_model_id")]
+    assert hub.notes(given) == [
+        f"You need not use --{name} without --push_to_hub." for name in ("hub_token", "hub_model_id")
+    ]
     assert hub.notes(reports(hub_model_id="me/dog")) == []
 
 
@@ -510,7 +587,9 @@ def test_a_hostile_name_of_the_output_folder_is_text_too(tmp_path):
     assert "<b>" not in prose_of(text)
 
 
-@pytest.mark.parametrize(("family", "tag"), [("sd", "stable-diffusion"), ("sdxl", "stable-diffusion-xl"), ("if", "deepfloyd-if")])
+@pytest.mark.parametrize(
+    ("family", "tag"), [("sd", "stable-diffusion"), ("sdxl", "stable-diffusion-xl"), ("if", "deepfloyd-if")]
+)
 def test_the_front_matter_says_what_the_hub_sorts_by(family, tag):
     front = front_of(card(family, validation_prompt="a sks dog in snow", repository="me/dog"))
     assert front["library_name"] == "diffusers"
@@ -528,7 +607,10 @@ def test_the_front_matter_says_what_the_hub_sorts_by(family, tag):
             "---\nlicense: other\nlicense_name: club\nlicense_link: https://example.org/L\n---\n",
             {"license": "other", "license_name": "club", "license_link": "https://example.org/L"},
         ),
-        ("---\nlicense: other\nlicense_link: /home/me/LICENSE\n---\n", {"license": "other"}),  # leads nowhere from another repository
+        (
+            "---\nlicense: other\nlicense_link: /home/me/LICENSE\n---\n",
+            {"license": "other"},
+        ),  # leads nowhere from another repository
         ("# Base\n\nlicense: mit\n", {}),
         ("---\ntags: [a]\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),
@@ -550,7 +632,11 @@ def test_the_licence_is_the_one_that_the_base_states_and_never_another(tmp_path,
 
 def test_the_hub_is_asked_for_the_licence_of_a_base_that_came_without_its_card(server):
     server.cards["org/base"] = {"license": "other", "license_name": "club", "license_link": "LICENSE.md"}
-    expected = {"license": "other", "license_name": "club", "license_link": f"{server.address}/org/base/blob/main/LICENSE.md"}
+    expected = {
+        "license": "other",
+        "license_name": "club",
+        "license_link": f"{server.address}/org/base/blob/main/LICENSE.md",
+    }
     assert expected.items() <= front_of(card()).items()
     server.cards["org/base"] = {"tags": ["a"]}
     assert "The base states no licence." in card()
@@ -592,9 +678,18 @@ def test_no_path_of_the_machine_and_no_token_is_in_the_card(tmp_path, server):
     texts = {name for name, field in fields_of(TrainOptions).items() if field.type in (str, str | None)}
     places = texts - prompts - not_places
     assert places == {*model_card._PLACES, *model_card._PLACES_OR_IDS}  # a new flag is one or the other
-    at = {"pretrained_model_name_or_path": "base", "pretrained_vae_model_name_or_path": "vae", "tokenizer_name": "tokenizer", "dataset_name": "data"}
-    values: dict[str, Any] = {name: str(tmp_path / "secret" / at.get(name, f"{name}-folder")) for name in places}
-    text = card(base_folder=tmp_path / "secret" / "base", with_prior_preservation=True, class_prompt="a dog", **values)
+    at = {
+        "pretrained_model_name_or_path": "base",
+        "pretrained_vae_model_name_or_path": "vae",
+        "tokenizer_name": "tokenizer",
+        "dataset_name": "data",
+    }
+    values: dict[str, Any] = {
+        name: str(tmp_path / "secret" / at.get(name, f"{name}-folder")) for name in places
+    }
+    text = card(
+        base_folder=tmp_path / "secret" / "base", with_prior_preservation=True, class_prompt="a dog", **values
+    )
     assert str(tmp_path) not in text
     assert "secret" not in text
     assert TOKEN not in text
@@ -613,7 +708,9 @@ def test_the_example_of_the_card_draws_with_the_adapter(tiny_base, tmp_path, mon
     base.symlink_to(tiny_base)
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "out", unet_lora_layers=get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "out", unet_lora_layers=get_peft_model_state_dict(unet)
+    )
     text = card(
         base_folder=base,
         pretrained_model_name_or_path=str(base),

@@ -62,20 +62,30 @@ def loha(shape: Shape, draw: torch.Generator) -> LoHa:
     if kernel:  # with a core
         w1a, w1b, w2a, w2b = (tensor(draw, 2, size) for size in (outputs, inputs, outputs, inputs))
         return LoHa(w1a, w1b, w2a, w2b, 3 * tensor(draw, 2, 2, *kernel), 3 * tensor(draw, 2, 2, *kernel))
-    return LoHa(tensor(draw, outputs, 2), tensor(draw, 2, inputs), tensor(draw, outputs, 2), tensor(draw, 2, inputs))
+    return LoHa(
+        tensor(draw, outputs, 2), tensor(draw, 2, inputs), tensor(draw, outputs, 2), tensor(draw, 2, inputs)
+    )
 
 
 def doha(shape: Shape, draw: torch.Generator) -> LoHa:
     whole = LoHa(*(tensor(draw, *size) for size in ((shape[0], 2), (2, *shape[1:])) * 2))
-    return LoHa(whole.w1a, whole.w1b, whole.w2a, whole.w2b, magnitude=0.5 + torch.rand(shape[0], generator=draw))
+    return LoHa(
+        whole.w1a, whole.w1b, whole.w2a, whole.w2b, magnitude=0.5 + torch.rand(shape[0], generator=draw)
+    )
 
 
 def lokr(shape: Shape, draw: torch.Generator) -> LoKr:
     outputs, inputs, *kernel = shape
     first = 2 if outputs % 2 == 0 else 1
     if kernel:
-        return LoKr(w1=tensor(draw, first, 2), w2a=tensor(draw, outputs // first, 2), w2b=tensor(draw, 2, inputs // 2, *kernel))
-    return LoKr(w1a=tensor(draw, first, 1), w1b=tensor(draw, 1, 2), w2=tensor(draw, outputs // first, inputs // 2))
+        return LoKr(
+            w1=tensor(draw, first, 2),
+            w2a=tensor(draw, outputs // first, 2),
+            w2b=tensor(draw, 2, inputs // 2, *kernel),
+        )
+    return LoKr(
+        w1a=tensor(draw, first, 1), w1b=tensor(draw, 1, 2), w2=tensor(draw, outputs // first, inputs // 2)
+    )
 
 
 KINDS: dict[str, Make] = {"lora": lora, "dora": dora, "loha": loha, "doha": doha, "lokr": lokr}
@@ -87,7 +97,11 @@ def adapter_of(layers: formats.Layers, make: Make, ends: tuple[str, ...] = WIDE,
     components = {}
     for component, own in layers.items():
         names = {name.removeprefix("text_model."): shape for name, shape in own.items()}
-        components[component] = {name: make(shape, draw) for name, shape in names.items() if f".{name}".endswith(tuple(f".{e}" for e in ends))}
+        components[component] = {
+            name: make(shape, draw)
+            for name, shape in names.items()
+            if f".{name}".endswith(tuple(f".{e}" for e in ends))
+        }
     return Adapter(components, {})
 
 
@@ -128,7 +142,9 @@ def outputs(pipeline: StableDiffusionPipeline) -> Tensor:
     return torch.cat([one.flatten() / one.norm() for one in found])
 
 
-def by_hand(pipeline: StableDiffusionPipeline, terms: list[tuple[Adapter, Callable[[str], float]]]) -> StableDiffusionPipeline:
+def by_hand(
+    pipeline: StableDiffusionPipeline, terms: list[tuple[Adapter, Callable[[str], float]]]
+) -> StableDiffusionPipeline:
     """A copy whose weights are W + the sum of w * (W' - W), the weight of each layer by its place."""
     found = copy.deepcopy(pipeline)
     for component, model in models_of(found).items():
@@ -137,7 +153,9 @@ def by_hand(pipeline: StableDiffusionPipeline, terms: list[tuple[Adapter, Callab
         for adapter, weight in terms:
             for name, module in adapter.components.get(component, {}).items():
                 before = own[name].weight.detach()
-                sums[name] = sums.get(name, 0) + weight(f"{component}.{name}") * (deltas.adapted(module, before) - before)
+                sums[name] = sums.get(name, 0) + weight(f"{component}.{name}") * (
+                    deltas.adapted(module, before) - before
+                )
         for name, total in sums.items():
             own[name].weight.data += total
     return found
@@ -164,7 +182,12 @@ def test_an_adapter_of_any_kind_adds_exactly_what_it_says(kind, pipeline, layers
 def test_kinds_on_the_same_layers_add_up_at_their_weights_in_any_order(pipeline, layers):
     adapters = {kind: adapter_of(layers, make, seed=seed) for seed, (kind, make) in enumerate(KINDS.items())}
     weights = {"lora": 0.5, "dora": 0.7, "loha": -0.4, "doha": 0.3, "lokr": 1.2}
-    expected = outputs(by_hand(pipeline, [(adapters[kind], functools.partial(lambda w, place: w, weights[kind])) for kind in KINDS]))
+    expected = outputs(
+        by_hand(
+            pipeline,
+            [(adapters[kind], functools.partial(lambda w, place: w, weights[kind])) for kind in KINDS],
+        )
+    )
     for order in (list(KINDS), ["lokr", "dora", "loha", "lora", "doha"]):
         own = copy.deepcopy(pipeline)
         for kind in order:
@@ -179,7 +202,12 @@ def test_attaching_adds_to_what_is_active_and_says_nothing(pipeline, layers, cap
         warnings.simplefilter("error")
         for number, adapter in enumerate(adapters):
             apply.attach(models_of(pipeline), adapter, f"number_{number}")
-    expect_close(outputs(pipeline), outputs(by_hand(copy.deepcopy(clean(pipeline)), [(adapter, lambda place: 1.0) for adapter in adapters])))
+    expect_close(
+        outputs(pipeline),
+        outputs(
+            by_hand(copy.deepcopy(clean(pipeline)), [(adapter, lambda place: 1.0) for adapter in adapters])
+        ),
+    )
     assert capfd.readouterr() == ("", "")
     for name in ("a.b", "items", "number_0"):
         with pytest.raises(ValueError, match=r"name|already"):
@@ -215,7 +243,11 @@ def test_what_diffusers_does_to_adapters_works_on_all_kinds(pipeline, layers):
     expect_close(outputs(pipeline), alone, 3e-6)
     pipeline.unload_lora_weights()
     expect_close(outputs(pipeline), before, 3e-6)
-    assert not any("peft" in type(module).__module__ for model in models_of(pipeline).values() for module in model.modules())
+    assert not any(
+        "peft" in type(module).__module__
+        for model in models_of(pipeline).values()
+        for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("how", ["yes", "no"])
@@ -252,7 +284,11 @@ def test_fused_equals_live(pipeline, layers):
     stack = apply.Stack(models_of(pipeline))
     for number in range(3):
         stack.add(f"a{number}", adapter_of(layers, mixed, seed=number))
-    weights: dict[str, apply.Weight] = {"a0": 0.5, "a1": -0.3, "a2": {"": 0.2, "unet.mid_block": 1.0, "text_encoder": 0.0}}
+    weights: dict[str, apply.Weight] = {
+        "a0": 0.5,
+        "a1": -0.3,
+        "a2": {"": 0.2, "unet.mid_block": 1.0, "text_encoder": 0.0},
+    }
     found = []
     for how in ("yes", "no"):
         with stack.worn(weights, how):
@@ -260,16 +296,24 @@ def test_fused_equals_live(pipeline, layers):
     expect_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("path", ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"])
+@pytest.mark.parametrize(
+    "path", ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"]
+)
 def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeline):
     """Lengths 0.3 % larger, as short runs train them: a factor that bfloat16 alone would round to 1."""
     unet = pipeline.unet
     weight = unet.get_submodule(path).weight.detach().clone()
-    near = Lora(torch.zeros(1, *weight.shape[1:]), torch.zeros(weight.shape[0], 1, *[1] * (weight.ndim - 2)), 1.003 * weight.flatten(1).norm(dim=1))
+    near = Lora(
+        torch.zeros(1, *weight.shape[1:]),
+        torch.zeros(weight.shape[0], 1, *[1] * (weight.ndim - 2)),
+        1.003 * weight.flatten(1).norm(dim=1),
+    )
     unet.to(torch.bfloat16)
     layer = unet.get_submodule(path)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn((64, weight.shape[1]) if weight.ndim == 2 else (1, weight.shape[1], 8, 8), generator=draw).bfloat16()
+    x = torch.randn(
+        (64, weight.shape[1]) if weight.ndim == 2 else (1, weight.shape[1], 8, 8), generator=draw
+    ).bfloat16()
     stack = apply.Stack({"unet": unet})
     stack.add("near", Adapter({"unet": {path: near}}, {}))
     with torch.no_grad():
@@ -287,13 +331,18 @@ def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
     base = families.find(BaseModel(str(tiny_xl)))
     model = families.load_pipeline(base, torch.float32, torch.device("cpu")).text_encoder_2
     weight = model.text_projection.weight.detach().clone()
-    adapter = Adapter({"text_encoder_2": {"text_projection": lora(tuple(weight.shape), torch.Generator().manual_seed(0))}}, {})
+    adapter = Adapter(
+        {"text_encoder_2": {"text_projection": lora(tuple(weight.shape), torch.Generator().manual_seed(0))}},
+        {},
+    )
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
     stack = apply.Stack({"text_encoder_2": model})
     stack.add("projecting", adapter)
     with stack.worn({"projecting": 0.5}, how), torch.no_grad():
         found = model.text_projection(x)
-    expect_close(found, x @ (weight + 0.5 * deltas.delta(adapter.components["text_encoder_2"]["text_projection"])).T)
+    expect_close(
+        found, x @ (weight + 0.5 * deltas.delta(adapter.components["text_encoder_2"]["text_projection"])).T
+    )
 
 
 def test_blocks_have_weights_of_their_own(pipeline, layers):
@@ -305,7 +354,13 @@ def test_blocks_have_weights_of_their_own(pipeline, layers):
             return 0.0
         return 1.2 if place.startswith("unet.up_blocks.") else 0.8 if place.startswith("unet.") else 0.5
 
-    parts = {"": 9.0, "unet": 0.8, "unet.up_blocks": 1.2, "unet.up_blocks.0.resnets": 0.0, "text_encoder": 0.5}
+    parts = {
+        "": 9.0,
+        "unet": 0.8,
+        "unet.up_blocks": 1.2,
+        "unet.up_blocks.0.resnets": 0.0,
+        "text_encoder": 0.5,
+    }
     expected = outputs(by_hand(pipeline, [(adapter, weight)]))
     stack = apply.Stack(models_of(pipeline))
     stack.add("a", adapter)
@@ -315,7 +370,10 @@ def test_blocks_have_weights_of_their_own(pipeline, layers):
 
 
 def test_what_is_fused_by_itself():
-    plain, other = Adapter({"unet": {"x": lora((4, 4), torch.Generator())}}, {}), Adapter({"unet": {"x": loha((4, 4), torch.Generator())}}, {})
+    plain, other = (
+        Adapter({"unet": {"x": lora((4, 4), torch.Generator())}}, {}),
+        Adapter({"unet": {"x": loha((4, 4), torch.Generator())}}, {}),
+    )
     turned = Rotations({"unet": {}}, {"unet": ("OFT", {})}, {})
     full, half = torch.float32, torch.bfloat16
     assert [apply.is_fused([plain], how, full) for how in ("auto", "yes", "no")] == [False, True, False]
@@ -330,7 +388,9 @@ def test_what_is_fused_by_itself():
 
 ROTATIONS = {
     "oft": OFTConfig(r=0, oft_block_size=8, target_modules=[*ATTENTION, "proj_in"]),
-    "oft exact": OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, block_share=True, target_modules=list(ATTENTION)),
+    "oft exact": OFTConfig(
+        r=0, oft_block_size=8, use_cayley_neumann=False, block_share=True, target_modules=list(ATTENTION)
+    ),
     "coft": OFTConfig(r=0, oft_block_size=4, coft=True, eps=0.1, target_modules=list(ATTENTION)),
     "boft": BOFTConfig(boft_block_size=4, target_modules=[*ATTENTION, "conv1"]),
     "hra": HRAConfig(r=4, target_modules=[*ATTENTION, "conv1"]),
@@ -354,7 +414,11 @@ def rotation_file(pipeline: StableDiffusionPipeline, name: str, path: Path) -> P
         prefix = f"{component}.text_model." if component != "unet" else "unet."
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         tensors |= {prefix + key.removeprefix("text_model."): tensor.clone() for key, tensor in state.items()}
-        own = {"peft_type": config.peft_type.value, "target_modules": sorted(config.target_modules), "r": getattr(config, "r", 0)}
+        own = {
+            "peft_type": config.peft_type.value,
+            "target_modules": sorted(config.target_modules),
+            "r": getattr(config, "r", 0),
+        }
         own |= {field: getattr(config, field) for field in _FIELDS if hasattr(config, field)}
         fields |= {f"{component}.{field}": value for field, value in own.items()}
     save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(fields)})
@@ -420,7 +484,10 @@ def test_a_weight_is_split_off_unless_a_file_has_that_name(tmp_path):
     odd.mkdir()
     assert adapter_sets.split(str(odd), "--adapter") == (odd, 1.0)
     assert adapter_sets.split(f"{odd}:3", "--adapter") == (odd, 3.0)
-    assert adapter_sets.split(":2", "--adapter") == (Path(":2"), 1.0)  # not the folder that the script is started in
+    assert adapter_sets.split(":2", "--adapter") == (
+        Path(":2"),
+        1.0,
+    )  # not the folder that the script is started in
 
 
 def test_factors_are_for_all_or_for_one_by_name(tmp_path):
@@ -458,10 +525,15 @@ def test_fusing_needs_an_adapter(how, capsys):
 
 def test_sets_come_from_a_file(tmp_path):
     path = tmp_path / "sets.yaml"
-    path.write_text("dog: [my_dog, style.safetensors:0.6]\nplain: []\n2: {adapters: my_cat, prompts: a cat, weights: [unet=0.5]}\n")
+    path.write_text(
+        "dog: [my_dog, style.safetensors:0.6]\nplain: []\n2: {adapters: my_cat, prompts: a cat, weights: [unet=0.5]}\n"
+    )
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
     dog, plain, cat = adapter_sets.of(parse(InferOptions, "", words))
-    assert [(str(choice.path), choice.weight) for choice in dog.choices] == [("my_dog", 1.0), ("style.safetensors", 0.6)]
+    assert [(str(choice.path), choice.weight) for choice in dog.choices] == [
+        ("my_dog", 1.0),
+        ("style.safetensors", 0.6),
+    ]
     assert (dog.prompts, plain.choices, cat.name, cat.prompts) == ((), (), "2", ("a cat",))
     assert cat.choices[0].weights() == {"": 1.0, "unet": 0.5}
 
@@ -477,14 +549,24 @@ def files(layers, loaded, tmp_path_factory) -> Path:
     (folder / "lora.safetensors").write_bytes(formats.write_native(plain, {}))
     (folder / "kohya.safetensors").write_bytes(formats.write_kohya(plain, "sd1", {}))
     for kind in ("dora", "loha"):
-        (folder / f"{kind}.safetensors").write_bytes(formats.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1}))
+        (folder / f"{kind}.safetensors").write_bytes(
+            formats.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1})
+        )
     (folder / "mixed.safetensors").write_bytes(formats.write_kohya(adapter_of(layers, mixed), "sd1", {}))
     rotation_file(copy.deepcopy(loaded), "oft", folder / "oft.safetensors")
     return folder
 
 
 def words_of(base: Path, out: Path, *more: str) -> list[str]:
-    words = ["--pretrained_model_name_or_path", str(base), "--num_inference_steps", "2", "--output_dir", str(out), *more]
+    words = [
+        "--pretrained_model_name_or_path",
+        str(base),
+        "--num_inference_steps",
+        "2",
+        "--output_dir",
+        str(out),
+        *more,
+    ]
     return words if "--prompt" in words else [*words, "--prompt", "a dog"]
 
 
@@ -499,14 +581,21 @@ def pixels(out: Path, records: list[dict]) -> list[bytes]:
 
 
 def test_a_kohya_file_draws_what_the_native_file_draws(tiny_base, files, tmp_path):
-    found = [pixels(tmp_path / name, run(tiny_base, tmp_path / name, "--adapter", str(files / f"{name}.safetensors"))) for name in ("lora", "kohya")]
+    found = [
+        pixels(
+            tmp_path / name, run(tiny_base, tmp_path / name, "--adapter", str(files / f"{name}.safetensors"))
+        )
+        for name in ("lora", "kohya")
+    ]
     assert found[0] == found[1]
 
 
 def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(tiny_base, files, layers, loaded, tmp_path):
     """diffusers drops its magnitudes there when they have peft's own spelling."""
     path = str(files / "dora.safetensors")
-    records = run(tiny_base, tmp_path / "ours", "--adapter", path, "--fuse", "no", "--seeds", "3", "--clip_skip", "0")
+    records = run(
+        tiny_base, tmp_path / "ours", "--adapter", path, "--fuse", "no", "--seeds", "3", "--clip_skip", "0"
+    )
     own = by_hand(loaded, [(apply.read(Path(path), layers), lambda place: 1.0)])  # type: ignore[list-item]
     expected = own(["a dog"], num_inference_steps=2, generator=[torch.Generator().manual_seed(3)]).images[0]
     found = np.asarray(Image.open(tmp_path / "ours" / records[0]["file"])).astype(int)
@@ -519,9 +608,20 @@ def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(tiny_base, files,
 
 def test_a_sweep_is_a_row_of_weights_from_the_base_on(tiny_base, files, tmp_path, capsys):
     words = ["--adapter", str(files / "lora.safetensors"), f"{files / 'mixed.safetensors'}:0.5"]
-    records = run(tiny_base, tmp_path / "sweep", *words, "--sweep", "0,0.5,1", "--compare", "--seeds", "3", "4")
+    records = run(
+        tiny_base, tmp_path / "sweep", *words, "--sweep", "0,0.5,1", "--compare", "--seeds", "3", "4"
+    )
     said = capsys.readouterr().out
-    assert [record["adapters"][0]["weight"] if record["adapters"] else None for record in records] == [None, None, 0, 0, 0.5, 0.5, 1, 1]
+    assert [record["adapters"][0]["weight"] if record["adapters"] else None for record in records] == [
+        None,
+        None,
+        0,
+        0,
+        0.5,
+        0.5,
+        1,
+        1,
+    ]
     assert [record["adapters"][1]["weight"] for record in records[2:]] == [0, 0, 0.25, 0.25, 0.5, 0.5]
     assert records[0]["adapter"] is None
     assert records[2]["adapter"] is None
@@ -552,7 +652,15 @@ def test_sets_are_swapped_without_loading_the_base_again(tiny_base, files, tmp_p
         return load(*args)
 
     monkeypatch.setattr(families, "load_pipeline", counted)
-    records = run(tiny_base, tmp_path / "out", "--adapters_file", str(tmp_path / "sets.yaml"), "--compare", "--batch_size", "1")
+    records = run(
+        tiny_base,
+        tmp_path / "out",
+        "--adapters_file",
+        str(tmp_path / "sets.yaml"),
+        "--compare",
+        "--batch_size",
+        "1",
+    )
     said = capsys.readouterr().out
     assert len(loads) == 1
     assert [(record["set"], record["prompt"]) for record in records] == [
@@ -573,18 +681,34 @@ def test_parts_have_factors_on_the_command_line(tiny_base, files, tmp_path):
     path = str(files / "mixed.safetensors")
     base = run(tiny_base, tmp_path / "base")
     none = run(tiny_base, tmp_path / "none", "--adapter", path, "--adapter_weights", "unet=0,text_encoder=0")
-    some = run(tiny_base, tmp_path / "some", "--adapter", path, "--adapter_weights", "unet=0,text_encoder=0", "mixed:unet.up_blocks=0.5")
+    some = run(
+        tiny_base,
+        tmp_path / "some",
+        "--adapter",
+        path,
+        "--adapter_weights",
+        "unet=0,text_encoder=0",
+        "mixed:unet.up_blocks=0.5",
+    )
     assert pixels(tmp_path / "none", none) == pixels(tmp_path / "base", base)
     assert pixels(tmp_path / "some", some) != pixels(tmp_path / "base", base)
     assert some[0]["adapters"][0]["weights"] == {"unet": 0.0, "text_encoder": 0.0, "unet.up_blocks": 0.5}
 
 
 def test_the_table_says_what_was_read(tiny_base, files, tmp_path, capsys):
-    run(tiny_base, tmp_path / "out", "--adapter", str(files / "lora.safetensors"), f"{files / 'dora.safetensors'}:0.5")
+    run(
+        tiny_base,
+        tmp_path / "out",
+        "--adapter",
+        str(files / "lora.safetensors"),
+        f"{files / 'dora.safetensors'}:0.5",
+    )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["adapter", "lora", "unet", "lora", "32", "3", "1", "(fused)"] in lines
     assert ["adapter", "dora", "text_encoder", "dora", "12", "2", "0.5", "(fused)"] in lines
-    assert "note: the adapters were trained with different clip_skip" in " ".join(" ".join(line) for line in lines)
+    assert "note: the adapters were trained with different clip_skip" in " ".join(
+        " ".join(line) for line in lines
+    )
 
 
 def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
@@ -626,14 +750,43 @@ def test_adapters_of_two_bases_are_refused(tiny_base, tiny_xl, files, tmp_path):
 
 
 def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path):
-    (tmp_path / "sets.yaml").write_text(f"one: [{files}/lora.safetensors]\ntwo: [{files}/mixed.safetensors:0.5, {files}/loha.safetensors]\n")
-    words = ["--adapters_file", str(tmp_path / "sets.yaml"), "--compare", "--batch_size", "2", "--num_threads", "1", "--seeds", "1", "2", "3"]
+    (tmp_path / "sets.yaml").write_text(
+        f"one: [{files}/lora.safetensors]\ntwo: [{files}/mixed.safetensors:0.5, {files}/loha.safetensors]\n"
+    )
+    words = [
+        "--adapters_file",
+        str(tmp_path / "sets.yaml"),
+        "--compare",
+        "--batch_size",
+        "2",
+        "--num_threads",
+        "1",
+        "--seeds",
+        "1",
+        "2",
+        "3",
+    ]
     words += ["--prompt", "a dog", "a cat"]
     records = run(tiny_base, tmp_path / "one", *words)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29583", "infer.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29583",
+        "infer.py",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, *words_of(tiny_base, tmp_path / "two", *words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *words_of(tiny_base, tmp_path / "two", *words)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("wrote 18 pictures") == 1

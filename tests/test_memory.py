@@ -34,7 +34,16 @@ def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp
 def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
     words = ["--checkpointing_steps", "2"]
     run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
-    run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *words,
+        "--max_train_steps",
+        "4",
+        "--resume_from_checkpoint",
+        "latest",
+    )
     assert [(record["step"], record["memory"]["phase"]) for record in records(tmp_path)] == [
         *[(0, "encoded"), (0, "loaded"), (1, "first step"), (1, "rest encoded"), (2, "training")],
         *[(2, "encoded"), (2, "loaded"), (3, "first step"), (3, "rest encoded"), (4, "training")],
@@ -52,8 +61,16 @@ def test_a_gpu_is_read_phase_by_phase(monkeypatch):
     found = memory.reading(device)
     assert (found["device_gib"], found["peak_device_gib"], found["peak_reserved_device_gib"]) == (1, 3, 4)
     assert reset == [device]
-    said = memory.summary({"loaded": found | {"peak_resident_gib": 2.0}, "training": {"peak_device_gib": 5.25, "peak_resident_gib": 2.5}})
-    assert said == "memory: 5.2 GiB at most on the device (loaded 3.0, training 5.2), 2.5 GiB at most in the computer"
+    said = memory.summary(
+        {
+            "loaded": found | {"peak_resident_gib": 2.0},
+            "training": {"peak_device_gib": 5.25, "peak_resident_gib": 2.5},
+        }
+    )
+    assert (
+        said
+        == "memory: 5.2 GiB at most on the device (loaded 3.0, training 5.2), 2.5 GiB at most in the computer"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
@@ -83,14 +100,24 @@ def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp
     """As far as it can be seen on a CPU, where what is kept is copied from the same memory."""
     monkeypatch.setattr(memory, "check", lambda offload, device: None)
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "2", *words.split())
-    moved = run_train(tiny_base, photos_dir, tmp_path / "moved", "--max_train_steps", "2", "--offload", *words.split())
+    moved = run_train(
+        tiny_base, photos_dir, tmp_path / "moved", "--max_train_steps", "2", "--offload", *words.split()
+    )
     assert moved.read_bytes() == whole.read_bytes()
 
 
-def test_offload_without_a_gpu_is_refused_before_a_model_is_loaded(tiny_base, photos_dir, tmp_path, no_models):
+def test_offload_without_a_gpu_is_refused_before_a_model_is_loaded(
+    tiny_base, photos_dir, tmp_path, no_models
+):
     from dreambooth.errors import UserError
     from train_dreambooth_lora import main
 
     with pytest.raises(UserError, match=re.escape("--offload needs a GPU")):
-        main(parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, "--offload", "--max_train_steps", "1")))
+        main(
+            parse(
+                TrainOptions,
+                "",
+                train_words(tiny_base, photos_dir, tmp_path, "--offload", "--max_train_steps", "1"),
+            )
+        )
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,11 @@ from dreambooth.training import objectives, prepare
 from tests import tiny
 from train_dreambooth_lora import Training, assemble
 
-CAPTIONS = {"photo-0.png": "a photo of sks dog", "photo-1.png": "a photo of sks dog in the snow", "photo-2.png": "a photo of sks dog on a Red mat"}
+CAPTIONS = {
+    "photo-0.png": "a photo of sks dog",
+    "photo-1.png": "a photo of sks dog in the snow",
+    "photo-2.png": "a photo of sks dog on a Red mat",
+}
 CLASS_PROMPT = "a photo of dog"
 PRIOR_WEIGHT = 0.7
 
@@ -89,37 +93,58 @@ def given(training: Training, rows: range, offset: float = 0.0) -> Given:
     found: list[tuple[Any, ...]] = []
     for source in training.sources:
 
-        def noise_of(what: str, row: int, shape: tuple[int, ...], purpose: str = source.purpose) -> torch.Tensor:
-            return sampling_order.noise_of_rows(training.seed, f"{purpose}-{what}", range(row, row + 1), shape)
+        def noise_of(
+            what: str, row: int, shape: tuple[int, ...], purpose: str = source.purpose
+        ) -> torch.Tensor:
+            return sampling_order.noise_of_rows(
+                training.seed, f"{purpose}-{what}", range(row, row + 1), shape
+            )
 
         for row in rows:
-            path = source.photos[sampling_order.image_of_row(training.seed, f"{source.purpose}-order", row, 3)].path
+            path = source.photos[
+                sampling_order.image_of_row(training.seed, f"{source.purpose}-order", row, 3)
+            ].path
             image = Image.open(path)
             shorter = min(image.size)
             width, height = (int(side * length / shorter) for length in image.size)
-            left, top = sampling_order.crop_of_row(training.seed, source.purpose, row, (width - side, height - side))
-            crop = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side)))
+            left, top = sampling_order.crop_of_row(
+                training.seed, source.purpose, row, (width - side, height - side)
+            )
+            crop = np.asarray(
+                image.resize((width, height), Image.Resampling.LANCZOS).crop(
+                    (left, top, left + side, top + side)
+                )
+            )
             latents = torch.tensor(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
             if vae is not None:
                 posterior = vae.encode(latents).latent_dist
                 shape = tuple(posterior.mean.shape[1:])
                 latents = posterior.mean + posterior.std * noise_of("posterior", row, shape)
-                if training.parts.family.key == "sdxl" and isinstance(training.parts.noise_scheduler, EDMEulerScheduler):
-                    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+                if training.parts.family.key == "sdxl" and isinstance(
+                    training.parts.noise_scheduler, EDMEulerScheduler
+                ):
+                    mean, std = (
+                        torch.tensor(v).view(1, 4, 1, 1)
+                        for v in (vae.config.latents_mean, vae.config.latents_std)
+                    )
                     latents = (latents - mean) / std
                 latents = latents * vae.config.scaling_factor
             shape = tuple(latents.shape[1:])
             noise = noise_of("noise", row, shape)
             if offset:
                 noise = noise + offset * noise_of("noise-offset", row, (shape[0], 1, 1))
-            level = sampling_order.levels_of_rows(training.seed, f"{source.purpose}-timestep", range(row, row + 1), 1000)
+            level = sampling_order.levels_of_rows(
+                training.seed, f"{source.purpose}-timestep", range(row, row + 1), 1000
+            )
             prompt = CAPTIONS[path.name] if source.purpose == "instance" else CLASS_PROMPT
             found.append((latents, noise, level, prompt, [image.height, image.width, top, left, side, side]))
     latents, noise, levels = (torch.cat([row[place] for row in found]) for place in range(3))
     return Given(latents, noise, levels, [row[3] for row in found], [row[4] for row in found])
 
 
-def plain_conditions(text: Any, family: str, question: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+def plain_conditions(
+    text: Any, family: str, question: Given
+) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
     """(embeddings, what Stable Diffusion XL is told besides), by the encoders themselves. A frozen encoder gets each prompt alone, a trained one
     all that differ: the same batches as in training, for the same last bits."""
     encoders, distinct = list(text.encoders.values()), list(dict.fromkeys(question.prompts))
@@ -127,19 +152,35 @@ def plain_conditions(text: Any, family: str, question: Given) -> tuple[torch.Ten
     found: list[tuple[torch.Tensor, ...]] = []
     for prompts in [distinct] if is_trained else [[prompt] for prompt in distinct]:
         words = [prompt.lower().strip() for prompt in prompts] if family == "if" else prompts
-        tokens = [t(words, padding="max_length", max_length=min(77, t.model_max_length), return_tensors="pt") for t in text.tokenizers]
+        tokens = [
+            t(words, padding="max_length", max_length=min(77, t.model_max_length), return_tensors="pt")
+            for t in text.tokenizers
+        ]
         if family == "if":
-            found.append((encoders[0](tokens[0].input_ids, attention_mask=tokens[0].attention_mask).last_hidden_state,))
+            found.append(
+                (encoders[0](tokens[0].input_ids, attention_mask=tokens[0].attention_mask).last_hidden_state,)
+            )
         elif family == "sd":
             found.append((encoders[0](tokens[0].input_ids).last_hidden_state,))
         else:
-            outs = [encoder(own.input_ids, output_hidden_states=True) for encoder, own in zip(encoders, tokens, strict=True)]
+            outs = [
+                encoder(own.input_ids, output_hidden_states=True)
+                for encoder, own in zip(encoders, tokens, strict=True)
+            ]
             found.append((torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds))
-    embeds, *pooled = (torch.cat(parts)[[distinct.index(prompt) for prompt in question.prompts]] for parts in zip(*found, strict=True))
-    return embeds, {"text_embeds": pooled[0], "time_ids": torch.tensor(question.sizes, dtype=torch.float32)} if pooled else None
+    embeds, *pooled = (
+        torch.cat(parts)[[distinct.index(prompt) for prompt in question.prompts]]
+        for parts in zip(*found, strict=True)
+    )
+    return embeds, {
+        "text_embeds": pooled[0],
+        "time_ids": torch.tensor(question.sizes, dtype=torch.float32),
+    } if pooled else None
 
 
-def plain_step(training: Training, text: Any, question: Given, *, way: str, gamma: float | None, prior: bool) -> torch.Tensor:
+def plain_step(
+    training: Training, text: Any, question: Given, *, way: str, gamma: float | None, prior: bool
+) -> torch.Tensor:
     """DreamBooth's loss for one batch (arXiv 2208.12242, eq. 2). `way` is epsilon, v_prediction, sigma (EDM's loss, Stable Diffusion's network)
     or edm (arXiv 2206.00364, table 1)."""
     unet, x0, noise = training.parts.unet, question.latents, question.noise
@@ -148,24 +189,43 @@ def plain_step(training: Training, text: Any, question: Given, *, way: str, gamm
     if way == "edm":
         low, high = config["sigma_min"] ** (1 / 7), config["sigma_max"] ** (1 / 7)
         sigma = (high + question.levels.double() / 1000 * (low - high)).pow(7).float()
-        c_skip, c_out, c_in = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt(), 1 / (sigma**2 + 0.25).sqrt()
+        c_skip, c_out, c_in = (
+            0.25 / (sigma**2 + 0.25),
+            sigma * 0.5 / (sigma**2 + 0.25).sqrt(),
+            1 / (sigma**2 + 0.25).sqrt(),
+        )
         noisy = x0 + sigma.view(column) * noise
-        model_input, times, target, weights = c_in.view(column) * noisy, sigma.log() / 4, x0, torch.ones_like(sigma)
+        model_input, times, target, weights = (
+            c_in.view(column) * noisy,
+            sigma.log() / 4,
+            x0,
+            torch.ones_like(sigma),
+        )
     else:
         fields = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
         times = 999 - question.levels if way == "sigma" else question.levels
         abar = DDPMScheduler(**fields).alphas_cumprod[times]  # type: ignore[attr-defined]
         model_input = abar.sqrt().view(column) * x0 + (1 - abar).sqrt().view(column) * noise
-        target = noise if way != "v_prediction" else abar.sqrt().view(column) * noise - (1 - abar).sqrt().view(column) * x0
+        target = (
+            noise
+            if way != "v_prediction"
+            else abar.sqrt().view(column) * noise - (1 - abar).sqrt().view(column) * x0
+        )
         snr = abar / (1 - abar)
-        weights = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if way == "v_prediction" else snr)
+        weights = (
+            torch.ones_like(snr)
+            if gamma is None
+            else snr.clamp(max=gamma) / (snr + 1 if way == "v_prediction" else snr)
+        )
         if way == "sigma":
             sigma = ((1 - abar) / abar).sqrt()
             noisy = x0 + sigma.view(column) * noise
             model_input, target, weights = noisy / (sigma**2 + 1).sqrt().view(column), x0, 1 / sigma**2
             c_skip, c_out = torch.ones_like(sigma), -sigma
     embeds, added = plain_conditions(text, training.parts.family.key, question)
-    output = unet(model_input.contiguous(memory_format=torch.channels_last), times, embeds, added_cond_kwargs=added).sample
+    output = unet(
+        model_input.contiguous(memory_format=torch.channels_last), times, embeds, added_cond_kwargs=added
+    ).sample
     if training.parts.family.key == "if":
         output = output[:, :3]
     if way in ("edm", "sigma"):
@@ -204,7 +264,9 @@ WAYS = {
 }
 PRIOR = "--with_prior_preservation"
 CASES = [(name, more) for name in WAYS for more in ("", PRIOR)]
-CASES += [(name, more) for name in ("sd", "v", "xl", "if") for more in ("--snr_gamma 5", f"--snr_gamma 5 {PRIOR}")]
+CASES += [
+    (name, more) for name in ("sd", "v", "xl", "if") for more in ("--snr_gamma 5", f"--snr_gamma 5 {PRIOR}")
+]
 CASES += [(name, f"--noise_offset 0.3 {PRIOR}") for name in ("sd", "v", "xl", "xl as edm", "edm", "if")]
 
 
@@ -216,14 +278,25 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
     size = "" if "--resolution" in words else "--resolution 64"
     with a_training(request.getfixturevalue(base), pictures, tmp_path, f"{words} {size} {more}") as training:
         text = training.parts.text or text_of(training.parts.base, training.options.text)
-        batches = micro_batches(training.dataset, training.encoded, training.parts.vae, range(2), slots=1, batch_size=2, rank=0, world=1)
+        batches = micro_batches(
+            training.dataset,
+            training.encoded,
+            training.parts.vae,
+            range(2),
+            slots=1,
+            batch_size=2,
+            rank=0,
+            world=1,
+        )
         for batch in batches:
             loss = training.micro_step(batch)["loss"]
             found = gradients(training)
             question = given(training, batch.rows, offset)
 
             def plain(question: Given = question, **other: Any) -> tuple[torch.Tensor, torch.Tensor]:
-                expected = plain_step(training, text, question, **{"way": way, "gamma": gamma, "prior": prior, **other})
+                expected = plain_step(
+                    training, text, question, **{"way": way, "gamma": gamma, "prior": prior, **other}
+                )
                 expected.backward()
                 return expected.detach(), gradients(training)
 
@@ -232,16 +305,32 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
             assert difference(found, expected_gradients) < 1e-6
             if batch.step > 0:
                 continue
-            assert difference(found, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1]) > 0.01
+            assert (
+                difference(found, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1])
+                > 0.01
+            )
             if training.parts.family.key == "sdxl":
-                assert difference(found, plain(dataclasses.replace(question, sizes=question.sizes[1:] + question.sizes[:1]))[1]) > 0.01
+                assert (
+                    difference(
+                        found,
+                        plain(dataclasses.replace(question, sizes=question.sizes[1:] + question.sizes[:1]))[
+                            1
+                        ],
+                    )
+                    > 0.01
+                )
             if way in ("epsilon", "v_prediction"):
                 assert difference(found, plain(gamma=2.0 if gamma else 5.0)[1]) > 0.01
             if prior:
                 assert difference(found, plain(prior=False)[1]) > 0.01
 
 
-ZERO_SNR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+ZERO_SNR = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "rescale_betas_zero_snr": True,
+}
 
 
 @pytest.mark.parametrize(("prediction_type", "more"), [("epsilon", 0), ("v_prediction", 1)])
@@ -252,7 +341,9 @@ def test_min_snr_weights_follow_the_paper_and_know_no_signal_at_all(prediction_t
     *others, last = objectives.min_snr_weights(scheduler, timesteps, 5.0).tolist()
     squares = [scheduler.alphas_cumprod[t].item() for t in timesteps]
     assert squares[-1] == 0
-    assert others == pytest.approx([min(snr, 5) / (snr + more) for snr in (square / (1 - square) for square in squares[:-1])], rel=1e-5)
+    assert others == pytest.approx(
+        [min(snr, 5) / (snr + more) for snr in (square / (1 - square) for square in squares[:-1])], rel=1e-5
+    )
     assert last == (1 if prediction_type == "epsilon" else 0)
     latents, noise = torch.randn(2, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     task = objectives.pose(scheduler, latents, noise, timesteps, snr_gamma=5.0)
@@ -265,13 +356,17 @@ def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
     """Its weight, 1 / sigma^2, undoes what reading the network as a denoiser multiplies the error by."""
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     levels = torch.tensor([0, 400, 900])
-    latents, noise, output = torch.randn(3, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    latents, noise, output = torch.randn(
+        3, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     task = objectives.pose(scheduler, latents, noise, levels)
     assert task.weights is not None
     assert task.skip is not None
     assert task.out is not None
     assert task.noisy_latents is not None
-    losses = ((task.skip * task.noisy_latents + task.out * output - latents) ** 2).mean(dim=(1, 2, 3)) * task.weights
+    losses = ((task.skip * task.noisy_latents + task.out * output - latents) ** 2).mean(
+        dim=(1, 2, 3)
+    ) * task.weights
     assert torch.allclose(losses, ((output - noise) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
     assert task.timesteps.tolist() == [999, 599, 99]
 

@@ -16,12 +16,23 @@ from transformers import CLIPTextModel
 from dreambooth.training import hub
 from tests.fixtures import build_older_readers, make_older_readers
 from tests.fixtures.build_older_readers import FILES, stems
-from tests.fixtures.make_older_readers import base_hashes, content, draw, draw_with, load, load_whole, models_of, some
+from tests.fixtures.make_older_readers import (
+    base_hashes,
+    content,
+    draw,
+    draw_with,
+    load,
+    load_whole,
+    models_of,
+    some,
+)
 from tests.test_scripts import run_train
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "fixtures" / "older_readers.json").read_text())
 READERS = {f"diffusers {reader['versions']['diffusers']}": reader for reader in RECORD["readers"]}
-NAMES = [f"{family}/{stem}" for family, names in FILES.items() for name in names for stem in stems(family, name)]
+NAMES = [
+    f"{family}/{stem}" for family, names in FILES.items() for name in names for stem in stems(family, name)
+]
 AGAIN = "older libraries were never shown this: record again, as tests/fixtures/make_older_readers.py says"
 TOLERANCE = 1e-4  # of the largest value
 
@@ -96,9 +107,20 @@ def test_diffusers_of_today_draws_the_same(name, trained, folder):
 
 
 @pytest.mark.parametrize(("kind", "words"), [("lora", []), ("dora", ["--use_dora", "--lora_alpha", "6"])])
-def test_a_whole_run_writes_files_of_the_form_that_older_libraries_read(kind, words, tiny_base, photos_dir, tmp_path):
+def test_a_whole_run_writes_files_of_the_form_that_older_libraries_read(
+    kind, words, tiny_base, photos_dir, tmp_path
+):
     """Keys and metadata, where numbers of blocks and layers are the base's matter."""
-    adapter = run_train(tiny_base, photos_dir, tmp_path, *words, "--train_text_encoder", "--max_train_steps", "1", "--output_kohya_format")
+    adapter = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *words,
+        "--train_text_encoder",
+        "--max_train_steps",
+        "1",
+        "--output_kohya_format",
+    )
     forms = {f"sd1/{kind}": adapter}
     if kind == "lora":  # diffusers knows no DoRA in kohya's layout
         forms["sd1/lora kohya"] = adapter.parent / hub.KOHYA_NAME
@@ -113,7 +135,11 @@ def test_a_base_that_is_not_read_whole_is_refused(trained, folder, tmp_path):
     whole = folder / "sd1" / "text_encoder"
     state = load_file(whole / "model.safetensors")
     lacking = next(key for key in state if key.endswith("fc1.weight"))
-    save_file({key: tensor for key, tensor in state.items() if key != lacking}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in state.items() if key != lacking},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     (tmp_path / "config.json").write_bytes((whole / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"missing_keys.*fc1\.weight"):
         load_whole(CLIPTextModel, tmp_path)
@@ -121,4 +147,8 @@ def test_a_base_that_is_not_read_whole_is_refused(trained, folder, tmp_path):
 
 def test_the_weights_are_the_same_numbers_everywhere():
     """A formula's: no generator of any library has a part in them."""
-    assert [round(value * 2**23) for value in make_older_readers.numbers("x", 3).tolist()] == [-6233086, 5546832, -6442139]
+    assert [round(value * 2**23) for value in make_older_readers.numbers("x", 3).tolist()] == [
+        -6233086,
+        5546832,
+        -6442139,
+    ]

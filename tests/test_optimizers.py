@@ -25,8 +25,14 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule-free
 
 def needs(*names: str) -> Any:
     """A parameter of a test, which is skipped where a package for it is not installed."""
-    lacking = [PACKAGES[name] for name in names if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None]
-    return pytest.param(*names, marks=pytest.mark.skipif(bool(lacking), reason=f"not installed: {', '.join(lacking)}"))
+    lacking = [
+        PACKAGES[name]
+        for name in names
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None
+    ]
+    return pytest.param(
+        *names, marks=pytest.mark.skipif(bool(lacking), reason=f"not installed: {', '.join(lacking)}")
+    )
 
 
 EACH = [needs(name) for name in OPTIMIZERS]
@@ -34,7 +40,9 @@ COUNTING = [needs("adamw8bit"), needs("prodigy"), needs("adafactor")]
 PRODIGY, SCHEDULE_FREE = needs("prodigy"), needs("schedule-free")
 # Of a group: what is set before each step, and what Prodigy writes for whoever wants to look at it.
 NOT_READ = ("params", "lr", "d_hat", "d_denom")
-RATES = {"prodigy": (400.0, 400.0)}  # it takes one rate for all; with this one its estimate grows in the third step
+RATES = {
+    "prodigy": (400.0, 400.0)
+}  # it takes one rate for all; with this one its estimate grows in the third step
 DECAYS = (1e-2, 1e-1)
 
 
@@ -50,16 +58,23 @@ def loaded(tiny_base) -> Models:
 class Run:
     """Adapters on fresh models, a group for each, and steps with made-up gradients, of one sign more often than not: Prodigy's estimate grows."""
 
-    def __init__(self, loaded: Models, optimizer: str, *, rank: int = 4, seed: int = 7, alpha: float = 1.0, **more: Any):
+    def __init__(
+        self, loaded: Models, optimizer: str, *, rank: int = 4, seed: int = 7, alpha: float = 1.0, **more: Any
+    ):
         models = copy.deepcopy(loaded)
-        self.components = [inject.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed) for n in models]
+        self.components = [
+            inject.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed)
+            for n in models
+        ]
         self.alpha = alpha  # what the adapter file has its lora_B multiplied by
         self.named = [pair for component in self.components for pair in component.named_parameters()]
         self.names = {id(parameter): name for name, parameter in self.named}
         self.options = flags(optimizer, **more)
         rates = RATES.get(optimizer, (1e-2, 1e-3))
         settings = zip(self.components, rates, DECAYS, strict=True)
-        groups = [Group(c.name, [p for _, p in c.named_parameters()], rate, decay) for c, rate, decay in settings]
+        groups = [
+            Group(c.name, [p for _, p in c.named_parameters()], rate, decay) for c, rate, decay in settings
+        ]
         self.optimizer = optimizers.make(self.options, groups)
 
     def step(self, number: int, factor: float = 1.0) -> None:
@@ -97,7 +112,9 @@ class Run:
         for group in self.optimizer.param_groups:
             found |= {f"{group['name']} {key}": value for key, value in group.items() if key not in NOT_READ}
         for parameter, state in self.optimizer.state.items():
-            found |= {f"{self.names[id(parameter)]} {key}": copy.deepcopy(value) for key, value in state.items()}
+            found |= {
+                f"{self.names[id(parameter)]} {key}": copy.deepcopy(value) for key, value in state.items()
+            }
         return found
 
 
@@ -115,7 +132,11 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- there and back
 
 
-@pytest.mark.parametrize("more", [{}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4, "adam_beta1": 0.8}], ids=["", "warm-up"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4, "adam_beta1": 0.8}],
+    ids=["", "warm-up"],
+)
 @pytest.mark.parametrize("name", EACH)
 def test_a_resumed_run_takes_the_steps_of_an_unbroken_one_bit_for_bit(name, more, loaded, tmp_path):
     """Rank 64, so that bitsandbytes keeps some moments in 8 bits and others in 32."""
@@ -136,12 +157,16 @@ def test_the_optimizer_s_state_counts(name, loaded, tmp_path):
     first, second = Run(loaded, name), Run(loaded, name)
     first.steps(1, 3)
     before, after = (optimizers.state_numbers(run.optimizer, run.names)["groups"] for run in (second, first))
-    assert all(after[group][field] != value for group, values in before.items() for field, value in values.items())
+    assert all(
+        after[group][field] != value for group, values in before.items() for field, value in values.items()
+    )
     for (_, parameter), (_, value) in zip(second.named, first.named, strict=True):
         parameter.data.copy_(value.data)
     first.step(4)
     second.step(4)
-    assert not all(torch.equal(one, other) for (_, one), (_, other) in zip(first.named, second.named, strict=True))
+    assert not all(
+        torch.equal(one, other) for (_, one), (_, other) in zip(first.named, second.named, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -165,7 +190,9 @@ def test_a_run_whose_adapter_file_is_scaled_goes_on_from_its_own_parameters(name
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_its_steps(name, loaded, tmp_path):
+def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_its_steps(
+    name, loaded, tmp_path
+):
     first, second = Run(loaded, name), Run(loaded, name, seed=8)
     folder = first.save(tmp_path, 2)
     with pytest.raises(UserError, match="lacks"):
@@ -184,7 +211,10 @@ def test_a_checkpoint_of_adamw_from_before_there_were_others_is_taken(loaded, tm
     rewrite(folder, "state.json", lambda data: json.dumps({"step": 2}).encode())
     second.restore(folder)
     assert_same(second.everything(), first.everything())
-    with pytest.raises(UserError, match=r"state\.json has no state of --optimizer adafactor: it was written with another optimizer$"):
+    with pytest.raises(
+        UserError,
+        match=r"state\.json has no state of --optimizer adafactor: it was written with another optimizer$",
+    ):
         other.restore(folder)
 
 
@@ -208,13 +238,26 @@ def test_8_bit_moments_are_stored_in_8_bits(name, loaded, tmp_path):
 @pytest.mark.parametrize("name", EACH)
 def test_each_group_has_its_learning_rate_and_weight_decay(name, loaded):
     run = Run(loaded, name)
-    for component, group, rate, decay in zip(run.components, run.optimizer.param_groups, RATES.get(name, (1e-2, 1e-3)), DECAYS, strict=True):
+    for component, group, rate, decay in zip(
+        run.components, run.optimizer.param_groups, RATES.get(name, (1e-2, 1e-3)), DECAYS, strict=True
+    ):
         assert [id(p) for p in group["params"]] == [id(p) for _, p in component.named_parameters()]
-        assert (group["name"], group["lr"], group["initial_lr"], group["weight_decay"]) == (component.name, rate, rate, decay)
+        assert (group["name"], group["lr"], group["initial_lr"], group["weight_decay"]) == (
+            component.name,
+            rate,
+            rate,
+            decay,
+        )
     rates = optimizers.set_learning_rate(run.optimizer, 0.25)
-    assert rates == {g["name"]: g["lr"] for g in run.optimizer.param_groups} == {g["name"]: g["initial_lr"] / 4 for g in run.optimizer.param_groups}
+    assert (
+        rates
+        == {g["name"]: g["lr"] for g in run.optimizer.param_groups}
+        == {g["name"]: g["initial_lr"] / 4 for g in run.optimizer.param_groups}
+    )
     optimizers.set_learning_rate(run.optimizer, 1.0)
-    assert [g["lr"] for g in run.optimizer.param_groups] == [g["initial_lr"] for g in run.optimizer.param_groups]
+    assert [g["lr"] for g in run.optimizer.param_groups] == [
+        g["initial_lr"] for g in run.optimizer.param_groups
+    ]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -224,7 +267,9 @@ def test_weight_decay_is_decoupled_in_each_group(name):
     optimizer = optimizers.make(flags(name), [Group("a", [decayed], 0.1, 0.5), Group("b", [kept], 0.1, 0.0)])
     for parameter in (decayed, kept):
         parameter.grad = torch.zeros(4, 4)
-    if name == "prodigy":  # it does nothing where nothing has a gradient, and decays by its estimate, here still 1e-6 x the bias correction
+    if (
+        name == "prodigy"
+    ):  # it does nothing where nothing has a gradient, and decays by its estimate, here still 1e-6 x the bias correction
         kept.grad = torch.full((4, 4), 1e-30)
         expected = 1 - 1e-6 * 0.1 * (1 - 0.999) ** 0.5 / (1 - 0.9) * 0.5
     elif name == "schedule-free":
@@ -262,22 +307,39 @@ def test_the_loss_falls_on_a_small_problem(name):
 @pytest.mark.parametrize("name", EACH)
 def test_adam_s_flags_reach_the_optimizer(name):
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    chosen = {"prodigy_beta3": 0.5, "prodigy_decouple": False, "prodigy_use_bias_correction": False, "prodigy_safeguard_warmup": False}
-    optimizer = optimizers.make(flags(name, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, **chosen), [Group("a", [parameter], 0.1, 0.0)])
+    chosen = {
+        "prodigy_beta3": 0.5,
+        "prodigy_decouple": False,
+        "prodigy_use_bias_correction": False,
+        "prodigy_safeguard_warmup": False,
+    }
+    optimizer = optimizers.make(
+        flags(name, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, **chosen),
+        [Group("a", [parameter], 0.1, 0.0)],
+    )
     (group,) = optimizer.param_groups
     if name == "adafactor":
         assert not any(group[key] for key in ("scale_parameter", "relative_step", "warmup_init", "beta1"))
     else:
         assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
     if name == "prodigy":
-        assert [group[key] for key in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")] == [0.5, False, False, False]
+        assert [group[key] for key in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")] == [
+            0.5,
+            False,
+            False,
+            False,
+        ]
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_a_dropped_group_is_trained_no_more_and_the_rest_resumes_bit_for_bit(name, loaded, tmp_path):
     def dropped(run: Run) -> list[torch.Tensor]:
         optimizers.drop(run.optimizer, "text_encoder")
-        return [parameter.detach().clone() for parameter_name, parameter in run.named if parameter_name.startswith("text_encoder.")]
+        return [
+            parameter.detach().clone()
+            for parameter_name, parameter in run.named
+            if parameter_name.startswith("text_encoder.")
+        ]
 
     straight, first = Run(loaded, name), Run(loaded, name)
     straight.steps(1, 2)
@@ -294,7 +356,9 @@ def test_a_dropped_group_is_trained_no_more_and_the_rest_resumes_bit_for_bit(nam
     assert_same(second.everything(), first.everything())
     second.steps(4, 5)
     assert_same(second.everything(), straight.everything())
-    now = [parameter for parameter_name, parameter in second.named if parameter_name.startswith("text_encoder.")]
+    now = [
+        parameter for parameter_name, parameter in second.named if parameter_name.startswith("text_encoder.")
+    ]
     assert all(torch.equal(one, other) for one, other in zip(now, frozen, strict=True))
 
 
@@ -345,7 +409,11 @@ def test_what_the_schedule_free_adapter_has_is_the_average_of_the_points(name, l
     with optimizers.evaluated(run.optimizer):
         for key, parameter in run.named:
             torch.testing.assert_close(parameter.detach(), means[key], rtol=1e-4, atol=1e-6)
-    off = [key for key, parameter in run.named if not torch.allclose(parameter.detach(), means[key], rtol=1e-4, atol=1e-6)]
+    off = [
+        key
+        for key, parameter in run.named
+        if not torch.allclose(parameter.detach(), means[key], rtol=1e-4, atol=1e-6)
+    ]
     assert len(off) == len(run.named)
     optimizers.drop(run.optimizer, "text_encoder")
     for key, parameter in run.named:
@@ -354,7 +422,9 @@ def test_what_the_schedule_free_adapter_has_is_the_average_of_the_points(name, l
 
 
 @pytest.mark.parametrize("name", [SCHEDULE_FREE])
-@pytest.mark.parametrize(("scheduler", "expected"), [("constant", [1, 1, 1, 1]), ("constant_with_warmup", [1 / 3, 2 / 3, 1, 1])])
+@pytest.mark.parametrize(
+    ("scheduler", "expected"), [("constant", [1, 1, 1, 1]), ("constant_with_warmup", [1 / 3, 2 / 3, 1, 1])]
+)
 def test_the_schedule_free_optimizer_warms_up_by_itself(scheduler, expected, name, loaded):
     run = Run(loaded, name, lr_scheduler=scheduler, lr_warmup_steps=3)
     assert optimizers.schedules_itself(run.options)
@@ -381,7 +451,9 @@ def test_the_state_of_one_optimizer_is_refused_by_another(own, theirs, loaded, t
     before = second.everything()
     with pytest.raises(UserError) as refused:
         second.restore(folder)
-    expected = f"{folder / 'state.json'} has the state of --optimizer {theirs}; this run has --optimizer {own}"
+    expected = (
+        f"{folder / 'state.json'} has the state of --optimizer {theirs}; this run has --optimizer {own}"
+    )
     assert str(refused.value) == f"--resume_from_checkpoint: {expected}"
     assert_same(second.everything(), before)
 
@@ -430,7 +502,11 @@ def test_a_count_of_steps_that_is_none_is_refused(name, loaded, tmp_path):
     name_of_one = first.named[0][0]
     for value in [*WRONG, 1.5, -1, 2**31]:
         put_number(folder, "parameters", name_of_one, "step", value)
-        assert_refused(second, folder, f"state.json is damaged: step of {name_of_one} must be a whole number, at least 0, got ")
+        assert_refused(
+            second,
+            folder,
+            f"state.json is damaged: step of {name_of_one} must be a whole number, at least 0, got ",
+        )
     put_number(folder, "parameters", name_of_one, "step", 1)
     second.restore(folder)
     assert_same(second.everything(), first.everything())
@@ -454,18 +530,54 @@ def test_a_group_s_number_that_is_none_is_refused(name, loaded, tmp_path):
 
 NUMBERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no kind": (lambda numbers: numbers.pop("kind"), "its optimizer lacks kind"),
-    "a kind of no kind": (lambda numbers: numbers.update(kind=["\x1b"]), "has the state of --optimizer ['\\x1b']; this run has --optimizer prodigy"),
-    "more": (lambda numbers: numbers.update({"\x1bmore": 1}), "its optimizer has '\\x1bmore', which does not belong there"),
-    "groups of no kind": (lambda numbers: numbers.update(groups=[]), "its groups of the optimizer must be a table, got []"),
-    "a group missing": (lambda numbers: numbers["groups"].pop("unet"), "its groups of the optimizer lacks unet"),
-    "a group more": (lambda numbers: numbers["groups"].update(more={}), "its groups of the optimizer has more, which does not belong there"),
-    "a group of no kind": (lambda numbers: numbers["groups"].update(unet=1.0), "its group unet must be a table, got 1.0"),
-    "a number missing": (lambda numbers: numbers["groups"]["unet"].pop("d_max"), "its group unet lacks d_max"),
-    "a number more": (lambda numbers: numbers["groups"]["unet"].update(lr=1.0), "its group unet has lr, which does not belong there"),
-    "a parameter missing": (lambda numbers: numbers["parameters"].popitem(), "its parameters of the optimizer lacks "),
-    "a parameter more": (lambda numbers: numbers["parameters"].update(more={"step": 1}), "has more, which does not belong there"),
-    "a parameter of no kind": (lambda numbers: numbers["parameters"].update(dict.fromkeys(numbers["parameters"], 1)), "must be a table, got 1"),
-    "no parameters": (lambda numbers: numbers.update(parameters={}), "its parameters of the optimizer lacks "),
+    "a kind of no kind": (
+        lambda numbers: numbers.update(kind=["\x1b"]),
+        "has the state of --optimizer ['\\x1b']; this run has --optimizer prodigy",
+    ),
+    "more": (
+        lambda numbers: numbers.update({"\x1bmore": 1}),
+        "its optimizer has '\\x1bmore', which does not belong there",
+    ),
+    "groups of no kind": (
+        lambda numbers: numbers.update(groups=[]),
+        "its groups of the optimizer must be a table, got []",
+    ),
+    "a group missing": (
+        lambda numbers: numbers["groups"].pop("unet"),
+        "its groups of the optimizer lacks unet",
+    ),
+    "a group more": (
+        lambda numbers: numbers["groups"].update(more={}),
+        "its groups of the optimizer has more, which does not belong there",
+    ),
+    "a group of no kind": (
+        lambda numbers: numbers["groups"].update(unet=1.0),
+        "its group unet must be a table, got 1.0",
+    ),
+    "a number missing": (
+        lambda numbers: numbers["groups"]["unet"].pop("d_max"),
+        "its group unet lacks d_max",
+    ),
+    "a number more": (
+        lambda numbers: numbers["groups"]["unet"].update(lr=1.0),
+        "its group unet has lr, which does not belong there",
+    ),
+    "a parameter missing": (
+        lambda numbers: numbers["parameters"].popitem(),
+        "its parameters of the optimizer lacks ",
+    ),
+    "a parameter more": (
+        lambda numbers: numbers["parameters"].update(more={"step": 1}),
+        "has more, which does not belong there",
+    ),
+    "a parameter of no kind": (
+        lambda numbers: numbers["parameters"].update(dict.fromkeys(numbers["parameters"], 1)),
+        "must be a table, got 1",
+    ),
+    "no parameters": (
+        lambda numbers: numbers.update(parameters={}),
+        "its parameters of the optimizer lacks ",
+    ),
 }
 
 
@@ -499,8 +611,14 @@ def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, 
         refused(f"optimizer.safetensors is damaged: {parameter} lacks {key.rpartition('|')[2]}", {}, [key])
         refused(f"has {key} of shape ", {key: torch.zeros(3, 5, dtype=whole[key].dtype)})
         refused("torch.float16", {key: whole[key].to(torch.float16)})
-    refused(f"has '{parameter}|\\x1b', which --optimizer {name} does not have", {f"{parameter}|\x1b": torch.zeros(1)})
-    refused("has optimizer state for 'unet.\\x1b', which this run does not train", {"unet.\x1b|exp_avg": torch.zeros(1)})
+    refused(
+        f"has '{parameter}|\\x1b', which --optimizer {name} does not have",
+        {f"{parameter}|\x1b": torch.zeros(1)},
+    )
+    refused(
+        "has optimizer state for 'unet.\\x1b', which this run does not train",
+        {"unet.\x1b|exp_avg": torch.zeros(1)},
+    )
     refused(f"is damaged: {parameter} lacks everything", {}, fields)
     put_tensors(folder, whole)
     second.restore(folder)

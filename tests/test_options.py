@@ -20,8 +20,22 @@ from dreambooth.options.training import TrainOptions
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")
 
-TRAIN = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", "--instance_prompt", "a photo of sks dog"]
-CLASS_IMAGES = ["--pretrained_model_name_or_path", "base", "--class_data_dir", "pictures", "--class_prompt", "dog"]
+TRAIN = [
+    "--pretrained_model_name_or_path",
+    "base",
+    "--instance_data_dir",
+    "photos",
+    "--instance_prompt",
+    "a photo of sks dog",
+]
+CLASS_IMAGES = [
+    "--pretrained_model_name_or_path",
+    "base",
+    "--class_data_dir",
+    "pictures",
+    "--class_prompt",
+    "dog",
+]
 INFER = ["--pretrained_model_name_or_path", "base"]
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "pictures", "--class_prompt", "dog"]
 
@@ -154,7 +168,11 @@ def test_every_flag_of_the_reference_is_taken_as_it_takes_it(name, monkeypatch):
     pretend_everything_is_installed(monkeypatch)
     _, word, value = REFERENCE[name]
     needed = PRIOR[1:] if name == "with_prior_preservation" else []
-    found = flat(command_line.parse(TrainOptions, "train", [*TRAIN, *needed, f"--{name}", *([] if word is BARE else [word])]))[name]
+    found = flat(
+        command_line.parse(
+            TrainOptions, "train", [*TRAIN, *needed, f"--{name}", *([] if word is BARE else [word])]
+        )
+    )[name]
     assert (found, type(found)) == (value, type(value))
 
 
@@ -187,7 +205,11 @@ def test_a_missing_required_flag_is_named(name, capsys):
         ("--use_8bit_adam", "bitsandbytes", ["--use_8bit_adam"]),
         ("--report_to wandb", "wandb", ["--report_to", "wandb"]),
         ("--report_to comet_ml", "comet_ml", ["--report_to", "comet_ml"]),
-        ("--enable_xformers_memory_efficient_attention", "xformers", ["--enable_xformers_memory_efficient_attention"]),
+        (
+            "--enable_xformers_memory_efficient_attention",
+            "xformers",
+            ["--enable_xformers_memory_efficient_attention"],
+        ),
     ],
 )
 def test_a_missing_package_is_named_with_the_flag_that_needs_it(flag, package, words, capsys, monkeypatch):
@@ -208,7 +230,10 @@ def test_missing_tensorboard_is_no_error_since_it_is_the_default(monkeypatch):
     ("words", "fragments"),
     [
         (["--rnk", "3"], ["--rnk", "Perhaps you meant", "--rank"]),
-        (["--max_train", "7"], ["--max_train,", "Perhaps you meant", "--max_train_steps"]),  # argparse would take the abbreviation
+        (
+            ["--max_train", "7"],
+            ["--max_train,", "Perhaps you meant", "--max_train_steps"],
+        ),  # argparse would take the abbreviation
         (["stray"], ["stray"]),
         (["--rank"], ["--rank"]),
         (["--rank", "x"], ["--rank", "'x'"]),
@@ -228,7 +253,14 @@ def test_a_wrong_word_is_named_with_what_could_stand_there(words, fragments, cap
 
 AT_LEAST = {
     TrainOptions: {
-        0: ["dataloader_num_workers", "prior_loss_weight", "class_guidance_scale", "learning_rate", "lr_warmup_steps", "lr_power"]
+        0: [
+            "dataloader_num_workers",
+            "prior_loss_weight",
+            "class_guidance_scale",
+            "learning_rate",
+            "lr_warmup_steps",
+            "lr_power",
+        ]
         + ["adam_weight_decay", "text_encoder_lr", "max_grad_norm", "seed"],
         1: [
             "num_class_images",
@@ -239,7 +271,13 @@ AT_LEAST = {
             "train_batch_size",
             "num_train_epochs",
         ]
-        + ["max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "num_threads"]
+        + [
+            "max_train_steps",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "num_threads",
+        ]
         + ["num_validation_images", "validation_epochs"],
         3: ["tokenizer_max_length"],
     },
@@ -249,11 +287,21 @@ AT_LEAST = {
     },
     InferOptions: {0: ["guidance_scale"], 1: ["num_inference_steps", "batch_size", "num_threads"]},
 }
-NEEDED: dict[type, list[str]] = {TrainOptions: TRAIN, ClassImageOptions: CLASS_IMAGES, InferOptions: [*INFER, "--prompt", "a dog"]}
+NEEDED: dict[type, list[str]] = {
+    TrainOptions: TRAIN,
+    ClassImageOptions: CLASS_IMAGES,
+    InferOptions: [*INFER, "--prompt", "a dog"],
+}
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "least"), [(kind, name, least) for kind, table in AT_LEAST.items() for least, names in table.items() for name in names]
+    ("kind", "name", "least"),
+    [
+        (kind, name, least)
+        for kind, table in AT_LEAST.items()
+        for least, names in table.items()
+        for name in names
+    ],
 )
 def test_numbers_below_the_least_are_refused_and_the_least_is_not(kind, name, least, capsys):
     message = refusal(kind, [*NEEDED[kind], f"--{name}", str(least - 1)], capsys)
@@ -261,24 +309,52 @@ def test_numbers_below_the_least_are_refused_and_the_least_is_not(kind, name, le
     assert flat(command_line.parse(kind, "a script", [*NEEDED[kind], f"--{name}", str(least)]))[name] == least
 
 
-@pytest.mark.parametrize("name", ["prior_loss_weight", "learning_rate", "lr_power", "adam_weight_decay", "text_encoder_lr", "max_grad_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prior_loss_weight",
+        "learning_rate",
+        "lr_power",
+        "adam_weight_decay",
+        "text_encoder_lr",
+        "max_grad_norm",
+    ],
+)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_numbers_that_are_not_finite_are_refused(name, value, capsys):
     """float("nan") parses, and every comparison with it is false: a plain check would let it through."""
-    assert f"--{name} must be at least 0, got {value}" in refusal(TrainOptions, [*TRAIN, f"--{name}", value], capsys)
+    assert f"--{name} must be at least 0, got {value}" in refusal(
+        TrainOptions, [*TRAIN, f"--{name}", value], capsys
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "words", "fragment"),
     [
-        (TrainOptions, [*TRAIN, "--resolution", "30"], "--resolution must be a positive multiple of 8, got 30"),
+        (
+            TrainOptions,
+            [*TRAIN, "--resolution", "30"],
+            "--resolution must be a positive multiple of 8, got 30",
+        ),
         (TrainOptions, [*TRAIN, "--resolution", "0"], "--resolution must be a positive multiple of 8, got 0"),
-        (TrainOptions, [*TRAIN, "--resolution", "-64"], "--resolution must be a positive multiple of 8, got -64"),
+        (
+            TrainOptions,
+            [*TRAIN, "--resolution", "-64"],
+            "--resolution must be a positive multiple of 8, got -64",
+        ),
         (TrainOptions, [*TRAIN, "--instance_prompt", ""], "--instance_prompt must not be empty"),
         (TrainOptions, [*TRAIN, "--instance_prompt", " \t"], "--instance_prompt must not be empty"),
-        (TrainOptions, [*TRAIN, PRIOR[0], *PRIOR[3:]], "You must specify a data directory for class images: --class_data_dir"),
+        (
+            TrainOptions,
+            [*TRAIN, PRIOR[0], *PRIOR[3:]],
+            "You must specify a data directory for class images: --class_data_dir",
+        ),
         (TrainOptions, [*TRAIN, *PRIOR[:3]], "You must specify prompt for class images: --class_prompt"),
-        (TrainOptions, [*TRAIN, *PRIOR[:3], "--class_prompt", " "], "You must specify prompt for class images: --class_prompt"),
+        (
+            TrainOptions,
+            [*TRAIN, *PRIOR[:3], "--class_prompt", " "],
+            "You must specify prompt for class images: --class_prompt",
+        ),
         (
             TrainOptions,
             [*TRAIN, "--train_text_encoder", "--pre_compute_text_embeddings"],
@@ -291,14 +367,34 @@ def test_numbers_that_are_not_finite_are_refused(name, value, capsys):
         (TrainOptions, [*TRAIN, "--adam_beta2", "-1"], "--adam_beta2 must be in [0, 1), got -1.0"),
         (TrainOptions, [*TRAIN, "--adam_beta2", "nan"], "--adam_beta2 must be in [0, 1), got nan"),
         (ClassImageOptions, [*CLASS_IMAGES, "--class_prompt", " "], "--class_prompt must not be empty"),
-        (ClassImageOptions, [*CLASS_IMAGES, "--resolution", "20"], "--resolution must be a positive multiple of 8, got 20"),
+        (
+            ClassImageOptions,
+            [*CLASS_IMAGES, "--resolution", "20"],
+            "--resolution must be a positive multiple of 8, got 20",
+        ),
         (InferOptions, INFER, "give either --prompt or --prompts_file"),
-        (InferOptions, [*INFER, "--prompt", "a dog", "--prompts_file", "prompts.txt"], "give either --prompt or --prompts_file"),
+        (
+            InferOptions,
+            [*INFER, "--prompt", "a dog", "--prompts_file", "prompts.txt"],
+            "give either --prompt or --prompts_file",
+        ),
         (InferOptions, [*INFER, "--prompt", "a dog", " "], "--prompt must not be empty"),
         (InferOptions, [*INFER, "--prompt", "a dog", "--seeds"], "--seeds must be numbers from 0 on, got ()"),
-        (InferOptions, [*INFER, "--prompt", "a dog", "--seeds", "1", "-1"], "--seeds must be numbers from 0 on, got (1, -1)"),
-        (InferOptions, [*INFER, "--prompt", "a dog", "--compare"], "--compare needs an --adapter to compare with the base"),
-        (InferOptions, [*INFER, "--prompt", "a dog", "--resolution", "-8"], "--resolution must be a positive multiple of 8, got -8"),
+        (
+            InferOptions,
+            [*INFER, "--prompt", "a dog", "--seeds", "1", "-1"],
+            "--seeds must be numbers from 0 on, got (1, -1)",
+        ),
+        (
+            InferOptions,
+            [*INFER, "--prompt", "a dog", "--compare"],
+            "--compare needs an --adapter to compare with the base",
+        ),
+        (
+            InferOptions,
+            [*INFER, "--prompt", "a dog", "--resolution", "-8"],
+            "--resolution must be a positive multiple of 8, got -8",
+        ),
     ],
 )
 def test_every_rule_names_flag_rule_and_value(kind, words, fragment, capsys):
@@ -310,11 +406,16 @@ def test_flags_that_have_no_effect_are_remarked_on():
     assert command_line.parse(TrainOptions, "train", TRAIN).notes() == []
     assert command_line.parse(TrainOptions, "train", TRAIN + PRIOR).notes() == []
     unused = command_line.parse(TrainOptions, "train", TRAIN + PRIOR[1:]).notes()
-    assert unused == [f"You need not use --{name} without --with_prior_preservation." for name in ("class_data_dir", "class_prompt")]
+    assert unused == [
+        f"You need not use --{name} without --with_prior_preservation."
+        for name in ("class_data_dir", "class_prompt")
+    ]
 
 
 def test_a_class_prompt_that_names_the_subject_is_remarked_on():
-    (note,) = command_line.parse(TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]).notes()
+    (note,) = command_line.parse(
+        TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]
+    ).notes()
     assert note.startswith("--class_prompt equals --instance_prompt")
 
 
@@ -335,7 +436,9 @@ def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
 def test_config_file_stands_for_the_words_in_it(tmp_path):
     text = "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
     found = command_line.parse(TrainOptions, "train", saved(tmp_path, text))
-    assert found == command_line.parse(TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"])
+    assert found == command_line.parse(
+        TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"]
+    )
 
 
 def test_config_can_be_written_with_an_equals_sign(tmp_path):
@@ -345,9 +448,16 @@ def test_config_can_be_written_with_an_equals_sign(tmp_path):
 
 @pytest.mark.parametrize("config_first", [True, False])
 def test_typed_words_win_over_the_file_wherever_it_stands(config_first, tmp_path):
-    typed, config = [*TRAIN, "--rank", "2"], saved(tmp_path, "rank: 8\nseed: 3\ninstance_prompt: from the file\n")
+    typed, config = (
+        [*TRAIN, "--rank", "2"],
+        saved(tmp_path, "rank: 8\nseed: 3\ninstance_prompt: from the file\n"),
+    )
     found = command_line.parse(TrainOptions, "train", config + typed if config_first else typed + config)
-    assert (found.adapter.rank, found.run.seed, found.instance.instance_prompt) == (2, 3, "a photo of sks dog")
+    assert (found.adapter.rank, found.run.seed, found.instance.instance_prompt) == (
+        2,
+        3,
+        "a photo of sks dog",
+    )
 
 
 def test_of_two_files_the_later_one_wins(tmp_path):
@@ -368,7 +478,12 @@ def test_of_two_files_the_later_one_wins(tmp_path):
     ],
 )
 def test_booleans_go_both_ways(text, words, expected, tmp_path):
-    assert command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, text), *words]).instance.center_crop is expected
+    assert (
+        command_line.parse(
+            TrainOptions, "train", [*TRAIN, *saved(tmp_path, text), *words]
+        ).instance.center_crop
+        is expected
+    )
 
 
 def test_lists_become_several_values_and_typed_ones_replace_them(tmp_path):
@@ -380,21 +495,33 @@ def test_lists_become_several_values_and_typed_ones_replace_them(tmp_path):
 
 
 def test_null_leaves_the_default(tmp_path):
-    found = command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, "rank: null\nseed: ~\noutput_dir:\n")])
+    found = command_line.parse(
+        TrainOptions, "train", [*TRAIN, *saved(tmp_path, "rank: null\nseed: ~\noutput_dir:\n")]
+    )
     assert found == command_line.parse(TrainOptions, "train", TRAIN)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.0001", 1e-4), ("2", 2.0), ("1.0e-04", 1e-4)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.0001", 1e-4), ("2", 2.0), ("1.0e-04", 1e-4)]
+)
 def test_numbers_in_yaml_are_numbers(text, expected, tmp_path):
     """PyYAML reads 1e-4 as a string."""
-    assert command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]).optimization.learning_rate == expected
+    assert (
+        command_line.parse(
+            TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"learning_rate: {text}\n")]
+        ).optimization.learning_rate
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", ["mixed_precision", "prior_generation_precision"])
 @pytest.mark.parametrize("text", ["no", "'no'"])
 def test_the_choice_no_can_be_written_in_a_file(name, text, tmp_path):
     """PyYAML reads a plain `no` as false."""
-    assert flat(command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"{name}: {text}\n")]))[name] == "no"
+    assert (
+        flat(command_line.parse(TrainOptions, "train", [*TRAIN, *saved(tmp_path, f"{name}: {text}\n")]))[name]
+        == "no"
+    )
 
 
 def test_a_prompt_of_any_letters_can_be_written_in_a_file(tmp_path):
@@ -403,7 +530,10 @@ def test_a_prompt_of_any_letters_can_be_written_in_a_file(tmp_path):
     assert command_line.parse(TrainOptions, "train", [*TRAIN[:4], *config]).instance.instance_prompt == text
 
 
-@pytest.mark.parametrize(("key", "near"), [("lerning_rate", "learning_rate"), ("train-batch-size", "train_batch_size"), ("Rank", "rank")])
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("lerning_rate", "learning_rate"), ("train-batch-size", "train_batch_size"), ("Rank", "rank")],
+)
 def test_an_unknown_key_names_the_nearest_flag_and_the_file(key, near, tmp_path, capsys):
     config = saved(tmp_path, f"rank: 4\n{key}: 1\n")
     message = refusal(TrainOptions, TRAIN + config, capsys)
@@ -434,7 +564,10 @@ def test_a_file_that_is_no_table_of_flags_is_refused_by_name(text, fragment, tmp
     assert fragment in message
 
 
-@pytest.mark.parametrize(("name", "fragment"), [("nowhere.yaml", "No such file"), (".", "Is a directory"), ("binary", "not a YAML file")])
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [("nowhere.yaml", "No such file"), (".", "Is a directory"), ("binary", "not a YAML file")],
+)
 def test_a_file_that_cannot_be_read_is_refused_by_name(name, fragment, tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"rank: \xff\xfe\x00")
     path = tmp_path / name
@@ -444,11 +577,15 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, fragment, tmp_path,
 
 
 def test_config_without_a_name_is_refused(capsys):
-    assert refusal(TrainOptions, [*TRAIN, "--config"], capsys) == "error: --config needs the name of a YAML file"
+    assert (
+        refusal(TrainOptions, [*TRAIN, "--config"], capsys) == "error: --config needs the name of a YAML file"
+    )
 
 
 def test_a_wrong_value_in_a_file_meets_the_same_checks(tmp_path, capsys):
-    assert "--rank must be at least 1, got 0" in refusal(TrainOptions, TRAIN + saved(tmp_path, "rank: 0\n"), capsys)
+    assert "--rank must be at least 1, got 0" in refusal(
+        TrainOptions, TRAIN + saved(tmp_path, "rank: 0\n"), capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -457,15 +594,60 @@ def test_a_wrong_value_in_a_file_meets_the_same_checks(tmp_path, capsys):
         (TrainOptions, TRAIN),
         (
             TrainOptions,
-            [*TRAIN, *PRIOR, "--rank", "8", "--center_crop", "--adam_epsilon", "1e-12", "--seed", "0", "--mixed_precision", "no"],
+            [
+                *TRAIN,
+                *PRIOR,
+                "--rank",
+                "8",
+                "--center_crop",
+                "--adam_epsilon",
+                "1e-12",
+                "--seed",
+                "0",
+                "--mixed_precision",
+                "no",
+            ],
         ),
         (
             TrainOptions,
-            [*TRAIN, "--instance_prompt", "no", "--class_prompt", "1e-4", "--output_dir", "2026-01-01", "--validation_prompt", "null"],
+            [
+                *TRAIN,
+                "--instance_prompt",
+                "no",
+                "--class_prompt",
+                "1e-4",
+                "--output_dir",
+                "2026-01-01",
+                "--validation_prompt",
+                "null",
+            ],
         ),
-        (TrainOptions, [*TRAIN, "--instance_prompt", "a 狗 'sks': #1\nof \"two\" lines", "--learning_rate", "0.00012345678901234567"]),
-        (ClassImageOptions, [*CLASS_IMAGES, "--seed", "12345678901234567890", "--resolution", "64", "--prior_generation_precision", "no"]),
-        (InferOptions, [*INFER, "--prompt", "a dog", "[a, list]", "--seeds", "3", "4", "--adapter", "out", "--compare"]),
+        (
+            TrainOptions,
+            [
+                *TRAIN,
+                "--instance_prompt",
+                "a 狗 'sks': #1\nof \"two\" lines",
+                "--learning_rate",
+                "0.00012345678901234567",
+            ],
+        ),
+        (
+            ClassImageOptions,
+            [
+                *CLASS_IMAGES,
+                "--seed",
+                "12345678901234567890",
+                "--resolution",
+                "64",
+                "--prior_generation_precision",
+                "no",
+            ],
+        ),
+        (
+            InferOptions,
+            [*INFER, "--prompt", "a dog", "[a, list]", "--seeds", "3", "4", "--adapter", "out", "--compare"],
+        ),
         (InferOptions, [*INFER, "--prompts_file", "prompts.txt", "--guidance_scale", "1"]),
         (InferOptions, [*INFER, "--prompt", "a dog", "--negative_prompt=-blurry"]),
     ],
@@ -484,12 +666,22 @@ def test_saved_options_are_read_back_equal(kind, words, tmp_path):
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
 
 
 def imported(importtime: str) -> set[str]:
     """Top-level modules in what `python -X importtime` wrote."""
-    names = [line.rpartition("|")[2].strip() for line in importtime.splitlines() if line.startswith("import time:")]
+    names = [
+        line.rpartition("|")[2].strip() for line in importtime.splitlines() if line.startswith("import time:")
+    ]
     return {name.partition(".")[0] for name in names}
 
 
@@ -553,7 +745,10 @@ def test_interpolations_offered_are_the_reference_s():
     ("words", "note"),
     [
         (["--text_encoder_lr", "1e-5"], "You need not use --text_encoder_lr without --train_text_encoder."),
-        (["--train_text_encoder_frac", "0.5"], "You need not use --train_text_encoder_frac without --train_text_encoder."),
+        (
+            ["--train_text_encoder_frac", "0.5"],
+            "You need not use --train_text_encoder_frac without --train_text_encoder.",
+        ),
         (["--validation_steps", "5"], "You need not use --validation_steps without --validation_prompt."),
         (["--class_seed", "5"], "You need not use --class_seed without --with_prior_preservation."),
         (["--prodigy_beta3", "0.9"], "You need not use --prodigy_beta3 without --optimizer prodigy."),
@@ -580,11 +775,27 @@ def test_prodigy_has_one_learning_rate(monkeypatch, capsys):
     assert any("not --text_encoder_lr" in note for note in options.notes())
     completed = options.completed("sdxl").optimization
     assert (completed.learning_rate, completed.text_encoder_lr) == (1.0, 1.0)
-    assert "one step size for all parts" in refusal(TrainOptions, [*TRAIN, "--optimizer", "prodigy", "--lr_pattern", "mid_block=0.5"], capsys)
+    assert "one step size for all parts" in refusal(
+        TrainOptions, [*TRAIN, "--optimizer", "prodigy", "--lr_pattern", "mid_block=0.5"], capsys
+    )
 
 
 def test_a_flag_with_several_values_may_be_repeated():
     found = command_line.parse(
-        InferOptions, "", [*INFER, "--prompt", "a", "b", "--adapter", "x", "--prompt=c", "--adapter", "y:0.5", "--batch_size", "2"]
+        InferOptions,
+        "",
+        [
+            *INFER,
+            "--prompt",
+            "a",
+            "b",
+            "--adapter",
+            "x",
+            "--prompt=c",
+            "--adapter",
+            "y:0.5",
+            "--batch_size",
+            "2",
+        ],
     )
     assert (found.prompt, found.adapter, found.batch_size) == (("a", "b", "c"), ("x", "y:0.5"), 2)

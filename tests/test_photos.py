@@ -150,7 +150,9 @@ def test_a_duplicate_under_another_format_is_found_by_its_pixels(tmp_path):
     noise().save(tmp_path / "b.bmp")
     first, second = photos.check_folder(tmp_path, FLAG).photos
     assert first.sha256 != second.sha256
-    assert photos.check_folder(tmp_path, FLAG).notes == ["b.bmp and a.png have the same pixels: that picture counts twice"]
+    assert photos.check_folder(tmp_path, FLAG).notes == [
+        "b.bmp and a.png have the same pixels: that picture counts twice"
+    ]
 
 
 def test_photos_of_the_subject_among_the_class_images_are_refused(tmp_path):
@@ -163,7 +165,9 @@ def test_photos_of_the_subject_among_the_class_images_are_refused(tmp_path):
     Image.open(instance / "photo-2.png").save(classes / "stray.bmp")
     with pytest.raises(UserError) as refused:
         photos.check_disjoint(check[0], photos.check_folder(classes, "--class_data_dir"))
-    assert str(refused.value).startswith("--class_data_dir: 1 of the class images are photos of the subject: ")
+    assert str(refused.value).startswith(
+        "--class_data_dir: 1 of the class images are photos of the subject: "
+    )
     assert f"{classes / 'stray.bmp'} is photo-2.png" in str(refused.value)
 
 
@@ -210,12 +214,16 @@ def test_a_photo_more_than_three_times_as_long_as_wide_is_remarked_on(tmp_path):
     noise(192, 64).save(tmp_path / "long.png")
     assert photos.check_folder(tmp_path, FLAG).notes == []
     noise(64, 193).save(tmp_path / "longer.png")
-    assert photos.check_folder(tmp_path, FLAG).notes == ["more than 3 times as long as wide, so that a square crop shows little of it: longer.png"]
+    assert photos.check_folder(tmp_path, FLAG).notes == [
+        "more than 3 times as long as wide, so that a square crop shows little of it: longer.png"
+    ]
 
 
 def test_the_limit_on_pixels_can_be_moved(tmp_path):
     (tmp_path / "large.png").write_bytes(png_by_header(8_001))
-    with pytest.raises(UserError, match="8001 x 8001 is over 64,000,000 pixels; make it smaller, or raise --max_image_pixels"):
+    with pytest.raises(
+        UserError, match="8001 x 8001 is over 64,000,000 pixels; make it smaller, or raise --max_image_pixels"
+    ):
         photos.check_folder(tmp_path, FLAG)
     assert len(photos.check_folder(tmp_path, FLAG, max_pixels=65_000_000).photos) == 1
     with pytest.raises(UserError, match="over 5,000 pixels"):
@@ -228,9 +236,13 @@ def test_what_was_converted_is_remarked_on_by_name(tmp_path):
     Image.new("RGBA", (64, 64), (0, 255, 0, 255)).save(tmp_path / "opaque.png")
     Image.new("L", (64, 64), 7).save(tmp_path / "grey.png")
     Image.new("L", (64, 64), 8).save(tmp_path / "grey2.png")
-    (tmp_path / "exif.jpg").write_bytes(encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30))
+    (tmp_path / "exif.jpg").write_bytes(
+        encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30)
+    )
     (tmp_path / "profile.png").write_bytes(encoded(noise(seed=3), "PNG", icc_profile=b"no profile"))
-    (tmp_path / "pages.tif").write_bytes(encoded(noise(seed=4), "TIFF", save_all=True, append_images=[noise(seed=5)]))
+    (tmp_path / "pages.tif").write_bytes(
+        encoded(noise(seed=4), "TIFF", save_all=True, append_images=[noise(seed=5)])
+    )
     assert sorted(photos.check_folder(tmp_path, FLAG).notes) == [
         "converted from CMYK, whose colours are not quite those on screens: ink.tif",
         "only the first page is taken: pages.tif",
@@ -263,7 +275,11 @@ def image_file(kind: str, dtype: type) -> Callable[[Path], object]:
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated JPEG": ("cut.jpg", written(lambda: encoded(noise(), "JPEG")[:-500]), "truncated"),
     "truncated PNG": ("cut.png", written(lambda: encoded(noise(), "PNG")[:-500]), "truncated"),
-    "truncated WEBP": ("cut.webp", written(lambda: encoded(noise(), "WEBP", lossless=True)[:-500]), "not a whole picture"),
+    "truncated WEBP": (
+        "cut.webp",
+        written(lambda: encoded(noise(), "WEBP", lossless=True)[:-500]),
+        "not a whole picture",
+    ),
     "header alone": ("head.png", written(lambda: encoded(noise(), "PNG")[:20]), "not a whole picture"),
     "flipped bits": ("flip.png", written(damaged_png), "not a whole picture"),
     "text": ("text.png", written(b"a photo of sks dog\n"), "not a whole picture"),
@@ -277,18 +293,38 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         written(lambda: png_by_header(13_000)),
         "13000 x 13000 is over 64,000,000 pixels; make it smaller",
     ),
-    "bomb of 400 million pixels": ("bomb.png", written(lambda: png_by_header(20_000)), "is over 64,000,000 pixels; make it smaller"),
-    "one row too many": ("large.png", written(lambda: png_by_header(8_001)), "8001 x 8001 is over 64,000,000 pixels"),
+    "bomb of 400 million pixels": (
+        "bomb.png",
+        written(lambda: png_by_header(20_000)),
+        "is over 64,000,000 pixels; make it smaller",
+    ),
+    "one row too many": (
+        "large.png",
+        written(lambda: png_by_header(8_001)),
+        "8001 x 8001 is over 64,000,000 pixels",
+    ),
     "bomb of text": ("text.png", written(text_bomb), "not a whole picture"),
     "32-bit float": ("depth.tif", image_file("TIFF", np.float32), "pixels of mode F"),
     "32-bit integer": ("depth.tiff", image_file("TIFF", np.int32), "pixels of mode I"),
     "one pixel": ("dot.png", lambda path: noise(1, 1).save(path), "1 x 1 pixels is too small"),
-    "thin": ("thin.png", lambda path: noise(200, 15).save(path), "200 x 15 pixels is too small; each side must have at least 16"),
+    "thin": (
+        "thin.png",
+        lambda path: noise(200, 15).save(path),
+        "200 x 15 pixels is too small; each side must have at least 16",
+    ),
     "pipe": ("pipe.png", os.mkfifo, "not a regular file"),
     "folder": ("folder.png", os.mkdir, "not a regular file"),
     "device": ("zero.png", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "link to nothing": ("link.png", lambda path: path.symlink_to("nowhere.png"), "cannot be read: No such file or directory"),
-    "link to itself": ("loop.png", lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links"),
+    "link to nothing": (
+        "link.png",
+        lambda path: path.symlink_to("nowhere.png"),
+        "cannot be read: No such file or directory",
+    ),
+    "link to itself": (
+        "loop.png",
+        lambda path: path.symlink_to(path),
+        "cannot be read: Too many levels of symbolic links",
+    ),
 }
 
 
@@ -306,7 +342,9 @@ def test_all_bad_pictures_of_a_folder_are_in_one_message(tmp_path):
     """Nobody repairs a folder one run at a time."""
     tiny.make_photos(tmp_path)
     (tmp_path / "notes.txt").write_text("skipped")
-    expected = {f"{number:02d}-{name}": (make, reason) for number, (name, make, reason) in enumerate(BAD.values())}
+    expected = {
+        f"{number:02d}-{name}": (make, reason) for number, (name, make, reason) in enumerate(BAD.values())
+    }
     for name, (make, _) in expected.items():
         make(tmp_path / name)
     lines = refusal(tmp_path).split("\n")
@@ -333,7 +371,9 @@ def test_a_large_photo_within_the_limit_is_taken(tmp_path):
 
 def test_a_photo_with_a_preview_beside_it_is_no_animation(tmp_path):
     """Many phones write JPEGs with a second picture inside (MPO): a preview, or the depth of a portrait."""
-    (tmp_path / "phone.jpg").write_bytes(encoded(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))]))
+    (tmp_path / "phone.jpg").write_bytes(
+        encoded(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    )
     assert [photo.size for photo in photos.check_folder(tmp_path, FLAG).photos] == [(64, 64)]
 
 
@@ -373,7 +413,15 @@ def test_photos_come_upright(orientation, tmp_path):
     """Phones store the sensor's pixels and say in EXIF how to hold them."""
     upright = Image.new("RGB", (96, 64), "blue")
     upright.paste("red", (0, 0, 48, 32))  # the upper left quarter
-    turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    turned = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = upright.transpose(Image.Transpose[turned[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -383,7 +431,9 @@ def test_photos_come_upright(orientation, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30], ids=["garbage", "none", "endless"]
+    "exif",
+    [b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30],
+    ids=["garbage", "none", "endless"],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_broken_orientation_is_ignored(exif, tmp_path):
@@ -405,7 +455,9 @@ def big_endian_tiff(pixels: np.ndarray) -> bytes:
         (273, long, 8),
     ]
     entries += [(277, short, 1 << 16), (278, long, height), (279, long, len(data))]
-    directory = struct.pack(">H", len(entries)) + b"".join(struct.pack(">HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    directory = struct.pack(">H", len(entries)) + b"".join(
+        struct.pack(">HHII", tag, kind, 1, value) for tag, kind, value in entries
+    )
     return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + directory + bytes(4)
 
 
@@ -414,7 +466,9 @@ def test_16_bit_grey_is_scaled_not_clipped(kind, tmp_path):
     """Pillow's own conversion turns everything above 255 of 65,535 white."""
     grey = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
     path = tmp_path / f"grey{'.png' if kind == 'PNG' else '.tif'}"
-    path.write_bytes(big_endian_tiff(grey) if kind.startswith("big") else encoded(Image.fromarray(grey), kind))
+    path.write_bytes(
+        big_endian_tiff(grey) if kind.startswith("big") else encoded(Image.fromarray(grey), kind)
+    )
     found = np.asarray(photos.load(path)).astype(int)
     assert found.shape == (64, 64, 3)
     assert np.abs(found - (grey[..., None] / 257)).max() <= 1
@@ -441,7 +495,18 @@ def palette() -> Image.Image:
         (Image.new("RGB", (64, 64), (1, 2, 3)), {"transparency": (1, 2, 3)}, (255, 255, 255)),
         (Image.new("1", (64, 64), 1), {}, (255, 255, 255)),
     ],
-    ids=["clear", "opaque", "one fifth", "grey clear", "palette", "palette clear", "grey", "grey key", "colour key", "one bit"],
+    ids=[
+        "clear",
+        "opaque",
+        "one fifth",
+        "grey clear",
+        "palette",
+        "palette clear",
+        "grey",
+        "grey key",
+        "colour key",
+        "one bit",
+    ],
 )
 def test_pictures_become_rgb_over_white(image, settings, expected, tmp_path):
     """A hidden colour under transparent parts does not leak into training."""
@@ -476,13 +541,20 @@ def display_p3() -> bytes:
         table += tag + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(body))
         data += body
     size = 128 + len(table) + len(data)
-    header = struct.pack(">I4xI4s4s4s12x4s28x", size, 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + xyz(0.9642, 1.0, 0.8249)[8:]
+    header = (
+        struct.pack(">I4xI4s4s4s12x4s28x", size, 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+        + xyz(0.9642, 1.0, 0.8249)[8:]
+    )
     return header.ljust(128, b"\0") + table + data
 
 
 def test_colours_of_a_profile_become_srgb(tmp_path):
     """A phone's green of 200 is stronger than sRGB's: read as plain numbers it would be trained on too pale."""
-    for name, profile in (("plain", None), ("srgb", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), ("p3", display_p3())):
+    for name, profile in (
+        ("plain", None),
+        ("srgb", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+        ("p3", display_p3()),
+    ):
         Image.new("RGB", (64, 64), (60, 200, 60)).save(tmp_path / f"{name}.png", icc_profile=profile)
     assert photos.load(tmp_path / "plain.png").getpixel((5, 5)) == (60, 200, 60)
     assert photos.load(tmp_path / "srgb.png").getpixel((5, 5)) == (60, 200, 60)
@@ -541,10 +613,16 @@ def test_a_crop_is_taken_at_its_corner(left, wide):
 
 
 def test_without_a_corner_the_crop_is_the_middle(wide, tmp_path):
-    assert columns_and_rows(photos.pixel_values(wide, 64, "lanczos", None)) == (list(range(16, 80)), list(range(64)))
+    assert columns_and_rows(photos.pixel_values(wide, 64, "lanczos", None)) == (
+        list(range(16, 80)),
+        list(range(64)),
+    )
     tall = Image.open(wide).crop((0, 0, 40, 64))
     tall.save(tmp_path / "tall.png")
-    assert columns_and_rows(photos.pixel_values(tmp_path / "tall.png", 40, "lanczos", None)) == (list(range(40)), list(range(12, 52)))
+    assert columns_and_rows(photos.pixel_values(tmp_path / "tall.png", 40, "lanczos", None)) == (
+        list(range(40)),
+        list(range(12, 52)),
+    )
 
 
 def test_every_corner_within_the_room_shows_picture_only(tmp_path):
@@ -579,4 +657,6 @@ def test_every_interpolation_on_offer_works_and_they_differ(tmp_path):
     noise(90, 70).save(tmp_path / "photo.png")
     results = {name: photos.pixel_values(tmp_path / "photo.png", 32, name, (1, 0)) for name in choices}
     assert all(pixels.shape == (3, 32, 32) and pixels.abs().max() <= 1 for pixels in results.values())
-    assert len({pixels.numpy().tobytes() for pixels in results.values()}) == len(choices) - 1  # the two nearest are one
+    assert (
+        len({pixels.numpy().tobytes() for pixels in results.values()}) == len(choices) - 1
+    )  # the two nearest are one

@@ -75,7 +75,10 @@ def test_every_identity_attribute_changes_the_picture():
     for kind in KINDS:
         plain = Scene(kind, "red", "snow", Identity(0, 0, 0, 0))
         for name, size in IDENTITY_SIZES.items():
-            variants = [dataclasses.replace(plain, identity=dataclasses.replace(plain.identity, **{name: value})) for value in range(size)]
+            variants = [
+                dataclasses.replace(plain, identity=dataclasses.replace(plain.identity, **{name: value}))
+                for value in range(size)
+            ]
             assert len({draw(variant).tobytes() for variant in variants}) == size, (kind, name)
 
 
@@ -139,9 +142,48 @@ def test_reader_is_right_on_fresh_renders():
 @pytest.mark.parametrize(
     ("blur", "sigma", "least"),
     [
-        (0.7, 8, {"kind": 0.99, "colour": 0.98, "place": 0.99, "accessory": 0.97, "pattern": 0.97, "second": 0.97, "shape": 0.97, "eyes": 0.97}),
-        (1.0, 16, {"kind": 0.98, "colour": 0.95, "place": 0.98, "accessory": 0.92, "pattern": 0.95, "second": 0.92, "shape": 0.95, "eyes": 0.85}),
-        (1.5, 24, {"kind": 0.95, "colour": 0.85, "place": 0.95, "accessory": 0.85, "pattern": 0.85, "second": 0.80, "shape": 0.90, "eyes": 0.50}),
+        (
+            0.7,
+            8,
+            {
+                "kind": 0.99,
+                "colour": 0.98,
+                "place": 0.99,
+                "accessory": 0.97,
+                "pattern": 0.97,
+                "second": 0.97,
+                "shape": 0.97,
+                "eyes": 0.97,
+            },
+        ),
+        (
+            1.0,
+            16,
+            {
+                "kind": 0.98,
+                "colour": 0.95,
+                "place": 0.98,
+                "accessory": 0.92,
+                "pattern": 0.95,
+                "second": 0.92,
+                "shape": 0.95,
+                "eyes": 0.85,
+            },
+        ),
+        (
+            1.5,
+            24,
+            {
+                "kind": 0.95,
+                "colour": 0.85,
+                "place": 0.95,
+                "accessory": 0.85,
+                "pattern": 0.85,
+                "second": 0.80,
+                "shape": 0.90,
+                "eyes": 0.50,
+            },
+        ),
     ],
 )
 def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
@@ -157,8 +199,15 @@ def test_a_reading_above_the_gate_is_right():
     truths = scenes(60, "gates")
     readings = [read(degraded(draw(scene), 1.3, 20, rng)) for scene in truths]
     named = ("kind", "colour", "place", "accessory", "accessory_colour")
-    for gate, top, names in ((CAPTION_CONFIDENCE, 0.85, named), (VALID_CONFIDENCE, 0.95, (*named, "identity"))):
-        pairs = [(reading.scene, truth) for reading, truth in zip(readings, truths, strict=True) if gate <= reading.confidence < top]
+    for gate, top, names in (
+        (CAPTION_CONFIDENCE, 0.85, named),
+        (VALID_CONFIDENCE, 0.95, (*named, "identity")),
+    ):
+        pairs = [
+            (reading.scene, truth)
+            for reading, truth in zip(readings, truths, strict=True)
+            if gate <= reading.confidence < top
+        ]
         assert len(pairs) >= 10
         right = [_share_right(scene, truth, names) for scene, truth in pairs]
         assert sum(right) / len(right) >= 0.95, (gate, sum(right) / len(right))
@@ -197,7 +246,10 @@ def test_prompts_are_parsed_into_what_they_ask_for(place):
 
 def test_invalid_pictures_count_as_wrong_not_as_missing():
     truth = Scene("dog", "red", "snow", Identity(0, 0, 0, 0))
-    good, noise = draw(truth), Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    good, noise = (
+        draw(truth),
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)),
+    )
     scores = score.prompt_scores([read(good), read(noise)], ["a red dog in the snow"] * 2)
     assert scores == {"valid": 0.5, "class": 0.5, "colour": 0.5, "place": 0.5}
     assert score.identity_share(read(good), "dog", truth.identity) == 1
@@ -270,7 +322,9 @@ def test_scores_of_sets_are_of_the_subject_that_the_prompt_is_about(tmp_path):
             records.append({"file": file, "set": name, "prompt": f"a photo of a sks {kind}"})
     (tmp_path / "images.json").write_text(json.dumps(records))
     found = score_sets.main(score_sets.Options(tmp_path, (subjects.FOLDER / "dog", subjects.FOLDER / "cat")))
-    assert {(name, kind): values["ID_all"] for name, of_set in found.items() for kind, values in of_set.items()} == {
+    assert {
+        (name, kind): values["ID_all"] for name, of_set in found.items() for kind, values in of_set.items()
+    } == {
         ("right", "dog"): 1,
         ("right", "cat"): 1,
         ("dogs only", "dog"): 1,

@@ -31,8 +31,16 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
             child = os.fork()
             if child == 0:
                 try:
-                    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in settings.items()}, ACCELERATE_USE_CPU="true")
+                    settings = {
+                        "RANK": rank,
+                        "LOCAL_RANK": rank,
+                        "WORLD_SIZE": count,
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port,
+                    }
+                    os.environ.update(
+                        {name: str(value) for name, value in settings.items()}, ACCELERATE_USE_CPU="true"
+                    )
                     AcceleratorState._reset_state(reset_partial_state=True)
                     try:
                         result = work(processes.join(Watch(), peer_timeout=4))
@@ -51,7 +59,10 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
 
 
 def test_gathered_rows_come_in_the_order_of_the_processes():
-    assert together(lambda peers: peers.gather(torch.tensor([[peers.rank + 1.0]])).flatten().tolist()) == [[1, 2], [1, 2]]
+    assert together(lambda peers: peers.gather(torch.tensor([[peers.rank + 1.0]])).flatten().tolist()) == [
+        [1, 2],
+        [1, 2],
+    ]
 
 
 def test_sums_are_over_all_processes():
@@ -100,7 +111,11 @@ def test_one_clock_decides_when_the_time_is_up():
 def test_processes_that_see_other_data_are_refused_by_number():
     """Nodes may have other photos, another base, another version of the program."""
     found = together(lambda peers: peers.check_same({"photos": f"those of {peers.rank}", "base": "one"}))
-    assert found == ["UserError: the processes of this run do not agree with process 0: process 1 has other photos"] * 2
+    assert (
+        found
+        == ["UserError: the processes of this run do not agree with process 0: process 1 has other photos"]
+        * 2
+    )
     assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
 
 
@@ -110,7 +125,13 @@ def test_a_process_that_died_is_named_by_every_exchange(exchange):
         if peers.rank == 1:
             os._exit(1)
         time.sleep(0.2)
-        arguments: dict[str, list[Any]] = {"gather": [torch.ones(1)], "sum": [torch.ones(1)], "wait": [], "agree": [], "check_same": [{"a": "b"}]}
+        arguments: dict[str, list[Any]] = {
+            "gather": [torch.ones(1)],
+            "sum": [torch.ones(1)],
+            "wait": [],
+            "agree": [],
+            "check_same": [{"a": "b"}],
+        }
         return getattr(peers, exchange)(*arguments[exchange])
 
     assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"

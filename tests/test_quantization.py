@@ -23,7 +23,12 @@ from tests.test_scripts import run_train
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed"))
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+        ),
+    )
     for kind, package in PACKAGES.items()
 ]
 CPU = torch.device("cpu")
@@ -54,7 +59,11 @@ def test_a_quantized_layer_computes_with_the_weight_its_bits_stand_for(kind, dty
     layer = torch.nn.Linear(128, 192, dtype=dtype).requires_grad_(False)
     exact = layer.weight.clone()
     own = quantization.QuantizedLinear(layer, kind)
-    assert 0 < (own.weight.float() - exact.float()).abs().max() < {"int8": 0.01, "nf4": 0.2}[kind] * exact.abs().max()
+    assert (
+        0
+        < (own.weight.float() - exact.float()).abs().max()
+        < {"int8": 0.01, "nf4": 0.2}[kind] * exact.abs().max()
+    )
     x = torch.randn(2, 5, 128, dtype=dtype, requires_grad=True)
     same = x.detach().clone().requires_grad_()
     out, expected = own(x), torch.nn.functional.linear(same, own.weight, layer.bias)
@@ -75,7 +84,9 @@ def test_nothing_dense_is_held_or_kept_for_backward(kind):
 
 @both_kinds
 def test_autocast_sets_the_precision_as_for_other_layers(kind):
-    own = quantization.QuantizedLinear(torch.nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False), kind)
+    own = quantization.QuantizedLinear(
+        torch.nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False), kind
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert own(torch.randn(2, 64)).dtype == torch.bfloat16
 
@@ -95,15 +106,39 @@ def test_the_linear_layers_of_attention_blocks_are_quantized_and_no_others(kind,
 
 @both_kinds
 @pytest.mark.parametrize(
-    "words", ["--adapter lora", "--adapter lora --use_dora --mixed_precision bf16", "--adapter lokr"], ids=["lora", "dora in bf16", "lokr"]
+    "words",
+    ["--adapter lora", "--adapter lora --use_dora --mixed_precision bf16", "--adapter lokr"],
+    ids=["lora", "dora in bf16", "lokr"],
 )
-def test_a_resumed_quantized_run_equals_an_unbroken_one(kind, words, tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_resumed_quantized_run_equals_an_unbroken_one(
+    kind, words, tiny_base, photos_dir, tmp_path, monkeypatch
+):
     """The unbroken one draws pictures on its way, and with the finished file."""
     monkeypatch.setattr(validation, "_STEPS", 2)
-    words = [*words.split(), "--quantize_base", kind, "--checkpointing_steps", "2", "--rank", "2", "--learning_rate", "1e-2"]
-    pictures = ["--validation_prompt", "a photo of sks dog", "--num_validation_images", "1", "--validation_steps", "1"]
+    words = [
+        *words.split(),
+        "--quantize_base",
+        kind,
+        "--checkpointing_steps",
+        "2",
+        "--rank",
+        "2",
+        "--learning_rate",
+        "1e-2",
+    ]
+    pictures = [
+        "--validation_prompt",
+        "a photo of sks dog",
+        "--num_validation_images",
+        "1",
+        "--validation_steps",
+        "1",
+    ]
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", *words, *pictures, "--max_train_steps", "3")
-    assert {path.name for path in (tmp_path / "whole" / "validation").iterdir()} == {"step-000001-00.png", "step-000002-00.png"}
+    assert {path.name for path in (tmp_path / "whole" / "validation").iterdir()} == {
+        "step-000001-00.png",
+        "step-000002-00.png",
+    }
     assert (tmp_path / "whole" / "image_0.png").is_file()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "checkpoint-2")
     again = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
@@ -112,16 +147,28 @@ def test_a_resumed_quantized_run_equals_an_unbroken_one(kind, words, tiny_base, 
 
 
 @both_kinds
-def test_the_adapter_has_the_names_and_shapes_of_any_other_and_other_numbers(kind, tiny_base, photos_dir, tmp_path):
+def test_the_adapter_has_the_names_and_shapes_of_any_other_and_other_numbers(
+    kind, tiny_base, photos_dir, tmp_path
+):
     dense = load_file(run_train(tiny_base, photos_dir, tmp_path / "dense", "--max_train_steps", "2"))
-    quantized = load_file(run_train(tiny_base, photos_dir, tmp_path / kind, "--max_train_steps", "2", "--quantize_base", kind))
-    assert {name: tensor.shape for name, tensor in dense.items()} == {name: tensor.shape for name, tensor in quantized.items()}
+    quantized = load_file(
+        run_train(tiny_base, photos_dir, tmp_path / kind, "--max_train_steps", "2", "--quantize_base", kind)
+    )
+    assert {name: tensor.shape for name, tensor in dense.items()} == {
+        name: tensor.shape for name, tensor in quantized.items()
+    }
     assert any(not torch.equal(tensor, quantized[name]) for name, tensor in dense.items())
 
 
 @both_kinds
-@pytest.mark.parametrize("adapter", [Adapter(rank=2), Adapter(rank=2, use_dora=True), Adapter(rank=2, adapter="loha")], ids=["lora", "dora", "loha"])
-def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(kind, adapter, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    "adapter",
+    [Adapter(rank=2), Adapter(rank=2, use_dora=True), Adapter(rank=2, adapter="loha")],
+    ids=["lora", "dora", "loha"],
+)
+def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(
+    kind, adapter, tiny_base, tmp_path
+):
     """What the pictures at the end of a run are drawn with."""
     trained, drawn = (load_unet(tiny_base) for _ in range(2))
     for unet in (trained, drawn):
@@ -145,22 +192,41 @@ def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(ki
 
 @both_kinds
 @pytest.mark.parametrize("adapter", ["oft", "boft", "hra"])
-def test_adapters_that_need_whole_weights_are_refused_before_a_model_is_loaded(kind, adapter, tiny_base, photos_dir, tmp_path, no_models):
-    with pytest.raises(UserError, match=f"--quantize_base {kind}: --adapter {adapter} needs the weights whole"):
-        run_train(tiny_base, photos_dir, tmp_path, "--quantize_base", kind, "--adapter", adapter, "--max_train_steps", "1")
+def test_adapters_that_need_whole_weights_are_refused_before_a_model_is_loaded(
+    kind, adapter, tiny_base, photos_dir, tmp_path, no_models
+):
+    with pytest.raises(
+        UserError, match=f"--quantize_base {kind}: --adapter {adapter} needs the weights whole"
+    ):
+        run_train(
+            tiny_base,
+            photos_dir,
+            tmp_path,
+            "--quantize_base",
+            kind,
+            "--adapter",
+            adapter,
+            "--max_train_steps",
+            "1",
+        )
 
 
 @both_kinds
-def test_a_compiled_quantized_run_is_refused_before_a_model_is_loaded(kind, tiny_base, photos_dir, tmp_path, no_models):
+def test_a_compiled_quantized_run_is_refused_before_a_model_is_loaded(
+    kind, tiny_base, photos_dir, tmp_path, no_models
+):
     with pytest.raises(UserError, match=f"--quantize_base {kind}: --compile would keep every layer whole"):
-        run_train(tiny_base, photos_dir, tmp_path, "--quantize_base", kind, "--compile", "--max_train_steps", "1")
+        run_train(
+            tiny_base, photos_dir, tmp_path, "--quantize_base", kind, "--compile", "--max_train_steps", "1"
+        )
 
 
 @both_kinds
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device works here")
 def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
     with pytest.raises(
-        UserError, match=rf"--quantize_base {kind} does not work on this device \(cuda\): AssertionError: Torch not compiled with CUDA"
+        UserError,
+        match=rf"--quantize_base {kind} does not work on this device \(cuda\): AssertionError: Torch not compiled with CUDA",
     ):
         quantization.check(Speed(quantize_base=kind), "lora", torch.device("cuda"))
 
@@ -168,9 +234,14 @@ def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
 def test_readme_has_the_sizes_that_were_counted():
     """The weights are counted again; what is kept for the backward pass takes minutes."""
     counted = json.loads(kept.RESULTS.read_text())
-    assert {base: kept.weights(base) for base in kept.BASES} == {base: sizes["weights_gib"] for base, sizes in counted.items()}
+    assert {base: kept.weights(base) for base in kept.BASES} == {
+        base: sizes["weights_gib"] for base, sizes in counted.items()
+    }
     rows = [[f"{size:.1f}" for size in sizes["weights_gib"].values()] for sizes in counted.values()]
     readme = (ROOT / "README.md").read_text()
     assert f"`nf4` | {' | '.join(', '.join(row) for row in rows)} |" in readme
-    for what, name in (("rank 8, bf16", "kept_gib"), ("`--gradient_checkpointing`", "kept_with_checkpointing_gib")):
+    for what, name in (
+        ("rank 8, bf16", "kept_gib"),
+        ("`--gradient_checkpointing`", "kept_with_checkpointing_gib"),
+    ):
         assert f"{what} | {' | '.join(f'{sizes[name]:.1f}' for sizes in counted.values())} |" in readme

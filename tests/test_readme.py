@@ -43,7 +43,9 @@ def readme_commands() -> list[str]:
 
 
 def make_recipe(target: str) -> list[str]:
-    result = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
@@ -54,7 +56,9 @@ def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
     own = words[words.index(script) + 1 :]
     if script == "convert_adapter.py":
         replaced = [str(base) if base is not None and word == HUB_ID else word for word in own]
-        tiny_width = ["--pretrained_model_name_or_path", str(base)] if own[0] == "convert" else []  # no width of a known base tells what it is
+        tiny_width = (
+            ["--pretrained_model_name_or_path", str(base)] if own[0] == "convert" else []
+        )  # no width of a known base tells what it is
         convert_adapter.main(convert_adapter.parse_command([*replaced, *tiny_width]))
         return
     main, options = SCRIPTS[script]
@@ -77,7 +81,11 @@ def test_make_test_runs_what_ci_runs():
 
 def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
     """The README's story, from training to going on with a run, in a folder where the user's photos lie."""
-    bases = {XL_ID: tiny.build_xl(tmp_path / "xl"), IF_ID: tiny.build_if(tmp_path / "if"), HUB_ID: tiny.build_pipeline(tmp_path / "base")}
+    bases = {
+        XL_ID: tiny.build_xl(tmp_path / "xl"),
+        IF_ID: tiny.build_if(tmp_path / "if"),
+        HUB_ID: tiny.build_pipeline(tmp_path / "base"),
+    }
     tiny.make_photos(tmp_path / "my_dog", 5, (80, 64))
     (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
@@ -97,7 +105,9 @@ def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
         recipe = Path(words[words.index("--config") + 1]).read_text() if "--config" in words else ""
         base = next((base for name, base in bases.items() if name in command + recipe), bases[HUB_ID])
         assert any(name in command for name in bases) or "--config" in words or script == "convert_adapter.py"
-        run_script(words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base)
+        run_script(
+            words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base
+        )
         ran.append(script)
     assert set(SCRIPTS) == set(ran)
     assert (tmp_path / "my_dog_lora" / "pytorch_lora_weights.safetensors").is_file()
@@ -118,7 +128,11 @@ def test_every_readme_command_is_known():
 
 def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
     """The demo's own command lines on the embedded base, with fewer steps, pictures and seeds."""
-    commands = [shlex.split(line) for line in make_recipe("demo") if any(name in line for name in (*SCRIPTS, "picturebook.score"))]
+    commands = [
+        shlex.split(line)
+        for line in make_recipe("demo")
+        if any(name in line for name in (*SCRIPTS, "picturebook.score"))
+    ]
     assert len(commands) == 4
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "picturebook"):
@@ -127,20 +141,34 @@ def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
         run_script(words)
     arguments = dict(zip(commands[3][3::2], commands[3][4::2], strict=True))
     options = score.Options(
-        Path(arguments["--subject"]), Path(arguments["--pictures"]), Path(arguments["--class_pictures"]), Path(arguments["--output"])
+        Path(arguments["--subject"]),
+        Path(arguments["--pictures"]),
+        Path(arguments["--class_pictures"]),
+        Path(arguments["--output"]),
     )
     scores = score.main(options)
     assert scores["subject prompts, adapter"]["pictures"] == 16
     assert scores["class prompts, base"]["pictures"] == 2
     demo = tmp_path / "runs" / "demo"
-    for name in ("pytorch_lora_weights.safetensors", "scores.json", "subject/contact_sheet.png", "class/contact_sheet.png"):
+    for name in (
+        "pytorch_lora_weights.safetensors",
+        "scores.json",
+        "subject/contact_sheet.png",
+        "class/contact_sheet.png",
+    ):
         assert (demo / name).is_file(), name
 
 
 def test_make_two_subjects_runs_from_training_to_scores(tmp_path, monkeypatch):
     """Its own command lines on the embedded base, made short; the demo's adapter is made here as well."""
-    commands = [shlex.split(line) for line in make_recipe("two_subjects") if any(name in line for name in (*SCRIPTS, "picturebook.score_sets"))]
-    assert [next(word for word in words if word in (*SCRIPTS, "picturebook.score_sets")) for words in commands][-3:] == [
+    commands = [
+        shlex.split(line)
+        for line in make_recipe("two_subjects")
+        if any(name in line for name in (*SCRIPTS, "picturebook.score_sets"))
+    ]
+    assert [
+        next(word for word in words if word in (*SCRIPTS, "picturebook.score_sets")) for words in commands
+    ][-3:] == [
         "train_dreambooth_lora.py",
         "infer.py",
         "picturebook.score_sets",

@@ -31,7 +31,11 @@ def finished(tiny_base, photos_dir, tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "status.json")}
+    return {
+        str(path.relative_to(folder)): digest(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".lock", "status.json")
+    }
 
 
 def in_child(work) -> int:
@@ -51,7 +55,9 @@ def in_child(work) -> int:
 # --- the lock
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_one_named(tiny_base, photos_dir, tmp_path, capfd):
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_one_named(
+    tiny_base, photos_dir, tmp_path, capfd
+):
     def second():
         try:
             run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
@@ -118,10 +124,16 @@ def test_class_images_that_another_run_is_making_are_waited_for(tiny_base, photo
 REFUSED = {
     "rank": (["--rank", "8"], "--rank was 4 and is 8"),
     "learning rate": (["--learning_rate", "1e-3"], "--learning_rate was 0.0005 and is 0.001"),
-    "prompt": (["--instance_prompt", "a photo of qwe dog"], "--instance_prompt was a photo of sks dog and is a photo of qwe dog"),
+    "prompt": (
+        ["--instance_prompt", "a photo of qwe dog"],
+        "--instance_prompt was a photo of sks dog and is a photo of qwe dog",
+    ),
     "resolution": (["--resolution", "72"], "--resolution was 64 and is 72"),
     "seed": (["--seed", "2"], "--seed was 1 and is 2"),
-    "slots": (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps times the processes was 1 and is 2"),
+    "slots": (
+        ["--gradient_accumulation_steps", "2"],
+        "--gradient_accumulation_steps times the processes was 1 and is 2",
+    ),
     "text encoder": (["--train_text_encoder"], "--train_text_encoder was False and is True"),
     "dropout": (["--lora_dropout", "0.1"], "--lora_dropout was 0.0 and is 0.1"),
     "sync": (["--gradient_sync", "ddp"], "--gradient_sync was exact and is ddp"),
@@ -130,7 +142,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "anew"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_another_run_in_the_folder_is_refused_with_the_difference(finished, tiny_base, photos_dir, no_models, what, resumed):
+def test_another_run_in_the_folder_is_refused_with_the_difference(
+    finished, tiny_base, photos_dir, no_models, what, resumed
+):
     """Before any model loads; what is there stays as it is."""
     before = files(finished)
     words, difference = REFUSED[what]
@@ -144,36 +158,86 @@ def test_another_run_in_the_folder_is_refused_with_the_difference(finished, tiny
 
 def test_all_differences_are_in_one_message(finished, tiny_base, photos_dir):
     with pytest.raises(UserError) as refusal:
-        run_train(tiny_base, photos_dir, finished, "--rank", "8", "--learning_rate", "1", "--resume_from_checkpoint", "latest")
+        run_train(
+            tiny_base,
+            photos_dir,
+            finished,
+            "--rank",
+            "8",
+            "--learning_rate",
+            "1",
+            "--resume_from_checkpoint",
+            "latest",
+        )
     assert "--rank was 4" in str(refusal.value)
     assert "--learning_rate was" in str(refusal.value)
 
 
 def test_another_base_is_refused(finished, tiny_v_base, photos_dir):
     with pytest.raises(UserError, match="the base's weights were"):
-        run_train(tiny_v_base, photos_dir, finished, "--resume_from_checkpoint", "latest", "--max_train_steps", "6")
+        run_train(
+            tiny_v_base, photos_dir, finished, "--resume_from_checkpoint", "latest", "--max_train_steps", "6"
+        )
 
 
-FREE = ["--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--dataloader_num_workers", "1", "--gradient_checkpointing"]
+FREE = [
+    "--checkpointing_steps",
+    "3",
+    "--checkpoints_total_limit",
+    "2",
+    "--dataloader_num_workers",
+    "1",
+    "--gradient_checkpointing",
+]
 
 
-def test_more_steps_and_what_leaves_the_old_ones_as_they_were_may_change(finished, tiny_base, photos_dir, tmp_path):
+def test_more_steps_and_what_leaves_the_old_ones_as_they_were_may_change(
+    finished, tiny_base, photos_dir, tmp_path
+):
     """Interval and limit of checkpoints, loader workers, gradient checkpointing, validation, the time limit: the bytes are an unbroken run's."""
-    more = [*FREE, "--validation_prompt", "a dog", "--num_validation_images", "1", "--max_train_minutes", "60"]
+    more = [
+        *FREE,
+        "--validation_prompt",
+        "a dog",
+        "--num_validation_images",
+        "1",
+        "--max_train_minutes",
+        "60",
+    ]
     words = ["--max_train_steps", "6", "--resume_from_checkpoint", str(finished / "checkpoint-2"), *more]
     resumed = run_train(tiny_base, photos_dir, tmp_path / "resumed", *words)
-    assert digest(resumed) == digest(run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "6"))
+    assert digest(resumed) == digest(
+        run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "6")
+    )
 
 
-def test_another_number_of_steps_under_a_schedule_that_depends_on_it_is_said(tiny_base, photos_dir, tmp_path, capsys):
+def test_another_number_of_steps_under_a_schedule_that_depends_on_it_is_said(
+    tiny_base, photos_dir, tmp_path, capsys
+):
     words = ["--lr_scheduler", "cosine", "--checkpointing_steps", "2"]
     run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
-    run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *words,
+        "--max_train_steps",
+        "4",
+        "--resume_from_checkpoint",
+        "latest",
+    )
     assert "--max_train_steps was 2 and is 4: --lr_scheduler depends on it" in capsys.readouterr().out
 
 
 def test_another_thread_count_is_said(finished, tiny_base, photos_dir, tmp_path, capsys):
-    words = ["--max_train_steps", "4", "--resume_from_checkpoint", str(finished / "checkpoint-4"), "--num_threads", "2"]
+    words = [
+        "--max_train_steps",
+        "4",
+        "--resume_from_checkpoint",
+        str(finished / "checkpoint-4"),
+        "--num_threads",
+        "2",
+    ]
     run_train(tiny_base, photos_dir, tmp_path, *words)
     assert "threads was 1 and is 2: the result may differ in its last bits" in capsys.readouterr().out
 
@@ -184,7 +248,9 @@ def test_changed_photos_are_refused_by_name_unless_allowed(tiny_base, tmp_path, 
     out = tmp_path / "out"
     run_train(tiny_base, photos, out, "--max_train_steps", "2", "--checkpointing_steps", "2")
     if change == "added":
-        (photos / "photo-3.png").write_bytes(tiny.make_photos(tmp_path / "more", 1, seed=5).joinpath("photo-0.png").read_bytes())
+        (photos / "photo-3.png").write_bytes(
+            tiny.make_photos(tmp_path / "more", 1, seed=5).joinpath("photo-0.png").read_bytes()
+        )
     elif change == "removed":
         (photos / "photo-2.png").unlink()
     else:
@@ -195,7 +261,10 @@ def test_changed_photos_are_refused_by_name_unless_allowed(tiny_base, tmp_path, 
         run_train(tiny_base, photos, out, *words)
     assert f"1 instance pictures {change} ({name})" in str(refusal.value)
     run_train(tiny_base, photos, out, *words, "--allow_data_change")
-    assert f"1 instance pictures {change} ({name}); the run goes on with what is there now" in capsys.readouterr().out
+    assert (
+        f"1 instance pictures {change} ({name}); the run goes on with what is there now"
+        in capsys.readouterr().out
+    )
 
 
 def test_photos_may_lie_elsewhere_if_they_are_the_same(finished, tiny_base, photos_dir, tmp_path):
@@ -204,18 +273,33 @@ def test_photos_may_lie_elsewhere_if_they_are_the_same(finished, tiny_base, phot
     for path in photos_dir.iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
     words = ["--max_train_steps", "4", "--resume_from_checkpoint", str(finished / "checkpoint-2")]
-    assert digest(run_train(tiny_base, moved, tmp_path / "out", *words)) == digest(finished / native.ADAPTER_NAME)
+    assert digest(run_train(tiny_base, moved, tmp_path / "out", *words)) == digest(
+        finished / native.ADAPTER_NAME
+    )
 
 
 def test_overwrite_removes_the_run_that_was_there_and_nothing_else(tiny_base, photos_dir, tmp_path):
     out = tmp_path / "out"
     run_train(tiny_base, photos_dir, out, "--max_train_steps", "4", "--checkpointing_steps", "1")
     (out / "notes.txt").write_text("mine")
-    anew = run_train(tiny_base, photos_dir, out, "--max_train_steps", "2", "--checkpointing_steps", "2", "--rank", "2", "--overwrite")
+    anew = run_train(
+        tiny_base,
+        photos_dir,
+        out,
+        "--max_train_steps",
+        "2",
+        "--checkpointing_steps",
+        "2",
+        "--rank",
+        "2",
+        "--overwrite",
+    )
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (out / "notes.txt").read_text() == "mine"
     assert [record["step"] for record in metrics(out)] == [1, 2]
-    assert digest(anew) == digest(run_train(tiny_base, photos_dir, tmp_path / "other", "--max_train_steps", "2", "--rank", "2"))
+    assert digest(anew) == digest(
+        run_train(tiny_base, photos_dir, tmp_path / "other", "--max_train_steps", "2", "--rank", "2")
+    )
 
 
 def test_a_mistake_beside_overwrite_removes_nothing(finished, tiny_base, tmp_path):
@@ -230,17 +314,26 @@ def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_p
     words = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
     run_train(tiny_base, photos_dir, tmp_path, *words)
     before = files(tmp_path)
-    with pytest.raises(UserError, match="holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"):
+    with pytest.raises(
+        UserError,
+        match="holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew",
+    ):
         run_train(tiny_base, photos_dir, tmp_path, *words)
     assert files(tmp_path) == before
     run_train(tiny_base, photos_dir, tmp_path, *words, "--overwrite")
     after = files(tmp_path)
-    assert {name for name in before if before[name] != after.get(name)} <= {"metrics.jsonl"}  # images a second
+    assert {name for name in before if before[name] != after.get(name)} <= {
+        "metrics.jsonl"
+    }  # images a second
 
 
-def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_drew(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_drew(
+    tiny_base, photos_dir, tmp_path, monkeypatch
+):
     """Killed before its first checkpoint: the same command line, asked to resume, must not be refused for a seed nobody gave."""
-    words = train_words(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    words = train_words(
+        tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"
+    )
     at = words.index("--seed")
     del words[at : at + 2]
     with monkeypatch.context() as patch:
@@ -260,9 +353,14 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
 
     def identity(crops: Any, picture: str) -> dict[str, Any]:
         pictures = {"instance": {"photo.png": picture}}
-        return run_folder.identity(options, slots=1, base="b", pictures=pictures, captions={}, max_steps=2, start=None, crops=crops)
+        return run_folder.identity(
+            options, slots=1, base="b", pictures=pictures, captions={}, max_steps=2, start=None, crops=crops
+        )
 
-    before, after = (identity(None if crops == "fixed" else crops, hash_) for crops, hash_ in ((was, "a"), (now, "b" if other_pictures else "a")))
+    before, after = (
+        identity(None if crops == "fixed" else crops, hash_)
+        for crops, hash_ in ((was, "a"), (now, "b" if other_pictures else "a"))
+    )
     assert after["flags"]["crops"] == now
     if was is None:
         del before["flags"]["crops"]
@@ -273,7 +371,9 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
     assert bool(changed) == other_pictures
 
 
-def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(finished, tiny_base, photos_dir, tmp_path):
+def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(
+    finished, tiny_base, photos_dir, tmp_path
+):
     here = tmp_path / "here"
     run_train(tiny_base, photos_dir, here, "--max_train_steps", "1", "--rank", "2")
     before = files(here)
@@ -287,16 +387,36 @@ def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_i
 
 def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, tmp_path):
     """Else reading it back would wipe the run, or refuse to go on with it."""
-    run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--overwrite")
-    words = ["--config", str(tmp_path / "run.yaml"), "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    run_train(
+        tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--overwrite"
+    )
+    words = [
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--max_train_steps",
+        "3",
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     train.main(parse(TrainOptions, "", words))
     assert len(metrics(tmp_path)) == 3
 
 
-def test_later_checkpoints_outlive_a_run_that_goes_on_from_an_earlier_one(finished, tiny_base, photos_dir, tmp_path):
+def test_later_checkpoints_outlive_a_run_that_goes_on_from_an_earlier_one(
+    finished, tiny_base, photos_dir, tmp_path
+):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    words = ["--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--resume_from_checkpoint", "checkpoint-2"]
+    words = [
+        "--max_train_steps",
+        "3",
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "1",
+        "--resume_from_checkpoint",
+        "checkpoint-2",
+    ]
     run_train(tiny_base, photos_dir, out, *words)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
@@ -321,7 +441,17 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
 
 def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir, tmp_path):
     """Without a step taken it is that adapter; and it is not where a run from nothing starts."""
-    started = run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--learning_rate", "0", "--max_train_steps", "1")
+    started = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        "--init_adapter",
+        str(finished),
+        "--learning_rate",
+        "0",
+        "--max_train_steps",
+        "1",
+    )
     one, other = load_file(started), load_file(finished / native.ADAPTER_NAME)
     assert all((one[key] == other[key]).all() for key in other)
     assert any(tensor.any() for key, tensor in one.items() if "lora_B" in key)

@@ -70,7 +70,9 @@ def test_seeds_that_share_their_low_32_bits_differ():
     """torch's CPU generator reads no more of a seed than those."""
     assert not torch.equal(drawn(5), drawn(5 + 2**32))
     rows, shape = range(4), (2, 3)
-    assert not torch.equal(order.noise_of_rows(5, "noise", rows, shape), order.noise_of_rows(5 + 2**32, "noise", rows, shape))
+    assert not torch.equal(
+        order.noise_of_rows(5, "noise", rows, shape), order.noise_of_rows(5 + 2**32, "noise", rows, shape)
+    )
 
 
 def test_no_two_rows_of_a_long_run_share_a_generator():
@@ -85,7 +87,12 @@ def test_no_two_rows_of_a_long_run_share_a_generator():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_steps_and_slots_number_the_rows_without_gap_or_overlap(batch_size):
-    found = [row for step in range(5) for slot in range(4) for row in order.rows_of_slot(step, slot, slots=4, batch_size=batch_size)]
+    found = [
+        row
+        for step in range(5)
+        for slot in range(4)
+        for row in order.rows_of_slot(step, slot, slots=4, batch_size=batch_size)
+    ]
     assert found == list(range(5 * 4 * batch_size))
 
 
@@ -115,13 +122,17 @@ def test_slots_taken_in_turn_are_in_order(world):
 @pytest.mark.parametrize("count", [1, 3, 5, 30])
 def test_every_image_is_visited_once_a_turn(count):
     for turn in range(6):
-        visited = [order.image_of_row(5, "order", row, count) for row in range(turn * count, (turn + 1) * count)]
+        visited = [
+            order.image_of_row(5, "order", row, count) for row in range(turn * count, (turn + 1) * count)
+        ]
         assert sorted(visited) == list(range(count))
 
 
 def test_turns_seeds_and_purposes_have_orders_of_their_own():
     def turn(number: int, seed: int = 5, purpose: str = "instance-order") -> tuple[int, ...]:
-        return tuple(order.image_of_row(seed, purpose, row, 20) for row in range(number * 20, number * 20 + 20))
+        return tuple(
+            order.image_of_row(seed, purpose, row, 20) for row in range(number * 20, number * 20 + 20)
+        )
 
     orders = [turn(0), turn(1), turn(2), turn(0, seed=6), turn(0, purpose="class-order")]
     assert len(set(orders)) == len(orders)
@@ -150,7 +161,10 @@ def test_noise_is_standard_normal_and_differs_by_row_seed_and_purpose():
     assert (noise.shape, noise.dtype, noise.device.type) == ((64, 4, 8, 8), torch.float32, "cpu")
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
-    others = [order.noise_of_rows(6, "noise", range(64), (4, 8, 8)), order.noise_of_rows(5, "posterior", range(64), (4, 8, 8))]
+    others = [
+        order.noise_of_rows(6, "noise", range(64), (4, 8, 8)),
+        order.noise_of_rows(5, "posterior", range(64), (4, 8, 8)),
+    ]
     rows = torch.cat([noise, *others]).flatten(1)
     closeness = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0)
     assert closeness.abs().max() < 0.4  # 192 rows of 256 independent numbers
@@ -179,7 +193,11 @@ def test_timesteps_reach_both_ends():
 
 
 def test_seeds_and_purposes_have_timesteps_of_their_own():
-    found = [order.levels_of_rows(seed, purpose, range(50), 1000) for seed in (5, 6) for purpose in ("instance-timestep", "class-timestep")]
+    found = [
+        order.levels_of_rows(seed, purpose, range(50), 1000)
+        for seed in (5, 6)
+        for purpose in ("instance-timestep", "class-timestep")
+    ]
     assert all((a == b).sum() < 10 for a, b in itertools.combinations(found, 2))
 
 
@@ -187,7 +205,11 @@ def test_crops_use_all_of_their_room_and_no_more():
     crops = [order.crop_of_row(5, "instance", row, (3, 0)) for row in range(100)]
     assert {left for left, _ in crops} == {0, 1, 2, 3}
     assert {top for _, top in crops} == {0}
-    assert {top for _, top in (order.crop_of_row(5, "instance", row, (0, 2)) for row in range(100))} == {0, 1, 2}
+    assert {top for _, top in (order.crop_of_row(5, "instance", row, (0, 2)) for row in range(100))} == {
+        0,
+        1,
+        2,
+    }
 
 
 def test_crops_on_a_grid_use_all_of_their_room_in_steps_of_it():

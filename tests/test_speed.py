@@ -22,22 +22,31 @@ def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_d
     monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
     late = digest(run_train(tiny_base, photos_dir, tmp_path / "late", *words))
     assert late == at_once
-    one, other = ([{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(tmp_path / n)] for n in ("at_once", "late"))
+    one, other = (
+        [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(tmp_path / n)]
+        for n in ("at_once", "late")
+    )
     assert one == other
     assert [record["step"] for record in other] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("what", ["the loss", "the gradients"])
-def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, what):
+def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, what
+):
     words = ["--max_train_steps", "9", "--checkpointing_steps", "9"]
-    shorter = run_train(tiny_base, photos_dir, tmp_path / "shorter", "--max_train_steps", "4", "--checkpointing_steps", "9")
+    shorter = run_train(
+        tiny_base, photos_dir, tmp_path / "shorter", "--max_train_steps", "4", "--checkpointing_steps", "9"
+    )
     real, calls = train.dreambooth_loss, []
 
     def spoiled(*args, **kwargs):
         calls.append(1)
         loss, pieces = real(*args, **kwargs)
         if len(calls) == 5:
-            loss = loss * float("nan") if what == "the loss" else loss + 0 * (loss - loss.detach()).sqrt()  # the root's slope at 0 is infinite
+            loss = (
+                loss * float("nan") if what == "the loss" else loss + 0 * (loss - loss.detach()).sqrt()
+            )  # the root's slope at 0 is infinite
         return loss, pieces
 
     monkeypatch.setattr(train, "dreambooth_loss", spoiled)
@@ -60,7 +69,16 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(tin
 def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     compile_blocks, counts = compilation.compile_blocks, []
     monkeypatch.setattr(compilation, "compile_blocks", lambda unet: counts.append(compile_blocks(unet)))
-    words = ["--max_train_steps", "2", "--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_steps", "1"]
+    words = [
+        "--max_train_steps",
+        "2",
+        "--validation_prompt",
+        "a dog",
+        "--num_validation_images",
+        "1",
+        "--validation_steps",
+        "1",
+    ]
     plain = load_file(run_train(tiny_base, photos_dir, tmp_path / "plain", *words))
     compiled = load_file(run_train(tiny_base, photos_dir, tmp_path / "compiled", *words, "--compile"))
     assert len(counts) == 1
@@ -78,16 +96,25 @@ def test_every_block_is_compiled_and_the_names_of_its_weights_stay(tiny_base):
 
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     names = list(unet.state_dict())
-    assert compilation.compile_blocks(unet) == sum(type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock") for m in unet.modules()) > 5
+    assert (
+        compilation.compile_blocks(unet)
+        == sum(type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock") for m in unet.modules())
+        > 5
+    )
     assert list(unet.state_dict()) == names
 
 
-def test_a_compiler_that_is_missing_is_told_before_anything_slow(tiny_base, photos_dir, tmp_path, monkeypatch, no_models):
+def test_a_compiler_that_is_missing_is_told_before_anything_slow(
+    tiny_base, photos_dir, tmp_path, monkeypatch, no_models
+):
     def fail(function):
         raise RuntimeError("no C++ compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(UserError, match=r"^--compile does not work here: no C\+\+ compiler was found; install a C\+\+ compiler, or leave it out$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--compile does not work here: no C\+\+ compiler was found; install a C\+\+ compiler, or leave it out$",
+    ):
         run_train(tiny_base, photos_dir, tmp_path, "--compile")
 
 

@@ -42,12 +42,21 @@ def case(**changes: Any) -> speed.Case:
 
 def measured(tmp_path: Path, *, reference: bool = True) -> dict[str, Any]:
     """A report with a case of each kind."""
-    here, there = ({"step_s": s, "first_step_s": 10 * s, "peak_mib": 1000 * s, "picture_s": s} for s in (0.5, 1.0))
+    here, there = (
+        {"step_s": s, "first_step_s": 10 * s, "peak_mib": 1000 * s, "picture_s": s} for s in (0.5, 1.0)
+    )
     options = speed.Options(output=tmp_path / "speed.json", threads=2)
     cases: dict[str, Any] = {}
     for name in ("m35", "class-images", "pictures-10"):
-        found = {"here": here, "bare": {"step_s": 0.4}, "again": here, **({"reference": there} if reference else {})}
-        found = {program: values for program, values in found.items() if program in speed.CASES[name].programs}
+        found = {
+            "here": here,
+            "bare": {"step_s": 0.4},
+            "again": here,
+            **({"reference": there} if reference else {}),
+        }
+        found = {
+            program: values for program, values in found.items() if program in speed.CASES[name].programs
+        }
         cases[name] = {"title": speed.CASES[name].title, "rounds": 3, "medians": found}
     return {**speed.setting(options), "cases": cases}
 
@@ -64,7 +73,9 @@ def test_the_probe_sees_every_step_of_a_run_and_leaves_nothing_behind(tiny_base,
     in_turn = [before, *seconds, time.monotonic()]
     assert in_turn == sorted(in_turn)
     assert peaks[0] > 100
-    assert all(after > before - 2 for before, after in itertools.pairwise(peaks))  # the system counts pages in batches, for each core
+    assert all(
+        after > before - 2 for before, after in itertools.pairwise(peaks)
+    )  # the system counts pages in batches, for each core
     kept = len(moments["steps"])
     with speed_probe.recorded() as others:
         pass
@@ -89,7 +100,9 @@ def test_a_script_under_the_probe_is_main_and_its_report_is_of_this_clock(tmp_pa
 
 def test_a_run_that_fails_hangs_or_reports_nothing_is_told_with_its_last_words(tmp_path, monkeypatch):
     stand_in = tmp_path / "probe.py"  # one that imports nothing
-    stand_in.write_text("import sys, time; print('the last words', flush=True); time.sleep(float(sys.argv[3])); sys.exit(int(sys.argv[2]))")
+    stand_in.write_text(
+        "import sys, time; print('the last words', flush=True); time.sleep(float(sys.argv[3])); sys.exit(int(sys.argv[2]))"
+    )
     monkeypatch.setattr(speed, "PROBE", stand_in)
     with pytest.raises(speed.Failed, match=r"(?s)exit status 3, 0 of 1 reports.*the last words"):
         speed.launch(["3", "0"], tmp_path, {}, limit=60)
@@ -101,7 +114,9 @@ def test_a_run_that_fails_hangs_or_reports_nothing_is_told_with_its_last_words(t
     assert time.monotonic() - before < 60
 
 
-def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on(
+    tmp_path, monkeypatch, capsys
+):
     def fake(words: Any, *others: Any) -> Any:
         if "64" in words:
             raise speed.Failed("exit status 3, 0 of 1 reports\nout of memory")
@@ -110,13 +125,20 @@ def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on
     monkeypatch.setattr(speed, "launch", fake)
     monkeypatch.setattr(speed, "prepare", lambda *_: None)
     monkeypatch.setattr(speed, "load_of_others", lambda: 0.0)
-    bad = case(programs={"here": speed.train_here, "reference": speed.train_reference, "bare": speed.train_bare})
+    bad = case(
+        programs={"here": speed.train_here, "reference": speed.train_reference, "bare": speed.train_bare}
+    )
     monkeypatch.setattr(speed, "CASES", {"bad": bad, "good": dataclasses.replace(bad, side=32)})
     options = speed.Options(output=tmp_path / "speed.json", work=tmp_path / "work", rounds=2)
     assert speed.main(options) == 1
     report = json.loads(options.output.read_text())
     assert report["cases"]["bad"] == {"title": "a case", "failed": "here: exit status 3, 0 of 1 reports"}
-    assert report["cases"]["good"]["medians"]["here"] == {"peak_mib": 100.0, "peak_to_end_mib": 150.0, "first_step_s": 5.0, "step_s": 1.0}
+    assert report["cases"]["good"]["medians"]["here"] == {
+        "peak_mib": 100.0,
+        "peak_to_end_mib": 150.0,
+        "first_step_s": 5.0,
+        "step_s": 1.0,
+    }
     assert len(report["cases"]["good"]["runs"]["here"]) == 2
     assert report["cases"]["good"]["ratios"]["here/bare"]["step_s"] == 1.0
     assert "| a case | failed |" in speed.table(report)
@@ -137,12 +159,24 @@ def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on
 
 
 def test_results_of_other_versions_and_wrong_flags_are_refused(tmp_path, capsys):
-    options = speed.Options(output=tmp_path / "speed.json", work=tmp_path / "work", only=("tinny",), reference_path=tmp_path, rounds=0, resume=True)
+    options = speed.Options(
+        output=tmp_path / "speed.json",
+        work=tmp_path / "work",
+        only=("tinny",),
+        reference_path=tmp_path,
+        rounds=0,
+        resume=True,
+    )
     setting = speed.setting(options)
     options.output.write_text(json.dumps({**setting, "versions": {"torch": "1.0"}, "cases": {}}))
     assert speed.main(options) == 2
     said = capsys.readouterr().err
-    for part in ("no case 'tinny'; there are: tiny", "has no torchvision", "--rounds must be at least 1", "is of another versions: {'torch': '1.0'}"):
+    for part in (
+        "no case 'tinny'; there are: tiny",
+        "has no torchvision",
+        "--rounds must be at least 1",
+        "is of another versions: {'torch': '1.0'}",
+    ):
         assert part in said
     assert speed.main(speed.Options(reference=tmp_path / "none.py")) == 2
     assert "there is no file" in capsys.readouterr().err
@@ -154,17 +188,31 @@ def test_figures_leave_out_the_warm_up_and_take_the_process_with_most_memory():
     found = speed.figures(reports, 7.0, case(processes=2))
     assert found == {"peak_mib": 300.0, "peak_to_end_mib": 350.0, "first_step_s": 5.0, "step_s": 2.0}
     assert speed.figures(reports[:1], 7.0, case(warm_up=0))["step_s"] == 2.0
-    drawn = {"steps": [], "pictures": [[10, 50], *([20, 60] for _ in range(3)), *([40, 70] for _ in range(4))], "end": [50, 80]}
-    assert speed.figures([drawn], 0.0, case(drawn=8)) == {"peak_mib": 70, "peak_to_end_mib": 80, "picture_s": 5.0}
+    drawn = {
+        "steps": [],
+        "pictures": [[10, 50], *([20, 60] for _ in range(3)), *([40, 70] for _ in range(4))],
+        "end": [50, 80],
+    }
+    assert speed.figures([drawn], 0.0, case(drawn=8)) == {
+        "peak_mib": 70,
+        "peak_to_end_mib": 80,
+        "picture_s": 5.0,
+    }
     with pytest.raises(speed.Failed, match="7 steps were to come, got 6"):
         speed.figures([report_of(1.0)], 0.0, case(steps=7))
 
 
 def test_medians_are_by_figure_and_ratios_of_what_both_have():
-    runs = [{"step_s": 1.0, "peak_mib": 30.0}, {"step_s": 9.0, "peak_mib": 10.0}, {"step_s": 2.0, "peak_mib": 20.0}]
+    runs = [
+        {"step_s": 1.0, "peak_mib": 30.0},
+        {"step_s": 9.0, "peak_mib": 10.0},
+        {"step_s": 2.0, "peak_mib": 20.0},
+    ]
     assert speed.medians(runs) == {"step_s": 2.0, "peak_mib": 20.0}
     assert speed.medians(runs[:2]) == {"step_s": 5.0, "peak_mib": 20.0}
-    assert speed.ratios({"step_s": 3.0, "picture_s": 1.0}, {"step_s": 2.0, "peak_mib": 5.0}) == {"step_s": 1.5}
+    assert speed.ratios({"step_s": 3.0, "picture_s": 1.0}, {"step_s": 2.0, "peak_mib": 5.0}) == {
+        "step_s": 1.5
+    }
 
 
 @pytest.mark.parametrize("name", speed.CASES)
@@ -174,7 +222,9 @@ def test_every_case_has_flags_that_this_program_takes(name, tmp_path):
     kind: Any = ClassImageOptions if tried.drawn else TrainOptions
     options = parse(kind, "", words)
     assert Path(script).is_file()
-    assert options.base.pretrained_model_name_or_path == str(speed.Place(tmp_path / "a folder", None).base(tried.base))
+    assert options.base.pretrained_model_name_or_path == str(
+        speed.Place(tmp_path / "a folder", None).base(tried.base)
+    )
     if not tried.drawn:
         assert options.run.max_train_steps == tried.steps > tried.warm_up + 1
         assert options.instance.resolution == tried.side
@@ -188,7 +238,11 @@ def test_the_table_has_a_row_for_every_case_in_three_tables(tmp_path, with_refer
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 6
     assert len({row.count("|") for row in rows[:2]}) == 1
-    training = "| 0.5 (1, 2.00 x) | 5 (10, 2.00 x) | 500 (1,000, 2.00 x) |" if with_reference else "| 0.5 | 5 | 500 |"
+    training = (
+        "| 0.5 (1, 2.00 x) | 5 (10, 2.00 x) | 500 (1,000, 2.00 x) |"
+        if with_reference
+        else "| 0.5 | 5 | 500 |"
+    )
     assert f"batch 1, fp32 {training} 0.4 (1.25 x) |" in text
     assert ("| 2 (1, 2.00 x) |" if with_reference else "| 2 | 500 |") in text
     assert "| 10 pictures | 5 | 5 | 0.5 | 500 |" in text
@@ -197,7 +251,9 @@ def test_the_table_has_a_row_for_every_case_in_three_tables(tmp_path, with_refer
 
 def test_the_committed_figures_are_those_of_the_readme():
     readme = (ROOT / "README.md").read_text()
-    text = speed.table(json.loads(speed.RESULTS.read_text())) if speed.RESULTS.exists() else speed.NOT_MEASURED
+    text = (
+        speed.table(json.loads(speed.RESULTS.read_text())) if speed.RESULTS.exists() else speed.NOT_MEASURED
+    )
     assert f"{speed.MARKS[0]}\n{text}\n{speed.MARKS[1]}" in readme
 
 
@@ -234,7 +290,12 @@ def test_layers_are_timed_against_torchs_own_and_what_other_processors_gave_stay
     monkeypatch.setattr(layers, "DOCS", tmp_path / "speed.md")
     layers.DOCS.write_text(f"before\n{layers.MARKS[0]}\nold\n{layers.MARKS[1]}\nafter\n")
     cell = {"torch": [2.0, 2.0], "here": [1.0, 1.0], "times": 2.0}
-    other = {"torch": "2.0", "threads": 64, "gflop_per_s": {"float32": 9}, "cases": {"a layer": {"float32": cell, "bfloat16": cell}, "gone": {}}}
+    other = {
+        "torch": "2.0",
+        "threads": 64,
+        "gflop_per_s": {"float32": 9},
+        "cases": {"a layer": {"float32": cell, "bfloat16": cell}, "gone": {}},
+    }
     layers.RESULTS.write_text(json.dumps({"another processor": other}))
     layers.main()
     results = json.loads(layers.RESULTS.read_text())
@@ -255,6 +316,8 @@ def test_the_documentation_has_the_table_of_its_results():
 
 def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n")
+    info.write_text(
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    )
     monkeypatch.setattr(machine, "Path", lambda name: info)
     assert machine.processor() == "AMD EPYC (family 25, model 17)"

@@ -52,7 +52,10 @@ except ModuleNotFoundError:
 @pytest.fixture
 def installed(tmp_path) -> dict[str, str]:
     """An environment in which both optional packages are there. The one says what it is when it is imported, the other breaks."""
-    for name, content in (("torchao", "print('imported')"), ("bitsandbytes", "raise SystemExit('bitsandbytes was imported')")):
+    for name, content in (
+        ("torchao", "print('imported')"),
+        ("bitsandbytes", "raise SystemExit('bitsandbytes was imported')"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(content)
     return os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -64,12 +67,26 @@ def nothing_known(monkeypatch):
 
 
 def test_libraries_import_no_optional_package_that_the_run_does_not_need(installed):
-    result = subprocess.run([sys.executable, "-c", OPTIONAL_ARE_LEFT_OUT], cwd=ROOT, env=installed, check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", OPTIONAL_ARE_LEFT_OUT],
+        cwd=ROOT,
+        env=installed,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "imported" not in result.stdout
 
 
 def test_the_package_that_is_needed_is_there_and_the_other_is_not(installed):
-    result = subprocess.run([sys.executable, "-c", ONE_IS_NEEDED], cwd=ROOT, env=installed, check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_IS_NEEDED],
+        cwd=ROOT,
+        env=installed,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == "imported\nleft out\n"
 
 
@@ -87,7 +104,15 @@ def test_the_package_that_is_needed_is_there_and_the_other_is_not(installed):
 )
 def test_each_flag_asks_for_the_package_that_it_needs_and_for_no_other(monkeypatch, given, packages):
     monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name)  # as if all were installed
-    words = ["--pretrained_model_name_or_path", "b", "--instance_data_dir", "p", "--instance_prompt", "a photo of sks dog", *given]
+    words = [
+        "--pretrained_model_name_or_path",
+        "b",
+        "--instance_data_dir",
+        "p",
+        "--instance_prompt",
+        "a photo of sks dog",
+        *given,
+    ]
     assert startup.packages_of(parse(TrainOptions, "", words)) == packages
 
 
@@ -96,7 +121,9 @@ def test_help_imports_neither_torch_nor_diffusers(script):
     """And so is there in less than half a second on a machine with nothing else to do."""
     code = "import runpy, sys; sys.argv = [sys.argv[1], '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code += "except SystemExit: print('slow:', {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code, f"{script}.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, f"{script}.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.endswith("slow: set()\n")
 
 

@@ -52,7 +52,9 @@ def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:
 
 
 @pytest.mark.parametrize("number", stops.SIGNALS, ids=lambda number: number.name)
-def test_a_signal_ends_the_run_with_its_last_step_saved(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number):
+def test_a_signal_ends_the_run_with_its_last_step_saved(
+    tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number
+):
     """Exit status 128 + n; the step that was under way is given up; the adapter is there; going on gives the same bytes."""
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
@@ -80,7 +82,9 @@ def test_signals_belong_to_their_owner_again_after_a_run(tiny_base, photos_dir, 
     assert [signal.getsignal(number) for number in stops.SIGNALS] == before
 
 
-def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(
+    tiny_base, photos_dir, tmp_path, monkeypatch
+):
     """What is made stays; the next run completes the set, which is that of a run without a stop."""
     real, calls = pipelines._after_each_step, []
 
@@ -99,7 +103,10 @@ def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(t
         run_train(tiny_base, photos_dir, tmp_path / "out", *words)
     assert stop.value.code == 143
     assert len(calls) == 3
-    assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == [class_images.file_name(0), class_images.file_name(1)]
+    assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == [
+        class_images.file_name(0),
+        class_images.file_name(1),
+    ]
     assert status(tmp_path / "out")["step"] == 0
     assert not (tmp_path / "out" / native.ADAPTER_NAME).exists()
     monkeypatch.undo()
@@ -112,11 +119,19 @@ def test_a_signal_ends_the_making_of_class_images(tiny_base, tmp_path, monkeypat
     monkeypatch.setattr(class_images, "_save", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     words = f"--pretrained_model_name_or_path {tiny_base} --class_data_dir {tmp_path} --num_class_images 4 --sample_batch_size 1"
     with pytest.raises(SystemExit) as stop:
-        generate_class_images.main(parse(ClassImageOptions, "", [*words.split(), "--class_prompt", "a dog", "--class_inference_steps", "1"]))
+        generate_class_images.main(
+            parse(
+                ClassImageOptions,
+                "",
+                [*words.split(), "--class_prompt", "a dog", "--class_inference_steps", "1"],
+            )
+        )
     assert stop.value.code == 130
 
 
-def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(
+    tiny_base, photos_dir, tmp_path, monkeypatch
+):
     real, calls = autoencoder.encode, []
 
     def counted(*args):
@@ -130,7 +145,9 @@ def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(tiny_base
     assert (stop.value.code, len(calls)) == (143, 1)
 
 
-def test_a_signal_in_a_validation_saves_the_step_before_it(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken):
+def test_a_signal_in_a_validation_saves_the_step_before_it(
+    tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
+):
     real = train.families.pipeline_of
 
     def stopped(*args):
@@ -185,7 +202,9 @@ def test_what_nohup_wants_ignored_stays_ignored():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_the_time_limit_ends_the_run_with_status_75_and_it_goes_on_from_there(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken):
+def test_the_time_limit_ends_the_run_with_status_75_and_it_goes_on_from_there(
+    tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
+):
     clock = [0.0]
     monkeypatch.setattr(stops.time, "monotonic", lambda: clock[0])
     at_step(monkeypatch, 3, lambda: clock.__setitem__(0, 600.0))
@@ -221,9 +240,16 @@ def test_a_run_started_from_a_shell_outlives_the_shell(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
 )
-def test_memory_that_runs_out_is_said_with_what_helps(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken, error):
+def test_memory_that_runs_out_is_said_with_what_helps(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken, error
+):
     def run_out():
         raise error
 
@@ -237,7 +263,9 @@ def test_memory_that_runs_out_is_said_with_what_helps(tiny_base, photos_dir, tmp
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
-def test_an_error_of_the_program_s_own_keeps_its_traceback_and_the_steps_so_far(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken):
+def test_an_error_of_the_program_s_own_keeps_its_traceback_and_the_steps_so_far(
+    tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
+):
     def fail():
         raise ZeroDivisionError("a bug")
 
@@ -265,7 +293,9 @@ def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, mon
 # --- a full disk
 
 
-def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
+def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
+):
     real, calls = checkpoints.checkpoint_folders._write_new, []
 
     def full(path, data):
@@ -284,7 +314,9 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(tiny_base, p
     assert "bytes" in said
 
 
-def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
+def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
+):
     real = native.write_atomically
 
     def full(path, data):
@@ -302,7 +334,9 @@ def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(tiny_base, photos_d
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
-def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken):
+def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
+    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
+):
     """metrics.jsonl, validation pictures and status.json are worth less than the steps."""
 
     def full(*args, **kwargs):
@@ -315,7 +349,11 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, phot
     real = native.write_atomically
     monkeypatch.setattr(train.metrics.Progress, "_open", staticmethod(lambda path, first_step: Full()))
     monkeypatch.setattr(pipelines, "save_png", full)
-    monkeypatch.setattr(native, "write_atomically", lambda path, data: full() if path.name == "status.json" else real(path, data))
+    monkeypatch.setattr(
+        native,
+        "write_atomically",
+        lambda path, data: full() if path.name == "status.json" else real(path, data),
+    )
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1"]
     assert digest(run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)) == unbroken
     said = capsys.readouterr()
@@ -324,7 +362,9 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(tiny_base, phot
     assert "status.json cannot be written" in said.err
 
 
-def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(
+    tiny_base, photos_dir, tmp_path, monkeypatch
+):
     real, calls = checkpoints.checkpoint_folders._write_new, []
 
     def full_once(path, data):

@@ -28,7 +28,9 @@ def text_parts(base: Path, skip: int) -> Any:
     text = TextEncoding(clip_skip=skip)
     families.check_text(found, text)
     encoders = families.load_encoders(found, torch.float32, torch.device("cpu"))
-    return dataclasses.replace(families.text_without_encoders(found, families.load_tokenizers(found), text), encoders=encoders)
+    return dataclasses.replace(
+        families.text_without_encoders(found, families.load_tokenizers(found), text), encoders=encoders
+    )
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
@@ -36,19 +38,34 @@ def test_clip_skip_takes_an_earlier_hidden_state(tiny_base, tiny_xl, skip):
     """After the final norm for Stable Diffusion; without, and one further from the end, for XL. As diffusers' pipelines do."""
     with torch.no_grad():
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
-        assert torch.allclose(text_parts(tiny_base, skip)([PROMPT]).embeds, plain_clip(pipeline, skip, PROMPT), atol=1e-6)
+        assert torch.allclose(
+            text_parts(tiny_base, skip)([PROMPT]).embeds, plain_clip(pipeline, skip, PROMPT), atol=1e-6
+        )
         if skip == 2:
-            with pytest.raises(UserError, match="--clip_skip must be at most 1, text_encoder has no more layers; got 2"):
+            with pytest.raises(
+                UserError, match="--clip_skip must be at most 1, text_encoder has no more layers; got 2"
+            ):
                 text_parts(tiny_xl, skip)
             return
         pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_xl)
-        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False, clip_skip=skip or None)
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            PROMPT, do_classifier_free_guidance=False, clip_skip=skip or None
+        )
         found = text_parts(tiny_xl, skip)([PROMPT])
         hand = []
-        for encoder, tokenizer in ((pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)):
-            ids = tokenizer(PROMPT, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        for encoder, tokenizer in (
+            (pipeline.text_encoder, pipeline.tokenizer),
+            (pipeline.text_encoder_2, pipeline.tokenizer_2),
+        ):
+            ids = tokenizer(
+                PROMPT, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+            ).input_ids
             hand.append(encoder(ids, output_hidden_states=True).hidden_states[-(skip + 2)])
-    for own, expected in ((found.embeds, torch.cat(hand, dim=-1)), (found.embeds, embeds), (found.pooled, pooled)):
+    for own, expected in (
+        (found.embeds, torch.cat(hand, dim=-1)),
+        (found.embeds, embeds),
+        (found.pooled, pooled),
+    ):
         assert torch.allclose(own, expected, atol=1e-6)
 
 
@@ -61,7 +78,9 @@ def test_clip_skip_takes_an_earlier_hidden_state(tiny_base, tiny_xl, skip):
         ("tiny_xl", 1, {"text_encoder": 1, "text_encoder_2": 3}),
     ],
 )
-def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(request, photos_dir, tmp_path, monkeypatch, base, skip, layers):
+def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(
+    request, photos_dir, tmp_path, monkeypatch, base, skip, layers
+):
     """Three layers each: no parameter is without a gradient, which several processes would wait for."""
     real = train.Training.take_gradients
     learning: set[str] = set()
@@ -70,11 +89,21 @@ def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(request, p
     def watched(self, total):
         for component in self.components:
             known.update(name for name, _ in component.named_parameters())
-            learning.update(name for name, p in component.named_parameters() if p.grad is not None and p.grad.any())
+            learning.update(
+                name for name, p in component.named_parameters() if p.grad is not None and p.grad.any()
+            )
         real(self, total)
 
     monkeypatch.setattr(train.Training, "take_gradients", watched)
-    words = ["--train_text_encoder", "--text_encoder_lr", "0.01", "--max_train_steps", "2", "--clip_skip", str(skip)]
+    words = [
+        "--train_text_encoder",
+        "--text_encoder_lr",
+        "0.01",
+        "--max_train_steps",
+        "2",
+        "--clip_skip",
+        str(skip),
+    ]
     state = load_file(run_train(request.getfixturevalue(base), photos_dir, tmp_path, *words))
     for component, count in layers.items():
         found = {key.split(".layers.")[1].split(".")[0] for key in state if key.startswith(f"{component}.")}
@@ -96,7 +125,9 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
 
     def ask(self, *args):
         gc.collect()
-        freed.append(self.parts.text is None and bool(encoders) and all(encoder() is None for encoder in encoders))
+        freed.append(
+            self.parts.text is None and bool(encoders) and all(encoder() is None for encoder in encoders)
+        )
         return real_ask(self, *args)
 
     monkeypatch.setattr(families, "load_encoders", load)
@@ -104,14 +135,37 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     return freed
 
 
-@pytest.mark.parametrize(("base", "more"), [("tiny_base", ""), ("tiny_xl", "--lora_alpha 8 --text_encoder_lr 0.01 --gradient_checkpointing")])
-def test_the_text_encoder_stops_and_is_freed_and_resumes_across_the_stop(request, photos_dir, tmp_path, monkeypatch, base, more):
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [("tiny_base", ""), ("tiny_xl", "--lora_alpha 8 --text_encoder_lr 0.01 --gradient_checkpointing")],
+)
+def test_the_text_encoder_stops_and_is_freed_and_resumes_across_the_stop(
+    request, photos_dir, tmp_path, monkeypatch, base, more
+):
     """After half the steps: with checkpoints before, at and after, and with a scale that the file has worked in."""
     folder = request.getfixturevalue(base)
-    words = ["--train_text_encoder", "--train_text_encoder_frac", "0.5", "--max_train_steps", "4", "--checkpointing_steps", "1", *more.split()]
+    words = [
+        "--train_text_encoder",
+        "--train_text_encoder_frac",
+        "0.5",
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "1",
+        *more.split(),
+    ]
     with monkeypatch.context() as patch:
         freed = text_encoders_freed(patch)
-        whole = run_train(folder, photos_dir, tmp_path / "whole", *words, "--validation_prompt", "a dog", "--num_validation_images", "1")
+        whole = run_train(
+            folder,
+            photos_dir,
+            tmp_path / "whole",
+            *words,
+            "--validation_prompt",
+            "a dog",
+            "--num_validation_images",
+            "1",
+        )
     assert freed == [False, False, True, True]
     states = [load_file(tmp_path / "whole" / f"checkpoint-{step}" / ADAPTER_NAME) for step in (1, 2, 3, 4)]
     for key in states[0]:
@@ -121,7 +175,9 @@ def test_the_text_encoder_stops_and_is_freed_and_resumes_across_the_stop(request
     assert rates == [{"lr", *(f"lr_{name}" for name in text_parts(folder, 0).encoders)}] * 2 + [{"lr"}] * 2
     for number in (1, 2, 3):
         resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / f"checkpoint-{number}")]
-        assert digest(run_train(folder, photos_dir, tmp_path / f"from-{number}", *words, *resume)) == digest(whole)
+        assert digest(run_train(folder, photos_dir, tmp_path / f"from-{number}", *words, *resume)) == digest(
+            whole
+        )
 
 
 def test_a_frozen_text_encoder_is_freed_before_the_first_step(tiny_xl, photos_dir, tmp_path, monkeypatch):
@@ -133,18 +189,38 @@ def test_a_frozen_text_encoder_is_freed_before_the_first_step(tiny_xl, photos_di
 def test_the_text_encoder_has_a_learning_rate_of_its_own(tiny_base, tiny_xl, photos_dir, tmp_path):
     words = "--train_text_encoder --max_train_steps 2 --learning_rate 0.01 --text_encoder_lr"
     state = load_file(run_train(tiny_base, photos_dir, tmp_path / "sd", *words.split(), "0"))
-    assert [(record["lr"], record["lr_text_encoder"]) for record in metrics(tmp_path / "sd")] == [(0.01, 0)] * 2
-    assert not any(tensor.any() for key, tensor in state.items() if key.startswith("text_encoder") and "lora_B" in key)
+    assert [(record["lr"], record["lr_text_encoder"]) for record in metrics(tmp_path / "sd")] == [
+        (0.01, 0)
+    ] * 2
+    assert not any(
+        tensor.any() for key, tensor in state.items() if key.startswith("text_encoder") and "lora_B" in key
+    )
     assert all(tensor.any() for key, tensor in state.items() if key.startswith("unet") and "lora_B" in key)
     run_train(tiny_xl, photos_dir, tmp_path / "xl", "--train_text_encoder", "--max_train_steps", "1")
     (record,) = metrics(tmp_path / "xl")
-    assert [record[name] for name in ("lr", "lr_text_encoder", "lr_text_encoder_2")] == [1e-4, 5e-6, 5e-6]  # the defaults of this family
+    assert [record[name] for name in ("lr", "lr_text_encoder", "lr_text_encoder_2")] == [
+        1e-4,
+        5e-6,
+        5e-6,
+    ]  # the defaults of this family
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(moment, tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(
+    moment, tiny_base, photos_dir, tmp_path, monkeypatch
+):
     """Its checkpoint of that very step is from before the stop or from after it."""
-    words = ["--train_text_encoder", "--train_text_encoder_frac", "0.5", "--max_train_steps", "4", "--checkpointing_steps", "50", "--lora_alpha", "6"]
+    words = [
+        "--train_text_encoder",
+        "--train_text_encoder_frac",
+        "0.5",
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "50",
+        "--lora_alpha",
+        "6",
+    ]
     words += ["--num_threads", "1"]
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", *words)
     real = train.Training.finish_text
@@ -170,4 +246,6 @@ def test_long_captions_are_cut_off_with_a_remark(tiny_base, photos_dir, tmp_path
     (folder / "photo-1.txt").write_text("a photo of a sks dog " + "in the snow " * 40)
     words = ["--caption_column", "text", "--max_train_steps", "1"]
     run_train(tiny_base, folder, tmp_path / "out", *words)
-    assert "1 captions are longer than 77 tokens and are cut off there: photo-1.png" in capsys.readouterr().out
+    assert (
+        "1 captions are longer than 77 tokens and are cut off there: photo-1.png" in capsys.readouterr().out
+    )

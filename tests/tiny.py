@@ -18,7 +18,14 @@ from diffusers import (
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from picturebook.tokenizer import build_tokenizer
 
@@ -50,7 +57,9 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_pipeline(folder: Path, *, prediction_type: str = "epsilon", text_width: int = 32, max_tokens: int = 77) -> Path:
+def build_pipeline(
+    folder: Path, *, prediction_type: str = "epsilon", text_width: int = 32, max_tokens: int = 77
+) -> Path:
     """Save a Stable Diffusion 1.5 in miniature (2.x with `v_prediction`): 8x VAE, cross attention at two levels, 77 tokens."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -66,7 +75,13 @@ def build_pipeline(folder: Path, *, prediction_type: str = "epsilon", text_width
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+    )
     pipeline = StableDiffusionPipeline(
         vae=build_vae(),
         text_encoder=text_encoder,
@@ -104,15 +119,21 @@ def build_xl(folder: Path, *, edm: bool = False) -> Path:
     )
     vae = build_vae()
     if edm:
-        vae.register_to_config(latents_mean=[-1.6, 0.1, 1.5, -0.2], latents_std=[8.4, 5.9, 5.3, 6.1], scaling_factor=0.5)
+        vae.register_to_config(
+            latents_mean=[-1.6, 0.1, 1.5, -0.2], latents_std=[8.4, 5.9, 5.3, 6.1], scaling_factor=0.5
+        )
         scheduler = EDMEulerScheduler()
     else:
         vae.register_to_config(scaling_factor=0.13025)
-        scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading")
+        scheduler = EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
+        )
     StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text_config(tokenizer, 32, 77)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, 40, 77, projection_dim=24, hidden_act="gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(
+            text_config(tokenizer_2, 40, 77, projection_dim=24, hidden_act="gelu")
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
@@ -137,11 +158,17 @@ def build_if(folder: Path) -> Path:
         "\u2581of",
         "\u2581sks",
     ]
-    unigram = Tokenizer(models.Unigram([(word, -float(len(words) - place)) for place, word in enumerate(words)], unk_id=2))
+    unigram = Tokenizer(
+        models.Unigram([(word, -float(len(words) - place)) for place, word in enumerate(words)], unk_id=2)
+    )
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
-    text_encoder = T5EncoderModel(T5Config(vocab_size=len(words), d_model=40, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=40, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    )
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=3,
@@ -162,7 +189,12 @@ def build_if(folder: Path) -> Path:
         act_fn="gelu",
         norm_num_groups=8,
     )
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, sample_max_value=1.5)
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="learned_range",
+        thresholding=True,
+        sample_max_value=1.5,
+    )
     IFPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -181,5 +213,7 @@ def make_photos(folder: Path, count: int = 3, size: tuple[int, int] = (64, 64), 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"photo-{number}.png")
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+            folder / f"photo-{number}.png"
+        )
     return folder

@@ -29,7 +29,11 @@ class Adapter:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that occur, in alphabetical order: lora, dora, loha, doha, lokr, dokr."""
-        return tuple(sorted({deltas.kind(module) for modules in self.components.values() for module in modules.values()}))
+        return tuple(
+            sorted(
+                {deltas.kind(module) for modules in self.components.values() for module in modules.values()}
+            )
+        )
 
 
 def table(adapter: Adapter) -> str:
@@ -39,7 +43,10 @@ def table(adapter: Adapter) -> str:
         for kind in sorted({deltas.kind(module) for module in modules.values()}):
             ranks = [module.rank for module in modules.values() if deltas.kind(module) == kind]
             counted = sorted(collections.Counter(ranks).items(), key=lambda item: item[0] or 0)
-            words = [f"{'dense' if rank is None else rank}" + f" ({count}x)" * (len(counted) > 1) for rank, count in counted]
+            words = [
+                f"{'dense' if rank is None else rank}" + f" ({count}x)" * (len(counted) > 1)
+                for rank, count in counted
+            ]
             lines.append(f"{component:<16} {kind:<6} {len(ranks):>8}  {', '.join(words)}")
     return "\n".join(lines)
 

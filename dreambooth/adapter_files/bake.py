@@ -40,7 +40,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{shown(path)}: not a whole safetensors file ({shown(' '.join(str(error).split()))})") from None
+        raise UserError(
+            f"{shown(path)}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
+        ) from None
 
 
 def _module(key: str) -> str:
@@ -59,9 +61,16 @@ class _Part:
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, part: str, variant: str | None) -> None:
         self.where = shown(folder / part)
-        self.shapes = {key.removeprefix("text_model."): shape for key, shape in folders.weight_shapes(folder, part, variant).items()}
-        self.files = [stack.enter_context(_opened(path)) for path in folders.weight_files(folder, part, variant)]
-        self.places = {key.removeprefix("text_model."): (file, key) for file in self.files for key in sorted(file.keys())}
+        self.shapes = {
+            key.removeprefix("text_model."): shape
+            for key, shape in folders.weight_shapes(folder, part, variant).items()
+        }
+        self.files = [
+            stack.enter_context(_opened(path)) for path in folders.weight_files(folder, part, variant)
+        ]
+        self.places = {
+            key.removeprefix("text_model."): (file, key) for file in self.files for key in sorted(file.keys())
+        }
 
     def tensor(self, key: str) -> Tensor:
         file, own = self.places[key]
@@ -106,25 +115,43 @@ def extract(
         if total:
             covered[part] = in_layers / total
     if not components:
-        elsewhere = f"; what differs lies in other layers of {' and '.join(covered)}" if covered else ": the two bases are the same"
+        elsewhere = (
+            f"; what differs lies in other layers of {' and '.join(covered)}"
+            if covered
+            else ": the two bases are the same"
+        )
         raise UserError(f"--tuned: nothing to extract{elsewhere}")
     return Adapter(components, {}), kept, covered
 
 
 def _check_same_shapes(one: _Part, other: _Part) -> None:
     # older files hold the numbers of positions as well
-    shapes, others = ({k: s for k, s in part.shapes.items() if not k.endswith("position_ids")} for part in (one, other))
+    shapes, others = (
+        {k: s for k, s in part.shapes.items() if not k.endswith("position_ids")} for part in (one, other)
+    )
     if unlike := sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key)):
         key = unlike[0]
-        found = " and ".join(f"{part.shapes[key]} in {part.where}" if key in part.shapes else f"not in {part.where}" for part in (one, other))
-        raise UserError(f"--tuned: {len(unlike)} weights are of other shapes than the base's, e.g. {key}: {found}")
+        found = " and ".join(
+            f"{part.shapes[key]} in {part.where}" if key in part.shapes else f"not in {part.where}"
+            for part in (one, other)
+        )
+        raise UserError(
+            f"--tuned: {len(unlike)} weights are of other shapes than the base's, e.g. {key}: {found}"
+        )
     one.shapes, other.shapes = shapes, others
 
 
 # ---- adapters worked in
 
 
-def bake(folder: Path, variant: str | None, parts: Sequence[str], uses: Sequence[Use], target: Path, dtype: torch.dtype | None) -> list[str]:
+def bake(
+    folder: Path,
+    variant: str | None,
+    parts: Sequence[str],
+    uses: Sequence[Use],
+    target: Path,
+    dtype: torch.dtype | None,
+) -> list[str]:
     """Make `target` a copy of the base in `folder` with adapters worked into its `parts`, the UNet and text encoders; a note for each thing of the
     base that it lacks. Weights are changed in float32 and saved in their own dtype, or `dtype`.
 
@@ -171,7 +198,9 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
         raise
 
 
-def _bake_part(folder: Path, part: str, variant: str | None, uses: Sequence[Use], target: Path, dtype: torch.dtype | None) -> list[str]:
+def _bake_part(
+    folder: Path, part: str, variant: str | None, uses: Sequence[Use], target: Path, dtype: torch.dtype | None
+) -> list[str]:
     files = folders.weight_files(folder, part, variant)
     changes: dict[str, list[tuple[_Adapted, float]]] = {}
     for adapter, weight in uses:
@@ -194,7 +223,10 @@ def _bake_part(folder: Path, part: str, variant: str | None, uses: Sequence[Use]
     for file in files:
         name = _plain_name(file.name, variant)
         with _opened(file) as opened:
-            tensors = {key: _changed(opened.get_tensor(key), changes.get(_module(key), []), dtype, f"{part}.{key}") for key in sorted(opened.keys())}
+            tensors = {
+                key: _changed(opened.get_tensor(key), changes.get(_module(key), []), dtype, f"{part}.{key}")
+                for key in sorted(opened.keys())
+            }
         save_file(tensors, target / name, {"format": "pt"})
         _flush(target / name)
         weight_map |= dict.fromkeys(tensors, name)
@@ -202,7 +234,9 @@ def _bake_part(folder: Path, part: str, variant: str | None, uses: Sequence[Use]
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     if next(iter(weight_map.values())) != f"{stem}.safetensors":
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (target / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return notes
 
 
@@ -212,14 +246,20 @@ def _adapted(adapter: "Adapter | Rotations", part: str, path: str) -> _Adapted:
 
     def turned(weight: Tensor) -> Tensor:
         outputs, inputs, *kernel = weight.shape
-        layer = torch.nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=False) if kernel else torch.nn.Linear(inputs, outputs, bias=False)
+        layer = (
+            torch.nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=False)
+            if kernel
+            else torch.nn.Linear(inputs, outputs, bias=False)
+        )
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         return adapter.turned(part, path, layer)
 
     return turned
 
 
-def _changed(weight: Tensor, uses: Sequence[tuple[_Adapted, float]], dtype: torch.dtype | None, key: str) -> Tensor:
+def _changed(
+    weight: Tensor, uses: Sequence[tuple[_Adapted, float]], dtype: torch.dtype | None, key: str
+) -> Tensor:
     """The weight with the adapters in it, in `dtype` or its own."""
     wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
     if uses:
@@ -240,7 +280,9 @@ def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
     target.mkdir()
     entries = {entry.name: entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     if variant and (shards := [name for name in entries if f".{variant}" in name and ".index." in name]):
-        raise UserError(f"--variant: {shown(folder / shards[0])} has a variant in several files, which cannot be renamed; save it in one file first")
+        raise UserError(
+            f"--variant: {shown(folder / shards[0])} has a variant in several files, which cannot be renamed; save it in one file first"
+        )
     for name, entry in entries.items():
         if entry.is_dir():
             _copy_folder(entry, None, target / name)
@@ -266,7 +308,16 @@ def _name_no_absent_parts(folder: Path, target: Path) -> list[str]:
     """A base from the hub comes without its safety checker and still names it: plain `from_pretrained` would look for it."""
     path = target / "model_index.json"
     index = folders.read_json(path)
-    absent = [part for part, entry in index.items() if isinstance(entry, list) and any(entry) and not (folder / part).is_dir()]
+    absent = [
+        part
+        for part, entry in index.items()
+        if isinstance(entry, list) and any(entry) and not (folder / part).is_dir()
+    ]
     if absent:
-        path.write_text(json.dumps(index | {part: [None, None] for part in absent}, indent=2) + "\n", encoding="utf-8")
-    return [f"the base has no folder {part}, and the new model_index.json does not name it any more" for part in absent]
+        path.write_text(
+            json.dumps(index | {part: [None, None] for part in absent}, indent=2) + "\n", encoding="utf-8"
+        )
+    return [
+        f"the base has no folder {part}, and the new model_index.json does not name it any more"
+        for part in absent
+    ]

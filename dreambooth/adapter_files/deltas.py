@@ -117,7 +117,9 @@ def delta(module: Module) -> Tensor:
     if isinstance(module, Lora):
         return (module.up.flatten(1) @ module.down.flatten(1)).reshape(-1, *module.down.shape[1:])
     if isinstance(module, LoHa):
-        return _dense(None, module.w1a, module.w1b, module.t1) * _dense(None, module.w2a, module.w2b, module.t2)
+        return _dense(None, module.w1a, module.w1b, module.t1) * _dense(
+            None, module.w2a, module.w2b, module.t2
+        )
     first, second = module.factors()
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
@@ -162,8 +164,12 @@ def as_lora(module: Module) -> Lora:
     else:
         # in float64, or the rounding of a product a @ b would look like more ranks
         tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-        first, second = LoKr(**{name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}).factors()
-        (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second))
+        first, second = LoKr(
+            **{name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+        ).factors()
+        (u1, s1, v1), (u2, s2, v2) = (
+            torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second)
+        )
         values = torch.outer(s1, s2).flatten()
         order = values.argsort(descending=True, stable=True)
         kept = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
@@ -233,7 +239,10 @@ def extract(dense: Tensor, rank: int) -> tuple[Lora, float]:
     vectors = vectors[:, -rank:].flip(1)
     others = vectors.T @ side  # [rank, other side]: its rows are as long as dW's singular values
     roots = others.norm(dim=1).sqrt()
-    vectors, others = vectors * roots, others / roots.clamp_min(1e-30)[:, None]  # halves of one size: float16 keeps more of both
+    vectors, others = (
+        vectors * roots,
+        others / roots.clamp_min(1e-30)[:, None],
+    )  # halves of one size: float16 keeps more of both
     total = float(squares.sum())
     kept = float(squares[-rank:].sum()) / total if total > 0 else 1.0
     up, down = (vectors, others) if is_wide else (others.T, vectors.T)

@@ -4,4 +4,16 @@ from dreambooth.adapter_files.adapter import COMPONENTS, Adapter, Family, Layers
 from dreambooth.adapter_files.reading import read
 from dreambooth.adapter_files.writing import divided, write_kohya, write_native, write_peft
 
-__all__ = ["COMPONENTS", "Adapter", "Family", "Layers", "divided", "read", "table", "to_lora", "write_kohya", "write_native", "write_peft"]
+__all__ = [
+    "COMPONENTS",
+    "Adapter",
+    "Family",
+    "Layers",
+    "divided",
+    "read",
+    "table",
+    "to_lora",
+    "write_kohya",
+    "write_native",
+    "write_peft",
+]

@@ -18,9 +18,16 @@ class Base:
         self.layers: dict[str, dict[str, Shape]] = {}
         self.kohya: dict[str, tuple[str, str]] = {}
         for component in COMPONENTS:
-            own = {name.removeprefix("text_model."): tuple(shape) for name, shape in modules.get(component, {}).items()}
+            own = {
+                name.removeprefix("text_model."): tuple(shape)
+                for name, shape in modules.get(component, {}).items()
+            }
             # embeddings have two dimensions as well, and are looked up, not multiplied
-            layers = {name: shape for name, shape in own.items() if len(shape) in (2, 4) and not name.endswith(_EMBEDDINGS)}
+            layers = {
+                name: shape
+                for name, shape in own.items()
+                if len(shape) in (2, 4) and not name.endswith(_EMBEDDINGS)
+            }
             if not layers:
                 continue
             self.layers[component] = layers
@@ -30,7 +37,9 @@ class Base:
                     names = {f"lora_unet_{flat(name)}", f"lora_unet_{flat(sgm_name(name, depth))}"}
                 else:
                     prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
-                    names = {f"{prefix}{form}{flat(name)}" for prefix in prefixes for form in ("", "text_model_")}
+                    names = {
+                        f"{prefix}{form}{flat(name)}" for prefix in prefixes for form in ("", "text_model_")
+                    }
                 self.kohya |= dict.fromkeys(names, (component, name))
 
     def place(self, stem: str, component: str) -> tuple[str, str] | None:
@@ -38,7 +47,9 @@ class Base:
         if stem in self.kohya:
             return self.kohya[stem]
         component, stem = _parted(stem, component)
-        holders = [name for name in ([component] if component else self.layers) if stem in self.layers.get(name, {})]
+        holders = [
+            name for name in ([component] if component else self.layers) if stem in self.layers.get(name, {})
+        ]
         if len(holders) > 1:
             raise ValueError(" and ".join(holders))
         return (holders[0], stem) if holders else None
@@ -55,9 +66,17 @@ def _parted(stem: str, component: str) -> tuple[str, str]:
     return component, stem.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
-_RAW_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_RAW_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
 _TOPS = {
-    **dict.fromkeys(("conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks"), ("unet",)),
+    **dict.fromkeys(
+        ("conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks"),
+        ("unet",),
+    ),
     "encoder": ("text_encoder", "text_encoder_2"),
     "text_projection": ("text_encoder_2",),
 }
@@ -90,7 +109,10 @@ def flat(name: str) -> str:
 
 def depth_of(unet: Iterable[str]) -> int:
     """Resnets in a down block of the UNet with these layers, by which Stability's names count."""
-    return 1 + max([int(found[1]) for name in unet if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))], default=1)
+    return 1 + max(
+        [int(found[1]) for name in unet if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))],
+        default=1,
+    )
 
 
 _SGM_LAYERS = {
@@ -104,14 +126,22 @@ _SGM_LAYERS = {
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
 }
-_SGM_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+_SGM_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def sgm_name(name: str, depth: int) -> str:
     """A UNet's module as Stability's own code names it, and kohya's scripts for Stable Diffusion XL. `depth`: resnets in a down block."""
     if name in _SGM_LAYERS:
         return _SGM_LAYERS[name]
-    found = re.fullmatch(r"(?:(mid)_block|(down|up)_blocks\.(\d+))\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(
+        r"(?:(mid)_block|(down|up)_blocks\.(\d+))\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
+        name,
+    )
     if not found:
         return name
     is_mid, side, block, part, index, rest = found.groups()
@@ -123,7 +153,9 @@ def sgm_name(name: str, depth: int) -> str:
         return f"input_blocks.{start + depth + 1}.0.op"
     if part == "upsamplers":
         return f"output_blocks.{start + depth}.2.conv"
-    first = f"input_blocks.{start + int(index) + 1}" if side == "down" else f"output_blocks.{start + int(index)}"
+    first = (
+        f"input_blocks.{start + int(index) + 1}" if side == "down" else f"output_blocks.{start + int(index)}"
+    )
     return f"{first}.{0 if part == 'resnets' else 1}.{tail}"
 
 
@@ -143,7 +175,10 @@ _ENDS = {
     "dora_scale": "dora_scale",
     "alpha": "alpha",
 } | {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
-_ENDS |= {name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
+_ENDS |= {
+    name: name
+    for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+}
 _OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -175,16 +210,24 @@ def without_name(keys: Iterable[str]) -> dict[str, str]:
     names = {(match["one"] or match["two"]) if match else None for match in found.values()}
     if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` has none
         return {key: key for key in found}
-    return {key: f"{m['start']}{m['plain']}.weight" if m["plain"] else f"{m['start']}{m['other']}" for key, m in found.items() if m}
+    return {
+        key: f"{m['start']}{m['plain']}.weight" if m["plain"] else f"{m['start']}{m['other']}"
+        for key, m in found.items()
+        if m
+    }
 
 
 def split(key: str) -> tuple[str, str] | None:
     """(what stands for the module, which of its tensors); None for a key of no known layout."""
-    key = re.sub(r"\.default(_\d+)?(?=(\.weight)?$)", "", key)  # peft's name of the adapter, where it was not taken off
+    key = re.sub(
+        r"\.default(_\d+)?(?=(\.weight)?$)", "", key
+    )  # peft's name of the adapter, where it was not taken off
     if old := _OLD_PROCESSOR.fullmatch(key):
         names = _OLD_TEXT if old[1].endswith("self_attn") else _OLD_UNET
         return f"{old[1]}.{names.get(old[2], old[2])}", old[3]
-    return next(((key[: -len(end) - 1], part) for end, part in _ENDS.items() if key.endswith(f".{end}")), None)
+    return next(
+        ((key[: -len(end) - 1], part) for end, part in _ENDS.items() if key.endswith(f".{end}")), None
+    )
 
 
 KOHYA_PREFIXES = {

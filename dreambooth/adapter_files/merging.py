@@ -19,14 +19,26 @@ def merge(parts: Sequence[tuple[str, Adapter, float]]) -> Adapter:
     """
     components: dict[str, dict[str, Module]] = {}
     for component in COMPONENTS:
-        paths = dict.fromkeys(path for _, adapter, _ in parts for path in adapter.components.get(component, {}))
+        paths = dict.fromkeys(
+            path for _, adapter, _ in parts for path in adapter.components.get(component, {})
+        )
         for path in sorted(paths):
-            own = [(name, adapter.components[component][path], w) for name, adapter, w in parts if path in adapter.components.get(component, {})]
+            own = [
+                (name, adapter.components[component][path], w)
+                for name, adapter, w in parts
+                if path in adapter.components.get(component, {})
+            ]
             _check_add_up(f"{component}.{path}", own)
             loras = [deltas.as_lora(module) for _, module, _ in own]
-            components.setdefault(component, {})[path] = deltas.concatenate(loras, [weight for _, _, weight in own])
+            components.setdefault(component, {})[path] = deltas.concatenate(
+                loras, [weight for _, _, weight in own]
+            )
     said, *others = [native.recorded(adapter.metadata) for _, adapter, _ in parts]
-    common = {field: value for field, value in said.items() if all(field in other and other[field] == value for other in others)}
+    common = {
+        field: value
+        for field, value in said.items()
+        if all(field in other and other[field] == value for other in others)
+    }
     return Adapter(components, {"dreambooth": json.dumps(common)})
 
 
@@ -48,5 +60,9 @@ def shares(adapter: Adapter, kept: Share) -> dict[str, float]:
     for component, modules in adapter.components.items():
         squares = {path: deltas.norm(module) ** 2 for path, module in modules.items()}
         total = sum(squares.values())
-        found[component] = sum(kept[f"{component}.{path}"] * square for path, square in squares.items()) / total if total else 1.0
+        found[component] = (
+            sum(kept[f"{component}.{path}"] * square for path, square in squares.items()) / total
+            if total
+            else 1.0
+        )
     return found

@@ -19,7 +19,9 @@ ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 _TEXT_PREFIX = "text_model."
 
 
-def pack(state: dict[str, dict[str, torch.Tensor]], configs: dict[str, dict[str, object]], info: dict[str, Any]) -> bytes:
+def pack(
+    state: dict[str, dict[str, torch.Tensor]], configs: dict[str, dict[str, object]], info: dict[str, Any]
+) -> bytes:
     """The bytes of an adapter file: `state` and `configs` by component name, `info` about the run.
 
     Raises ValueError if a tensor is not finite: such an adapter draws black pictures and must not replace a good one.
@@ -32,8 +34,16 @@ def pack(state: dict[str, dict[str, torch.Tensor]], configs: dict[str, dict[str,
             if component.startswith("text_encoder"):
                 key = _TEXT_PREFIX + key.removeprefix(_TEXT_PREFIX)
             tensors[f"{component}.{key}"] = tensor.detach().to("cpu", torch.float32).contiguous()
-    lora = {f"{component}.{field}": value for component, fields in configs.items() for field, value in fields.items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(lora, sort_keys=True), "dreambooth": json.dumps(info, sort_keys=True)}
+    lora = {
+        f"{component}.{field}": value
+        for component, fields in configs.items()
+        for field, value in fields.items()
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(lora, sort_keys=True),
+        "dreambooth": json.dumps(info, sort_keys=True),
+    }
     return stable_bytes(tensors, metadata)
 
 
@@ -50,7 +60,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     # a number alone is not enough where containers share a folder: each counts its processes from 1
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.randbelow(10**9)}.tmp")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)  # less the umask, as other programs' files
+    descriptor = os.open(
+        temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666
+    )  # less the umask, as other programs' files
     try:
         with open(descriptor, "wb") as file:
             file.write(data)

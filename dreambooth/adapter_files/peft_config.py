@@ -47,7 +47,9 @@ def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 _SCALES = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
-def of_file(where: str, beside: Path | None, metadata: Mapping[str, str], components: set[str]) -> dict[str, Settings]:
+def of_file(
+    where: str, beside: Path | None, metadata: Mapping[str, str], components: set[str]
+) -> dict[str, Settings]:
     """Settings for each component that the file's `metadata`, or peft's file `beside` it, says something about.
 
     Raises UserError if they are damaged, or describe a part that is not among `components`: half an adapter, or scales that nobody would apply.
@@ -61,23 +63,39 @@ def of_file(where: str, beside: Path | None, metadata: Mapping[str, str], compon
                 raise UserError(f"{shown(beside)}: {info.st_size:,} bytes are no settings of an adapter")
             text = beside.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{shown(beside)} cannot be read ({shown(' '.join(str(error).split()))})") from None
+            raise UserError(
+                f"{shown(beside)} cannot be read ({shown(' '.join(str(error).split()))})"
+            ) from None
         fields = _json_table(shown(beside), text)
         return {component: _settings(shown(beside), fields) for component in components}
-    content = _json_table(f"{where}: its metadata about the LoRA", metadata.get("lora_adapter_metadata", "{}"))
+    content = _json_table(
+        f"{where}: its metadata about the LoRA", metadata.get("lora_adapter_metadata", "{}")
+    )
     parts: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
         owner, _, field = name.rpartition(".")
         parts.setdefault(owner, {})[field] = value
-    if parts.keys() == {""} and len(components) == 1:  # `save_lora_adapter` of diffusers' models: neither keys nor fields say the component
+    if (
+        parts.keys() == {""} and len(components) == 1
+    ):  # `save_lora_adapter` of diffusers' models: neither keys nor fields say the component
         parts = {next(iter(components)): parts[""]}
     for owner, fields in parts.items():
         if owner in COMPONENTS and owner not in components:
-            raise UserError(f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole")
-        if owner not in components and (scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]):
+            raise UserError(
+                f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole"
+            )
+        if owner not in components and (
+            scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]
+        ):
             of = " and ".join(sorted(components))
-            raise UserError(f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of {of}: its scale is in doubt")
-    return {owner: _settings(f"{where}: its metadata about {owner}", fields) for owner, fields in parts.items() if owner in components}
+            raise UserError(
+                f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of {of}: its scale is in doubt"
+            )
+    return {
+        owner: _settings(f"{where}: its metadata about {owner}", fields)
+        for owner, fields in parts.items()
+        if owner in components
+    }
 
 
 def _json_table(what: str, text: str) -> dict[str, Any]:
@@ -94,14 +112,32 @@ _KINDS = ("LORA", "LOHA", "LOKR")
 _MOST_PATTERNS = 5_000  # more than there are layers; every layer is compared with each
 # Settings of peft under which tensors mean something else. Any value but false, none and empty is refused.
 _CHANGE_MEANING = (
-    *("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config"),
+    *(
+        "fan_in_fan_out",
+        "lora_bias",
+        "modules_to_save",
+        "use_qalora",
+        "layer_replication",
+        "alora_invocation_tokens",
+        "arrow_config",
+    ),
     *("kasa_config", "use_bdlora", "trainable_token_indices", "target_parameters"),
 )
-_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lycoris")  # others change the base's own weights
+_INITS = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "lycoris",
+)  # others change the base's own weights
 
 
 def _is_rank(value: object) -> bool:
-    return type(value) is int and 0 < value <= 10**6  # LoKr's may be larger than any layer: then its factors are dense
+    return (
+        type(value) is int and 0 < value <= 10**6
+    )  # LoKr's may be larger than any layer: then its factors are dense
 
 
 def is_alpha(value: object) -> bool:
@@ -125,17 +161,26 @@ def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
             raise wrong(name, "one that leaves the base's weights alone; convert the adapter with peft first")
     values: dict[str, Any] = {}
     alpha = "lora_alpha" if "lora_alpha" in fields else "alpha"
-    for name, field, rule, is_right in (("r", "rank", "a whole number over 0", _is_rank), (alpha, "alpha", "a number other than 0", is_alpha)):
+    for name, field, rule, is_right in (
+        ("r", "rank", "a whole number over 0", _is_rank),
+        (alpha, "alpha", "a number other than 0", is_alpha),
+    ):
         if name in fields:
             if not is_right(fields[name]):
                 raise wrong(name, rule)
             values[field] = fields[name]
         pattern = fields.get(f"{field}_pattern") or {}
-        if not isinstance(pattern, dict) or len(pattern) > _MOST_PATTERNS or not all(is_right(value) for value in pattern.values()):
+        if (
+            not isinstance(pattern, dict)
+            or len(pattern) > _MOST_PATTERNS
+            or not all(is_right(value) for value in pattern.values())
+        ):
             raise wrong(f"{field}_pattern", f"a table of at most {_MOST_PATTERNS:,} names, each with {rule}")
         plain = {re.sub(r"\\\.", ".", key).removesuffix("$"): value for key, value in pattern.items()}
         if odd := [key for key in plain if not re.fullmatch(r"\^?[\w.-]+", key)]:
-            raise UserError(f"{where} has the pattern {ascii(odd[0])[:80]} in {field}_pattern; only names of layers are read")
+            raise UserError(
+                f"{where} has the pattern {ascii(odd[0])[:80]} in {field}_pattern; only names of layers are read"
+            )
         values[f"{field}_pattern"] = plain
     for name in ("use_rslora", "use_dora"):
         if not isinstance(fields.get(name, False), bool):
@@ -143,12 +188,23 @@ def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
     targets = fields.get("target_modules")
     narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
     # a pattern that somebody wrote is not run
-    listed = targets if isinstance(targets, list) and all(isinstance(target, str) for target in targets) and not narrowed else []
+    listed = (
+        targets
+        if isinstance(targets, list) and all(isinstance(target, str) for target in targets) and not narrowed
+        else []
+    )
     names = tuple(target.removeprefix("text_model.") for target in listed)
-    return Settings(**values, use_rslora=fields.get("use_rslora", False), use_dora=fields.get("use_dora", False), targets=names)
+    return Settings(
+        **values,
+        use_rslora=fields.get("use_rslora", False),
+        use_dora=fields.get("use_dora", False),
+        targets=names,
+    )
 
 
-def check_whole(where: str, component: str, config: Settings, found: Mapping[str, Module], layers: Mapping[str, Shape]) -> None:
+def check_whole(
+    where: str, component: str, config: Settings, found: Mapping[str, Module], layers: Mapping[str, Shape]
+) -> None:
     """Raise UserError unless all of the base's layers that the settings name are among those found, and DoRA where they say so."""
     ends = tuple(f".{target}" for target in config.targets)
     expected = {path for path in layers if f".{path}".endswith(ends)} if ends else set()
@@ -157,4 +213,6 @@ def check_whole(where: str, component: str, config: Settings, found: Mapping[str
         raise UserError(f"{where} lacks {of}, e.g. {lacking[0]}; the adapter is not whole")
     plain = sorted(path for path, module in found.items() if module.magnitude is None)
     if config.use_dora and plain:
-        raise UserError(f"{where} is of DoRA and has no magnitudes for {len(plain)} layers of {component}, e.g. {plain[0]}; the adapter is not whole")
+        raise UserError(
+            f"{where} is of DoRA and has no magnitudes for {len(plain)} layers of {component}, e.g. {plain[0]}; the adapter is not whole"
+        )

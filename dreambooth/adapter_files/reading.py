@@ -36,12 +36,20 @@ def read(path: Path, modules: Layers | None = None) -> Adapter:
     parts: list[Adapter] = []
     for file in _files(path):
         part = _read_file(file, base)
-        if twice := [component for component in part.components if any(component in other.components for other in parts)]:
+        if twice := [
+            component
+            for component in part.components
+            if any(component in other.components for other in parts)
+        ]:
             raise UserError(f"{shown(path)}: two of its files are for {twice[0]}")
         parts.append(part)
-    components = {name: part.components[name] for name in COMPONENTS for part in parts if name in part.components}
+    components = {
+        name: part.components[name] for name in COMPONENTS for part in parts if name in part.components
+    }
     metadata = {field: text for part in parts for field, text in part.metadata.items()}
-    return Adapter(components, metadata, {name: scales for part in parts for name, scales in part.scales.items()})
+    return Adapter(
+        components, metadata, {name: scales for part in parts for name, scales in part.scales.items()}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,33 +68,49 @@ def _files(path: Path) -> list[_File]:
             if not path.exists():
                 raise UserError(f"{shown(path)}: there is no such file")
             if path.suffix != ".safetensors":
-                raise UserError(f"{shown(path)} is not a .safetensors file; other formats can carry code and are not loaded")
+                raise UserError(
+                    f"{shown(path)} is not a .safetensors file; other formats can carry code and are not loaded"
+                )
             return [_peft_file(path) if path.name == _PEFT_NAME else _File(path)]
         if (whole := path / native.ADAPTER_NAME).exists():
             return [_File(whole)]
         if (path / _PEFT_CONFIG).exists() or (path / _PEFT_NAME).exists():
             return [_peft_file(path / _PEFT_NAME)]
-        parts = [path / name for name in COMPONENTS if (path / name / _PEFT_CONFIG).exists() or (path / name / _PEFT_NAME).exists()]
+        parts = [
+            path / name
+            for name in COMPONENTS
+            if (path / name / _PEFT_CONFIG).exists() or (path / name / _PEFT_NAME).exists()
+        ]
         if parts:
             return [_peft_file(part / _PEFT_NAME) for part in parts]
-        held = ", ".join(shown(name) for name in sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        held = (
+            ", ".join(shown(name) for name in sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        )
     except OSError as error:  # a name that is too long, for one
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
-    raise UserError(f"{shown(path)}: no adapter is in this folder, which holds {held}; name the .safetensors file itself")
+    raise UserError(
+        f"{shown(path)}: no adapter is in this folder, which holds {held}; name the .safetensors file itself"
+    )
 
 
 def _peft_file(path: Path) -> _File:
     if not path.exists():
-        raise UserError(f"{shown(path.parent)} has {_PEFT_CONFIG} and no {_PEFT_NAME}; other formats can carry code and are not loaded")
+        raise UserError(
+            f"{shown(path.parent)} has {_PEFT_CONFIG} and no {_PEFT_NAME}; other formats can carry code and are not loaded"
+        )
     config = path.with_name(_PEFT_CONFIG)
-    return _File(path, path.parent.name if path.parent.name in COMPONENTS else "", config if config.exists() else None)
+    return _File(
+        path, path.parent.name if path.parent.name in COMPONENTS else "", config if config.exists() else None
+    )
 
 
 def _read_file(file: _File, base: Base | None) -> Adapter:
     where = shown(file.path)
     limits = safetensors_files.ADAPTER
     # some programs store alpha as a whole number
-    header = safetensors_files.read(file.path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"}))
+    header = safetensors_files.read(
+        file.path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"})
+    )
     if not header.shapes:
         raise UserError(f"{where}: the adapter is empty")
     splits = _splits(where, header.shapes)
@@ -104,20 +128,28 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
                 found = parts.setdefault((component, path), {})
                 if part in found:
-                    raise UserError(f"{where}: the {part} of {component}.{path} is there twice, in two spellings")
+                    raise UserError(
+                        f"{where}: the {part} of {component}.{path} is there twice, in two spellings"
+                    )
                 found[part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})") from None
+        raise UserError(
+            f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
+        ) from None
     configs = peft_config.of_file(where, file.config, header.metadata, {component for component, _ in parts})
     guess = _other_family(header.shapes, base)
     components: dict[str, dict[str, Module]] = {}
     scales: dict[str, dict[str, float]] = {}
     for (component, path), tensors in sorted(parts.items()):
         shape = base.layers[component][path]
-        reader = _Reader(f"{where}: {component}.{path}", shape, path, configs.get(component, Settings()), guess)
+        reader = _Reader(
+            f"{where}: {component}.{path}", shape, path, configs.get(component, Settings()), guess
+        )
         module = components.setdefault(component, {})[path] = reader.module(tensors)
         scales.setdefault(component, {})[path] = reader.scale(tensors, module.rank)
-        if not all(torch.isfinite(tensor).all() for tensor in vars(module).values() if isinstance(tensor, Tensor)):
+        if not all(
+            torch.isfinite(tensor).all() for tensor in vars(module).values() if isinstance(tensor, Tensor)
+        ):
             raise UserError(f"{where}: {component}.{path} is not finite once its scale is worked in")
     for component, config in configs.items():
         peft_config.check_whole(where, component, config, components[component], base.layers[component])
@@ -127,29 +159,44 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
 def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
     """(what stands for the module, which of its tensors) for each key. Raises UserError if one is of no known layout."""
     # a key with a `*` is of another program's embedding, whatever it ends in
-    splits = {key: None if "*" in key else layer_names.split(plain) for key, plain in layer_names.without_name(shapes).items()}
+    splits = {
+        key: None if "*" in key else layer_names.split(plain)
+        for key, plain in layer_names.without_name(shapes).items()
+    }
     if unknown := sorted(key for key, found in splits.items() if found is None):
         foreign = layer_names.FOREIGN.items()
-        what = next((f": {text}" for pattern, text in foreign if any(re.search(pattern, key) for key in unknown)), "")
-        raise UserError(f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is read here, e.g. {unknown[0]}{what}")
+        what = next(
+            (f": {text}" for pattern, text in foreign if any(re.search(pattern, key) for key in unknown)), ""
+        )
+        raise UserError(
+            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is read here, e.g. {unknown[0]}{what}"
+        )
     return {key: found for key, found in splits.items() if found is not None}
 
 
-def _placed(where: str, key: str, place: Callable[[str, str], tuple[str, str] | None], stem: str, component: str) -> tuple[str, str] | None:
+def _placed(
+    where: str, key: str, place: Callable[[str, str], tuple[str, str] | None], stem: str, component: str
+) -> tuple[str, str] | None:
     try:
         return place(stem, component)
     except ValueError as error:
-        raise UserError(f"{where}: {key} could be for {error}; put the file in a folder of that name") from None
+        raise UserError(
+            f"{where}: {key} could be for {error}; put the file in a folder of that name"
+        ) from None
 
 
-def _own_base(where: str, shapes: Mapping[str, Shape], splits: Mapping[str, tuple[str, str]], component: str) -> Base:
+def _own_base(
+    where: str, shapes: Mapping[str, Shape], splits: Mapping[str, tuple[str, str]], component: str
+) -> Base:
     """A base of exactly the layers that the file speaks of, each of the size that its tensors are for."""
     modules: dict[tuple[str, str], dict[str, Shape]] = collections.defaultdict(dict)
     raw: dict[str, tuple[str, str]] = {}
     for key, (stem, part) in splits.items():
         place = _placed(where, key, layer_names.own_place, stem, component)
         if place is None:
-            raise UserError(f"{where}: {key} does not say what part of a base it is for: unet, text_encoder or text_encoder_2")
+            raise UserError(
+                f"{where}: {key} does not say what part of a base it is for: unet, text_encoder or text_encoder_2"
+            )
         modules[place][part] = shapes[key]
         if layer_names.is_raw(place[1]):
             raw[stem] = place
@@ -158,7 +205,9 @@ def _own_base(where: str, shapes: Mapping[str, Shape], splits: Mapping[str, tupl
         shape = _own_shape(parts)
         if len(shape) not in (2, 4):
             has = ", ".join(f"{part} {parts[part]}" for part in sorted(parts))
-            raise UserError(f"{where}: {owner}.{path} has only {has}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole")
+            raise UserError(
+                f"{where}: {owner}.{path} has only {has}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
+            )
         layers[owner][path] = shape
     base = Base(layers)
     base.kohya |= raw
@@ -198,9 +247,19 @@ def _places(
         else:
             places[key] = (*place, part)
     if homeless:
-        absent = [name for name in COMPONENTS if name not in base.layers and any(_speaks_of(key, name) for key in homeless)]
-        also = f": it has no {absent[0]}" if absent else _other_family(shapes, base) or "; the adapter is for another base"
-        raise UserError(f"{where}: {len(homeless)} of {len(splits)} keys are for no layer of this base, e.g. {min(homeless)}{also}")
+        absent = [
+            name
+            for name in COMPONENTS
+            if name not in base.layers and any(_speaks_of(key, name) for key in homeless)
+        ]
+        also = (
+            f": it has no {absent[0]}"
+            if absent
+            else _other_family(shapes, base) or "; the adapter is for another base"
+        )
+        raise UserError(
+            f"{where}: {len(homeless)} of {len(splits)} keys are for no layer of this base, e.g. {min(homeless)}{also}"
+        )
     return places
 
 
@@ -214,8 +273,12 @@ _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "S
 
 def _other_family(shapes: Mapping[str, Shape], base: Base) -> str:
     """What the width of the text that the UNet reads tells: the end of a message if the adapter's is another than the base's, else nothing."""
-    is_cross = re.compile(r"attn2[._](?:processor\.)?to_[kv]\b|attn2_to_[kv]\.|attn2\.processor\.to_[kv]_lora")
-    own = {shape[1] for name, shape in base.layers.get("unet", {}).items() if re.search(r"attn2\.to_k$", name)}
+    is_cross = re.compile(
+        r"attn2[._](?:processor\.)?to_[kv]\b|attn2_to_[kv]\.|attn2\.processor\.to_[kv]_lora"
+    )
+    own = {
+        shape[1] for name, shape in base.layers.get("unet", {}).items() if re.search(r"attn2\.to_k$", name)
+    }
     found = set()
     modules: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for key, shape in shapes.items():
@@ -231,7 +294,9 @@ def _other_family(shapes: Mapping[str, Shape], base: Base) -> str:
         return ""
     (width,), (theirs,) = own, found
     names = [f"{_FAMILIES[w]}'s {w}" if w in _FAMILIES else str(w) for w in (theirs, width)]
-    return f"; the adapter is for another base: its UNet reads text {names[0]} wide, and this one's {names[1]}"
+    return (
+        f"; the adapter is for another base: its UNet reads text {names[0]} wide, and this one's {names[1]}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +318,9 @@ class _Reader:
         elif parts & _LOKR_FIRST in _LOKR_WAYS_FIRST and parts - _LOKR_FIRST in _LOKR_WAYS_SECOND:
             module = self.lokr(tensors)
         else:
-            raise UserError(f"{self.where} has only {', '.join(sorted(tensors))}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole")
+            raise UserError(
+                f"{self.where} has only {', '.join(sorted(tensors))}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
+            )
         return dataclasses.replace(module, magnitude=self.magnitude(tensors))
 
     def lora(self, tensors: Mapping[str, Tensor]) -> Lora:
@@ -265,7 +332,9 @@ class _Reader:
             return Lora(self.fit(tensors, "down", rank, inputs, *kernel), up)
         # LyCORIS' Tucker form of a convolution: its core goes into `down`
         core = self.fit(tensors, "mid", rank, rank, *kernel)
-        down = torch.einsum("ij...,jr->ir...", core, self.fit(tensors, "down", rank, inputs, *ones).flatten(1))
+        down = torch.einsum(
+            "ij...,jr->ir...", core, self.fit(tensors, "down", rank, inputs, *ones).flatten(1)
+        )
         return Lora(down, up)
 
     def loha(self, tensors: Mapping[str, Tensor]) -> LoHa:
@@ -284,7 +353,9 @@ class _Reader:
 
     def lokr(self, tensors: Mapping[str, Tensor]) -> LoKr:
         outputs, inputs, *kernel = self.shape
-        rank1, rank2 = (_rows(tensors[name]) if name in tensors else None for name in ("lokr_w1_b", "lokr_w2_b"))
+        rank1, rank2 = (
+            _rows(tensors[name]) if name in tensors else None for name in ("lokr_w1_b", "lokr_w2_b")
+        )
         scale = self.scale(tensors, rank2 if rank2 is not None else rank1)
         upper, lower = ("lokr_w1", "lokr_w1") if rank1 is None else ("lokr_w1_a", "lokr_w1_b")
         rows, columns = _rows(tensors[upper]), tensors[lower].shape[1] if tensors[lower].ndim > 1 else 0
@@ -317,11 +388,19 @@ class _Reader:
             raise UserError(f"{self.where} has its magnitude twice, in two spellings")
         tensor = tensors[given[0]]
         # peft's of a convolution has its outputs second; LyCORIS' with a 1 in front has one length for each input, which is another method
-        forms = {(outputs,), (1, outputs, *ones)} if given[0] == "magnitude" else {(outputs,), (outputs, 1, *ones)}
+        forms = (
+            {(outputs,), (1, outputs, *ones)}
+            if given[0] == "magnitude"
+            else {(outputs,), (outputs, 1, *ones)}
+        )
         if tuple(tensor.shape) not in forms:
             by_input = given[0] == "dora_scale" and tensor.ndim > 1 and tensor.shape[0] == 1
-            also = ": lengths of inputs (LyCORIS before wd_on_out) are not supported" if by_input else self.guess
-            raise UserError(f"{self.where}: its magnitude of shape {tuple(tensor.shape)} is not one length for each of {outputs} outputs{also}")
+            also = (
+                ": lengths of inputs (LyCORIS before wd_on_out) are not supported" if by_input else self.guess
+            )
+            raise UserError(
+                f"{self.where}: its magnitude of shape {tuple(tensor.shape)} is not one length for each of {outputs} outputs{also}"
+            )
         return tensor.flatten()
 
     def scale(self, tensors: Mapping[str, Tensor], rank: int | None) -> float:
@@ -351,7 +430,9 @@ class _Reader:
 
     def misfit(self, name: str, tensor: Tensor, expected: str) -> UserError:
         also = self.guess or "; the adapter is for another base, or broken"
-        return UserError(f"{self.where}: its {name} has shape {tuple(tensor.shape)}; for this layer of {self.shape} it must be {expected}{also}")
+        return UserError(
+            f"{self.where}: its {name} has shape {tuple(tensor.shape)}; for this layer of {self.shape} it must be {expected}{also}"
+        )
 
 
 def _rows(tensor: Tensor) -> int:
@@ -361,4 +442,8 @@ def _rows(tensor: Tensor) -> int:
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR_FIRST = {"lokr_w1", "lokr_w1_a", "lokr_w1_b"}
 _LOKR_WAYS_FIRST: tuple[set[str], ...] = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
-_LOKR_WAYS_SECOND: tuple[set[str], ...] = ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+_LOKR_WAYS_SECOND: tuple[set[str], ...] = (
+    {"lokr_w2"},
+    {"lokr_w2_a", "lokr_w2_b"},
+    {"lokr_w2_a", "lokr_w2_b", "lokr_t2"},
+)

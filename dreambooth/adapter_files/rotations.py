@@ -48,7 +48,9 @@ def _block_of(elements: int) -> int:
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
-def _oft_problem(shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]) -> str:
+def _oft_problem(
+    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
+) -> str:
     shape = shapes["oft_R.weight"]
     if math.prod(weight[2:]) > 1:
         return "peft's OFT of a kernel larger than 1 x 1 is none: it adds up patches that overlap"
@@ -60,7 +62,9 @@ def _oft_problem(shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...],
     return ""
 
 
-def _boft_problem(shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]) -> str:
+def _boft_problem(
+    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
+) -> str:
     factors, blocks, *sides = shapes["boft_R"] if len(shapes["boft_R"]) == 4 else (0, 0, 0)
     inputs = math.prod(weight[1:])
     if factors > 1:
@@ -72,7 +76,9 @@ def _boft_problem(shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     return ""
 
 
-def _hra_problem(shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]) -> str:
+def _hra_problem(
+    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
+) -> str:
     shape, inputs = shapes["hra_u"], math.prod(weight[1:])
     if len(shape) != 2 or shape[0] != inputs or not 0 < shape[1] <= 4096:
         return f"its hra_u has shape {shape}, which does not reflect {inputs} inputs; the adapter is for another base, or broken"
@@ -88,10 +94,18 @@ _KINDS = {
         ("oft_R.weight",),
         {
             "coft": ("true or false", _is_flag, False),
-            "eps": ("a number over 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1e3, 6e-5),
+            "eps": (
+                "a number over 0",
+                lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1e3,
+                6e-5,
+            ),
             "block_share": ("true or false", _is_flag, False),
             "use_cayley_neumann": ("true or false", _is_flag, True),
-            "num_cayley_neumann_terms": ("a whole number from 1 to 100", lambda v: type(v) is int and 1 <= v <= 100, 5),
+            "num_cayley_neumann_terms": (
+                "a whole number from 1 to 100",
+                lambda v: type(v) is int and 1 <= v <= 100,
+                5,
+            ),
         },
         _oft_problem,
         _oft_config,
@@ -142,10 +156,16 @@ class Rotations:
         config.target_modules, config.inference_mode = {"layer"}, True
         with torch.random.fork_rng(devices=[]), _quiet():
             inject_adapter_in_model(config, scratch, "turning")
-        expected = {key for key in scratch.state_dict() if key.partition(".")[2].startswith(f"{kind.lower()}_")}
-        result = set_peft_model_state_dict(scratch, {f"layer.{part}": tensor for part, tensor in tensors.items()}, "turning")
+        expected = {
+            key for key in scratch.state_dict() if key.partition(".")[2].startswith(f"{kind.lower()}_")
+        }
+        result = set_peft_model_state_dict(
+            scratch, {f"layer.{part}": tensor for part, tensor in tensors.items()}, "turning"
+        )
         if result.unexpected_keys or expected & set(result.missing_keys):
-            raise UserError(f"{component}.{module}: this version of peft has other tensors for {kind}: {', '.join(sorted(expected))}")
+            raise UserError(
+                f"{component}.{module}: this version of peft has other tensors for {kind}: {', '.join(sorted(expected))}"
+            )
         with torch.no_grad():
             scratch["layer"].merge()  # type: ignore[operator]
         return scratch["layer"].get_base_layer().weight.detach()  # type: ignore[operator,union-attr]
@@ -167,14 +187,18 @@ def _quiet() -> Iterator[None]:
 def is_one(path: Path) -> bool:
     """Whether a file's keys are of OFT, BOFT or HRA. Raises UserError if it is no whole safetensors file."""
     limits = safetensors_files.ADAPTER
-    header = safetensors_files.read(path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"}))
+    header = safetensors_files.read(
+        path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"})
+    )
     return any(_split(key) for key in header.shapes)
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
     """(what stands for the module, kind, part); None for another key."""
     ends = ((kind, part) for kind, own in _KINDS.items() for part in own.parts)
-    return next(((key[: -len(part) - 1], kind, part) for kind, part in ends if key.endswith(f".{part}")), None)
+    return next(
+        ((key[: -len(part) - 1], kind, part) for kind, part in ends if key.endswith(f".{part}")), None
+    )
 
 
 def read(path: Path, layers: Layers) -> Rotations:
@@ -189,21 +213,32 @@ def read(path: Path, layers: Layers) -> Rotations:
         found = _split(key)
         component, _, module = found[0].partition(".") if found else ("", "", "")
         if not found or component not in COMPONENTS:
-            raise UserError(f"{where}: the key {key} is none of an OFT, BOFT or HRA adapter as peft has them (unet.*, text_encoder.*)")
+            raise UserError(
+                f"{where}: the key {key} is none of an OFT, BOFT or HRA adapter as peft has them (unet.*, text_encoder.*)"
+            )
         places[key] = (component, module.removeprefix(_TEXT_PREFIX), found[1], found[2])
-    settings = {component: _settings(where, component, header.metadata) for component in sorted({place[0] for place in places.values()})}
-    components: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in COMPONENTS if name in settings}
+    settings = {
+        component: _settings(where, component, header.metadata)
+        for component in sorted({place[0] for place in places.values()})
+    }
+    components: dict[str, dict[str, dict[str, Tensor]]] = {
+        name: {} for name in COMPONENTS if name in settings
+    }
     try:
         with safe_open(path, framework="pt") as file:
             for key, (component, module, kind, part) in sorted(places.items()):
                 if kind != settings[component][0]:
-                    raise UserError(f"{where}: {key} is of {kind}, and its metadata says that {component} has {settings[component][0]}")
+                    raise UserError(
+                        f"{where}: {key} is of {kind}, and its metadata says that {component} has {settings[component][0]}"
+                    )
                 tensor = file.get_tensor(key).float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
                 components[component].setdefault(module, {})[part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})") from None
+        raise UserError(
+            f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
+        ) from None
     rotations = Rotations(components, settings, header.metadata)
     _check(where, rotations, layers)
     return rotations
@@ -222,14 +257,23 @@ def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _settings(where: str, component: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """(kind, what peft's settings for it take from a file): each value tested, none passed on unseen."""
     content = _content(where, metadata)
-    fields = {key.removeprefix(f"{component}."): value for key, value in content.items() if key.startswith(f"{component}.")}
+    fields = {
+        key.removeprefix(f"{component}."): value
+        for key, value in content.items()
+        if key.startswith(f"{component}.")
+    }
 
     def wrong(name: str, rule: str) -> UserError:
-        return UserError(f"{where}: its metadata has {component}.{name} = {ascii(fields.get(name))[:80]}; it must be {rule}")
+        return UserError(
+            f"{where}: its metadata has {component}.{name} = {ascii(fields.get(name))[:80]}; it must be {rule}"
+        )
 
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise wrong("peft_type", f"one of {', '.join(_KINDS)}: without peft's settings nobody knows what such tensors mean")
+        raise wrong(
+            "peft_type",
+            f"one of {', '.join(_KINDS)}: without peft's settings nobody knows what such tensors mean",
+        )
     for name in _CHANGE_MEANING:
         if fields.get(name):
             raise wrong(name, "left out: such adapters are not supported")
@@ -248,7 +292,11 @@ def _check(where: str, rotations: Rotations, layers: Layers) -> None:
     content = _content(where, rotations.metadata)
     for component, modules in rotations.components.items():
         kind, fields = rotations.settings[component]
-        own = {name.removeprefix(_TEXT_PREFIX): tuple(shape) for name, shape in layers.get(component, {}).items() if len(shape) in (2, 4)}
+        own = {
+            name.removeprefix(_TEXT_PREFIX): tuple(shape)
+            for name, shape in layers.get(component, {}).items()
+            if len(shape) in (2, 4)
+        }
         if component not in layers:
             raise UserError(f"{where}: the adapter has a {component}, and this base has none")
         for module, tensors in modules.items():
@@ -257,10 +305,16 @@ def _check(where: str, rotations: Rotations, layers: Layers) -> None:
                 raise UserError(f"{place} is no layer of this base; the adapter is for another base")
             if lacking := set(_KINDS[kind].parts) - tensors.keys():
                 raise UserError(f"{place} lacks its {', '.join(sorted(lacking))}; the adapter is not whole")
-            if problem := _KINDS[kind].problem({part: tuple(tensor.shape) for part, tensor in tensors.items()}, own[module], fields):
+            if problem := _KINDS[kind].problem(
+                {part: tuple(tensor.shape) for part, tensor in tensors.items()}, own[module], fields
+            ):
                 raise UserError(f"{place}: {problem}")
         targets = content.get(f"{component}.target_modules")
-        ends = tuple(f".{t.removeprefix(_TEXT_PREFIX)}" for t in targets if isinstance(t, str)) if isinstance(targets, list) else ()
+        ends = (
+            tuple(f".{t.removeprefix(_TEXT_PREFIX)}" for t in targets if isinstance(t, str))
+            if isinstance(targets, list)
+            else ()
+        )
         expected = {name for name in own if f".{name}".endswith(ends)} if ends else set()
         if absent := sorted(expected - modules.keys()):
             of = f"{len(absent)} of the {len(expected)} layers of {component} that it was trained on"

@@ -35,14 +35,20 @@ def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype =
             for name, tensor in _peft_tensors(module).items():
                 tensors[f"{component}.{layer_names.with_prefix(path, prefix)}.{name}"] = tensor
         fields |= {f"{component}.{name}": value for name, value in _peft_fields(modules).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(fields, sort_keys=True), "dreambooth": json.dumps(dict(info), sort_keys=True)}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(fields, sort_keys=True),
+        "dreambooth": json.dumps(dict(info), sort_keys=True),
+    }
     return native.stable_bytes(_stored(tensors, dtype), metadata)
 
 
 def _check_one_kind(component: str, modules: Mapping[str, Module]) -> None:
     kinds = sorted({deltas.kind(module) for module in modules.values()})
     if len(kinds) > 1 or kinds[0] in ("doha", "dokr"):
-        raise UserError(f"{component} has {' and '.join(kinds)}, which peft's layout cannot hold; convert to LoRA, or write kohya's layout")
+        raise UserError(
+            f"{component} has {' and '.join(kinds)}, which peft's layout cannot hold; convert to LoRA, or write kohya's layout"
+        )
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -62,7 +68,9 @@ def _peft_tensors(module: Module) -> dict[str, Tensor]:
         if module.magnitude is not None:
             is_conv = module.down.ndim > 2
             # `.weight`, as the parameter itself is called: without it a text encoder's is dropped on loading
-            tensors["lora_magnitude_vector.weight"] = module.magnitude.reshape(1, -1, 1, 1) if is_conv else module.magnitude
+            tensors["lora_magnitude_vector.weight"] = (
+                module.magnitude.reshape(1, -1, 1, 1) if is_conv else module.magnitude
+            )
         return tensors
     return _lycoris_tensors(module)
 
@@ -70,9 +78,17 @@ def _peft_tensors(module: Module) -> dict[str, Tensor]:
 def _lycoris_tensors(module: LoHa | LoKr) -> dict[str, Tensor]:
     """Under the names that peft and LyCORIS share; a product's second factor flattened, as both have it."""
     prefix = "hada" if isinstance(module, LoHa) else "lokr"
-    found = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "magnitude"}
+    found = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.name != "magnitude"
+    }
     named = {"_".join([prefix, name[:2], *name[2:]]): tensor for name, tensor in found.items()}
-    return {name: tensor.flatten(1) if name.endswith("_b") else tensor for name, tensor in named.items() if tensor is not None}
+    return {
+        name: tensor.flatten(1) if name.endswith("_b") else tensor
+        for name, tensor in named.items()
+        if tensor is not None
+    }
 
 
 def _peft_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
@@ -89,7 +105,13 @@ def _peft_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
     common = {"r": rank, "target_modules": sorted(modules), "rank_pattern": other, "alpha_pattern": other}
     kinds = list(modules.values())
     if isinstance(kinds[0], Lora):
-        same = {"peft_type": "LORA", "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False}
+        same = {
+            "peft_type": "LORA",
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+        }
         return common | same | {"use_dora": kinds[0].magnitude is not None}
     if isinstance(kinds[0], LoHa):
         has_cores = any(isinstance(module, LoHa) and module.t1 is not None for module in kinds)
@@ -126,11 +148,23 @@ def _decompose_factor(modules: Iterable[LoKr]) -> int:
     for module in modules:
         first, second = module.factors()
         sides |= {(first.shape[side] * second.shape[side], first.shape[side]) for side in (0, 1)}
-    return next((f for f in (-1, *sorted({size for _, size in sides})) if all(divided(width, f) == size for width, size in sides)), -1)
+    return next(
+        (
+            f
+            for f in (-1, *sorted({size for _, size in sides}))
+            if all(divided(width, f) == size for width, size in sides)
+        ),
+        -1,
+    )
 
 
 def write_kohya(
-    adapter: Adapter, family: Family, info: Mapping[str, Any], dtype: torch.dtype = torch.float32, *, depth: int = layer_names.XL_DEPTH
+    adapter: Adapter,
+    family: Family,
+    info: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    depth: int = layer_names.XL_DEPTH,
 ) -> bytes:
     """The bytes of a file that kohya's scripts, LyCORIS, ComfyUI, A1111, Forge and, for LoRA, any diffusers read.
 
@@ -155,8 +189,13 @@ def write_kohya(
             ranks.add(alpha)
             if module.magnitude is not None:
                 named["dora_scale"] = module.magnitude.reshape(-1, *[1] * (deltas.ndim(module) - 1))
-            stem = layer_names.KOHYA_PREFIXES[family][component] + layer_names.kohya_path(component, path, family, depth)
-            tensors |= {f"{stem}.{name}": tensor for name, tensor in (named | {"alpha": torch.tensor(float(alpha))}).items()}
+            stem = layer_names.KOHYA_PREFIXES[family][component] + layer_names.kohya_path(
+                component, path, family, depth
+            )
+            tensors |= {
+                f"{stem}.{name}": tensor
+                for name, tensor in (named | {"alpha": torch.tensor(float(alpha))}).items()
+            }
     metadata = _kohya_metadata(adapter, family, info, max(ranks, default=1))
     return native.stable_bytes(_stored(tensors, dtype), metadata)
 
@@ -178,7 +217,11 @@ def _kohya_metadata(adapter: Adapter, family: Family, info: Mapping[str, Any], r
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": json.dumps(arguments, sort_keys=True),
-        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2_v" if is_velocity else "sd_v2", "sdxl": "sdxl_base_v1-0"}[family],
+        "ss_base_model_version": {
+            "sd1": "sd_v1",
+            "sd2": "sd_v2_v" if is_velocity else "sd_v2",
+            "sdxl": "sdxl_base_v1-0",
+        }[family],
         "ss_v2": str(family == "sd2"),
         "dreambooth": json.dumps(dict(info), sort_keys=True),
     }
@@ -188,7 +231,9 @@ def _kohya_metadata(adapter: Adapter, family: Family, info: Mapping[str, Any], r
     return found
 
 
-def write_peft(adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
+def write_peft(
+    adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> dict[str, bytes]:
     """The bytes of files by their path in a folder: for each component a folder of its own that `PeftModel.from_pretrained` takes.
 
     `text_prefixes` says what stands before a text encoder's modules in the models that they are for: "" or `text_model.`. Raises UserError as
@@ -204,16 +249,30 @@ def write_peft(adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.
             for path, module in modules.items()
             for name, tensor in _peft_tensors(module).items()
         }
-        fields = _peft_fields(modules) | {"base_model_name_or_path": None, "task_type": None, "inference_mode": True}
+        fields = _peft_fields(modules) | {
+            "base_model_name_or_path": None,
+            "task_type": None,
+            "inference_mode": True,
+        }
         _check_peft_makes(component, modules, fields)
-        files[f"{component}/adapter_config.json"] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
-        files[f"{component}/adapter_model.safetensors"] = native.stable_bytes(_stored(tensors, dtype), {"format": "pt"})
+        files[f"{component}/adapter_config.json"] = (
+            json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        ).encode()
+        files[f"{component}/adapter_model.safetensors"] = native.stable_bytes(
+            _stored(tensors, dtype), {"format": "pt"}
+        )
     return files
 
 
 def _check_peft_makes(component: str, modules: Mapping[str, Module], fields: Mapping[str, Any]) -> None:
     """Raise UserError unless peft, given the configuration, makes modules of these shapes: asked of peft, on layers without weights."""
-    from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model  # seconds
+    from peft import (
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+    )  # seconds
 
     root = torch.nn.Module()
     for path, module in modules.items():
@@ -226,7 +285,9 @@ def _check_peft_makes(component: str, modules: Mapping[str, Module], fields: Map
         place.add_module(last, _stand_in(deltas.shape(module)))
     config = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}[fields["peft_type"]]
     inject_adapter_in_model(config(**fields), root, "default", low_cpu_mem_usage=True)
-    made = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(root, save_embedding_layers=False).items()}
+    made = {
+        key: tuple(t.shape) for key, t in get_peft_model_state_dict(root, save_embedding_layers=False).items()
+    }
     for path, module in modules.items():
         for name, tensor in _peft_tensors(module).items():
             key = f"{path}.{name.replace('lora_magnitude_vector.weight', 'lora_magnitude_vector')}"

@@ -51,8 +51,14 @@ def layers_of(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for component, model in models.items():
         within = tuple(f"{path}." for path in _tuners(model))
-        weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules() if not name.startswith(within))
-        found[component] = {name: tuple(weight.shape) for name, weight in weights if isinstance(weight, Tensor)}
+        weights = (
+            (name, getattr(module, "weight", None))
+            for name, module in model.named_modules()
+            if not name.startswith(within)
+        )
+        found[component] = {
+            name: tuple(weight.shape) for name, weight in weights if isinstance(weight, Tensor)
+        }
     return found
 
 
@@ -96,7 +102,10 @@ def attach(models: Models, adapter: Adapter, name: str) -> None:
         if name in getattr(model, "peft_config", {}):
             raise ValueError(f"{component} has an adapter {name!r} already")
         active = {layer: [*layer.active_adapters] for layer in _tuners(model).values()}
-        paths = {_live_path(model, module): deltas.as_lora(m) if m.magnitude is not None else m for module, m in modules.items()}
+        paths = {
+            _live_path(model, module): deltas.as_lora(m) if m.magnitude is not None else m
+            for module, m in modules.items()
+        }
         for config, tag, kind in _KINDS:
             own = {path: module for path, module in paths.items() if isinstance(module, kind)}
             if own:
@@ -108,7 +117,9 @@ def attach(models: Models, adapter: Adapter, name: str) -> None:
                 if isinstance(module, Lora) and module.magnitude is not None:
                     layer.lora_variant[name] = _Dora(model, path, layer.get_base_layer().weight, module)
         for layer in _tuners(model).values():  # peft has left the newest alone active
-            layer.set_adapter([*active.get(layer, ()), *([name] if name in layer.scaling else [])], inference_mode=True)
+            layer.set_adapter(
+                [*active.get(layer, ()), *([name] if name in layer.scaling else [])], inference_mode=True
+            )
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
@@ -202,8 +213,15 @@ def _fill_lora(layer: Any, name: str, module: Lora, weight: Tensor) -> None:
 
 
 def _fill_loha(layer: Any, name: str, module: LoHa, weight: Tensor) -> None:
-    whole = {"hada_w1_a": module.w1a, "hada_w1_b": module.w1b, "hada_w2_a": module.w2a, "hada_w2_b": module.w2b}
-    _fill_factors(layer, name, whole | {"hada_t1": module.t1, "hada_t2": module.t2}, weight, module.t1 is not None)
+    whole = {
+        "hada_w1_a": module.w1a,
+        "hada_w1_b": module.w1b,
+        "hada_w2_a": module.w2a,
+        "hada_w2_b": module.w2b,
+    }
+    _fill_factors(
+        layer, name, whole | {"hada_t1": module.t1, "hada_t2": module.t2}, weight, module.t1 is not None
+    )
 
 
 def _fill_lokr(layer: Any, name: str, module: deltas.LoKr, weight: Tensor) -> None:
@@ -212,7 +230,9 @@ def _fill_lokr(layer: Any, name: str, module: deltas.LoKr, weight: Tensor) -> No
     _fill_factors(layer, name, first | second, weight, module.t2 is not None)
 
 
-def _fill_factors(layer: Any, name: str, tensors: Mapping[str, Tensor | None], weight: Tensor, has_core: bool) -> None:
+def _fill_factors(
+    layer: Any, name: str, tensors: Mapping[str, Tensor | None], weight: Tensor, has_core: bool
+) -> None:
     for part, tensor in tensors.items():
         held = getattr(layer, part)
         if name in held:
@@ -243,7 +263,11 @@ class _Dora:
         base, rows = module.get_base_layer(), self.rows.to(result.device)
         # rows are close to 1: bfloat16 would round them to 1 itself, and their difference from it keeps 8 bits of its own
         beyond, rows = (rows - 1).to(result.dtype), rows.to(result.dtype)
-        plain = F.linear(x, base.weight) if isinstance(base, nn.Linear) else base._conv_forward(x, base.weight, None)
+        plain = (
+            F.linear(x, base.weight)
+            if isinstance(base, nn.Linear)
+            else base._conv_forward(x, base.weight, None)
+        )
         update = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         return result + (beyond * plain + rows * update) * module.scaling[active_adapter]
 
@@ -256,7 +280,10 @@ class _Dora:
             own = own - sum(layer.get_delta_weight(name).float() for name in layer.merged_adapters)
             layer = layer.base_layer
         rows = self.rows.reshape(-1, *[1] * (own.ndim - 1)).to(own.device)
-        update = module.lora_B[active_adapter].weight.flatten(1).float() @ module.lora_A[active_adapter].weight.flatten(1).float()
+        update = (
+            module.lora_B[active_adapter].weight.flatten(1).float()
+            @ module.lora_A[active_adapter].weight.flatten(1).float()
+        )
         return ((rows - 1) * own + rows * update.reshape(own.shape)) * module.scaling[active_adapter]
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -296,7 +323,14 @@ def set_weights(models: Models, weights: Mapping[str, Weight]) -> None:
 
 def _on(module: Any, device: torch.device) -> Any:
     """A module of `deltas` with its tensors on the device."""
-    return dataclasses.replace(module, **{f.name: t.to(device) for f in dataclasses.fields(module) if (t := getattr(module, f.name)) is not None})
+    return dataclasses.replace(
+        module,
+        **{
+            f.name: t.to(device)
+            for f in dataclasses.fields(module)
+            if (t := getattr(module, f.name)) is not None
+        },
+    )
 
 
 def added(adapter: Adapter | Rotations, component: str, module: str, layer: nn.Module) -> Tensor:
@@ -316,15 +350,25 @@ def fused(models: Models, worn: list[tuple[Adapter | Rotations, Weight]]) -> Ite
     try:
         with torch.no_grad():
             for component, model in models.items():
-                for module in dict.fromkeys(module for adapter, _ in worn for module in adapter.components.get(component, {})):
+                for module in dict.fromkeys(
+                    module for adapter, _ in worn for module in adapter.components.get(component, {})
+                ):
                     layer = _base_layer(model, module)
                     here = [(adapter, weight_at(weight, component, module)) for adapter, weight in worn]
-                    here = [(adapter, w) for adapter, w in here if w and module in adapter.components.get(component, {})]
+                    here = [
+                        (adapter, w)
+                        for adapter, w in here
+                        if w and module in adapter.components.get(component, {})
+                    ]
                     if not here:
                         continue
-                    total = layer.weight.float() + sum(w * added(adapter, component, module, layer) for adapter, w in here)
+                    total = layer.weight.float() + sum(
+                        w * added(adapter, component, module, layer) for adapter, w in here
+                    )
                     kept.append((layer.weight, layer.weight.data))
-                    layer.weight.data = torch.empty_like(layer.weight.data).copy_(total)  # in its memory format: convolutions are channels last
+                    layer.weight.data = torch.empty_like(layer.weight.data).copy_(
+                        total
+                    )  # in its memory format: convolutions are channels last
         yield
     finally:
         for parameter, before in kept:
@@ -351,7 +395,9 @@ def is_fused(adapters: list[Adapter | Rotations], how: Fusing, dtype: torch.dtyp
     """
     if any(isinstance(adapter, Rotations) for adapter in adapters) or how == "yes":
         return bool(adapters)
-    return how == "auto" and dtype != torch.bfloat16 and any(adapter.kinds != ("lora",) for adapter in adapters)
+    return (
+        how == "auto" and dtype != torch.bfloat16 and any(adapter.kinds != ("lora",) for adapter in adapters)
+    )
 
 
 class Stack:

@@ -48,7 +48,10 @@ def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") 
     """
     changed = []
     for name, layer in model.named_modules():
-        if type(layer) not in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d) or adapter_name not in layer.scaling:  # type: ignore[operator]
+        if (
+            type(layer) not in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d)
+            or adapter_name not in layer.scaling
+        ):  # type: ignore[operator]
             continue
         base: Any = layer.get_base_layer()  # type: ignore[operator]
         if isinstance(base, torch.nn.Conv2d) and (base.groups != 1 or isinstance(base.padding, str)):
@@ -61,8 +64,16 @@ def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = self.factored_adapter
-    here = [active for active in self.active_adapters if active in self.scaling]  # the model may have active ones that this layer has not
-    if here != [name] or self.disable_adapters or self.merged or not self.cast_input_dtype_enabled or _drops(self, name):
+    here = [
+        active for active in self.active_adapters if active in self.scaling
+    ]  # the model may have active ones that this layer has not
+    if (
+        here != [name]
+        or self.disable_adapters
+        or self.merged
+        or not self.cast_input_dtype_enabled
+        or _drops(self, name)
+    ):
         return type(self).forward(self, x, *args, **kwargs)
     result = self.base_layer(x, *args, **kwargs)
     chain = _loha_chain(self, name, x) if isinstance(self, loha.LoHaLayer) else _lokr_chain(self, name)
@@ -101,7 +112,9 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
     base = layer.get_base_layer()
     shape, geometry = base.weight.shape, _geometry(base)
 
-    def halves(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None) -> tuple[Tensor, ...]:
+    def halves(
+        w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         return (*_columns_and_rows(w1a, w1b, t1), *_columns_and_rows(w2a, w2b, t2))
 
     def khatri_rao(*factors: Tensor) -> list[Tensor]:
@@ -114,7 +127,11 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
         product = ((columns1 * scale) @ rows1.flatten(1)) * (columns2 @ rows2.flatten(1))
         return [_kernel(product.reshape(shape), geometry)]
 
-    rank, out, into = factors[1].shape[0], shape[0], math.prod(shape[1:])  # w1b is [rank, in], with a core or without
+    rank, out, into = (
+        factors[1].shape[0],
+        shape[0],
+        math.prod(shape[1:]),
+    )  # w1b is [rank, in], with a core or without
     tokens = x.numel() // shape[1]
     # making the dense update takes two products of the rank: as much as 2 * rank tokens
     if rank**2 * (into + out) * tokens < SAVING * out * into * (tokens + 2 * rank):
@@ -123,8 +140,16 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
 
 
 def _lokr_chain(layer: Any, name: str) -> _Chain:
-    first = [getattr(layer, part)[name] for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if name in getattr(layer, part)]
-    second = [getattr(layer, part)[name] for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2") if name in getattr(layer, part)]
+    first = [
+        getattr(layer, part)[name]
+        for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
+        if name in getattr(layer, part)
+    ]
+    second = [
+        getattr(layer, part)[name]
+        for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+        if name in getattr(layer, part)
+    ]
     scale = layer.scaling[name]
     base = layer.get_base_layer()
     shape, geometry = base.weight.shape, _geometry(base)
@@ -166,7 +191,11 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
     ways: list[tuple[float, list[_Link], Callable[..., list[Tensor]]]] = [
         (SAVING * math.prod(shape), [_Link(geometry=geometry)], dense),
         (shape[1] * size * out2 + in1 * shape[0], grouped, in_two),
-        (out1 * shape[1] + in2 * size * shape[0], [_Link(inner=in2), _Link(groups=out1, geometry=geometry)], in_two_mixed_first),
+        (
+            out1 * shape[1] + in2 * size * shape[0],
+            [_Link(inner=in2), _Link(groups=out1, geometry=geometry)],
+            in_two_mixed_first,
+        ),
     ]
     if len(second) > 1:
         rank = second[1].shape[0]  # w2b is [rank, in2(* kh * kw)], with a core or without
@@ -219,7 +248,9 @@ class _Update(torch.autograd.Function):
         _, x_needed, *needed = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False) if ctx.autocasts else contextlib.nullcontext():
             with torch.enable_grad():
-                leaves = [factor.detach().requires_grad_(need) for factor, need in zip(factors, needed, strict=True)]
+                leaves = [
+                    factor.detach().requires_grad_(need) for factor, need in zip(factors, needed, strict=True)
+                ]
                 weights = [weight.to(ctx.dtype) for weight in chain.weights(*leaves)]
             values = [weight.detach() for weight in weights]
             inputs = [x.to(ctx.dtype)]  # of each link
@@ -235,8 +266,14 @@ class _Update(torch.autograd.Function):
                     their_gradients.append(of_weight)
                 gradient = before  # type: ignore[assignment]  # None only where nobody asks
             wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(trained, wanted_leaves, their_gradients) if wanted_leaves else ())
-        return None, gradient.to(x.dtype) if x_needed else None, *(next(found) if need else None for need in needed)
+            found = iter(
+                torch.autograd.grad(trained, wanted_leaves, their_gradients) if wanted_leaves else ()
+            )
+        return (
+            None,
+            gradient.to(x.dtype) if x_needed else None,
+            *(next(found) if need else None for need in needed),
+        )
 
 
 def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
@@ -252,20 +289,38 @@ def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
     else:
         made = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows)
     channels = link.groups * weight.shape[0] * link.inner
-    return made.reshape(x.shape[0], channels, *x.shape[2:]) if is_image else made.reshape(*x.shape[:-1], channels)
+    return (
+        made.reshape(x.shape[0], channels, *x.shape[2:])
+        if is_image
+        else made.reshape(*x.shape[:-1], channels)
+    )
 
 
-def _back(link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+def _back(
+    link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the link's input and of its weight, those that are wanted, from that of its output."""
     if link.geometry is not None:
         stride, padding, dilation = link.geometry
         repeated = weight.repeat(link.groups, 1, 1, 1)
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient, x, repeated, None, stride, padding, dilation, False, (0, 0), link.groups, (*wanted, False)
+            gradient,
+            x,
+            repeated,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            (0, 0),
+            link.groups,
+            (*wanted, False),
         )
         return of_x, of_weight.reshape(link.groups, *weight.shape).sum(0) if wanted[1] else None
     if is_image and _pixels_first(x):
-        of_x, of_weight = _back(link, weight, x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), False, wanted)
+        of_x, of_weight = _back(
+            link, weight, x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), False, wanted
+        )
         return of_x.permute(0, 3, 1, 2) if of_x is not None else None, of_weight
     came = _rows(link, weight.shape[1], x, is_image)  # [rows, from, inner]
     went = _rows(link, weight.shape[0], gradient, is_image)  # [rows, to, inner]

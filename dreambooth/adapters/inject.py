@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import BOFTConfig, HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    BOFTConfig,
+    HRAConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from dreambooth.adapters import factored
 from dreambooth.errors import UserError
@@ -28,7 +37,11 @@ _UNET_PRESETS = {
         *("conv", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
     ),
 }
-_TEXT_PRESETS = {"attn": TEXT_ENCODER_TARGETS, "attn_ff": (*TEXT_ENCODER_TARGETS, "fc1", "fc2"), "full": (*TEXT_ENCODER_TARGETS, "fc1", "fc2")}
+_TEXT_PRESETS = {
+    "attn": TEXT_ENCODER_TARGETS,
+    "attn_ff": (*TEXT_ENCODER_TARGETS, "fc1", "fc2"),
+    "full": (*TEXT_ENCODER_TARGETS, "fc1", "fc2"),
+}
 _SUFFIX = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_).*")
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -95,12 +108,21 @@ def _anchored(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lokr(plan: Plan) -> LoKrConfig:
-    return LoKrConfig(**_factors(plan), decompose_both=plan.options.decompose_both, decompose_factor=plan.options.decompose_factor)
+    return LoKrConfig(
+        **_factors(plan),
+        decompose_both=plan.options.decompose_both,
+        decompose_factor=plan.options.decompose_factor,
+    )
 
 
 def _oft(plan: Plan) -> OFTConfig:
     o = plan.options
-    return OFTConfig(r=0, oft_block_size=o.oft_block_size, module_dropout=o.module_dropout, target_modules=list(plan.targets))
+    return OFTConfig(
+        r=0,
+        oft_block_size=o.oft_block_size,
+        module_dropout=o.module_dropout,
+        target_modules=list(plan.targets),
+    )
 
 
 KINDS = {
@@ -109,11 +131,18 @@ KINDS = {
     "lokr": Kind(_lokr, ".lokr_w1"),  # the first factor, whole or its first half
     "oft": Kind(_oft, "", has_rank=False),
     "boft": Kind(
-        lambda plan: BOFTConfig(boft_block_size=plan.options.boft_block_size, target_modules=list(plan.targets)),
+        lambda plan: BOFTConfig(
+            boft_block_size=plan.options.boft_block_size, target_modules=list(plan.targets)
+        ),
         "",
         has_rank=False,
     ),
-    "hra": Kind(lambda plan: HRAConfig(r=plan.rank, apply_GS=plan.options.apply_gs, target_modules=list(plan.targets)), ""),
+    "hra": Kind(
+        lambda plan: HRAConfig(
+            r=plan.rank, apply_GS=plan.options.apply_gs, target_modules=list(plan.targets)
+        ),
+        "",
+    ),
 }
 
 
@@ -132,9 +161,13 @@ class Component:
 
     def __post_init__(self) -> None:
         # noted once: another adapter on the same model, to look at it, changes what requires gradients
-        self._trained = [(f"{self.name}.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._trained = [
+            (f"{self.name}.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad
+        ]
         scales = {
-            name: getattr(module, "scaling", {}).get("default", 1.0) for name, module in self.model.named_modules() if hasattr(module, "scaling")
+            name: getattr(module, "scaling", {}).get("default", 1.0)
+            for name, module in self.model.named_modules()
+            if hasattr(module, "scaling")
         }
         self._scales = {name: float(scale) for name, scale in scales.items() if scale != 1}
 
@@ -153,8 +186,13 @@ class Component:
         # save_embedding_layers=False: "auto" would ask the hub for a config at every save
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         # readers take this one for a parameter of a module, as the others are
-        state = {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in state.items()}
-        return {key.removeprefix(self._prefix): tensor * scale if (scale := self._scale_of(key)) != 1 else tensor for key, tensor in state.items()}
+        state = {
+            f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in state.items()
+        }
+        return {
+            key.removeprefix(self._prefix): tensor * scale if (scale := self._scale_of(key)) != 1 else tensor
+            for key, tensor in state.items()
+        }
 
     @property
     def _prefix(self) -> str:
@@ -169,19 +207,31 @@ class Component:
         """Raise UserError, naming keys, if they are not exactly those of the model, or of other shapes."""
         own = self.state_dict()
         if missing := sorted(own.keys() - state.keys()):
-            raise UserError(f"the adapter file lacks {len(missing)} of {len(own)} tensors of {self.name}, e.g. {missing[0]}")
+            raise UserError(
+                f"the adapter file lacks {len(missing)} of {len(own)} tensors of {self.name}, e.g. {missing[0]}"
+            )
         if unknown := sorted(state.keys() - own.keys()):
-            raise UserError(f"the adapter file has {len(unknown)} tensors that {self.name} has no place for, e.g. {unknown[0]}")
+            raise UserError(
+                f"the adapter file has {len(unknown)} tensors that {self.name} has no place for, e.g. {unknown[0]}"
+            )
         for key, tensor in own.items():
             if tensor.shape != state[key].shape:
-                raise UserError(f"the adapter file has {key} of shape {tuple(state[key].shape)}; {self.name} needs {tuple(tensor.shape)}")
+                raise UserError(
+                    f"the adapter file has {key} of shape {tuple(state[key].shape)}; {self.name} needs {tuple(tensor.shape)}"
+                )
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Fill the adapter with what `state_dict` gives. Raises UserError if the tensors are not those that it has."""
         self.check_state_dict(state)
         own = {self._prefix + key: tensor for key, tensor in state.items()}
-        own = {key: tensor / scale if (scale := self._scale_of(key)) != 1 else tensor for key, tensor in own.items()}
-        set_peft_model_state_dict(self.model, {key.replace(f"{_MAGNITUDE}.weight", _MAGNITUDE): tensor for key, tensor in own.items()})
+        own = {
+            key: tensor / scale if (scale := self._scale_of(key)) != 1 else tensor
+            for key, tensor in own.items()
+        }
+        set_peft_model_state_dict(
+            self.model,
+            {key.replace(f"{_MAGNITUDE}.weight", _MAGNITUDE): tensor for key, tensor in own.items()},
+        )
 
 
 def unet_targets(options: Adapter) -> tuple[str, ...]:
@@ -189,7 +239,12 @@ def unet_targets(options: Adapter) -> tuple[str, ...]:
     return options.unet_layers() or _UNET_PRESETS[options.target_preset]
 
 
-def text_targets(layers: int, unused: int, options: Adapter | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None) -> tuple[str, ...]:
+def text_targets(
+    layers: int,
+    unused: int,
+    options: Adapter | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[str, ...]:
     """The same of a text encoder of so many layers, without the last `unused`, whose output nobody looks at. `shapes` are of its layers by name,
     which --text_encoder_layers is read against; without them its names must be those of single projections."""
     options = options or Adapter()
@@ -197,9 +252,15 @@ def text_targets(layers: int, unused: int, options: Adapter | None = None, shape
     if not unused:
         return ends
     if shapes is None:
-        return tuple(f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}" for layer in range(layers - unused) for end in ends)
+        return tuple(
+            f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}"
+            for layer in range(layers - unused)
+            for end in ends
+        )
     numbers = {layer: re.search(r"\blayers\.(\d+)\.", layer) for layer in layers_at(ends, shapes)}
-    return tuple(layer for layer, number in numbers.items() if number is None or int(number[1]) < layers - unused)
+    return tuple(
+        layer for layer, number in numbers.items() if number is None or int(number[1]) < layers - unused
+    )
 
 
 def _is_part(part: str, name: str) -> bool:
@@ -214,12 +275,23 @@ def by_part(table: Mapping[str, float], name: str) -> float | None:
 
 def unknown_parts(flag: str, parts: Iterable[str], layers: Sequence[str]) -> list[str]:
     """A line for every part that no layer has in its name, with those that look like it."""
-    ends = sorted({".".join(words[i : i + n]) for layer in layers for words in [layer.split(".")] for n in (1, 2) for i in range(len(words) - n + 1)})
+    ends = sorted(
+        {
+            ".".join(words[i : i + n])
+            for layer in layers
+            for words in [layer.split(".")]
+            for n in (1, 2)
+            for i in range(len(words) - n + 1)
+        }
+    )
     problems = []
     for part in parts:
         if not any(_is_part(part, layer) for layer in layers):
             near = difflib.get_close_matches(part, ends, n=3)
-            problems.append(f"{flag}: no trained layer has {part} in its name" + (f"; there are {', '.join(near)}" if near else ""))
+            problems.append(
+                f"{flag}: no trained layer has {part} in its name"
+                + (f"; there are {', '.join(near)}" if near else "")
+            )
     return problems
 
 
@@ -231,10 +303,16 @@ def layers_at(targets: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's layers by name."""
-    return {layer: tuple(m.weight.shape) for layer, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    return {
+        layer: tuple(m.weight.shape)
+        for layer, m in model.named_modules()
+        if isinstance(getattr(m, "weight", None), torch.Tensor)
+    }
 
 
-def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[str, ...], *, seed: int) -> Component:
+def inject(
+    name: str, model: torch.nn.Module, options: Adapter, targets: tuple[str, ...], *, seed: int
+) -> Component:
     """Freeze `model` and add a trainable adapter to every layer whose name ends with one of `targets`.
 
     LoRA's A is drawn from N(0, 1/rank^2) and B is zero (arXiv 2106.09685); the other kinds start at no change as well: for LoRA, DoRA, LoHa and
@@ -243,8 +321,14 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
     is_text = name != "unet"
     rank = (options.text_encoder_rank if is_text else None) or options.rank
     own_rank = is_text and options.text_encoder_rank is not None
-    alpha = (options.text_encoder_alpha if is_text else None) or (rank if own_rank or options.lora_alpha is None else options.lora_alpha)
-    dropout = options.text_encoder_dropout if is_text and options.text_encoder_dropout is not None else options.lora_dropout
+    alpha = (options.text_encoder_alpha if is_text else None) or (
+        rank if own_rank or options.lora_alpha is None else options.lora_alpha
+    )
+    dropout = (
+        options.text_encoder_dropout
+        if is_text and options.text_encoder_dropout is not None
+        else options.lora_dropout
+    )
     shapes = shapes_of(model)
     ranks = {layer: by_part(options.ranks(), f"{name}.{layer}") for layer in layers_at(targets, shapes)}
     own_ranks = {layer: int(own) for layer, own in ranks.items() if own is not None and own != rank}
@@ -255,8 +339,12 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
         try:
             model.add_adapter(kind.config(Plan(options, rank, float(alpha), dropout, targets, own_ranks)))  # type: ignore[operator]
         except ValueError as error:  # a width that its blocks do not divide, for one
-            raise UserError(f"--adapter {options.adapter}: {name} cannot have it: {' '.join(str(error).split())[:300]}") from None
-    factored.use_factored_forward(model)  # peft would build and keep a dense matrix for every layer of LoHa and LoKr
+            raise UserError(
+                f"--adapter {options.adapter}: {name} cannot have it: {' '.join(str(error).split())[:300]}"
+            ) from None
+    factored.use_factored_forward(
+        model
+    )  # peft would build and keep a dense matrix for every layer of LoHa and LoKr
     for parameter in model.parameters():
         if parameter.requires_grad:
             # peft makes the adapter in the base's dtype; in bf16 most of Adam's steps would round to nothing, and fp16 cannot be unscaled
@@ -265,7 +353,14 @@ def inject(name: str, model: torch.nn.Module, options: Adapter, targets: tuple[s
 
 
 def inject_lora(
-    name: str, model: torch.nn.Module, *, rank: int, alpha: float | None = None, dropout: float, targets: tuple[str, ...], seed: int
+    name: str,
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float,
+    targets: tuple[str, ...],
+    seed: int,
 ) -> Component:
     """`inject` of plain LoRA, for callers that have no options."""
     return inject(name, model, Adapter(rank=rank, lora_alpha=alpha, lora_dropout=dropout), targets, seed=seed)
@@ -287,7 +382,15 @@ def metadata(component: Component) -> dict[str, Any]:
     names = {
         "LOHA": ("use_effective_conv2d",),
         "LOKR": ("use_effective_conv2d", "decompose_both", "decompose_factor"),
-        "OFT": ("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
+        "OFT": (
+            "r",
+            "oft_block_size",
+            "block_share",
+            "coft",
+            "eps",
+            "use_cayley_neumann",
+            "num_cayley_neumann_terms",
+        ),
         "BOFT": ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
         "HRA": ("r", "apply_GS"),
     }
@@ -302,5 +405,7 @@ def describe(components: list[Component]) -> str:
         modules = {module_of(name) for name, _ in trained}
         parameters = sum(p.numel() for _, p in trained)
         frozen = sum(p.numel() for p in component.model.parameters() if not p.requires_grad)
-        lines.append(f"{component.name:<14} {len(modules):>8,} {parameters:>12,} {parameters / frozen:>10.3%} {4 * parameters / 2**20:>6.2f} MiB")
+        lines.append(
+            f"{component.name:<14} {len(modules):>8,} {parameters:>12,} {parameters / frozen:>10.3%} {4 * parameters / 2**20:>6.2f} MiB"
+        )
     return "\n".join(lines)

@@ -52,5 +52,7 @@ def encode(vae: torch.nn.Module | None, pixel_values: torch.Tensor) -> Posterior
     if vae is None:
         return Posterior(pixel_values, torch.zeros_like(pixel_values))
     # strides choose among a convolution's ways to compute, which differ in their last bits
-    dists = [vae.encode(pixels.contiguous()[None].to(vae.device, vae.dtype)).latent_dist for pixels in pixel_values]  # type: ignore[operator,union-attr]
+    dists = [
+        vae.encode(pixels.contiguous()[None].to(vae.device, vae.dtype)).latent_dist for pixels in pixel_values
+    ]  # type: ignore[operator,union-attr]
     return Posterior(torch.cat([d.mean for d in dists]).float(), torch.cat([d.std for d in dists]).float())

@@ -20,7 +20,9 @@ def check(device: torch.device) -> None:
         torch.compile(lambda x: (x * 2).sin())(x).sum().backward()
     except Exception as error:  # of the compiler's many parts, any
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--compile does not work here: {shown(reason)}; install a C++ compiler, or leave it out") from None
+        raise UserError(
+            f"--compile does not work here: {shown(reason)}; install a C++ compiler, or leave it out"
+        ) from None
 
 
 def compile_blocks(unet: torch.nn.Module) -> int:
@@ -30,7 +32,9 @@ def compile_blocks(unet: torch.nn.Module) -> int:
     import torch._dynamo  # seconds, and nothing else needs it
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _MOST_SHAPES)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, 8 * _MOST_SHAPES
+    )
     blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock | ResnetBlock2D)]
     for block in blocks:
         block.compile(dynamic=False)

@@ -26,7 +26,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from dreambooth.bases import folders as base_folders
@@ -65,7 +71,11 @@ class Family:
     def classes(self) -> dict[str, str]:
         """The class that each model must have, by its folder."""
         vae = {"vae": "AutoencoderKL"} if self.has_vae else {}
-        return {"unet": "UNet2DConditionModel", **vae, **{encoder: kind.__name__ for encoder, (_, kind) in self.text.items()}}
+        return {
+            "unet": "UNet2DConditionModel",
+            **vae,
+            **{encoder: kind.__name__ for encoder, (_, kind) in self.text.items()},
+        }
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -85,9 +95,15 @@ FAMILIES = {
         "sdxl",
         "Stable Diffusion XL",
         StableDiffusionXLPipeline,
-        text={"text_encoder": ("tokenizer", CLIPTextModel), "text_encoder_2": ("tokenizer_2", CLIPTextModelWithProjection)},
+        text={
+            "text_encoder": ("tokenizer", CLIPTextModel),
+            "text_encoder_2": ("tokenizer_2", CLIPTextModelWithProjection),
+        },
         encode=prompts.encode_clip_pair,
-        unused_layers={"text_encoder": 1, "text_encoder_2": 0},  # the second's vector for the whole prompt comes from its last layer
+        unused_layers={
+            "text_encoder": 1,
+            "text_encoder_2": 0,
+        },  # the second's vector for the whole prompt comes from its last layer
     ),
     "IFPipeline": Family(
         "if",
@@ -135,7 +151,10 @@ class Base:
         """The configuration of the VAE as its model would have it, without loading that; None for a base that works on pixels."""
         if not self.family.has_vae:
             return None
-        defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()}
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()
+        }
         return defaults | self._vae_config
 
     @property
@@ -150,8 +169,16 @@ class Base:
 
     def layers(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Shapes of the base's layers by component and module, from its files' headers."""
-        found = {part: base_folders.weight_shapes(self.folder, part, self.options.variant) for part in ("unet", *self.family.text)}
-        return {part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")} for part, own in found.items()}
+        found = {
+            part: base_folders.weight_shapes(self.folder, part, self.options.variant)
+            for part in ("unet", *self.family.text)
+        }
+        return {
+            part: {
+                key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")
+            }
+            for part, own in found.items()
+        }
 
     def fingerprint(self) -> str:
         """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
@@ -176,7 +203,9 @@ class Base:
         folder = own or self.folder / part
         files = sorted(folder.glob("*.json"))
         if part != "scheduler":
-            files += base_folders.weight_files(folder.parent, folder.name, None if own else self.options.variant, kind=part)
+            files += base_folders.weight_files(
+                folder.parent, folder.name, None if own else self.options.variant, kind=part
+            )
         return files
 
 
@@ -209,7 +238,9 @@ def find(options: BaseModel) -> Base:
                 raise UserError(base_folders.no_index(folder, name))
         elif folder.exists():
             how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-            raise UserError(f"{_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}")
+            raise UserError(
+                f"{_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}"
+            )
         else:
             folder = _download(options)
     except OSError as error:
@@ -217,7 +248,15 @@ def find(options: BaseModel) -> Base:
     index = base_folders.read_json(folder / "model_index.json")
     family = _family_of(index, name)
     own_tokenizer = options.tokenizer_name is not None
-    base_folders.check(folder, name, index, family.classes, family.folders, variant=options.variant, own_tokenizer=own_tokenizer)
+    base_folders.check(
+        folder,
+        name,
+        index,
+        family.classes,
+        family.folders,
+        variant=options.variant,
+        own_tokenizer=own_tokenizer,
+    )
     own_vae = _find_vae(options, family, folder) if options.pretrained_vae_model_name_or_path else None
     return Base(family, folder, own_vae, options, index)
 
@@ -228,10 +267,16 @@ def _download(base: BaseModel) -> Path:
         index = DiffusionPipeline.load_config(name, revision=base.revision)
         _family_of(index, name)  # before gigabytes are fetched
         left_out = dict.fromkeys((part for part in _LEFT_OUT if part in index), None)
-        return Path(DiffusionPipeline.download(name, revision=base.revision, variant=base.variant, use_safetensors=True, **left_out))
+        return Path(
+            DiffusionPipeline.download(
+                name, revision=base.revision, variant=base.variant, use_safetensors=True, **left_out
+            )
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}") from None
+        raise UserError(
+            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
+        ) from None
 
 
 def _find_vae(options: BaseModel, family: Family, base_folder: Path) -> Path:
@@ -242,10 +287,14 @@ def _find_vae(options: BaseModel, family: Family, base_folder: Path) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         try:
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+            folder = Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"])
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{_VAE_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}") from None
+            raise UserError(
+                f"{_VAE_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
+            ) from None
     base_folders.check_vae(folder, name, base_folder, _VAE_FLAG)
     return folder
 
@@ -263,9 +312,20 @@ def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
     found = []
     for number, (folder, _) in enumerate(base.family.text.values()):
         if own and number == 0:
-            found.append(_load(AutoTokenizer, own, "--tokenizer_name", use_fast=True, trust_remote_code=False))
+            found.append(
+                _load(AutoTokenizer, own, "--tokenizer_name", use_fast=True, trust_remote_code=False)
+            )
         else:
-            found.append(_load(AutoTokenizer, str(base.folder), _FLAG, subfolder=folder, use_fast=True, trust_remote_code=False))
+            found.append(
+                _load(
+                    AutoTokenizer,
+                    str(base.folder),
+                    _FLAG,
+                    subfolder=folder,
+                    use_fast=True,
+                    trust_remote_code=False,
+                )
+            )
     return tuple(found)
 
 
@@ -284,7 +344,9 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the libraries raise KeyError, TypeError, AttributeError, ... for files that say nonsense
+    except (
+        Exception
+    ) as error:  # the libraries raise KeyError, TypeError, AttributeError, ... for files that say nonsense
         if "can't allocate memory" in str(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -293,18 +355,27 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
 
 def max_tokens(base: Base, text: TextEncoding | None = None) -> int:
     """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
-    rooms = [base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77) for encoder in base.family.text]
+    rooms = [
+        base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77)
+        for encoder in base.family.text
+    ]
     room = base.family.max_tokens or min(rooms + _tokenizer_lengths(base))
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > room:
-        raise UserError(f"--tokenizer_max_length must be at most {room}, the room in tokenizer and text encoder; got {wanted}")
+        raise UserError(
+            f"--tokenizer_max_length must be at most {room}, the room in tokenizer and text encoder; got {wanted}"
+        )
     return wanted or room
 
 
 def _tokenizer_lengths(base: Base) -> list[int]:
     """The `model_max_length` of the base's tokenizers, to which its pipeline pads prompts; it is 1e30, or missing, where nobody set it."""
     folders = [tokenizer for tokenizer, _ in base.family.text.values()]
-    paths = [base.folder / name / "tokenizer_config.json" for name in folders if not (name == "tokenizer" and base.options.tokenizer_name)]
+    paths = [
+        base.folder / name / "tokenizer_config.json"
+        for name in folders
+        if not (name == "tokenizer" and base.options.tokenizer_name)
+    ]
     found = [base_folders.read_json(path).get("model_max_length") for path in paths if path.is_file()]
     return [length for length in found if type(length) is int and length > 0]
 
@@ -324,16 +395,22 @@ def unused_layers(family: Family, encoder: str, text: TextEncoding) -> int:
 def check_text(base: Base, text: TextEncoding) -> None:
     """Raise UserError if the base cannot do what the flags about its text encoder ask for."""
     if text.train_text_encoder and not base.family.trains_text:
-        raise UserError(f"--train_text_encoder: {base.family.name} takes the text of a frozen T5; leave it out")
+        raise UserError(
+            f"--train_text_encoder: {base.family.name} takes the text of a frozen T5; leave it out"
+        )
     if text.clip_skip and base.family.encode is prompts.encode_t5:
         raise UserError(f"--clip_skip: {base.family.name} has no CLIP; leave it out")
     for encoder, unused in base.family.unused_layers.items():
         most = text_layers(base, encoder) - 1 - unused
         if (text.clip_skip or 0) > most:
-            raise UserError(f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}")
+            raise UserError(
+                f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}"
+            )
 
 
-def text_without_encoders(base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextEncoding) -> TextParts:
+def text_without_encoders(
+    base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextEncoding
+) -> TextParts:
     """How the prompts of a run are read; its encoders are still to be loaded."""
     return TextParts(
         encode=base.family.encode,
@@ -349,7 +426,9 @@ def text_without_encoders(base: Base, tokenizers: tuple[PreTrainedTokenizerBase,
 def condition_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the `Conditions` of one prompt of so many tokens, by their names there."""
     unet = base_folders.read_json(base.folder / "unet" / "config.json")
-    width = unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]
+    width = (
+        unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]
+    )
     if "text_encoder_2" not in base.family.text:
         return {"embeds": (1, tokens, width)}
     pooled = base_folders.read_json(base.folder / "text_encoder_2" / "config.json").get("projection_dim", 512)
@@ -376,10 +455,18 @@ def _load_model(base: Base, part: str, dtype: torch.dtype, device: torch.device)
     between seconds and minutes."""
     own = base.own_vae if part == "vae" else None
     folder = own or base.folder / part
-    files = base_folders.weight_files(folder.parent, folder.name, None if own else base.options.variant, kind=part)
-    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **{encoder: kind for encoder, (_, kind) in base.family.text.items()}}[part]
+    files = base_folders.weight_files(
+        folder.parent, folder.name, None if own else base.options.variant, kind=part
+    )
+    kind = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        **{encoder: kind for encoder, (_, kind) in base.family.text.items()},
+    }[part]
     with _explained(_VAE_FLAG if own else _FLAG, "it" if own else part, str(own or base.folder)):
-        model = loading.load(kind, folder, files, dtype=dtype, device=device, channels_last=part in ("unet", "vae"))
+        model = loading.load(
+            kind, folder, files, dtype=dtype, device=device, channels_last=part in ("unet", "vae")
+        )
     if device.type == "cpu":
         onednn.use_onednn(model)
     return model
@@ -389,7 +476,11 @@ def load_scheduler(base: Base, *, edm: bool = False) -> Any:
     """The noise levels that are trained on; `edm` asks for continuous ones where the base does not."""
     kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
     scheduler = _load(kind, str(base.folder), _FLAG, subfolder="scheduler")
-    return type(scheduler).from_config(scheduler.config, prediction_type=base.options.prediction_type) if base.options.prediction_type else scheduler
+    return (
+        type(scheduler).from_config(scheduler.config, prediction_type=base.options.prediction_type)
+        if base.options.prediction_type
+        else scheduler
+    )
 
 
 def sampler(parts: FrozenParts, wanted: str | None) -> Any:
@@ -414,7 +505,9 @@ def _solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
         return DPMSolverMultistepScheduler.from_config(config, **own, **_fixed_variance(config))
     except NotImplementedError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the multistep DPM solver cannot draw with this base's scheduler ({shown(reason)}); give --class_scheduler base") from None
+        raise UserError(
+            f"the multistep DPM solver cannot draw with this base's scheduler ({shown(reason)}); give --class_scheduler base"
+        ) from None
 
 
 def _fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
@@ -427,7 +520,10 @@ def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -
     encoders = parts.text.encoders if parts.text else {}
     names = parts.family.text
     models: dict[str, Any] = {encoder: encoders.get(encoder) for encoder in names}
-    models |= {tokenizer: parts.text.tokenizers[n] if parts.text else None for n, (tokenizer, _) in enumerate(names.values())}
+    models |= {
+        tokenizer: parts.text.tokenizers[n] if parts.text else None
+        for n, (tokenizer, _) in enumerate(names.values())
+    }
     models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": vae} if vae is not None else {})
     if parts.family.pipeline is StableDiffusionXLPipeline:
         models["add_watermarker"] = False
@@ -451,14 +547,18 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
         own["tokenizer"] = load_tokenizers(base)[0]
     if family.has_vae:
         folder = base.own_vae or base.folder / "vae"
-        overflows = dtype == torch.float16 and base_folders.read_json(folder / "config.json").get("force_upcast", True)
+        overflows = dtype == torch.float16 and base_folders.read_json(folder / "config.json").get(
+            "force_upcast", True
+        )
         own["vae"] = _load_model(base, "vae", torch.float32 if overflows else dtype, device)
     own |= {part: _load_model(base, part, dtype, device) for part in ("unet", *family.text)}
     if family.pipeline is StableDiffusionXLPipeline:
         own["add_watermarker"] = False
     pipeline = _load(family.pipeline, str(base.folder), _FLAG, use_safetensors=True, **own)
     config = pipeline.scheduler.config
-    other = _fixed_variance(config) | ({"prediction_type": options.prediction_type} if options.prediction_type else {})
+    other = _fixed_variance(config) | (
+        {"prediction_type": options.prediction_type} if options.prediction_type else {}
+    )
     if other:
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, **other)
     pipeline.set_progress_bar_config(disable=True)

@@ -61,12 +61,22 @@ class _Weight:
             while left:
                 count = file.readinto(left)
                 if not count:
-                    raise UserError(f"{shown(self.path)} ends within {self.key}: it has changed since it was checked")
+                    raise UserError(
+                        f"{shown(self.path)} ends within {self.key}: it has changed since it was checked"
+                    )
                 left = left[count:]
         return tensor
 
 
-def load(kind: type, folder: Path, files: Sequence[Path], *, dtype: torch.dtype, device: torch.device, channels_last: bool = False) -> Any:
+def load(
+    kind: type,
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool = False,
+) -> Any:
     """The model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of `files`, all of them safetensors.
 
     It is on `device`, in `dtype` but for what the library keeps in float32, in eval mode and without gradients. `channels_last` is the layout of
@@ -75,12 +85,21 @@ def load(kind: type, folder: Path, files: Sequence[Path], *, dtype: torch.dtype,
     """
     weights = _weights(files)
     if issubclass(kind, ModelMixin):
-        model = _of_diffusers(kind, folder, weights, dtype, device, torch.channels_last if channels_last else torch.preserve_format)
+        model = _of_diffusers(
+            kind,
+            folder,
+            weights,
+            dtype,
+            device,
+            torch.channels_last if channels_last else torch.preserve_format,
+        )
     else:
         model = _of_transformers(kind, folder, weights, dtype)
     model.requires_grad_(False).eval().to(device)
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # buffers, and weights of a single pixel and channel, of which both layouts are true
+        model.to(
+            memory_format=torch.channels_last
+        )  # buffers, and weights of a single pixel and channel, of which both layouts are true
     return model
 
 
@@ -88,7 +107,10 @@ def _weights(files: Iterable[Path]) -> dict[str, _Weight]:
     found: dict[str, _Weight] = {}
     for path in files:
         header = safetensors_files.read(path, safetensors_files.BASE)
-        found |= {key: _Weight(path, key, dtype, start, header.shapes[key]) for key, (dtype, start) in header.places.items()}
+        found |= {
+            key: _Weight(path, key, dtype, start, header.shapes[key])
+            for key, (dtype, start) in header.places.items()
+        }
     return found
 
 
@@ -103,20 +125,29 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _of_diffusers(
-    kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+    kind: Any,
+    folder: Path,
+    weights: Mapping[str, _Weight],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.memory_format,
 ) -> Any:
     with _default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights():
         model = kind.from_config(kind.load_config(folder))
     keys = {key: key for key in weights}
     model._fix_state_dict_keys_on_load(keys)  # the attention of older VAEs has other names
     wanted = model.state_dict()
-    mismatched = [(name, weights[key].shape, wanted[name].shape) for name, key in keys.items() if name in wanted]
+    mismatched = [
+        (name, weights[key].shape, wanted[name].shape) for name, key in keys.items() if name in wanted
+    ]
     _check(wanted.keys() - keys.keys(), mismatched)
 
     def read(name: str) -> torch.Tensor:
         tensor = weights[keys[name]][...]
         own = dtype if tensor.is_floating_point() else tensor.dtype
-        if tensor.is_floating_point() and any(part in name.split(".") for part in kind._keep_in_fp32_modules or ()):
+        if tensor.is_floating_point() and any(
+            part in name.split(".") for part in kind._keep_in_fp32_modules or ()
+        ):
             own = torch.float32
         return tensor.to(device, own, memory_format=layout if tensor.dim() == 4 else torch.preserve_format)
 
@@ -134,7 +165,9 @@ def _without_report() -> Iterator[None]:
     def is_let_through(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
 
-    logger.addFilter(is_let_through)  # at a higher level of its own it would have another module warn of what is not sharded
+    logger.addFilter(
+        is_let_through
+    )  # at a higher level of its own it would have another module warn of what is not sharded
     try:
         yield
     finally:
@@ -145,7 +178,12 @@ def _of_transformers(kind: Any, folder: Path, weights: Mapping[str, _Weight], dt
     config = kind.config_class.from_pretrained(folder)
     with _without_report():
         model, said = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     _check(said["missing_keys"], said["mismatched_keys"])
     model.config.name_or_path = str(folder)
@@ -157,7 +195,9 @@ def _check(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Se
     faults = []
     if names := sorted(missing):
         faults.append(f"lack {shown(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-    if unlike := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in shapes if tuple(found) != tuple(wanted)):
+    if unlike := sorted(
+        (name, tuple(found), tuple(wanted)) for name, found, wanted in shapes if tuple(found) != tuple(wanted)
+    ):
         name, found, wanted = unlike[0]
         more = f" and {len(unlike) - 1} more of other shapes" if len(unlike) > 1 else ""
         faults.append(f"have {shown(name)} of shape {found}, which must be {wanted}{more}")

@@ -41,12 +41,19 @@ def use_onednn(model: nn.Module) -> None:
     layers of other kinds stay as they are. What is trained, saved, merged and unloaded stays as it was."""
     if not torch.backends.mkldnn.is_available():
         return
-    lora = sys.modules.get("peft.tuners.lora.layer")  # where nobody has imported it no layer is one of its own
+    lora = sys.modules.get(
+        "peft.tuners.lora.layer"
+    )  # where nobody has imported it no layer is one of its own
     for layer in model.modules():
         # another class, not another method: a layer that holds its own method is freed only when the garbage collector comes by
         if type(layer) is nn.Linear:
             layer.__class__ = Linear
-        elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        elif (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        ):
             layer.__class__ = Conv2d
         elif lora is not None and type(layer) is lora.Linear:
             layer.__class__ = _lora_linear()
@@ -62,14 +69,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _fits(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling():  # what torch.compile makes has kernels of its own
         return False
-    is_plain = type(weight) in (torch.nn.Parameter, Tensor) and not weight.requires_grad  # quantised ones are of types of their own
-    return is_plain and x.device.type == "cpu" and _knows(x.dtype) and weight.dtype == x.dtype and x.numel() > 0
+    is_plain = (
+        type(weight) in (torch.nn.Parameter, Tensor) and not weight.requires_grad
+    )  # quantised ones are of types of their own
+    return (
+        is_plain and x.device.type == "cpu" and _knows(x.dtype) and weight.dtype == x.dtype and x.numel() > 0
+    )
 
 
 @functools.cache
 def _knows(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in it on this processor: in bfloat16 not on all."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -105,11 +118,22 @@ class _Windows(torch.autograd.Function):
     """A convolution as one product. The weight, [out, in, kh, kw] in channels_last, is [out, kh * kw * in] as it lies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
         ctx.weight, ctx.stride, ctx.padding, ctx.size = weight, stride, padding, x.shape
         kernel = weight.shape[2:]
-        pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))  # [B, H, W, in]
-        windows = pixels.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # [B, oh, ow, in, kh, kw]
+        pixels = F.pad(
+            x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0])
+        )  # [B, H, W, in]
+        windows = pixels.unfold(1, kernel[0], stride[0]).unfold(
+            2, kernel[1], stride[1]
+        )  # [B, oh, ow, in, kh, kw]
         batch, height, width = windows.shape[:3]
         rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(batch * height * width, -1)
         return product(rows, _rows(weight), bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
@@ -121,7 +145,9 @@ class _Windows(torch.autograd.Function):
         kernel = ctx.weight.shape[2:]
         grad = grads[0].permute(0, 2, 3, 1)  # [B, oh, ow, out]
         oh, ow = grad.shape[1:3]
-        windows = product(grad.reshape(batch * oh * ow, -1), _rows(ctx.weight).t()).view(batch, oh, ow, *kernel, channels)
+        windows = product(grad.reshape(batch * oh * ow, -1), _rows(ctx.weight).t()).view(
+            batch, oh, ow, *kernel, channels
+        )
         found = windows.new_zeros(batch, height + 2 * top, width + 2 * left, channels)
         for y in range(kernel[0]):
             for x in range(kernel[1]):
@@ -139,9 +165,14 @@ class Conv2d(nn.Conv2d):
         kernel, stride, padding = self.kernel_size, self.stride, self.padding
         if _fits(x, self.weight) and self.dilation == (1, 1) and x.dim() == 4:
             if kernel == stride == (1, 1) and padding == (0, 0):
-                return _Product.apply(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+                return _Product.apply(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(
+                    0, 3, 1, 2
+                )
             size = [(x.shape[2 + i] + 2 * int(padding[i]) - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-            is_deep = x.shape[0] * size[0] * size[1] <= _FEW_PIXELS and self.weight.numel() >= _MANY_WEIGHTS[x.dtype]
+            is_deep = (
+                x.shape[0] * size[0] * size[1] <= _FEW_PIXELS
+                and self.weight.numel() >= _MANY_WEIGHTS[x.dtype]
+            )
             if is_deep and self.weight.is_contiguous(memory_format=torch.channels_last):
                 return _Windows.apply(x, self.weight, self.bias, stride, padding)
         return F.conv2d(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
@@ -154,7 +185,9 @@ class _Update(torch.autograd.Function):
     """x W^T + bias + scale * (x A^T) B^T; A and B are float32, and computed in the input's dtype as under autocast."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         down, up = a.to(x.dtype), b.to(x.dtype)
         inner = product(x, down)
         result = product(x, weight, bias)
@@ -183,10 +216,21 @@ class _Update(torch.autograd.Function):
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = self.base_layer
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if not args and not kwargs and not self.disable_adapters and not self.merged and len(active) == 1 and type(base) in (nn.Linear, Linear):
+    if (
+        not args
+        and not kwargs
+        and not self.disable_adapters
+        and not self.merged
+        and len(active) == 1
+        and type(base) in (nn.Linear, Linear)
+    ):
         name = active[0]
         up, down = self.lora_B[name], self.lora_A[name]
-        is_plain = name not in self.lora_variant and up.bias is None and not (self.training and getattr(self.lora_dropout[name], "p", 0.0))
+        is_plain = (
+            name not in self.lora_variant
+            and up.bias is None
+            and not (self.training and getattr(self.lora_dropout[name], "p", 0.0))
+        )
         cast = _autocast(x)
         if is_plain and _fits(cast, base.weight):
             return _Update.apply(cast, base.weight, base.bias, down.weight, up.weight, self.scaling[name])
@@ -198,7 +242,11 @@ def _lora_linear() -> type:
     """peft's class of LoRA on a linear layer, whose forward is `_lora_forward` where that can be."""
     from peft.tuners.lora.layer import Linear as own
 
-    return type("LoraLinear", (own,), {"forward": _lora_forward, "forward_by_peft": own.forward, "__module__": __name__})  # type: ignore[attr-defined]
+    return type(
+        "LoraLinear",
+        (own,),
+        {"forward": _lora_forward, "forward_by_peft": own.forward, "__module__": __name__},
+    )  # type: ignore[attr-defined]
 
 
 # ---- attention
@@ -235,20 +283,30 @@ class _Blocks(torch.autograd.Function):
         dots = (grads[0].float() * out.float()).sum(-1).flatten(0, 1).neg_()  # [B * heads, queries]
         less = sums.neg()
         q, k, v, grad = _scores_query(query), _heads(key).float(), _heads(value), _heads(grads[0])
-        turned_q, turned_k, turned_grad = (_heads(tensor.transpose(2, 3)) for tensor in (query, key, grads[0]))
-        grad_query, grad_key, grad_value = (tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in (query, key, value))
+        turned_q, turned_k, turned_grad = (
+            _heads(tensor.transpose(2, 3)) for tensor in (query, key, grads[0])
+        )
+        grad_query, grad_key, grad_value = (
+            tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in (query, key, value)
+        )
         for number in range(len(q)):
             place, head = divmod(number, heads)
             query_sum = q.new_zeros(width, length)
             for rows in _blocks(tokens, length):
-                shares = product(k[number, rows], q[number], less[number]).exp2_().to(v.dtype)  # [keys, queries]
+                shares = (
+                    product(k[number, rows], q[number], less[number]).exp2_().to(v.dtype)
+                )  # [keys, queries]
                 grad_value[place, rows, head] = product(turned_grad[number], shares).t()
                 scores_grad = product(v[number, rows], grad[number], dots[number]).mul_(shares)
                 grad_key[place, rows, head] = product(turned_q[number], scores_grad).t()
                 query_sum += product(turned_k[number][:, rows].contiguous(), scores_grad.t())
             grad_query[place, :, head] = query_sum.t()
         scale = width**-0.5
-        return grad_query.mul_(scale).transpose(1, 2), grad_key.mul_(scale).transpose(1, 2), grad_value.transpose(1, 2)
+        return (
+            grad_query.mul_(scale).transpose(1, 2),
+            grad_key.mul_(scale).transpose(1, 2),
+            grad_value.transpose(1, 2),
+        )
 
 
 def attention_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -275,7 +333,9 @@ def _blocks(length: int, others: int) -> list[slice]:
 @functools.cache
 def _is_for_blocks(dtype: torch.dtype) -> bool:
     """Whether attention in it is better in blocks. Where bfloat16 has instructions for whole tiles (AMX), float32 scores would be the slower part."""
-    return _knows(dtype) and (dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16", False))
+    return _knows(dtype) and (
+        dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16", False)
+    )
 
 
 class _Attend:
@@ -295,7 +355,13 @@ class _Attend:
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
-        is_plain = attention_mask is None and not others and hidden_states.dim() == 3 and not any(norms) and not attn.residual_connection
+        is_plain = (
+            attention_mask is None
+            and not others
+            and hidden_states.dim() == 3
+            and not any(norms)
+            and not attn.residual_connection
+        )
         is_large = min(hidden_states.shape[1], source.shape[1]) >= _MANY_TOKENS
         is_here = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         if not (is_plain and is_large and is_here and _is_for_blocks(_autocast(hidden_states).dtype)):
@@ -304,6 +370,8 @@ class _Attend:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, tokens, D]
 
-        found = attention_in_blocks(heads(attn.to_q(hidden_states)), heads(attn.to_k(source)), heads(attn.to_v(source)))
+        found = attention_in_blocks(
+            heads(attn.to_q(hidden_states)), heads(attn.to_k(source)), heads(attn.to_v(source))
+        )
         out = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out

@@ -73,10 +73,14 @@ def save_png(image: Image.Image, target: Path | BinaryIO, settings: dict[str, An
     """Save with `settings` as JSON in one text chunk: a prompt cannot forge another field there."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("dreambooth", json.dumps(settings, ensure_ascii=False, sort_keys=True))
-    image.save(target, format="PNG", pnginfo=info, compress_level=1)  # of photos a quarter of the time of level 6, and no larger a file
+    image.save(
+        target, format="PNG", pnginfo=info, compress_level=1
+    )  # of photos a quarter of the time of level 6, and no larger a file
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str] = (), side: int = 160) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str] = (), side: int = 160
+) -> Image.Image:
     """Labelled rows of pictures, each shown at `side` pixels; `columns` are headings. Where a picture is None its place stays empty."""
     font = ImageFont.load_default(13)
     per_row = max(len(images) for _, images in rows)
@@ -86,7 +90,9 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
-        pen.text((margin + number * (side + margin), margin), _fitted(column, side, font), fill="black", font=font)
+        pen.text(
+            (margin + number * (side + margin), margin), _fitted(column, side, font), fill="black", font=font
+        )
     for number, (label, images) in enumerate(rows):
         top = margin + heading + number * (label_height + side + margin)
         pen.text((margin, top + 2), _fitted(label, width - 2 * margin, font), fill="black", font=font)
@@ -95,7 +101,9 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
                 continue
             scale = side / max(image.size)
             resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
+            shown = image.resize(
+                (max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample
+            )
             sheet.paste(shown, (margin + place * (side + margin), top + label_height))
     return sheet
 

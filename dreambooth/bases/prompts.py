@@ -29,7 +29,9 @@ class Conditions:
         return Conditions(self.embeds[places], None if self.pooled is None else self.pooled[places])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Conditions":
-        return Conditions(self.embeds.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype))
+        return Conditions(
+            self.embeds.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
+        )
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
@@ -85,7 +87,9 @@ class TextParts:
     def ids(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask) of the tokenizer at `number`, each [prompts, max_tokens]."""
         read = as_read(self.encode, prompts)
-        found = self.tokenizers[number](read, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        found = self.tokenizers[number](
+            read, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
         return found.input_ids, found.attention_mask
 
     def tokens(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +112,9 @@ def encode_clip(text: TextParts, prompts: Sequence[str]) -> Conditions:
     if not text.clip_skip:
         return Conditions(encoder(ids, attention_mask=mask if is_masked else None)[0])
     hidden = encoder(ids, attention_mask=mask if is_masked else None, output_hidden_states=True).hidden_states
-    norm = getattr(encoder, "text_model", encoder).final_layer_norm  # older transformers keep it one level down
+    norm = getattr(
+        encoder, "text_model", encoder
+    ).final_layer_norm  # older transformers keep it one level down
     return Conditions(norm(hidden[-(text.clip_skip + 1)]))
 
 
@@ -146,14 +152,18 @@ def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> st
     return str(tokenizer.decode(ids[limit - tokenizer.num_special_tokens_to_add() :])).strip()
 
 
-def check(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, str | None], limit: int) -> None:
+def check(
+    tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, str | None], limit: int
+) -> None:
     """Raise UserError naming flag and words for every prompt that would be cut off, or is no text. `prompts` are by what names them."""
     problems = []
     for flag, prompt in prompts.items():
         if not prompt:
             continue
         if len(prompt) > _LONGEST_PROMPT:
-            problems.append(f"{_shortened(flag)} has {len(prompt):,} characters; only {limit} tokens, about as many words, are read. Make it shorter")
+            problems.append(
+                f"{_shortened(flag)} has {len(prompt):,} characters; only {limit} tokens, about as many words, are read. Make it shorter"
+            )
             continue
         try:
             prompt.encode("utf-8")
@@ -162,6 +172,8 @@ def check(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, s
             continue
         cut = max((words_cut(tokenizer, prompt, limit) for tokenizer in tokenizers), key=len)
         if cut:
-            problems.append(f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: {_shortened(repr(cut))}. Make it shorter")
+            problems.append(
+                f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: {_shortened(repr(cut))}. Make it shorter"
+            )
     if problems:
         raise UserError("\n".join(problems))

@@ -42,7 +42,9 @@ class QuantizedLinear(nn.Linear):
         else:
             import bitsandbytes.functional
 
-            packed, state = bitsandbytes.functional.quantize_4bit(layer.weight.data, quant_type="nf4", blocksize=_BLOCK, compress_statistics=False)
+            packed, state = bitsandbytes.functional.quantize_4bit(
+                layer.weight.data, quant_type="nf4", blocksize=_BLOCK, compress_statistics=False
+            )
             self.register_buffer("packed", packed)
             self.register_buffer("scales", state.absmax)
 
@@ -53,7 +55,9 @@ class QuantizedLinear(nn.Linear):
         from bitsandbytes import functional
 
         shape = torch.Size((self.out_features, self.in_features))
-        state = functional.QuantState(absmax=self.scales, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
+        state = functional.QuantState(
+            absmax=self.scales, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype
+        )
         return functional.dequantize_4bit(self.packed, state)
 
     @property
@@ -83,21 +87,35 @@ def check(speed: Speed, adapter: str, device: torch.device) -> None:
     kind = speed.quantize_base
     if kind is None:
         return
-    if speed.compile:  # the compiler finds the same dense weight in both passes and keeps it from one to the other
-        raise UserError(f"--quantize_base {kind}: --compile would keep every layer whole for the backward pass; leave one out")
+    if (
+        speed.compile
+    ):  # the compiler finds the same dense weight in both passes and keeps it from one to the other
+        raise UserError(
+            f"--quantize_base {kind}: --compile would keep every layer whole for the backward pass; leave one out"
+        )
     if adapter not in _ADAPTERS:
-        raise UserError(f"--quantize_base {kind}: --adapter {adapter} needs the weights whole; take {', '.join(_ADAPTERS)}, or leave one out")
+        raise UserError(
+            f"--quantize_base {kind}: --adapter {adapter} needs the weights whole; take {', '.join(_ADAPTERS)}, or leave one out"
+        )
     try:
         x = torch.ones(2, _BLOCK, device=device, requires_grad=True)
-        QuantizedLinear(nn.Linear(_BLOCK, _BLOCK, device=device).requires_grad_(False), kind)(x).sum().backward()
+        QuantizedLinear(nn.Linear(_BLOCK, _BLOCK, device=device).requires_grad_(False), kind)(
+            x
+        ).sum().backward()
     except Exception as error:  # whatever the package raises where it lacks something
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"--quantize_base {kind} does not work on this device ({device.type}): {reason}") from None
+        raise UserError(
+            f"--quantize_base {kind} does not work on this device ({device.type}): {reason}"
+        ) from None
 
 
 def linear_layers(unet: nn.Module) -> list[str]:
     """Names of the linear layers of its attention blocks."""
-    return [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear) and ".attentions." in f".{name}"]
+    return [
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear) and ".attentions." in f".{name}"
+    ]
 
 
 def quantize(unet: nn.Module, kind: str, device: torch.device) -> int:

@@ -29,7 +29,11 @@ class Source:
 
     def pictures(self) -> list[tuple[Photo, bool]]:
         """Every (photo, whether mirrored) that a visit may have."""
-        return [(photo, is_mirrored) for photo in self.photos for is_mirrored in ((False, True) if self.random_flip else (False,))]
+        return [
+            (photo, is_mirrored)
+            for photo in self.photos
+            for is_mirrored in ((False, True) if self.random_flip else (False,))
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +63,22 @@ class PhotoRows(torch.utils.data.Dataset):
     """Row -> [sources, 3, resolution, resolution]: the picture of each source at that row, in its own crop. Random crops begin at multiples of
     `grid` pixels."""
 
-    def __init__(self, sources: list[Source], seed: int, resolution: int, interpolation: str, center_crop: bool, grid: int = 1):
+    def __init__(
+        self,
+        sources: list[Source],
+        seed: int,
+        resolution: int,
+        interpolation: str,
+        center_crop: bool,
+        grid: int = 1,
+    ):
         self.sources, self.seed = sources, seed
-        self.resolution, self.interpolation, self.center_crop, self.grid = resolution, interpolation, center_crop, grid
+        self.resolution, self.interpolation, self.center_crop, self.grid = (
+            resolution,
+            interpolation,
+            center_crop,
+            grid,
+        )
 
     def photo(self, source: Source, row: int) -> int:
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
@@ -71,10 +88,17 @@ class PhotoRows(torch.utils.data.Dataset):
 
     def pictures(self, rows: range) -> set[tuple[Photo, bool]]:
         """Every (photo, whether mirrored) of these rows."""
-        return {(source.photos[self.photo(source, row)], self.is_mirrored(source, row)) for source in self.sources for row in rows}
+        return {
+            (source.photos[self.photo(source, row)], self.is_mirrored(source, row))
+            for source in self.sources
+            for row in rows
+        }
 
     def prompt(self, source: Source, row: int) -> str:
-        is_dropped = source.caption_dropout > 0 and sampling_order.chance(self.seed, f"{source.purpose}-caption", row) < source.caption_dropout
+        is_dropped = (
+            source.caption_dropout > 0
+            and sampling_order.chance(self.seed, f"{source.purpose}-caption", row) < source.caption_dropout
+        )
         return "" if is_dropped else source.prompts[self.photo(source, row)]
 
     def corner(self, source: Source, row: int) -> tuple[int, int]:
@@ -82,7 +106,9 @@ class PhotoRows(torch.utils.data.Dataset):
         size = source.photos[self.photo(source, row)].size
         if self.center_crop:
             return photos.middle_corner(size, self.resolution)
-        return sampling_order.crop_of_row(self.seed, source.purpose, row, photos.crop_room(size, self.resolution), self.grid)
+        return sampling_order.crop_of_row(
+            self.seed, source.purpose, row, photos.crop_room(size, self.resolution), self.grid
+        )
 
     def frame(self, source: Source, row: int) -> Frame:
         width, height = source.photos[self.photo(source, row)].size
@@ -95,7 +121,9 @@ class PhotoRows(torch.utils.data.Dataset):
     def _pixels(self, source: Source, row: int) -> torch.Tensor:
         path = source.photos[self.photo(source, row)].path
         is_mirrored = self.is_mirrored(source, row)
-        return photos.pixel_values(path, self.resolution, self.interpolation, self.corner(source, row), is_mirrored=is_mirrored)
+        return photos.pixel_values(
+            path, self.resolution, self.interpolation, self.corner(source, row), is_mirrored=is_mirrored
+        )
 
 
 def micro_batches(
@@ -112,7 +140,11 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of all `steps`, in order: of photos that are `encoded`, else loaded by `workers` and encoded by `vae`."""
     mine = sampling_order.my_slots(slots, rank=rank, world=world)
-    order = [(step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size)) for step in steps for slot in mine]
+    order = [
+        (step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size))
+        for step in steps
+        for slot in mine
+    ]
     if encoded is not None:
         posteriors = _looked_up(dataset, encoded, [rows for _, _, rows in order])
     else:
@@ -120,21 +152,31 @@ def micro_batches(
     for (step, slot, rows), posterior in zip(order, posteriors, strict=True):
         visits = [(source, row) for source in dataset.sources for row in rows]
         prompts = [dataset.prompt(source, row) for source, row in visits]
-        yield MicroBatch(step, slot, rows, posterior, prompts, [dataset.frame(source, row) for source, row in visits])
+        yield MicroBatch(
+            step, slot, rows, posterior, prompts, [dataset.frame(source, row) for source, row in visits]
+        )
 
 
-def _looked_up(dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]) -> Iterator[autoencoder.Posterior]:
+def _looked_up(
+    dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]
+) -> Iterator[autoencoder.Posterior]:
     """Each visit's crop of what was encoded once."""
     for rows in order:
         found = [
-            encoded.posterior(source.photos[dataset.photo(source, row)], dataset.corner(source, row), is_mirrored=dataset.is_mirrored(source, row))
+            encoded.posterior(
+                source.photos[dataset.photo(source, row)],
+                dataset.corner(source, row),
+                is_mirrored=dataset.is_mirrored(source, row),
+            )
             for source in dataset.sources
             for row in rows
         ]
         yield autoencoder.Posterior(torch.cat([f.mean for f in found]), torch.cat([f.std for f in found]))
 
 
-def _encoded(dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int) -> Iterator[autoencoder.Posterior]:
+def _encoded(
+    dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int
+) -> Iterator[autoencoder.Posterior]:
     """Each visit in its own crop, encoded as it comes."""
     loader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]
@@ -143,6 +185,8 @@ def _encoded(dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], 
         persistent_workers=workers > 0,
     )
     for pixels in loader:
-        by_source = pixels.transpose(0, 1).flatten(0, 1)  # [rows, sources, ...] -> [sources * rows, 3, resolution, resolution]
+        by_source = pixels.transpose(0, 1).flatten(
+            0, 1
+        )  # [rows, sources, ...] -> [sources * rows, 3, resolution, resolution]
         posterior = autoencoder.encode(vae, by_source)
         yield autoencoder.Posterior(posterior.mean.cpu(), posterior.std.cpu())

@@ -41,10 +41,14 @@ def name_column(instance: InstanceData) -> str:
 def check_columns(instance: InstanceData) -> None:
     """Raise UserError if captions are to come from the column that names the pictures."""
     if instance.caption_column == name_column(instance):
-        raise UserError(f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give the one with their captions")
+        raise UserError(
+            f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give the one with their captions"
+        )
 
 
-def read(folder: Path, flag: str, names: Sequence[str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+def read(
+    folder: Path, flag: str, names: Sequence[str], instance: InstanceData
+) -> tuple[dict[str, str], list[str]]:
     """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions without --caption_column.
 
     A picture that is left out has an empty caption or no .txt file, and is to get --instance_prompt. Captions have no line breaks and no
@@ -62,20 +66,28 @@ def read(folder: Path, flag: str, names: Sequence[str], instance: InstanceData) 
     elif texts:
         captions, problems = _from_texts(folder, texts, instance)
         without = [name for name in names if name not in texts]
-        notes = [f"no .txt file lies beside {_few(without)}: trained with --instance_prompt"] if without else []
+        notes = (
+            [f"no .txt file lies beside {_few(without)}: trained with --instance_prompt"] if without else []
+        )
     else:
         looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {shown(Path(names[0]).stem if names else 'photo')}.txt"
-        raise UserError(f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}")
+        raise UserError(
+            f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}"
+        )
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         tail = [f"{flag}: and {more} more problems of the captions"] if more > 0 else []
         raise UserError("\n".join([f"{flag}: {problem}" for problem in problems[:_MOST_PROBLEMS]] + tail))
     if empty := [name for name in names if captions.get(name) == ""]:
-        notes.append(f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {_few(empty)}")
+        notes.append(
+            f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {_few(empty)}"
+        )
     return {name: captions[name] for name in names if captions.get(name)}, notes
 
 
-def _from_metadata(folder: Path, file: str, names: Sequence[str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+def _from_metadata(
+    folder: Path, file: str, names: Sequence[str], instance: InstanceData
+) -> tuple[dict[str, str], list[str]]:
     """({picture: caption or ""}, problems)."""
     try:
         table = _table(folder, file, instance)
@@ -91,7 +103,10 @@ def _from_metadata(folder: Path, file: str, names: Sequence[str], instance: Inst
         problems.append(f"{file} has no column {_short(caption_of)} (--caption_column); {there}")
     if name_of not in table.columns:
         flag = " (--image_column)" if instance.image_column != "image" else ""
-        return {}, [*problems, f"{file} has no column {_short(name_of)}{flag} with the names of the pictures; {there}"]
+        return {}, [
+            *problems,
+            f"{file} has no column {_short(name_of)}{flag} with the names of the pictures; {there}",
+        ]
     wanted, elsewhere = set(names), []
     first: dict[str, int] = {}  # the line that names a picture
     captions: dict[str, str] = {}
@@ -115,7 +130,9 @@ def _from_metadata(folder: Path, file: str, names: Sequence[str], instance: Inst
     if elsewhere:
         problems.append(f"{file} names pictures that are not in {shown(folder)}: {_few(elsewhere)}")
     if unnamed := [name for name in names if name not in first]:
-        problems.append(f"{file} does not name {_few(unnamed)}; give each a line, with an empty caption for --instance_prompt")
+        problems.append(
+            f"{file} does not name {_few(unnamed)}; give each a line, with an empty caption for --instance_prompt"
+        )
     return captions, problems
 
 
@@ -132,12 +149,16 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
 def _fault_of_caption(caption: object) -> str | None:
     if not isinstance(caption, str):
         return f"is {_short(caption)}, which is not text"
-    if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):  # half of a pair, which JSON can spell and no tokenizer takes
+    if "\0" in caption or any(
+        "\ud800" <= c <= "\udfff" for c in caption
+    ):  # half of a pair, which JSON can spell and no tokenizer takes
         return f"holds what is no character: {_short(caption)}"
     return None
 
 
-def _from_texts(folder: Path, texts: Mapping[str, str], instance: InstanceData) -> tuple[dict[str, str], list[str]]:
+def _from_texts(
+    folder: Path, texts: Mapping[str, str], instance: InstanceData
+) -> tuple[dict[str, str], list[str]]:
     """({picture: caption or ""}, problems) from the .txt file of each picture."""
     captions, problems = {}, []
     for name, file in texts.items():
@@ -152,18 +173,28 @@ def _from_texts(folder: Path, texts: Mapping[str, str], instance: InstanceData) 
     return captions, problems
 
 
-def _unread_note(folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceData) -> list[str]:
+def _unread_note(
+    folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceData
+) -> list[str]:
     """What to say of captions that are not asked for."""
     for file in metadata[:1]:
         try:
             table = _table(folder, file, instance)
         except UserError as error:  # no reason to stop: nothing of it is needed
-            return [f"captions may lie beside the photos ({file}: {error}); they are not read without --caption_column"]
-        with_text = [column for column in table.columns if column != name_column(instance) and _is_text(table, column)]
+            return [
+                f"captions may lie beside the photos ({file}: {error}); they are not read without --caption_column"
+            ]
+        with_text = [
+            column for column in table.columns if column != name_column(instance) and _is_text(table, column)
+        ]
         if with_text:
-            return [f"captions lie beside the photos ({file}); --caption_column {_short(with_text[0])} reads them"]
+            return [
+                f"captions lie beside the photos ({file}); --caption_column {_short(with_text[0])} reads them"
+            ]
     if texts and not metadata:
-        return ["captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"]
+        return [
+            "captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"
+        ]
     return []
 
 
@@ -174,7 +205,11 @@ def _is_text(table: _Table, column: str) -> bool:
 
 def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
     others = [*metadata[1:], *([".txt files"] if texts else [])]
-    return [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"] if others else []
+    return (
+        [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"]
+        if others
+        else []
+    )
 
 
 def _table(folder: Path, file: str, instance: InstanceData) -> _Table:
@@ -186,7 +221,9 @@ def _json_lines(text: str) -> _Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Mapping[str, Any]]] = []
     problems = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at signs that may stand within a caption
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # splitlines would also break at signs that may stand within a caption
         if not line.strip():
             continue
         try:
@@ -194,7 +231,9 @@ def _json_lines(text: str) -> _Table:
         except (ValueError, RecursionError):
             cells = None
         if not isinstance(cells, dict):
-            problems.append(f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {_short(line.strip())}')
+            problems.append(
+                f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {_short(line.strip())}'
+            )
             continue
         columns |= dict.fromkeys(cells)
         rows.append((number, cells))
@@ -215,7 +254,9 @@ def _comma_separated(text: str) -> _Table:
                 if len(set(columns)) < len(columns):
                     problems.append(f"has several columns of one name: {_few(columns, 20)}")
             elif len(cells) > len(columns):
-                problems.append(f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption with a comma needs quotes")
+                problems.append(
+                    f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption with a comma needs quotes"
+                )
             else:
                 rows.append((reader.line_num, dict(zip(columns, cells, strict=False))))
     except csv.Error as error:
@@ -231,7 +272,9 @@ def _text(folder: Path, file: str, instance: InstanceData) -> str:
         if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device would wait for ever
             raise UserError("not a regular file")
         if not instance.follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks")
+            raise UserError(
+                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks"
+            )
         with path.open("rb") as stream:
             data = stream.read(_LARGEST + 1)
     except OSError as error:
@@ -254,4 +297,6 @@ def _short(value: object) -> str:
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(_short, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(_short, names[:most])) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -92,13 +92,17 @@ def precision_of(flag: str | None, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"  # elsewhere bf16 is slower than fp32
+    return (
+        "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    )  # elsewhere bf16 is slower than fp32
 
 
 def sampler_of(flag: str | None, base: families.Base) -> str:
     """`--class_scheduler` as "dpm" or "base". Raises UserError if the base cannot be drawn with it."""
     if flag == "dpm" and base.is_edm:
-        raise UserError("--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base")
+        raise UserError(
+            "--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base"
+        )
     return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
 
 
@@ -108,24 +112,34 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        settings = {"scheduler": "base", **manifest["settings"]}  # sets from before there was a choice do not say
+        settings = {
+            "scheduler": "base",
+            **manifest["settings"],
+        }  # sets from before there was a choice do not say
         if not _is_sound(settings):
             raise ValueError
         return {"settings": settings, "sha256": dict(manifest["sha256"])}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{_FLAG}: {path} is damaged; remove it together with the class-*.png files to make them again") from None
+        raise UserError(
+            f"{_FLAG}: {path} is damaged; remove it together with the class-*.png files to make them again"
+        ) from None
 
 
 def _is_sound(settings: dict[str, Any]) -> bool:
     """Whether what a set in the making is continued with, where the flags say nothing, can be that."""
     seed, steps, side = (settings.get(name, 1) for name in ("seed", "steps", "side"))
-    numbers = all(type(number) is int for number in (seed, steps, side)) and seed >= 0 and steps >= 1 and side >= 1
+    numbers = (
+        all(type(number) is int for number in (seed, steps, side)) and seed >= 0 and steps >= 1 and side >= 1
+    )
     return numbers and settings.get("precision", "fp32") in _DTYPES and settings["scheduler"] in STEPS
 
 
 def _hash_notes(folder: Path) -> dict[str, str]:
     """Hashes that processes left beside their pictures, not yet in the manifest."""
-    return {note.name[1:].removesuffix(".sha256"): note.read_text().strip() for note in sorted(folder.glob(".class-*.png.sha256"))}
+    return {
+        note.name[1:].removesuffix(".sha256"): note.read_text().strip()
+        for note in sorted(folder.glob(".class-*.png.sha256"))
+    }
 
 
 def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
@@ -141,19 +155,31 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
     if manifest is not None:
         there, wanted = manifest["settings"], dataclasses.asdict(settings)
         differences = [
-            f"{name} is {there.get(name)!r} there and {wanted[name]!r} now ({_FLAGS[name]})" for name in wanted if there.get(name) != wanted[name]
+            f"{name} is {there.get(name)!r} there and {wanted[name]!r} now ({_FLAGS[name]})"
+            for name in wanted
+            if there.get(name) != wanted[name]
         ]
         if differences:
             raise UserError(
                 f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one"
             )
-    hashes = manifest["sha256"] | _hash_notes(folder) if manifest else {}  # without a manifest nothing says what a picture shows
-    pictures = [p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")]
+    hashes = (
+        manifest["sha256"] | _hash_notes(folder) if manifest else {}
+    )  # without a manifest nothing says what a picture shows
+    pictures = [
+        p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")
+    ]
     foreign = [name for name in pictures if _NAME.fullmatch(name) and name not in hashes]
     if foreign:
-        raise UserError(f"{_FLAG}: {folder / foreign[0]} is in no manifest and would be overwritten; rename it or name another folder")
+        raise UserError(
+            f"{_FLAG}: {folder / foreign[0]} is in no manifest and would be overwritten; rename it or name another folder"
+        )
     own = sum(not _NAME.fullmatch(name) for name in pictures)
-    return [k for k in range(max(0, total - own)) if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))]
+    return [
+        k
+        for k in range(max(0, total - own))
+        if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))
+    ]
 
 
 def is_complete(folder: Path, settings: Settings, total: int) -> bool:
@@ -231,7 +257,9 @@ def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
     return dataclasses.replace(continued(prior), class_seed=class_seed)
 
 
-def settings_of(prior: PriorPreservation, base: families.Base, fingerprint: str, device: torch.device) -> Settings | None:
+def settings_of(
+    prior: PriorPreservation, base: families.Base, fingerprint: str, device: torch.device
+) -> Settings | None:
     """The set that training wants; None without prior preservation. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
     if not prior.with_prior_preservation:
         return None
@@ -245,13 +273,17 @@ def settings_of(prior: PriorPreservation, base: families.Base, fingerprint: str,
         steps=prior.class_inference_steps or STEPS[scheduler],
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=made_with(Path(prior.class_data_dir)).get("side", base.side) if prior.class_data_dir else base.side,
+        side=made_with(Path(prior.class_data_dir)).get("side", base.side)
+        if prior.class_data_dir
+        else base.side,
         precision=precision_of(prior.prior_generation_precision, device),
         scheduler=scheduler,
     )
 
 
-def make(folder: Path, settings: Settings, total: int, base: families.Base, peers: Peers, watch: Watch) -> None:
+def make(
+    folder: Path, settings: Settings, total: int, base: families.Base, peers: Peers, watch: Watch
+) -> None:
     """Fill `folder` with pictures that the base draws, shared out over `peers`; the base is loaded only if any are missing.
 
     Another run at work in the folder is waited for. Raises UserError as `fill` does, Stop if `watch` says so.
@@ -262,7 +294,9 @@ def make(folder: Path, settings: Settings, total: int, base: families.Base, peer
         pipeline.scheduler = families.class_sampler(pipeline.scheduler, settings.scheduler)
         with torch.no_grad():
             book = families.text_of(pipeline, base).book([settings.prompt, ""], watch.check)
-        for encoder in base.family.text:  # they have said all that they have to: DeepFloyd IF's take gigabytes
+        for (
+            encoder
+        ) in base.family.text:  # they have said all that they have to: DeepFloyd IF's take gigabytes
             setattr(pipeline, encoder, None)
         return lambda seeds: pipelines.draw(
             pipeline,
@@ -275,11 +309,15 @@ def make(folder: Path, settings: Settings, total: int, base: families.Base, peer
             check=watch.check,
         )
 
-    settings = dataclasses.replace(settings, precision=peers.share(settings.precision))  # processes may have different hardware
+    settings = dataclasses.replace(
+        settings, precision=peers.share(settings.precision)
+    )  # processes may have different hardware
     if peers.on_main(lambda: is_complete(folder, settings, total)):
         return
     if settings.precision == "fp16" and peers.accelerator.device.type == "cpu":
-        raise UserError("--prior_generation_precision fp16 does not work on a CPU; use bf16, or fp32 in a folder of its own")
+        raise UserError(
+            "--prior_generation_precision fp16 does not work on a CPU; use bf16, or fp32 in a folder of its own"
+        )
     processes.make_folder(folder, _FLAG)
     told: list[str] = []
 
@@ -291,14 +329,25 @@ def make(folder: Path, settings: Settings, total: int, base: families.Base, peer
 
     with contextlib.ExitStack() as stack:
         peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait)))
-        fill(folder, settings, total, make_draw, rank=peers.rank, world=peers.world, wait=peers.wait, check=watch.check)
+        fill(
+            folder,
+            settings,
+            total,
+            make_draw,
+            rank=peers.rank,
+            world=peers.world,
+            wait=peers.wait,
+            check=watch.check,
+        )
 
 
 def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
     """The picture's hash in a file of its own, then the picture: processes share no manifest, and every picture of ours is on record."""
     buffer = io.BytesIO()
     pipelines.save_png(image, buffer, settings)
-    native.write_atomically(path.with_name(f".{path.name}.sha256"), hashlib.sha256(buffer.getvalue()).hexdigest().encode())
+    native.write_atomically(
+        path.with_name(f".{path.name}.sha256"), hashlib.sha256(buffer.getvalue()).hexdigest().encode()
+    )
     native.write_atomically(path, buffer.getvalue())
 
 

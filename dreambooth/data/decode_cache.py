@@ -48,12 +48,17 @@ class SeenPhotos:
         """Write the file, if there is anything new; what to tell the user if that fails."""
         if not self.has_more:
             return []
-        table = {sha256: [list(seen.size), seen.pixels_sha256, list(seen.remarks)] for sha256, seen in (_read(self.path) | self.pictures).items()}
+        table = {
+            sha256: [list(seen.size), seen.pixels_sha256, list(seen.remarks)]
+            for sha256, seen in (_read(self.path) | self.pictures).items()
+        }
         content = {"layout": _LAYOUT, "pillow": PIL.__version__, "sha256": _digest(table), "pictures": table}
         try:
             native.write_atomically(self.path, json.dumps(content, separators=(",", ":")).encode())
         except OSError as error:
-            return [f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes these pictures again"]
+            return [
+                f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes these pictures again"
+            ]
         self.has_more = False
         return []
 
@@ -68,8 +73,15 @@ def _read(path: Path) -> dict[str, Seen]:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return {}
         content = json.loads(path.read_bytes())
-        if (content["layout"], content["pillow"], content["sha256"]) != (_LAYOUT, PIL.__version__, _digest(content["pictures"])):
+        if (content["layout"], content["pillow"], content["sha256"]) != (
+            _LAYOUT,
+            PIL.__version__,
+            _digest(content["pictures"]),
+        ):
             return {}
-        return {sha256: Seen((size[0], size[1]), pixels, tuple(remarks)) for sha256, (size, pixels, remarks) in content["pictures"].items()}
+        return {
+            sha256: Seen((size[0], size[1]), pixels, tuple(remarks))
+            for sha256, (size, pixels, remarks) in content["pictures"].items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return {}

@@ -28,10 +28,18 @@ Tensors = Mapping[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYOUT = 1  # of the files, and of how photos and prompts are encoded: another one shares no entry with it
-_LIMITS = safetensors_files.Limits(header_bytes=2**16, tensors=8, file_bytes=2**34, dtypes=frozenset({"F32", "F16", "BF16"}), empty_tensors=False)
+_LIMITS = safetensors_files.Limits(
+    header_bytes=2**16,
+    tensors=8,
+    file_bytes=2**34,
+    dtypes=frozenset({"F32", "F16", "BF16"}),
+    empty_tensors=False,
+)
 
 
-_TEMPORARY = re.compile(r"\.((latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json)\.[0-9.]+\.tmp")  # of adapter_files.write_atomically
+_TEMPORARY = re.compile(
+    r"\.((latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json)\.[0-9.]+\.tmp"
+)  # of adapter_files.write_atomically
 _OLD = 24 * 60 * 60  # seconds: who still writes is younger, whatever the clocks say
 
 
@@ -91,7 +99,9 @@ class Entries:
             return False
         except _Forbidden as error:
             if not self.forbidden:
-                self.warn(f"{error}: what it and others like it may hold is encoded anew, and kept in memory for this run alone")
+                self.warn(
+                    f"{error}: what it and others like it may hold is encoded anew, and kept in memory for this run alone"
+                )
             self.forbidden.add(name)
             return False
         except _Damaged:
@@ -112,7 +122,9 @@ class Entries:
             except OSError as error:
                 self.is_full = True
                 reason = error.strerror or error
-                self.warn(f"{shown(self.folder)} cannot be written to ({reason}): what is encoded from here on is kept in memory for this run alone")
+                self.warn(
+                    f"{shown(self.folder)} cannot be written to ({reason}): what is encoded from here on is kept in memory for this run alone"
+                )
         self.held[name] = own
 
     def read(self, name: str) -> Tensors:

@@ -28,10 +28,14 @@ Box = tuple[int, int, int, int]
 Check = Callable[[], None]
 
 _MOST_IN_MEMORY = 64  # pictures
-_LONGEST_PIECE = 3  # times the crop: a VAE's memory grows with its picture, and a panorama's crops need not come from one
+_LONGEST_PIECE = (
+    3  # times the crop: a VAE's memory grows with its picture, and a panorama's crops need not come from one
+)
 
 
-def mode_of(wanted: Literal["auto", "memory", "disk", "off"], pictures: int, *, is_folder_given: bool) -> Mode:
+def mode_of(
+    wanted: Literal["auto", "memory", "disk", "off"], pictures: int, *, is_folder_given: bool
+) -> Mode:
     """What --cache_latents means for so many pictures, mirror images counted. Who names a folder wants it to be used."""
     if wanted != "auto":
         return wanted
@@ -92,7 +96,14 @@ class Part:
 class EncodedPhotos:
     """The posterior of every crop that a run may draw. `waiting` are parts that are not encoded yet; `fill` encodes those that it is given."""
 
-    def __init__(self, entries: Entries, names: Mapping[Part, str], crops: Crops, waiting: Sequence[Part], fill: Callable[[Sequence[Part]], None]):
+    def __init__(
+        self,
+        entries: Entries,
+        names: Mapping[Part, str],
+        crops: Crops,
+        waiting: Sequence[Part],
+        fill: Callable[[Sequence[Part]], None],
+    ):
         self.entries, self.names, self.crops, self.waiting, self.fill = entries, names, crops, waiting, fill
 
     def encode_rest(self) -> None:
@@ -106,7 +117,9 @@ class EncodedPhotos:
         left, top = ((start - begin) // self.crops.grid for start, begin in zip(corner, box[:2], strict=True))
         found = self.entries.read(self.names[Part(photo, is_mirrored, box)])
         side = self.crops.side
-        return autoencoder.Posterior(*(found[key][..., top : top + side, left : left + side] for key in ("mean", "std")))
+        return autoencoder.Posterior(
+            *(found[key][..., top : top + side, left : left + side] for key in ("mean", "std"))
+        )
 
 
 def encode_photos(
@@ -127,14 +140,25 @@ def encode_photos(
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
     around = _surroundings(device, "diffusers")
-    now, waiting = ([Part(photo, is_mirrored, box) for photo, is_mirrored in some for box in crops.boxes(photo.size)] for some in (pictures, later))
+    now, waiting = (
+        [Part(photo, is_mirrored, box) for photo, is_mirrored in some for box in crops.boxes(photo.size)]
+        for some in (pictures, later)
+    )
     names, shapes = {}, {}
     for part in [*now, *waiting]:
         left, top, right, bottom = part.box
         # a bucket of another aspect would be a word of its own here
-        transform = {"resolution": crops.resolution, "interpolation": crops.interpolation, "mirrored": part.is_mirrored, "box": part.box}
+        transform = {
+            "resolution": crops.resolution,
+            "interpolation": crops.interpolation,
+            "mirrored": part.is_mirrored,
+            "box": part.box,
+        }
         what = {
-            "photo": [part.photo.sha256, part.photo.pixels_sha256],  # one file may be other pixels with another decoder
+            "photo": [
+                part.photo.sha256,
+                part.photo.pixels_sha256,
+            ],  # one file may be other pixels with another decoder
             "transform": transform,
             "vae": digests.get("vae"),
             "dtype": "float32",
@@ -155,7 +179,9 @@ def encode_photos(
             check()
             part = of_name[name]
             image = photos.load_checked(part.photo)
-            pixels = photos.box_values(image, crops.resolution, crops.interpolation, part.box, is_mirrored=part.is_mirrored)
+            pixels = photos.box_values(
+                image, crops.resolution, crops.interpolation, part.box, is_mirrored=part.is_mirrored
+            )
             posterior = autoencoder.encode(vae, pixels[None])
             entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
 
@@ -193,7 +219,9 @@ def encode_prompts(
     }
     names = {}
     for prompt in distinct:
-        tokens = [[part.tolist() for part in text.ids(number, [prompt])] for number in range(len(text.tokenizers))]
+        tokens = [
+            [part.tolist() for part in text.ids(number, [prompt])] for number in range(len(text.tokenizers))
+        ]
         names[prompt] = name_of("prompt", {"text": prompt, "tokens": tokens, **common})
     of_name = {name: prompt for prompt, name in names.items()}
 
@@ -205,7 +233,9 @@ def encode_prompts(
         for name in missing:
             check()
             found = loaded([of_name[name]])
-            entries.keep(name, {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled}))
+            entries.keep(
+                name, {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled})
+            )
 
     _fill(entries, dict.fromkeys(names.values(), shapes_of_one), encode, peers, check)
 
@@ -224,7 +254,13 @@ def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
             raise UserError(f"the base has changed while it was read: {shown(folder)}; start again")
 
 
-def _fill(entries: Entries, wanted: Mapping[str, Shapes], encode: Callable[[Sequence[str]], None], peers: Peers, check: Check) -> None:
+def _fill(
+    entries: Entries,
+    wanted: Mapping[str, Shapes],
+    encode: Callable[[Sequence[str]], None],
+    peers: Peers,
+    check: Check,
+) -> None:
     """Have `encode` make what is missing. In memory each process makes all. In a folder each makes its share, and then what it lacks all the
     same: nodes may have no folder in common, or another's may be damaged or full."""
 
@@ -250,12 +286,22 @@ def _fill(entries: Entries, wanted: Mapping[str, Shapes], encode: Callable[[Sequ
 
 def _surroundings(device: torch.device, library: str) -> dict[str, Any]:
     """What changes the last bits of what is encoded."""
-    found: dict[str, Any] = {"device": device.type, **{name: importlib.metadata.version(name) for name in ("torch", library)}}
+    found: dict[str, Any] = {
+        "device": device.type,
+        **{name: importlib.metadata.version(name) for name in ("torch", library)},
+    }
     found["arithmetic"] = onednn.ARITHMETIC
     if device.type == "cpu":
         # oneDNN takes what the CPU has for bf16, of which the name of the whole says nothing
-        special = sorted(name for name, has in torch.cpu.get_capabilities().items() if has and ("bf16" in name or "amx" in name))
-        return found | {"threads": torch.get_num_threads(), "instructions": [torch.backends.cpu.get_cpu_capability(), *special]}
+        special = sorted(
+            name
+            for name, has in torch.cpu.get_capabilities().items()
+            if has and ("bf16" in name or "amx" in name)
+        )
+        return found | {
+            "threads": torch.get_num_threads(),
+            "instructions": [torch.backends.cpu.get_cpu_capability(), *special],
+        }
     if device.type == "cuda":
         tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
         return found | {"name": torch.cuda.get_device_name(device), "tf32": tf32}

@@ -52,7 +52,9 @@ def find(instance: InstanceData) -> PhotoSet:
             return _of_hub(instance)
         found = PhotoSet(folder, _FLAG)
     if instance.dataset_config_name is not None:
-        raise UserError(f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of yours: leave it out")
+        raise UserError(
+            f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of yours: leave it out"
+        )
     return found
 
 
@@ -62,7 +64,9 @@ def _own_folder(name: str) -> Path | None:
     try:
         if not folder.is_dir():
             if os.path.lexists(folder):
-                raise UserError(f"{_FLAG}: {shown(name)} is not a folder; name the folder that holds the pictures")
+                raise UserError(
+                    f"{_FLAG}: {shown(name)} is not a folder; name the folder that holds the pictures"
+                )
             return None
         train = folder / "train"
         return train if train.is_dir() and not _holds_photos(folder) else folder
@@ -78,7 +82,9 @@ def _holds_photos(folder: Path) -> bool:
 def _of_hub(instance: InstanceData) -> PhotoSet:
     name = instance.dataset_name
     assert name is not None
-    if not _HUB_ID.fullmatch(name):  # "imagefolder" and the like would have the package take every picture of the working directory
+    if not _HUB_ID.fullmatch(
+        name
+    ):  # "imagefolder" and the like would have the package take every picture of the working directory
         raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and a hub id is of the form OWNER/NAME")
     try:
         from datasets import Image, config, load_dataset
@@ -88,20 +94,33 @@ def _of_hub(instance: InstanceData) -> PhotoSet:
         raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and {install}") from None
     captions.check_columns(instance)
     try:
-        dataset = load_dataset(name, instance.dataset_config_name, split="train", cache_dir=instance.cache_dir)
+        dataset = load_dataset(
+            name, instance.dataset_config_name, split="train", cache_dir=instance.cache_dir
+        )
     except Exception as error:  # the package's own, and those of files, the network, Parquet and archives: all say why it cannot be had
-        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {_one_line(error)}") from None
+        raise UserError(
+            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {_one_line(error)}"
+        ) from None
     notes = _check_columns(dataset, Image, instance)
     wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
     rows = dataset.select_columns(wanted).cast_column(instance.image_column, Image(decode=False))
-    what = [_LAYOUT, name, instance.dataset_config_name, dataset._fingerprint, instance.image_column, instance.caption_column]
+    what = [
+        _LAYOUT,
+        name,
+        instance.dataset_config_name,
+        dataset._fingerprint,
+        instance.image_column,
+        instance.caption_column,
+    ]
     root = Path(instance.cache_dir or config.HF_DATASETS_CACHE) / "dreambooth-photos"
     folder = root / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     try:
         if not folder.is_dir():
             _write_once(folder, rows, instance)
     except OSError as error:
-        raise UserError(f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: {error.strerror or error}") from None
+        raise UserError(
+            f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: {error.strerror or error}"
+        ) from None
     return PhotoSet(folder, _FLAG, notes)
 
 
@@ -109,7 +128,9 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceData) -> tu
     """Notes. Raises UserError unless there are the columns of pictures and of captions."""
     kinds = dict(dataset.features)
     pictures = [column for column, kind in kinds.items() if isinstance(kind, image_kind)]
-    texts = [column for column, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    texts = [
+        column for column, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string")
+    ]
     problems = []
     for flag, column, fitting, what in (
         ("--image_column", instance.image_column, pictures, "pictures"),
@@ -117,11 +138,15 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceData) -> tu
     ):
         if column is not None and column not in fitting:
             there = f"those with {what}: {_listed(fitting)}; all its columns: {_listed(list(kinds))}"
-            problems.append(f"{flag}: {shown(instance.dataset_name)} has no column {_short(column)} with {what}; {there}")
+            problems.append(
+                f"{flag}: {shown(instance.dataset_name)} has no column {_short(column)} with {what}; {there}"
+            )
     if problems:
         raise UserError("\n".join(problems))
     if instance.caption_column is None and texts:
-        return (f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {_short(texts[0])} takes it as captions",)
+        return (
+            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {_short(texts[0])} takes it as captions",
+        )
     return ()
 
 
@@ -145,7 +170,9 @@ def _write_once(folder: Path, rows: Any, instance: InstanceData) -> None:
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if not folder.is_dir():  # else another process, where no lock can be had, was first with the same pictures
+                if (
+                    not folder.is_dir()
+                ):  # else another process, where no lock can be had, was first with the same pictures
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # what is left of it: nothing, if all went well
@@ -165,10 +192,14 @@ def _write(folder: Path, rows: Any, instance: InstanceData) -> None:
             continue
         _write_file(folder / name, data)
         cells = {captions.name_column(instance): name}
-        lines.append(json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {})))
+        lines.append(
+            json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {}))
+        )
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        raise UserError("\n".join(problems[:_MOST_PROBLEMS] + ([f"{_FLAG}: and {more} more rows"] if more > 0 else [])))
+        raise UserError(
+            "\n".join(problems[:_MOST_PROBLEMS] + ([f"{_FLAG}: and {more} more rows"] if more > 0 else []))
+        )
     if not lines:
         raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
     _write_file(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
@@ -178,7 +209,9 @@ def _write_file(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # before the folder is renamed: a power cut must not leave a whole folder of empty files
+        os.fsync(
+            file.fileno()
+        )  # before the folder is renamed: a power cut must not leave a whole folder of empty files
 
 
 def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
@@ -190,7 +223,9 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
         except StopIteration:
             return
         except Exception as error:  # of Arrow, as many kinds as there are ways to break a file
-            raise UserError(f"{_FLAG}: the cached data set cannot be read ({_one_line(error)}); remove it, or name another --cache_dir") from None
+            raise UserError(
+                f"{_FLAG}: the cached data set cannot be read ({_one_line(error)}); remove it, or name another --cache_dir"
+            ) from None
         yield row
 
 
@@ -205,7 +240,9 @@ def _bytes(cell: Any) -> bytes:
         raise UserError("there is no picture")
     try:
         info = os.stat(where)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE:  # a data set may name any path, a device's too
+        if (
+            not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE
+        ):  # a data set may name any path, a device's too
             raise UserError(f"{_short(where)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
         return Path(where).read_bytes()
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
@@ -226,7 +263,9 @@ def _suffix(data: bytes) -> str:
             return suffix
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
-    raise UserError(f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with {ascii(data[:8])[1:]}")
+    raise UserError(
+        f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with {ascii(data[:8])[1:]}"
+    )
 
 
 def _one_line(error: Exception) -> str:

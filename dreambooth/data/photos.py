@@ -21,9 +21,31 @@ from PIL import Image, ImageCms
 from dreambooth.data.decode_cache import Seen, SeenPhotos
 from dreambooth.errors import UserError, shown
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 _CAPTIONS = ("metadata.jsonl", "metadata.csv")  # read, or spoken of, by captions.py
-_NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".gif", ".jp2", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+_NOT_READ = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".gif",
+    ".jp2",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".psd",
+    ".svg",
+)
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
@@ -96,12 +118,16 @@ def check_folder(
     """
     folder = Path(folder)
     names = _names(folder, flag)
-    visible = [name for name in names if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")]
+    visible = [
+        name for name in names if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")
+    ]
     candidates = [name for name in visible if Path(name).suffix.lower() in FORMATS]
     others = [name for name in visible if name not in candidates]
     if not candidates:
         seen = f"it holds {', '.join(map(shown, others[:5]))}" if others else "it is empty"
-        raise UserError(f"{flag}: no picture in {shown(folder)} ({', '.join(sorted(FORMATS))}); {seen}{_advice(others)}")
+        raise UserError(
+            f"{flag}: no picture in {shown(folder)} ({', '.join(sorted(FORMATS))}); {seen}{_advice(others)}"
+        )
     photos, problems = [], []
     remarks: dict[str, list[str]] = {}
     for name in candidates:
@@ -119,20 +145,32 @@ def check_folder(
     if len(names) > len(visible):
         notes.append(f"skipped {len(names) - len(visible)} hidden or system files in {shown(folder)}")
     stems = {Path(name).stem for name in candidates}
-    captions = [name for name in others if name in _CAPTIONS or (name.endswith(".txt") and name.removesuffix(".txt") in stems)]
+    captions = [
+        name
+        for name in others
+        if name in _CAPTIONS or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
+    ]
     if others := [name for name in others if name not in captions]:
-        notes.append(f"skipped what is no picture in {shown(folder)}: {_few([shown(name) for name in others])}{_advice(others)}")
+        notes.append(
+            f"skipped what is no picture in {shown(folder)}: {_few([shown(name) for name in others])}{_advice(others)}"
+        )
     return Folder(photos, notes)
 
 
 def check_disjoint(instance: Folder, classes: Folder) -> None:
     """Raise UserError, naming them, if photos of the subject are among the class images: those are to show what the subject is not."""
     subjects = {photo.pixels_sha256: photo.path for photo in instance.photos}
-    twice = [(subjects[photo.pixels_sha256], photo.path) for photo in classes.photos if photo.pixels_sha256 in subjects]
+    twice = [
+        (subjects[photo.pixels_sha256], photo.path)
+        for photo in classes.photos
+        if photo.pixels_sha256 in subjects
+    ]
     if twice:
         pairs = "; ".join(f"{shown(theirs)} is {shown(mine.name)}" for mine, theirs in twice[:3])
         more = f"; and {len(twice) - 3} more" if len(twice) > 3 else ""
-        raise UserError(f"--class_data_dir: {len(twice)} of the class images are photos of the subject: {pairs}{more}. Remove them there")
+        raise UserError(
+            f"--class_data_dir: {len(twice)} of the class images are photos of the subject: {pairs}{more}. Remove them there"
+        )
 
 
 def _names(folder: Path, flag: str) -> list[str]:
@@ -141,7 +179,9 @@ def _names(folder: Path, flag: str) -> list[str]:
         if not folder.exists():
             raise UserError(f"{flag}: there is no folder {shown(folder)}")
         if not folder.is_dir():
-            raise UserError(f"{flag}: {shown(folder)} is not a folder; name the folder that holds the pictures")
+            raise UserError(
+                f"{flag}: {shown(folder)} is not a folder; name the folder that holds the pictures"
+            )
         return sorted(os.listdir(folder), key=os.fsencode)
     except OSError as error:  # no permission, or a name that is too long
         raise UserError(f"{flag}: {shown(folder)} cannot be read: {error.strerror or error}") from None
@@ -162,12 +202,19 @@ def _duplicates(photos: list[Photo]) -> list[str]:
     for photo in photos:
         other = first.setdefault(photo.pixels_sha256, photo)
         if other is not photo:
-            notes.append(f"{shown(photo.path.name)} and {shown(other.path.name)} have the same pixels: that picture counts twice")
+            notes.append(
+                f"{shown(photo.path.name)} and {shown(other.path.name)} have the same pixels: that picture counts twice"
+            )
     return notes
 
 
 def _check(
-    folder: Path, name: str, max_pixels: int, allow_odd_photos: bool, follow_symlinks: bool, known: SeenPhotos | None
+    folder: Path,
+    name: str,
+    max_pixels: int,
+    allow_odd_photos: bool,
+    follow_symlinks: bool,
+    known: SeenPhotos | None,
 ) -> tuple[Photo, list[str]]:
     path = folder / name
     try:
@@ -175,7 +222,9 @@ def _check(
         if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device would wait for ever
             raise UserError("not a regular file")
         if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks")
+            raise UserError(
+                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks"
+            )
         if info.st_size == 0:
             raise UserError("the file is empty")
         with path.open("rb") as file:
@@ -188,7 +237,9 @@ def _check(
         raise UserError(f"{width} x {height} pixels is too small; each side must have at least {MIN_SIDE}")
     if min(width, height) < ODD_SIDE and not allow_odd_photos:
         lift = "use another photo, or give --allow_odd_photos"
-        raise UserError(f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}; {lift}")
+        raise UserError(
+            f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}; {lift}"
+        )
     if max(width, height) > ODD_ASPECT * min(width, height):
         remarks.append(_LONG)
     return Photo(path, seen.size, digest, seen.pixels_sha256), remarks
@@ -227,12 +278,16 @@ def load_checked(photo: Photo) -> Image.Image:
         raise UserError(f"{shown(photo.path)}: {error}") from None
 
 
-def _decode(path: Path, max_pixels: int | None, data: BinaryIO | None = None) -> tuple[Image.Image, list[str]]:
+def _decode(
+    path: Path, max_pixels: int | None, data: BinaryIO | None = None
+) -> tuple[Image.Image, list[str]]:
     """(the picture as `load` gives it, remarks), of the file or of its bytes. Without `max_pixels` Pillow's own limit holds, which is higher."""
     formats = tuple(sorted(set(FORMATS.values())))
     try:
         with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")  # seen here alone: those on sizes are errors below, and others name no file
+            warnings.simplefilter(
+                "always"
+            )  # seen here alone: those on sizes are errors below, and others name no file
             with Image.open(path if data is None else data, formats=formats) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise UserError(f"{image.width} x {image.height} is over {max_pixels:,} pixels{_SMALLER}")
@@ -253,8 +308,13 @@ def _decode(path: Path, max_pixels: int | None, data: BinaryIO | None = None) ->
         raise UserError(f"the picture is over {max_pixels or MAX_PIXELS:,} pixels{_SMALLER}") from None
     except MemoryError:
         raise UserError(f"there is not enough memory to unpack it{_SMALLER}") from None
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
-        reason = " ".join(str(error).replace(str(path) if data is None else repr(data), "").split()) or type(error).__name__
+    except (
+        Exception
+    ) as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
+        reason = (
+            " ".join(str(error).replace(str(path) if data is None else repr(data), "").split())
+            or type(error).__name__
+        )
         raise UserError(f"not a whole picture ({shown(reason)}); save it again or remove it") from None
 
 
@@ -275,7 +335,9 @@ def _to_rgb(image: Image.Image, profile: bytes | None, remark: Callable[[str], N
         remark(_GREY)
         return Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "I"):
-        raise UserError(f"pixels of mode {image.mode} have no known white; save it with 8 or 16 bits a channel")
+        raise UserError(
+            f"pixels of mode {image.mode} have no known white; save it with 8 or 16 bits a channel"
+        )
     if image.mode in ("1", "L", "LA", "La"):
         remark(_GREY)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -301,7 +363,9 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
         raise ValueError("a profile of no picture")
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
-    if own.profile.xcolor_space.strip() == "GRAY" and image.mode == "RGB":  # composed over white above: its channels are equal
+    if (
+        own.profile.xcolor_space.strip() == "GRAY" and image.mode == "RGB"
+    ):  # composed over white above: its channels are equal
         image = image.convert("L")
     if "sRGB" in (own.profile.profile_description or "") and image.mode == "RGB":
         return image  # what it means already: no rounding
@@ -331,15 +395,33 @@ def middle_corner(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 
 
 def pixel_values(
-    path: Path, resolution: int, interpolation: str, corner: tuple[int, int] | None = None, *, is_mirrored: bool = False
+    path: Path,
+    resolution: int,
+    interpolation: str,
+    corner: tuple[int, int] | None = None,
+    *,
+    is_mirrored: bool = False,
 ) -> torch.Tensor:
     """[3, resolution, resolution] in [-1, 1]: shorter side resized, mirrored or not, cropped at `corner` (left, top), or in the middle if None."""
     image = load(path)
     left, top = corner or middle_corner(image.size, resolution)
-    return box_values(image, resolution, interpolation, (left, top, left + resolution, top + resolution), is_mirrored=is_mirrored)
+    return box_values(
+        image,
+        resolution,
+        interpolation,
+        (left, top, left + resolution, top + resolution),
+        is_mirrored=is_mirrored,
+    )
 
 
-def box_values(image: Image.Image, resolution: int, interpolation: str, box: tuple[int, int, int, int], *, is_mirrored: bool) -> torch.Tensor:
+def box_values(
+    image: Image.Image,
+    resolution: int,
+    interpolation: str,
+    box: tuple[int, int, int, int],
+    *,
+    is_mirrored: bool,
+) -> torch.Tensor:
     """[3, height, width] in [-1, 1]: shorter side resized to `resolution`, mirrored or not, and of that the `box` (left, top, right, bottom)."""
     image = image.resize(resized_size(image.size, resolution), INTERPOLATIONS[interpolation])
     if is_mirrored:

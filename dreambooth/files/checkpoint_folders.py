@@ -103,7 +103,9 @@ def choose(resume_from: str, output_dir: Path) -> Choice:
         if skipped:
             reasons = "".join(f"\n  {line}" for line in skipped)
             advice = "Name another checkpoint, or move these away to start a new run"
-            raise UserError(f"{_FLAG} {resume_from}: {output_dir} has {len(there)} checkpoint(s) and none is whole:{reasons}\n{advice}")
+            raise UserError(
+                f"{_FLAG} {resume_from}: {output_dir} has {len(there)} checkpoint(s) and none is whole:{reasons}\n{advice}"
+            )
         return Choice(None, [])
     own, elsewhere = output_dir / resume_from, Path(resume_from)
     folder = own if os.path.lexists(own) else elsewhere
@@ -144,7 +146,13 @@ def _examine(folder: Path, *, keep: bool) -> tuple[Content | None, list[str]]:
                 raise _Damaged(f"{name} is not as it was written (its SHA-256 differs)")
         except _Damaged as damage:
             problems.append(str(damage))
-    content = Content(folder, manifest["step"], manifest["identity"], hashlib.sha256(data).hexdigest(), files if keep else {})
+    content = Content(
+        folder,
+        manifest["step"],
+        manifest["identity"],
+        hashlib.sha256(data).hexdigest(),
+        files if keep else {},
+    )
     return content, problems
 
 
@@ -177,7 +185,9 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
             if not stat.S_ISREG(found.st_mode):
                 raise _Damaged(f"{name} is not a regular file")
             if found.st_size > most or (exactly and found.st_size < most):
-                raise _Damaged(f"{name} has {found.st_size:,} bytes instead of {'' if exactly else 'at most '}{most:,}")
+                raise _Damaged(
+                    f"{name} has {found.st_size:,} bytes instead of {'' if exactly else 'at most '}{most:,}"
+                )
             with open(descriptor, "rb", closefd=False) as file:
                 if not keep:
                     return b"", hashlib.file_digest(file, "sha256").hexdigest()
@@ -185,7 +195,11 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _Damaged(f"{name} is a symbolic link" if error.errno == errno.ELOOP else f"{name} cannot be read ({error.strerror})") from None
+        raise _Damaged(
+            f"{name} is a symbolic link"
+            if error.errno == errno.ELOOP
+            else f"{name} cannot be read ({error.strerror})"
+        ) from None
     return data, hashlib.sha256(data).hexdigest()
 
 
@@ -215,10 +229,21 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
     if not whole:
         raise _Damaged(f"{MANIFEST} is damaged")
     step, identity, files = body.get("step"), body.get("identity"), body.get("files")
-    if type(step) is not int or step < 0 or not isinstance(identity, dict) or not isinstance(files, dict) or not files:
+    if (
+        type(step) is not int
+        or step < 0
+        or not isinstance(identity, dict)
+        or not isinstance(files, dict)
+        or not files
+    ):
         raise _Damaged(f"{MANIFEST} lacks step, identity or files")
     for name, entry in files.items():
-        plain = isinstance(entry, dict) and type(entry.get("size")) is int and entry["size"] >= 0 and _is_sha256(entry.get("sha256"))
+        plain = (
+            isinstance(entry, dict)
+            and type(entry.get("size")) is int
+            and entry["size"] >= 0
+            and _is_sha256(entry.get("sha256"))
+        )
         if not plain or not _PLAIN.fullmatch(name) or name == MANIFEST:
             raise _Damaged(f"{MANIFEST} has an entry {name!r} that is none")
     return body
@@ -231,16 +256,22 @@ def _is_sha256(value: object) -> bool:
 # --- writing
 
 
-def publish(output_dir: Path, step: int, files: dict[str, bytes], identity: dict[str, Any], *, limit: int | None) -> Path:
+def publish(
+    output_dir: Path, step: int, files: dict[str, bytes], identity: dict[str, Any], *, limit: int | None
+) -> Path:
     """Make `checkpoint-<step>` of the files, then remove whole ones beyond the newest `limit`; None keeps all. Nothing is done twice: a
     checkpoint that is there already, the same in every byte, stays.
 
     Raises SaveFailed if the disk does not take it: the older ones, and one of the same step, are then as they were.
     """
     target = output_dir / f"checkpoint-{step}"
-    table = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    table = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
     # to JSON and back first: what is read later must give the same bytes, whatever kind of keys and sequences came in
-    body = json.loads(json.dumps({"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table}))
+    body = json.loads(
+        json.dumps({"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table})
+    )
     manifest = _sealed(body)
     try:
         content, problems = _examine(target, keep=False)
@@ -249,11 +280,15 @@ def publish(output_dir: Path, step: int, files: dict[str, bytes], identity: dict
     except OSError as error:
         needed = sum(map(len, files.values())) + len(manifest)
         room = f"it needs {needed:,} bytes, {output_dir} has {_free_bytes(output_dir)} free"
-        raise SaveFailed(f"{target.name} could not be saved: {error.strerror or error}; {room}. Older checkpoints are as they were") from error
+        raise SaveFailed(
+            f"{target.name} could not be saved: {error.strerror or error}; {room}. Older checkpoints are as they were"
+        ) from error
     try:
         _prune(target, step, limit)
     except OSError as error:
-        raise PruneFailed(f"{target.name} is saved, but an older checkpoint in {output_dir} could not be removed: {error}") from error
+        raise PruneFailed(
+            f"{target.name} is saved, but an older checkpoint in {output_dir} could not be removed: {error}"
+        ) from error
     return target
 
 
@@ -289,13 +324,17 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             os.rename(target, temporary)
         if moved is not None:
             os.rename(moved, target)
-        shutil.rmtree(temporary, ignore_errors=True)  # the first error counts; what cannot be removed is swept by the next run
+        shutil.rmtree(
+            temporary, ignore_errors=True
+        )  # the first error counts; what cannot be removed is swept by the next run
         raise
 
 
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file that must not exist yet, and flush it to the disk."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)  # less the umask, as other programs' files
+    descriptor = os.open(
+        path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666
+    )  # less the umask, as other programs' files
     try:
         left = memoryview(data)
         while left:
@@ -358,7 +397,9 @@ def sweep(output_dir: Path) -> list[str]:
                 else:
                     path.unlink()
             except OSError as error:
-                raise UserError(f"--output_dir: {path}, left by a run that died, cannot be removed ({error.strerror})") from None
+                raise UserError(
+                    f"--output_dir: {path}, left by a run that died, cannot be removed ({error.strerror})"
+                ) from None
             swept.append(path.name)
     return swept
 

@@ -33,19 +33,30 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    notes.append(f"{folder} cannot be locked ({error.strerror}): take care that nothing else writes there")
+                    notes.append(
+                        f"{folder} cannot be locked ({error.strerror}): take care that nothing else writes there"
+                    )
                     break
             owner = _owner(descriptor)
             if wait is None:
-                raise UserError(f"{flag}: another run is at work in {folder}: {owner}. Wait for it, stop it, or name another folder")
+                raise UserError(
+                    f"{flag}: another run is at work in {folder}: {owner}. Wait for it, stop it, or name another folder"
+                )
             wait(owner)
             time.sleep(1)
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv}
+        me = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": sys.argv,
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
         yield notes
     finally:
-        os.close(descriptor)  # and with it the lock; the file stays, since removing it could pull it from under the next owner
+        os.close(
+            descriptor
+        )  # and with it the lock; the file stays, since removing it could pull it from under the next owner
 
 
 def _owner(descriptor: int) -> str:

@@ -47,9 +47,17 @@ class Limits:
     empty_tensors: bool
 
 
-ADAPTER = Limits(header_bytes=4 * 2**20, tensors=20_000, file_bytes=2 * 2**30, dtypes=frozenset({"F32", "F16", "BF16"}), empty_tensors=False)
+ADAPTER = Limits(
+    header_bytes=4 * 2**20,
+    tensors=20_000,
+    file_bytes=2 * 2**30,
+    dtypes=frozenset({"F32", "F16", "BF16"}),
+    empty_tensors=False,
+)
 # A base is large and may have indices or masks; what its parts need is known by whoever loads it.
-BASE = Limits(header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtypes=frozenset(_BITS), empty_tensors=True)
+BASE = Limits(
+    header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtypes=frozenset(_BITS), empty_tensors=True
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +89,9 @@ def read(path: Path, limits: Limits) -> Header:
             if (known := _what_it_is(start)) and (size > info.st_size - 8 or start[8:9] != b"{"):
                 raise _Broken(f"it is {known}")
             if size > info.st_size - 8:
-                raise _Broken(f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: cut off, or no safetensors file")
+                raise _Broken(
+                    f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: cut off, or no safetensors file"
+                )
             if size > limits.header_bytes:
                 raise _Broken(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
             file.seek(8)
@@ -90,7 +100,9 @@ def read(path: Path, limits: Limits) -> Header:
     except _Broken as error:
         raise UserError(f"{shown(path)}: not a whole safetensors file ({error})") from None
     except OSError as error:
-        raise UserError(f"{shown(path)}: not a whole safetensors file (it cannot be read: {error.strerror or error})") from None
+        raise UserError(
+            f"{shown(path)}: not a whole safetensors file (it cannot be read: {error.strerror or error})"
+        ) from None
 
 
 def _what_it_is(start: bytes) -> str:
@@ -133,19 +145,27 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
         if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
             raise _Broken(f"{key} has a shape or place that cannot be")
         if not isinstance(dtype, str) or dtype not in limits.dtypes:
-            raise _Broken(f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {', '.join(sorted(limits.dtypes))}")
+            raise _Broken(
+                f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {', '.join(sorted(limits.dtypes))}"
+            )
         if 0 in shape and not limits.empty_tensors:
             raise _Broken(f"{key} has no values: shape {shape}")
         if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
-            raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its place of {end - begin} bytes")
+            raise _Broken(
+                f"{key} of shape {shape} and dtype {dtype} does not fill its place of {end - begin} bytes"
+            )
         shapes[key] = shape
         places[key] = dtype, start + begin
         ends.append((begin, end, key))
     reached = 0
     for begin, end, key in sorted(ends):
         if begin != reached:
-            raise _Broken(f"{key} {'overlaps with' if begin < reached else 'leaves a gap after'} the tensor before it")
+            raise _Broken(
+                f"{key} {'overlaps with' if begin < reached else 'leaves a gap after'} the tensor before it"
+            )
         reached = end
     if reached != body:
-        raise _Broken(f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}")
+        raise _Broken(
+            f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}"
+        )
     return Header(shapes, metadata, places)

@@ -98,12 +98,17 @@ class Adapter:
             require(value is None or 0 <= value < 1, f"--{name} must be in [0, 1), got {value}")
         for name in ("lora_alpha", "text_encoder_alpha"):
             value = getattr(self, name)
-            require(value is None or 0 < value <= 2**16, f"--{name} must be over 0 and at most {2**16}, got {value}")
+            require(
+                value is None or 0 < value <= 2**16,
+                f"--{name} must be over 0 and at most {2**16}, got {value}",
+            )
         named("init_adapter", self.init_adapter)
         for name in ("lora_layers", "text_encoder_layers"):
             given = getattr(self, name)
             layers = _words(given)
-            good = layers is None or (bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers))
+            good = layers is None or (
+                bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers)
+            )
             require(good, f"--{name} must be names of layers with commas between, got {given!r}")
         self.ranks()
         self.learning_rates()
@@ -114,10 +119,16 @@ class Adapter:
             default = type(self).__dataclass_fields__[name].default
             given = getattr(self, name)
             owners = " and ".join(kinds)
-            require(given == default or self.adapter in kinds, f"--{name} is of --adapter {owners}; --adapter {self.adapter} has no such thing")
+            require(
+                given == default or self.adapter in kinds,
+                f"--{name} is of --adapter {owners}; --adapter {self.adapter} has no such thing",
+            )
         factor = self.decompose_factor
         require(factor == -1 or factor >= 1, f"--decompose_factor must be -1 or at least 1, got {factor}")
-        require(factor == -1 or self.adapter == "lokr", f"--decompose_factor is of --adapter lokr; --adapter {self.adapter} has no such thing")
+        require(
+            factor == -1 or self.adapter == "lokr",
+            f"--decompose_factor is of --adapter lokr; --adapter {self.adapter} has no such thing",
+        )
         for name, kind in (("oft_block_size", "oft"), ("boft_block_size", "boft")):
             at_least(self, 2, name)
             default = type(self).__dataclass_fields__[name].default
@@ -125,14 +136,22 @@ class Adapter:
             require(fits, f"--{name} is of --adapter {kind}; --adapter {self.adapter} has no such thing")
         if self.adapter in ("oft", "boft"):
             ranks = self.rank == _DEFAULT_RANK and self.text_encoder_rank is None
-            require(ranks, f"--rank: --adapter {self.adapter} has none; its size is set by --{self.adapter}_block_size")
+            require(
+                ranks,
+                f"--rank: --adapter {self.adapter} has none; its size is set by --{self.adapter}_block_size",
+            )
         if self.adapter == "hra":
             for name in ("rank", "text_encoder_rank"):
                 value = getattr(self, name)
-                require(value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}")
+                require(
+                    value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}"
+                )
         # peft rotates patches of the picture one by one where a kernel is larger than 1 x 1, and adds them up: not the identity at the start
         fits = self.adapter != "oft" or self.target_preset != "full"
-        require(fits, "--target_preset full has 3 x 3 convolutions, which --adapter oft cannot rotate; use attn_ff, or --adapter boft")
+        require(
+            fits,
+            "--target_preset full has 3 x 3 convolutions, which --adapter oft cannot rotate; use attn_ff, or --adapter boft",
+        )
 
     def unet_layers(self) -> tuple[str, ...] | None:
         """--lora_layers as names."""
@@ -144,7 +163,12 @@ class Adapter:
 
     def ranks(self) -> dict[str, int]:
         """--rank_pattern by part."""
-        return {part: int(value) for part, value in _pattern("rank_pattern", self.rank_pattern, lambda v: v == int(v) and 1 <= v <= 1024).items()}
+        return {
+            part: int(value)
+            for part, value in _pattern(
+                "rank_pattern", self.rank_pattern, lambda v: v == int(v) and 1 <= v <= 1024
+            ).items()
+        }
 
     def learning_rates(self) -> dict[str, float]:
         """--lr_pattern by part."""
@@ -164,9 +188,15 @@ def _pattern(flag: str, text: str | None, is_right) -> dict[str, float]:
             number = float(value)
         except ValueError:
             number = math.nan
-        good = re.fullmatch(r"\w+(\.\w+)*", part.strip()) is not None and math.isfinite(number) and is_right(number)
+        good = (
+            re.fullmatch(r"\w+(\.\w+)*", part.strip()) is not None
+            and math.isfinite(number)
+            and is_right(number)
+        )
         require(good, f"--{flag} must be PART=NUMBER with commas between, got {entry!r}")
         if good:
             found[part.strip()] = number
-    require(text is None or bool(_words(text)), f"--{flag} must be PART=NUMBER with commas between, got {text!r}")
+    require(
+        text is None or bool(_words(text)), f"--{flag} must be PART=NUMBER with commas between, got {text!r}"
+    )
     return found

@@ -29,7 +29,9 @@ class Choice:
 
     def weights(self, factor: float = 1.0) -> dict[str, float]:
         """The weight by part, "" being all others; `factor` is that of a sweep."""
-        return {"": self.weight * factor} | {part: self.weight * factor * own for part, own in self.factors.items()}
+        return {"": self.weight * factor} | {
+            part: self.weight * factor * own for part, own in self.factors.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def split(word: str, where: str) -> tuple[Path, float]:
     if weight is None and not _exists(head):
         return Path(word), 1.0  # whoever opens it says that it is not there
     if weight is None or not abs(weight) <= LARGEST_WEIGHT:
-        raise UserError(f"{where}: the weight of {shown(head)} must be a number from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}, got {tail!r}")
+        raise UserError(
+            f"{where}: the weight of {shown(head)} must be a number from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}, got {tail!r}"
+        )
     return Path(head), weight
 
 
@@ -85,13 +89,18 @@ def _choices(where: str, words: Sequence[str], flag: str, weights: Sequence[str]
     for word in words:
         path, weight = split(word, where)
         if any(path == choice.path for choice in choices):
-            raise UserError(f"{where}: {shown(path)} is named twice; name it once, with the sum of the weights")
+            raise UserError(
+                f"{where}: {shown(path)} is named twice; name it once, with the sum of the weights"
+            )
         name = base = _name(path)
         number = 2
         while any(name == choice.name for choice in choices):
             name, number = f"{base}-{number}", number + 1
         choices.append(Choice(path, weight, name))
-    return tuple(dataclasses.replace(choice, factors=_factors(choice.name, flag, weights, choices)) for choice in choices)
+    return tuple(
+        dataclasses.replace(choice, factors=_factors(choice.name, flag, weights, choices))
+        for choice in choices
+    )
 
 
 def _name(path: Path) -> str:
@@ -107,13 +116,21 @@ def _factors(name: str, flag: str, words: Sequence[str], choices: Sequence[Choic
     for word in words:
         owner, colon, rest = word.rpartition(":")
         if colon and owner not in [choice.name for choice in choices]:
-            raise UserError(f"{flag}: no adapter is called {owner!r}; there are {', '.join(choice.name for choice in choices)}")
+            raise UserError(
+                f"{flag}: no adapter is called {owner!r}; there are {', '.join(choice.name for choice in choices)}"
+            )
         table = {}
         for entry in rest.split(","):
             part, _, number = entry.partition("=")
             factor = _weight(number)
-            if not re.fullmatch(r"\w+(\.\w+)*", part.strip()) or factor is None or not abs(factor) <= LARGEST_WEIGHT:
-                raise UserError(f"{flag} must be PART=NUMBER with commas between, as unet=0.8,unet.up_blocks=1.2, got {entry!r}")
+            if (
+                not re.fullmatch(r"\w+(\.\w+)*", part.strip())
+                or factor is None
+                or not abs(factor) <= LARGEST_WEIGHT
+            ):
+                raise UserError(
+                    f"{flag} must be PART=NUMBER with commas between, as unet=0.8,unet.up_blocks=1.2, got {entry!r}"
+                )
             table[part.strip()] = factor
         if owner in found:
             found[owner] |= table
@@ -149,18 +166,29 @@ def _read(path: Path) -> list[AdapterSet]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
         raise UserError(f"{where}: not a YAML file: {shown(' '.join(str(error).split())[:300])}") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}")
-    names = [key.value for key, _ in root.value] if root else []  # YAML itself would take the last of two in silence
+        raise UserError(
+            f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"
+        )
+    names = (
+        [key.value for key, _ in root.value] if root else []
+    )  # YAML itself would take the last of two in silence
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{where}: the set {shown(str(twice)[:80])} is there twice")
     for key, node in root.value if root else []:
         fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         if twice := next((field for field in fields if fields.count(field) > 1), None):
             raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(twice)[:80])!r} twice")
-    return [_set(f"{where}: set {shown(str(name)[:80])}", str(name), value) for name, value in content.items()]
+    return [
+        _set(f"{where}: set {shown(str(name)[:80])}", str(name), value) for name, value in content.items()
+    ]
 
 
 def _set(where: str, name: str, value: Any) -> AdapterSet:
@@ -168,12 +196,17 @@ def _set(where: str, name: str, value: Any) -> AdapterSet:
     for key in table:
         if key not in _FIELDS:
             near = difflib.get_close_matches(str(key)[:80], _FIELDS, n=1)
-            raise UserError(f"{where} has {shown(str(key)[:80])!r}; " + (f"did you mean {near[0]}?" if near else f"it may have {', '.join(_FIELDS)}"))
+            raise UserError(
+                f"{where} has {shown(str(key)[:80])!r}; "
+                + (f"did you mean {near[0]}?" if near else f"it may have {', '.join(_FIELDS)}")
+            )
     texts = {}
     for key in _FIELDS:
         found = table.get(key) if table.get(key) is not None else []
         found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(item, str) and item.strip() and "\0" not in item for item in found):
+        if not isinstance(found, list) or not all(
+            isinstance(item, str) and item.strip() and "\0" not in item for item in found
+        ):
             raise UserError(f"{where}: {key} must be a text or a list of texts, got {ascii(found)[:80]}")
         texts[key] = found
     if texts["weights"] and not texts["adapters"]:

@@ -16,7 +16,14 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import tyro
 
 from dreambooth.errors import UserError, printable, shown
-from dreambooth.options.conversion import BakeOptions, ConvertOptions, ExtractOptions, InspectOptions, MergeOptions, ResizeOptions
+from dreambooth.options.conversion import (
+    BakeOptions,
+    ConvertOptions,
+    ExtractOptions,
+    InspectOptions,
+    MergeOptions,
+    ResizeOptions,
+)
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.rules import EXIT_USAGE, broken_rules
 from dreambooth.options.training import Run, Spoken, TrainOptions
@@ -51,7 +58,9 @@ def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -
     rest = _joined(kind, rest)
     help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):
-        options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text)
+        options = tyro.cli(
+            kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text
+        )
     if broken:
         fail("\n".join(broken))
     return options
@@ -146,7 +155,12 @@ def config_words(kind: type, path: Path) -> list[str]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
         raise UserError(f"{where}: not a YAML file: {shown(' '.join(str(error).split())[:300])}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
@@ -155,14 +169,18 @@ def config_words(kind: type, path: Path) -> list[str]:
     for key, value in content.items():
         if key not in known:
             near = difflib.get_close_matches(str(key)[:80], known, n=1)
-            raise UserError(f"{where}: no flag '{_word(key)}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise UserError(
+                f"{where}: no flag '{_word(key)}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
         if value is None:
             continue
         if isinstance(value, bool) and known[key].type is bool:
             words.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, bool) and known[key].type is Spoken:
             words.append(f"--{key}={value}")
-        elif isinstance(value, bool):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
+        elif isinstance(
+            value, bool
+        ):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
             words.append(f"--{key}={'yes' if value else 'no'}")
         elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
             raise UserError(f"{where}: '{key}' must be a value or a list of values")

@@ -73,7 +73,9 @@ def _check_adapters(words: tuple[str, ...], least: int) -> None:
 
 def _check_file(output: str) -> None:
     named("output", output)
-    require(output.endswith(".safetensors"), f"--output must be the name of a .safetensors file, got {output}")
+    require(
+        output.endswith(".safetensors"), f"--output must be the name of a .safetensors file, got {output}"
+    )
 
 
 def _check_rank(rank: int | None) -> None:
@@ -112,10 +114,16 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         named("adapter", self.adapter)
         _check_rank(self.rank)
-        require(self.rank is None or self.to == "lora", f"--rank is of --to lora; --to {self.to} keeps every rank (`resize` is the command for it)")
+        require(
+            self.rank is None or self.to == "lora",
+            f"--rank is of --to lora; --to {self.to} keeps every rank (`resize` is the command for it)",
+        )
         if self.to == "peft":
             named("output", self.output)
-            require(not self.output.endswith(".safetensors"), f"--output must be the name of a folder with --to peft, got {self.output}")
+            require(
+                not self.output.endswith(".safetensors"),
+                f"--output must be the name of a folder with --to peft, got {self.output}",
+            )
         else:
             _check_file(self.output)
 
@@ -202,7 +210,11 @@ class BakeOptions:
 
 # Command -> (its flags, the flag that words right after it stand for, what it does).
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "inspect": (InspectOptions, "adapter", "Show what an adapter holds: kinds, ranks, scales, norms, metadata; and whether it fits a base."),
+    "inspect": (
+        InspectOptions,
+        "adapter",
+        "Show what an adapter holds: kinds, ranks, scales, norms, metadata; and whether it fits a base.",
+    ),
     "convert": (ConvertOptions, "adapter", "Write an adapter in another layout."),
     "merge": (MergeOptions, "adapter", "Make one LoRA of several adapters, with weights."),
     "resize": (ResizeOptions, "adapter", "Make a LoRA of a smaller rank."),

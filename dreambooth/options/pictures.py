@@ -46,7 +46,9 @@ class ClassImageOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps", "num_threads")
         at_least(self, 0, "class_guidance_scale", "seed")
-        require(self.class_prompt.strip() != "", '--class_prompt must not be empty; for example "a photo of dog"')
+        require(
+            self.class_prompt.strip() != "", '--class_prompt must not be empty; for example "a photo of dog"'
+        )
         require_side("resolution", self.resolution)
 
 
@@ -103,9 +105,15 @@ class InferOptions:
         at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
         at_least(self, 0, "guidance_scale", "clip_skip")
         one = bool(self.prompt) != bool(self.prompts_file)  # sets in a file may have prompts of their own
-        require(one or (self.adapters_file is not None and not self.prompt and not self.prompts_file), "give either --prompt or --prompts_file")
+        require(
+            one or (self.adapters_file is not None and not self.prompt and not self.prompts_file),
+            "give either --prompt or --prompts_file",
+        )
         require(all(p.strip() for p in self.prompt), "--prompt must not be empty")
-        require(bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), f"--seeds must be numbers from 0 on, got {self.seeds}")
+        require(
+            bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds),
+            f"--seeds must be numbers from 0 on, got {self.seeds}",
+        )
         for adapter in self.adapter:
             named("adapter", adapter)
         named("prompts_file", self.prompts_file)
@@ -114,7 +122,10 @@ class InferOptions:
         has_adapters = bool(self.adapter or self.adapters_file)
         require(has_adapters or not self.compare, "--compare needs an --adapter to compare with the base")
         require(has_adapters or self.sweep is None, "--sweep needs an --adapter whose weight it changes")
-        require(has_adapters or self.fuse == "auto", "--fuse needs an --adapter to work into the weights, or to leave beside them")
+        require(
+            has_adapters or self.fuse == "auto",
+            "--fuse needs an --adapter to work into the weights, or to leave beside them",
+        )
         weights = "--adapter_weights needs --adapter; in --adapters_file a set has `weights` of its own"
         require(bool(self.adapter) or not self.adapter_weights, weights)
         self.factors()
@@ -131,5 +142,8 @@ class InferOptions:
             except ValueError:
                 found.append(math.nan)
         good = all(abs(number) <= LARGEST_WEIGHT for number in found) and len(set(found)) == len(found)
-        require(good, f"--sweep must be different numbers from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT} with commas between, got {self.sweep!r}")
+        require(
+            good,
+            f"--sweep must be different numbers from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT} with commas between, got {self.sweep!r}",
+        )
         return tuple(found)

@@ -40,14 +40,19 @@ def require(condition: bool, message: str) -> None:
 
 def named(flag: str, value: str | None) -> None:
     """A file, folder or hub id. "" would be the folder that the script is started in."""
-    require(value is None or (value.strip() != "" and "\0" not in value), f"--{flag} must be the name of a file or folder, got {value!r}")
+    require(
+        value is None or (value.strip() != "" and "\0" not in value),
+        f"--{flag} must be the name of a file or folder, got {value!r}",
+    )
 
 
 def at_least(group: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None:
-            require(math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}")
+            require(
+                math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}"
+            )
 
 
 def require_package(wanted: bool, flag: str, package: str, install: str) -> None:
@@ -57,4 +62,7 @@ def require_package(wanted: bool, flag: str, package: str, install: str) -> None
 
 
 def require_side(name: str, value: int | None) -> None:
-    require(value is None or (value > 0 and value % 8 == 0), f"--{name} must be a positive multiple of 8, got {value}")
+    require(
+        value is None or (value > 0 and value % 8 == 0),
+        f"--{name} must be a positive multiple of 8, got {value}",
+    )

@@ -28,4 +28,6 @@ class Speed:
     def __post_init__(self) -> None:
         named("encoded_dir", self.encoded_dir)
         for kind, package in (("int8", "torchao"), ("nf4", "bitsandbytes")):
-            require_package(self.quantize_base == kind, f"--quantize_base {kind}", package, f"pip install '.[{package}]'")
+            require_package(
+                self.quantize_base == kind, f"--quantize_base {kind}", package, f"pip install '.[{package}]'"
+            )

@@ -24,7 +24,13 @@ Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
 
 # Flags that say nothing without another one.
-_OF_VALIDATION = ("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler", "skip_final_inference")
+_OF_VALIDATION = (
+    "num_validation_images",
+    "validation_epochs",
+    "validation_steps",
+    "validation_scheduler",
+    "skip_final_inference",
+)
 _OF_PRIOR = (
     *("class_data_dir", "class_prompt", "prior_loss_weight", "num_class_images"),
     *("class_guidance_scale", "class_inference_steps", "class_scheduler", "class_seed"),
@@ -34,7 +40,13 @@ _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction
 # What a flag that was left out is, by family of the base.
 _DEFAULTS: dict[str, dict[str, float]] = {
     "sd": {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
-    "sdxl": {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 1e-3},
+    "sdxl": {
+        "resolution": 1024,
+        "learning_rate": 1e-4,
+        "adam_weight_decay": 1e-4,
+        "text_encoder_lr": 5e-6,
+        "adam_weight_decay_text_encoder": 1e-3,
+    },
     "if": {"resolution": 64, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
 }
 
@@ -60,7 +72,9 @@ class BaseModel:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
         named("pretrained_vae_model_name_or_path", self.pretrained_vae_model_name_or_path)
         named("tokenizer_name", self.tokenizer_name)
-        fits = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None  # it becomes part of a file name
+        fits = (
+            self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
+        )  # it becomes part of a file name
         require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
 
 
@@ -93,7 +107,9 @@ class InstanceData:
     """Crop the middle; without it every visit of a photo that is not square draws a crop of its own."""
     random_flip: bool = False
     """Mirror half of the visits of instance photos. Not for faces and writing, whose sides differ."""
-    image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "lanczos"
+    image_interpolation_mode: Literal[
+        "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+    ] = "lanczos"
     """How photos are resized to the resolution."""
     dataloader_num_workers: int = 0
     """Processes that load photos ahead, with --cache_latents off; 0 loads in the training process. The samples are the same either way."""
@@ -106,19 +122,30 @@ class InstanceData:
 
     def __post_init__(self) -> None:
         side = self.resolution
-        require(side is None or (side > 0 and side % 8 == 0), f"--resolution must be a positive multiple of 8, got {side}")
+        require(
+            side is None or (side > 0 and side % 8 == 0),
+            f"--resolution must be a positive multiple of 8, got {side}",
+        )
         require(side is None or side <= 8192, f"--resolution must be at most 8192, got {side}")
         at_least(self, 0, "dataloader_num_workers")
         at_least(self, 1, "repeats")
-        require(0 <= self.caption_dropout <= 1, f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}")
+        require(
+            0 <= self.caption_dropout <= 1,
+            f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}",
+        )
         one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
             named(name, getattr(self, name))
         fits = 4096 <= self.max_image_pixels <= 178_000_000
-        require(fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}")  # where Pillow itself gives up
+        require(
+            fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}"
+        )  # where Pillow itself gives up
         named("instance_data_dir", self.instance_data_dir)
-        require(self.instance_prompt.strip() != "", '--instance_prompt must not be empty; for example "a photo of sks dog"')
+        require(
+            self.instance_prompt.strip() != "",
+            '--instance_prompt must not be empty; for example "a photo of sks dog"',
+        )
 
 
 @dataclasses.dataclass
@@ -154,8 +181,14 @@ class PriorPreservation:
         at_least(self, 0, "prior_loss_weight", "class_guidance_scale")
         at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
         if self.with_prior_preservation:
-            require(self.class_data_dir is not None, "You must specify a data directory for class images: --class_data_dir")
-            require(bool(self.class_prompt and self.class_prompt.strip()), "You must specify prompt for class images: --class_prompt")
+            require(
+                self.class_data_dir is not None,
+                "You must specify a data directory for class images: --class_data_dir",
+            )
+            require(
+                bool(self.class_prompt and self.class_prompt.strip()),
+                "You must specify prompt for class images: --class_prompt",
+            )
 
 
 @dataclasses.dataclass
@@ -179,7 +212,10 @@ class TextEncoding:
         at_least(self, 3, "tokenizer_max_length")
         at_least(self, 0, "clip_skip")
         share = self.train_text_encoder_frac
-        require(0 < share <= 1, f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none")
+        require(
+            0 < share <= 1,
+            f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none",
+        )
         both = self.train_text_encoder and self.pre_compute_text_embeddings
         require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
 
@@ -194,7 +230,9 @@ class Optimization:
     """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it is always --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by gradient accumulation x batch size x processes."""
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "constant"
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant"
     """Course of the learning rate."""
     lr_warmup_steps: int = 500
     """Steps over which the learning rate rises from 0 (not for `constant`)."""
@@ -228,13 +266,17 @@ class Optimization:
     """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm")
+        at_least(
+            self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm"
+        )
         at_least(self, 0, "text_encoder_lr", "adam_weight_decay_text_encoder")
         at_least(self, 1, "lr_num_cycles")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
         # without it the first step divides zero by zero: LoRA's A has no gradient while B is zero
-        require(0 < self.adam_epsilon < float("inf"), f"--adam_epsilon must be over 0, got {self.adam_epsilon}")
+        require(
+            0 < self.adam_epsilon < float("inf"), f"--adam_epsilon must be over 0, got {self.adam_epsilon}"
+        )
         beta3 = self.prodigy_beta3
         require(beta3 is None or 0 <= beta3 < 1, f"--prodigy_beta3 must be in [0, 1), got {beta3}")
         self._check_optimizer()
@@ -245,7 +287,10 @@ class Optimization:
         require(known, f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {shown(self.optimizer)}")
         if self.use_8bit_adam:
             fits = self.optimizer in ("adamw", "adamw8bit")
-            require(fits, f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}")
+            require(
+                fits,
+                f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}",
+            )
             self.optimizer = "adamw8bit"
         flag = "--use_8bit_adam" if self.use_8bit_adam else f"--optimizer {self.optimizer}"
         for name, package, extra in (
@@ -256,8 +301,14 @@ class Optimization:
             require_package(self.optimizer == name, flag, package, f"pip install '.[{extra}]'")
         if self.optimizer == "schedule-free":
             fits = self.lr_scheduler in ("constant", "constant_with_warmup")
-            require(fits, f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}")
-            require(self.adam_beta1 > 0, f"--adam_beta1 must be over 0 with --optimizer schedule-free, got {self.adam_beta1}")
+            require(
+                fits,
+                f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}",
+            )
+            require(
+                self.adam_beta1 > 0,
+                f"--adam_beta1 must be over 0 with --optimizer schedule-free, got {self.adam_beta1}",
+            )
 
 
 @dataclasses.dataclass
@@ -274,10 +325,13 @@ class Objective:
     def __post_init__(self) -> None:
         at_least(self, 0, "noise_offset")
         require(
-            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"), f"--snr_gamma must be over 0, got {self.snr_gamma}; leave it out for none"
+            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"),
+            f"--snr_gamma must be over 0, got {self.snr_gamma}; leave it out for none",
         )
         both = self.do_edm_style_training and self.snr_gamma is not None
-        require(not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training.")
+        require(
+            not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training."
+        )
 
 
 @dataclasses.dataclass
@@ -327,7 +381,9 @@ class Run:
     """Set by old distributed launchers; taken over as LOCAL_RANK where that is not set."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
+        at_least(
+            self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"
+        )
         at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
         at_least(self, 0, "seed", "max_train_minutes")
         require(
@@ -335,7 +391,12 @@ class Run:
             "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",
         )
         wanted = self.enable_xformers_memory_efficient_attention
-        require_package(wanted, "--enable_xformers_memory_efficient_attention", "xformers", "install the build for your torch")
+        require_package(
+            wanted,
+            "--enable_xformers_memory_efficient_attention",
+            "xformers",
+            "install the build for your torch",
+        )
 
 
 @dataclasses.dataclass
@@ -361,7 +422,10 @@ class Validation:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_validation_images", "validation_epochs", "validation_steps")
-        require(self.validation_prompt is None or self.validation_prompt.strip() != "", "--validation_prompt must not be empty")
+        require(
+            self.validation_prompt is None or self.validation_prompt.strip() != "",
+            "--validation_prompt must not be empty",
+        )
         why = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
         require(self.validation_images is None, f"--validation_images {why}")
         require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
@@ -387,7 +451,9 @@ class Reports:
     def __post_init__(self) -> None:
         named("hub_model_id", self.hub_model_id)
         for tracker, extra in (("wandb", "wandb"), ("comet_ml", "comet")):
-            require_package(self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'")
+            require_package(
+                self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'"
+            )
 
 
 @dataclasses.dataclass
@@ -408,37 +474,77 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates().values())
-        require(one_rate, "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one")
-        for name in ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers"):
+        require(
+            one_rate,
+            "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one",
+        )
+        for name in (
+            "text_encoder_rank",
+            "text_encoder_alpha",
+            "text_encoder_dropout",
+            "text_encoder_layers",
+        ):
             given = getattr(self.adapter, name)
             require(given is None or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
         prior = self.prior
-        folders = [os.path.realpath(folder) for folder in (self.instance.instance_data_dir, prior.class_data_dir) if folder and "\0" not in folder]
+        folders = [
+            os.path.realpath(folder)
+            for folder in (self.instance.instance_data_dir, prior.class_data_dir)
+            if folder and "\0" not in folder
+        ]
         same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
-        require(not same, f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both")
+        require(
+            not same,
+            f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both",
+        )
 
     def notes(self) -> list[str]:
         """What is odd about the flags but no error."""
         notes = []
         prior = self.prior
-        if prior.with_prior_preservation and prior.class_prompt and prior.class_prompt.strip() == self.instance.instance_prompt.strip():
-            notes.append("--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways.")
+        if (
+            prior.with_prior_preservation
+            and prior.class_prompt
+            and prior.class_prompt.strip() == self.instance.instance_prompt.strip()
+        ):
+            notes.append(
+                "--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways."
+            )
         for group, names, has_it, needed in (
-            (self.optimization, ("text_encoder_lr", "adam_weight_decay_text_encoder"), self.text.train_text_encoder, "--train_text_encoder"),
+            (
+                self.optimization,
+                ("text_encoder_lr", "adam_weight_decay_text_encoder"),
+                self.text.train_text_encoder,
+                "--train_text_encoder",
+            ),
             (self.text, ("train_text_encoder_frac",), self.text.train_text_encoder, "--train_text_encoder"),
-            (self.validation, _OF_VALIDATION, self.validation.validation_prompt is not None, "--validation_prompt"),
+            (
+                self.validation,
+                _OF_VALIDATION,
+                self.validation.validation_prompt is not None,
+                "--validation_prompt",
+            ),
             (prior, _OF_PRIOR, prior.with_prior_preservation, "--with_prior_preservation"),
             (self.optimization, _OF_PRODIGY, self.optimization.optimizer == "prodigy", "--optimizer prodigy"),
-            (self.instance, ("cache_dir", "dataset_config_name"), self.instance.dataset_name is not None, "--dataset_name"),
+            (
+                self.instance,
+                ("cache_dir", "dataset_config_name"),
+                self.instance.dataset_name is not None,
+                "--dataset_name",
+            ),
         ):
             for name in names:
                 if not has_it and getattr(group, name) != type(group).__dataclass_fields__[name].default:
                     notes.append(f"You need not use --{name} without {needed}.")
         other_rate = self.optimization.text_encoder_lr not in (None, self.optimization.learning_rate or 1.0)
         if self.optimization.optimizer == "prodigy" and self.text.train_text_encoder and other_rate:
-            notes.append("Prodigy has one step size for all: the text encoder is trained with --learning_rate, not --text_encoder_lr.")
+            notes.append(
+                "Prodigy has one step size for all: the text encoder is trained with --learning_rate, not --text_encoder_lr."
+            )
         if self.optimization.optimizer == "adafactor":
-            notes.append("Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers.")
+            notes.append(
+                "Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers."
+            )
         if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
             notes.append(
                 f"--learning_rate {self.optimization.learning_rate} is small for Prodigy, which multiplies its own step size by it; 1 is usual"
@@ -451,7 +557,9 @@ class TrainOptions:
 
     def without_once(self) -> "TrainOptions":
         """The options less those that hold for one start of the run only."""
-        run = dataclasses.replace(self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1)
+        run = dataclasses.replace(
+            self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1
+        )
         return dataclasses.replace(self, run=run)
 
     def completed(self, family: str) -> "TrainOptions":
@@ -467,8 +575,14 @@ class TrainOptions:
         optimization = dataclasses.replace(o, learning_rate=rate, adam_weight_decay=decay)
         if self.text.train_text_encoder:
             # Prodigy has one step size for all
-            optimization.text_encoder_lr = rate if one else pick(o.text_encoder_lr, defaults.get("text_encoder_lr"), rate)
+            optimization.text_encoder_lr = (
+                rate if one else pick(o.text_encoder_lr, defaults.get("text_encoder_lr"), rate)
+            )
             own_decay = o.adam_weight_decay_text_encoder
-            optimization.adam_weight_decay_text_encoder = pick(own_decay, defaults.get("adam_weight_decay_text_encoder"), decay)
-        instance = dataclasses.replace(self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"])))
+            optimization.adam_weight_decay_text_encoder = pick(
+                own_decay, defaults.get("adam_weight_decay_text_encoder"), decay
+            )
+        instance = dataclasses.replace(
+            self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"]))
+        )
         return dataclasses.replace(self, instance=instance, optimization=optimization)

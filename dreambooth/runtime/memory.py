@@ -21,7 +21,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 def check(offload: bool, device: torch.device) -> None:
     """Raise UserError if there is no other memory than the computer's."""
     if offload and device.type == "cpu":
-        raise UserError("--offload needs a GPU: this run's memory is the computer's already; leave it out, or give --gradient_checkpointing")
+        raise UserError(
+            "--offload needs a GPU: this run's memory is the computer's already; leave it out, or give --gradient_checkpointing"
+        )
 
 
 def reading(device: torch.device) -> dict[str, float]:
@@ -66,7 +68,9 @@ def keep_freed(device: torch.device) -> None:
     the system fills every page that it hands out with zeros first. What it gives and costs is in docs/speed.md."""
     if device.type != "cpu":
         return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # of the GNU C library
+    set_option = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    )  # of the GNU C library
     if set_option is not None:
         for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
             set_option(option, value)
@@ -80,7 +84,9 @@ def give_back() -> None:
 
 def trim() -> None:
     """`give_back` without a search for objects that refer to each other: milliseconds, not tenths of seconds."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of the GNU C library
+    malloc_trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )  # of the GNU C library
     if malloc_trim is not None:
         malloc_trim(0)
     if torch.cuda.is_initialized():
@@ -90,7 +96,9 @@ def trim() -> None:
 def summary(phases: Mapping[str, Reading]) -> str:
     """One line on all readings, by phase: the most on the device, with each phase's, and the most in the computer."""
     said = []
-    on_device = {phase: values["peak_device_gib"] for phase, values in phases.items() if "peak_device_gib" in values}
+    on_device = {
+        phase: values["peak_device_gib"] for phase, values in phases.items() if "peak_device_gib" in values
+    }
     if on_device:
         each = ", ".join(f"{phase} {size:.1f}" for phase, size in on_device.items())
         said.append(f"{max(on_device.values()):.1f} GiB at most on the device ({each})")
@@ -106,15 +114,23 @@ def offloaded(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     The weights of `model` stay where they are: they are there anyway. Strides stay as well, which torch's own save_on_cpu changes: a product
     that reads its factors in another order has other last bits.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) is nn.Parameter}
+    weights = {
+        parameter.untyped_storage().data_ptr()
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter
+    }
 
     def pack(tensor: Tensor) -> Tensor | _Away:
         if tensor.untyped_storage().data_ptr() in weights or tensor.numel() == 0:
             return tensor
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        span = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         flat = tensor.detach().as_strided((span,), (1,))
         kept = torch.empty_like(flat, device="cpu", pin_memory=flat.device.type == "cuda")
-        return _Away(kept.copy_(flat, non_blocking=kept.is_pinned()), flat.device, tensor.shape, tensor.stride())
+        return _Away(
+            kept.copy_(flat, non_blocking=kept.is_pinned()), flat.device, tensor.shape, tensor.stride()
+        )
 
     def unpack(packed: Tensor | _Away) -> Tensor:
         if isinstance(packed, Tensor):

@@ -41,7 +41,11 @@ def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
 def notes() -> list[str]:
     """What is odd about how the process was launched."""
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at, and then starts one process without a word
-    if "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    if (
+        "ACCELERATE_DYNAMO_BACKEND" in os.environ
+        and "MASTER_PORT" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
         asked = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
         return [
             f"accelerate launch was asked for {asked[1] if asked else 'several'} processes and started 1: on CPUs it starts several only as "
@@ -84,7 +88,11 @@ class Peers:
         try:
             dist.all_gather(codes, torch.tensor([pending.exit_code if pending else 0]), group=self.step_group)
             if any(codes):
-                dist.all_gather_object(reasons, pending and (pending.reason, pending.exit_code, pending.state), group=self.step_group)
+                dist.all_gather_object(
+                    reasons,
+                    pending and (pending.reason, pending.exit_code, pending.state),
+                    group=self.step_group,
+                )
         except RuntimeError as error:
             raise self._lost(error) from None
         for reason in filter(None, reasons):
@@ -146,7 +154,12 @@ class Peers:
             dist.all_gather_object(everyone, dict(what), group=self.group)
         except RuntimeError as error:
             raise self._lost(error) from None
-        different = [f"process {rank} has other {name}" for rank, other in enumerate(everyone) for name in what if other[name] != everyone[0][name]]
+        different = [
+            f"process {rank} has other {name}"
+            for rank, other in enumerate(everyone)
+            for name in what
+            if other[name] != everyone[0][name]
+        ]
         if different:
             raise UserError(f"the processes of this run do not agree with process 0: {'; '.join(different)}")
 
@@ -158,7 +171,9 @@ class Peers:
         missing = self._roll_call()
         self.watch.check()
         if missing:
-            return Stop(f"process {' and '.join(map(str, missing))} of {self.world} (counted from 0) died or hangs")
+            return Stop(
+                f"process {' and '.join(map(str, missing))} of {self.world} (counted from 0) died or hangs"
+            )
         reason = " ".join(str(error).split())[:200]
         return Stop(f"the connection to the other processes failed ({reason})")
 

@@ -49,7 +49,9 @@ def hash_ahead(base: BaseModel) -> None:
     def work() -> None:
         for where, part, variant in parts:
             with contextlib.suppress(UserError, OSError, ValueError):
-                for path in folders.weight_files(where, part, variant, kind=None if part.startswith("text_encoder") else "unet"):
+                for path in folders.weight_files(
+                    where, part, variant, kind=None if part.startswith("text_encoder") else "unet"
+                ):
                     digests.of(path)
 
     threading.Thread(target=work, name="hash_ahead", daemon=True).start()

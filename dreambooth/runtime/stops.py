@@ -99,8 +99,15 @@ def memory_errors_explained() -> Iterator[None]:
     """Turn an error about memory that ran out into a Stop that says what helps."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own, for GPUs, is a RuntimeError; for the CPU it has none
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch's own, for GPUs, is a RuntimeError; for the CPU it has none
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error)
+        ):
             advice = "lower --train_batch_size or --resolution, or add --gradient_checkpointing or --mixed_precision bf16"
             raise Stop(f"out of memory: {advice}") from error
         raise

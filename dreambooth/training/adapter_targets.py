@@ -23,7 +23,11 @@ def table(options: TrainOptions, base: families.Base) -> str:
             targets = inject.unet_targets(options.adapter)
             if name != "unet":
                 unused = families.unused_layers(base.family, name, options.text)
-                targets = inject.text_targets(families.text_layers(base, name), unused, options.adapter, inject.shapes_of(model))
+                targets = inject.text_targets(
+                    families.text_layers(base, name), unused, options.adapter, inject.shapes_of(model)
+                )
             components.append(inject.inject(name, model, options.adapter, targets, seed=0))
-        adapter = sum(parameter.numel() for component in components for _, parameter in component.named_parameters())
+        adapter = sum(
+            parameter.numel() for component in components for _, parameter in component.named_parameters()
+        )
         return f"{inject.describe(components)}\nadapter file {4 * adapter / 2**20:.2f} MiB"

@@ -61,7 +61,10 @@ _RAW = "|param"
 def raw_parameters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
     """Copies of the parameters as they are trained, `<parameter>|param`, to be saved with the optimizer's tensors: for runs in which the
     adapter has other values. All parameters of a component, or none."""
-    return {f"{name}{_RAW}": parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in named_parameters}
+    return {
+        f"{name}{_RAW}": parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in named_parameters
+    }
 
 
 def save(
@@ -105,13 +108,17 @@ def restore(content: Content, components: list[Component], optimizer: torch.opti
     state = _adapter_state(content)
     expected, found = sorted(c.name for c in components), sorted(state)
     if expected != found:
-        raise UserError(f"{_FLAG}: {content.folder} holds an adapter of {' and '.join(found)}; this run trains {' and '.join(expected)}")
+        raise UserError(
+            f"{_FLAG}: {content.folder} holds an adapter of {' and '.join(found)}; this run trains {' and '.join(expected)}"
+        )
     for component in components:
         try:
             component.check_state_dict(state[component.name])
         except UserError as error:
             raise UserError(f"{_FLAG}: {content.folder}: {error}") from None
-    names = {id(parameter): name for component in components for name, parameter in component.named_parameters()}
+    names = {
+        id(parameter): name for component in components for name, parameter in component.named_parameters()
+    }
     tensors, numbers = _optimizer_state(content, names, optimizer)
     raw = _raw_parameters(content, components, optimizer)
     for component in components:
@@ -146,11 +153,15 @@ def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
     for name, tensor in _tensors(content, native.ADAPTER_NAME).items():
         component, _, key = name.partition(".")
         # which adapter_files.pack puts in front
-        state.setdefault(component, {})[key.removeprefix("text_model.") if component.startswith("text_encoder") else key] = tensor
+        state.setdefault(component, {})[
+            key.removeprefix("text_model.") if component.startswith("text_encoder") else key
+        ] = tensor
     return state
 
 
-def _optimizer_state(content: Content, names: dict[int, str], optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], optimizers.Numbers]:
+def _optimizer_state(
+    content: Content, names: dict[int, str], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], optimizers.Numbers]:
     """The optimizer's tensors and numbers. Raises UserError if they are not exactly what this optimizer has."""
     state, tensors = read_state(content), _tensors(content, OPTIMIZER)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_RAW)}
@@ -167,15 +178,28 @@ def _optimizer_state(content: Content, names: dict[int, str], optimizer: torch.o
     return tensors, numbers
 
 
-def _raw_parameters(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+def _raw_parameters(
+    content: Content, components: list[Component], optimizer: torch.optim.Optimizer
+) -> dict[torch.nn.Parameter, torch.Tensor]:
     """The trained values of parameters whose adapter has others. Raises UserError unless a component has all or, where it may, none."""
     where = f"{_FLAG}: {content.folder / OPTIMIZER}"
-    tensors = {key.removesuffix(_RAW): tensor for key, tensor in _tensors(content, OPTIMIZER).items() if key.endswith(_RAW)}
-    needed = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizers.needs_raw_parameters(optimizer) else set()
+    tensors = {
+        key.removesuffix(_RAW): tensor
+        for key, tensor in _tensors(content, OPTIMIZER).items()
+        if key.endswith(_RAW)
+    }
+    needed = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if optimizers.needs_raw_parameters(optimizer)
+        else set()
+    )
     raw = {}
     for component in components:
         parameters = dict(component.named_parameters())
-        if not (parameters.keys() & tensors.keys() or needed & {id(parameter) for parameter in parameters.values()}):
+        if not (
+            parameters.keys() & tensors.keys()
+            or needed & {id(parameter) for parameter in parameters.values()}
+        ):
             continue
         for name, parameter in parameters.items():
             value = tensors.pop(name, None)

@@ -34,7 +34,10 @@ class FrozenHalf:
 def prompts_of(options: TrainOptions, sources: Sequence[Source]) -> list[str]:
     """Every prompt that a run needs."""
     drawn = options.validation.validation_prompt
-    return [*(prompt for source in sources for prompt in source.distinct_prompts()), *([drawn, ""] if drawn is not None else [])]
+    return [
+        *(prompt for source in sources for prompt in source.distinct_prompts()),
+        *([drawn, ""] if drawn is not None else []),
+    ]
 
 
 def encodes_ahead(start: Start) -> bool:
@@ -42,7 +45,11 @@ def encodes_ahead(start: Start) -> bool:
     the first step goes well is worth knowing before; the VAE then works in memory that the backward pass has freed. With gradient checkpointing
     that would be too little, a GPU that holds UNet and VAE at once would hold more than it must, and several processes stop together, between
     steps, where this may take long."""
-    return start.peers.accelerator.device.type != "cpu" or start.peers.world > 1 or start.options.run.gradient_checkpointing
+    return (
+        start.peers.accelerator.device.type != "cpu"
+        or start.peers.world > 1
+        or start.options.run.gradient_checkpointing
+    )
 
 
 def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
@@ -61,16 +68,22 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     else:
         asked = prompts_of(options, sources)
         book = encodings.encode_prompts(entries, base, text, asked, start.weight_dtype, device, peers, check)
-    crops = encodings.Crops(instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid)
+    crops = encodings.Crops(
+        instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid
+    )
     assert options.run.seed is not None
     grid = 1 if start.cache == "off" else crops.grid
-    rows = PhotoRows(sources, options.run.seed, crops.resolution, crops.interpolation, crops.center_crop, grid)
+    rows = PhotoRows(
+        sources, options.run.seed, crops.resolution, crops.interpolation, crops.center_crop, grid
+    )
     if start.cache == "off":
         vae = families.load_vae(base, device)
     else:
         pictures = [picture for source in sources for picture in source.pictures()]
         soon = set(pictures) if encodes_ahead(start) else rows.pictures(_first_rows(start))
-        now, later = ([picture for picture in pictures if (picture in soon) == is_soon] for is_soon in (True, False))
+        now, later = (
+            [picture for picture in pictures if (picture in soon) == is_soon] for is_soon in (True, False)
+        )
         encoded = encodings.encode_photos(entries, base, now, crops, device, peers, check, later)
         say_damaged(entries, peers)
     memory.give_back()
@@ -81,13 +94,17 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         quantization.quantize(unet, kind, device)
     memory.trim()  # in which the weights were read and cast
     scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
-    return FrozenHalf(FrozenParts(base, text if book is None else None, vae, unet, scheduler), book, rows, encoded, readings)
+    return FrozenHalf(
+        FrozenParts(base, text if book is None else None, vae, unet, scheduler), book, rows, encoded, readings
+    )
 
 
 def _first_rows(start: Start) -> range:
     """The rows of the first step that is taken."""
     first = start.checkpoint.step if start.checkpoint else 0
-    count = start.options.run.gradient_accumulation_steps * start.peers.world * start.options.run.train_batch_size
+    count = (
+        start.options.run.gradient_accumulation_steps * start.peers.world * start.options.run.train_batch_size
+    )
     return range(first * count, (first + 1) * count)
 
 
@@ -106,5 +123,8 @@ def say_damaged(entries: encoding_cache.Entries, peers: Peers) -> None:
     """Say once which files have been made anew."""
     if found := entries.damaged:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        metrics.say(peers.accelerator, f"note: {len(found)} files in {shown(entries.folder)} were damaged and have been made anew: {names}")
+        metrics.say(
+            peers.accelerator,
+            f"note: {len(found)} files in {shown(entries.folder)} were damaged and have been made anew: {names}",
+        )
         entries.damaged = []

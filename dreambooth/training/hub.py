@@ -40,7 +40,11 @@ def without_token(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def notes(reports: Reports) -> list[str]:
     """What is odd about the flags but no error."""
-    given = [] if reports.push_to_hub else [name for name in ("hub_token", "hub_model_id", "hub_private_repo") if getattr(reports, name)]
+    given = (
+        []
+        if reports.push_to_hub
+        else [name for name in ("hub_token", "hub_model_id", "hub_private_repo") if getattr(reports, name)]
+    )
     return [f"You need not use --{name} without --push_to_hub." for name in given]
 
 
@@ -50,14 +54,22 @@ def check(reports: Reports, output_dir: Path) -> str | None:
     Raises UserError for all that would stop the upload and can be known now rather than after hours: no network, no token, one that the hub
     does not take or that cannot write, a name that cannot be, a public repository where a private one is asked for.
     """
-    chosen = _RECORD_COMMAND_LINES if reports.report_to == "all" else {reports.report_to}.intersection(_RECORD_COMMAND_LINES)
+    chosen = (
+        _RECORD_COMMAND_LINES
+        if reports.report_to == "all"
+        else {reports.report_to}.intersection(_RECORD_COMMAND_LINES)
+    )
     recorder = next((name for name in chosen if importlib.util.find_spec(name) is not None), None)
     if reports.hub_token is not None and recorder is not None:
-        raise UserError(f"--hub_token cannot be used with --report_to {recorder}, which records the command line: use `hf auth login` or HF_TOKEN")
+        raise UserError(
+            f"--hub_token cannot be used with --report_to {recorder}, which records the command line: use `hf auth login` or HF_TOKEN"
+        )
     if not reports.push_to_hub:
         return None
     if constants.is_offline_mode():
-        raise UserError("--push_to_hub needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or leave out --push_to_hub")
+        raise UserError(
+            "--push_to_hub needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or leave out --push_to_hub"
+        )
     name = _name(reports, output_dir)
     token, source = _token(reports)
     account = _account(token, source)
@@ -74,33 +86,45 @@ def push(reports: Reports, output_dir: Path, pictures: Sequence[str]) -> str:
     """
     token: str | None = None
     repository = reports.hub_model_id or _folder_name(output_dir)
-    adapters = [name for name in (ADAPTER_NAME, KOHYA_NAME) if name == ADAPTER_NAME or (output_dir / name).exists()]
+    adapters = [
+        name for name in (ADAPTER_NAME, KOHYA_NAME) if name == ADAPTER_NAME or (output_dir / name).exists()
+    ]
     names = [*adapters, CARD_NAME, *pictures]
     try:
         repository = _name(reports, output_dir)
         token, _ = _token(reports)
         with _patience(_COMMIT_WITHIN):
-            return _upload(HfApi(token=token), repository, output_dir, names, is_private=reports.hub_private_repo)
+            return _upload(
+                HfApi(token=token), repository, output_dir, names, is_private=reports.hub_private_repo
+            )
     except Exception as error:  # beside its own errors the library raises ValueError, KeyError, RuntimeError, ... for answers it does not expect
         reason = _reason(error, token)
     # raised here and not above: the library's error has the token in the headers of its request, and would come along as context
     private = ["--private"] if reports.hub_private_repo else []
     included = [word for name in names for word in ("--include", name)]
     command = shlex.join(["hf", "upload", repository, str(output_dir), ".", *included, *private])
-    raise UploadFailed(f"the upload to {shown(repository)} failed: {reason}; nothing is lost, try again with: {shown(command)}")
+    raise UploadFailed(
+        f"the upload to {shown(repository)} failed: {reason}; nothing is lost, try again with: {shown(command)}"
+    )
 
 
 def _upload(api: HfApi, name: str, output_dir: Path, names: Sequence[str], *, is_private: bool) -> str:
-    created = api.create_repo(name, exist_ok=True, private=is_private or None)  # None leaves it to the account's setting
+    created = api.create_repo(
+        name, exist_ok=True, private=is_private or None
+    )  # None leaves it to the account's setting
     repository = created.repo_id
-    if is_private and not api.model_info(repository, timeout=_ANSWER_WITHIN).private:  # one that was there keeps its visibility
+    if (
+        is_private and not api.model_info(repository, timeout=_ANSWER_WITHIN).private
+    ):  # one that was there keeps its visibility
         raise ValueError("it is a public repository, and --hub_private_repo asks for a private one")
     operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=output_dir / file) for file in names]
     commit = api.create_commit(repository, operations, commit_message="End of training")
     # the library leaves out what a .gitignore of the repository names, and says nothing
     there = {info.path for info in api.get_paths_info(repository, list(names), revision=commit.oid)}
     if missing := [file for file in names if file not in there]:
-        raise ValueError(f"the hub took the commit without {', '.join(missing)}; look for a .gitignore in the repository")
+        raise ValueError(
+            f"the hub took the commit without {', '.join(missing)}; look for a .gitignore in the repository"
+        )
     return str(created)
 
 
@@ -119,7 +143,9 @@ def _name(reports: Reports, output_dir: Path) -> str:
     else:
         return name
     if given is None:
-        raise UserError(f"--push_to_hub: the name of --output_dir is none for a repository; give one as --hub_model_id. {reason}")
+        raise UserError(
+            f"--push_to_hub: the name of --output_dir is none for a repository; give one as --hub_model_id. {reason}"
+        )
     raise UserError(f"--hub_model_id: {reason}")
 
 
@@ -141,7 +167,9 @@ def _token(reports: Reports) -> tuple[str, str]:
         if token is None:
             raise UserError(f"--push_to_hub needs a token{trouble}: {login}")
     if not _TOKEN.fullmatch(token):
-        raise UserError(f"--push_to_hub: the token of {source} is empty or has characters that no token has: {login}")
+        raise UserError(
+            f"--push_to_hub: the token of {source} is empty or has characters that no token has: {login}"
+        )
     return token, source
 
 
@@ -152,7 +180,11 @@ def _account(token: str, source: str) -> dict[str, Any]:
     status, account, trouble = 0, None, ""
     try:
         # not HfApi.whoami, which waits for ever
-        answer = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token), timeout=_ANSWER_WITHIN)
+        answer = get_session().get(
+            f"{constants.ENDPOINT}/api/whoami-v2",
+            headers=build_hf_headers(token=token),
+            timeout=_ANSWER_WITHIN,
+        )
         status = answer.status_code
         account = answer.json() if status == 200 else None
     except Exception as error:  # httpx's, those of addresses, of sockets, of JSON
@@ -162,7 +194,9 @@ def _account(token: str, source: str) -> dict[str, Any]:
     if status == 0:
         raise UserError(f"{hub} cannot be reached: {trouble}. Check the network, {_ELSE}")
     if not isinstance(account, dict) or not isinstance(account.get("name"), str):
-        raise UserError(f"{hub} does not say whose token that of {source} is (HTTP status {status}). Try again later, {_ELSE}")
+        raise UserError(
+            f"{hub} does not say whose token that of {source} is (HTTP status {status}). Try again later, {_ELSE}"
+        )
     if _role(account) == "read":
         raise UserError(
             f"--push_to_hub: the token of {source} can only read: make one with write access at {shown(constants.ENDPOINT)}/settings/tokens"
@@ -188,9 +222,13 @@ def _check_private(repository: str, token: str) -> None:
     except Exception as error:  # as in `_account`
         trouble = _reason(error, token)
     if trouble:
-        raise UserError(f"--hub_private_repo: the hub does not say whether {repository} is private: {trouble}. Try again later, {_ELSE}")
+        raise UserError(
+            f"--hub_private_repo: the hub does not say whether {repository} is private: {trouble}. Try again later, {_ELSE}"
+        )
     if is_public:
-        raise UserError(f"--hub_private_repo: {repository} is there and public; make it private in its settings, or give another --hub_model_id")
+        raise UserError(
+            f"--hub_private_repo: {repository} is there and public; make it private in its settings, or give another --hub_model_id"
+        )
 
 
 @contextlib.contextmanager

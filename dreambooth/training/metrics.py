@@ -28,17 +28,23 @@ def trackers(report_to: str) -> tuple[list[str], list[str]]:
     wanted = list(installed) if report_to == "all" else [report_to]
     notes = []
     if report_to == "tensorboard" and not installed["tensorboard"]:
-        notes.append("tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', or --report_to none")
+        notes.append(
+            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', or --report_to none"
+        )
     return [name for name in wanted if installed[name]], notes
 
 
 class Progress:
     """Progress of one run, on the main process: a bar, `metrics.jsonl` (a JSON object a line) and the accelerator's trackers."""
 
-    def __init__(self, accelerator: Accelerator, path: Path, *, first_step: int, last_step: int, images_per_step: int):
+    def __init__(
+        self, accelerator: Accelerator, path: Path, *, first_step: int, last_step: int, images_per_step: int
+    ):
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.main = accelerator.is_main_process
-        self.bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main)
+        self.bar = tqdm(
+            total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main
+        )
         self.file = self._open(path, first_step) if self.main else None
         self.since, self.since_step = time.monotonic(), first_step
         self.has_failed = False
@@ -82,14 +88,18 @@ class Progress:
             self.file.flush()
         except OSError as error:
             if not self.has_failed:
-                tqdm.write(f"warning: metrics.jsonl cannot be written: {error.strerror or error}; the run goes on")
+                tqdm.write(
+                    f"warning: metrics.jsonl cannot be written: {error.strerror or error}; the run goes on"
+                )
             self.has_failed = True
 
     def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
         """Send pictures to the trackers that take them."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_images(name, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+                tracker.writer.add_images(
+                    name, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC"
+                )
             elif tracker.name == "wandb":
                 import wandb
 
@@ -110,4 +120,7 @@ def say(accelerator: Accelerator, text: str) -> None:
 
 def jsonable(table: dict[str, Any]) -> dict[str, Any]:
     """Options as trackers take them: numbers, strings and booleans."""
-    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in table.items()}
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in table.items()
+    }

@@ -25,14 +25,30 @@ from dreambooth.training.hub import CARD_NAME, KOHYA_NAME, without_token
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
 # Flags whose values say where things lie on this machine; those of the second line may be hub ids too.
-_PLACES = ("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "encoded_dir", "logging_dir", "resume_from_checkpoint")
-_PLACES_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name")
+_PLACES = (
+    "output_dir",
+    "instance_data_dir",
+    "class_data_dir",
+    "init_adapter",
+    "cache_dir",
+    "encoded_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+)
+_PLACES_OR_IDS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "tokenizer_name",
+    "dataset_name",
+)
 _KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
 _LARGEST_CARD = 2**20  # bytes
 _ANSWER_WITHIN = 10.0  # seconds
 
 
-def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[str], repository: str | None, family: str) -> str:
+def model_card(
+    options: TrainOptions, *, base_folder: Path, pictures: Sequence[str], repository: str | None, family: str
+) -> str:
     """The text of README.md.
 
     `options` are the completed ones, `base_folder` is where the base lies, `pictures` are names of files beside the card, `repository` is
@@ -40,8 +56,14 @@ def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[s
     its card.
     """
     table = without_token(as_table(options))
-    ids = {flag: table[flag] for flag in _PLACES_OR_IDS if flag in table and _is_hub_id(table[flag], base_folder)}
-    table |= {flag: _last_part(table[flag]) for flag in (*_PLACES, *_PLACES_OR_IDS) if flag in table and flag not in ids}
+    ids = {
+        flag: table[flag] for flag in _PLACES_OR_IDS if flag in table and _is_hub_id(table[flag], base_folder)
+    }
+    table |= {
+        flag: _last_part(table[flag])
+        for flag in (*_PLACES, *_PLACES_OR_IDS)
+        if flag in table and flag not in ids
+    }
     licence, about_licence = _licence(options, base_folder, ids.get("pretrained_model_name_or_path"))
     prompt, drawn_prompt = options.instance.instance_prompt, options.validation.validation_prompt
 
@@ -69,7 +91,9 @@ def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[s
     files = f"`{ADAPTER_NAME}` is the adapter."
     if not loads:
         files += f" Plain diffusers does not load {kind}: `infer.py --adapter {ADAPTER_NAME}` of the program that trained it does"
-        converted = f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
+        converted = (
+            f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
+        )
         files += converted if options.adapter.adapter in ("loha", "lokr") else "."
     if options.adapter.output_kohya_format:
         files += f" `{KOHYA_NAME}` is the same one for ComfyUI, A1111, Forge and kohya's scripts."
@@ -96,16 +120,32 @@ def model_card(options: TrainOptions, *, base_folder: Path, pictures: Sequence[s
 def _parts(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, str]) -> list[str]:
     """What was trained, on what, and with which parts that are not the base's own."""
     text, prior = options.text, options.prior
-    said = ["The text encoder was trained too." if text.train_text_encoder else "The text encoder was not trained."]
+    said = [
+        "The text encoder was trained too."
+        if text.train_text_encoder
+        else "The text encoder was not trained."
+    ]
     if prior.with_prior_preservation:
-        said.append(f"Beside the photos it saw pictures of the class, with the prompt: {_prose(prior.class_prompt or '')}")
-    for flag, what in (("dataset_name", "Photos"), ("pretrained_vae_model_name_or_path", "VAE"), ("tokenizer_name", "Tokenizer")):
+        said.append(
+            f"Beside the photos it saw pictures of the class, with the prompt: {_prose(prior.class_prompt or '')}"
+        )
+    for flag, what in (
+        ("dataset_name", "Photos"),
+        ("pretrained_vae_model_name_or_path", "VAE"),
+        ("tokenizer_name", "Tokenizer"),
+    ):
         if flag in table:
             said.append(f"{what}: {_named(table, ids, flag)}")
     return said
 
 
-def _example(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, str], repository: str | None, family: str) -> str:
+def _example(
+    options: TrainOptions,
+    table: Mapping[str, Any],
+    ids: Mapping[str, str],
+    repository: str | None,
+    family: str,
+) -> str:
     """Python that draws one picture with plain diffusers. Folders are named without what is above them."""
     base = options.base
     imports, others = ["AutoPipelineForText2Image"], ["import torch"]
@@ -123,16 +163,22 @@ def _example(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, 
     lines = [others[0], f"from diffusers import {', '.join(imports)}", *others[1:], ""]
     lines.append(f"pipeline = AutoPipelineForText2Image.from_pretrained({', '.join(arguments)})")
     if base.prediction_type:
-        lines.append(f"settings = pipeline.scheduler.config | {{'prediction_type': {base.prediction_type!r}}}")
+        lines.append(
+            f"settings = pipeline.scheduler.config | {{'prediction_type': {base.prediction_type!r}}}"
+        )
         lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
     if family == "if":  # the variance that the UNet predicts is not trained, and no longer fits
         lines.append("settings = pipeline.scheduler.config | {'variance_type': 'fixed_small'}")
         lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
     lines.append("pipeline = pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')")
-    lines.append(f"pipeline.load_lora_weights({repository or table['output_dir']!r}, weight_name={ADAPTER_NAME!r})")
+    lines.append(
+        f"pipeline.load_lora_weights({repository or table['output_dir']!r}, weight_name={ADAPTER_NAME!r})"
+    )
     skip = f", clip_skip={options.text.clip_skip}" if options.text.clip_skip and family != "if" else ""
     if skip and family == "sd":  # without it diffusers 0.42 with transformers 5 ends in an AttributeError
-        lines.append("if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there")
+        lines.append(
+            "if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there"
+        )
         lines.append("    object.__setattr__(pipeline.text_encoder, 'text_model', pipeline.text_encoder)")
     lines.append(f"pipeline({options.instance.instance_prompt!r}{skip}).images[0].save('picture.png')")
     return "\n".join(lines)
@@ -145,16 +191,37 @@ def _licence(options: TrainOptions, base_folder: Path, hub_id: str | None) -> tu
     if readme.is_file() and readme.stat().st_size <= _LARGEST_CARD:
         try:
             found = metadata_load(readme) or {}
-        except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):  # a front matter that nothing can be read from states nothing
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            yaml.YAMLError,
+            RecursionError,
+        ):  # a front matter that nothing can be read from states nothing
             found = {}
     elif hub_id is not None:
         try:
             api = HfApi(token=options.reports.hub_token)
-            found = api.model_info(hub_id, revision=options.base.revision, timeout=_ANSWER_WITHIN).card_data or {}
-        except Exception:  # no network, no rights, any answer: the sentence below says that it could not be read
-            return {}, f"The licence of the base could not be read when this card was written. See {_linked(hub_id)}."
+            found = (
+                api.model_info(hub_id, revision=options.base.revision, timeout=_ANSWER_WITHIN).card_data or {}
+            )
+        except (
+            Exception
+        ):  # no network, no rights, any answer: the sentence below says that it could not be read
+            return (
+                {},
+                f"The licence of the base could not be read when this card was written. See {_linked(hub_id)}.",
+            )
     link = _address(found.get("license_link"), hub_id, options.base.revision) if found else None
-    values = {"license": _stated(found.get("license")), "license_name": _stated(found.get("license_name")), "license_link": link} if found else {}
+    values = (
+        {
+            "license": _stated(found.get("license")),
+            "license_name": _stated(found.get("license_name")),
+            "license_link": link,
+        }
+        if found
+        else {}
+    )
     stated = {key: value for key, value in values.items() if value is not None}
     if "license" not in stated:
         return {}, "The base states no licence."
@@ -175,7 +242,11 @@ def _address(link: object, hub_id: str | None, revision: str | None) -> str | No
         return None
     if link.startswith(("https://", "http://")):
         return link
-    return f"{constants.ENDPOINT}/{hub_id}/blob/{quote(revision or 'main', safe='')}/{quote(link)}" if hub_id else None
+    return (
+        f"{constants.ENDPOINT}/{hub_id}/blob/{quote(revision or 'main', safe='')}/{quote(link)}"
+        if hub_id
+        else None
+    )
 
 
 def _is_hub_id(name: str, base_folder: Path) -> bool:

@@ -33,14 +33,27 @@ class Task:
         return self.skip * self.noisy_latents + self.out * model_output.float()
 
 
-def pose(scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor, *, snr_gamma: float | None = None) -> Task:
+def pose(
+    scheduler: NoiseScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    levels: torch.Tensor,
+    *,
+    snr_gamma: float | None = None,
+) -> Task:
     """The task of denoising `latents` with `noise` added at `levels`, in the way of `scheduler`."""
     if isinstance(scheduler, DDPMScheduler):
         return _discrete(scheduler, latents, noise, levels, snr_gamma)
     return _continuous(scheduler, latents, noise, levels)
 
 
-def _discrete(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, snr_gamma: float | None) -> Task:
+def _discrete(
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    snr_gamma: float | None,
+) -> Task:
     """Noise (DDPM, arXiv 2006.11239, eq. 14) or velocity (arXiv 2202.00512, appendix D) is predicted from the noisy latents."""
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
@@ -57,7 +70,12 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
     return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, and 1 where SNR is 0
 
 
-def _continuous(scheduler: EDMEulerScheduler | EulerDiscreteScheduler, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> Task:
+def _continuous(
+    scheduler: EDMEulerScheduler | EulerDiscreteScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    levels: torch.Tensor,
+) -> Task:
     """The clean latents are predicted, at noise levels sigma (EDM, arXiv 2206.00364, section 5).
 
     An EDM scheduler has its own preconditioning and counts all errors alike, since its weights are unsteady in low precision; another one's

@@ -29,7 +29,13 @@ class Group:
 def make(o: Optimization, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer of the flags, ready for steps; its groups have `name`, and `initial_lr` for `set_learning_rate`."""
     settings = [
-        {"name": g.name, "params": list(g.parameters), "lr": g.learning_rate, "initial_lr": g.learning_rate, "weight_decay": g.weight_decay}
+        {
+            "name": g.name,
+            "params": list(g.parameters),
+            "lr": g.learning_rate,
+            "initial_lr": g.learning_rate,
+            "weight_decay": g.weight_decay,
+        }
         for g in groups
     ]
     return _KINDS[o.optimizer].make(o, settings)
@@ -46,7 +52,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[s
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
         warmup = group.get("warmup_steps", 0)  # which only the schedule-free optimizer has
-        rates[group["name"]] = group["lr"] * ((group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0)
+        rates[group["name"]] = group["lr"] * (
+            (group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0
+        )
     return rates
 
 
@@ -127,17 +135,30 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
 def state_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
     """The numbers of the optimizer's state and its kind, as JSON has them."""
     kind = _kind(optimizer)
-    stepped = {names[id(parameter)]: state for parameter in _parameters(optimizer) if (state := optimizer.state.get(parameter))}
+    stepped = {
+        names[id(parameter)]: state
+        for parameter in _parameters(optimizer)
+        if (state := optimizer.state.get(parameter))
+    }
     return {
         "kind": _name(optimizer),
-        "groups": {group["name"]: {field: type_(group[field]) for field, type_ in kind.numbers.items()} for group in optimizer.param_groups}
+        "groups": {
+            group["name"]: {field: type_(group[field]) for field, type_ in kind.numbers.items()}
+            for group in optimizer.param_groups
+        }
         if kind.numbers
         else {},
-        "parameters": {name: {field: int(state[field]) for field in kind.counts} for name, state in stepped.items()} if kind.counts else {},
+        "parameters": {
+            name: {field: int(state[field]) for field in kind.counts} for name, state in stepped.items()
+        }
+        if kind.counts
+        else {},
     }
 
 
-def read_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str], numbers: object, *, has_stepped: bool) -> Numbers:
+def read_numbers(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], numbers: object, *, has_stepped: bool
+) -> Numbers:
     """What `state_numbers` gave, checked to fit the optimizer; None, as of a checkpoint without, fits AdamW.
 
     Raises UserError with what the place that they are from has or lacks.
@@ -149,24 +170,36 @@ def read_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str], number
         return Numbers({}, [{} for _ in optimizer.param_groups])
     table = _table(numbers, ("kind", "groups", "parameters"), "optimizer")
     if table["kind"] != own:
-        raise UserError(f"has the state of --optimizer {shown(table['kind'])[:80]}; this run has --optimizer {own}")
+        raise UserError(
+            f"has the state of --optimizer {shown(table['kind'])[:80]}; this run has --optimizer {own}"
+        )
     group_names = [group["name"] for group in optimizer.param_groups] if kind.numbers else []
     groups = _table(table["groups"], group_names, "groups of the optimizer")
     for name in group_names:
         for field, value in _table(groups[name], kind.numbers, f"group {name}").items():
             _check_number(value, kind.numbers[field], f"{field} of group {name}")
-    trained = [names[id(parameter)] for parameter in _parameters(optimizer)] if kind.counts and has_stepped else []
+    trained = (
+        [names[id(parameter)] for parameter in _parameters(optimizer)] if kind.counts and has_stepped else []
+    )
     parameters = _table(table["parameters"], trained, "parameters of the optimizer")
     for name in trained:
         for field, value in _table(parameters[name], kind.counts, name).items():
             _check_number(value, int, f"{field} of {name}")
-    return Numbers(parameters, [groups[group["name"]] if kind.numbers else {} for group in optimizer.param_groups])
+    return Numbers(
+        parameters, [groups[group["name"]] if kind.numbers else {} for group in optimizer.param_groups]
+    )
 
 
-def check_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]) -> None:
+def check_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]
+) -> None:
     """Raise UserError, with what the place that they are from has or lacks, unless `tensors` are all that this optimizer has after a step."""
     kind = _kind(optimizer)
-    expected = {names[id(parameter)]: kind.tensors(optimizer, group, parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    expected = {
+        names[id(parameter)]: kind.tensors(optimizer, group, parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     found: dict[str, set[str]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("|")
@@ -183,7 +216,12 @@ def check_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], tenso
             raise UserError(f"is damaged: {name} lacks {', '.join(sorted(lacking))}")
 
 
-def fill(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor], numbers: Numbers) -> None:
+def fill(
+    optimizer: torch.optim.Optimizer,
+    names: dict[int, str],
+    tensors: dict[str, torch.Tensor],
+    numbers: Numbers,
+) -> None:
     """Put a state into the optimizer that `check_tensors` and `read_numbers` let pass; no tensors are those of one that has not stepped."""
     kind = _kind(optimizer)
     optimizer.state.clear()
@@ -206,7 +244,9 @@ def _table(value: object, fields: Iterable[str], what: str) -> dict[str, Any]:
     if lacking := fields - value.keys():
         raise UserError(f"is damaged: its {what} lacks {', '.join(sorted(lacking)[:3])}")
     if unknown := value.keys() - fields:
-        raise UserError(f"is damaged: its {what} has {shown(min(unknown))[:200]}, which does not belong there")
+        raise UserError(
+            f"is damaged: its {what} has {shown(min(unknown))[:200]}, which does not belong there"
+        )
     return value
 
 
@@ -234,7 +274,9 @@ class _Field:
 
     def check(self, key: str, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) not in self.shapes:
-            raise UserError(f"has {key} of shape {tuple(tensor.shape)}; this run needs {' or '.join(map(str, self.shapes))}")
+            raise UserError(
+                f"has {key} of shape {tuple(tensor.shape)}; this run needs {' or '.join(map(str, self.shapes))}"
+            )
         if tensor.dtype != self.dtype:
             raise UserError(f"has {key} of {tensor.dtype}; this run needs {self.dtype}")
 
@@ -288,7 +330,10 @@ def _adamw8bit_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.n
     if not _is_8bit(optimizer, parameter):
         moment = _Field(torch.float32, parameter.shape)
         return {"state1": moment, "state2": moment}
-    moment, scales = _Field(torch.uint8, parameter.shape), _Field(torch.float32, (-(-parameter.numel() // 256),))  # one for 256 values
+    moment, scales = (
+        _Field(torch.uint8, parameter.shape),
+        _Field(torch.float32, (-(-parameter.numel() // 256),)),
+    )  # one for 256 values
     return {"state1": moment, "state2": moment, "absmax1": scales, "absmax2": scales}
 
 
@@ -319,7 +364,11 @@ def _make_prodigy(o: Optimization, settings: _Settings) -> torch.optim.Optimizer
 def _prodigy_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
     moment, size = _Field(parameter.dtype, parameter.shape), (parameter.numel(),)
     # p0 is where the parameter started; for one that was all zeros, as every lora_B is, a single 0
-    fields = {"s": _Field(parameter.dtype, size), "p0": _Field(parameter.dtype, size, ()), "exp_avg_sq": moment}
+    fields = {
+        "s": _Field(parameter.dtype, size),
+        "p0": _Field(parameter.dtype, size, ()),
+        "exp_avg_sq": moment,
+    }
     return fields | ({"exp_avg": moment} if group["betas"][0] > 0 else {})
 
 
@@ -334,14 +383,19 @@ def _adafactor_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.n
     rms = {"RMS": _Field(dtype, ())}
     if len(shape) < 2:
         return rms | {"exp_avg_sq": _Field(dtype, shape)}
-    return rms | {"exp_avg_sq_row": _Field(dtype, shape[:-1]), "exp_avg_sq_col": _Field(dtype, shape[:-2] + shape[-1:])}
+    return rms | {
+        "exp_avg_sq_row": _Field(dtype, shape[:-1]),
+        "exp_avg_sq_col": _Field(dtype, shape[:-2] + shape[-1:]),
+    }
 
 
 def _make_schedule_free(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
     import schedulefree
 
     warmup = o.lr_warmup_steps if o.lr_scheduler == "constant_with_warmup" else 0
-    optimizer = schedulefree.AdamWScheduleFree(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, warmup_steps=warmup)
+    optimizer = schedulefree.AdamWScheduleFree(
+        settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, warmup_steps=warmup
+    )
     optimizer.train()
     return optimizer
 
@@ -354,9 +408,15 @@ def _schedule_free_tensors(optimizer: Any, group: dict[str, Any], parameter: tor
 # By --optimizer.
 _KINDS = {
     "adamw": _Kind("AdamW", _make_adamw, _adamw_tensors),
-    "adamw8bit": _Kind("AdamW8bit", _make_adamw8bit, _adamw8bit_tensors, counts=("step",), constants=_adamw8bit_constants),
+    "adamw8bit": _Kind(
+        "AdamW8bit", _make_adamw8bit, _adamw8bit_tensors, counts=("step",), constants=_adamw8bit_constants
+    ),
     "prodigy": _Kind(
-        "Prodigy", _make_prodigy, _prodigy_tensors, counts=("step",), numbers={"d": float, "d_max": float, "d_numerator": float, "k": int}
+        "Prodigy",
+        _make_prodigy,
+        _prodigy_tensors,
+        counts=("step",),
+        numbers={"d": float, "d_max": float, "d_numerator": float, "k": int},
     ),
     "adafactor": _Kind("Adafactor", _make_adafactor, _adafactor_tensors, counts=("step",)),
     "schedule-free": _Kind(

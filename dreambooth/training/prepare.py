@@ -72,7 +72,9 @@ def pictures_of_pass(options: TrainOptions, counts: Sequence[int]) -> int:
 def steps_of_run(options: TrainOptions, pictures: int, world: int) -> tuple[int, int]:
     """(steps of one pass over `pictures`; steps of the run)."""
     run = options.run
-    per_pass = math.ceil(math.ceil(pictures / (run.train_batch_size * world)) / run.gradient_accumulation_steps)
+    per_pass = math.ceil(
+        math.ceil(pictures / (run.train_batch_size * world)) / run.gradient_accumulation_steps
+    )
     return per_pass, run.max_train_steps or run.num_train_epochs * per_pass
 
 
@@ -92,7 +94,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
         log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output_dir / options.reports.logging_dir)),
+        project_config=ProjectConfiguration(
+            project_dir=run.output_dir, logging_dir=str(output_dir / options.reports.logging_dir)
+        ),
     )
     accelerator = peers.accelerator
     _check_device(options, accelerator.device, accelerator.mixed_precision)
@@ -104,7 +108,13 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     photo_set = photo_sets.find(options.instance)
     encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
     known = SeenPhotos(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
-    instance = _pictures(options, str(photo_set.folder), photo_set.flag, known, allow_odd_photos=options.instance.allow_odd_photos)
+    instance = _pictures(
+        options,
+        str(photo_set.folder),
+        photo_set.flag,
+        known,
+        allow_odd_photos=options.instance.allow_odd_photos,
+    )
     names = [photo.path.name for photo in instance.photos]
     own_captions, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options.instance)
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
@@ -115,8 +125,20 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     tokenizers = families.load_tokenizers(base)
     caption_notes += _check_prompts(options, base, tokenizers, own_captions)
     first_adapter, first_digest, adapter_notes = read_init_adapter(options, base)
-    said_of_photos = [*photo_set.notes, *instance.notes, *caption_notes, *_size_notes(instance, options, base)]
-    for note in [*said_of_flags, *said_of_photos, *notes, *adapter_notes, *_device_notes(options, accelerator.device), *processes.notes()]:
+    said_of_photos = [
+        *photo_set.notes,
+        *instance.notes,
+        *caption_notes,
+        *_size_notes(instance, options, base),
+    ]
+    for note in [
+        *said_of_flags,
+        *said_of_photos,
+        *notes,
+        *adapter_notes,
+        *_device_notes(options, accelerator.device),
+        *processes.notes(),
+    ]:
         metrics.say(accelerator, f"note: {note}")
 
     if options.adapter.dry_run:
@@ -126,7 +148,10 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     if cache == "disk":
         processes.make_folder(encoded_dir, "--encoded_dir")
         if left := peers.on_main(lambda: encoding_cache.sweep(encoded_dir)):
-            metrics.say(accelerator, f"note: removed what runs that died left half written in {shown(encoded_dir)}: {', '.join(left)}")
+            metrics.say(
+                accelerator,
+                f"note: removed what runs that died left half written in {shown(encoded_dir)}: {', '.join(left)}",
+            )
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
         metrics.say(accelerator, f"note: {note}")
     if swept := peers.on_main(lambda: checkpoints.sweep(output_dir)):
@@ -136,7 +161,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         metrics.say(accelerator, line)
     checkpoint = checkpoints.read(folder) if folder else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
-    there = peers.on_main(lambda: run_folder.read_identity(output_dir)) if run.resume_from_checkpoint else None
+    there = (
+        peers.on_main(lambda: run_folder.read_identity(output_dir)) if run.resume_from_checkpoint else None
+    )
     seed = choose_seed(run.seed, [state.get("seed"), there["flags"].get("seed") if there else None], peers)
     is_own = folder is not None and folder.resolve().parent == output_dir.resolve()
     run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
@@ -144,19 +171,27 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     metrics.say(accelerator, f"seed: {seed}")
     fingerprint = base.fingerprint()
     settings = class_images.settings_of(options.prior, base, fingerprint, accelerator.device)
-    longest = pictures_of_pass(options, [len(instance.photos), options.prior.num_class_images if settings else 0])
+    longest = pictures_of_pass(
+        options, [len(instance.photos), options.prior.num_class_images if settings else 0]
+    )
     max_steps = steps_of_run(options, longest, peers.world)[1]
-    around = run_folder.surroundings(threads=torch.get_num_threads(), device=accelerator.device.type, options=options)
+    around = run_folder.surroundings(
+        threads=torch.get_num_threads(), device=accelerator.device.type, options=options
+    )
 
     def identity(sources: list[Source]) -> dict[str, Any]:
-        pictures = {source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources}
+        pictures = {
+            source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources
+        }
         slots = run.gradient_accumulation_steps * peers.world
         start = checkpoint.identity.get("start") if checkpoint and first_digest is None else first_digest
         side, center = options.instance.resolution, options.instance.center_crop
         assert side is not None
         crops = encodings.Crops(side, options.instance.image_interpolation_mode, center, base.grid)
         vary = any(not crops.is_fixed(photo.size) for source in sources for photo in source.photos)
-        cut_from: Literal["pixels", "latents"] = "pixels" if cache == "off" or not base.family.has_vae else "latents"
+        cut_from: Literal["pixels", "latents"] = (
+            "pixels" if cache == "off" or not base.family.has_vae else "latents"
+        )
         return run_folder.identity(
             options,
             slots=slots,
@@ -170,17 +205,25 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
     def check(mine: Mapping[str, Any]) -> list[str]:
         if checkpoint is None or not is_own:
-            run_folder.check_new(output_dir, mine, overwrite=run.overwrite, again=run.resume_from_checkpoint is not None)
+            run_folder.check_new(
+                output_dir, mine, overwrite=run.overwrite, again=run.resume_from_checkpoint is not None
+            )
         if checkpoint is None:
             return []
-        found = run_folder.check_resume(checkpoint, state, mine, around, allow_data_change=run.allow_data_change)
+        found = run_folder.check_resume(
+            checkpoint, state, mine, around, allow_data_change=run.allow_data_change
+        )
         if checkpoint.step > max_steps:
-            raise UserError(f"--resume_from_checkpoint: {folder} is past step {max_steps}, where this run ends; raise --max_train_steps")
+            raise UserError(
+                f"--resume_from_checkpoint: {folder} is past step {max_steps}, where this run ends; raise --max_train_steps"
+            )
         return found
 
     instance_prompts = [own_captions.get(name, options.instance.instance_prompt) for name in names]
     flip, dropout = options.instance.random_flip, options.instance.caption_dropout
-    sources = [Source("instance", instance.photos, instance_prompts, random_flip=flip, caption_dropout=dropout)]
+    sources = [
+        Source("instance", instance.photos, instance_prompts, random_flip=flip, caption_dropout=dropout)
+    ]
     photos_only = identity(sources)
     peers.check_same({"options, base or photos": json.dumps(photos_only, sort_keys=True)})
     peers.on_main(lambda: check(photos_only))  # before the minutes that class images may take
@@ -194,7 +237,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     mine = identity(sources)
     for note in peers.on_main(lambda: check(mine)):
         metrics.say(accelerator, f"note: {note}")
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+        accelerator.mixed_precision, torch.float32
+    )
     return Start(
         options,
         peers,
@@ -237,12 +282,16 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
     problems = []
     name, objective = base.family.name, options.objective
     if base.is_edm and objective.snr_gamma is not None:
-        problems.append("--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training, as this base's scheduler asks for.")
+        problems.append(
+            "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training, as this base's scheduler asks for."
+        )
     if objective.do_edm_style_training and not base.family.has_vae:
         problems.append(f"--do_edm_style_training: {name} is trained on noise prediction; leave it out")
     if base.is_edm and options.validation.validation_scheduler:
         given = options.validation.validation_scheduler
-        problems.append(f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out")
+        problems.append(
+            f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out"
+        )
     if options.adapter.output_kohya_format and not base.family.has_vae:
         problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
     try:
@@ -259,7 +308,9 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         raise UserError("\n".join(problems))
 
 
-def _trained_layers(options: TrainOptions, base: families.Base) -> dict[str, tuple[dict[str, tuple[int, ...]], list[str]]]:
+def _trained_layers(
+    options: TrainOptions, base: families.Base
+) -> dict[str, tuple[dict[str, tuple[int, ...]], list[str]]]:
     """By component that is trained: (shapes of its layers by name, names of those that get an adapter)."""
     adapter, found = options.adapter, {}
     for component, shapes in base.layers().items():
@@ -279,24 +330,50 @@ def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
     """What is wrong with the flags that name layers: names that no layer has."""
     adapter, problems, trained = options.adapter, [], []
     for component, (layers, found) in _trained_layers(options, base).items():
-        named, flag = (adapter.unet_layers(), "--lora_layers") if component == "unet" else (adapter.text_layers(), "--text_encoder_layers")
-        ends = sorted({".".join(words[-n:]) for layer, shape in layers.items() if len(shape) > 1 for words in [layer.split(".")] for n in (1, 2)})
+        named, flag = (
+            (adapter.unet_layers(), "--lora_layers")
+            if component == "unet"
+            else (adapter.text_layers(), "--text_encoder_layers")
+        )
+        ends = sorted(
+            {
+                ".".join(words[-n:])
+                for layer, shape in layers.items()
+                if len(shape) > 1
+                for words in [layer.split(".")]
+                for n in (1, 2)
+            }
+        )
         for target in named or ():
             if not inject.layers_at((target,), layers):
                 near = difflib.get_close_matches(target, ends, n=3)
-                problems.append(f"{flag}: no layer of {component} ends with {target}" + (f"; there are {', '.join(near)}" if near else ""))
+                problems.append(
+                    f"{flag}: no layer of {component} ends with {target}"
+                    + (f"; there are {', '.join(near)}" if near else "")
+                )
         if not found and not problems:
-            problems.append(f"{flag}: all of these layers of {component} come after the last one whose output is used")
+            problems.append(
+                f"{flag}: all of these layers of {component} come after the last one whose output is used"
+            )
         trained += [f"{component}.{layer}" for layer in found]
-        if kernels := [layer for layer in found if max(layers[layer][2:], default=1) > 1 and adapter.adapter == "oft"]:
-            problems.append(f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, which --adapter oft cannot rotate")
+        if kernels := [
+            layer for layer in found if max(layers[layer][2:], default=1) > 1 and adapter.adapter == "oft"
+        ]:
+            problems.append(
+                f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, which --adapter oft cannot rotate"
+            )
     if not problems:
         problems += inject.unknown_parts("--rank_pattern", adapter.ranks(), trained)
         problems += inject.unknown_parts("--lr_pattern", adapter.learning_rates(), trained)
     return problems
 
 
-def _check_prompts(options: TrainOptions, base: families.Base, tokenizers: Sequence[PreTrainedTokenizerBase], own: Mapping[str, str]) -> list[str]:
+def _check_prompts(
+    options: TrainOptions,
+    base: families.Base,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    own: Mapping[str, str],
+) -> list[str]:
     """Notes on captions that do not fit. Raises UserError for prompts that do not."""
     asked = {
         "--instance_prompt": options.instance.instance_prompt,
@@ -306,21 +383,41 @@ def _check_prompts(options: TrainOptions, base: families.Base, tokenizers: Seque
     limit = families.max_tokens(base, options.text)
     prompts.check(tokenizers, asked, limit)
     # captions are many, and often somebody else's: those are cut, as they always were
-    cut = [shown(name) for name, caption in own.items() if any(prompts.words_cut(tokenizer, caption, limit) for tokenizer in tokenizers)]
-    return [f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"] if cut else []
+    cut = [
+        shown(name)
+        for name, caption in own.items()
+        if any(prompts.words_cut(tokenizer, caption, limit) for tokenizer in tokenizers)
+    ]
+    return (
+        [
+            f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
+        ]
+        if cut
+        else []
+    )
 
 
 def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.Base) -> list[str]:
     resolution = options.instance.resolution
     assert resolution is not None
     small = [photo for photo in instance.photos if min(photo.size) < resolution]
-    notes = [f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} and will be enlarged"] if small else []
+    notes = (
+        [
+            f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} and will be enlarged"
+        ]
+        if small
+        else []
+    )
     if base.side != resolution:
-        notes.append(f"--resolution is {resolution}; pictures of {base.side} pixels are what this base was made for")
+        notes.append(
+            f"--resolution is {resolution}; pictures of {base.side} pixels are what this base was made for"
+        )
     return notes
 
 
-def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[AdapterState, str | None, list[str]]:
+def read_init_adapter(
+    options: TrainOptions, base: families.Base
+) -> tuple[AdapterState, str | None, list[str]]:
     """(tensors by component of --init_adapter, SHA-256 of its files, notes). Raises UserError if this run's adapter is another."""
     if options.adapter.init_adapter is None:
         return {}, None, []
@@ -331,7 +428,9 @@ def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[Adapt
         raise UserError(f"--init_adapter: {error}") from None
     wanted = "dora" if options.adapter.use_dora else options.adapter.adapter
     if (kinds := list(adapter.kinds)) != [wanted]:
-        raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {wanted}")
+        raise UserError(
+            f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {wanted}"
+        )
     state = _peft_state(adapter)
     if options.adapter.adapter == "lora":
         for component, tensors in state.items():
@@ -339,18 +438,28 @@ def read_init_adapter(options: TrainOptions, base: families.Base) -> tuple[Adapt
             own = (options.adapter.text_encoder_rank if component != "unet" else None) or options.adapter.rank
             if ranks != [own] and not options.adapter.rank_pattern:
                 flag = "--rank" if component == "unet" else "--text_encoder_rank"
-                raise UserError(f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; give the same as {flag}")
+                raise UserError(
+                    f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; give the same as {flag}"
+                )
     for component, (_, layers) in _trained_layers(options, base).items():
-        if component in adapter.components and (other := sorted(adapter.components[component].keys() ^ set(layers))):
+        if component in adapter.components and (
+            other := sorted(adapter.components[component].keys() ^ set(layers))
+        ):
             counts = f"{len(adapter.components[component])} layers of {component} and this run trains {len(layers)}"
             raise UserError(
                 f"--init_adapter: {shown(path)} has {counts}, e.g. only one of them has {other[0]}; give the same --target_preset or layers"
             )
     has_text = any(component.startswith("text_encoder") for component in state)
     if has_text and not options.text.train_text_encoder:
-        raise UserError(f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder")
+        raise UserError(
+            f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder"
+        )
     starts_anew = not has_text and options.text.train_text_encoder
-    notes = [f"{shown(path)} has no part for the text encoder: there the adapter starts at zero"] if starts_anew else []
+    notes = (
+        [f"{shown(path)} has no part for the text encoder: there the adapter starts at zero"]
+        if starts_anew
+        else []
+    )
     digest = hashlib.sha256()
     for component in sorted(state):
         for key, tensor in sorted(state[component].items()):
@@ -363,7 +472,9 @@ def _peft_state(adapter: formats.Adapter) -> AdapterState:
     state: AdapterState = {}
     for name, tensor in load(formats.write_native(adapter, {})).items():
         component, _, key = name.partition(".")
-        state.setdefault(component, {})[key.removeprefix("text_model.") if component != "unet" else key] = tensor
+        state.setdefault(component, {})[key.removeprefix("text_model.") if component != "unet" else key] = (
+            tensor
+        )
     return state
 
 
@@ -386,28 +497,40 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
     return peers.share(random.SystemRandom().randrange(2**31))
 
 
-def _find_cache(options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, accelerator: Any) -> encodings.Mode:
+def _find_cache(
+    options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, accelerator: Any
+) -> encodings.Mode:
     """Where what is encoded of `count` photos and the class images is kept. Raises UserError if that would be beside the user's pictures, or beside
     the run's own files."""
     speed, prior = options.speed, options.prior
-    pictures = count * (2 if options.instance.random_flip else 1) + (prior.num_class_images if prior.with_prior_preservation else 0)
+    pictures = count * (2 if options.instance.random_flip else 1) + (
+        prior.num_class_images if prior.with_prior_preservation else 0
+    )
     cache = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=speed.encoded_dir is not None)
     if cache != "off" and options.instance.dataloader_num_workers:
-        metrics.say(accelerator, "note: You need not use --dataloader_num_workers without --cache_latents off.")
+        metrics.say(
+            accelerator, "note: You need not use --dataloader_num_workers without --cache_latents off."
+        )
     if cache != "disk":
         if speed.encoded_dir is not None:
             metrics.say(accelerator, f"note: You need not use --encoded_dir with --cache_latents {cache}.")
         return cache
     place = os.path.realpath(encoded_dir)
     if place == os.path.realpath(options.run.output_dir):
-        raise UserError(f"--encoded_dir and --output_dir must be two folders, got {shown(encoded_dir)} for both; leave --encoded_dir out")
+        raise UserError(
+            f"--encoded_dir and --output_dir must be two folders, got {shown(encoded_dir)} for both; leave --encoded_dir out"
+        )
     for folder in (photos_dir, prior.class_data_dir if prior.with_prior_preservation else None):
         if folder is not None and place == os.path.realpath(folder):
-            raise UserError(f"--encoded_dir: {shown(encoded_dir)} is a folder of pictures; name one of its own")
+            raise UserError(
+                f"--encoded_dir: {shown(encoded_dir)} is a folder of pictures; name one of its own"
+            )
     return cache
 
 
-def _pictures(options: TrainOptions, folder: str, flag: str, known: SeenPhotos | None, *, allow_odd_photos: bool) -> photos.Folder:
+def _pictures(
+    options: TrainOptions, folder: str, flag: str, known: SeenPhotos | None, *, allow_odd_photos: bool
+) -> photos.Folder:
     limits = options.instance
     return photos.check_folder(
         folder,
@@ -433,7 +556,13 @@ def _class_source(
     assert folder is not None
     class_images.make(Path(folder), settings, wanted, base, peers, watch)
     are_small = base.side < photos.ODD_SIDE  # those of the base's own
-    found = _pictures(options, folder, "--class_data_dir", known, allow_odd_photos=options.instance.allow_odd_photos or are_small)
+    found = _pictures(
+        options,
+        folder,
+        "--class_data_dir",
+        known,
+        allow_odd_photos=options.instance.allow_odd_photos or are_small,
+    )
     photos.check_disjoint(instance, found)
     assert options.prior.class_prompt is not None
     taken = found.photos[:wanted]

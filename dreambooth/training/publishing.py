@@ -10,14 +10,18 @@ from dreambooth.runtime.stops import Stop
 from dreambooth.training import hub, model_card
 
 
-def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures: Sequence[str], repository: str | None) -> None:
+def publish(
+    options: TrainOptions, base: families.Base, adapter: Path, pictures: Sequence[str], repository: str | None
+) -> None:
     """Write and upload what the flags ask for. `pictures` are names in the adapter's folder, `repository` is OWNER/NAME on the hub or None.
     Raises Stop if one of them fails."""
     folder = adapter.parent
     if options.adapter.output_kohya_format:
         _write_kohya(options, base, adapter)
     if repository is not None:
-        card = model_card.model_card(options, base_folder=base.folder, family=base.family.key, pictures=pictures, repository=repository)
+        card = model_card.model_card(
+            options, base_folder=base.folder, family=base.family.key, pictures=pictures, repository=repository
+        )
         try:
             native.write_atomically(folder / hub.CARD_NAME, card.encode())
             print(f"uploaded to {hub.push(options.reports, folder, pictures)}")
@@ -26,7 +30,11 @@ def publish(options: TrainOptions, base: families.Base, adapter: Path, pictures:
 
 
 def _write_kohya(options: TrainOptions, base: families.Base, adapter: Path) -> None:
-    info = {"resolution": options.instance.resolution, "seed": options.run.seed, "prediction_type": _prediction_type(base)}
+    info = {
+        "resolution": options.instance.resolution,
+        "seed": options.run.seed,
+        "prediction_type": _prediction_type(base),
+    }
     layers = base.layers()
     found = formats.read(adapter, layers)
     data = formats.write_kohya(found, _kohya_family(base), info, depth=layer_names.depth_of(layers["unet"]))
@@ -46,5 +54,7 @@ def _kohya_family(base: families.Base) -> formats.Family:
 
 
 def _prediction_type(base: families.Base) -> str:
-    own = folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    own = folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get(
+        "prediction_type", "epsilon"
+    )
     return base.options.prediction_type or own

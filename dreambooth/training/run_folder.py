@@ -32,19 +32,61 @@ _FREE = {
     *fields_of(Validation),
     *fields_of(Reports),
     # where things lie: their contents are compared
-    *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision", "variant", "init_adapter"),
-    *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column", "pretrained_vae_model_name_or_path"),
+    *(
+        "output_dir",
+        "instance_data_dir",
+        "class_data_dir",
+        "pretrained_model_name_or_path",
+        "revision",
+        "variant",
+        "init_adapter",
+    ),
+    *(
+        "dataset_name",
+        "dataset_config_name",
+        "cache_dir",
+        "image_column",
+        "caption_column",
+        "pretrained_vae_model_name_or_path",
+    ),
     *("output_kohya_format", "repeats", "dry_run"),
     # how class images are made: the pictures are compared
-    *("num_class_images", "sample_batch_size", "prior_generation_precision", "class_guidance_scale", "class_inference_steps"),
+    *(
+        "num_class_images",
+        "sample_batch_size",
+        "prior_generation_precision",
+        "class_guidance_scale",
+        "class_inference_steps",
+    ),
     *("class_scheduler", "class_seed"),
-    *("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit"),
-    *("resume_from_checkpoint", "overwrite", "allow_data_change", "dataloader_num_workers", "gradient_checkpointing"),
-    *("encoded_dir", "cache_latents", "compile", "offload"),  # with varying crops, where they may begin is compared as `crops`
+    *(
+        "max_train_steps",
+        "num_train_epochs",
+        "max_train_minutes",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    ),
+    *(
+        "resume_from_checkpoint",
+        "overwrite",
+        "allow_data_change",
+        "dataloader_num_workers",
+        "gradient_checkpointing",
+    ),
+    *(
+        "encoded_dir",
+        "cache_latents",
+        "compile",
+        "offload",
+    ),  # with varying crops, where they may begin is compared as `crops`
     *("pre_compute_text_embeddings", "peer_timeout", "local_rank"),
     *("max_image_pixels", "allow_odd_photos", "follow_symlinks"),  # which photos are refused
     "gradient_accumulation_steps",  # times the processes, it is compared as `slots`
-    *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),  # other last bits: said, see `surroundings`
+    *(
+        "num_threads",
+        "allow_tf32",
+        "enable_xformers_memory_efficient_attention",
+    ),  # other last bits: said, see `surroundings`
 }
 _PRIOR = ("prior_loss_weight", "class_prompt")
 # Whose learning rate at a step depends on how many steps there are to be.
@@ -73,7 +115,14 @@ def identity(
         flags["text_encoder_steps"] = options.text_steps(max_steps)
     flags["crops"] = crops or "fixed"
     # a round trip, so that what was read from a file compares equal to what was not
-    found = {"flags": flags, "slots": slots, "base": base, "pictures": pictures, "captions": captions, "start": start}
+    found = {
+        "flags": flags,
+        "slots": slots,
+        "base": base,
+        "pictures": pictures,
+        "captions": captions,
+        "start": start,
+    }
     return json.loads(json.dumps(found))
 
 
@@ -84,7 +133,11 @@ def versions() -> dict[str, str]:
 
 def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
     """What changes last bits but not the run."""
-    settings = {"tf32": options.run.allow_tf32, "xformers": options.run.enable_xformers_memory_efficient_attention, "compile": options.speed.compile}
+    settings = {
+        "tf32": options.run.allow_tf32,
+        "xformers": options.run.enable_xformers_memory_efficient_attention,
+        "compile": options.speed.compile,
+    }
     layers = {"layers": onednn.ARITHMETIC} if device == "cpu" else {}
     return {"threads": threads, "device": device, **settings, **layers, **versions()}
 
@@ -98,7 +151,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
         if flags.get(name) != other.get(name)
     ]
     if there["slots"] != now["slots"]:
-        found.append(f"--gradient_accumulation_steps times the processes was {there['slots']} and is {now['slots']}")
+        found.append(
+            f"--gradient_accumulation_steps times the processes was {there['slots']} and is {now['slots']}"
+        )
     if there["base"] != now["base"]:
         found.append(f"the base's weights were {there['base']} and are {now['base']}")
     if there.get("start") != now.get("start"):
@@ -112,21 +167,32 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
             ("changed", {name for name in before.keys() & after.keys() if before[name] != after[name]}),
         ):
             if names:
-                shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+                shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (
+                    ", ..." if len(names) > 3 else ""
+                )
                 changed.append(f"{len(names)} {source} pictures {what} ({shown})")
     before, after = there.get("captions", {}), now.get("captions", {})
     if other_captions := sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
-        shown = ", ".join(ascii(name)[1:-1] for name in other_captions[:3]) + (", ..." if len(other_captions) > 3 else "")
+        shown = ", ".join(ascii(name)[1:-1] for name in other_captions[:3]) + (
+            ", ..." if len(other_captions) > 3 else ""
+        )
         changed.append(f"{len(other_captions)} captions changed ({shown})")
     # older versions cut pixels, and named nothing; all are fixed while class images that vary are not known yet, or where other pictures are square
     was_cut, now_cut = flags.get("crops", "pixels"), other.get("crops", "pixels")
     if was_cut != now_cut and "fixed" not in (was_cut, now_cut):
-        found.append(f"random crops were cut from {was_cut} and are cut from {now_cut}: --cache_latents off cuts pixels, any other latents")
+        found.append(
+            f"random crops were cut from {was_cut} and are cut from {now_cut}: --cache_latents off cuts pixels, any other latents"
+        )
     return found, changed
 
 
 def check_resume(
-    checkpoint: checkpoints.Content, state: Mapping[str, Any], now: Mapping[str, Any], around: Mapping[str, Any], *, allow_data_change: bool
+    checkpoint: checkpoints.Content,
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    around: Mapping[str, Any],
+    *,
+    allow_data_change: bool,
 ) -> list[str]:
     """Notes for the user on going on from `checkpoint`, whose state is `state`.
 
@@ -142,13 +208,17 @@ def check_resume(
         found += [*changed, "(--allow_data_change goes on with other pictures)"]
     if found:
         raise UserError(f"--resume_from_checkpoint: {folder} is of another run:\n  " + "\n  ".join(found))
-    notes = [f"{phrase}: --lr_scheduler depends on it, so a run that had so many steps from the start would be another" for phrase in more_steps]
+    notes = [
+        f"{phrase}: --lr_scheduler depends on it, so a run that had so many steps from the start would be another"
+        for phrase in more_steps
+    ]
     notes += [f"{phrase}; the run goes on with what is there now" for phrase in changed]
     before = state.get("surroundings", {})
     notes += [
         f"{name} was {before.get(name)} and is {value}: the result may differ in its last bits"
         for name, value in around.items()
-        if before.get(name, False if name == "compile" else None) != value  # checkpoints from before there was the flag
+        if before.get(name, False if name == "compile" else None)
+        != value  # checkpoints from before there was the flag
     ]
     return notes
 
@@ -168,12 +238,16 @@ def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, agai
                 f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(found + changed) + "\n"
                 "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on with it, or --overwrite to remove it"
             )
-        if not again and (checkpoints.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()):
+        if not again and (
+            checkpoints.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()
+        ):
             raise UserError(
                 f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"
             )
     elif foreign := sorted(path.name for path in output_dir.glob("checkpoint-*")):
-        raise UserError(f"--output_dir: {output_dir} holds {foreign[0]}, which no run there accounts for; name another folder, or move it away")
+        raise UserError(
+            f"--output_dir: {output_dir} holds {foreign[0]}, which no run there accounts for; name another folder, or move it away"
+        )
 
 
 def begin(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -191,21 +265,38 @@ def read_identity(output_dir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"--output_dir: {path} cannot be read ({error}); --overwrite removes the run that is there") from None
+        raise UserError(
+            f"--output_dir: {path} cannot be read ({error}); --overwrite removes the run that is there"
+        ) from None
     if not _is_identity(there):
         raise UserError(f"--output_dir: {path} is damaged; --overwrite removes the run that is there")
     return there
 
 
 def _is_identity(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("flags", "pictures")) and {"slots", "base"} <= value.keys()
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), dict) for name in ("flags", "pictures"))
+        and {"slots", "base"} <= value.keys()
+    )
 
 
 def _clear(output_dir: Path) -> None:
     for _, folder in checkpoints.list_checkpoints(output_dir):
         shutil.rmtree(folder)
-    names = [native.ADAPTER_NAME, IDENTITY, STATUS, "run.yaml", "metrics.jsonl", "pytorch_lora_weights_kohya.safetensors"]
-    for path in [*(output_dir / name for name in names), *output_dir.glob("validation/step-*.png"), *output_dir.glob("image_[0-9]*.png")]:
+    names = [
+        native.ADAPTER_NAME,
+        IDENTITY,
+        STATUS,
+        "run.yaml",
+        "metrics.jsonl",
+        "pytorch_lora_weights_kohya.safetensors",
+    ]
+    for path in [
+        *(output_dir / name for name in names),
+        *output_dir.glob("validation/step-*.png"),
+        *output_dir.glob("image_[0-9]*.png"),
+    ]:
         path.unlink(missing_ok=True)
 
 
@@ -219,7 +310,14 @@ class Status:
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         host = socket.gethostname()
-        record = {"state": state, "step": self.step(), "reason": reason, "exit_code": exit_code, "pid": os.getpid(), "host": host}
+        record = {
+            "state": state,
+            "step": self.step(),
+            "reason": reason,
+            "exit_code": exit_code,
+            "pid": os.getpid(),
+            "host": host,
+        }
         try:
             native.write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
         except OSError as error:  # a full disk must not take the place of what is being reported

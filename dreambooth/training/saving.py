@@ -27,7 +27,13 @@ class Saver:
         scaler: torch.amp.GradScaler,
         identity: dict[str, Any],
     ):
-        self.options, self.peers, self.optimizer, self.scaler, self.identity = options, peers, optimizer, scaler, identity
+        self.options, self.peers, self.optimizer, self.scaler, self.identity = (
+            options,
+            peers,
+            optimizer,
+            scaler,
+            identity,
+        )
         self.accelerator, self.output_dir = peers.accelerator, Path(options.run.output_dir)
         self.components = list(components)
         self.names = {id(p): name for component in components for name, p in component.named_parameters()}
@@ -40,7 +46,9 @@ class Saver:
 
     def finish(self, component: inject.Component) -> None:
         """Keep the tensors of a component that is trained no more and whose model will go."""
-        self.finished[component.name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()}
+        self.finished[component.name] = {
+            key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()
+        }
         if component.is_scaled:
             self.finished_raw |= checkpoints.raw_parameters(component.named_parameters())
         self.components.remove(component)
@@ -50,7 +58,9 @@ class Saver:
         o = self.options
         name = o.base.pretrained_model_name_or_path
         info = {
-            "base_model": Path(name).name if Path(name).exists() else name,  # a folder's own name: where it lies is nobody's business
+            "base_model": Path(name).name
+            if Path(name).exists()
+            else name,  # a folder's own name: where it lies is nobody's business
             "base_fingerprint": self.identity.get("base"),
             "versions": run_folder.versions(),
             "steps": step,
@@ -74,10 +84,14 @@ class Saver:
 
     def _content(self, step: int) -> tuple[bytes, dict[str, torch.Tensor], dict[str, object]]:
         """(adapter file, tensors, state) of checkpoint-<step>."""
-        around = run_folder.surroundings(threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options)
+        around = run_folder.surroundings(
+            threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options
+        )
         state: dict[str, object] = {"seed": self.options.run.seed, "surroundings": around}
         # a checkpoint of the very step at which they stop may be from before or after
-        state["trains_text"] = any(group["name"].startswith("text_encoder") for group in self.optimizer.param_groups)
+        state["trains_text"] = any(
+            group["name"].startswith("text_encoder") for group in self.optimizer.param_groups
+        )
         state["optimizer"] = optimizers.state_numbers(self.optimizer, self.names)
         if self.scaler.is_enabled():
             state["grad_scaler"] = self.scaler.state_dict()
@@ -92,7 +106,9 @@ class Saver:
         adapter, tensors, state = self.held or self._content(step)
         limit = self.options.run.checkpoints_total_limit
         try:
-            folder = checkpoints.save(self.output_dir, step, adapter, tensors, state, limit=limit, identity=self.identity)
+            folder = checkpoints.save(
+                self.output_dir, step, adapter, tensors, state, limit=limit, identity=self.identity
+            )
         except checkpoints.PruneFailed as error:
             metrics.say(self.accelerator, f"warning: {error}")
             folder = self.output_dir / f"checkpoint-{step}"
@@ -123,19 +139,28 @@ class Saver:
                 self._write_adapter(step)
             except OSError as error:
                 raise Stop(f"{self.adapter} cannot be written: {error.strerror or error}") from None
-            metrics.say(self.accelerator, f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)")
+            metrics.say(
+                self.accelerator, f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)"
+            )
         self.peers.wait()
 
     def what_is_done(self, step: int, last_step: int) -> None:
         """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""
         if not self.peers.is_main or step == 0:
             return
-        for what, is_needed, write in (("checkpoint", step > self.saved, self._publish), ("adapter", True, self._write_adapter)):
+        for what, is_needed, write in (
+            ("checkpoint", step > self.saved, self._publish),
+            ("adapter", True, self._write_adapter),
+        ):
             try:
                 if is_needed:
                     write(step)
                 metrics.say(self.accelerator, f"saved step {step} of {last_step}: {what}")
-            except (OSError, ValueError, checkpoints.SaveFailed) as trouble:  # ValueError: an adapter that is not finite
+            except (
+                OSError,
+                ValueError,
+                checkpoints.SaveFailed,
+            ) as trouble:  # ValueError: an adapter that is not finite
                 metrics.say(self.accelerator, f"warning: step {step} could not be saved as {what}: {trouble}")
 
 

@@ -19,7 +19,9 @@ _GUIDANCE = 7.5
 class Pictures:
     """Draws --validation_prompt, on the main process alone."""
 
-    def __init__(self, options: TrainOptions, accelerator: Any, parts: FrozenParts, check: Callable[[], None]):
+    def __init__(
+        self, options: TrainOptions, accelerator: Any, parts: FrozenParts, check: Callable[[], None]
+    ):
         assert options.validation.validation_prompt is not None
         self.options, self.accelerator, self.parts, self.check = options, accelerator, parts, check
         self.prompt = options.validation.validation_prompt
@@ -30,16 +32,24 @@ class Pictures:
     def _pipeline(self) -> Any:
         """On the models in memory. A VAE that is not there is loaded, and goes with the pipeline."""
         vae = self.parts.vae or families.load_vae(self.parts.base, self.accelerator.device)
-        return families.pipeline_of(self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler), vae)
+        return families.pipeline_of(
+            self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler), vae
+        )
 
-    def along_the_way(self, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions) -> None:
+    def along_the_way(
+        self, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions
+    ) -> None:
         """As the adapter is after `step` steps, to validation/ and the trackers."""
         images = self._draw(self._pipeline(), prompt, empty)
         folder = self.folder / "validation"
-        self._save(images, [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step)
+        self._save(
+            images, [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step
+        )
         progress.images(step, "validation", images, self.prompt)
 
-    def of_the_file(self, path: Path, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions) -> list[str]:
+    def of_the_file(
+        self, path: Path, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions
+    ) -> list[str]:
         """As the saved adapter draws: the file itself, put on the frozen models, from which the one that was trained is taken off. Names of the
         pictures."""
         pipeline = self._pipeline()
@@ -50,7 +60,9 @@ class Pictures:
         }  # what has been freed has spoken in `prompt` already
         stack = apply.Stack(models)
         stack.add("saved", apply.part(apply.read(path, self.layers), tuple(models)))
-        is_quantized = self.options.speed.quantize_base is not None  # then nothing can be added to the weights
+        is_quantized = (
+            self.options.speed.quantize_base is not None
+        )  # then nothing can be added to the weights
         with stack.worn({"saved": 1.0}, "no" if is_quantized else "auto"):
             images = self._draw(pipeline, prompt, empty)
         names = [f"image_{number}.png" for number in range(len(images))]
@@ -81,6 +93,9 @@ class Pictures:
                 path.parent.mkdir(exist_ok=True)
                 pipelines.save_png(image, path, {"prompt": self.prompt, "step": step})
         except OSError as error:  # a full disk: the pictures are worth less than the run
-            metrics.say(self.accelerator, f"warning: pictures of step {step} cannot be written: {error.strerror or error}")
+            metrics.say(
+                self.accelerator,
+                f"warning: pictures of step {step} cannot be written: {error.strerror or error}",
+            )
             return False
         return True

@@ -84,7 +84,9 @@ def die_at(moment: int, work: Callable[[], object]) -> bool:
     return code != 0
 
 
-def kills(folder: Path, prepare: Callable[[Path], object], work: Callable[[Path], object]) -> Iterator[tuple[int, Path]]:
+def kills(
+    folder: Path, prepare: Callable[[Path], object], work: Callable[[Path], object]
+) -> Iterator[tuple[int, Path]]:
     """(moment, output folder) for every moment at which the work on what was prepared can be cut short."""
     template = folder / "template"
     template.mkdir(parents=True)
@@ -110,11 +112,18 @@ def after_a_kill(output_dir: Path, keep: int) -> list[str]:
                 wrong.append(f"{path.name} is not whole")
         checkpoint_folders.sweep(output_dir)
         after = checkpoint_folders.choose("latest", output_dir)
-        if after.folder is None or after.folder.name.rpartition("-")[2] != (found.folder or Path()).name.rpartition("-")[2]:
+        if (
+            after.folder is None
+            or after.folder.name.rpartition("-")[2] != (found.folder or Path()).name.rpartition("-")[2]
+        ):
             wrong.append(f"latest finds {after} after the leftovers were swept")
         publish(output_dir, 99, limit=keep)
         names = {path.name for path in output_dir.iterdir()}
-        if "checkpoint-99" not in names or len(names) != keep or any(not name.startswith(("checkpoint-", ".replaced-step-")) for name in names):
+        if (
+            "checkpoint-99" not in names
+            or len(names) != keep
+            or any(not name.startswith(("checkpoint-", ".replaced-step-")) for name in names)
+        ):
             wrong.append(f"after the next save there are {sorted(names)}")
     except (UserError, OSError) as error:
         wrong.append(f"{type(error).__name__}: {error}")
@@ -132,7 +141,11 @@ def kill_everywhere(folder: Path, *, keeps: tuple[int, ...] = (1, 2, 3)) -> dict
         def prepare(output_dir: Path, keep: int = keep, what: str = what) -> None:
             for older in range(1, keep + 1):
                 publish(output_dir, older)
-            for leftover in (f".replaced-step-{keep}", ".tmp-step-9-1-0123abcd", ".trash-step-9-1-0123abcd") if what == "sweep" else ():
+            for leftover in (
+                (f".replaced-step-{keep}", ".tmp-step-9-1-0123abcd", ".trash-step-9-1-0123abcd")
+                if what == "sweep"
+                else ()
+            ):
                 shutil.copytree(output_dir / f"checkpoint-{keep}", output_dir / leftover)
 
         def work(output_dir: Path, keep: int = keep, what: str = what) -> None:
@@ -181,7 +194,14 @@ def _zero(path: Path, draw: random.Random) -> None:
     path.write_bytes(data[:start] + bytes(len(data) - start))
 
 
-DAMAGES: dict[str, Damage] = {"flip": _flip, "truncate": _truncate, "empty": _empty, "delete": _delete, "extend": _extend, "zero": _zero}
+DAMAGES: dict[str, Damage] = {
+    "flip": _flip,
+    "truncate": _truncate,
+    "empty": _empty,
+    "delete": _delete,
+    "extend": _extend,
+    "zero": _zero,
+}
 
 
 def damage_newest(folder: Path, *, count: int = 200, seed: int = 0) -> dict[str, int]:

@@ -36,7 +36,12 @@ from tests.faults import inject
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "train_dreambooth_lora.py")
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 LIMIT = 120.0  # seconds that anything here may take
 
 
@@ -58,15 +63,31 @@ class World:
             --class_inference_steps 2 --lr_scheduler linear --lr_warmup_steps 2 --report_to none --num_threads 1 --peer_timeout 10"""
         return [*words.split(), "--instance_prompt", "a photo of sks dog", "--class_prompt", "a photo of dog"]
 
-    def command(self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None) -> list[str]:
+    def command(
+        self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None
+    ) -> list[str]:
         """A command line for `launcher`: python, torchrun or accelerate."""
         script = ["-m", "tests.faults.inject", json.dumps(faults), SCRIPT] if faults else [SCRIPT]
         self.port += 1
         if launcher == "torchrun":
-            front = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(self.port)]
+            front = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                str(world),
+                "--master_port",
+                str(self.port),
+            ]
         elif launcher == "accelerate":
             config = "cpu.yaml" if world == 1 else "cpu_processes.yaml"
-            front = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate" / config)]
+            front = [
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(ROOT / "configs/accelerate" / config),
+            ]
             front += ["--num_processes", str(world), "--main_process_port", str(self.port)]
         else:
             front = [sys.executable]
@@ -74,9 +95,18 @@ class World:
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
         with log.open("a") as file:
-            return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
 
-    def run(self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None) -> tuple[int, str, float]:
+    def run(
+        self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None
+    ) -> tuple[int, str, float]:
         """(exit status, all that was printed, seconds)."""
         log = self.folder / f"log-{time.monotonic_ns()}"
         started = time.monotonic()
@@ -112,8 +142,14 @@ def workers(pid: int) -> list[int]:
     for child in [pid, *children(pid)]:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-            environment = dict(line.partition("=")[::2] for line in Path(f"/proc/{child}/environ").read_text().split("\0"))
-            if SCRIPT in words and "torch.distributed.run" not in words and "accelerate.commands.launch" not in words:
+            environment = dict(
+                line.partition("=")[::2] for line in Path(f"/proc/{child}/environ").read_text().split("\0")
+            )
+            if (
+                SCRIPT in words
+                and "torch.distributed.run" not in words
+                and "accelerate.commands.launch" not in words
+            ):
                 found.append((int(environment.get("RANK", "0")), child))
     return [child for _, child in sorted(found)]
 
@@ -126,7 +162,9 @@ def forked(work: Callable[[], object], log: Path) -> int:
     code = 99
     try:
         os.environ.update(ENVIRONMENT)
-        for number in stops.SIGNALS:  # a shell ignores SIGINT for what it runs in the background, and a trainer respects that
+        for number in (
+            stops.SIGNALS
+        ):  # a shell ignores SIGINT for what it runs in the background, and a trainer respects that
             signal.signal(number, signal.SIG_DFL)
         descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(descriptor, 1)
@@ -194,13 +232,22 @@ def is_running(pid: int) -> bool:
 # --- what is tried
 
 
-def exact_worlds(world: World, *, sizes: Sequence[int] = (1, 2, 4), resumes: Sequence[tuple[int, int]] = ((1, 2), (2, 4), (4, 1))) -> dict[str, Any]:
+def exact_worlds(
+    world: World,
+    *,
+    sizes: Sequence[int] = (1, 2, 4),
+    resumes: Sequence[tuple[int, int]] = ((1, 2), (2, 4), (4, 1)),
+) -> dict[str, Any]:
     """The same run on so many processes, and resumed on others after three steps; `controls`: another seed gives another hash."""
     steps, found = 4, {}
     launcher = {1: "python", 2: "torchrun", 4: "accelerate"}
 
     def go(name: str, size: int, *more: str) -> str:
-        code, log, _ = world.run([*world.words(world.folder / name, steps=steps, world=size), *more], launcher=launcher[size], world=size)
+        code, log, _ = world.run(
+            [*world.words(world.folder / name, steps=steps, world=size), *more],
+            launcher=launcher[size],
+            world=size,
+        )
         if code:
             raise RuntimeError(f"{name} ended with {code}:\n{log[-3000:]}")
         if f"training on {size} process" not in log:
@@ -225,7 +272,9 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
     """Faults at random moments of one long run, on one process or two as chance has it, each followed by a restart, until it is done."""
     draw, every, steps = random.Random(seed), 3, 5 * faults
     whole, out = world.folder / "chaos-whole", world.folder / "chaos"
-    if code := ended(train_forked(world.words(whole, steps=steps, every=every), world.folder / "chaos-whole.log")):
+    if code := ended(
+        train_forked(world.words(whole, steps=steps, every=every), world.folder / "chaos-whole.log")
+    ):
         raise RuntimeError(f"the unbroken run ended with {code}")
     log = world.folder / "chaos.log"
     injected, recovered = 0, 0
@@ -233,11 +282,17 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
     kinds: dict[str, int] = {}
     while True:
         size = 2 if draw.random() < share_of_two else 1
-        words = [*world.words(out, steps=steps, every=every, world=size), "--resume_from_checkpoint", "latest"]
+        words = [
+            *world.words(out, steps=steps, every=every, world=size),
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         there = checkpoints.choose("latest", out).folder if out.exists() else None
         started_at = int(there.name.rpartition("-")[2]) if there else 0
         if injected == faults:
-            final = train_forked(world.words(out, steps=steps, every=every) + ["--resume_from_checkpoint", "latest"], log)
+            final = train_forked(
+                world.words(out, steps=steps, every=every) + ["--resume_from_checkpoint", "latest"], log
+            )
             code = ended(final)
             recovered += code == 0
             break
@@ -246,7 +301,9 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
             pid = train_forked(words, log, {"slow": 0.005})
             launcher = None
         else:
-            launcher = world.start(world.command(words, launcher="torchrun", world=2, faults={"slow": 0.005}), log)
+            launcher = world.start(
+                world.command(words, launcher="torchrun", world=2, faults={"slow": 0.005}), log
+            )
             pid = launcher.pid
         before = steps_done(out)
         end = time.monotonic() + LIMIT
@@ -257,7 +314,9 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
         kind = draw.choice(["kill all", "terminate"] if size == 1 else ["kill all", "kill one", "terminate"])
         ranks = workers(pid) if launcher else [pid]
         if len(ranks) != size or steps_done(out) < reach:
-            raise RuntimeError(f"the run to strike was not there: {ranks}, steps {before}, {steps_done(out)}, {reach}\n{log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"the run to strike was not there: {ranks}, steps {before}, {steps_done(out)}, {reach}\n{log.read_text()[-3000:]}"
+            )
         for victim in {"kill all": ranks, "kill one": [draw.choice(ranks)], "terminate": [pid]}[kind]:
             os.kill(victim, signal.SIGKILL if kind.startswith("kill") else signal.SIGTERM)
         done = steps_done(out)
@@ -271,7 +330,9 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
         newest = checkpoints.choose("latest", out).folder
         lost.append(max(0, done - (int(newest.name.rpartition("-")[2]) if newest else 0)))
         recovered += injected > 1  # the restart that this fault struck had gone on from the one before
-    equal = hashes(out, steps - steps % every) == hashes(whole, steps - steps % every) and adapter(out) == adapter(whole)
+    equal = hashes(out, steps - steps % every) == hashes(whole, steps - steps % every) and adapter(
+        out
+    ) == adapter(whole)
     mean = sum(lost) / len(lost)
     return {
         "faults_injected": injected,
@@ -295,7 +356,9 @@ def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:
     for turn in range(times):
         for number in numbers:
             out = world.folder / f"stop-{turn}-{number}"
-            pid = train_forked(world.words(out, steps=500, every=500), world.folder / "stop.log", {"slow": 0.05})
+            pid = train_forked(
+                world.words(out, steps=500, every=500), world.folder / "stop.log", {"slow": 0.05}
+            )
             wait_for_step(out, 2, alive=lambda pid=pid: is_running(pid))  # type: ignore[misc]
             started = time.monotonic()
             os.kill(pid, number)
@@ -303,7 +366,12 @@ def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:
             seconds.append(time.monotonic() - started)
             status = json.loads((out / "status.json").read_text())
             saved = checkpoints.choose("latest", out).folder
-            right += code == 128 + number and status["state"] == "stopped" and saved is not None and saved.name == f"checkpoint-{status['step']}"
+            right += (
+                code == 128 + number
+                and status["state"] == "stopped"
+                and saved is not None
+                and saved.name == f"checkpoint-{status['step']}"
+            )
     return {
         "stops": len(seconds),
         "stops_right": right,
@@ -315,7 +383,9 @@ def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:
 def launcher_stopped(world: World) -> dict[str, Any]:
     """SIGTERM to torchrun with two processes: both end, and the last completed step is there."""
     out = world.folder / "launcher-stopped"
-    command = world.command(world.words(out, steps=500, every=500, world=2), launcher="torchrun", world=2, faults={"slow": 0.05})
+    command = world.command(
+        world.words(out, steps=500, every=500, world=2), launcher="torchrun", world=2, faults={"slow": 0.05}
+    )
     process = world.start(command, world.folder / "launcher-stopped.log")
     wait_for_step(out, 2, alive=lambda: process.poll() is None)
     ranks = workers(process.pid)
@@ -337,7 +407,9 @@ def launcher_stopped(world: World) -> dict[str, Any]:
 def launcher_killed(world: World) -> dict[str, Any]:
     """SIGKILL to `accelerate launch` with one process, which hears nothing of it: it saves and ends, and the folder is free."""
     out = world.folder / "launcher-killed"
-    command = world.command(world.words(out, steps=500, every=500), launcher="accelerate", faults={"slow": 0.05})
+    command = world.command(
+        world.words(out, steps=500, every=500), launcher="accelerate", faults={"slow": 0.05}
+    )
     process = world.start(command, world.folder / "launcher-killed.log")
     wait_for_step(out, 2, alive=lambda: process.poll() is None)
     (trainer,) = workers(process.pid)
@@ -351,7 +423,12 @@ def launcher_killed(world: World) -> dict[str, Any]:
         os.kill(trainer, signal.SIGKILL)
     status = json.loads((out / "status.json").read_text())
     saved = checkpoints.choose("latest", out).folder
-    right = gone and status["reason"] == "the launcher died" and saved is not None and saved.name == f"checkpoint-{status['step']}"
+    right = (
+        gone
+        and status["reason"] == "the launcher died"
+        and saved is not None
+        and saved.name == f"checkpoint-{status['step']}"
+    )
     return {"launcher_killed": right, "launcher_killed_seconds": round(seconds, 1)}
 
 
@@ -364,16 +441,27 @@ def peers_lost(world: World, kinds: Sequence[str] = ("kill", "raise", "leave", "
         code, log, seconds = world.run(words, launcher="torchrun", world=2, faults={kind: [4, 1]})
         saved = checkpoints.choose("latest", out).folder
         named = "process 1 of 2 (counted from 0) died or hangs" in log
-        found[kind] = {"right": code != 0 and named and saved is not None and saved.name == "checkpoint-3", "seconds": round(seconds, 1)}
+        found[kind] = {
+            "right": code != 0 and named and saved is not None and saved.name == "checkpoint-3",
+            "seconds": round(seconds, 1),
+        }
     return {"peers_lost": found}
 
 
 def not_a_number_on_one(world: World) -> dict[str, Any]:
     """A loss that is not a number on one process of two stops both before the step is applied, with the picture named."""
     out = world.folder / "nan"
-    code, log, _ = world.run(world.words(out, steps=6, every=50, world=2), launcher="torchrun", world=2, faults={"nan": [4, 1]})
+    code, log, _ = world.run(
+        world.words(out, steps=6, every=50, world=2), launcher="torchrun", world=2, faults={"nan": [4, 1]}
+    )
     saved = checkpoints.choose("latest", out).folder
-    right = code != 0 and "the loss of step 4 is not finite" in log and "photo-" in log and saved is not None and saved.name == "checkpoint-3"
+    right = (
+        code != 0
+        and "the loss of step 4 is not finite" in log
+        and "photo-" in log
+        and saved is not None
+        and saved.name == "checkpoint-3"
+    )
     return {"not_a_number_stopped": right}
 
 
@@ -387,8 +475,15 @@ def disk_full(world: World) -> dict[str, Any]:
 
     code = ended(forked(work, log))
     said, status = log.read_text(), json.loads((out / "status.json").read_text())
-    right = code == 1 and steps_done(out) == 4 and "checkpoint-2 could not be saved: File too large" in said and status["state"] == "failed"
-    return {"disk_full": right and not any(path.name.startswith((".tmp", "checkpoint")) for path in out.iterdir())}
+    right = (
+        code == 1
+        and steps_done(out) == 4
+        and "checkpoint-2 could not be saved: File too large" in said
+        and status["state"] == "failed"
+    )
+    return {
+        "disk_full": right and not any(path.name.startswith((".tmp", "checkpoint")) for path in out.iterdir())
+    }
 
 
 def two_runs(world: World) -> dict[str, Any]:
@@ -398,7 +493,11 @@ def two_runs(world: World) -> dict[str, Any]:
     wait_for_step(out, 2, alive=lambda: is_running(first))
     code, said, _ = world.run(world.words(out, steps=60, every=60), launcher="python")
     unharmed = ended(first) == 0 and steps_done(out) == 60
-    return {"second_run_refused": code == 2 and f"another run is at work in {out}: process {first}" in said and unharmed}
+    return {
+        "second_run_refused": code == 2
+        and f"another run is at work in {out}: process {first}" in said
+        and unharmed
+    }
 
 
 def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
@@ -433,15 +532,38 @@ def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
             raise RuntimeError("the run that was to be killed was not")
     code = make(world.folder / "class-killed", None)
     equal = pictures(world.folder / "class-whole") == pictures(world.folder / "class-killed")
-    return {"class_image_kills": times, "class_images_equal": code == 0 and equal and len(pictures(world.folder / "class-whole")) == 12}
+    return {
+        "class_image_kills": times,
+        "class_images_equal": code == 0 and equal and len(pictures(world.folder / "class-whole")) == 12,
+    }
 
 
 def one_process_where_two_were_asked_for(world: World) -> dict[str, Any]:
     """`accelerate launch --cpu --num_processes 2` starts one process; the run says so."""
     words = world.words(world.folder / "trap", steps=1)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(world.port), SCRIPT]
-    result = subprocess.run([*command, *words], cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
-    return {"one_process_said": result.returncode == 0 and "was asked for 2 processes and started 1" in result.stdout}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(world.port),
+        SCRIPT,
+    ]
+    result = subprocess.run(
+        [*command, *words],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    return {
+        "one_process_said": result.returncode == 0
+        and "was asked for 2 processes and started 1" in result.stdout
+    }
 
 
 def everything(folder: Path, done: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any], float]]:
