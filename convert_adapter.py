@@ -368,13 +368,13 @@ def resize(options: ResizeOptions) -> None:
 def extract(options: ExtractOptions) -> None:
     from dreambooth.adapters import inject
     from dreambooth.bases import families
-    from dreambooth.options.adapter import Adapter as Kind
-    from dreambooth.options.training import BaseModel
+    from dreambooth.options.adapter import AdapterOptions as Kind
+    from dreambooth.options.training import BaseOptions
 
     path = _new_file(options.output, [])
     base = _base(options.base)
     try:
-        tuned = families.find(BaseModel(options.tuned, variant=options.base.variant))
+        tuned = families.find(BaseOptions(options.tuned, variant=options.base.variant))
         layers = tuned.layers()
     except UserError as error:
         raise UserError(str(error).replace("--pretrained_model_name_or_path", "--tuned")) from None

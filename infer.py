@@ -35,7 +35,7 @@ from dreambooth.errors import UserError, shown
 from dreambooth.files import locks
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, Choice
-from dreambooth.options.training import TextEncoding
+from dreambooth.options.training import TextOptions
 from dreambooth.runtime import memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
@@ -140,10 +140,10 @@ def infer(options: InferOptions, watch: Watch) -> None:
             print(table(arms, adapters, options.fuse, dtype), end="")
             for name in ("images.json", "contact_sheet.png"):  # of pictures that are about to be drawn over
                 (output_dir / name).unlink(missing_ok=True)
-        peers.wait()
+        peers.barrier()
         pipeline = families.load_pipeline(base, dtype, device)
         records = draw_all(options, pipeline, base, arms, adapters, peers, watch)
-        peers.wait()
+        peers.barrier()
         if peers.is_main:
             collect(options, arms, records)
 
@@ -241,7 +241,7 @@ def check(
     }
     prompts.check(families.load_tokenizers(base), asked, families.max_tokens(base))
     for clip_skip in dict.fromkeys(arm.clip_skip for arm in arms):
-        families.check_text(base, TextEncoding(clip_skip=clip_skip))
+        families.check_text(base, TextOptions(clip_skip=clip_skip))
     for arm in arms:
         for choice in arm.choices:
             adapter = adapters[choice.path].adapter
@@ -367,15 +367,15 @@ def draw_all(
                 continue
             with stack.worn(arm.weights(adapters), options.fuse), torch.no_grad():
                 text = families.text_of(pipeline, base, clip_skip=arm.clip_skip)
-                book = text.book(
+                prompt_cache = text.encode_all(
                     [*(record["prompt"] for chunk in mine for record in chunk), options.negative_prompt],
                     watch.check,
                 )
                 for chunk in mine:
                     images = pipelines.draw(
                         pipeline,
-                        book.of([record["prompt"] for record in chunk]),
-                        book.of([options.negative_prompt]),
+                        prompt_cache.of([record["prompt"] for record in chunk]),
+                        prompt_cache.of([options.negative_prompt]),
                         [record["seed"] for record in chunk],
                         num_inference_steps=options.num_inference_steps,
                         guidance_scale=options.guidance_scale,

@@ -32,7 +32,7 @@ from diffusers.optimization import get_scheduler
 from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
 from dreambooth.bases import autoencoder, compilation, families, onednn
-from dreambooth.bases.prompts import Conditions
+from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
@@ -107,9 +107,9 @@ class Training:
         identity: dict[str, Any] | None = None,
     ):
         self.options, self.peers, self.watch = options, peers, watch
-        self.parts, self.book, self.dataset, self.encoded = (
+        self.parts, self.prompt_cache, self.dataset, self.encoded = (
             frozen.parts,
-            frozen.book,
+            frozen.prompt_cache,
             frozen.rows,
             frozen.encoded,
         )
@@ -262,7 +262,7 @@ class Training:
         """Train the text encoders no more, and free them: what they have learned is kept, and so is what they make of the prompts."""
         assert self.parts.text is not None
         with saving.in_eval_mode(self.components, self.optimizer), self.accelerator.autocast():
-            self.book = self.parts.text.book(
+            self.prompt_cache = self.parts.text.encode_all(
                 frozen_models.prompts_of(self.options, self.sources), self.watch.check
             )
         self.parts.text = None
@@ -272,16 +272,16 @@ class Training:
         self.components = [component for component in self.components if component.name == "unet"]
         metrics.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
 
-    def encode(self, prompts: Sequence[str]) -> Conditions:
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The conditions of each of `prompts`; each distinct one is encoded once."""
-        if self.book is not None:
-            return self.book.of(prompts)
+        if self.prompt_cache is not None:
+            return self.prompt_cache.of(prompts)
         assert self.parts.text is not None
         distinct = list(dict.fromkeys(prompts))
         with self.accelerator.autocast():
             return self.parts.text(distinct).rows([distinct.index(prompt) for prompt in prompts])
 
-    def pose(self, batch: MicroBatch) -> objectives.Task:
+    def make_task(self, batch: MicroBatch) -> objectives.Task:
         """The batch's question to the UNet, on its device. Every draw is a function of the row alone."""
         device, scheduler = self.accelerator.device, self.parts.noise_scheduler
         shape = tuple(batch.posterior.mean.shape[1:])
@@ -301,16 +301,16 @@ class Training:
         count = scheduler.config.num_train_timesteps
         levels = torch.cat(
             [
-                sampling_order.levels_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count)
+                sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", batch.rows, count)
                 for s in self.sources
             ]
         )
         gamma = self.options.objective.snr_gamma
-        return objectives.pose(
+        return objectives.make_task(
             scheduler, *(moved(tensor, device) for tensor in (latents, noise, levels)), snr_gamma=gamma
         )
 
-    def ask(self, task: objectives.Task, conditions: Conditions, batch: MicroBatch) -> torch.Tensor:
+    def predict(self, task: objectives.Task, conditions: PromptEmbeds, batch: MicroBatch) -> torch.Tensor:
         """What the UNet answers, [B, C, h, w]."""
         unet, device = self.parts.unet, self.accelerator.device
         conditions = conditions.to(device, unet.dtype)
@@ -333,11 +333,11 @@ class Training:
 
     def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch; gradients are left on the parameters. Returns the detached loss and its parts."""
-        task = self.pose(batch)
+        task = self.make_task(batch)
         torch.manual_seed(
             sampling_order.key(self.seed, "dropout", batch.step, batch.slot)
         )  # dropout has no generator argument
-        output = self.ask(task, self.encode(batch.prompts), batch)
+        output = self.predict(task, self.encode(batch.prompts), batch)
         if self.peers.world == 1:  # several stop together, once a micro-step
             self.watch.check()
         losses = denoising_losses(task.prediction(output), task.target, task.weights)
@@ -345,7 +345,7 @@ class Training:
             losses, sources=len(self.sources), prior_loss_weight=self.options.prior.prior_loss_weight
         )
         self.scaler.scale(loss / self.slots).backward()
-        self.peers.agree()
+        self.peers.sync_stop()
         return {name: value.detach() for name, value in {"loss": loss, **pieces}.items()}
 
     def take_gradients(self, total: torch.Tensor) -> None:
@@ -487,7 +487,7 @@ class Training:
         if run.gradient_sync == "ddp" and self.peers.world > 1:
             total = self.peers.sum(total)
         by_slot = {name: self._by_slot(torch.stack([loss[name] for loss in losses])) for name in losses[0]}
-        self.peers.agree()
+        self.peers.sync_stop()
         self.update(total, step, by_slot)
         ends_text = step + 1 == self.text_steps < self.max_steps and bool(self.text_components())
         is_saved = (step + 1) % run.checkpointing_steps == 0 or step + 1 == self.max_steps
@@ -564,7 +564,7 @@ class Training:
             ):
                 asked = self.encode([self.pictures.prompt]), self.encode([""])
                 self.pictures.along_the_way(step, progress, *asked)
-        self.peers.wait()
+        self.peers.barrier()
 
     @torch.no_grad()
     def look_at_the_result(self, progress: metrics.Progress) -> None:
@@ -583,7 +583,7 @@ class Training:
                 self.result_pictures = self.pictures.of_the_file(
                     self.saver.adapter, self.max_steps, progress, *asked
                 )
-        self.peers.wait()
+        self.peers.barrier()
 
 
 def assemble(start: prepare.Start, watch: Watch) -> Training:
@@ -632,7 +632,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
                 run_folder.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
             saved = yaml_text(hub.without_token(as_table(options.without_once())))
             native.write_atomically(training.output_dir / "run.yaml", saved.encode())
-        peers.wait()
+        peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(
                 metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(options)))
@@ -648,7 +648,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
                 training.result_pictures,
                 start.repository,
             )
-        peers.wait()
+        peers.barrier()
         peers.accelerator.end_training()
         metrics.say(
             peers.accelerator,

@@ -20,7 +20,7 @@ import torch
 
 from dreambooth.bases import autoencoder, families
 from dreambooth.data import encoding_cache, encodings, photos
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 from dreambooth.runtime.processes import Peers
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def main(folder: Path | None) -> dict[str, Any]:
             if folder is None
             else "the folder of photos is not there"
         }
-    base = families.find(BaseModel(str(ROOT / "picturebook" / "model")))
+    base = families.find(BaseOptions(str(ROOT / "picturebook" / "model")))
     with tempfile.TemporaryDirectory() as wide:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in photos.FORMATS)
         for number, path in enumerate(paths):

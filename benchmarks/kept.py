@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 
 from dreambooth.adapters import inject
 from dreambooth.bases import quantization
-from dreambooth.options.adapter import Adapter
+from dreambooth.options.adapter import AdapterOptions
 
 RESULTS = Path(__file__).parent / "results" / "kept.json"
 GIB = 2**30
@@ -82,7 +82,7 @@ def kept(base: str, *, checkpointing: bool) -> float:
     unet = unet.bfloat16().to_empty(device="cpu").to(memory_format=torch.channels_last)
     for parameter in unet.parameters():
         parameter.data.fill_(0.01)
-    inject.inject("unet", unet, Adapter(rank=8), inject.UNET_TARGETS, seed=0)
+    inject.inject("unet", unet, AdapterOptions(rank=8), inject.UNET_TARGETS, seed=0)
     unet.train()
     own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     found: dict[int, torch.UntypedStorage] = {}

@@ -23,7 +23,7 @@ from dreambooth.adapters import inject as adapters
 from dreambooth.adapters.inject import Component
 from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def models(loaded) -> Models:
 
 @pytest.fixture(scope="module")
 def layers(tiny_base) -> Layers:
-    return families.find(BaseModel(str(tiny_base))).layers()
+    return families.find(BaseOptions(str(tiny_base))).layers()
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +516,7 @@ def test_an_adapter_of_a_base_with_other_text_is_refused_with_both_widths(
 ):
     path = written(tmp_path, inject({name: models[name]}))
     with pytest.raises(UserError) as refused:
-        apply.read(path, families.find(BaseModel(str(other_base))).layers())
+        apply.read(path, families.find(BaseOptions(str(other_base))).layers())
     assert str(refused.value).startswith(f"{path}: {name}.")
     assert reason in str(refused.value)
 

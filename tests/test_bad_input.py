@@ -33,7 +33,7 @@ from dreambooth.files import safetensors_files
 from dreambooth.options import training
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.pictures import InferOptions
-from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from tests.test_photos import BAD as BAD_PICTURES
 from tests.test_photos import encoded, noise
 
@@ -1367,7 +1367,7 @@ def test_good_input_reaches_the_models(tiny_base, good_adapter, photos_dir, tmp_
 
 def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter, tmp_path):
     """Metadata as diffusers writes it: every field of a LoraConfig, most of them null."""
-    layers = families.find(BaseModel(str(tiny_base))).layers()
+    layers = families.find(BaseOptions(str(tiny_base))).layers()
     path = tmp_path / "theirs.safetensors"
     shutil.copy(good_adapter, path)
     of(
@@ -1390,7 +1390,7 @@ def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter,
 
 def test_expressions_for_targets_are_not_run(tiny_base, good_adapter, tmp_path):
     """peft would: (a+)+$ takes it for ever. What a file holds its keys tell."""
-    layers = families.find(BaseModel(str(tiny_base))).layers()
+    layers = families.find(BaseOptions(str(tiny_base))).layers()
     for expression in ("(a+)+$", ["(a+)+$"]):
         path = tmp_path / "adapter.safetensors"
         shutil.copy(good_adapter, path)
@@ -1493,7 +1493,7 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
     shutil.copy(good_adapter, path)
     if kind == "oft":
         turning()(path)
-    data, layers = path.read_bytes(), families.find(BaseModel(str(tiny_base))).layers()
+    data, layers = path.read_bytes(), families.find(BaseOptions(str(tiny_base))).layers()
     (size,) = struct.unpack("<Q", data[:8])
 
     def mutate(data: bytes, draw: random.Random) -> bytes:
@@ -1578,5 +1578,5 @@ def test_the_limits_on_headers_are_those_promised():
 
 def test_rules_outside_of_parse_raise_at_once():
     with pytest.raises(ValueError, match="--rank must be at least 1, got 0"):
-        training.Adapter(rank=0)
-    assert np.isfinite(training.Adapter().rank)
+        training.AdapterOptions(rank=0)
+    assert np.isfinite(training.AdapterOptions().rank)

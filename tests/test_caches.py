@@ -26,7 +26,7 @@ from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
 from dreambooth.files import digests as file_digests
 from dreambooth.options.command_line import parse
-from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.runtime import processes
 from dreambooth.training import checkpoints, frozen_models
 from tests import tiny
@@ -263,14 +263,14 @@ def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts
     assert start(base, mine, tmp_path / "same", *common).prompts == []
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    read = families.load_tokenizers(families.find(BaseModel(str(base))))[0]
-    plain = families.load_tokenizers(families.find(BaseModel(str(tiny_base))))[0]
+    read = families.load_tokenizers(families.find(BaseOptions(str(base))))[0]
+    plain = families.load_tokenizers(families.find(BaseOptions(str(tiny_base))))[0]
     others = [prompt for prompt in ALL_PROMPTS if read(prompt).input_ids != plain(prompt).input_ids]
     assert sorted(start(base, mine, tmp_path / "tokenizer", *common).prompts) == others
 
 
 def test_weights_are_hashed_once_in_a_process_and_anew_when_they_change(tiny_base, tmp_path, monkeypatch):
-    base = families.find(BaseModel(str(shutil.copytree(tiny_base, tmp_path / "base"))))
+    base = families.find(BaseOptions(str(shutil.copytree(tiny_base, tmp_path / "base"))))
     read: list[str] = []
     spy(monkeypatch, file_digests, "_computed", lambda path, size: read.append(path.parent.name))
     base.fingerprint()
@@ -368,8 +368,8 @@ def encoded_photo(
 def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, tmp_path, mirrored):
     """Of the picture cut to full latents; the crop that begins at a pixel begins at its eighth."""
     photo = photo_of(tmp_path, (101, 64))
-    encoded = encoded_photo(families.find(BaseModel(str(tiny_base))), photo, mirrored=mirrored)
-    vae = families.load_vae(families.find(BaseModel(str(tiny_base))), torch.device("cpu"))
+    encoded = encoded_photo(families.find(BaseOptions(str(tiny_base))), photo, mirrored=mirrored)
+    vae = families.load_vae(families.find(BaseOptions(str(tiny_base))), torch.device("cpu"))
     assert vae is not None
     image: Image.Image = Image.open(photo.path)
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
@@ -510,10 +510,10 @@ def test_a_photo_that_changes_after_it_was_checked_is_not_taken_for_the_one_that
     photo = photo_of(tmp_path, (64, 64))
     tiny.make_photos(tmp_path, 1, seed=5)
     with pytest.raises(UserError, match=r"photo-0\.png has changed since the run was started; start again"):
-        encoded_photo(families.find(BaseModel(str(tiny_base))), photo)
+        encoded_photo(families.find(BaseOptions(str(tiny_base))), photo)
     photo.path.unlink()
     with pytest.raises(UserError, match=r"photo-0\.png cannot be read: No such file"):
-        encoded_photo(families.find(BaseModel(str(tiny_base))), photo)
+        encoded_photo(families.find(BaseOptions(str(tiny_base))), photo)
 
 
 def test_a_photo_that_cannot_be_unpacked_any_more_is_named(tmp_path):
@@ -552,7 +552,7 @@ def test_a_base_that_changes_while_it_is_read_gives_no_entry(
 def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
     tiny_base, tmp_path, monkeypatch
 ):
-    base, photo = families.find(BaseModel(str(tiny_base))), photo_of(tmp_path, (64, 64))
+    base, photo = families.find(BaseOptions(str(tiny_base))), photo_of(tmp_path, (64, 64))
     names = set()
     for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
         names |= set(encoded_photo(base, changed).entries.held)
@@ -568,7 +568,7 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
 
 def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     """A stop that is asked for is not kept waiting by thousands of files."""
-    base, photo = families.find(BaseModel(str(tiny_base))), photo_of(tmp_path, (64, 64))
+    base, photo = families.find(BaseOptions(str(tiny_base))), photo_of(tmp_path, (64, 64))
     crops = encodings.Crops(64, "lanczos", False, base.grid)
     (tmp_path / "kept").mkdir()
     for expected in (2, 1):  # looked for and encoded; looked for
@@ -695,7 +695,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
 
 
 def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 3, (96, 64)), FLAG).photos
     crops = encodings.Crops(64, "lanczos", False, base.grid)
     (tmp_path / "kept").mkdir()
@@ -711,19 +711,19 @@ def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
 def test_few_prompts_wait_on_the_device_and_many_are_read_at_each_visit():
     read: list[str] = []
 
-    def one(prompt: str) -> prompts.Conditions:
+    def one(prompt: str) -> prompts.PromptEmbeds:
         read.append(prompt)
-        return prompts.Conditions(torch.full((1, 2, 3), float(prompt)))
+        return prompts.PromptEmbeds(torch.full((1, 2, 3), float(prompt)))
 
     few, many = ([str(number) for number in range(count)] for count in (64, 65))
-    book = prompts.book(one, few, CPU)
+    prompt_cache = prompts.prompt_cache(one, few, CPU)
     assert read == few
-    assert book.of(["7", "7", "3"]).embeds[:, 0, 0].tolist() == [7, 7, 3]
+    assert prompt_cache.of(["7", "7", "3"]).embeds[:, 0, 0].tolist() == [7, 7, 3]
     assert read == few
     read.clear()
-    book = prompts.book(one, many, CPU)
+    prompt_cache = prompts.prompt_cache(one, many, CPU)
     assert read == []
-    assert book.of(["7", "64"]).embeds[:, 0, 0].tolist() == [7, 64]
+    assert prompt_cache.of(["7", "64"]).embeds[:, 0, 0].tolist() == [7, 64]
     assert read == ["7", "64"]
 
 
@@ -840,7 +840,7 @@ def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "folders of their own"])
 def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_path, shared):
     """Where nodes have no folder in common each makes what it lacks."""
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 5, (96, 64)), FLAG).photos
     crops = encodings.Crops(64, "lanczos", False, base.grid)
     for name in ("alone", "0", "1"):

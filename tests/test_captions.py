@@ -16,7 +16,7 @@ from PIL import Image
 
 from dreambooth.data import captions, photo_sets, photos
 from dreambooth.errors import UserError
-from dreambooth.options.training import InstanceData
+from dreambooth.options.training import InstanceOptions
 
 FLAG = "--instance_data_dir"
 NAMES = ["a.png", "b.png", "c.jpg"]
@@ -44,9 +44,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def wanted(**flags: Any) -> InstanceData:
+def wanted(**flags: Any) -> InstanceOptions:
     place = {} if "dataset_name" in flags else {"instance_data_dir": "photos"}
-    return InstanceData(instance_prompt="a photo of sks dog", **(place | flags))
+    return InstanceOptions(instance_prompt="a photo of sks dog", **(place | flags))
 
 
 def read(folder: Path, names: list[str] = NAMES, **flags: Any) -> tuple[dict[str, str], list[str]]:

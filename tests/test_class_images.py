@@ -21,7 +21,7 @@ from dreambooth.data.class_images import Settings, file_name
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
-from dreambooth.options.training import BaseModel, PriorPreservation
+from dreambooth.options.training import BaseOptions, PriorOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
 
@@ -565,15 +565,15 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
     words += ["--class_data_dir", str(tmp_path / "set"), "--num_class_images", "2"]
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
         generate_class_images.main(parse(ClassImageOptions, "", words))
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     settings = Settings(base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.side, "fp16", "dpm")
     fill(tmp_path / "set", 2, settings=settings)
     generate_class_images.main(parse(ClassImageOptions, "", words))
 
 
 def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
-    base = families.find(BaseModel(str(tiny_base)))
-    prior = PriorPreservation(
+    base = families.find(BaseOptions(str(tiny_base)))
+    prior = PriorOptions(
         with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(tmp_path / "set"), class_seed=0
     )
     device = torch.device("cpu")
@@ -594,8 +594,8 @@ def class_words(base: Path, folder: Path, *more: str) -> ClassImageOptions:
     return parse(ClassImageOptions, "", [*words.split(), "--class_prompt", "a dog", *more])
 
 
-def prior_of(folder: Path, **flags: Any) -> PriorPreservation:
-    return PriorPreservation(
+def prior_of(folder: Path, **flags: Any) -> PriorOptions:
+    return PriorOptions(
         with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(folder), **flags
     )
 
@@ -627,7 +627,7 @@ BASES = ["tiny_base", "tiny_v_base", "tiny_xl", "tiny_edm", "tiny_if"]
 def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_50(
     kind, scheduler, steps, tmp_path, request
 ):
-    base = families.find(BaseModel(str(request.getfixturevalue(kind))))
+    base = families.find(BaseOptions(str(request.getfixturevalue(kind))))
     found = wanted(base, tmp_path / "set")
     assert (found.scheduler, found.steps) == (scheduler, steps)
     assert wanted(base, tmp_path / "set", class_scheduler="base").steps == 50
@@ -654,7 +654,8 @@ def test_each_family_draws_with_the_solver_and_with_its_own_sampler(
     def draw(pipeline: Any, *conditions: Any, **flags: Any) -> list[Image.Image]:
         seen.append(pipeline.scheduler)
         assert all(
-            getattr(pipeline, encoder) is None for encoder in families.find(BaseModel(str(base))).family.text
+            getattr(pipeline, encoder) is None
+            for encoder in families.find(BaseOptions(str(base))).family.text
         )
         layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, torch.nn.Linear)]
         assert layers
@@ -689,7 +690,7 @@ def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm
     ):
         generate_class_images.main(class_words(tiny_edm, tmp_path / "set", "--class_scheduler", "dpm"))
     with pytest.raises(UserError, match=r"^--class_scheduler dpm: "):
-        wanted(families.find(BaseModel(str(tiny_edm))), tmp_path / "set", class_scheduler="dpm")
+        wanted(families.find(BaseOptions(str(tiny_edm))), tmp_path / "set", class_scheduler="dpm")
     assert not (tmp_path / "set").exists()
 
 
@@ -708,7 +709,7 @@ def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is
     generate_class_images.main(class_words(tiny_base, tmp_path / "grown", *how))
     if is_old:
         make_old(tmp_path / "grown")
-    found = wanted(families.find(BaseModel(str(tiny_base))), tmp_path / "grown")
+    found = wanted(families.find(BaseOptions(str(tiny_base))), tmp_path / "grown")
     assert (found.scheduler, found.steps, found.precision) == ("base", 2, "fp32")
     generate_class_images.main(class_words(tiny_base, tmp_path / "grown", "--num_class_images", "4"))
     grown, at_once = (
@@ -722,7 +723,7 @@ def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is
 def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(
     is_old, tiny_base, tmp_path, no_models
 ):
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     fill(tmp_path, 2, settings=wanted(base, tmp_path / "none", class_scheduler="base"))
     if is_old:
         make_old(tmp_path)
@@ -738,7 +739,7 @@ def test_a_set_begun_with_one_sampler_is_refused_when_the_flag_says_the_other(
 
 
 def test_processes_on_different_hardware_draw_in_the_precision_of_the_first(tiny_base, tmp_path, monkeypatch):
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     settings, loaded = wanted(base, tmp_path, prior_generation_precision="fp32", class_inference_steps=1), []
     peers = processes.join(Watch(), peer_timeout=10)
     monkeypatch.setattr(peers, "share", lambda value: "bf16" if value == "fp32" else value)

@@ -26,7 +26,7 @@ from dreambooth.adapter_files.formats import Adapter
 from dreambooth.adapters import apply
 from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import stops
 from tests.test_adapter_formats import (
     ATTENTION,
@@ -100,7 +100,7 @@ def native(adapted, layers, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def layers(tiny_base) -> formats.Layers:
-    return families.find(BaseModel(str(tiny_base))).layers()
+    return families.find(BaseOptions(str(tiny_base))).layers()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def xl_adapter(loaded_xl, tiny_xl, tmp_path_factory) -> Path:
         for n, model in loaded_xl.items()
     }
     adapter = formats.read(
-        peft_file(folder / "peft.safetensors", models), families.find(BaseModel(str(tiny_xl))).layers()
+        peft_file(folder / "peft.safetensors", models), families.find(BaseOptions(str(tiny_xl))).layers()
     )
     (folder / "xl.safetensors").write_bytes(formats.write_native(adapter, INFO))
     return folder / "xl.safetensors"
@@ -230,7 +230,7 @@ def test_an_xl_adapter_goes_to_kohya_and_back(xl_adapter, tiny_xl, tmp_path):
     run(
         "convert", tmp_path / "k.safetensors", "--to", "native", "--output", tmp_path / "n.safetensors", *base
     )
-    own = families.find(BaseModel(str(tiny_xl))).layers()
+    own = families.find(BaseOptions(str(tiny_xl))).layers()
     expect_close(formats.read(tmp_path / "n.safetensors", own), all_deltas(formats.read(xl_adapter, own)))
 
 
@@ -281,7 +281,7 @@ def test_peft_loads_the_folders_that_are_made_for_it(kind, native, adapted, load
 
 def test_peft_loads_the_text_encoders_of_xl_too(xl_adapter, loaded_xl, tiny_xl, tmp_path):
     run("convert", xl_adapter, "--to", "peft", "--output", tmp_path / "peft")
-    own = families.find(BaseModel(str(tiny_xl))).layers()
+    own = families.find(BaseOptions(str(tiny_xl))).layers()
     wanted = formats.read(xl_adapter, own)
     for name, model in loaded_xl.items():
         merged = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft" / name).merge_and_unload()

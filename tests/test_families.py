@@ -32,7 +32,7 @@ from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 from tests import tiny
 from tests.test_scripts import ROOT, digest, run_train, train_words
 
@@ -330,7 +330,7 @@ def plain_clip(pipeline: Any, skip: int, prompt: str) -> torch.Tensor:
 
 def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
     """A loader may leave them where a mapped file has them, and under torchrun it does not."""
-    found = families.find(BaseModel(str(tiny_xl)))
+    found = families.find(BaseOptions(str(tiny_xl)))
     cpu = torch.device("cpu")
     own = [
         families.load_unet(found, torch.float32, cpu),
@@ -542,11 +542,11 @@ def test_the_fingerprint_is_of_the_weights_that_are_loaded(tiny_base, tmp_path):
     pipeline.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="100KB")
     pieces = sorted((tmp_path / "base" / "unet").glob("*.fp16-*.safetensors"))
     assert len(pieces) > 1
-    base = families.find(BaseModel(str(tmp_path / "base"), variant="fp16"))
+    base = families.find(BaseOptions(str(tmp_path / "base"), variant="fp16"))
     before = base.fingerprint()
     data = bytearray(pieces[-1].read_bytes())
     data[-1] ^= 1
     pieces[-1].write_bytes(bytes(data))
     assert base.fingerprint() != before
     with pytest.raises(UserError, match=r"--variant: .* has no bf16 weights of unet, vae, text_encoder"):
-        families.find(BaseModel(str(tiny_base), variant="bf16"))
+        families.find(BaseOptions(str(tiny_base), variant="bf16"))

@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import as_table, fields_of
-from dreambooth.options.training import BaseModel, InstanceData, Reports, TrainOptions
+from dreambooth.options.training import BaseOptions, InstanceOptions, ReportOptions, TrainOptions
 from dreambooth.training import hub, model_card
 
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
@@ -228,9 +228,9 @@ def out(tmp_path) -> Path:
     return folder
 
 
-def reports(**values: Any) -> Reports:
+def reports(**values: Any) -> ReportOptions:
     given: dict[str, Any] = {"push_to_hub": True, "hub_token": TOKEN, "report_to": "none"}
-    return Reports(**given | values)
+    return ReportOptions(**given | values)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -240,8 +240,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def chosen(family: str = "sd", **values: Any) -> TrainOptions:
     """Completed options; `values` replace flags by name, whatever their checks say."""
     options = TrainOptions(
-        BaseModel("org/base"),
-        InstanceData("a photo of sks dog", instance_data_dir="photos"),
+        BaseOptions("org/base"),
+        InstanceOptions("a photo of sks dog", instance_data_dir="photos"),
         reports=reports(),
     ).completed(family)
     groups = [getattr(options, field.name) for field in dataclasses.fields(options)]

@@ -34,7 +34,7 @@ from dreambooth.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -113,7 +113,7 @@ def mixed(shape: Shape, draw: torch.Generator) -> deltas.Module:
 
 @pytest.fixture(scope="module")
 def layers(tiny_base) -> formats.Layers:
-    return families.find(BaseModel(str(tiny_base))).layers()
+    return families.find(BaseOptions(str(tiny_base))).layers()
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeli
 @pytest.mark.parametrize("how", ["no", "yes"])
 def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
     """It lies beside `text_model`, not in it, in whichever version of transformers."""
-    base = families.find(BaseModel(str(tiny_xl)))
+    base = families.find(BaseOptions(str(tiny_xl)))
     model = families.load_pipeline(base, torch.float32, torch.device("cpu")).text_encoder_2
     weight = model.text_projection.weight.detach().clone()
     adapter = Adapter(
@@ -712,7 +712,7 @@ def test_the_table_says_what_was_read(tiny_base, files, tmp_path, capsys):
 
 
 def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
-    base = families.find(BaseModel(str(tiny_xl)))
+    base = families.find(BaseOptions(str(tiny_xl)))
     adapter = adapter_of(base.layers(), mixed)
     assert adapter.components.keys() == {"unet", "text_encoder", "text_encoder_2"}
     path = tmp_path / "xl.safetensors"
@@ -742,7 +742,7 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
 
 def test_adapters_of_two_bases_are_refused(tiny_base, tiny_xl, files, tmp_path):
     other = tmp_path / "xl.safetensors"
-    adapter = adapter_of(families.find(BaseModel(str(tiny_xl))).layers(), lora, ATTENTION)
+    adapter = adapter_of(families.find(BaseOptions(str(tiny_xl))).layers(), lora, ATTENTION)
     other.write_bytes(formats.write_native(adapter, {}))
     with pytest.raises(UserError, match=r"--adapter: .*xl\.safetensors.*base"):
         run(tiny_base, tmp_path / "out", "--adapter", str(files / "lora.safetensors"), str(other))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options.adapter import Adapter
+from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
 from tests.test_scripts import metrics, run_train
@@ -59,10 +59,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def options_of(kind: str, **others) -> Adapter:
+def options_of(kind: str, **others) -> AdapterOptions:
     name = kind.split()[0]
     if name == "dora":
-        return Adapter(use_dora=True, **others)
+        return AdapterOptions(use_dora=True, **others)
     extra = (
         {"use_effective_conv2d": True}
         if kind.endswith("cp")
@@ -70,7 +70,7 @@ def options_of(kind: str, **others) -> Adapter:
         if kind.endswith("both")
         else {}
     )
-    return Adapter(adapter=name, **extra, **others)  # type: ignore[arg-type]
+    return AdapterOptions(adapter=name, **extra, **others)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_presets_have_the_known_layers(preset, modules, sd15):
         for name, m in sd15.named_modules()
         if isinstance(getattr(m, "weight", None), torch.Tensor)
     }
-    assert len(inject.layers_at(inject.unet_targets(Adapter(target_preset=preset)), shapes)) == modules
+    assert len(inject.layers_at(inject.unet_targets(AdapterOptions(target_preset=preset)), shapes)) == modules
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -296,7 +296,7 @@ def test_layers_of_the_text_encoder_that_are_not_used_are_left_out_however_they_
 
 def test_rslora_has_one_scale_for_all_ranks(tiny_base):
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    options = Adapter(use_rslora=True, rank_pattern="to_q=16")
+    options = AdapterOptions(use_rslora=True, rank_pattern="to_q=16")
     inject.inject("unet", unet, options, inject.unet_targets(options), seed=0)
     assert {
         round(float(module.scaling["default"]), 6) for module in unet.modules() if hasattr(module, "scaling")

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from dreambooth.bases import families, folders, loading
 from dreambooth.errors import UserError
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -284,7 +284,7 @@ def test_the_message_names_flag_part_and_base(tiny_base, tmp_path):
         UserError,
         match=r"--pretrained_model_name_or_path: unet of .*base cannot be loaded: its weights .* lack conv_out.bias",
     ):
-        families.load_unet(families.find(BaseModel(str(folder))), torch.float32, CPU)
+        families.load_unet(families.find(BaseOptions(str(folder))), torch.float32, CPU)
 
 
 def test_a_file_that_was_cut_after_its_check_is_refused(tiny_base, tmp_path, monkeypatch):

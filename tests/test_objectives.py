@@ -17,7 +17,7 @@ from dreambooth.bases.prompts import TextParts
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import micro_batches
 from dreambooth.options.command_line import parse
-from dreambooth.options.training import TextEncoding, TrainOptions
+from dreambooth.options.training import TextOptions, TrainOptions
 from dreambooth.runtime.stops import Watch
 from dreambooth.training import objectives, prepare
 from tests import tiny
@@ -68,7 +68,7 @@ def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Tr
         watch.close()
 
 
-def text_of(base: families.Base, options: TextEncoding) -> TextParts:
+def text_of(base: families.Base, options: TextOptions) -> TextParts:
     """Frozen text encoders, which a run has freed before its first step."""
     text = families.text_without_encoders(base, families.load_tokenizers(base), options)
     text.encoders = families.load_encoders(base, torch.float32, torch.device("cpu"))
@@ -133,7 +133,7 @@ def given(training: Training, rows: range, offset: float = 0.0) -> Given:
             noise = noise_of("noise", row, shape)
             if offset:
                 noise = noise + offset * noise_of("noise-offset", row, (shape[0], 1, 1))
-            level = sampling_order.levels_of_rows(
+            level = sampling_order.timesteps_of_rows(
                 training.seed, f"{source.purpose}-timestep", range(row, row + 1), 1000
             )
             prompt = CAPTIONS[path.name] if source.purpose == "instance" else CLASS_PROMPT
@@ -346,7 +346,7 @@ def test_min_snr_weights_follow_the_paper_and_know_no_signal_at_all(prediction_t
     )
     assert last == (1 if prediction_type == "epsilon" else 0)
     latents, noise = torch.randn(2, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    task = objectives.pose(scheduler, latents, noise, timesteps, snr_gamma=5.0)
+    task = objectives.make_task(scheduler, latents, noise, timesteps, snr_gamma=5.0)
     assert torch.isfinite(torch.cat([task.model_input, task.target])).all()
     assert torch.equal(task.model_input[-1], noise[-1])
     assert torch.equal(task.target[-1], noise[-1] if prediction_type == "epsilon" else -latents[-1])
@@ -359,7 +359,7 @@ def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
     latents, noise, output = torch.randn(
         3, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    task = objectives.pose(scheduler, latents, noise, levels)
+    task = objectives.make_task(scheduler, latents, noise, levels)
     assert task.weights is not None
     assert task.skip is not None
     assert task.out is not None
@@ -377,7 +377,7 @@ def test_a_perfect_velocity_gives_the_clean_picture(kind):
     scheduler = kind(prediction_type="v_prediction")
     levels = torch.tensor([3, 500, 990])
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    task = objectives.pose(scheduler, latents, noise, levels)
+    task = objectives.make_task(scheduler, latents, noise, levels)
     sigma = scheduler.sigmas[levels].view(-1, 1, 1, 1)
     data = scheduler.config.sigma_data if kind is EDMEulerScheduler else 1.0
     velocity = (data * noise - sigma * latents / data) / (sigma**2 + data**2).sqrt()

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from dreambooth.adapters import inject
 from dreambooth.errors import UserError
-from dreambooth.options.training import OPTIMIZERS, Optimization
+from dreambooth.options.training import OPTIMIZERS, OptimizerOptions
 from dreambooth.training import checkpoints, optimizers
 from dreambooth.training.optimizers import Group
 from tests.test_adapters import TARGETS, Models, load_models, packed
@@ -46,8 +46,8 @@ RATES = {
 DECAYS = (1e-2, 1e-1)
 
 
-def flags(optimizer: str, **more: Any) -> Optimization:
-    return Optimization(**{"optimizer": optimizer, **more})
+def flags(optimizer: str, **more: Any) -> OptimizerOptions:
+    return OptimizerOptions(**{"optimizer": optimizer, **more})
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,11 @@ def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_
 
 
 def test_a_checkpoint_of_adamw_from_before_there_were_others_is_taken(loaded, tmp_path):
-    first, second, other = Run(loaded, "adamw"), Run(loaded, "adamw", seed=8), Run(loaded, "adafactor")
+    first, second, other = (
+        Run(loaded, "adamw"),
+        Run(loaded, "adamw", seed=8),
+        Run(loaded, "adafactor"),
+    )
     first.steps(1, 2)
     folder = first.save(tmp_path, 2)
     rewrite(folder, "state.json", lambda data: json.dumps({"step": 2}).encode())

@@ -422,11 +422,11 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
 def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "")
     monkeypatch.delenv("LOCAL_RANK")
-    command_line.adopt_local_rank(training.Run())
+    command_line.adopt_local_rank(training.RunOptions())
     assert "LOCAL_RANK" not in os.environ
-    command_line.adopt_local_rank(training.Run(local_rank=3))
+    command_line.adopt_local_rank(training.RunOptions(local_rank=3))
     assert os.environ["LOCAL_RANK"] == "3"
-    command_line.adopt_local_rank(training.Run(local_rank=1))
+    command_line.adopt_local_rank(training.RunOptions(local_rank=1))
     assert os.environ["LOCAL_RANK"] == "3"
 
 
@@ -737,7 +737,7 @@ def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
 
 
 def test_interpolations_offered_are_the_reference_s():
-    choices = typing.get_args(typing.get_type_hints(training.InstanceData)["image_interpolation_mode"])
+    choices = typing.get_args(typing.get_type_hints(training.InstanceOptions)["image_interpolation_mode"])
     assert set(choices) == {"nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"}
 
 

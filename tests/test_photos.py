@@ -652,7 +652,7 @@ def test_channels_stay_red_green_blue(tmp_path):
 
 
 def test_every_interpolation_on_offer_works_and_they_differ(tmp_path):
-    choices = typing.get_args(typing.get_type_hints(training.InstanceData)["image_interpolation_mode"])
+    choices = typing.get_args(typing.get_type_hints(training.InstanceOptions)["image_interpolation_mode"])
     assert set(choices) == set(photos.INTERPOLATIONS)
     noise(90, 70).save(tmp_path / "photo.png")
     results = {name: photos.pixel_values(tmp_path / "photo.png", 32, name, (1, 0)) for name in choices}

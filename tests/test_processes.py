@@ -70,7 +70,7 @@ def test_sums_are_over_all_processes():
 
 
 def test_the_main_process_decides_for_all():
-    assert together(lambda peers: peers.share(f"of {peers.rank}")) == ["of 0", "of 0"]
+    assert together(lambda peers: peers.broadcast(f"of {peers.rank}")) == ["of 0", "of 0"]
     assert together(lambda peers: peers.on_main(lambda: f"of {peers.rank}")) == ["of 0", "of 0"]
 
 
@@ -88,7 +88,7 @@ def test_a_stop_of_one_is_a_stop_of_all_with_its_reason():
         if peers.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         try:
-            peers.agree()
+            peers.sync_stop()
         except Stop as stop:
             return [stop.reason, stop.exit_code, stop.state]
 
@@ -102,7 +102,7 @@ def test_one_clock_decides_when_the_time_is_up():
     def join_with_limit(peers: processes.Peers) -> Any:
         peers.watch.deadline = time.monotonic() + (100 if peers.rank == 0 else -1)
         again = processes.Peers(peers.accelerator, peers.watch, processes.datetime.timedelta(seconds=4))
-        return again.agree()
+        return again.sync_stop()
 
     assert together(work) == [True, True]
     assert together(join_with_limit) == [None, None]
@@ -119,7 +119,7 @@ def test_processes_that_see_other_data_are_refused_by_number():
     assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
 
 
-@pytest.mark.parametrize("exchange", ["agree", "gather", "sum", "wait", "check_same"])
+@pytest.mark.parametrize("exchange", ["sync_stop", "gather", "sum", "barrier", "check_same"])
 def test_a_process_that_died_is_named_by_every_exchange(exchange):
     def work(peers: processes.Peers) -> Any:
         if peers.rank == 1:
@@ -128,8 +128,8 @@ def test_a_process_that_died_is_named_by_every_exchange(exchange):
         arguments: dict[str, list[Any]] = {
             "gather": [torch.ones(1)],
             "sum": [torch.ones(1)],
-            "wait": [],
-            "agree": [],
+            "barrier": [],
+            "sync_stop": [],
             "check_same": [{"a": "b"}],
         }
         return getattr(peers, exchange)(*arguments[exchange])

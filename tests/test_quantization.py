@@ -15,8 +15,8 @@ from dreambooth.adapter_files import native
 from dreambooth.adapters import apply, inject
 from dreambooth.bases import quantization
 from dreambooth.errors import UserError
-from dreambooth.options.adapter import Adapter
-from dreambooth.options.speed import Speed
+from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.speed import SpeedOptions
 from dreambooth.training import validation
 from tests.test_scripts import run_train
 
@@ -163,7 +163,7 @@ def test_the_adapter_has_the_names_and_shapes_of_any_other_and_other_numbers(
 @both_kinds
 @pytest.mark.parametrize(
     "adapter",
-    [Adapter(rank=2), Adapter(rank=2, use_dora=True), Adapter(rank=2, adapter="loha")],
+    [AdapterOptions(rank=2), AdapterOptions(rank=2, use_dora=True), AdapterOptions(rank=2, adapter="loha")],
     ids=["lora", "dora", "loha"],
 )
 def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(
@@ -228,7 +228,7 @@ def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
         UserError,
         match=rf"--quantize_base {kind} does not work on this device \(cuda\): AssertionError: Torch not compiled with CUDA",
     ):
-        quantization.check(Speed(quantize_base=kind), "lora", torch.device("cuda"))
+        quantization.check(SpeedOptions(quantize_base=kind), "lora", torch.device("cuda"))
 
 
 def test_readme_has_the_sizes_that_were_counted():

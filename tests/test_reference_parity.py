@@ -29,7 +29,7 @@ from dreambooth.bases import autoencoder, families, pipelines, prompts
 from dreambooth.data import batches, encoding_cache, encodings, photos
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
-from dreambooth.options.training import BaseModel, TextEncoding, TrainOptions
+from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
 from dreambooth.training import metrics, objectives, prepare
 from tests import tiny
 from tests.test_options import REFERENCE, TRAIN, flat, pretend_everything_is_installed
@@ -427,7 +427,7 @@ def test_revision_and_variant_hold_for_every_part(tiny_base, monkeypatch):
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", fetch)
     monkeypatch.setattr(DiffusionPipeline, "download", fetch)
-    base = families.find(BaseModel("someone/something", revision="v2"))
+    base = families.find(BaseOptions("someone/something", revision="v2"))
     assert [(name, others["revision"]) for name, others in asked] == [("someone/something", "v2")] * 2
     assert (base.folder, asked[1][1]["safety_checker"]) == (tiny_base, None)
 
@@ -440,8 +440,8 @@ def test_second_stage_bases_are_refused(photos_dir, tmp_path, no_models):
 
 
 def test_deepfloyd_prompts_are_prepared_as_its_pipeline_does(tiny_if):
-    base = families.find(BaseModel(str(tiny_if)))
-    text = families.text_without_encoders(base, families.load_tokenizers(base), TextEncoding())
+    base = families.find(BaseOptions(str(tiny_if)))
+    text = families.text_without_encoders(base, families.load_tokenizers(base), TextOptions())
     text.encoders = families.load_encoders(base, torch.float32, torch.device("cpu"))
     theirs = IFPipeline.from_pretrained(tiny_if, watermarker=None).encode_prompt(
         " A Photo of SKS dog ", do_classifier_free_guidance=False
@@ -513,7 +513,7 @@ def dataset(tmp_path) -> batches.PhotoRows:
 
 def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset):
     """Over several passes, with more class images than photos: as without a cache."""
-    base, cpu = families.find(BaseModel(str(tiny_base))), torch.device("cpu")
+    base, cpu = families.find(BaseOptions(str(tiny_base))), torch.device("cpu")
 
     def means(encoded: encodings.EncodedPhotos | None, vae: AutoencoderKL | None) -> torch.Tensor:
         words: dict[str, Any] = {"slots": 1, "batch_size": 2, "rank": 0, "world": 1}
@@ -594,7 +594,7 @@ def test_noise_levels_are_found_by_number_not_by_timestep():
     scheduler = EulerDiscreteScheduler()
     scheduler.timesteps = torch.full_like(scheduler.timesteps, 7.0)  # as if rounding had made them equal
     latents, noise, levels = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
-    task = objectives.pose(scheduler, latents, noise, levels)
+    task = objectives.make_task(scheduler, latents, noise, levels)
     assert task.noisy_latents is not None
     assert torch.allclose(task.noisy_latents, latents + scheduler.sigmas[levels].view(3, 1, 1, 1) * noise)
 

@@ -60,7 +60,7 @@ def test_drawing_leaves_torch_s_own_generator_alone():
     undisturbed = torch.randn(4)
     torch.manual_seed(1)
     order.noise_of_rows(5, "noise", range(3), (2,))
-    order.levels_of_rows(5, "timestep", range(3), 1000)
+    order.timesteps_of_rows(5, "timestep", range(3), 1000)
     order.image_of_row(5, "order", 3, 7)
     order.crop_of_row(5, "instance", 3, (4, 4))
     assert torch.equal(torch.randn(4), undisturbed)
@@ -171,13 +171,13 @@ def test_noise_is_standard_normal_and_differs_by_row_seed_and_purpose():
 
 
 def test_the_timestep_of_a_row_does_not_depend_on_the_rows_beside_it():
-    together = order.levels_of_rows(5, "timestep", range(3, 9), 1000)
-    apart = [order.levels_of_rows(5, "timestep", range(row, row + 1), 1000) for row in range(3, 9)]
+    together = order.timesteps_of_rows(5, "timestep", range(3, 9), 1000)
+    apart = [order.timesteps_of_rows(5, "timestep", range(row, row + 1), 1000) for row in range(3, 9)]
     assert torch.equal(together, torch.cat(apart))
 
 
 def test_timesteps_are_uniform_over_the_whole_range():
-    found = order.levels_of_rows(5, "timestep", range(4000), 1000)
+    found = order.timesteps_of_rows(5, "timestep", range(4000), 1000)
     assert (found.shape, found.dtype) == ((4000,), torch.int64)
     assert found.min() >= 0
     assert found.max() <= 999
@@ -188,13 +188,13 @@ def test_timesteps_are_uniform_over_the_whole_range():
 
 
 def test_timesteps_reach_both_ends():
-    assert order.levels_of_rows(5, "timestep", range(50), 2).unique().tolist() == [0, 1]
-    assert order.levels_of_rows(5, "timestep", range(5), 1).unique().tolist() == [0]
+    assert order.timesteps_of_rows(5, "timestep", range(50), 2).unique().tolist() == [0, 1]
+    assert order.timesteps_of_rows(5, "timestep", range(5), 1).unique().tolist() == [0]
 
 
 def test_seeds_and_purposes_have_timesteps_of_their_own():
     found = [
-        order.levels_of_rows(seed, purpose, range(50), 1000)
+        order.timesteps_of_rows(seed, purpose, range(50), 1000)
         for seed in (5, 6)
         for purpose in ("instance-timestep", "class-timestep")
     ]

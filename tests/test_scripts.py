@@ -24,7 +24,7 @@ from dreambooth.bases import families
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
-from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.training import objectives
 from tests import tiny
 
@@ -294,7 +294,7 @@ def test_target_follows_the_prediction_type():
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     for prediction_type in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler(prediction_type=prediction_type)
-        task = objectives.pose(scheduler, latents, noise, timesteps)
+        task = objectives.make_task(scheduler, latents, noise, timesteps)
         signal, spread = (
             share.sqrt().view(-1, 1, 1, 1)
             for share in (scheduler.alphas_cumprod[timesteps], 1 - scheduler.alphas_cumprod[timesteps])
@@ -853,7 +853,7 @@ def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, 
     with safe_open(trained / native.ADAPTER_NAME, framework="pt") as file:
         metadata = file.metadata()
     said = native.recorded(metadata)
-    base = families.find(BaseModel(str(tiny_base)))
+    base = families.find(BaseOptions(str(tiny_base)))
     assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (
         tiny_base.name,
         base.fingerprint(),

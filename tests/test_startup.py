@@ -14,7 +14,7 @@ from dreambooth.bases import families
 from dreambooth.files import digests
 from dreambooth.options import rules
 from dreambooth.options.command_line import parse
-from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.runtime import startup
 from dreambooth.runtime.stops import Stop
 
@@ -128,7 +128,7 @@ def test_help_imports_neither_torch_nor_diffusers(script):
 
 
 def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
-    startup.hash_ahead(BaseModel(str(tiny_xl)))
+    startup.hash_ahead(BaseOptions(str(tiny_xl)))
     for thread in threading.enumerate():
         if thread.name == "hash_ahead":
             assert thread.daemon
@@ -144,16 +144,16 @@ def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
         return real(path, size)
 
     monkeypatch.setattr(digests, "_computed", noted)
-    first = families.find(BaseModel(str(tiny_xl))).fingerprint()
+    first = families.find(BaseOptions(str(tiny_xl))).fingerprint()
     assert read
     assert not weights & set(read)
     monkeypatch.setattr(digests, "_known", {})
-    assert families.find(BaseModel(str(tiny_xl))).fingerprint() == first
+    assert families.find(BaseOptions(str(tiny_xl))).fingerprint() == first
 
 
 @pytest.mark.parametrize("name", ["nowhere", "\ud800", "x" * 5000])
 def test_what_is_wrong_with_a_base_is_not_said_by_the_thread(name, capfd):
-    startup.hash_ahead(BaseModel(name))
+    startup.hash_ahead(BaseOptions(name))
     for thread in threading.enumerate():
         if thread.name == "hash_ahead":
             thread.join()

@@ -17,15 +17,15 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.bases import families
 from dreambooth.errors import UserError
-from dreambooth.options.training import BaseModel, TextEncoding
+from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.runtime.stops import Stop
 from tests.test_families import PROMPT, plain_clip
 from tests.test_scripts import digest, metrics, run_train
 
 
 def text_parts(base: Path, skip: int) -> Any:
-    found = families.find(BaseModel(str(base)))
-    text = TextEncoding(clip_skip=skip)
+    found = families.find(BaseOptions(str(base)))
+    text = TextOptions(clip_skip=skip)
     families.check_text(found, text)
     encoders = families.load_encoders(found, torch.float32, torch.device("cpu"))
     return dataclasses.replace(
@@ -116,22 +116,22 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     """Whether they all were at the forward pass of each micro-step to come."""
     freed: list[bool] = []
     encoders: list[weakref.ref] = []
-    real_load, real_ask = families.load_encoders, train.Training.ask
+    real_load, real_predict = families.load_encoders, train.Training.predict
 
     def load(*args):
         found = real_load(*args)
         encoders.extend(weakref.ref(encoder) for encoder in found.values())
         return found
 
-    def ask(self, *args):
+    def predict(self, *args):
         gc.collect()
         freed.append(
             self.parts.text is None and bool(encoders) and all(encoder() is None for encoder in encoders)
         )
-        return real_ask(self, *args)
+        return real_predict(self, *args)
 
     monkeypatch.setattr(families, "load_encoders", load)
-    monkeypatch.setattr(train.Training, "ask", ask)
+    monkeypatch.setattr(train.Training, "predict", predict)
     return freed
 
 

@@ -1,6 +1,6 @@
 """What is trained: an adapter on UNet and text encoders, put there by peft; where, of which kind, and how much of it.
 
-A kind is one record in `KINDS`. Adapter files have the scale worked into one factor of each layer (`Component.state_dict`), as with alpha = rank:
+A kind is one record in `KINDS`. AdapterOptions files have the scale worked into one factor of each layer (`Component.state_dict`), as with alpha = rank:
 readers that know nothing of alpha get it right.
 """
 
@@ -24,7 +24,7 @@ from peft import (
 
 from dreambooth.adapters import factored
 from dreambooth.errors import UserError
-from dreambooth.options.adapter import Adapter
+from dreambooth.options.adapter import AdapterOptions
 
 # The layers of "dual LoRA": every attention projection. The added ones exist in UNets that attend to image or T5 tokens (DeepFloyd IF).
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -59,7 +59,7 @@ class Kind:
 class Plan:
     """What one model gets: the options, with rank, alpha and dropout of this model; the ends of its layers' names; ranks of single layers."""
 
-    options: Adapter
+    options: AdapterOptions
     rank: int
     alpha: float
     dropout: float
@@ -234,7 +234,7 @@ class Component:
         )
 
 
-def unet_targets(options: Adapter) -> tuple[str, ...]:
+def unet_targets(options: AdapterOptions) -> tuple[str, ...]:
     """The ends of the names of the UNet's layers that get an adapter."""
     return options.unet_layers() or _UNET_PRESETS[options.target_preset]
 
@@ -242,12 +242,12 @@ def unet_targets(options: Adapter) -> tuple[str, ...]:
 def text_targets(
     layers: int,
     unused: int,
-    options: Adapter | None = None,
+    options: AdapterOptions | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[str, ...]:
     """The same of a text encoder of so many layers, without the last `unused`, whose output nobody looks at. `shapes` are of its layers by name,
     which --text_encoder_layers is read against; without them its names must be those of single projections."""
-    options = options or Adapter()
+    options = options or AdapterOptions()
     ends = options.text_layers() or _TEXT_PRESETS[options.target_preset]
     if not unused:
         return ends
@@ -311,7 +311,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def inject(
-    name: str, model: torch.nn.Module, options: Adapter, targets: tuple[str, ...], *, seed: int
+    name: str, model: torch.nn.Module, options: AdapterOptions, targets: tuple[str, ...], *, seed: int
 ) -> Component:
     """Freeze `model` and add a trainable adapter to every layer whose name ends with one of `targets`.
 
@@ -363,7 +363,9 @@ def inject_lora(
     seed: int,
 ) -> Component:
     """`inject` of plain LoRA, for callers that have no options."""
-    return inject(name, model, Adapter(rank=rank, lora_alpha=alpha, lora_dropout=dropout), targets, seed=seed)
+    return inject(
+        name, model, AdapterOptions(rank=rank, lora_alpha=alpha, lora_dropout=dropout), targets, seed=seed
+    )
 
 
 def metadata(component: Component) -> dict[str, Any]:

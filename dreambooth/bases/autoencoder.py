@@ -53,6 +53,7 @@ def encode(vae: torch.nn.Module | None, pixel_values: torch.Tensor) -> Posterior
         return Posterior(pixel_values, torch.zeros_like(pixel_values))
     # strides choose among a convolution's ways to compute, which differ in their last bits
     dists = [
-        vae.encode(pixels.contiguous()[None].to(vae.device, vae.dtype)).latent_dist for pixels in pixel_values
-    ]  # type: ignore[operator,union-attr]
+        vae.encode(pixels.contiguous()[None].to(vae.device, vae.dtype)).latent_dist  # type: ignore[operator,union-attr]
+        for pixels in pixel_values
+    ]
     return Posterior(torch.cat([d.mean for d in dists]).float(), torch.cat([d.std for d in dists]).float())

@@ -37,10 +37,10 @@ from transformers.utils import logging as transformers_logging
 
 from dreambooth.bases import folders as base_folders
 from dreambooth.bases import loading, onednn, prompts
-from dreambooth.bases.prompts import Conditions, TextParts
+from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, shown
 from dreambooth.files import digests
-from dreambooth.options.training import BaseModel, TextEncoding
+from dreambooth.options.training import BaseOptions, TextOptions
 
 _FLAG, _VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
 # Parts that draw nothing: never fetched, never loaded. A safety checker blackens pictures, a watermarker marks those that are trained on.
@@ -60,7 +60,7 @@ class Family:
     name: str
     pipeline: type[DiffusionPipeline]
     text: dict[str, tuple[str, type]]
-    encode: Callable[[TextParts, Sequence[str]], Conditions]
+    encode: Callable[[TextParts, Sequence[str]], PromptEmbeds]
     unused_layers: dict[str, int]
     has_vae: bool = True
     trains_text: bool = True
@@ -127,7 +127,7 @@ class Base:
     folder: Path
     own_vae: Path | None
     """Folder of the VAE that takes the place of the base's."""
-    options: BaseModel
+    options: BaseOptions
     index: Mapping[str, Any]
     """Its model_index.json."""
 
@@ -225,7 +225,7 @@ class FrozenParts:
         return self.base.family
 
 
-def find(options: BaseModel) -> Base:
+def find(options: BaseOptions) -> Base:
     """The base on disk; a hub id is downloaded (without its safety checker) or found in the cache.
 
     Raises UserError if it is no pipeline of a family that this version knows, or lacks a part.
@@ -261,7 +261,7 @@ def find(options: BaseModel) -> Base:
     return Base(family, folder, own_vae, options, index)
 
 
-def _download(base: BaseModel) -> Path:
+def _download(base: BaseOptions) -> Path:
     name = base.pretrained_model_name_or_path
     try:
         index = DiffusionPipeline.load_config(name, revision=base.revision)
@@ -279,7 +279,7 @@ def _download(base: BaseModel) -> Path:
         ) from None
 
 
-def _find_vae(options: BaseModel, family: Family, base_folder: Path) -> Path:
+def _find_vae(options: BaseOptions, family: Family, base_folder: Path) -> Path:
     name = options.pretrained_vae_model_name_or_path
     assert name is not None
     if not family.has_vae:
@@ -353,7 +353,7 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
 
 
-def max_tokens(base: Base, text: TextEncoding | None = None) -> int:
+def max_tokens(base: Base, text: TextOptions | None = None) -> int:
     """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
     rooms = [
         base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77)
@@ -385,14 +385,14 @@ def text_layers(base: Base, encoder: str) -> int:
     return int(base_folders.read_json(base.folder / encoder / "config.json").get("num_hidden_layers", 12))
 
 
-def unused_layers(family: Family, encoder: str, text: TextEncoding) -> int:
+def unused_layers(family: Family, encoder: str, text: TextOptions) -> int:
     """How many layers at the end of a text encoder change nothing of what the UNet sees."""
     # the vector of Stable Diffusion XL's second encoder comes from its last layer, whatever is skipped
     skipped = (text.clip_skip or 0) if encoder == "text_encoder" else 0
     return family.unused_layers[encoder] + skipped
 
 
-def check_text(base: Base, text: TextEncoding) -> None:
+def check_text(base: Base, text: TextOptions) -> None:
     """Raise UserError if the base cannot do what the flags about its text encoder ask for."""
     if text.train_text_encoder and not base.family.trains_text:
         raise UserError(
@@ -409,7 +409,7 @@ def check_text(base: Base, text: TextEncoding) -> None:
 
 
 def text_without_encoders(
-    base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextEncoding
+    base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextOptions
 ) -> TextParts:
     """How the prompts of a run are read; its encoders are still to be loaded."""
     return TextParts(
@@ -424,7 +424,7 @@ def text_without_encoders(
 
 
 def condition_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the `Conditions` of one prompt of so many tokens, by their names there."""
+    """Shapes of the `PromptEmbeds` of one prompt of so many tokens, by their names there."""
     unet = base_folders.read_json(base.folder / "unet" / "config.json")
     width = (
         unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dreambooth.bases import autoencoder
-from dreambooth.bases.prompts import Conditions
+from dreambooth.bases.prompts import PromptEmbeds
 
 
 def draw(
     pipeline: Any,
-    prompts: Conditions,
-    negative: Conditions,
+    prompts: PromptEmbeds,
+    negative: PromptEmbeds,
     seeds: Sequence[int],
     *,
     num_inference_steps: int,

@@ -17,52 +17,54 @@ _LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditions:
+class PromptEmbeds:
     """What the UNet is told of some prompts: [prompts, tokens, width], and for Stable Diffusion XL one vector each, [prompts, pooled width]."""
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
 
-    def rows(self, index: Sequence[int]) -> "Conditions":
+    def rows(self, index: Sequence[int]) -> "PromptEmbeds":
         """The conditions of the prompts at these places, in this order."""
         places = torch.tensor(index, device=self.embeds.device)
-        return Conditions(self.embeds[places], None if self.pooled is None else self.pooled[places])
+        return PromptEmbeds(self.embeds[places], None if self.pooled is None else self.pooled[places])
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Conditions":
-        return Conditions(
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "PromptEmbeds":
+        return PromptEmbeds(
             self.embeds.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
         )
 
 
-def stack(conditions: Sequence[Conditions]) -> Conditions:
+def stack(conditions: Sequence[PromptEmbeds]) -> PromptEmbeds:
     """The prompts of all of them, one after another."""
     pooled = [c.pooled for c in conditions if c.pooled is not None]
-    return Conditions(torch.cat([c.embeds for c in conditions]), torch.cat(pooled) if pooled else None)
+    return PromptEmbeds(torch.cat([c.embeds for c in conditions]), torch.cat(pooled) if pooled else None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Book:
-    """Conditions of prompts that were encoded once; `read` gives those of one."""
+class PromptCache:
+    """PromptEmbeds of prompts that were encoded once; `read` gives those of one."""
 
-    read: Callable[[str], Conditions]
+    read: Callable[[str], PromptEmbeds]
 
-    def of(self, prompts: Sequence[str]) -> Conditions:
+    def of(self, prompts: Sequence[str]) -> PromptEmbeds:
         return stack([self.read(prompt) for prompt in prompts])
 
 
-def book(read: Callable[[str], Conditions], prompts: Sequence[str], device: torch.device) -> Book:
+def prompt_cache(
+    read: Callable[[str], PromptEmbeds], prompts: Sequence[str], device: torch.device
+) -> PromptCache:
     """The conditions of `prompts`: few wait on the device, many are read where they lie at each visit."""
     if len(prompts) > _MOST_ON_DEVICE:
-        return Book(read)
+        return PromptCache(read)
     held = {prompt: read(prompt).to(device) for prompt in prompts}
-    return Book(held.__getitem__)
+    return PromptCache(held.__getitem__)
 
 
 @dataclasses.dataclass
 class TextParts:
     """Tokenizers and text encoders of a base, the encoders by the name that they have in its folder and in adapter files."""
 
-    encode: Callable[["TextParts", Sequence[str]], Conditions]
+    encode: Callable[["TextParts", Sequence[str]], PromptEmbeds]
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     encoders: dict[str, Any]
     max_tokens: int
@@ -71,18 +73,18 @@ class TextParts:
     zeros_for_empty: bool = False
     """Whether the empty prompt is zeros, as Stable Diffusion XL was trained."""
 
-    def __call__(self, prompts: Sequence[str]) -> Conditions:
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The conditions of `prompts`; gradients flow if an encoder is trained."""
         return self.encode(self, prompts)
 
-    def book(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> Book:
+    def encode_all(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> PromptCache:
         """All `prompts` encoded, each alone: its last bits do not depend on which others there are. `check` is called before each."""
         device = next(iter(self.encoders.values())).device
         found = {}
         for prompt in dict.fromkeys(prompts):
             check()
             found[prompt] = self([prompt]).to(torch.device("cpu"))
-        return book(found.__getitem__, list(found), device)
+        return prompt_cache(found.__getitem__, list(found), device)
 
     def ids(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask) of the tokenizer at `number`, each [prompts, max_tokens]."""
@@ -99,26 +101,28 @@ class TextParts:
         return ids.to(encoder.device), mask.to(encoder.device)
 
 
-def as_read(encode: Callable[["TextParts", Sequence[str]], Conditions], prompts: Sequence[str]) -> list[str]:
+def as_read(
+    encode: Callable[["TextParts", Sequence[str]], PromptEmbeds], prompts: Sequence[str]
+) -> list[str]:
     """Prompts as they come to the tokenizer: for DeepFloyd IF in lower case and trimmed, as its pipeline has them."""
     return [prompt.lower().strip() for prompt in prompts] if encode is encode_t5 else list(prompts)
 
 
-def encode_clip(text: TextParts, prompts: Sequence[str]) -> Conditions:
+def encode_clip(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
     """Stable Diffusion 1.x and 2.x: CLIP's last hidden state, or an earlier one, after its final norm."""
     (encoder,) = text.encoders.values()
     ids, mask = text.tokens(0, prompts)
     is_masked = text.attention_mask or getattr(encoder.config, "use_attention_mask", False)
     if not text.clip_skip:
-        return Conditions(encoder(ids, attention_mask=mask if is_masked else None)[0])
+        return PromptEmbeds(encoder(ids, attention_mask=mask if is_masked else None)[0])
     hidden = encoder(ids, attention_mask=mask if is_masked else None, output_hidden_states=True).hidden_states
     norm = getattr(
         encoder, "text_model", encoder
     ).final_layer_norm  # older transformers keep it one level down
-    return Conditions(norm(hidden[-(text.clip_skip + 1)]))
+    return PromptEmbeds(norm(hidden[-(text.clip_skip + 1)]))
 
 
-def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> Conditions:
+def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
     """Stable Diffusion XL: the last hidden states but one of both CLIPs, side by side, and the second's projection of the whole prompt."""
     embeds, pooled = [], None
     for number, encoder in enumerate(text.encoders.values()):
@@ -127,18 +131,18 @@ def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> Conditions:
         embeds.append(out.hidden_states[-(text.clip_skip + 2)])
         pooled = out[0]  # the last encoder's stays
     assert pooled is not None
-    found = Conditions(torch.cat(embeds, dim=-1), pooled)
+    found = PromptEmbeds(torch.cat(embeds, dim=-1), pooled)
     if not text.zeros_for_empty or all(prompts):
         return found
     kept = torch.tensor([float(prompt != "") for prompt in prompts], device=pooled.device, dtype=pooled.dtype)
-    return Conditions(found.embeds * kept[:, None, None], pooled * kept[:, None])
+    return PromptEmbeds(found.embeds * kept[:, None, None], pooled * kept[:, None])
 
 
-def encode_t5(text: TextParts, prompts: Sequence[str]) -> Conditions:
+def encode_t5(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
     """DeepFloyd IF: T5's last hidden state, padding masked."""
     (encoder,) = text.encoders.values()
     ids, mask = text.tokens(0, prompts)
-    return Conditions(encoder(ids, attention_mask=mask)[0])
+    return PromptEmbeds(encoder(ids, attention_mask=mask)[0])
 
 
 def _shortened(text: str) -> str:

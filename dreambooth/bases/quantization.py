@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreambooth.errors import UserError
-from dreambooth.options.speed import Speed
+from dreambooth.options.speed import SpeedOptions
 
 # The others turn the weight itself: BOFT and HRA compute with it dense in every call and keep that, and OFT's pictures are drawn with it.
 _ADAPTERS = ("lora", "loha", "lokr")
@@ -82,7 +82,7 @@ class _Product(torch.autograd.Function):
         return grads[0] @ ctx.layer.dense(grads[0].dtype), None
 
 
-def check(speed: Speed, adapter: str, device: torch.device) -> None:
+def check(speed: SpeedOptions, adapter: str, device: torch.device) -> None:
     """Raise UserError if --quantize_base does not go with --adapter or --compile, or not on this device: a small layer is tried there."""
     kind = speed.quantize_base
     if kind is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError, shown
-from dreambooth.options.training import InstanceData
+from dreambooth.options.training import InstanceOptions
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
 _LARGEST = 16 * 2**20  # bytes of one file
@@ -33,12 +33,12 @@ class _Table:
     problems: list[str]
 
 
-def name_column(instance: InstanceData) -> str:
+def name_column(instance: InstanceOptions) -> str:
     """The column of a metadata file that names the pictures. The datasets package calls it `file_name` there, and `image` once it is loaded."""
     return "file_name" if instance.image_column == "image" else instance.image_column
 
 
-def check_columns(instance: InstanceData) -> None:
+def check_columns(instance: InstanceOptions) -> None:
     """Raise UserError if captions are to come from the column that names the pictures."""
     if instance.caption_column == name_column(instance):
         raise UserError(
@@ -47,7 +47,7 @@ def check_columns(instance: InstanceData) -> None:
 
 
 def read(
-    folder: Path, flag: str, names: Sequence[str], instance: InstanceData
+    folder: Path, flag: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
     """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions without --caption_column.
 
@@ -86,7 +86,7 @@ def read(
 
 
 def _from_metadata(
-    folder: Path, file: str, names: Sequence[str], instance: InstanceData
+    folder: Path, file: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
     """({picture: caption or ""}, problems)."""
     try:
@@ -157,7 +157,7 @@ def _fault_of_caption(caption: object) -> str | None:
 
 
 def _from_texts(
-    folder: Path, texts: Mapping[str, str], instance: InstanceData
+    folder: Path, texts: Mapping[str, str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
     """({picture: caption or ""}, problems) from the .txt file of each picture."""
     captions, problems = {}, []
@@ -174,7 +174,7 @@ def _from_texts(
 
 
 def _unread_note(
-    folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceData
+    folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceOptions
 ) -> list[str]:
     """What to say of captions that are not asked for."""
     for file in metadata[:1]:
@@ -212,7 +212,7 @@ def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list
     )
 
 
-def _table(folder: Path, file: str, instance: InstanceData) -> _Table:
+def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:
     text = _text(folder, file, instance)
     return _json_lines(text) if file.endswith(".jsonl") else _comma_separated(text)
 
@@ -264,7 +264,7 @@ def _comma_separated(text: str) -> _Table:
     return _Table(columns, rows, problems)
 
 
-def _text(folder: Path, file: str, instance: InstanceData) -> str:
+def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
     """The text of a file in the folder. Raises UserError, without the file's name, if it lies elsewhere or is no text."""
     path = folder / file
     try:

@@ -26,7 +26,7 @@ from dreambooth.data import photos, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.files import locks
 from dreambooth.options.pictures import ClassImageOptions
-from dreambooth.options.training import PriorPreservation
+from dreambooth.options.training import PriorOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
@@ -39,7 +39,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # of them do, in the median of pictures.
 STEPS = {"dpm": 25, "base": 50}
 
-Flags = TypeVar("Flags", PriorPreservation, ClassImageOptions)
+Flags = TypeVar("Flags", PriorOptions, ClassImageOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ def continued(flags: Flags) -> Flags:
     )
 
 
-def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
+def adopt(prior: PriorOptions, seed: int | None) -> PriorOptions:
     """The options as `continued` has them, and with the seed of the class images that are already there, else `seed`, where it is left open."""
     if not prior.with_prior_preservation:
         return prior
@@ -258,7 +258,7 @@ def adopt(prior: PriorPreservation, seed: int | None) -> PriorPreservation:
 
 
 def settings_of(
-    prior: PriorPreservation, base: families.Base, fingerprint: str, device: torch.device
+    prior: PriorOptions, base: families.Base, fingerprint: str, device: torch.device
 ) -> Settings | None:
     """The set that training wants; None without prior preservation. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
     if not prior.with_prior_preservation:
@@ -293,15 +293,15 @@ def make(
         pipeline = families.load_pipeline(base, _DTYPES[settings.precision], peers.accelerator.device)
         pipeline.scheduler = families.class_sampler(pipeline.scheduler, settings.scheduler)
         with torch.no_grad():
-            book = families.text_of(pipeline, base).book([settings.prompt, ""], watch.check)
+            prompt_cache = families.text_of(pipeline, base).encode_all([settings.prompt, ""], watch.check)
         for (
             encoder
         ) in base.family.text:  # they have said all that they have to: DeepFloyd IF's take gigabytes
             setattr(pipeline, encoder, None)
         return lambda seeds: pipelines.draw(
             pipeline,
-            book.of([settings.prompt] * len(seeds)),
-            book.of([""]),
+            prompt_cache.of([settings.prompt] * len(seeds)),
+            prompt_cache.of([""]),
             seeds,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
@@ -310,7 +310,7 @@ def make(
         )
 
     settings = dataclasses.replace(
-        settings, precision=peers.share(settings.precision)
+        settings, precision=peers.broadcast(settings.precision)
     )  # processes may have different hardware
     if peers.on_main(lambda: is_complete(folder, settings, total)):
         return
@@ -336,7 +336,7 @@ def make(
             make_draw,
             rank=peers.rank,
             world=peers.world,
-            wait=peers.wait,
+            wait=peers.barrier,
             check=watch.check,
         )
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dreambooth.bases import autoencoder, families, onednn, prompts
-from dreambooth.bases.prompts import Book, Conditions, TextParts
+from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import photos
 from dreambooth.data.encoding_cache import Entries, Shapes, name_of
 from dreambooth.data.photos import Photo
@@ -139,7 +139,7 @@ def encode_photos(
     """
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
-    around = _surroundings(device, "diffusers")
+    around = _environment(device, "diffusers")
     now, waiting = (
         [Part(photo, is_mirrored, box) for photo, is_mirrored in some for box in crops.boxes(photo.size)]
         for some in (pictures, later)
@@ -201,7 +201,7 @@ def encode_prompts(
     device: torch.device,
     peers: Peers,
     check: Check,
-) -> Book:
+) -> PromptCache:
     """Encode every prompt that `entries` lacks, with encoders in `dtype` that `text` has not loaded yet. `check` is called before each that is
     looked for, and each that is encoded. Raises UserError if an encoder has changed while it was read."""
     distinct = list(dict.fromkeys(asked))
@@ -215,7 +215,7 @@ def encode_prompts(
         "attention_mask": text.attention_mask,
         "max_tokens": text.max_tokens,
         "zeros_for_empty": text.zeros_for_empty,
-        "around": _surroundings(device, "transformers"),
+        "around": _environment(device, "transformers"),
     }
     names = {}
     for prompt in distinct:
@@ -239,11 +239,11 @@ def encode_prompts(
 
     _fill(entries, dict.fromkeys(names.values(), shapes_of_one), encode, peers, check)
 
-    def read(prompt: str) -> Conditions:
+    def read(prompt: str) -> PromptEmbeds:
         tensors = entries.read(names[prompt])
-        return Conditions(tensors["embeds"], tensors.get("pooled"))
+        return PromptEmbeds(tensors["embeds"], tensors.get("pooled"))
 
-    return prompts.book(read, distinct, device)
+    return prompts.prompt_cache(read, distinct, device)
 
 
 def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
@@ -280,11 +280,11 @@ def _fill(
         make(names)
         return
     make(names[peers.rank :: peers.world])
-    peers.wait()
+    peers.barrier()
     make([name for place, name in enumerate(names) if place % peers.world != peers.rank])
 
 
-def _surroundings(device: torch.device, library: str) -> dict[str, Any]:
+def _environment(device: torch.device, library: str) -> dict[str, Any]:
     """What changes the last bits of what is encoded."""
     found: dict[str, Any] = {
         "device": device.type,

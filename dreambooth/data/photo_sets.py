@@ -20,7 +20,7 @@ from dreambooth.data import captions
 from dreambooth.data.photos import FORMATS
 from dreambooth.errors import UserError, shown
 from dreambooth.files import locks
-from dreambooth.options.training import InstanceData
+from dreambooth.options.training import InstanceOptions
 
 _FLAG = "--dataset_name"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -38,7 +38,7 @@ class PhotoSet:
     notes: tuple[str, ...] = ()
 
 
-def find(instance: InstanceData) -> PhotoSet:
+def find(instance: InstanceOptions) -> PhotoSet:
     """The folder of the subject's photos. A data set of the hub is downloaded, or found in the cache; its `train` split is taken.
 
     Raises UserError if the data set cannot be had, or lacks the columns asked for. The pictures of a user's own folder are not looked at.
@@ -79,7 +79,7 @@ def _holds_photos(folder: Path) -> bool:
     return any(name in captions.METADATA or Path(name).suffix.lower() in FORMATS for name in visible)
 
 
-def _of_hub(instance: InstanceData) -> PhotoSet:
+def _of_hub(instance: InstanceOptions) -> PhotoSet:
     name = instance.dataset_name
     assert name is not None
     if not _HUB_ID.fullmatch(
@@ -124,7 +124,7 @@ def _of_hub(instance: InstanceData) -> PhotoSet:
     return PhotoSet(folder, _FLAG, notes)
 
 
-def _check_columns(dataset: Any, image_kind: type, instance: InstanceData) -> tuple[str, ...]:
+def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) -> tuple[str, ...]:
     """Notes. Raises UserError unless there are the columns of pictures and of captions."""
     kinds = dict(dataset.features)
     pictures = [column for column, kind in kinds.items() if isinstance(kind, image_kind)]
@@ -154,7 +154,7 @@ def _listed(columns: list[str]) -> str:
     return ", ".join(map(_short, columns[:20])) + (" ..." if len(columns) > 20 else "") or "none"
 
 
-def _write_once(folder: Path, rows: Any, instance: InstanceData) -> None:
+def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
     """Write pictures and captions beside `folder`, and rename: it is there whole, or not at all. Processes that come together take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
@@ -178,7 +178,7 @@ def _write_once(folder: Path, rows: Any, instance: InstanceData) -> None:
             shutil.rmtree(temporary, ignore_errors=True)  # what is left of it: nothing, if all went well
 
 
-def _write(folder: Path, rows: Any, instance: InstanceData) -> None:
+def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
     problems, lines = [], []
     for number, row in enumerate(_each(rows)):
         try:

@@ -58,7 +58,7 @@ def noise_of_rows(seed: int, purpose: str, rows: range, shape: tuple[int, ...]) 
     return torch.stack([torch.randn(shape, generator=generator(seed, purpose, row)) for row in rows])
 
 
-def levels_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
+def timesteps_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
     """Noise levels, uniform in 0..num_train_timesteps-1, int64 [rows]."""
     return torch.stack(
         [torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, row)) for row in rows]

@@ -30,7 +30,7 @@ _DEFAULT_RANK = 4
 
 
 @dataclasses.dataclass
-class Adapter:
+class AdapterOptions:
     """The adapter that is trained."""
 
     adapter: Literal["lora", "loha", "lokr", "oft", "boft", "hra"] = "lora"
@@ -40,7 +40,7 @@ class Adapter:
     rank: int = 4
     """Rank of the update matrices; for HRA the reflections, an even number. OFT and BOFT have block sizes instead."""
     lora_alpha: float | None = None
-    """The update is scaled by alpha / rank; None is the rank. Adapter files have the scale worked in, so that every reader gets it right."""
+    """The update is scaled by alpha / rank; None is the rank. AdapterOptions files have the scale worked in, so that every reader gets it right."""
     lora_dropout: float = 0.0
     """Dropout on the input of LoRA's update matrices, in training."""
     use_dora: bool = False
@@ -84,7 +84,7 @@ class Adapter:
     output_kohya_format: bool = False
     """Write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, A1111, Forge and kohya's scripts."""
     init_adapter: str | None = None
-    """Adapter file, or a folder with one, to start from: a finished run, a checkpoint of the reference script, a kohya file."""
+    """AdapterOptions file, or a folder with one, to start from: a finished run, a checkpoint of the reference script, a kohya file."""
     dry_run: bool = False
     """Show what would be trained, layers, parameters and sizes of files, without loading weights, and stop."""
 

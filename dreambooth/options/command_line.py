@@ -26,7 +26,7 @@ from dreambooth.options.conversion import (
 )
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.rules import EXIT_USAGE, broken_rules
-from dreambooth.options.training import Run, Spoken, TrainOptions
+from dreambooth.options.training import RunOptions, Spoken, TrainOptions
 
 T = TypeVar(
     "T",
@@ -212,7 +212,7 @@ def yaml_text(table: dict[str, Any]) -> str:
     return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 
-def adopt_local_rank(run: Run) -> None:
+def adopt_local_rank(run: RunOptions) -> None:
     """Old launchers pass --local_rank and set no LOCAL_RANK; accelerate reads only the latter."""
     if run.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(run.local_rank))

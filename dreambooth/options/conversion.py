@@ -9,7 +9,7 @@ from typing import Literal
 from dreambooth.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.rules import named, require
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 
@@ -34,10 +34,10 @@ class KnownBase:
         if self.pretrained_model_name_or_path is not None:
             self.model()
 
-    def model(self) -> BaseModel | None:
+    def model(self) -> BaseOptions | None:
         """The base as the other scripts have it; None if there is none."""
         name = self.pretrained_model_name_or_path
-        return None if name is None else BaseModel(name, revision=self.revision, variant=self.variant)
+        return None if name is None else BaseOptions(name, revision=self.revision, variant=self.variant)
 
 
 @dataclasses.dataclass
@@ -54,9 +54,9 @@ class NeededBase:
     def __post_init__(self) -> None:
         self.model()
 
-    def model(self) -> BaseModel:
+    def model(self) -> BaseOptions:
         """The base as the other scripts have it."""
-        return BaseModel(self.pretrained_model_name_or_path, revision=self.revision, variant=self.variant)
+        return BaseOptions(self.pretrained_model_name_or_path, revision=self.revision, variant=self.variant)
 
 
 def _check_adapters(words: tuple[str, ...], least: int) -> None:
@@ -88,7 +88,7 @@ class InspectOptions:
 
     base: KnownBase
     adapter: str
-    """Adapter file, the folder of a run, or a folder of peft's."""
+    """AdapterOptions file, the folder of a run, or a folder of peft's."""
 
     def __post_init__(self) -> None:
         named("adapter", self.adapter)
@@ -100,7 +100,7 @@ class ConvertOptions:
 
     base: KnownBase
     adapter: str
-    """Adapter file, the folder of a run, or a folder of peft's. Its layout is found out from what it holds."""
+    """AdapterOptions file, the folder of a run, or a folder of peft's. Its layout is found out from what it holds."""
     to: Literal["native", "kohya", "lora", "peft"]
     """native: this suite's, which diffusers loads where it is LoRA or DoRA. kohya: for ComfyUI, A1111, Forge and kohya's scripts. lora: native, and
     every layer a LoRA, exactly (a LoHa's rank is squared) or of --rank. peft: a folder for each part, for PeftModel.from_pretrained."""
@@ -154,7 +154,7 @@ class ResizeOptions:
 
     base: KnownBase
     adapter: str
-    """Adapter file, the folder of a run, or a folder of peft's."""
+    """AdapterOptions file, the folder of a run, or a folder of peft's."""
     rank: int
     """Largest rank; layers above it become the nearest of it, the others stay."""
     output: str

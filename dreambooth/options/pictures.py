@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from dreambooth.options.rules import at_least, named, require, require_side
-from dreambooth.options.training import BaseModel
+from dreambooth.options.training import BaseOptions
 
 LARGEST_WEIGHT = 100  # of an adapter: far past where any picture is left
 
@@ -17,7 +17,7 @@ LARGEST_WEIGHT = 100  # of an adapter: far past where any picture is left
 class ClassImageOptions:
     """All flags of generate_class_images.py."""
 
-    base: BaseModel
+    base: BaseOptions
     class_data_dir: str
     """Folder to fill."""
     class_prompt: str
@@ -56,13 +56,13 @@ class ClassImageOptions:
 class InferOptions:
     """All flags of infer.py."""
 
-    base: BaseModel
+    base: BaseOptions
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
     prompts_file: str | None = None
     """Text file with a prompt on each line; empty lines and lines that start with # are left out."""
     adapter: tuple[str, ...] = ()
-    """Adapter files, or output folders of training runs, each with a weight if one is added: my_dog style.safetensors:0.6. One is drawn with, or
+    """AdapterOptions files, or output folders of training runs, each with a weight if one is added: my_dog style.safetensors:0.6. One is drawn with, or
     all together: each adds its weight times what it alone changes. Of any kind and layout; none draws with the base alone. OFT, BOFT and HRA
     have no weights but 0 and 1."""
     adapter_weights: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from dreambooth.options.rules import named, require_package
 
 
 @dataclasses.dataclass
-class Speed:
+class SpeedOptions:
     """Speed and memory."""
 
     cache_latents: Literal["auto", "memory", "disk", "off"] = "auto"

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import tyro
 
 from dreambooth.errors import shown
-from dreambooth.options.adapter import Adapter
+from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.rules import at_least, named, require, require_package
-from dreambooth.options.speed import Speed
+from dreambooth.options.speed import SpeedOptions
 
 # A boolean that takes a word, True or False, as the reference script's Prodigy flags do.
 Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
@@ -52,7 +52,7 @@ _DEFAULTS: dict[str, dict[str, float]] = {
 
 
 @dataclasses.dataclass
-class BaseModel:
+class BaseOptions:
     """The frozen base model."""
 
     pretrained_model_name_or_path: str
@@ -79,7 +79,7 @@ class BaseModel:
 
 
 @dataclasses.dataclass
-class InstanceData:
+class InstanceOptions:
     """The photos of the subject."""
 
     instance_prompt: str
@@ -149,7 +149,7 @@ class InstanceData:
 
 
 @dataclasses.dataclass
-class PriorPreservation:
+class PriorOptions:
     """Prior preservation: pictures of the class, drawn by the base itself, keep it from forgetting the class (arXiv 2208.12242, eq. 2)."""
 
     with_prior_preservation: bool = False
@@ -192,7 +192,7 @@ class PriorPreservation:
 
 
 @dataclasses.dataclass
-class TextEncoding:
+class TextOptions:
     """The text encoder."""
 
     train_text_encoder: bool = False
@@ -221,7 +221,7 @@ class TextEncoding:
 
 
 @dataclasses.dataclass
-class Optimization:
+class OptimizerOptions:
     """The optimizer and its learning rate."""
 
     learning_rate: float | None = None
@@ -312,7 +312,7 @@ class Optimization:
 
 
 @dataclasses.dataclass
-class Objective:
+class ObjectiveOptions:
     """What the UNet is trained to predict, and how its errors count."""
 
     snr_gamma: float | None = None
@@ -335,7 +335,7 @@ class Objective:
 
 
 @dataclasses.dataclass
-class Run:
+class RunOptions:
     """How long, where and with what arithmetic."""
 
     output_dir: str = "lora-dreambooth-model"
@@ -400,7 +400,7 @@ class Run:
 
 
 @dataclasses.dataclass
-class Validation:
+class ValidationOptions:
     """Pictures along the way."""
 
     validation_prompt: str | None = None
@@ -432,7 +432,7 @@ class Validation:
 
 
 @dataclasses.dataclass
-class Reports:
+class ReportOptions:
     """Logs and uploads. metrics.jsonl is always written."""
 
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
@@ -460,17 +460,17 @@ class Reports:
 class TrainOptions:
     """All flags of train_dreambooth_lora.py."""
 
-    base: BaseModel
-    instance: InstanceData
-    prior: PriorPreservation = dataclasses.field(default_factory=PriorPreservation)
-    text: TextEncoding = dataclasses.field(default_factory=TextEncoding)
-    adapter: Adapter = dataclasses.field(default_factory=Adapter)
-    optimization: Optimization = dataclasses.field(default_factory=Optimization)
-    objective: Objective = dataclasses.field(default_factory=Objective)
-    run: Run = dataclasses.field(default_factory=Run)
-    speed: Speed = dataclasses.field(default_factory=Speed)
-    validation: Validation = dataclasses.field(default_factory=Validation)
-    reports: Reports = dataclasses.field(default_factory=Reports)
+    base: BaseOptions
+    instance: InstanceOptions
+    prior: PriorOptions = dataclasses.field(default_factory=PriorOptions)
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    optimization: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
+    run: RunOptions = dataclasses.field(default_factory=RunOptions)
+    speed: SpeedOptions = dataclasses.field(default_factory=SpeedOptions)
+    validation: ValidationOptions = dataclasses.field(default_factory=ValidationOptions)
+    reports: ReportOptions = dataclasses.field(default_factory=ReportOptions)
 
     def __post_init__(self) -> None:
         one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates().values())

@@ -75,7 +75,7 @@ class Peers:
         if not self.is_main:
             watch.deadline = None  # clocks differ: one of them decides
 
-    def agree(self) -> None:
+    def sync_stop(self) -> None:
         """Within a step: raise Stop, the same on every process, if any of them is to stop. On its own one would leave the others in an exchange
         that never ends. Over gloo also beside GPUs, so that a process that died is noticed before theirs is entered."""
         pending = self.watch.pending()
@@ -112,7 +112,7 @@ class Peers:
         except RuntimeError as error:
             raise self._lost(error) from None
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every process is here, however long that takes. Raises Stop, naming it, if one is lost."""
         if self.world > 1:
             try:
@@ -120,7 +120,7 @@ class Peers:
             except RuntimeError as error:
                 raise self._lost(error) from None
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's `value`, on every process."""
         if self.world == 1:
             return value
@@ -140,7 +140,7 @@ class Peers:
                 result = work()
             except UserError as error:
                 trouble = str(error)
-        result, trouble = self.share((result, trouble))
+        result, trouble = self.broadcast((result, trouble))
         if trouble is not None:
             raise UserError(trouble)
         return result  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from pathlib import Path
 from dreambooth.bases import folders
 from dreambooth.errors import UserError
 from dreambooth.files import digests
-from dreambooth.options.training import BaseModel, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 
 # peft and transformers import these wherever they are installed, for a second and some lines of warnings, whether they are used or not.
 _OPTIONAL = ("bitsandbytes", "torchao")
@@ -38,7 +38,7 @@ def packages_of(options: TrainOptions) -> list[str]:
     return [package for package in wanted if package]
 
 
-def hash_ahead(base: BaseModel) -> None:
+def hash_ahead(base: BaseOptions) -> None:
     """Begin to hash the weights of a base on disk, in a thread that does not keep the process from ending. Whoever asks for a hash finds it in
     `file_digests`; what is wrong with a file is said by those who check the base."""
     folder = Path(base.pretrained_model_name_or_path)

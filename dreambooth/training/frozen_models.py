@@ -7,7 +7,7 @@ import torch
 
 from dreambooth.bases import families, quantization
 from dreambooth.bases.families import FrozenParts
-from dreambooth.bases.prompts import Book
+from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.errors import UserError, shown
@@ -25,7 +25,7 @@ class FrozenHalf:
     nothing is cached). `rows` are the photos in the order of the run; `readings` are of memory, by phase."""
 
     parts: FrozenParts
-    book: Book | None
+    prompt_cache: PromptCache | None
     rows: PhotoRows
     encoded: encodings.EncodedPhotos | None
     readings: dict[str, memory.Reading]
@@ -62,12 +62,14 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     folder = start.encoded_dir if start.cache == "disk" else None
     entries = encoding_cache.Entries(folder, lambda said: metrics.say(peers.accelerator, f"warning: {said}"))
     text = families.text_without_encoders(base, start.tokenizers, options.text)
-    vae = book = encoded = None
+    vae = prompt_cache = encoded = None
     if options.text.train_text_encoder:
         text.encoders = families.load_encoders(base, start.weight_dtype, device)
     else:
         asked = prompts_of(options, sources)
-        book = encodings.encode_prompts(entries, base, text, asked, start.weight_dtype, device, peers, check)
+        prompt_cache = encodings.encode_prompts(
+            entries, base, text, asked, start.weight_dtype, device, peers, check
+        )
     crops = encodings.Crops(
         instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid
     )
@@ -95,7 +97,11 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     memory.trim()  # in which the weights were read and cast
     scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
     return FrozenHalf(
-        FrozenParts(base, text if book is None else None, vae, unet, scheduler), book, rows, encoded, readings
+        FrozenParts(base, text if prompt_cache is None else None, vae, unet, scheduler),
+        prompt_cache,
+        rows,
+        encoded,
+        readings,
     )
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.errors import UserError, shown
-from dreambooth.options.training import Reports
+from dreambooth.options.training import ReportOptions
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 CARD_NAME = "README.md"
@@ -38,7 +38,7 @@ def without_token(table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != "hub_token"}
 
 
-def notes(reports: Reports) -> list[str]:
+def notes(reports: ReportOptions) -> list[str]:
     """What is odd about the flags but no error."""
     given = (
         []
@@ -48,7 +48,7 @@ def notes(reports: Reports) -> list[str]:
     return [f"You need not use --{name} without --push_to_hub." for name in given]
 
 
-def check(reports: Reports, output_dir: Path) -> str | None:
+def check(reports: ReportOptions, output_dir: Path) -> str | None:
     """The full name of the repository that `push` will fill; None without --push_to_hub, and then the hub is not asked.
 
     Raises UserError for all that would stop the upload and can be known now rather than after hours: no network, no token, one that the hub
@@ -79,7 +79,7 @@ def check(reports: Reports, output_dir: Path) -> str | None:
     return repository
 
 
-def push(reports: Reports, output_dir: Path, pictures: Sequence[str]) -> str:
+def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> str:
     """Upload adapter files, card and `pictures` (names in `output_dir`) as one commit, and return the repository's address.
 
     Raises UploadFailed, and then the files are still where they were.
@@ -132,7 +132,7 @@ def _folder_name(folder: Path) -> str:
     return folder.absolute().resolve().name
 
 
-def _name(reports: Reports, output_dir: Path) -> str:
+def _name(reports: ReportOptions, output_dir: Path) -> str:
     """NAME or OWNER/NAME of the repository. Raises UserError if none can be called so."""
     given = reports.hub_model_id
     name = _folder_name(output_dir) if given is None else given
@@ -153,7 +153,7 @@ def _name(reports: Reports, output_dir: Path) -> str:
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
 
-def _token(reports: Reports) -> tuple[str, str]:
+def _token(reports: ReportOptions) -> tuple[str, str]:
     """(the token, where it is from, in words). Raises UserError if there is none."""
     login = "log in with `hf auth login`, or set HF_TOKEN"
     source, trouble = "--hub_token", ""

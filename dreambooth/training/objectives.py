@@ -33,7 +33,7 @@ class Task:
         return self.skip * self.noisy_latents + self.out * model_output.float()
 
 
-def pose(
+def make_task(
     scheduler: NoiseScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,

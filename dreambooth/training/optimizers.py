@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dreambooth.errors import UserError, shown
-from dreambooth.options.training import Optimization
+from dreambooth.options.training import OptimizerOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Group:
     weight_decay: float
 
 
-def make(o: Optimization, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def make(o: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer of the flags, ready for steps; its groups have `name`, and `initial_lr` for `set_learning_rate`."""
     settings = [
         {
@@ -41,7 +41,7 @@ def make(o: Optimization, groups: Sequence[Group]) -> torch.optim.Optimizer:
     return _KINDS[o.optimizer].make(o, settings)
 
 
-def schedules_itself(o: Optimization) -> bool:
+def schedules_itself(o: OptimizerOptions) -> bool:
     """Whether the optimizer warms up by itself: the factor for `set_learning_rate` is then 1 at every step."""
     return o.optimizer == "schedule-free"
 
@@ -294,7 +294,7 @@ class _Kind:
     """One optimizer."""
 
     class_name: str
-    make: Callable[[Optimization, _Settings], torch.optim.Optimizer]
+    make: Callable[[OptimizerOptions, _Settings], torch.optim.Optimizer]
     tensors: Callable[[Any, dict[str, Any], torch.nn.Parameter], _Fields]
     """(optimizer, group, parameter) -> the tensors of that parameter's state."""
     counts: tuple[str, ...] = ()
@@ -305,7 +305,7 @@ class _Kind:
     """(optimizer, parameter) -> what the parameter's state has besides, the same in every run: not stored."""
 
 
-def _make_adamw(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
+def _make_adamw(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
     # one kernel for all parameters: an adapter is hundreds of small tensors
     return torch.optim.AdamW(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=True)
 
@@ -315,7 +315,7 @@ def _adamw_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Pa
     return {"step": _Field(torch.float32, ()), "exp_avg": moment, "exp_avg_sq": moment}
 
 
-def _make_adamw8bit(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
+def _make_adamw8bit(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon)
@@ -347,7 +347,7 @@ def _adamw8bit_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[
     return {"qmap1": tables["dynamic"], "qmap2": tables["udynamic"]}
 
 
-def _make_prodigy(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
+def _make_prodigy(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
     import prodigyopt
 
     return prodigyopt.Prodigy(
@@ -372,7 +372,7 @@ def _prodigy_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.
     return fields | ({"exp_avg": moment} if group["betas"][0] > 0 else {})
 
 
-def _make_adafactor(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
+def _make_adafactor(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     return Adafactor(settings, scale_parameter=False, relative_step=False, warmup_init=False)
@@ -389,7 +389,7 @@ def _adafactor_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.n
     }
 
 
-def _make_schedule_free(o: Optimization, settings: _Settings) -> torch.optim.Optimizer:
+def _make_schedule_free(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
     import schedulefree
 
     warmup = o.lr_warmup_steps if o.lr_scheduler == "constant_with_warmup" else 0

@@ -175,7 +175,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         options, [len(instance.photos), options.prior.num_class_images if settings else 0]
     )
     max_steps = steps_of_run(options, longest, peers.world)[1]
-    around = run_folder.surroundings(
+    around = run_folder.environment(
         threads=torch.get_num_threads(), device=accelerator.device.type, options=options
     )
 
@@ -494,7 +494,7 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
     for seed in (given, *of_before):
         if seed is not None:
             return int(seed)
-    return peers.share(random.SystemRandom().randrange(2**31))
+    return peers.broadcast(random.SystemRandom().randrange(2**31))
 
 
 def _find_cache(

@@ -21,7 +21,7 @@ from dreambooth.bases import onednn
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import as_table, fields_of
 from dreambooth.options.rules import EXIT_USAGE
-from dreambooth.options.training import Reports, TrainOptions, Validation
+from dreambooth.options.training import ReportOptions, TrainOptions, ValidationOptions
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 from dreambooth.training import checkpoints
 
@@ -29,8 +29,8 @@ IDENTITY, STATUS = "run.json", "status.json"
 
 # Flags that leave the steps already done as they were, so that they may change between them.
 _FREE = {
-    *fields_of(Validation),
-    *fields_of(Reports),
+    *fields_of(ValidationOptions),
+    *fields_of(ReportOptions),
     # where things lie: their contents are compared
     *(
         "output_dir",
@@ -86,7 +86,7 @@ _FREE = {
         "num_threads",
         "allow_tf32",
         "enable_xformers_memory_efficient_attention",
-    ),  # other last bits: said, see `surroundings`
+    ),  # other last bits: said, see `environment`
 }
 _PRIOR = ("prior_loss_weight", "class_prompt")
 # Whose learning rate at a step depends on how many steps there are to be.
@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
-def surroundings(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
+def environment(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
     """What changes last bits but not the run."""
     settings = {
         "tf32": options.run.allow_tf32,

@@ -84,7 +84,7 @@ class Saver:
 
     def _content(self, step: int) -> tuple[bytes, dict[str, torch.Tensor], dict[str, object]]:
         """(adapter file, tensors, state) of checkpoint-<step>."""
-        around = run_folder.surroundings(
+        around = run_folder.environment(
             threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options
         )
         state: dict[str, object] = {"seed": self.options.run.seed, "surroundings": around}
@@ -123,7 +123,7 @@ class Saver:
                 self._publish(step)
             except checkpoints.SaveFailed as error:
                 metrics.say(self.accelerator, f"warning: {error}")
-        self.peers.wait()
+        self.peers.barrier()
 
     @property
     def adapter(self) -> Path:
@@ -142,7 +142,7 @@ class Saver:
             metrics.say(
                 self.accelerator, f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)"
             )
-        self.peers.wait()
+        self.peers.barrier()
 
     def what_is_done(self, step: int, last_step: int) -> None:
         """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""

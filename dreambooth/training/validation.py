@@ -7,7 +7,7 @@ from typing import Any
 from dreambooth.adapters import apply
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.families import FrozenParts
-from dreambooth.bases.prompts import Conditions
+from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.options.training import TrainOptions
 from dreambooth.training import metrics
@@ -37,7 +37,7 @@ class Pictures:
         )
 
     def along_the_way(
-        self, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions
+        self, step: int, progress: metrics.Progress, prompt: PromptEmbeds, empty: PromptEmbeds
     ) -> None:
         """As the adapter is after `step` steps, to validation/ and the trackers."""
         images = self._draw(self._pipeline(), prompt, empty)
@@ -48,7 +48,7 @@ class Pictures:
         progress.images(step, "validation", images, self.prompt)
 
     def of_the_file(
-        self, path: Path, step: int, progress: metrics.Progress, prompt: Conditions, empty: Conditions
+        self, path: Path, step: int, progress: metrics.Progress, prompt: PromptEmbeds, empty: PromptEmbeds
     ) -> list[str]:
         """As the saved adapter draws: the file itself, put on the frozen models, from which the one that was trained is taken off. Names of the
         pictures."""
@@ -70,7 +70,7 @@ class Pictures:
         progress.images(step, "test", images, self.prompt)
         return names if is_saved else []
 
-    def _draw(self, pipeline: Any, prompt: Conditions, empty: Conditions) -> list[Any]:
+    def _draw(self, pipeline: Any, prompt: PromptEmbeds, empty: PromptEmbeds) -> list[Any]:
         numbers = range(self.options.validation.num_validation_images)
         images: list[Any] = []
         for number in numbers:  # alone, so that each depends on its own seed only
