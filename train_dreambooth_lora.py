@@ -141,7 +141,7 @@ class Training:
         self.completed = 0  # steps whose update is in the parameters
         self.is_between_steps = True
         self.unread: list[Taken] = []
-        can_wait = optimizers.can_hold_back(self.optimizer) and not self.scaler.is_enabled()
+        can_wait = optimizers.can_skip_on_device(self.optimizer) and not self.scaler.is_enabled()
         self.read_every = steps_between_readings(self.accelerator.device) if can_wait else 1
         self.is_spoilt = torch.zeros(
             (), device=self.accelerator.device
@@ -388,7 +388,7 @@ class Training:
             self.is_spoilt = torch.maximum(
                 self.is_spoilt, (~torch.isfinite(losses["loss"].sum() + norm)).to(self.is_spoilt)
             )
-            optimizers.hold_back(self.optimizer, self.is_spoilt)
+            optimizers.skip_if_nonfinite(self.optimizer, self.is_spoilt)
         self.is_between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -81,7 +81,7 @@ class Given:
 
     latents: torch.Tensor
     noise: torch.Tensor
-    levels: torch.Tensor
+    timestep_indices: torch.Tensor
     prompts: list[str]
     sizes: list[list[int]]
 
@@ -138,8 +138,8 @@ def given(training: Training, rows: range, offset: float = 0.0) -> Given:
             )
             prompt = CAPTIONS[path.name] if source.purpose == "instance" else CLASS_PROMPT
             found.append((latents, noise, level, prompt, [image.height, image.width, top, left, side, side]))
-    latents, noise, levels = (torch.cat([row[place] for row in found]) for place in range(3))
-    return Given(latents, noise, levels, [row[3] for row in found], [row[4] for row in found])
+    latents, noise, timestep_indices = (torch.cat([row[place] for row in found]) for place in range(3))
+    return Given(latents, noise, timestep_indices, [row[3] for row in found], [row[4] for row in found])
 
 
 def plain_conditions(
@@ -188,7 +188,7 @@ def plain_step(
     column = (-1, 1, 1, 1)
     if way == "edm":
         low, high = config["sigma_min"] ** (1 / 7), config["sigma_max"] ** (1 / 7)
-        sigma = (high + question.levels.double() / 1000 * (low - high)).pow(7).float()
+        sigma = (high + question.timestep_indices.double() / 1000 * (low - high)).pow(7).float()
         c_skip, c_out, c_in = (
             0.25 / (sigma**2 + 0.25),
             sigma * 0.5 / (sigma**2 + 0.25).sqrt(),
@@ -203,7 +203,7 @@ def plain_step(
         )
     else:
         fields = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
-        times = 999 - question.levels if way == "sigma" else question.levels
+        times = 999 - question.timestep_indices if way == "sigma" else question.timestep_indices
         abar = DDPMScheduler(**fields).alphas_cumprod[times]  # type: ignore[attr-defined]
         model_input = abar.sqrt().view(column) * x0 + (1 - abar).sqrt().view(column) * noise
         target = (
@@ -355,16 +355,15 @@ def test_min_snr_weights_follow_the_paper_and_know_no_signal_at_all(prediction_t
 def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
     """Its weight, 1 / sigma^2, undoes what reading the network as a denoiser multiplies the error by."""
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    levels = torch.tensor([0, 400, 900])
+    timestep_indices = torch.tensor([0, 400, 900])
     latents, noise, output = torch.randn(
         3, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    task = objectives.make_task(scheduler, latents, noise, levels)
+    task = objectives.make_task(scheduler, latents, noise, timestep_indices)
     assert task.weights is not None
-    assert task.skip is not None
-    assert task.out is not None
-    assert task.noisy_latents is not None
-    losses = ((task.skip * task.noisy_latents + task.out * output - latents) ** 2).mean(
+    assert task.c_skip is not None
+    assert task.c_out is not None
+    losses = ((task.c_skip * task.noisy_latents + task.c_out * output - latents) ** 2).mean(
         dim=(1, 2, 3)
     ) * task.weights
     assert torch.allclose(losses, ((output - noise) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4)
@@ -375,10 +374,10 @@ def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
 def test_a_perfect_velocity_gives_the_clean_picture(kind):
     """With --prediction_type v_prediction, EDM-style too: v = alpha * noise - sigma * picture, of the picture scaled to unit variance."""
     scheduler = kind(prediction_type="v_prediction")
-    levels = torch.tensor([3, 500, 990])
+    timestep_indices = torch.tensor([3, 500, 990])
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    task = objectives.make_task(scheduler, latents, noise, levels)
-    sigma = scheduler.sigmas[levels].view(-1, 1, 1, 1)
+    task = objectives.make_task(scheduler, latents, noise, timestep_indices)
+    sigma = scheduler.sigmas[timestep_indices].view(-1, 1, 1, 1)
     data = scheduler.config.sigma_data if kind is EDMEulerScheduler else 1.0
     velocity = (data * noise - sigma * latents / data) / (sigma**2 + data**2).sqrt()
     assert torch.allclose(task.prediction(velocity), latents, atol=1e-3)

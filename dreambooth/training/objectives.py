@@ -1,7 +1,6 @@
-"""What the UNet is asked, and what it should have answered: noise prediction, velocity, and EDM's denoising; Min-SNR weights.
+"""Training objectives: epsilon, v-prediction, EDM; Min-SNR weights.
 
-`levels` are the noise levels of a batch, int64 [B] in 0..num_train_timesteps-1. All tensors are [B, C, h, w] and float32 where nothing else
-is said.
+All tensors are [B, C, h, w] and float32 where nothing else is said.
 """
 
 import dataclasses
@@ -15,84 +14,101 @@ NoiseScheduler: TypeAlias = DDPMScheduler | EDMEulerScheduler | EulerDiscreteSch
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One batch's question to the UNet: `model_input` and `timesteps` [B] go in; `prediction` of what comes out is to equal `target`, and its
-    error counts `weights` [B] times (None: once)."""
+    """Noisy latents of one batch, the UNet's input, and the target that its prediction is compared with."""
 
+    noisy_latents: torch.Tensor
     model_input: torch.Tensor
+    """What the UNet takes: the noisy latents; scaled to unit variance for EDM."""
     timesteps: torch.Tensor
+    """What the UNet takes as its timesteps, [B]."""
     target: torch.Tensor
     weights: torch.Tensor | None = None
-    skip: torch.Tensor | None = None
-    """EDM: prediction = skip * noisy latents + out * what comes out, [B, 1, 1, 1] both."""
-    out: torch.Tensor | None = None
-    noisy_latents: torch.Tensor | None = None
+    """Weight of each row's squared error, [B]; None weights all rows with 1."""
+    c_skip: torch.Tensor | None = None
+    """EDM's preconditioning (arXiv 2206.00364, eq. 7), [B, 1, 1, 1]; None for epsilon and v_prediction."""
+    c_out: torch.Tensor | None = None
+    """As `c_skip`."""
 
     def prediction(self, model_output: torch.Tensor) -> torch.Tensor:
-        if self.out is None or self.skip is None or self.noisy_latents is None:
+        """What is compared with `target`: the UNet's output, for EDM c_skip * noisy_latents + c_out * it."""
+        if self.c_skip is None or self.c_out is None:
             return model_output
-        return self.skip * self.noisy_latents + self.out * model_output.float()
+        return self.c_skip * self.noisy_latents + self.c_out * model_output.float()
 
 
 def make_task(
-    scheduler: NoiseScheduler,
+    noise_scheduler: NoiseScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,
-    levels: torch.Tensor,
+    timestep_indices: torch.Tensor,
     *,
     snr_gamma: float | None = None,
 ) -> Task:
-    """The task of denoising `latents` with `noise` added at `levels`, in the way of `scheduler`."""
-    if isinstance(scheduler, DDPMScheduler):
-        return _discrete(scheduler, latents, noise, levels, snr_gamma)
-    return _continuous(scheduler, latents, noise, levels)
+    """The task of denoising `latents` with `noise` added.
+
+    `timestep_indices`, int64 [B] in 0..num_train_timesteps-1, are DDPM's timesteps themselves. Index 0 of an
+    EDM or Euler scheduler is its noisiest timestep. `snr_gamma` is for DDPM only.
+    """
+    if isinstance(noise_scheduler, DDPMScheduler):
+        return _ddpm_task(noise_scheduler, latents, noise, timestep_indices, snr_gamma)
+    return _edm_task(noise_scheduler, latents, noise, timestep_indices)
 
 
-def _discrete(
-    scheduler: DDPMScheduler,
+def _ddpm_task(
+    noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     snr_gamma: float | None,
 ) -> Task:
-    """Noise (DDPM, arXiv 2006.11239, eq. 14) or velocity (arXiv 2202.00512, appendix D) is predicted from the noisy latents."""
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    weights = None if snr_gamma is None else min_snr_weights(scheduler, timesteps, snr_gamma)
-    return Task(scheduler.add_noise(latents, noise, timesteps), timesteps, target, weights)
+    """The target is noise (DDPM, arXiv 2006.11239, eq. 14) or velocity (arXiv 2202.00512, appendix D)."""
+    is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, timesteps, snr_gamma)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    return Task(noisy_latents, noisy_latents, timesteps, target, weights)
 
 
-def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """[B] (Min-SNR, arXiv 2303.09556, section 3.4): min(SNR, gamma) over SNR where noise is predicted, over SNR + 1 where velocity is."""
-    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+def min_snr_weights(
+    noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float
+) -> torch.Tensor:
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, [B].
+
+    Source: Min-SNR, arXiv 2303.09556, section 3.4.
+    """
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    if scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, and 1 where SNR is 0
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=snr_gamma) / (snr + 1)
+    return (snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, without 0 / 0 where SNR is 0
 
 
-def _continuous(
-    scheduler: EDMEulerScheduler | EulerDiscreteScheduler,
+def _edm_task(
+    noise_scheduler: EDMEulerScheduler | EulerDiscreteScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,
-    levels: torch.Tensor,
+    timestep_indices: torch.Tensor,
 ) -> Task:
-    """The clean latents are predicted, at noise levels sigma (EDM, arXiv 2206.00364, section 5).
+    """The target is the clean latents, at noise levels sigma (EDM, arXiv 2206.00364, section 5).
 
-    An EDM scheduler has its own preconditioning and counts all errors alike, since its weights are unsteady in low precision; another one's
-    model is read as a denoiser, its error counted 1 / sigma^2 times, which makes it that of the noise.
+    An EDM scheduler brings its own preconditioning. Its rows are weighted alike, since EDM's weights are
+    unstable in low precision. With any other scheduler the UNet is read as a denoiser. Its weight,
+    1 / sigma^2, makes the error that of the noise.
     """
-    sigmas = scheduler.sigmas[levels.cpu()].to(latents.device, torch.float32)
-    timesteps = scheduler.timesteps[levels.cpu()].to(latents.device)
+    sigmas = noise_scheduler.sigmas[timestep_indices.cpu()].to(latents.device, torch.float32)
+    timesteps = noise_scheduler.timesteps[timestep_indices.cpu()].to(latents.device)
     sigma = sigmas.view(-1, 1, 1, 1)
-    noisy = latents + sigma * noise
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    if isinstance(scheduler, EDMEulerScheduler):
-        data = scheduler.config.sigma_data
-        out = (-1 if is_velocity else 1) * sigma * data / (sigma**2 + data**2) ** 0.5
-        skip = data**2 / (sigma**2 + data**2)
-        return Task(scheduler.precondition_inputs(noisy, sigma), timesteps, latents, None, skip, out, noisy)
+    noisy_latents = latents + sigma * noise
+    is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    if isinstance(noise_scheduler, EDMEulerScheduler):
+        sigma_data = noise_scheduler.config.sigma_data
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = (-1 if is_velocity else 1) * sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        model_input = noise_scheduler.precondition_inputs(noisy_latents, sigma)
+        return Task(noisy_latents, model_input, timesteps, latents, None, c_skip, c_out)
     if is_velocity:
-        skip, out = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
+        c_skip, c_out = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
     else:
-        skip, out = torch.ones_like(sigma), -sigma
-    return Task(noisy / (sigma**2 + 1) ** 0.5, timesteps, latents, sigmas**-2, skip, out, noisy)
+        c_skip, c_out = torch.ones_like(sigma), -sigma
+    model_input = noisy_latents / (sigma**2 + 1) ** 0.5
+    return Task(noisy_latents, model_input, timesteps, latents, sigmas**-2, c_skip, c_out)

@@ -69,16 +69,18 @@ def drop(optimizer: torch.optim.Optimizer, name: str) -> None:
         optimizer.state.pop(parameter, None)
 
 
-def can_hold_back(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `hold_back` works for this kind."""
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `skip_if_nonfinite` works for this optimizer."""
     return _name(optimizer) == "adamw"
 
 
-def hold_back(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
-    """Have the steps from here on do nothing, neither to parameters nor to state, if `flag`, a float on the device, is 1: nobody need wait for it.
-    It is the place where torch's GradScaler has the fused kernels look for overflows."""
-    held: Any = optimizer
-    held.found_inf = flag
+def skip_if_nonfinite(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
+    """If `flag`, a float on the device, is 1, all later steps change neither parameters nor state.
+
+    The host does not wait for the flag: torch's fused kernels read it on the device, as they read GradScaler's.
+    """
+    fused: Any = optimizer
+    fused.found_inf = flag
 
 
 def needs_raw_parameters(optimizer: torch.optim.Optimizer) -> bool:
