@@ -47,7 +47,7 @@ class Counter:
 
 def bad_inputs() -> dict[str, int]:
     """Kinds of bad input and those handled as promised; fuzzed files; payloads that ran."""
-    from tests import test_bad_input
+    from tests.scripts import test_bad_input
 
     counter = Counter()
     code = pytest.main(

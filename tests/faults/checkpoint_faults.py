@@ -1,6 +1,6 @@
 """Faults under checkpoints, counted: a process killed at each of its calls to the file system, and damage to the newest checkpoint.
 
-`python -m tests.faults.checkpoint_faults` prints the counts as its last line; tests/test_checkpoints.py asserts them. No torch: a child is
+`python -m tests.faults.checkpoint_faults` prints the counts as its last line; tests/training/test_checkpoints.py asserts them. No torch: a child is
 forked in a moment. SIGKILL leaves what the kernel has taken, so the order of the flushes, which only a power cut would show, has a test of
 its own.
 """

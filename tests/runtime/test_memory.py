@@ -1,0 +1,123 @@
+"""How much memory a run takes, and what --offload moves out of the device's."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import memory
+from tests.running import run_train, train_words
+
+
+def records(out: Path) -> list[dict]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if "memory" in record]
+
+
+def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp_path, capsys):
+    run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "3")
+    found = records(tmp_path)
+    phases = [(0, "encoded"), (0, "loaded"), (1, "first step"), (1, "rest encoded"), (3, "training")]
+    assert [(record["step"], record["memory"]["phase"]) for record in found] == phases
+    for record in found:
+        assert 0.1 < record["memory"]["resident_gib"] <= record["memory"]["peak_resident_gib"] < 100
+        assert not any(name.startswith(("device", "peak_device")) for name in record["memory"])
+    peak = max(record["memory"]["peak_resident_gib"] for record in found)
+    assert f"memory: {peak:.1f} GiB at most in the computer" in capsys.readouterr().out
+
+
+def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
+    words = ["--checkpointing_steps", "2"]
+    run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *words,
+        "--max_train_steps",
+        "4",
+        "--resume_from_checkpoint",
+        "latest",
+    )
+    assert [(record["step"], record["memory"]["phase"]) for record in records(tmp_path)] == [
+        *[(0, "encoded"), (0, "loaded"), (1, "first step"), (1, "rest encoded"), (2, "training")],
+        *[(2, "encoded"), (2, "loaded"), (3, "first step"), (3, "rest encoded"), (4, "training")],
+    ]
+
+
+def test_a_gpu_is_read_phase_by_phase(monkeypatch):
+    """The peak is that since the last reading."""
+    sizes = {"memory_allocated": 1, "max_memory_allocated": 3, "max_memory_reserved": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size * 2**30)
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    device = torch.device("cuda")
+    found = memory.reading(device)
+    assert (found["device_gib"], found["peak_device_gib"], found["peak_reserved_device_gib"]) == (1, 3, 4)
+    assert reset == [device]
+    said = memory.summary(
+        {
+            "loaded": found | {"peak_resident_gib": 2.0},
+            "training": {"peak_device_gib": 5.25, "peak_resident_gib": 2.5},
+        }
+    )
+    assert (
+        said
+        == "memory: 5.2 GiB at most on the device (loaded 3.0, training 5.2), 2.5 GiB at most in the computer"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
+def test_the_peak_is_known_where_there_is_no_proc(monkeypatch, tmp_path):
+    whole = memory.reading(torch.device("cpu"))
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / "missing")
+    found = memory.reading(torch.device("cpu"))
+    assert list(found) == ["peak_resident_gib"]
+    assert found["peak_resident_gib"] == pytest.approx(whole["peak_resident_gib"], rel=0.1)
+
+
+def test_offloaded_tensors_are_copies_with_their_strides_and_weights_stay():
+    layer = torch.nn.Conv2d(4, 4, 3).requires_grad_(False)
+    layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    with memory.offloaded(layer):
+        out = layer(x.sin()).sigmoid()
+    product = out.grad_fn.next_functions[0][0]
+    assert product._saved_weight.data_ptr() == layer.weight.data_ptr()
+    assert out.grad_fn._saved_result.data_ptr() != out.data_ptr()
+    assert torch.equal(out.grad_fn._saved_result, out)
+    assert product._saved_input.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("words", ["--gradient_checkpointing", "--mixed_precision bf16", "--use_dora"])
+def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp_path, monkeypatch):
+    """As far as it can be seen on a CPU, where what is kept is copied from the same memory."""
+    monkeypatch.setattr(memory, "check", lambda offload, device: None)
+    whole = run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "2", *words.split())
+    moved = run_train(
+        tiny_base, photos_dir, tmp_path / "moved", "--max_train_steps", "2", "--offload", *words.split()
+    )
+    assert moved.read_bytes() == whole.read_bytes()
+
+
+def test_offload_without_a_gpu_is_refused_before_a_model_is_loaded(
+    tiny_base, photos_dir, tmp_path, no_models
+):
+    from dreambooth.errors import UserError
+    from train_dreambooth_lora import main
+
+    with pytest.raises(UserError, match=re.escape("--offload needs a GPU")):
+        main(
+            parse(
+                TrainOptions,
+                "",
+                train_words(tiny_base, photos_dir, tmp_path, "--offload", "--max_train_steps", "1"),
+            )
+        )
+    assert not list(tmp_path.iterdir())

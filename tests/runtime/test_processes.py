@@ -1,0 +1,125 @@
+"""What processes of one run do together: two of them, forked, over the real backend."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dreambooth.errors import UserError
+from dreambooth.runtime import processes
+from dreambooth.runtime.stops import Stop
+from tests.running import together
+
+
+def test_gathered_rows_come_in_the_order_of_the_processes():
+    assert together(lambda peers: peers.gather(torch.tensor([[peers.rank + 1.0]])).flatten().tolist()) == [
+        [1, 2],
+        [1, 2],
+    ]
+
+
+def test_sums_are_over_all_processes():
+    assert together(lambda peers: peers.sum(torch.tensor([peers.rank + 1.0])).tolist()) == [[3], [3]]
+
+
+def test_the_main_process_decides_for_all():
+    assert together(lambda peers: peers.broadcast(f"of {peers.rank}")) == ["of 0", "of 0"]
+    assert together(lambda peers: peers.on_main(lambda: f"of {peers.rank}")) == ["of 0", "of 0"]
+
+
+def test_what_the_main_process_refuses_is_refused_on_all():
+    def refuse() -> None:
+        raise UserError("no such folder")
+
+    assert together(lambda peers: peers.on_main(refuse)) == ["UserError: no such folder"] * 2
+
+
+def test_a_stop_of_one_is_a_stop_of_all_with_its_reason():
+    """Signals reach processes at different moments; one that stopped alone would leave the others waiting."""
+
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            peers.sync_stop()
+        except Stop as stop:
+            return [stop.reason, stop.exit_code, stop.state]
+
+    assert together(work) == [["stopped by SIGTERM", 143, "stopped"]] * 2
+
+
+def test_one_clock_decides_when_the_time_is_up():
+    def work(peers: processes.Peers) -> Any:
+        return peers.watch.deadline is None
+
+    def join_with_limit(peers: processes.Peers) -> Any:
+        peers.watch.deadline = time.monotonic() + (100 if peers.rank == 0 else -1)
+        again = processes.Peers(peers.accelerator, peers.watch, processes.datetime.timedelta(seconds=4))
+        return again.sync_stop()
+
+    assert together(work) == [True, True]
+    assert together(join_with_limit) == [None, None]
+
+
+def test_processes_that_see_other_data_are_refused_by_number():
+    """Nodes may have other photos, another base, another version of the program."""
+    found = together(lambda peers: peers.check_same({"photos": f"those of {peers.rank}", "base": "one"}))
+    assert (
+        found
+        == ["UserError: the processes of this run do not agree with process 0: process 1 has other photos"]
+        * 2
+    )
+    assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
+
+
+@pytest.mark.parametrize("exchange", ["sync_stop", "gather", "sum", "barrier", "check_same"])
+def test_a_process_that_died_is_named_by_every_exchange(exchange):
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            os._exit(1)
+        time.sleep(0.2)
+        arguments: dict[str, list[Any]] = {
+            "gather": [torch.ones(1)],
+            "sum": [torch.ones(1)],
+            "barrier": [],
+            "sync_stop": [],
+            "check_same": [{"a": "b"}],
+        }
+        return getattr(peers, exchange)(*arguments[exchange])
+
+    assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
+
+
+def test_a_process_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "_ROLL_CALL", processes.datetime.timedelta(seconds=2))
+
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 1:
+            time.sleep(9)
+            os._exit(0)
+        return peers.gather(torch.ones(1)).tolist()
+
+    assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
+
+
+def test_of_three_processes_the_one_that_is_lost_is_named():
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 2:
+            os._exit(1)
+        return peers.gather(torch.ones(1)).tolist()
+
+    assert together(work, 3)[0] == "Stop: process 2 of 3 (counted from 0) died or hangs"
+
+
+def test_one_process_where_several_were_asked_for_is_noted(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.notes() == []
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert processes.notes() == []
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (note,) = processes.notes()
+    assert "asked for several processes and started 1" in note

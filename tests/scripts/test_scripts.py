@@ -1,0 +1,830 @@
+"""The real entry points, end to end, on tiny pipelines."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import generate_class_images
+import infer
+import train_dreambooth_lora as train
+from dreambooth.adapter_files import formats, native
+from dreambooth.bases import families
+from dreambooth.errors import UserError
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions, InferOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.training import objectives
+from tests import tiny
+from tests.running import ROOT, digest, metrics, prior_words, run_train, train_words
+
+REAL_PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth"
+
+
+def fill(path: Path, scale: float = 0.3) -> Path:
+    """Give an adapter file updates large enough to see."""
+    state, metadata = load_file(path), formats.read(path).metadata
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor
+        for key, tensor in state.items()
+    }
+    path.write_bytes(native.stable_bytes(state, metadata))
+    return path
+
+
+def fill_copy(run: Path, folder: Path) -> Path:
+    """A copy of a run's adapter with updates large enough to see."""
+    path = folder / "filled.safetensors"
+    path.write_bytes((run / native.ADAPTER_NAME).read_bytes())
+    return fill(path)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base, photos_dir, tmp_path_factory) -> Path:
+    """A whole run: class images, both adapters, checkpoints, validation."""
+    out = tmp_path_factory.mktemp("trained")
+    words = prior_words(
+        out / "class", "--train_text_encoder", "--max_train_steps", "6", "--checkpointing_steps", "2"
+    )
+    run_train(
+        tiny_base, photos_dir, out, *words, "--validation_prompt", "a dog", "--num_validation_images", "1"
+    )
+    return out
+
+
+# --- training
+
+
+def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {
+        "pytorch_lora_weights.safetensors",
+        "metrics.jsonl",
+        "run.yaml",
+        "validation",
+        "class",
+        "image_0.png",
+    } <= names
+    assert {name for name in names if "checkpoint" in name} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    }
+    assert [record["step"] for record in metrics(trained)] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "loss_instance", "loss_prior", "lr", "images_per_second"} <= metrics(trained)[0].keys()
+    assert {path.name for path in (trained / "validation").iterdir()} == {"step-000003-00.png"}
+    assert len(list((trained / "class").glob("class-*.png"))) == 3
+
+
+def test_loss_is_instance_plus_weighted_prior(trained):
+    for record in metrics(trained):
+        assert record["loss"] == pytest.approx(record["loss_instance"] + record["loss_prior"], rel=1e-5)
+
+
+def test_training_moves_both_adapters(trained):
+    state = load_file(trained / native.ADAPTER_NAME)
+    for component in ("unet.", "text_encoder."):
+        moved = [
+            tensor.abs().max()
+            for key, tensor in state.items()
+            if key.startswith(component) and "lora_B" in key
+        ]
+        assert moved
+        assert all(value > 0 for value in moved)
+
+
+def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
+    """The adapter file loads with `load_lora_weights`, and the picture is the same but for rounding: on a CPU infer.py computes by oneDNN."""
+    from diffusers import StableDiffusionPipeline
+
+    path = fill_copy(trained, tmp_path)
+    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --output_dir {tmp_path / 'out'} --num_inference_steps 3"
+    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a photo of sks dog", "--seeds", "5"]))
+    ours = np.asarray(Image.open(tmp_path / "out" / "00000_5.png"))
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    draw = {"num_inference_steps": 3, "generator": [torch.Generator().manual_seed(5)]}
+    without = np.asarray(pipeline(["a photo of sks dog"], **draw).images[0])
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    draw["generator"] = [torch.Generator().manual_seed(5)]
+    plain = np.asarray(pipeline(["a photo of sks dog"], **draw).images[0])
+    assert np.abs(ours.astype(int) - plain).max() <= 1
+    assert np.abs(ours.astype(int) - without).max() > 10
+
+
+def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp_path):
+    """Step 0 of every run is the base itself: with no update the adapted picture is the base's, bit for bit."""
+    adapter = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path / "run",
+        "--max_train_steps",
+        "1",
+        "--learning_rate",
+        "0",
+        "--train_text_encoder",
+    )
+    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {adapter} --compare --output_dir {tmp_path / 'out'} --num_inference_steps 2"
+    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+    records = json.loads((tmp_path / "out" / "images.json").read_text())
+    base, adapted = (np.asarray(Image.open(tmp_path / "out" / record["file"])) for record in records)
+    assert np.array_equal(base, adapted)
+
+
+@pytest.mark.parametrize("photo_size", [(64, 64), (90, 64)], ids=["fixed crop", "random crop"])
+def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
+    """6 steps, and 4 (checkpoint at 3) resumed to 6: the same bytes; with dropout, accumulation, prior preservation, text encoder."""
+    photos = tiny.make_photos(tmp_path / "photos", 5, photo_size)
+    words = [
+        *prior_words(tmp_path / "class"),
+        *["--train_text_encoder", "--lora_dropout", "0.2", "--gradient_accumulation_steps", "2"],
+    ]
+    words += ["--checkpointing_steps", "3", "--lr_scheduler", "linear"]
+    whole = run_train(tiny_base, photos, tmp_path / "whole", *words, "--max_train_steps", "6")
+    run_train(tiny_base, photos, tmp_path / "cut", *words, "--max_train_steps", "6")
+    for name in ("checkpoint-6", native.ADAPTER_NAME):  # as if the run had died after step 4
+        path = tmp_path / "cut" / name
+        if path.is_dir():
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        else:
+            path.unlink()
+    resumed = run_train(
+        tiny_base,
+        photos,
+        tmp_path / "cut",
+        *words,
+        "--max_train_steps",
+        "6",
+        "--resume_from_checkpoint",
+        "latest",
+    )
+    assert digest(resumed) == digest(whole)
+    other = run_train(
+        tiny_base,
+        photos,
+        tmp_path / "other",
+        *words,
+        "--max_train_steps",
+        "6",
+        "--seed",
+        "2",
+        "--class_seed",
+        "1",
+    )
+    assert digest(other) != digest(whole)
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_loader_workers_change_nothing(tiny_base, tmp_path):
+    photos = tiny.make_photos(tmp_path / "photos", 3, (90, 64))
+    words = ["--max_train_steps", "2", "--cache_latents", "off"]
+    digests = {
+        digest(run_train(tiny_base, photos, tmp_path / workers, *words, "--dataloader_num_workers", workers))
+        for workers in ("0", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_base, photos_dir, tmp_path):
+    words = ["--max_train_steps", "2", "--train_text_encoder"]
+    plain = run_train(tiny_base, photos_dir, tmp_path / "a", *words)
+    checkpointed = run_train(tiny_base, photos_dir, tmp_path / "b", *words, "--gradient_checkpointing")
+    assert digest(plain) == digest(checkpointed)
+
+
+def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
+    """Two processes x 1 equals one process x 2 accumulated, bit for bit, class images included."""
+    words = [
+        *prior_words(tmp_path / "class-1"),
+        *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"],
+    ]
+    one = run_train(tiny_base, photos_dir, tmp_path / "one", *words, "--gradient_accumulation_steps", "2")
+    words = [
+        *prior_words(tmp_path / "class-2"),
+        *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"],
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29581",
+        "train_dreambooth_lora.py",
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command += train_words(tiny_base, photos_dir, tmp_path / "two", *words)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pictures = [
+        [digest(tmp_path / folder / f"class-00000{k}.png") for k in range(3)]
+        for folder in ("class-1", "class-2")
+    ]
+    assert pictures[0] == pictures[1]
+    assert digest(one) == digest(tmp_path / "two" / native.ADAPTER_NAME)
+    assert len(metrics(tmp_path / "two")) == 3  # one process writes
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_adapter_is_float32_whatever_the_base(tiny_v_base, photos_dir, tmp_path, precision):
+    """And v-prediction trains."""
+    words = ["--max_train_steps", "2", "--train_text_encoder", "--mixed_precision", precision]
+    state = load_file(run_train(tiny_v_base, photos_dir, tmp_path, *words))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_target_follows_the_prediction_type():
+    from diffusers import DDPMScheduler
+
+    latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    for prediction_type in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler(prediction_type=prediction_type)
+        task = objectives.make_task(scheduler, latents, noise, timesteps)
+        signal, spread = (
+            share.sqrt().view(-1, 1, 1, 1)
+            for share in (scheduler.alphas_cumprod[timesteps], 1 - scheduler.alphas_cumprod[timesteps])
+        )
+        assert torch.allclose(task.model_input, signal * latents + spread * noise, atol=1e-6)
+        expected = noise if prediction_type == "epsilon" else signal * noise - spread * latents
+        assert torch.allclose(task.target, expected, atol=1e-6)
+
+
+def test_instance_and_class_are_averaged_separately():
+    losses = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    loss, pieces = train.dreambooth_loss(losses, sources=2, prior_loss_weight=0.5)
+    assert loss == 2 + 0.5 * 20
+    assert (pieces["loss_instance"], pieces["loss_prior"]) == (2, 20)
+    assert train.dreambooth_loss(losses, sources=1, prior_loss_weight=9)[0] == 11
+
+
+def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
+    alone = run_train(
+        tiny_base, photos_dir, tmp_path / "alone", "--max_train_steps", "2", "--num_threads", "1"
+    )
+    words = prior_words(tmp_path / "class", "--prior_loss_weight", "0")
+    weighted = run_train(
+        tiny_base, photos_dir, tmp_path / "zero", "--max_train_steps", "2", "--num_threads", "1", *words
+    )
+    first, second = load_file(alone), load_file(weighted)
+    differences = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
+    # another batch has other last bits, and Adam makes whole steps of those where a gradient is next to nothing
+    assert (differences < 1e-6).float().mean() > 0.99
+
+
+def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(tiny_base, photos_dir, tmp_path):
+    watched = [
+        "--validation_prompt",
+        "a dog",
+        "--num_validation_images",
+        "1",
+    ]  # drawn without the text encoder
+    plain = run_train(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2", *watched)
+    assert (tmp_path / "a" / "image_0.png").is_file()
+    computed = run_train(
+        tiny_base, photos_dir, tmp_path / "b", "--max_train_steps", "2", "--pre_compute_text_embeddings"
+    )
+    assert digest(plain) == digest(computed)
+    masked = run_train(
+        tiny_base, photos_dir, tmp_path / "c", "--max_train_steps", "2", "--text_encoder_use_attention_mask"
+    )
+    assert digest(plain) != digest(masked)
+
+
+def test_validation_does_not_shift_training(tiny_base, photos_dir, tmp_path):
+    words = ["--max_train_steps", "3", "--lora_dropout", "0.3", "--train_text_encoder"]
+    plain = run_train(tiny_base, photos_dir, tmp_path / "a", *words)
+    watched = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path / "b",
+        *words,
+        "--validation_prompt",
+        "a dog",
+        "--validation_epochs",
+        "1",
+    )
+    assert digest(plain) == digest(watched)
+
+
+def test_run_yaml_repeats_the_run(tiny_base, photos_dir, tmp_path):
+    """Without --seed one is drawn and stored; the stored options give the same adapter."""
+    words = train_words(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2")
+    at = words.index("--seed")
+    del words[at : at + 2]
+    train.main(parse(TrainOptions, "", words))
+    train.main(
+        parse(
+            TrainOptions,
+            "",
+            ["--config", str(tmp_path / "a" / "run.yaml"), "--output_dir", str(tmp_path / "b")],
+        )
+    )
+    assert digest(tmp_path / "a" / native.ADAPTER_NAME) == digest(tmp_path / "b" / native.ADAPTER_NAME)
+
+
+def test_scale_lr_and_schedule_set_the_rate_of_each_step(tiny_base, photos_dir, tmp_path):
+    words = "--max_train_steps 4 --learning_rate 0.001 --scale_lr --gradient_accumulation_steps 2 --lr_scheduler linear --lr_warmup_steps 2"
+    run_train(tiny_base, photos_dir, tmp_path, *words.split())
+    assert [record["lr"] for record in metrics(tmp_path)] == pytest.approx([0, 0.001, 0.002, 0.001])
+
+
+def test_epochs_become_steps(tiny_base, photos_dir, tmp_path):
+    run_train(tiny_base, photos_dir, tmp_path, "--num_train_epochs", "2")
+    assert len(metrics(tmp_path)) == 6  # three photos, batch 1, two passes
+
+
+def test_total_limit_keeps_the_newest(tiny_base, photos_dir, tmp_path):
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *["--max_train_steps=6", "--checkpointing_steps=2", "--checkpoints_total_limit=2"],
+    )
+    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, photos_dir, tmp_path, capsys):
+    words = prior_words(trained / "class", "--train_text_encoder", "--max_train_steps", "6")
+    run_train(
+        tiny_base, photos_dir, tmp_path, *words, "--resume_from_checkpoint", str(trained / "checkpoint-6")
+    )
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert digest(tmp_path / native.ADAPTER_NAME) == digest(trained / native.ADAPTER_NAME)
+
+
+def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, photos_dir, tmp_path):
+    words = prior_words(
+        trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-2")
+    )
+    for more, found in (
+        (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps"),
+        (["--train_batch_size", "2"], "train_batch_size"),
+    ):
+        with pytest.raises(UserError, match=found):
+            run_train(tiny_base, photos_dir, tmp_path, *words, *more)
+    with pytest.raises(UserError, match="seed"):
+        run_train(tiny_base, photos_dir, tmp_path, *words, "--seed", "2", "--class_seed", "1")
+
+
+def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_base, photos_dir, tmp_path):
+    """Either would quietly give another adapter under the same name."""
+    words = prior_words(
+        trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-4")
+    )
+    with pytest.raises(UserError, match="mixed_precision"):
+        run_train(tiny_base, photos_dir, tmp_path, *words, "--mixed_precision", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match="past step 2"):
+        run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
+
+
+def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base, photos_dir, tmp_path):
+    """Without --class_seed the pictures that are there are taken as they are."""
+    before = {path.name: digest(path) for path in (trained / "class").glob("*.png")}
+    run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path,
+        *prior_words(trained / "class"),
+        "--max_train_steps",
+        "1",
+        "--seed",
+        "77",
+    )
+    assert {path.name: digest(path) for path in (trained / "class").glob("*.png")} == before
+    with pytest.raises(UserError, match="seed is 1 there and 5 now"):
+        run_train(
+            tiny_base, photos_dir, tmp_path / "other", *prior_words(trained / "class"), "--class_seed", "5"
+        )
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    real = train.Training.take_gradients
+
+    def poisoned(self, total):
+        real(self, total)
+        total[0] = float("inf")
+
+    monkeypatch.setattr(train.Training, "take_gradients", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2")
+    assert stop.value.code == 1
+    assert "gradients of step 1 are not finite" in capsys.readouterr().err
+    assert not (tmp_path / native.ADAPTER_NAME).exists()
+
+
+def test_adapters_in_the_reference_scripts_spelling_are_read(trained, tiny_base, tmp_path):
+    from safetensors.torch import save_file
+
+    ours = fill_copy(trained, tmp_path)
+    renamed = {}
+    for key, tensor in load_file(ours).items():
+        down, up = (
+            (".lora.down.", ".lora.up.")
+            if key.startswith("unet.")
+            else (".lora_linear_layer.down.", ".lora_linear_layer.up.")
+        )
+        renamed[key.replace(".lora_A.", down).replace(".lora_B.", up)] = tensor
+    theirs = tmp_path / "theirs.safetensors"
+    save_file(renamed, theirs, {"format": "pt"})
+    pictures = []
+    for path in (ours, theirs):
+        words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / path.stem}"
+        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+        pictures.append(np.asarray(Image.open(tmp_path / path.stem / "00000_0.png")))
+    assert np.array_equal(pictures[0], pictures[1])
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_models_load(
+    tiny_base, photos_dir, tmp_path, no_models
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir"):
+        run_train(tiny_base, photos_dir, tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="--output_dir"):
+        infer.main(
+            parse(
+                InferOptions,
+                "",
+                f"--pretrained_model_name_or_path {tiny_base} --prompt dog --output_dir {tmp_path / 'file'}".split(),
+            )
+        )
+
+
+def test_processes_that_cannot_see_each_other_are_refused(tiny_base, photos_dir, tmp_path, monkeypatch):
+    """Each would do the whole work, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes and accelerate joined 1"):
+        run_train(tiny_base, photos_dir, tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    """No step is taken with it, the step before it is saved, the picture is named, and the exit status is 1."""
+    real = train.denoising_losses
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "denoising_losses", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "5", "--checkpointing_steps", "5")
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "the loss of step 3 is not finite (nan)" in said
+    assert "photo-" in said
+    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-2"}
+    monkeypatch.undo()
+    resumed = run_train(
+        tiny_base, photos_dir, tmp_path, "--max_train_steps", "5", "--resume_from_checkpoint", "latest"
+    )
+    assert digest(resumed) == digest(
+        run_train(tiny_base, photos_dir, tmp_path / "unbroken", "--max_train_steps", "5")
+    )
+
+
+def test_what_is_trained_is_printed(tiny_base, photos_dir, tmp_path, capsys):
+    run_train(
+        tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--train_text_encoder", "--rank", "2"
+    )
+    printed = capsys.readouterr().out
+    state = load_file(tmp_path / native.ADAPTER_NAME)
+    for component in ("unet", "text_encoder"):
+        tensors = [tensor for key, tensor in state.items() if key.startswith(component + ".")]
+        row = next(line for line in printed.splitlines() if line.startswith(component + " "))
+        assert f"{len(tensors) // 2:,}" in row
+        assert f"{sum(tensor.numel() for tensor in tensors):,}" in row
+
+
+def test_tensorboard_gets_scalars(tiny_base, photos_dir, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is an optional extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs" / "dreambooth-lora"))
+    events.Reload()
+    assert {"loss", "lr"} <= set(events.Tags()["scalars"])
+
+
+# --- bad input, before any model is loaded
+
+
+def spoil(folder: Path, kind: str) -> Path:
+    if kind == "missing":
+        return folder / "nowhere"
+    if kind == "empty":
+        folder.mkdir()
+        return folder
+    tiny.make_photos(folder, 1)
+    if kind == "truncated":
+        whole = (folder / "photo-0.png").read_bytes()
+        (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    if kind == "text":
+        (folder / "note.jpg").write_text("not a picture")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("missing", "no folder"), ("empty", "it is empty"), ("truncated", "cut.png"), ("text", "note.jpg")],
+)
+def test_bad_photo_folders_are_refused_at_the_door(tiny_base, tmp_path, no_models, kind, said):
+    with pytest.raises(UserError, match=said):
+        run_train(tiny_base, spoil(tmp_path / "photos", kind), tmp_path / "out")
+
+
+def test_hidden_files_are_skipped_with_a_note(tiny_base, photos_dir, tmp_path, capsys):
+    photos = tiny.make_photos(tmp_path / "photos", 1)
+    (photos / ".DS_Store").write_text("junk")
+    run_train(tiny_base, photos, tmp_path / "out", "--max_train_steps", "1")
+    assert "skipped 1 hidden" in capsys.readouterr().out
+
+
+def test_long_prompts_are_refused_with_the_words_cut_off(tiny_base, photos_dir, tmp_path, no_models):
+    prompt = "a photo of sks dog " + "in the snow " * 25 + "wearing a yellow scarf"
+    with pytest.raises(
+        UserError, match=r"--instance_prompt is longer than 77 tokens.*wearing a yellow scarf"
+    ):
+        run_train(tiny_base, photos_dir, tmp_path, "--instance_prompt", prompt)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path, "there is no folder"),
+        (lambda path: (path.mkdir(), path)[1], "no model_index.json"),
+        (
+            lambda path: (
+                path.mkdir(),
+                (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+                path,
+            )[2],
+            "is a FluxPipeline",
+        ),
+        (lambda path: (path.write_text("x"), path)[1], "single file"),
+        (
+            lambda path: (
+                path.mkdir(),
+                (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'),
+                path,
+            )[2],
+            "lacks the folders",
+        ),
+    ],
+)
+def test_bad_base_folders_are_refused_at_the_door(photos_dir, tmp_path, no_models, make, said):
+    with pytest.raises(UserError, match=said):
+        run_train(make(tmp_path / "base"), photos_dir, tmp_path / "out")
+
+
+def test_parts_of_two_bases_are_refused(tiny_base, photos_dir, tmp_path, no_models):
+    import shutil
+
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tiny_base, mixed)
+    config = json.loads((mixed / "text_encoder" / "config.json").read_text())
+    (mixed / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    with pytest.raises(UserError, match="two different bases"):
+        run_train(mixed, photos_dir, tmp_path / "out")
+
+
+def test_fp16_on_a_cpu_is_refused(tiny_base, photos_dir, tmp_path, no_models):
+    with pytest.raises(UserError, match="fp16 does not work on a CPU"):
+        run_train(tiny_base, photos_dir, tmp_path, "--mixed_precision", "fp16")
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_lora.py", "generate_class_images.py", "infer.py"])
+def test_mistakes_end_with_status_2_and_one_message(script, tmp_path):
+    """The process itself: no traceback, nothing written."""
+    words = {
+        "train_dreambooth_lora.py": [
+            "--instance_data_dir",
+            str(tmp_path / "none"),
+            "--instance_prompt",
+            "x",
+            "--output_dir",
+            str(tmp_path / "o"),
+        ],
+        "generate_class_images.py": ["--class_data_dir", str(tmp_path / "c"), "--class_prompt", "a dog"],
+        "infer.py": [
+            "--prompt",
+            "a dog",
+            "--adapter",
+            str(tmp_path / "none.safetensors"),
+            "--output_dir",
+            str(tmp_path / "o"),
+        ],
+    }[script]
+    command = [sys.executable, script, "--pretrained_model_name_or_path", str(tmp_path / "nobase"), *words]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- class images
+
+
+def class_words(base: Path, folder: Path, *more: str) -> list[str]:
+    words = f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 5 --class_inference_steps 2 --sample_batch_size 2"
+    return [*words.split(), "--class_prompt", "a photo of dog", *more]
+
+
+def make_class_images(base: Path, folder: Path, *more: str) -> dict[str, str]:
+    """Hash of every picture, by name."""
+    generate_class_images.main(parse(ClassImageOptions, "", class_words(base, folder, *more)))
+    return {path.name: digest(path) for path in sorted(folder.glob("*.png"))}
+
+
+def test_class_images_are_the_same_after_an_interruption(tiny_base, tmp_path, monkeypatch):
+    from dreambooth.bases import pipelines
+
+    whole = make_class_images(tiny_base, tmp_path / "whole")
+    assert len(set(whole.values())) == 5
+    real, calls = pipelines.draw, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipelines, "draw", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make_class_images(tiny_base, tmp_path / "cut")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cut").glob("*.png"))) == 2
+    assert make_class_images(tiny_base, tmp_path / "cut") == whole
+
+
+def test_class_images_are_the_same_from_two_processes(tiny_base, tmp_path):
+    alone = make_class_images(tiny_base, tmp_path / "alone", "--num_threads", "1")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29582",
+        "generate_class_images.py",
+    ]
+    command += class_words(tiny_base, tmp_path / "both", "--num_threads", "1")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path.name: digest(path) for path in sorted((tmp_path / "both").glob("*.png"))} == alone
+    assert not list((tmp_path / "both").glob(".class-*"))
+
+
+def test_training_makes_the_class_images_that_the_script_makes(trained, tiny_base, tmp_path):
+    by_script = make_class_images(tiny_base, tmp_path / "class", "--num_class_images", "3", "--seed", "1")
+    assert by_script == {path.name: digest(path) for path in sorted((trained / "class").glob("*.png"))}
+
+
+def test_class_folder_of_other_settings_is_refused(tiny_base, tiny_v_base, tmp_path):
+    make_class_images(tiny_base, tmp_path / "class")
+    for base, more, said in (
+        (tiny_base, ["--class_prompt", "a cat"], "prompt"),
+        (tiny_base, ["--seed", "3"], "seed"),
+        (tiny_v_base, [], "base"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_class_images(base, tmp_path / "class", *more)
+
+
+# --- infer
+
+
+def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tiny_base, tmp_path):
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --batch_size 1 --prompt".split()
+    )
+    infer.main(
+        parse(
+            InferOptions,
+            "",
+            [*words, "a dog", "a cat", "--seeds", "3", "4", "--output_dir", str(tmp_path / "many")],
+        )
+    )
+    infer.main(
+        parse(InferOptions, "", [*words, "a cat", "--seeds", "4", "--output_dir", str(tmp_path / "one")])
+    )
+    records = json.loads((tmp_path / "many" / "images.json").read_text())
+    assert [(record["prompt"], record["seed"]) for record in records] == [
+        ("a dog", 3),
+        ("a dog", 4),
+        ("a cat", 3),
+        ("a cat", 4),
+    ]
+    picture = Image.open(tmp_path / "many" / records[3]["file"])
+    assert json.loads(picture.info["dreambooth"])["prompt"] == "a cat"
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "one" / "00000_4.png")))
+    assert Image.open(tmp_path / "many" / "contact_sheet.png").width > 2 * 160
+
+
+def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, tmp_path):
+    path = fill_copy(trained, tmp_path)
+    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / 'both'} --compare"
+    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --output_dir {tmp_path / 'base'}"
+    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+    records = json.loads((tmp_path / "both" / "images.json").read_text())
+    base, adapted = (np.asarray(Image.open(tmp_path / "both" / record["file"])) for record in records)
+    assert [record["adapter"] for record in records] == [None, f"{tmp_path.name}/filled.safetensors"]
+    assert np.array_equal(base, np.asarray(Image.open(tmp_path / "base" / "00000_0.png")))
+    assert not np.array_equal(base, adapted)
+
+
+def test_prompts_come_from_a_file(tiny_base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na dog\n\na cat in the snow\n")
+    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
+    infer.main(parse(InferOptions, "", words.split()))
+    assert [record["prompt"] for record in json.loads((tmp_path / "out" / "images.json").read_text())] == [
+        "a dog",
+        "a cat in the snow",
+    ]
+
+
+def test_adapter_of_another_base_is_refused(trained, tmp_path):
+    other = tiny.build_pipeline(tmp_path / "other", text_width=48)
+    words = f"--pretrained_model_name_or_path {other} --adapter {trained} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(UserError, match="another base"):
+        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
+
+
+def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_path):
+    prompts = ["../../etc/passwd", 'a "dog"\nSteps: 1', "\x1b[31mred"]
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'}"
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", *prompts]))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {".lock", "00000_0.png", "00001_0.png", "00002_0.png", "images.json", "contact_sheet.png"}
+
+
+# --- real photos
+
+
+@pytest.mark.skipif(not (REAL_PHOTOS / "dog3").is_dir(), reason=f"the real photos are not at {REAL_PHOTOS}")
+@pytest.mark.parametrize("base", ["tiny", "picturebook"])
+def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
+    """Class images, dual LoRA, pictures: on a Stable-Diffusion-shaped random base, and on the embedded one at its own resolution."""
+    folder = tiny_base if base == "tiny" else ROOT / "picturebook" / "model"
+    words = prior_words(
+        tmp_path / "class", "--train_text_encoder", "--max_train_steps", "3", "--num_class_images", "2"
+    )
+    adapter = run_train(folder, REAL_PHOTOS / "dog3", tmp_path / "run", *words)
+    infer_words = f"--pretrained_model_name_or_path {folder} --adapter {adapter} --output_dir {tmp_path / 'out'} --num_inference_steps 2 --compare"
+    infer.main(parse(InferOptions, "", [*infer_words.split(), "--prompt", "a photo of sks dog"]))
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 2
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert all(np.isfinite(losses))
+
+
+def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, tiny_base):
+    from safetensors import safe_open
+
+    with safe_open(trained / native.ADAPTER_NAME, framework="pt") as file:
+        metadata = file.metadata()
+    said = native.recorded(metadata)
+    base = families.find(BaseOptions(str(tiny_base)))
+    assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (
+        tiny_base.name,
+        base.fingerprint(),
+        6,
+        1,
+    )
+    assert set(said["versions"]) == {"torch", "diffusers", "transformers", "peft"}
+    assert not any(
+        str(folder) in json.dumps(metadata)
+        for folder in (tiny_base.parent, trained, Path.home())
+        if str(folder) != "/"
+    )
