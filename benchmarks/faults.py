@@ -51,7 +51,13 @@ def bad_inputs() -> dict[str, int]:
 
     counter = Counter()
     code = pytest.main(
-        ["-q", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_bad_input.py")],
+        [
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests" / "scripts" / "test_bad_input.py"),
+        ],
         plugins=[counter],
     )
     if code == pytest.ExitCode.INTERNAL_ERROR or not counter.passed:

@@ -326,7 +326,7 @@ def digest(base: str) -> str:
 def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, models):
     components = trained(inject(models))
     assert packed(components) == packed(components)
-    code = "import sys, torch; from tests import conftest, test_adapters; print(test_adapters.digest(sys.argv[1]))"
+    code = "import sys, torch; from tests import conftest; from tests.adapters import test_adapters; print(test_adapters.digest(sys.argv[1]))"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny_base)],
