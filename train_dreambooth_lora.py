@@ -36,6 +36,7 @@ from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
@@ -230,7 +231,7 @@ class Training:
                 except UserError as error:
                     raise UserError(f"--init_adapter: {error}") from None
 
-    def resume(self, checkpoint: checkpoints.Content) -> None:
+    def resume(self, checkpoint: checkpoint_folders.Content) -> None:
         """Go on from a checkpoint that has been found to be of this run. Raises UserError if it does not fit all the same."""
         state = checkpoints.read_state(checkpoint)
         if not state.get("trains_text", True):

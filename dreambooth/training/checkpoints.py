@@ -17,40 +17,8 @@ from dreambooth.adapter_files import native
 from dreambooth.adapters.inject import Component
 from dreambooth.errors import UserError, shown
 from dreambooth.files import checkpoint_folders
-from dreambooth.files.checkpoint_folders import (
-    Choice,
-    Content,
-    PruneFailed,
-    SaveFailed,
-    choose,
-    list_checkpoints,
-    read,
-    room_note,
-    size,
-    sweep,
-    verify,
-)
+from dreambooth.files.checkpoint_folders import Content
 from dreambooth.training import optimizers
-from dreambooth.training.optimizers import state_tensors as optimizer_tensors
-
-__all__ = [
-    "Choice",
-    "Content",
-    "PruneFailed",
-    "SaveFailed",
-    "choose",
-    "list_checkpoints",
-    "optimizer_tensors",
-    "raw_parameters",
-    "read",
-    "read_state",
-    "restore",
-    "room_note",
-    "save",
-    "size",
-    "sweep",
-    "verify",
-]
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -78,7 +46,7 @@ def save(
     identity: dict[str, Any] | None = None,
 ) -> Path:
     """Publish `checkpoint-<step>`, then remove the oldest whole ones beyond `limit`. `identity`, what run this is, goes into the manifest.
-    `moments` are `optimizer_tensors` and `raw_parameters`; `state` has `optimizers.state_numbers` as "optimizer".
+    `moments` are `optimizers.state_tensors` and `raw_parameters`; `state` has `optimizers.state_numbers` as "optimizer".
 
     Raises SaveFailed if the disk does not take it; what was there is then as it was, and training can go on.
     """

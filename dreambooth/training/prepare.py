@@ -27,7 +27,7 @@ from dreambooth.data import captions, class_images, encoding_cache, encodings, p
 from dreambooth.data.batches import Source
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
-from dreambooth.files import locks
+from dreambooth.files import checkpoint_folders, locks
 from dreambooth.options.command_line import adopt_local_rank
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory, processes
@@ -49,7 +49,7 @@ class Start:
     weight_dtype: torch.dtype
     sources: list[Source]
     identity: dict[str, Any]
-    checkpoint: checkpoints.Content | None
+    checkpoint: checkpoint_folders.Content | None
     is_own: bool  # whether the checkpoint is one of the output folder's
     first_adapter: AdapterState
     status: run_folder.Status
@@ -154,12 +154,12 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
             )
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
         metrics.say(accelerator, f"note: {note}")
-    if swept := peers.on_main(lambda: checkpoints.sweep(output_dir)):
+    if swept := peers.on_main(lambda: checkpoint_folders.sweep(output_dir)):
         metrics.say(accelerator, f"note: removed what a run that died left half done: {', '.join(swept)}")
     folder, said = peers.on_main(lambda: find_checkpoint(run.resume_from_checkpoint, output_dir))
     for line in said:
         metrics.say(accelerator, line)
-    checkpoint = checkpoints.read(folder) if folder else None
+    checkpoint = checkpoint_folders.read(folder) if folder else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
     there = (
         peers.on_main(lambda: run_folder.read_identity(output_dir)) if run.resume_from_checkpoint else None
@@ -482,7 +482,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | N
     """(the checkpoint to go on from, what to say of those passed over and of none)."""
     if resume_from is None:
         return None, []
-    choice = checkpoints.choose(resume_from, output_dir)
+    choice = checkpoint_folders.choose(resume_from, output_dir)
     said = [f"warning: passed over {reason}" for reason in choice.skipped]
     if choice.folder is None:
         said.append(f"Checkpoint '{resume_from}' does not exist. Starting a new training run.")

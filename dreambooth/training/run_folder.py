@@ -19,11 +19,11 @@ from typing import Any, Literal
 from dreambooth.adapter_files import native
 from dreambooth.bases import onednn
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
 from dreambooth.options.command_line import as_table, fields_of
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, TrainOptions, ValidationOptions
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
-from dreambooth.training import checkpoints
 
 IDENTITY, STATUS = "run.json", "status.json"
 
@@ -187,7 +187,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
 
 
 def check_resume(
-    checkpoint: checkpoints.Content,
+    checkpoint: checkpoint_folders.Content,
     state: Mapping[str, Any],
     now: Mapping[str, Any],
     around: Mapping[str, Any],
@@ -239,7 +239,7 @@ def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, agai
                 "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on with it, or --overwrite to remove it"
             )
         if not again and (
-            checkpoints.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()
+            checkpoint_folders.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()
         ):
             raise UserError(
                 f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"
@@ -282,7 +282,7 @@ def _is_identity(value: Any) -> bool:
 
 
 def _clear(output_dir: Path) -> None:
-    for _, folder in checkpoints.list_checkpoints(output_dir):
+    for _, folder in checkpoint_folders.list_checkpoints(output_dir):
         shutil.rmtree(folder)
     names = [
         native.ADAPTER_NAME,

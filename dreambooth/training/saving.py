@@ -9,6 +9,7 @@ import torch
 
 from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
+from dreambooth.files import checkpoint_folders
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
@@ -76,7 +77,7 @@ class Saver:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's, and the parameters where the adapter file has others than are trained."""
-        tensors = checkpoints.optimizer_tensors(self.optimizer, self.names) | self.finished_raw
+        tensors = optimizers.state_tensors(self.optimizer, self.names) | self.finished_raw
         for component in self.components:
             if component.is_scaled or optimizers.needs_raw_parameters(self.optimizer):
                 tensors |= checkpoints.raw_parameters(component.named_parameters())
@@ -109,11 +110,11 @@ class Saver:
             folder = checkpoints.save(
                 self.output_dir, step, adapter, tensors, state, limit=limit, identity=self.identity
             )
-        except checkpoints.PruneFailed as error:
+        except checkpoint_folders.PruneFailed as error:
             metrics.say(self.accelerator, f"warning: {error}")
             folder = self.output_dir / f"checkpoint-{step}"
         self.saved = step
-        if note := checkpoints.room_note(self.output_dir, checkpoints.size(folder)):
+        if note := checkpoint_folders.room_note(self.output_dir, checkpoint_folders.size(folder)):
             metrics.say(self.accelerator, f"warning: {note}")
 
     def checkpoint(self, step: int) -> None:
@@ -121,7 +122,7 @@ class Saver:
         if self.peers.is_main:
             try:
                 self._publish(step)
-            except checkpoints.SaveFailed as error:
+            except checkpoint_folders.SaveFailed as error:
                 metrics.say(self.accelerator, f"warning: {error}")
         self.peers.barrier()
 
@@ -159,7 +160,7 @@ class Saver:
             except (
                 OSError,
                 ValueError,
-                checkpoints.SaveFailed,
+                checkpoint_folders.SaveFailed,
             ) as trouble:  # ValueError: an adapter that is not finite
                 metrics.say(self.accelerator, f"warning: step {step} could not be saved as {what}: {trouble}")
 

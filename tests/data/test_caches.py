@@ -24,11 +24,12 @@ from dreambooth.bases import autoencoder, families, onednn, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
 from dreambooth.files import digests as file_digests
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.runtime import processes
-from dreambooth.training import checkpoints, frozen_models
+from dreambooth.training import frozen_models
 from tests import tiny
 from tests.running import digest, prior_words, run_train, together, train_words
 
@@ -497,7 +498,7 @@ def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(
     assert str(tmp_path / "kept" / "latents-") in said
     assert "With --resume_from_checkpoint latest the run goes on and encodes it anew" in said
     assert steps == [0, 1]
-    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path / "cut")] == [2]
+    assert [step for step, _ in checkpoint_folders.list_checkpoints(tmp_path / "cut")] == [2]
     monkeypatch.undo()
     assert digest(
         run_train(tiny_base, photos_dir, tmp_path / "cut", *common, "--resume_from_checkpoint", "latest")
@@ -830,7 +831,7 @@ def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_
         run_train(tiny_base, pictures, tmp_path / "out", "--max_train_steps", "3")
     assert stop.value.code == 1
     assert "has changed since the run was started" in capsys.readouterr().err
-    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path / "out")] == [1]
+    assert [step for step, _ in checkpoint_folders.list_checkpoints(tmp_path / "out")] == [1]
 
 
 # --- several processes

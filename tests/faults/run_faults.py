@@ -26,11 +26,11 @@ import generate_class_images
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.data import class_images
+from dreambooth.files import checkpoint_folders
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import stops
-from dreambooth.training import checkpoints
 from tests import tiny
 from tests.faults import inject
 
@@ -287,7 +287,7 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
             "--resume_from_checkpoint",
             "latest",
         ]
-        there = checkpoints.choose("latest", out).folder if out.exists() else None
+        there = checkpoint_folders.choose("latest", out).folder if out.exists() else None
         started_at = int(there.name.rpartition("-")[2]) if there else 0
         if injected == faults:
             final = train_forked(
@@ -327,7 +327,7 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
             ended(pid)
         injected += 1
         kinds[f"{kind}, {size}"] = kinds.get(f"{kind}, {size}", 0) + 1
-        newest = checkpoints.choose("latest", out).folder
+        newest = checkpoint_folders.choose("latest", out).folder
         lost.append(max(0, done - (int(newest.name.rpartition("-")[2]) if newest else 0)))
         recovered += injected > 1  # the restart that this fault struck had gone on from the one before
     equal = hashes(out, steps - steps % every) == hashes(whole, steps - steps % every) and adapter(
@@ -365,7 +365,7 @@ def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:
             code = ended(pid, 30)
             seconds.append(time.monotonic() - started)
             status = json.loads((out / "status.json").read_text())
-            saved = checkpoints.choose("latest", out).folder
+            saved = checkpoint_folders.choose("latest", out).folder
             right += (
                 code == 128 + number
                 and status["state"] == "stopped"
@@ -396,7 +396,7 @@ def launcher_stopped(world: World) -> dict[str, Any]:
     gone = not any(is_running(pid) for pid in ranks)
     end_all(process)
     status = json.loads((out / "status.json").read_text())
-    saved = checkpoints.choose("latest", out).folder
+    saved = checkpoint_folders.choose("latest", out).folder
     right = code != 0 and gone and len(ranks) == 2 and status["reason"] == "stopped by SIGTERM"
     return {
         "launcher_stopped": right and saved is not None and saved.name == f"checkpoint-{status['step']}",
@@ -422,7 +422,7 @@ def launcher_killed(world: World) -> dict[str, Any]:
     with contextlib.suppress(ProcessLookupError):
         os.kill(trainer, signal.SIGKILL)
     status = json.loads((out / "status.json").read_text())
-    saved = checkpoints.choose("latest", out).folder
+    saved = checkpoint_folders.choose("latest", out).folder
     right = (
         gone
         and status["reason"] == "the launcher died"
@@ -439,7 +439,7 @@ def peers_lost(world: World, kinds: Sequence[str] = ("kill", "raise", "leave", "
         out = world.folder / f"peer-{kind}"
         words = world.words(out, steps=6, every=50, world=2)
         code, log, seconds = world.run(words, launcher="torchrun", world=2, faults={kind: [4, 1]})
-        saved = checkpoints.choose("latest", out).folder
+        saved = checkpoint_folders.choose("latest", out).folder
         named = "process 1 of 2 (counted from 0) died or hangs" in log
         found[kind] = {
             "right": code != 0 and named and saved is not None and saved.name == "checkpoint-3",
@@ -454,7 +454,7 @@ def not_a_number_on_one(world: World) -> dict[str, Any]:
     code, log, _ = world.run(
         world.words(out, steps=6, every=50, world=2), launcher="torchrun", world=2, faults={"nan": [4, 1]}
     )
-    saved = checkpoints.choose("latest", out).folder
+    saved = checkpoint_folders.choose("latest", out).folder
     right = (
         code != 0
         and "the loss of step 4 is not finite" in log

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from dreambooth.adapters.inject import Component
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
-from dreambooth.training import checkpoints
+from dreambooth.training import checkpoints, optimizers
 from tests.adapters.test_adapters import Models, inject, load_models, packed, trained
 from tests.faults import checkpoint_faults
 
@@ -63,7 +63,7 @@ class Run:
         self.optimizer.zero_grad()
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return checkpoints.optimizer_tensors(self.optimizer, self.names)
+        return optimizers.state_tensors(self.optimizer, self.names)
 
     def save(self, folder: Path, step: int, limit: int | None = None) -> Path:
         return checkpoints.save(folder, step, packed(self.components), self.moments(), STATE, limit=limit)
@@ -127,19 +127,19 @@ def change(path: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return checkpoints.read_state(checkpoints.read(folder))
+    return checkpoints.read_state(checkpoint_folders.read(folder))
 
 
 def restore(folder: Path, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
-    checkpoints.restore(checkpoints.read(folder), components, optimizer)
+    checkpoints.restore(checkpoint_folders.read(folder), components, optimizer)
 
 
 def latest(output_dir: Path) -> Path | None:
-    return checkpoints.choose("latest", output_dir).folder
+    return checkpoint_folders.choose("latest", output_dir).folder
 
 
 def steps(output_dir: Path) -> list[int]:
-    return [step for step, _ in checkpoints.list_checkpoints(output_dir)]
+    return [step for step, _ in checkpoint_folders.list_checkpoints(output_dir)]
 
 
 # --- there and back
@@ -196,7 +196,7 @@ def test_what_run_it_is_comes_back_from_the_manifest(tmp_path):
         "prompt": "a \u00e9 \ud800",
     }
     folder = checkpoints.save(tmp_path, 2, b"adapter", {}, STATE, limit=None, identity=identity)
-    content = checkpoints.read(folder)
+    content = checkpoint_folders.read(folder)
     assert content.identity == json.loads(json.dumps(identity))
     assert (content.step, content.folder) == (2, folder)
     assert content.fingerprint == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
@@ -209,7 +209,7 @@ def test_the_manifest_lists_size_and_sha256_of_every_other_file(tmp_path):
     for name, entry in listed.items():
         data = (folder / name).read_bytes()
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert checkpoints.size(folder) == sum(len((folder / name).read_bytes()) for name in FILES)
+    assert checkpoint_folders.size(folder) == sum(len((folder / name).read_bytes()) for name in FILES)
 
 
 def test_a_checkpoint_holds_no_pickle(run, tmp_path):
@@ -318,7 +318,7 @@ def test_the_same_files_of_another_run_are_replaced_too(tmp_path):
     """What run it was is compared when it goes on."""
     for run in ("one", "other"):
         folder = checkpoints.save(tmp_path, 2, b"adapter", {}, STATE, limit=None, identity={"run": run})
-    assert checkpoints.read(folder).identity == {"run": "other"}
+    assert checkpoint_folders.read(folder).identity == {"run": "other"}
     assert names(tmp_path) == {"checkpoint-2"}
 
 
@@ -360,7 +360,7 @@ def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
 
 
 def test_a_missing_folder_has_no_checkpoints(tmp_path):
-    assert checkpoints.list_checkpoints(tmp_path / "nowhere") == []
+    assert checkpoint_folders.list_checkpoints(tmp_path / "nowhere") == []
 
 
 # --- in which order
@@ -433,12 +433,12 @@ def test_a_disk_that_does_not_take_a_checkpoint_leaves_the_older_ones_and_nothin
         small(tmp_path, older)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse(OSError(number, os.strerror(number))))
-        with pytest.raises(checkpoints.SaveFailed) as failed:
+        with pytest.raises(checkpoint_folders.SaveFailed) as failed:
             small(tmp_path, step, limit=1, mark=1)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
-    assert [content(path) for _, path in checkpoints.list_checkpoints(tmp_path)] == [(2, 0), (4, 0)]
+    assert [content(path) for _, path in checkpoint_folders.list_checkpoints(tmp_path)] == [(2, 0), (4, 0)]
     assert os.strerror(number) in str(failed.value)
-    needed = checkpoints.size(small(tmp_path, step, limit=1, mark=1))
+    needed = checkpoint_folders.size(small(tmp_path, step, limit=1, mark=1))
     assert f"checkpoint-{step} could not be saved" in str(failed.value)
     assert f"it needs {needed:,} bytes, {tmp_path} has " in str(failed.value)
     assert re.search(r"has [\d,]+ free\. Older checkpoints are as they were$", str(failed.value))
@@ -462,7 +462,7 @@ def test_ctrl_c_while_saving_leaves_the_older_ones_and_nothing_else(step, call, 
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path, step, limit=1, mark=1)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
-    assert [content(path) for _, path in checkpoints.list_checkpoints(tmp_path)] == [(2, 0), (4, 0)]
+    assert [content(path) for _, path in checkpoint_folders.list_checkpoints(tmp_path)] == [(2, 0), (4, 0)]
 
 
 @pytest.mark.parametrize("step", [4, 6], ids=["again", "new"])
@@ -490,15 +490,15 @@ def test_one_error_of_the_disk_at_any_call_costs_no_whole_checkpoint(step, tmp_p
             try:
                 small(output_dir, step, limit=1, mark=1)
                 failures["none"] += 1
-            except checkpoints.SaveFailed as error:
+            except checkpoint_folders.SaveFailed as error:
                 failures[type(error).__name__] += 1
-                done = isinstance(error, checkpoints.PruneFailed)
+                done = isinstance(error, checkpoint_folders.PruneFailed)
                 assert latest(output_dir) == output_dir / (
                     f"checkpoint-{step}" if done else "checkpoint-4"
                 ), moment
                 assert content(latest(output_dir) or Path()) == ((step, 1) if done else (4, 0)), moment
         assert content(small(output_dir, 8, limit=1)) == (8, 0)
-        checkpoints.sweep(output_dir)
+        checkpoint_folders.sweep(output_dir)
         kept = {name for name in names(output_dir) if not name.startswith(".bad-step-")}
         assert kept == {"checkpoint-8"}, moment
         if next(left) > 0:
@@ -515,7 +515,7 @@ def test_what_reads_back_damaged_is_no_reason_to_remove_an_older_one(tmp_path, m
     for step in (4, 6):
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(len(data))))
-            with pytest.raises(checkpoints.SaveFailed, match="what was written reads back damaged"):
+            with pytest.raises(checkpoint_folders.SaveFailed, match="what was written reads back damaged"):
                 small(tmp_path, step, limit=1, mark=1)
         assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
         assert content(tmp_path / "checkpoint-4") == (4, 0)
@@ -526,7 +526,7 @@ def test_an_older_one_that_cannot_be_removed_is_no_lost_save(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse(OSError(errno.EACCES, "Permission denied")))
         with pytest.raises(
-            checkpoints.PruneFailed,
+            checkpoint_folders.PruneFailed,
             match=r"^checkpoint-4 is saved, but an older checkpoint in .* could not be removed",
         ):
             small(tmp_path, 4, limit=1)
@@ -538,8 +538,8 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
     """Half as much again as the last checkpoint took must be free."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1500, 1500))
-    assert checkpoints.room_note(tmp_path, 1000) is None
-    note = checkpoints.room_note(tmp_path, 1001)
+    assert checkpoint_folders.room_note(tmp_path, 1000) is None
+    note = checkpoint_folders.room_note(tmp_path, 1001)
     assert (
         note
         == f"{tmp_path} has 1,500 bytes free; the last checkpoint took 1,001, the next may not fit. Make room"
@@ -571,7 +571,7 @@ def test_the_count_of_violations_can_be_other_than_0(tmp_path, monkeypatch):
     publish = checkpoint_faults.publish
 
     def remove_first(output_dir: Path, step: int, *, limit: int | None = None, mark: int = 0) -> Path:
-        there = checkpoints.list_checkpoints(output_dir)
+        there = checkpoint_folders.list_checkpoints(output_dir)
         for _, old in there[: len(there) - limit + 1] if limit else ():
             shutil.rmtree(old)
         return publish(output_dir, step, mark=mark)
@@ -591,7 +591,7 @@ def test_leftovers_of_a_process_that_died_are_swept_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("")
     (tmp_path / ".trash-link").symlink_to(tmp_path / "logs")
-    assert set(checkpoints.sweep(tmp_path)) == leftovers | {".replaced-step-2", ".trash-link"}
+    assert set(checkpoint_folders.sweep(tmp_path)) == leftovers | {".replaced-step-2", ".trash-link"}
     assert names(tmp_path) == kept | {"checkpoint-2", ".replaced-step-4"}
     assert names(tmp_path / "logs") == {"half"}
     assert latest(tmp_path) == tmp_path / ".replaced-step-4"
@@ -607,7 +607,7 @@ def test_leftovers_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
         UserError,
         match=r"^--output_dir: .*\.trash-step-2-1-0123abcd.* cannot be removed \(Permission denied\)$",
     ):
-        checkpoints.sweep(tmp_path)
+        checkpoint_folders.sweep(tmp_path)
 
 
 # --- which one is meant
@@ -617,7 +617,7 @@ def test_leftovers_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
 def test_where_there_is_no_checkpoint_at_all_a_new_run_starts(word, tmp_path):
     (tmp_path / "logs").mkdir()
     for output_dir in (tmp_path, tmp_path / "nowhere"):
-        assert checkpoints.choose(word, output_dir) == (None, [])
+        assert checkpoint_folders.choose(word, output_dir) == (None, [])
 
 
 @pytest.mark.parametrize("word", ["latest", "auto"])
@@ -626,7 +626,7 @@ def test_the_newest_whole_one_is_chosen_and_each_newer_one_named_with_its_reason
         small(tmp_path, step)
     change(tmp_path / "checkpoint-6" / "optimizer.safetensors")
     (tmp_path / "checkpoint-8" / "state.json").unlink()
-    assert checkpoints.choose(word, tmp_path) == (
+    assert checkpoint_folders.choose(word, tmp_path) == (
         tmp_path / "checkpoint-4",
         [
             "checkpoint-8: state.json is missing",
@@ -641,7 +641,7 @@ def test_where_every_checkpoint_is_damaged_no_new_run_starts(word, tmp_path):
     for step in (2, 4):
         change(small(tmp_path, step) / "state.json")
     with pytest.raises(UserError) as refused:
-        checkpoints.choose(word, tmp_path)
+        checkpoint_folders.choose(word, tmp_path)
     first, *reasons, advice = str(refused.value).splitlines()
     assert first == f"{FLAG} {word}: {tmp_path} has 2 checkpoint(s) and none is whole:"
     assert reasons == [
@@ -657,7 +657,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_whatever_else_there_is(tm
     change(damaged / "state.json")
     for named in ("checkpoint-4", str(damaged)):
         with pytest.raises(UserError) as refused:
-            checkpoints.choose(named, tmp_path)
+            checkpoint_folders.choose(named, tmp_path)
         assert (
             str(refused.value)
             == f"{FLAG}: {damaged} cannot be used: state.json is not as it was written (its SHA-256 differs)"
@@ -667,12 +667,12 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_whatever_else_there_is(tm
 def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     there = small(tmp_path / "out", 4)
-    assert checkpoints.choose("checkpoint-4", tmp_path / "out") == (there, [])
-    assert checkpoints.choose(str(there), tmp_path / "other") == (there, [])
+    assert checkpoint_folders.choose("checkpoint-4", tmp_path / "out") == (there, [])
+    assert checkpoint_folders.choose(str(there), tmp_path / "other") == (there, [])
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.choose("out/checkpoint-4", Path("out")) == (Path("out/checkpoint-4"), [])
+    assert checkpoint_folders.choose("out/checkpoint-4", Path("out")) == (Path("out/checkpoint-4"), [])
     monkeypatch.chdir(there)
-    assert checkpoints.choose(".", tmp_path / "other") == (Path("."), [])
+    assert checkpoint_folders.choose(".", tmp_path / "other") == (Path("."), [])
 
 
 def test_a_bare_name_means_the_run_s_own_checkpoint(tmp_path, monkeypatch):
@@ -681,7 +681,7 @@ def test_a_bare_name_means_the_run_s_own_checkpoint(tmp_path, monkeypatch):
     small(tmp_path, 4)
     own = small(tmp_path / "out", 4, mark=1)
     monkeypatch.chdir(tmp_path)
-    found = checkpoints.choose("checkpoint-4", tmp_path / "out").folder
+    found = checkpoint_folders.choose("checkpoint-4", tmp_path / "out").folder
     assert found is not None
     assert found.resolve() == own
 
@@ -690,7 +690,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path):
     for step in (10, 2):
         small(tmp_path, step)
     with pytest.raises(UserError) as refused:
-        checkpoints.choose("checkpoint-99", tmp_path)
+        checkpoint_folders.choose("checkpoint-99", tmp_path)
     assert (
         str(refused.value)
         == f"{FLAG}: no checkpoint 'checkpoint-99'; {tmp_path} has: checkpoint-2, checkpoint-10"
@@ -699,7 +699,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path):
 
 def test_an_unknown_name_where_there_is_none_says_so(tmp_path):
     with pytest.raises(UserError, match=r"has: none$"):
-        checkpoints.choose("checkpoint-99", tmp_path)
+        checkpoint_folders.choose("checkpoint-99", tmp_path)
 
 
 @pytest.mark.parametrize("named", ["checkpoint-500", "latest", "auto"])
@@ -710,11 +710,11 @@ def test_a_checkpoint_of_the_reference_script_is_refused_with_what_can_be_done(n
     for name in ("pytorch_lora_weights.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
         (theirs / name).write_bytes(b"")
     with pytest.raises(UserError) as refused:
-        checkpoints.choose(named, tmp_path)
+        checkpoint_folders.choose(named, tmp_path)
     assert "it was written by accelerate, as in diffusers' script of this name" in str(refused.value)
     assert f"--init_adapter {theirs} starts a new run from its LoRA" in str(refused.value)
     small(tmp_path, 2)
-    found = checkpoints.choose("latest", tmp_path)
+    found = checkpoint_folders.choose("latest", tmp_path)
     assert found.folder == tmp_path / "checkpoint-2"
     assert len(found.skipped) == 1
 
@@ -724,7 +724,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path):
         UserError,
         match=r"it has no manifest\.json, so it is not a checkpoint of this program or was never finished",
     ):
-        checkpoints.choose(str(tmp_path), tmp_path)
+        checkpoint_folders.choose(str(tmp_path), tmp_path)
 
 
 # --- damage
@@ -783,10 +783,10 @@ def make_folder(folder: Path) -> None:
 def test_a_checkpoint_is_exactly_its_plain_files(damage, reason, tmp_path):
     folder = small(tmp_path, 2)
     damage(folder)
-    (problem,) = checkpoints.verify(folder)
+    (problem,) = checkpoint_folders.verify(folder)
     assert problem.startswith(reason)
     with pytest.raises(UserError, match=re.escape(f"{FLAG}: {folder} cannot be used: {reason}")):
-        checkpoints.read(folder)
+        checkpoint_folders.read(folder)
 
 
 def test_every_problem_is_named_at_once(tmp_path):
@@ -794,7 +794,7 @@ def test_every_problem_is_named_at_once(tmp_path):
     change(folder / "state.json")
     (folder / "optimizer.safetensors").unlink()
     (folder / "more").write_text("")
-    assert checkpoints.verify(folder) == [
+    assert checkpoint_folders.verify(folder) == [
         "'more' does not belong there",
         "optimizer.safetensors is missing",
         "state.json is not as it was written (its SHA-256 differs)",
@@ -806,7 +806,7 @@ def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path):
     folder = small(tmp_path, 2)
     for name in ("checkpoint-4", "my_best"):
         folder = folder.rename(tmp_path / name)
-        assert checkpoints.verify(folder) == ["its manifest is that of checkpoint-2"]
+        assert checkpoint_folders.verify(folder) == ["its manifest is that of checkpoint-2"]
 
 
 def test_a_link_to_a_checkpoint_is_refused_with_its_target(tmp_path):
@@ -814,7 +814,7 @@ def test_a_link_to_a_checkpoint_is_refused_with_its_target(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     folder = small(tmp_path / "elsewhere", 2)
     (tmp_path / "checkpoint-2").symlink_to(folder)
-    assert checkpoints.verify(tmp_path / "checkpoint-2") == [
+    assert checkpoint_folders.verify(tmp_path / "checkpoint-2") == [
         f"it is a symbolic link; name the folder itself, {folder.resolve()}"
     ]
 
@@ -871,7 +871,7 @@ def test_a_manifest_is_as_it_was_written_and_well_formed(what, tmp_path):
     before = path.read_bytes()
     path.write_bytes(damage(before))
     assert path.read_bytes() != before
-    (problem,) = checkpoints.verify(folder)
+    (problem,) = checkpoint_folders.verify(folder)
     assert problem.startswith("manifest.json ")
     assert reason in problem
 
@@ -886,7 +886,7 @@ def test_what_was_checked_is_what_is_loaded(run, folder, loaded, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", count)
-        read = checkpoints.read(folder)
+        read = checkpoint_folders.read(folder)
     assert opened == dict.fromkeys(FILES, 1)
     shutil.rmtree(folder)
     other = Run(loaded, seed=8)
@@ -935,7 +935,7 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
             (output_dir / "checkpoint-2" / name).write_bytes(trap)
         other = Run(loaded, seed=8)
         for attempt in (
-            lambda output_dir=output_dir: checkpoints.choose("latest", output_dir),
+            lambda output_dir=output_dir: checkpoint_folders.choose("latest", output_dir),
             lambda output_dir=output_dir, other=other: restore(
                 output_dir / "checkpoint-2", other.components, other.optimizer
             ),
@@ -1032,7 +1032,7 @@ def without_one_of_the_text_encoder(tensors: dict[str, torch.Tensor]) -> None:
 
 def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes | None]) -> None:
     """The same checkpoint with another file, or without it, and hashes that hold: as a mistake of the program would write it."""
-    content = checkpoints.read(folder)
+    content = checkpoint_folders.read(folder)
     files = dict(content.files)
     changed = change(files.pop(name))
     shutil.rmtree(folder)

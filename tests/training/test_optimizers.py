@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 from dreambooth.adapters import inject
 from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
 from dreambooth.options.training import OPTIMIZERS, OptimizerOptions
 from dreambooth.training import checkpoints, optimizers
 from dreambooth.training.optimizers import Group
@@ -90,7 +91,7 @@ class Run:
             self.step(number, factor=number / 8)
 
     def save(self, folder: Path, step: int) -> Path:
-        moments = checkpoints.optimizer_tensors(self.optimizer, self.names)
+        moments = optimizers.state_tensors(self.optimizer, self.names)
         if optimizers.needs_raw_parameters(self.optimizer) or self.alpha != 1:
             moments |= checkpoints.raw_parameters(self.named)
         with optimizers.evaluated(self.optimizer):
@@ -104,7 +105,7 @@ class Run:
         return checkpoints.save(folder, step, adapter, moments, state, limit=None)
 
     def restore(self, folder: Path) -> None:
-        checkpoints.restore(checkpoints.read(folder), self.components, self.optimizer)
+        checkpoints.restore(checkpoint_folders.read(folder), self.components, self.optimizer)
 
     def everything(self) -> dict[str, Any]:
         """All that the next step depends on, copied."""
