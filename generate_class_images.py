@@ -65,7 +65,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         steps=options.class_inference_steps or class_images.STEPS[scheduler],
         guidance_scale=options.class_guidance_scale,
         batch_size=options.sample_batch_size,
-        side=options.resolution or base.side,
+        side=options.resolution or base.default_resolution,
         precision=class_images.precision_of(options.prior_generation_precision, state.device),
         scheduler=scheduler,
     )

@@ -20,6 +20,7 @@ import torch
 
 from dreambooth.bases import autoencoder, families
 from dreambooth.data import encoding_cache, encodings, photos
+from dreambooth.data.crops import Crops
 from dreambooth.options.training import BaseOptions
 from dreambooth.runtime.processes import Peers
 
@@ -58,7 +59,7 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
     """Means over all crops of all photos."""
     device = torch.device("cpu")
     vae, draw = families.load_vae(base, device), random.Random(0)
-    crops = encodings.Crops(resolution, "lanczos", False, base.grid)
+    crops = Crops(resolution, "lanczos", False, base.vae_stride)
     cut: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []
     for photo in found:
@@ -66,14 +67,14 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
         encoded = encodings.encode_photos(
             entries, base, [(photo, False)], crops, device, Alone(), lambda: None
         )
-        room = photos.crop_room(photo.size, resolution)
+        room = crops.room(photo.size)
         for _ in range(CROPS):
-            left, top = (base.grid * draw.randrange(length // base.grid + 1) for length in room)
+            left, top = (base.vae_stride * draw.randrange(length // base.vae_stride + 1) for length in room)
             # to where there is room, along the longer side
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
             pixels = [
-                photos.pixel_values(photo.path, resolution, "lanczos", at) for at in ((left, top), other)
+                crops.pixel_values(photos.load(photo.path), crops.square(at)) for at in ((left, top), other)
             ]
             own, shifted = (autoencoder.encode(vae, one[None]).mean for one in pixels)
             cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - own, own))
@@ -103,12 +104,12 @@ def main(folder: Path | None) -> dict[str, Any]:
         if not paths:
             return {"skipped": "the folder has no photos"}
         found = photos.check_folder(wide, "PHOTOS").photos
-        sides = (base.side, 2 * base.side)
+        sides = (base.default_resolution, 2 * base.default_resolution)
         results = {f"{resolution} pixels": measure(base, found, resolution) for resolution in sides}
     return {
         "photos": len(found),
         "crops of each photo": CROPS,
-        "pixels of the grid": base.grid,
+        "pixels of the grid": base.vae_stride,
         "root mean square of the difference, over that of the latents": results,
     }
 

@@ -132,14 +132,14 @@ class Base:
     """Its model_index.json."""
 
     @property
-    def side(self) -> int:
-        """Pixels along one side of the pictures that the base draws unasked."""
+    def default_resolution(self) -> int:
+        """Side in pixels of the pictures that the base draws by default."""
         sample = int(base_folders.read_json(self.folder / "unet" / "config.json").get("sample_size", 64))
-        return sample * self.grid
+        return sample * self.vae_stride
 
     @property
-    def grid(self) -> int:
-        """Pixels along one side of a latent; 1 for a base that works on pixels."""
+    def vae_stride(self) -> int:
+        """Pixels per latent along one side; 1 for a base that works on pixels."""
         return 2 ** (len(self._vae_config["block_out_channels"]) - 1) if self.family.has_vae else 1
 
     @property

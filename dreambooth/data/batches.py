@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 
 from dreambooth.bases import autoencoder
 from dreambooth.data import photos, sampling_order
+from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
 from dreambooth.data.photos import Photo
 
@@ -60,25 +61,10 @@ class MicroBatch:
 
 
 class PhotoRows(torch.utils.data.Dataset):
-    """Row -> [sources, 3, resolution, resolution]: the picture of each source at that row, in its own crop. Random crops begin at multiples of
-    `grid` pixels."""
+    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped for that row."""
 
-    def __init__(
-        self,
-        sources: list[Source],
-        seed: int,
-        resolution: int,
-        interpolation: str,
-        center_crop: bool,
-        grid: int = 1,
-    ):
-        self.sources, self.seed = sources, seed
-        self.resolution, self.interpolation, self.center_crop, self.grid = (
-            resolution,
-            interpolation,
-            center_crop,
-            grid,
-        )
+    def __init__(self, sources: list[Source], seed: int, crops: Crops):
+        self.sources, self.seed, self.crops = sources, seed, crops
 
     def photo(self, source: Source, row: int) -> int:
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
@@ -101,14 +87,13 @@ class PhotoRows(torch.utils.data.Dataset):
         )
         return "" if is_dropped else source.prompts[self.photo(source, row)]
 
-    def corner(self, source: Source, row: int) -> tuple[int, int]:
+    def corner(self, source: Source, row: int) -> Corner:
         """(left, top) of the crop, in the resized and possibly mirrored picture."""
         size = source.photos[self.photo(source, row)].size
-        if self.center_crop:
-            return photos.middle_corner(size, self.resolution)
-        return sampling_order.crop_of_row(
-            self.seed, source.purpose, row, photos.crop_room(size, self.resolution), self.grid
-        )
+        if self.crops.center_crop:
+            return self.crops.middle_corner(size)
+        room = self.crops.room(size)
+        return sampling_order.crop_of_row(self.seed, source.purpose, row, room, self.crops.stride)
 
     def frame(self, source: Source, row: int) -> Frame:
         width, height = source.photos[self.photo(source, row)].size
@@ -119,11 +104,9 @@ class PhotoRows(torch.utils.data.Dataset):
         return torch.stack([self._pixels(source, row) for source in self.sources])
 
     def _pixels(self, source: Source, row: int) -> torch.Tensor:
-        path = source.photos[self.photo(source, row)].path
-        is_mirrored = self.is_mirrored(source, row)
-        return photos.pixel_values(
-            path, self.resolution, self.interpolation, self.corner(source, row), is_mirrored=is_mirrored
-        )
+        image = photos.load(source.photos[self.photo(source, row)].path)
+        box = self.crops.square(self.corner(source, row))
+        return self.crops.pixel_values(image, box, is_mirrored=self.is_mirrored(source, row))
 
 
 def micro_batches(

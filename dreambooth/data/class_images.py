@@ -273,9 +273,9 @@ def settings_of(
         steps=prior.class_inference_steps or STEPS[scheduler],
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=made_with(Path(prior.class_data_dir)).get("side", base.side)
+        side=made_with(Path(prior.class_data_dir)).get("side", base.default_resolution)
         if prior.class_data_dir
-        else base.side,
+        else base.default_resolution,
         precision=precision_of(prior.prior_generation_precision, device),
         scheduler=scheduler,
     )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dreambooth.bases import autoencoder, families, onednn, prompts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import photos
+from dreambooth.data.crops import Box, Corner, Crops
 from dreambooth.data.encoding_cache import Entries, Shapes, name_of
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError, shown
@@ -24,13 +25,9 @@ from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 
 Mode = Literal["memory", "disk", "off"]
-Box = tuple[int, int, int, int]
 Check = Callable[[], None]
 
 _MOST_IN_MEMORY = 64  # pictures
-_LONGEST_PIECE = (
-    3  # times the crop: a VAE's memory grows with its picture, and a panorama's crops need not come from one
-)
 
 
 def mode_of(
@@ -40,48 +37,6 @@ def mode_of(
     if wanted != "auto":
         return wanted
     return "disk" if pictures > _MOST_IN_MEMORY or is_folder_given else "memory"
-
-
-@dataclasses.dataclass(frozen=True)
-class Crops:
-    """How photos are brought to the resolution; `grid` is how many pixels of one make a latent, along one side."""
-
-    resolution: int
-    interpolation: str
-    center_crop: bool
-    grid: int
-
-    def is_fixed(self, size: tuple[int, int]) -> bool:
-        """Whether all visits of a photo of this size have the same crop."""
-        return self.center_crop or photos.crop_room(size, self.resolution) == (0, 0)
-
-    @property
-    def side(self) -> int:
-        """Latents along one side of a crop."""
-        return self.resolution // self.grid
-
-    def box(self, size: tuple[int, int], corner: tuple[int, int]) -> Box:
-        """(left, top, right, bottom), in the resized photo, of what is encoded for the crop at `corner`: the crop itself where it is fixed, else
-        the whole photo to the last full latent, or a piece of one that is very long."""
-        if self.is_fixed(size):
-            left, top = photos.middle_corner(size, self.resolution)
-            return left, top, left + self.resolution, top + self.resolution
-        sides = zip(photos.resized_size(size, self.resolution), corner, strict=True)
-        (left, right), (top, bottom) = (self._piece(length, start) for length, start in sides)
-        return left, top, right, bottom
-
-    def _piece(self, length: int, start: int) -> tuple[int, int]:
-        """(begin, end) of the piece of a side that has the whole of a crop from `start` on: pieces overlap by the length of a crop."""
-        crop = self.side * self.grid
-        begin = start // ((_LONGEST_PIECE - 1) * crop) * (_LONGEST_PIECE - 1) * crop
-        return begin, min(begin + _LONGEST_PIECE * crop, length // self.grid * self.grid)
-
-    def boxes(self, size: tuple[int, int]) -> list[Box]:
-        """All that crops of a photo of this size may be cut from."""
-        rooms = photos.crop_room(size, self.resolution)
-        step = (_LONGEST_PIECE - 1) * self.side * self.grid
-        lefts, tops = (range(0, room // self.grid * self.grid + 1, step) for room in rooms)
-        return list(dict.fromkeys(self.box(size, (left, top)) for left in lefts for top in tops))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +66,14 @@ class EncodedPhotos:
         self.fill(self.waiting)
         self.waiting = ()
 
-    def posterior(self, photo: Photo, corner: tuple[int, int], *, is_mirrored: bool) -> autoencoder.Posterior:
+    def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> autoencoder.Posterior:
         """[1, channels, height, width] on the CPU, of the crop at `corner`, which where crops vary is a multiple of the grid."""
-        box = self.crops.box(photo.size, corner)
-        left, top = ((start - begin) // self.crops.grid for start, begin in zip(corner, box[:2], strict=True))
+        box = self.crops.encoded_box(photo.size, corner)
+        left, top = (
+            (start - begin) // self.crops.stride for start, begin in zip(corner, box[:2], strict=True)
+        )
         found = self.entries.read(self.names[Part(photo, is_mirrored, box)])
-        side = self.crops.side
+        side = self.crops.latent_side
         return autoencoder.Posterior(
             *(found[key][..., top : top + side, left : left + side] for key in ("mean", "std"))
         )
@@ -141,7 +98,11 @@ def encode_photos(
     channels = base.latent_channels
     around = _environment(device, "diffusers")
     now, waiting = (
-        [Part(photo, is_mirrored, box) for photo, is_mirrored in some for box in crops.boxes(photo.size)]
+        [
+            Part(photo, is_mirrored, box)
+            for photo, is_mirrored in some
+            for box in crops.encoded_boxes(photo.size)
+        ]
         for some in (pictures, later)
     )
     names, shapes = {}, {}
@@ -165,7 +126,7 @@ def encode_photos(
             "around": around | {"pillow": PIL.__version__},
         }
         names[part] = name_of("latents", what)
-        shape = (1, channels, (bottom - top) // crops.grid, (right - left) // crops.grid)
+        shape = (1, channels, (bottom - top) // crops.stride, (right - left) // crops.stride)
         shapes[names[part]] = {"mean": shape, "std": shape}
     of_name = {name: part for part, name in names.items()}
 
@@ -179,9 +140,7 @@ def encode_photos(
             check()
             part = of_name[name]
             image = photos.load_checked(part.photo)
-            pixels = photos.box_values(
-                image, crops.resolution, crops.interpolation, part.box, is_mirrored=part.is_mirrored
-            )
+            pixels = crops.pixel_values(image, part.box, is_mirrored=part.is_mirrored)
             posterior = autoencoder.encode(vae, pixels[None])
             entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms
 
 from dreambooth.data.decode_cache import Seen, SeenPhotos
@@ -49,17 +48,6 @@ _NOT_READ = (
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
-
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest samples at pixel centres, which is what "exact" means
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
 
 # EXIF's orientations: how the stored pixels must be turned. 1 is upright.
 _TURNS = {
@@ -372,59 +360,3 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None
     return converted
-
-
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `resolution`."""
-    width, height = size
-    if width <= height:
-        return resolution, max(resolution, int(resolution * height / width))
-    return max(resolution, int(resolution * width / height)), resolution
-
-
-def crop_room(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """How many pixels a crop of side `resolution` can move to the right and down in the resized picture."""
-    width, height = resized_size(size, resolution)
-    return width - resolution, height - resolution
-
-
-def middle_corner(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(left, top) of the crop from the middle."""
-    left, top = crop_room(size, resolution)
-    return round(left / 2), round(top / 2)
-
-
-def pixel_values(
-    path: Path,
-    resolution: int,
-    interpolation: str,
-    corner: tuple[int, int] | None = None,
-    *,
-    is_mirrored: bool = False,
-) -> torch.Tensor:
-    """[3, resolution, resolution] in [-1, 1]: shorter side resized, mirrored or not, cropped at `corner` (left, top), or in the middle if None."""
-    image = load(path)
-    left, top = corner or middle_corner(image.size, resolution)
-    return box_values(
-        image,
-        resolution,
-        interpolation,
-        (left, top, left + resolution, top + resolution),
-        is_mirrored=is_mirrored,
-    )
-
-
-def box_values(
-    image: Image.Image,
-    resolution: int,
-    interpolation: str,
-    box: tuple[int, int, int, int],
-    *,
-    is_mirrored: bool,
-) -> torch.Tensor:
-    """[3, height, width] in [-1, 1]: shorter side resized to `resolution`, mirrored or not, and of that the `box` (left, top, right, bottom)."""
-    image = image.resize(resized_size(image.size, resolution), INTERPOLATIONS[interpolation])
-    if is_mirrored:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image = image.crop(box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -57,8 +57,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     trained stay, and so does the VAE where nothing is cached; unless `encodes_ahead` most photos are left for `encode_rest`. `check` is called
     between photos and prompts."""
     options, peers, base, sources = start.options, start.peers, start.base, start.sources
-    instance, kind, device = options.instance, options.speed.quantize_base, peers.accelerator.device
-    assert instance.resolution is not None
+    kind, device = options.speed.quantize_base, peers.accelerator.device
     folder = start.encoded_dir if start.cache == "disk" else None
     entries = encoding_cache.Entries(folder, lambda said: metrics.say(peers.accelerator, f"warning: {said}"))
     text = families.text_without_encoders(base, start.tokenizers, options.text)
@@ -70,14 +69,8 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         prompt_cache = encodings.encode_prompts(
             entries, base, text, asked, start.weight_dtype, device, peers, check
         )
-    crops = encodings.Crops(
-        instance.resolution, instance.image_interpolation_mode, instance.center_crop, base.grid
-    )
     assert options.run.seed is not None
-    grid = 1 if start.cache == "off" else crops.grid
-    rows = PhotoRows(
-        sources, options.run.seed, crops.resolution, crops.interpolation, crops.center_crop, grid
-    )
+    rows = PhotoRows(sources, options.run.seed, start.crops)
     if start.cache == "off":
         vae = families.load_vae(base, device)
     else:
@@ -86,7 +79,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         now, later = (
             [picture for picture in pictures if (picture in soon) == is_soon] for is_soon in (True, False)
         )
-        encoded = encodings.encode_photos(entries, base, now, crops, device, peers, check, later)
+        encoded = encodings.encode_photos(entries, base, now, start.crops, device, peers, check, later)
         say_damaged(entries, peers)
     memory.give_back()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}

@@ -25,6 +25,7 @@ from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompts, quantization
 from dreambooth.data import captions, class_images, encoding_cache, encodings, photo_sets, photos
 from dreambooth.data.batches import Source
+from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
 from dreambooth.files import checkpoint_folders, locks
@@ -58,6 +59,7 @@ class Start:
     cache: encodings.Mode
     encoded_dir: Path
     """Where a cache on disk lies."""
+    crops: Crops
 
 
 class Planned(Exception):
@@ -179,15 +181,18 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         threads=torch.get_num_threads(), device=accelerator.device.type, options=options
     )
 
+    limits = options.instance
+    assert limits.resolution is not None
+    # crops that are cut from stored latents start at whole latents
+    stride = 1 if cache == "off" else base.vae_stride
+    crops = Crops(limits.resolution, limits.image_interpolation_mode, limits.center_crop, stride)
+
     def identity(sources: list[Source]) -> dict[str, Any]:
         pictures = {
             source.purpose: {photo.path.name: photo.sha256 for photo in source.photos} for source in sources
         }
         slots = run.gradient_accumulation_steps * peers.world
         start = checkpoint.identity.get("start") if checkpoint and first_digest is None else first_digest
-        side, center = options.instance.resolution, options.instance.center_crop
-        assert side is not None
-        crops = encodings.Crops(side, options.instance.image_interpolation_mode, center, base.grid)
         vary = any(not crops.is_fixed(photo.size) for source in sources for photo in source.photos)
         cut_from: Literal["pixels", "latents"] = (
             "pixels" if cache == "off" or not base.family.has_vae else "latents"
@@ -255,6 +260,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         repository,
         cache,
         encoded_dir,
+        crops,
     )
 
 
@@ -408,9 +414,9 @@ def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.B
         if small
         else []
     )
-    if base.side != resolution:
+    if base.default_resolution != resolution:
         notes.append(
-            f"--resolution is {resolution}; pictures of {base.side} pixels are what this base was made for"
+            f"--resolution is {resolution}; pictures of {base.default_resolution} pixels are what this base was made for"
         )
     return notes
 
@@ -555,7 +561,7 @@ def _class_source(
     folder, wanted = options.prior.class_data_dir, options.prior.num_class_images
     assert folder is not None
     class_images.make(Path(folder), settings, wanted, base, peers, watch)
-    are_small = base.side < photos.ODD_SIDE  # those of the base's own
+    are_small = base.default_resolution < photos.ODD_SIDE  # those of the base's own
     found = _pictures(
         options,
         folder,

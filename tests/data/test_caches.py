@@ -22,6 +22,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.bases import autoencoder, families, onednn, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
+from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
@@ -359,7 +360,7 @@ def photo_of(folder: Path, size: tuple[int, int]) -> photos.Photo:
 def encoded_photo(
     base: families.Base, photo: photos.Photo, *, resolution: int = 64, mirrored: bool = False
 ) -> encodings.EncodedPhotos:
-    crops = encodings.Crops(resolution, "lanczos", False, base.grid)
+    crops = Crops(resolution, "lanczos", False, base.vae_stride)
     entries = encoding_cache.Entries(None, print)
     return encodings.encode_photos(entries, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
 
@@ -391,17 +392,17 @@ def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, 
 @pytest.mark.parametrize("grid", [1, 4, 8, 16])
 def test_every_crop_of_a_long_picture_lies_whole_in_one_of_its_pieces(size, resolution, grid):
     """None of them longer than three crops, so that a panorama does not ask for the memory of one."""
-    crops = encodings.Crops(resolution, "lanczos", False, grid)
-    room = photos.crop_room(size, resolution)
-    boxes = crops.boxes(size)
+    crops = Crops(resolution, "lanczos", False, grid)
+    room = crops.room(size)
+    boxes = crops.encoded_boxes(size)
     used = set()
     for left in range(0, room[0] + 1, grid):
         for top in range(0, room[1] + 1, grid):
-            box = crops.box(size, (left, top))
+            box = crops.encoded_box(size, (left, top))
             used.add(box)
-            inside = crops.side * grid
-            assert box[0] <= left <= left + inside <= box[2] <= photos.resized_size(size, resolution)[0]
-            assert box[1] <= top <= top + inside <= box[3] <= photos.resized_size(size, resolution)[1]
+            inside = crops.latent_side * grid
+            assert box[0] <= left <= left + inside <= box[2] <= crops.resized_size(size)[0]
+            assert box[1] <= top <= top + inside <= box[3] <= crops.resized_size(size)[1]
             assert all(edge % grid == 0 for edge in box)
     assert used == set(boxes)
     assert max(max(box[2] - box[0], box[3] - box[1]) for box in boxes) <= 3 * resolution
@@ -569,7 +570,7 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
 def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     """A stop that is asked for is not kept waiting by thousands of files."""
     base, photo = families.find(BaseOptions(str(tiny_base))), photo_of(tmp_path, (64, 64))
-    crops = encodings.Crops(64, "lanczos", False, base.grid)
+    crops = Crops(64, "lanczos", False, base.vae_stride)
     (tmp_path / "kept").mkdir()
     for expected in (2, 1):  # looked for and encoded; looked for
         check = Mock()
@@ -697,7 +698,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
 def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
     base = families.find(BaseOptions(str(tiny_base)))
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 3, (96, 64)), FLAG).photos
-    crops = encodings.Crops(64, "lanczos", False, base.grid)
+    crops = Crops(64, "lanczos", False, base.vae_stride)
     (tmp_path / "kept").mkdir()
     entries = encoding_cache.Entries(tmp_path / "kept", print)
     encoded = encodings.encode_photos(
@@ -842,7 +843,7 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
     """Where nodes have no folder in common each makes what it lacks."""
     base = families.find(BaseOptions(str(tiny_base)))
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 5, (96, 64)), FLAG).photos
-    crops = encodings.Crops(64, "lanczos", False, base.grid)
+    crops = Crops(64, "lanczos", False, base.vae_stride)
     for name in ("alone", "0", "1"):
         (tmp_path / name).mkdir()
 

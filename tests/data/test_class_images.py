@@ -566,7 +566,7 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
         generate_class_images.main(parse(ClassImageOptions, "", words))
     base = families.find(BaseOptions(str(tiny_base)))
-    settings = Settings(base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.side, "fp16", "dpm")
+    settings = Settings(base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.default_resolution, "fp16", "dpm")
     fill(tmp_path / "set", 2, settings=settings)
     generate_class_images.main(parse(ClassImageOptions, "", words))
 
@@ -579,7 +579,7 @@ def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
     device = torch.device("cpu")
     wanted = class_images.settings_of(prior, base, base.fingerprint(), device)
     assert wanted is not None
-    assert wanted.side == base.side
+    assert wanted.side == base.default_resolution
     fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
     assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(
         wanted, side=128

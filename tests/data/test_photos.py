@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from dreambooth.data import photos
+from dreambooth.data import crops, photos
+from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
 from dreambooth.options import training
 from tests import tiny
@@ -585,8 +586,17 @@ def test_ink_colours_become_rgb(tmp_path):
     ],
 )
 def test_the_shorter_side_becomes_the_resolution(size, resolution, resized):
-    assert photos.resized_size(size, resolution) == resized
-    assert photos.crop_room(size, resolution) == (resized[0] - resolution, resized[1] - resolution)
+    crops = Crops(resolution, "lanczos", center_crop=False)
+    assert crops.resized_size(size) == resized
+    assert crops.room(size) == (resized[0] - resolution, resized[1] - resolution)
+
+
+def cropped(
+    path: Path, resolution: int, interpolation: str = "lanczos", corner: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Pixels of the crop at `corner`, or of the one from the middle."""
+    crops, image = Crops(resolution, interpolation, center_crop=corner is None), photos.load(path)
+    return crops.pixel_values(image, crops.square(corner or crops.middle_corner(image.size)))
 
 
 @pytest.fixture
@@ -606,20 +616,20 @@ def columns_and_rows(pixels: torch.Tensor) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("left", [0, 10, 32])
 def test_a_crop_is_taken_at_its_corner(left, wide):
-    assert photos.crop_room((96, 64), 64) == (32, 0)
-    columns, rows = columns_and_rows(photos.pixel_values(wide, 64, "lanczos", (left, 0)))
+    assert Crops(64, "lanczos", center_crop=False).room((96, 64)) == (32, 0)
+    columns, rows = columns_and_rows(cropped(wide, 64, corner=(left, 0)))
     assert columns == list(range(left, left + 64))
     assert rows == list(range(64))
 
 
 def test_without_a_corner_the_crop_is_the_middle(wide, tmp_path):
-    assert columns_and_rows(photos.pixel_values(wide, 64, "lanczos", None)) == (
+    assert columns_and_rows(cropped(wide, 64)) == (
         list(range(16, 80)),
         list(range(64)),
     )
     tall = Image.open(wide).crop((0, 0, 40, 64))
     tall.save(tmp_path / "tall.png")
-    assert columns_and_rows(photos.pixel_values(tmp_path / "tall.png", 40, "lanczos", None)) == (
+    assert columns_and_rows(cropped(tmp_path / "tall.png", 40)) == (
         list(range(40)),
         list(range(12, 52)),
     )
@@ -628,9 +638,9 @@ def test_without_a_corner_the_crop_is_the_middle(wide, tmp_path):
 def test_every_corner_within_the_room_shows_picture_only(tmp_path):
     """A crop past the edge would train on black bars."""
     Image.new("RGB", (101, 47), "white").save(tmp_path / "white.png")
-    room = photos.crop_room((101, 47), 32)
+    room = Crops(32, "bicubic", center_crop=False).room((101, 47))
     for corner in ((0, 0), room):
-        pixels = photos.pixel_values(tmp_path / "white.png", 32, "bicubic", corner)
+        pixels = cropped(tmp_path / "white.png", 32, "bicubic", corner)
         assert pixels.shape == (3, 32, 32)
         assert (pixels == 1).all()
 
@@ -639,7 +649,7 @@ def test_pixel_values_are_float32_from_minus_one_to_one(tmp_path):
     image = Image.new("RGB", (64, 64), "black")
     image.paste("white", (0, 0, 64, 32))
     image.save(tmp_path / "halves.png")
-    pixels = photos.pixel_values(tmp_path / "halves.png", 64, "lanczos", None)
+    pixels = cropped(tmp_path / "halves.png", 64)
     assert (pixels.dtype, pixels.shape) == (torch.float32, (3, 64, 64))
     assert (pixels[:, :32] == 1).all()
     assert (pixels[:, 32:] == -1).all()
@@ -647,15 +657,15 @@ def test_pixel_values_are_float32_from_minus_one_to_one(tmp_path):
 
 def test_channels_stay_red_green_blue(tmp_path):
     Image.new("RGB", (32, 32), (255, 0, 51)).save(tmp_path / "photo.png")
-    pixels = photos.pixel_values(tmp_path / "photo.png", 32, "box", None)
+    pixels = cropped(tmp_path / "photo.png", 32, "box")
     assert torch.allclose(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
 
 def test_every_interpolation_on_offer_works_and_they_differ(tmp_path):
     choices = typing.get_args(typing.get_type_hints(training.InstanceOptions)["image_interpolation_mode"])
-    assert set(choices) == set(photos.INTERPOLATIONS)
+    assert set(choices) == set(crops.INTERPOLATIONS)
     noise(90, 70).save(tmp_path / "photo.png")
-    results = {name: photos.pixel_values(tmp_path / "photo.png", 32, name, (1, 0)) for name in choices}
+    results = {name: cropped(tmp_path / "photo.png", 32, name, (1, 0)) for name in choices}
     assert all(pixels.shape == (3, 32, 32) and pixels.abs().max() <= 1 for pixels in results.values())
     assert (
         len({pixels.numpy().tobytes() for pixels in results.values()}) == len(choices) - 1

@@ -4,6 +4,7 @@ docs/reference-parity.md says which test holds each flag and each defect; what o
 """
 
 import ast
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -27,6 +28,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.bases import autoencoder, families, pipelines, prompts
 from dreambooth.data import batches, encoding_cache, encodings, photos
+from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
@@ -508,7 +510,7 @@ def dataset(tmp_path) -> batches.PhotoRows:
         batches.Source("instance", mine, ["photo"] * 3, random_flip=True),
         batches.Source("class", classes, ["dog"] * 5),
     ]
-    return batches.PhotoRows(sources, 1, 64, "lanczos", True)
+    return batches.PhotoRows(sources, 1, Crops(64, "lanczos", True))
 
 
 def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset):
@@ -524,7 +526,7 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
             ]
         )
 
-    crops = encodings.Crops(dataset.resolution, dataset.interpolation, dataset.center_crop, base.grid)
+    crops = dataclasses.replace(dataset.crops, stride=base.vae_stride)
     pictures = [picture for source in dataset.sources for picture in source.pictures()]
     alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
     cached = means(

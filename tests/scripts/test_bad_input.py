@@ -28,6 +28,7 @@ from dreambooth.adapter_files import native
 from dreambooth.adapters import apply, inject
 from dreambooth.bases import families, pipelines
 from dreambooth.data import class_images, photos
+from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
 from dreambooth.files import safetensors_files
 from dreambooth.options import training
@@ -1467,7 +1468,9 @@ def outcomes(
 
 def checked_and_loaded(path: Path) -> None:
     (photo,) = photos.check_folder(path.parent, "--instance_data_dir").photos
-    assert photos.pixel_values(photo.path, 32, "lanczos", None).isfinite().all()
+    crops = Crops(32, "lanczos", center_crop=True)
+    box = crops.square(crops.middle_corner(photo.size))
+    assert crops.pixel_values(photos.load(photo.path), box).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Crop geometry: the shorter side of a photo is resized to the training resolution, and a square is cut from
+the result.
+
+Sizes are (width, height), corners (left, top) and boxes (left, top, right, bottom), in pixels of the resized
+photo.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from PIL import Image
+
+Size = tuple[int, int]
+Corner = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    # Pillow's nearest samples at pixel centres, which is what "exact" means
+    "nearest_exact": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# Longest side of an encoded box, in crops: a VAE's memory grows with its input, and a panorama is not encoded
+# in one.
+_LONGEST_BOX = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """How the photos of a run are resized and cropped."""
+
+    resolution: int
+    """Side of the square crop, in pixels."""
+    interpolation: str
+    """A key of `INTERPOLATIONS`."""
+    center_crop: bool
+    stride: int = 1
+    """Random crops start at multiples of it: the VAE's stride where crops are cut from stored latents, else
+    1."""
+
+    @property
+    def latent_side(self) -> int:
+        """Side of a crop in latents, where `stride` is the VAE's."""
+        return self.resolution // self.stride
+
+    def resized_size(self, size: Size) -> Size:
+        """The size of a photo once its shorter side is `resolution`."""
+        width, height = size
+        if width <= height:
+            return self.resolution, max(self.resolution, int(self.resolution * height / width))
+        return max(self.resolution, int(self.resolution * width / height)), self.resolution
+
+    def room(self, size: Size) -> Size:
+        """How many pixels a crop can move to the right and down in the resized photo."""
+        width, height = self.resized_size(size)
+        return width - self.resolution, height - self.resolution
+
+    def middle_corner(self, size: Size) -> Corner:
+        """The corner of the crop from the middle."""
+        left, top = self.room(size)
+        return round(left / 2), round(top / 2)
+
+    def is_fixed(self, size: Size) -> bool:
+        """Whether every crop of a photo of this size is the same."""
+        return self.center_crop or self.room(size) == (0, 0)
+
+    def square(self, corner: Corner) -> Box:
+        """The box of the crop at `corner`."""
+        left, top = corner
+        return left, top, left + self.resolution, top + self.resolution
+
+    def encoded_box(self, size: Size, corner: Corner) -> Box:
+        """The box that is encoded for the crop at `corner`: the crop itself where crops are fixed, else the
+        whole photo up to its last full latent, or a part of a very long photo."""
+        if self.is_fixed(size):
+            return self.square(self.middle_corner(size))
+        sides = zip(self.resized_size(size), corner, strict=True)
+        (left, right), (top, bottom) = (self._range(length, start) for length, start in sides)
+        return left, top, right, bottom
+
+    def _range(self, length: int, start: int) -> tuple[int, int]:
+        """(begin, end) of the encoded range of one side that contains the crop which begins at `start`.
+        Ranges overlap by the length of a crop, so that each crop lies in one of them."""
+        crop = self.latent_side * self.stride
+        step = (_LONGEST_BOX - 1) * crop
+        begin = start // step * step
+        return begin, min(begin + _LONGEST_BOX * crop, length // self.stride * self.stride)
+
+    def encoded_boxes(self, size: Size) -> list[Box]:
+        """Every box that `encoded_box` can return for a photo of this size."""
+        step = (_LONGEST_BOX - 1) * self.latent_side * self.stride
+        lefts, tops = (range(0, room // self.stride * self.stride + 1, step) for room in self.room(size))
+        return list(dict.fromkeys(self.encoded_box(size, (left, top)) for left in lefts for top in tops))
+
+    def pixel_values(self, image: Image.Image, box: Box, *, is_mirrored: bool = False) -> torch.Tensor:
+        """Float32 [3, height, width] in [-1, 1] of `box`, after the image was resized and, if wanted,
+        mirrored."""
+        image = image.resize(self.resized_size(image.size), INTERPOLATIONS[self.interpolation])
+        if is_mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.crop(box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
