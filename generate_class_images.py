@@ -23,7 +23,7 @@ import torch
 from dreambooth.bases import families, prompts
 from dreambooth.data import class_images
 from dreambooth.errors import UserError
-from dreambooth.runtime import memory, processes
+from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Stop, Watch
 
 if __name__ == "__main__":
@@ -48,7 +48,6 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     state = peers.accelerator
-    memory.keep_freed(state.device)
     for note in processes.notes():
         print(f"note: {note}")
     options = class_images.continued(options)

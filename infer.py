@@ -36,7 +36,7 @@ from dreambooth.files import locks
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, Choice
 from dreambooth.options.training import TextOptions
-from dreambooth.runtime import memory, processes
+from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
 
@@ -111,7 +111,6 @@ def infer(options: InferOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     device = peers.accelerator.device
-    memory.keep_freed(device)
     for note in processes.notes():
         print(f"note: {note}")
     if options.mixed_precision == "fp16" and device.type == "cpu":

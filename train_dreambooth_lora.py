@@ -13,7 +13,7 @@ if __name__ == "__main__":
     )  # before the imports below: --help and mistakes are answered at once
     stops.until_imports_are_done()
     startup.hash_ahead(OPTIONS.base)
-    startup.imports_begin(startup.packages_of(OPTIONS))
+    startup.imports_begin()
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from diffusers.optimization import get_scheduler
 
 from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
-from dreambooth.bases import autoencoder, compilation, families, onednn
+from dreambooth.bases import autoencoder, compilation, families
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
@@ -170,8 +170,6 @@ class Training:
             for name, model, targets in models
         ]
         for component in components:
-            if self.accelerator.device.type == "cpu":
-                onednn.use_onednn(component.model)
             if self.options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
@@ -504,9 +502,6 @@ class Training:
             self.finish_text()
         if step == self.first_step:
             self.note_memory("first step", step + 1, progress)
-            if self.encoded and self.encoded.waiting and step + 1 < self.max_steps:
-                frozen_models.encode_rest(self.encoded, self.peers)
-                self.note_memory("rest encoded", step + 1, progress)
         if (step + 1) % run.checkpointing_steps == 0:
             self.saver.checkpoint(step + 1)
         if self._is_validated(step + 1):

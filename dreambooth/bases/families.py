@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dreambooth.bases import folders as base_folders
-from dreambooth.bases import loading, onednn, prompts
+from dreambooth.bases import loading, prompts
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, shown
 from dreambooth.files import digests
@@ -464,12 +464,9 @@ def _load_model(base: Base, part: str, dtype: torch.dtype, device: torch.device)
         **{encoder: kind for encoder, (_, kind) in base.family.text.items()},
     }[part]
     with _explained(_VAE_FLAG if own else _FLAG, "it" if own else part, str(own or base.folder)):
-        model = loading.load(
+        return loading.load(
             kind, folder, files, dtype=dtype, device=device, channels_last=part in ("unet", "vae")
         )
-    if device.type == "cpu":
-        onednn.use_onednn(model)
-    return model
 
 
 def load_scheduler(base: Base, *, edm: bool = False) -> Any:

@@ -72,14 +72,6 @@ class PhotoRows(torch.utils.data.Dataset):
     def is_mirrored(self, source: Source, row: int) -> bool:
         return source.random_flip and sampling_order.chance(self.seed, f"{source.purpose}-flip", row) < 0.5
 
-    def pictures(self, rows: range) -> set[tuple[Photo, bool]]:
-        """Every (photo, whether mirrored) of these rows."""
-        return {
-            (source.photos[self.photo(source, row)], self.is_mirrored(source, row))
-            for source in self.sources
-            for row in rows
-        }
-
     def prompt(self, source: Source, row: int) -> str:
         is_dropped = (
             source.caption_dropout > 0

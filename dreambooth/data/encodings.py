@@ -6,15 +6,14 @@ missing, and freed after it. Several processes with one folder share the work.
 """
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import PIL
 import torch
 from tqdm import tqdm
 
-from dreambooth.bases import autoencoder, families, onednn, prompts
+from dreambooth.bases import autoencoder, families, prompts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import photos
 from dreambooth.data.crops import Box, Corner, Crops
@@ -22,6 +21,7 @@ from dreambooth.data.encoding_cache import Entries, Shapes, name_of
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError, shown
 from dreambooth.runtime import memory
+from dreambooth.runtime.environment import environment, processor
 from dreambooth.runtime.processes import Peers
 
 Mode = Literal["memory", "disk", "off"]
@@ -49,22 +49,10 @@ class Part:
 
 
 class EncodedPhotos:
-    """The posterior of every crop that a run may draw. `waiting` are parts that are not encoded yet; `fill` encodes those that it is given."""
+    """The posterior of every crop that a run may draw."""
 
-    def __init__(
-        self,
-        entries: Entries,
-        names: Mapping[Part, str],
-        crops: Crops,
-        waiting: Sequence[Part],
-        fill: Callable[[Sequence[Part]], None],
-    ):
-        self.entries, self.names, self.crops, self.waiting, self.fill = entries, names, crops, waiting, fill
-
-    def encode_rest(self) -> None:
-        """Encode what is waiting. Raises as `encode_photos` does."""
-        self.fill(self.waiting)
-        self.waiting = ()
+    def __init__(self, entries: Entries, names: Mapping[Part, str], crops: Crops):
+        self.entries, self.names, self.crops = entries, names, crops
 
     def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> autoencoder.Posterior:
         """[1, channels, height, width] on the CPU, of the crop at `corner`, which where crops vary is a multiple of the grid."""
@@ -87,26 +75,22 @@ def encode_photos(
     device: torch.device,
     peers: Peers,
     check: Check,
-    later: Sequence[tuple[Photo, bool]] = (),
 ) -> EncodedPhotos:
-    """Encode every (photo, whether mirrored) of `pictures` that `entries` lacks, and at `encode_rest` those of `later`. `check` is called before each
-    that is looked for, and each that is encoded.
+    """Encode every (photo, whether mirrored) of `pictures` that `entries` lacks. `check` is called before each that is
+    looked for, and before each that is encoded.
 
     Raises UserError if a photo has changed since it was checked, or the VAE while it was read.
     """
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
-    around = _environment(device, "diffusers")
-    now, waiting = (
-        [
-            Part(photo, is_mirrored, box)
-            for photo, is_mirrored in some
-            for box in crops.encoded_boxes(photo.size)
-        ]
-        for some in (pictures, later)
-    )
+    around = environment(device, ("torch", "diffusers"), **processor(device))
+    parts = [
+        Part(photo, is_mirrored, box)
+        for photo, is_mirrored in pictures
+        for box in crops.encoded_boxes(photo.size)
+    ]
     names, shapes = {}, {}
-    for part in [*now, *waiting]:
+    for part in parts:
         left, top, right, bottom = part.box
         # a bucket of another aspect would be a word of its own here
         transform = {
@@ -144,11 +128,8 @@ def encode_photos(
             posterior = autoencoder.encode(vae, pixels[None])
             entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
 
-    def fill(some: Sequence[Part]) -> None:
-        _fill(entries, {names[part]: shapes[names[part]] for part in some}, encode, peers, check)
-
-    fill(now)
-    return EncodedPhotos(entries, names, crops, waiting, fill)
+    _fill(entries, shapes, encode, peers, check)
+    return EncodedPhotos(entries, names, crops)
 
 
 def encode_prompts(
@@ -174,7 +155,7 @@ def encode_prompts(
         "attention_mask": text.attention_mask,
         "max_tokens": text.max_tokens,
         "zeros_for_empty": text.zeros_for_empty,
-        "around": _environment(device, "transformers"),
+        "around": environment(device, ("torch", "transformers"), **processor(device)),
     }
     names = {}
     for prompt in distinct:
@@ -241,27 +222,3 @@ def _fill(
     make(names[peers.rank :: peers.world])
     peers.barrier()
     make([name for place, name in enumerate(names) if place % peers.world != peers.rank])
-
-
-def _environment(device: torch.device, library: str) -> dict[str, Any]:
-    """What changes the last bits of what is encoded."""
-    found: dict[str, Any] = {
-        "device": device.type,
-        **{name: importlib.metadata.version(name) for name in ("torch", library)},
-    }
-    found["arithmetic"] = onednn.ARITHMETIC
-    if device.type == "cpu":
-        # oneDNN takes what the CPU has for bf16, of which the name of the whole says nothing
-        special = sorted(
-            name
-            for name, has in torch.cpu.get_capabilities().items()
-            if has and ("bf16" in name or "amx" in name)
-        )
-        return found | {
-            "threads": torch.get_num_threads(),
-            "instructions": [torch.backends.cpu.get_cpu_capability(), *special],
-        }
-    if device.type == "cuda":
-        tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-        return found | {"name": torch.cuda.get_device_name(device), "tf32": tf32}
-    return found

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from dreambooth.errors import UserError
 
 Reading = Mapping[str, float]
 _GIB = 2**30
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def check(offload: bool, device: torch.device) -> None:
@@ -47,10 +47,6 @@ def _resident() -> dict[str, float]:
         if {"VmRSS", "VmHWM"} <= told.keys():
             now, peak = (int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # "  1234 kB"
             return {"resident_gib": now, "peak_resident_gib": peak}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
@@ -61,19 +57,6 @@ def _backend(device: torch.device) -> Any:
         return torch.cuda
     # that of Apple's GPUs keeps no peaks
     return None if device.type in ("cpu", "mps") else torch.accelerator
-
-
-def keep_freed(device: torch.device) -> None:
-    """Where the work is done on a CPU, have large blocks that are freed stay with the process until `give_back`: the next layer's are as large, and
-    the system fills every page that it hands out with zeros first. What it gives and costs is in docs/speed.md."""
-    if device.type != "cpu":
-        return
-    set_option = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    )  # of the GNU C library
-    if set_option is not None:
-        for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
-            set_option(option, value)
 
 
 def give_back() -> None:

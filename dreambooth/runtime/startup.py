@@ -1,41 +1,25 @@
-"""The seconds in which a script imports its libraries: made fewer, and used. Imports no torch."""
+"""What a script does before and during its slow imports. This module imports no torch."""
 
 import contextlib
 import gc
-import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from dreambooth.bases import folders
 from dreambooth.errors import UserError
 from dreambooth.files import digests
-from dreambooth.options.training import BaseOptions, TrainOptions
-
-# peft and transformers import these wherever they are installed, for a second and some lines of warnings, whether they are used or not.
-_OPTIONAL = ("bitsandbytes", "torchao")
+from dreambooth.options.training import BaseOptions
 
 
-def imports_begin(packages: Iterable[str] = ()) -> None:
-    """To be called before the libraries are imported. They take optional packages that are not among those named for not installed."""
-    for package in set(_OPTIONAL).difference(packages):
-        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-    gc.disable()  # a million new objects, none of them garbage: looking for it takes a quarter of the time
+def imports_begin() -> None:
+    """Call this before the slow imports."""
+    gc.disable()  # imports make a million objects and no garbage: collecting takes a quarter of their time
 
 
 def imports_end() -> None:
-    """To be called after them."""
+    """Call this after the slow imports."""
     gc.enable()
-    gc.freeze()  # what was imported stays: it need not be looked through again
-
-
-def packages_of(options: TrainOptions) -> list[str]:
-    """The optional packages that training with these options needs."""
-    wanted = (
-        {"adamw8bit": "bitsandbytes"}.get(options.optimization.optimizer),
-        {"int8": "torchao", "nf4": "bitsandbytes"}.get(options.speed.quantize_base or ""),
-    )
-    return [package for package in wanted if package]
+    gc.freeze()  # imported objects live as long as the process: the collector need not visit them
 
 
 def hash_ahead(base: BaseOptions) -> None:

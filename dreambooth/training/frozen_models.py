@@ -10,11 +10,10 @@ from dreambooth.bases.families import FrozenParts
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import shown
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
-from dreambooth.runtime.stops import Stop
 from dreambooth.training import metrics
 from dreambooth.training.prepare import Start
 
@@ -40,22 +39,10 @@ def prompts_of(options: TrainOptions, sources: Sequence[Source]) -> list[str]:
     ]
 
 
-def encodes_ahead(start: Start) -> bool:
-    """Whether all photos are encoded before the UNet is loaded, and not just those of the first step. On a CPU a photo takes seconds, and whether
-    the first step goes well is worth knowing before; the VAE then works in memory that the backward pass has freed. With gradient checkpointing
-    that would be too little, a GPU that holds UNet and VAE at once would hold more than it must, and several processes stop together, between
-    steps, where this may take long."""
-    return (
-        start.peers.accelerator.device.type != "cpu"
-        or start.peers.world > 1
-        or start.options.run.gradient_checkpointing
-    )
-
-
 def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
-    """Encode what is frozen first, and free its models one after another: text encoders, VAE; the UNet is loaded last. Text encoders that are
-    trained stay, and so does the VAE where nothing is cached; unless `encodes_ahead` most photos are left for `encode_rest`. `check` is called
-    between photos and prompts."""
+    """Encode prompts and photos with the text encoders and the VAE, free these one after another, and load the UNet last.
+    Text encoders that are trained stay loaded, and so does the VAE where nothing is cached. `check` is called between
+    photos and between prompts."""
     options, peers, base, sources = start.options, start.peers, start.base, start.sources
     kind, device = options.speed.quantize_base, peers.accelerator.device
     folder = start.encoded_dir if start.cache == "disk" else None
@@ -75,11 +62,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         vae = families.load_vae(base, device)
     else:
         pictures = [picture for source in sources for picture in source.pictures()]
-        soon = set(pictures) if encodes_ahead(start) else rows.pictures(_first_rows(start))
-        now, later = (
-            [picture for picture in pictures if (picture in soon) == is_soon] for is_soon in (True, False)
-        )
-        encoded = encodings.encode_photos(entries, base, now, start.crops, device, peers, check, later)
+        encoded = encodings.encode_photos(entries, base, pictures, start.crops, device, peers, check)
         say_damaged(entries, peers)
     memory.give_back()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
@@ -96,26 +79,6 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         encoded,
         readings,
     )
-
-
-def _first_rows(start: Start) -> range:
-    """The rows of the first step that is taken."""
-    first = start.checkpoint.step if start.checkpoint else 0
-    count = (
-        start.options.run.gradient_accumulation_steps * start.peers.world * start.options.run.train_batch_size
-    )
-    return range(first * count, (first + 1) * count)
-
-
-def encode_rest(encoded: encodings.EncodedPhotos, peers: Peers) -> None:
-    """Encode the photos that were left for after the first step. Raises Stop if one has changed since it was checked, or the VAE."""
-    memory.trim()  # the VAE needs blocks of other sizes than the UNet
-    try:
-        encoded.encode_rest()
-    except UserError as error:
-        raise Stop(str(error)) from None
-    say_damaged(encoded.entries, peers)
-    memory.trim()
 
 
 def say_damaged(entries: encoding_cache.Entries, peers: Peers) -> None:

@@ -102,8 +102,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
     accelerator = peers.accelerator
     _check_device(options, accelerator.device, accelerator.mixed_precision)
-    if not options.run.gradient_checkpointing:
-        memory.keep_freed(accelerator.device)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     peers.on_main(lambda: photo_sets.find(options.instance).flag)  # fetched, where that is needed, once
@@ -177,9 +175,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         options, [len(instance.photos), options.prior.num_class_images if settings else 0]
     )
     max_steps = steps_of_run(options, longest, peers.world)[1]
-    around = run_folder.environment(
-        threads=torch.get_num_threads(), device=accelerator.device.type, options=options
-    )
+    around = run_folder.environment_of(options.run, accelerator.device, is_compiled=options.speed.compile)
 
     limits = options.instance
     assert limits.resolution is not None
@@ -279,7 +275,7 @@ def _check_device(options: TrainOptions, device: torch.device, mixed_precision: 
 
 def _device_notes(options: TrainOptions, device: torch.device) -> list[str]:
     if options.speed.compile and device.type == "cpu":
-        return ["--compile is for GPUs: on a CPU the layers that it takes the place of are faster"]
+        return ["--compile is for GPUs: on a CPU it compiles for minutes, and steps are hardly faster"]
     return []
 
 

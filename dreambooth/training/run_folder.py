@@ -6,7 +6,6 @@ that its steps so far were trained with; anything else is another run, and is re
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shutil
@@ -16,16 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dreambooth.adapter_files import native
-from dreambooth.bases import onednn
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
 from dreambooth.options.command_line import as_table, fields_of
 from dreambooth.options.rules import EXIT_USAGE
-from dreambooth.options.training import ReportOptions, TrainOptions, ValidationOptions
+from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, ValidationOptions
+from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 
 IDENTITY, STATUS = "run.json", "status.json"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # they make the numbers
 
 # Flags that leave the steps already done as they were, so that they may change between them.
 _FREE = {
@@ -86,7 +88,7 @@ _FREE = {
         "num_threads",
         "allow_tf32",
         "enable_xformers_memory_efficient_attention",
-    ),  # other last bits: said, see `environment`
+    ),  # other last bits: noted on resume, see `environment_of`
 }
 _PRIOR = ("prior_loss_weight", "class_prompt")
 # Whose learning rate at a step depends on how many steps there are to be.
@@ -126,20 +128,16 @@ def identity(
     return json.loads(json.dumps(found))
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that make the numbers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-
-
-def environment(*, threads: int, device: str, options: TrainOptions) -> dict[str, Any]:
-    """What changes last bits but not the run."""
-    settings = {
-        "tf32": options.run.allow_tf32,
-        "xformers": options.run.enable_xformers_memory_efficient_attention,
-        "compile": options.speed.compile,
-    }
-    layers = {"layers": onednn.ARITHMETIC} if device == "cpu" else {}
-    return {"threads": threads, "device": device, **settings, **layers, **versions()}
+def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
+    """What changes the last bits of a run on `device`, but not which run it is."""
+    return environment(
+        device,
+        LIBRARIES,
+        threads=torch.get_num_threads(),
+        tf32=run.allow_tf32,
+        xformers=run.enable_xformers_memory_efficient_attention,
+        compile=is_compiled,
+    )
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -219,6 +217,11 @@ def check_resume(
         for name, value in around.items()
         if before.get(name, False if name == "compile" else None)
         != value  # checkpoints from before there was the flag
+    ]
+    notes += [
+        f"{name} was {value} and is gone from this version: the result may differ in its last bits"
+        for name, value in before.items()
+        if name not in around
     ]
     return notes
 

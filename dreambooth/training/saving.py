@@ -11,6 +11,7 @@ from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
 from dreambooth.files import checkpoint_folders
 from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, metrics, optimizers, run_folder
@@ -63,7 +64,7 @@ class Saver:
             if Path(name).exists()
             else name,  # a folder's own name: where it lies is nobody's business
             "base_fingerprint": self.identity.get("base"),
-            "versions": run_folder.versions(),
+            "versions": environment.versions(run_folder.LIBRARIES),
             "steps": step,
             "seed": o.run.seed,
             "resolution": o.instance.resolution,
@@ -85,8 +86,8 @@ class Saver:
 
     def _content(self, step: int) -> tuple[bytes, dict[str, torch.Tensor], dict[str, object]]:
         """(adapter file, tensors, state) of checkpoint-<step>."""
-        around = run_folder.environment(
-            threads=torch.get_num_threads(), device=self.accelerator.device.type, options=self.options
+        around = run_folder.environment_of(
+            self.options.run, self.accelerator.device, is_compiled=self.options.speed.compile
         )
         state: dict[str, object] = {"seed": self.options.run.seed, "surroundings": around}
         # a checkpoint of the very step at which they stop may be from before or after

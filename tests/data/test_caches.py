@@ -20,19 +20,17 @@ from PIL import Image
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
-from dreambooth.bases import autoencoder, families, onednn, prompts
+from dreambooth.bases import autoencoder, families, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
 from dreambooth.files import digests as file_digests
-from dreambooth.options.command_line import parse
-from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
-from dreambooth.training import frozen_models
 from tests import tiny
-from tests.running import digest, prior_words, run_train, together, train_words
+from tests.running import digest, prior_words, run_train, together
 
 FLAG = "--instance_data_dir"
 CPU = torch.device("cpu")
@@ -82,9 +80,7 @@ def work(monkeypatch) -> Work:
 
 
 def train_nothing(training: train.Training) -> None:
-    """What is left to encode after a first step, and no step."""
-    if training.encoded and training.encoded.waiting:
-        frozen_models.encode_rest(training.encoded, training.peers)
+    """No step."""
 
 
 @pytest.fixture
@@ -558,9 +554,6 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
     for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
         names |= set(encoded_photo(base, changed).entries.held)
     assert len(names) == 2
-    monkeypatch.setattr(onednn, "ARITHMETIC", -1)
-    assert not names & set(encoded_photo(base, photo).entries.held)
-    monkeypatch.undo()
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"}
     )
@@ -768,13 +761,13 @@ def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_p
     assert entries_in(tmp_path / "own" / "encoded") == entries_in(tmp_path / "kept")
 
 
-# --- the first step before most photos
+# --- what comes first
 
 
-def test_the_first_step_comes_before_most_photos_unless_memory_is_short(
+def test_all_photos_are_encoded_before_the_first_step_by_a_vae_without_its_decoder(
     tiny_base, mine, tmp_path, monkeypatch
 ):
-    """The same adapter either way. The VAE that encodes has no decoder, which is most of its weights."""
+    """The decoder is most of a VAE's weights."""
     seen: list[str] = []
     spy(
         monkeypatch,
@@ -783,56 +776,8 @@ def test_the_first_step_comes_before_most_photos_unless_memory_is_short(
         lambda vae, pixels: seen.append("photo" if vae.decoder is None else "photo, by a whole VAE"),
     )
     spy(monkeypatch, train.Training, "step", lambda *args: seen.append("step"))
-    first = run_train(tiny_base, mine, tmp_path / "a", "--max_train_steps", "2")
-    assert seen == ["photo", "step", "photo", "photo", "step"]
-    seen.clear()
-    ahead = run_train(tiny_base, mine, tmp_path / "b", "--max_train_steps", "2", "--gradient_checkpointing")
+    run_train(tiny_base, mine, tmp_path / "run", "--max_train_steps", "2")
     assert seen == ["photo"] * 3 + ["step"] * 2
-    assert digest(first) == digest(ahead)
-
-
-def test_a_run_of_one_step_encodes_what_it_needs_and_a_resumed_one_what_comes_next(
-    tiny_base, mine, tmp_path, work
-):
-    whole = run_train(tiny_base, mine, tmp_path / "whole", "--max_train_steps", "2")
-    work.pictures.clear()
-    run_train(tiny_base, mine, tmp_path / "one", "--max_train_steps", "1", "--checkpointing_steps", "1")
-    assert len(work.pictures) == 1
-    work.pictures.clear()
-    more = ["--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
-    resumed = run_train(tiny_base, mine, tmp_path / "one", "--max_train_steps", "2", *more)
-    assert len(work.pictures) == 1
-    assert digest(resumed) == digest(whole)
-
-
-@pytest.mark.parametrize(
-    ("device", "world", "flags"),
-    [("cuda", 1, []), ("cpu", 2, []), ("cpu", 1, ["--gradient_checkpointing"]), ("cpu", 1, None)],
-)
-def test_on_gpus_and_several_processes_all_photos_come_before_the_first_step(
-    device, world, flags, tiny_base, photos_dir, tmp_path
-):
-    options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, *(flags or [])))
-    peers = types.SimpleNamespace(world=world, accelerator=types.SimpleNamespace(device=torch.device(device)))
-    start: Any = types.SimpleNamespace(options=options, peers=peers)
-    assert frozen_models.encodes_ahead(start) == (flags is not None)
-
-
-def test_a_photo_that_changes_during_the_first_step_ends_the_run_with_that_step_saved(
-    tiny_base, photos_dir, tmp_path, monkeypatch, capsys
-):
-    pictures = shutil.copytree(photos_dir, tmp_path / "photos")
-
-    def change(*args: Any) -> None:
-        for path in pictures.iterdir():
-            path.write_bytes(path.read_bytes() + b"more")
-
-    spy(monkeypatch, train.Training, "update", change)
-    with pytest.raises(SystemExit) as stop:
-        run_train(tiny_base, pictures, tmp_path / "out", "--max_train_steps", "3")
-    assert stop.value.code == 1
-    assert "has changed since the run was started" in capsys.readouterr().err
-    assert [step for step, _ in checkpoint_folders.list_checkpoints(tmp_path / "out")] == [1]
 
 
 # --- several processes

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_dreambooth_lora
-from benchmarks import layers, machine, speed, speed_probe
+from benchmarks import machine, speed, speed_probe
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.training import TrainOptions
@@ -279,39 +279,6 @@ def test_operators_are_declared_only_where_their_library_does_not_load(tmp_path,
     assert library is not None
     assert torch.ops.torchvision.nms is not None
     library._destroy()  # as at the end of the process: torchvision itself may be imported by another test
-
-
-def test_layers_are_timed_against_torchs_own_and_what_other_processors_gave_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "CASES", {"a layer": (lambda: torch.nn.Linear(8, 8), (1, 4, 8), 1)})
-    monkeypatch.setattr(layers, "SECONDS", 0.001)
-    monkeypatch.setattr(layers, "SIDE", 64)
-    monkeypatch.setattr(machine, "cores", lambda: 1)
-    monkeypatch.setattr(layers, "RESULTS", tmp_path / "layers.json")
-    monkeypatch.setattr(layers, "DOCS", tmp_path / "speed.md")
-    layers.DOCS.write_text(f"before\n{layers.MARKS[0]}\nold\n{layers.MARKS[1]}\nafter\n")
-    cell = {"torch": [2.0, 2.0], "here": [1.0, 1.0], "times": 2.0}
-    other = {
-        "torch": "2.0",
-        "threads": 64,
-        "gflop_per_s": {"float32": 9},
-        "cases": {"a layer": {"float32": cell, "bfloat16": cell}, "gone": {}},
-    }
-    layers.RESULTS.write_text(json.dumps({"another processor": other}))
-    layers.main()
-    results = json.loads(layers.RESULTS.read_text())
-    assert set(results) == {"another processor", machine.processor()}
-    found = results[machine.processor()]["cases"]["a layer"]["float32"]
-    assert found["times"] == pytest.approx(sum(found["torch"]) / sum(found["here"]), rel=0.05)
-    text = layers.DOCS.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| a layer | 2.00 | 2.00 |" in text
-
-
-def test_the_documentation_has_the_table_of_its_results():
-    text = (ROOT / "docs" / "speed.md").read_text()
-    assert layers.table(json.loads(layers.RESULTS.read_text())) in text
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):

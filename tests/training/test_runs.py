@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import formats, native
 from dreambooth.errors import UserError
-from dreambooth.files import locks
+from dreambooth.files import checkpoint_folders, locks
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
-from dreambooth.training import run_folder
+from dreambooth.training import checkpoints, run_folder
 from tests import tiny
 from tests.running import digest, metrics, prior_words, run_train, train_words
 
@@ -240,6 +240,23 @@ def test_another_thread_count_is_said(finished, tiny_base, photos_dir, tmp_path,
     ]
     run_train(tiny_base, photos_dir, tmp_path, *words)
     assert "threads was 1 and is 2: the result may differ in its last bits" in capsys.readouterr().out
+
+
+def test_a_record_of_a_setting_that_is_gone_is_said_and_the_run_goes_on(
+    finished, tiny_base, photos_dir, tmp_path, capsys, monkeypatch
+):
+    """Older checkpoints name the version of layers for CPUs that there are no more."""
+    real = checkpoints.read_state
+
+    def read_state(checkpoint: checkpoint_folders.Content) -> dict[str, Any]:
+        state = real(checkpoint)
+        return state | {"surroundings": state["surroundings"] | {"layers": 2}}
+
+    monkeypatch.setattr(checkpoints, "read_state", read_state)
+    words = ["--max_train_steps", "5", "--resume_from_checkpoint", str(finished / "checkpoint-4")]
+    run_train(tiny_base, photos_dir, tmp_path, *words)
+    said = "layers was 2 and is gone from this version: the result may differ in its last bits"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "changed"])
