@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import tyro
 
 from dreambooth.errors import UserError, printable, shown
+from dreambooth.options import shipped_files
 from dreambooth.options.conversion import (
     BakeOptions,
     ConvertOptions,
@@ -48,13 +49,14 @@ def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -
 
     Exits with status 2 and one message if a flag is unknown, missing or wrong.
     """
-    typed = list(sys.argv[1:] if words is None else words)
+    typed = shipped_files.located(sys.argv[1:] if words is None else words)
     saved: list[str]
     rest: list[str]
     try:
         saved, rest = _take_config(kind, typed)
     except UserError as error:
         fail(error)
+    saved = shipped_files.located(saved)
     rest = _joined(kind, rest)
     help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):

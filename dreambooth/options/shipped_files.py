@@ -1,0 +1,43 @@
+"""Files that come with the program: the embedded base, its photos and the recipes.
+
+A checkout has `picturebook/` and `configs/` at its root. An installed copy has `picturebook/` beside `dreambooth/`, and
+`configs/` beside the scripts.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+_ROOTS = (_PACKAGE.parent, _PACKAGE / "scripts")
+_FLAGS = (
+    "--config",
+    "--pretrained_model_name_or_path",
+    "--instance_data_dir",
+    "--prompts_file",
+    "--adapters_file",
+)
+
+
+def located(words: Iterable[str]) -> list[str]:
+    """The words, in which `picturebook/...` and `configs/...` are full paths where the working folder has no such file.
+
+    Only values of flags that are read from are looked up.
+    """
+    result: list[str] = []
+    for word in words:
+        flag, is_joined, value = word.partition("=")
+        if is_joined and flag in _FLAGS:
+            word = f"{flag}={_path(value)}"
+        elif result and result[-1] in _FLAGS:
+            word = _path(word)
+        result.append(word)
+    return result
+
+
+def _path(value: str) -> str:
+    if value.startswith(("picturebook/", "configs/")) and not os.path.exists(value):
+        for root in _ROOTS:
+            if (root / value).exists():
+                return str(root / value)
+    return value
