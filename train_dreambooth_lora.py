@@ -37,6 +37,7 @@ from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
@@ -101,7 +102,7 @@ class Training:
 
     def __init__(
         self,
-        options: TrainOptions,
+        options: ResolvedTrainOptions,
         peers: Peers,
         watch: Watch,
         frozen: frozen_models.FrozenHalf,
@@ -117,8 +118,6 @@ class Training:
         self.sources = self.dataset.sources
         self.accelerator = peers.accelerator
         run, instance = options.run, options.instance
-        assert run.seed is not None
-        assert instance.resolution is not None
         self.seed, self.resolution, self.output_dir = run.seed, instance.resolution, Path(run.output_dir)
         self.identity = identity or {}
         self.slots = run.gradient_accumulation_steps * peers.world
@@ -133,9 +132,10 @@ class Training:
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
         self.vae_config = self.parts.base.vae_config
+        prompt = options.validation.validation_prompt
         self.pictures = (
-            validation.Pictures(options, self.accelerator, self.parts, watch.check)
-            if options.validation.validation_prompt
+            validation.Pictures(prompt, options, self.accelerator, self.parts, watch.check)
+            if prompt
             else None
         )
         self.first_step = 0
@@ -181,11 +181,7 @@ class Training:
         own_rates = self.options.adapter.learning_rates()
         groups = []
         for component in self.components:
-            rate, decay = (o.learning_rate, o.adam_weight_decay)
-            if component.name != "unet":
-                rate, decay = (o.text_encoder_lr, o.adam_weight_decay_text_encoder)
-            assert rate is not None
-            assert decay is not None
+            rate, decay = o.rate_and_decay(component.name)
             by_rate: dict[float | None, list[torch.nn.Parameter]] = {}
             for name, parameter in component.named_parameters():
                 by_rate.setdefault(inject.by_part(own_rates, name), []).append(parameter)
@@ -208,7 +204,7 @@ class Training:
         if optimizers.schedules_itself(o):
             return lambda step: 1.0
         # the polynomial one ends at a rate of 1e-7, whatever it starts from
-        start = o.learning_rate if o.learning_rate and o.learning_rate > 1e-7 else 1.0
+        start = o.learning_rate if o.learning_rate > 1e-7 else 1.0
         throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=start)
         schedule = get_scheduler(
             o.lr_scheduler,
@@ -595,12 +591,12 @@ def train(options: TrainOptions, watch: Watch) -> None:
     """Everything from the check of the input to the finished adapter."""
     with contextlib.ExitStack() as stack:
         start = prepare.prepare(options, watch, stack)
-        options, peers = start.options, start.peers
+        resolved, peers = start.options, start.peers
         training = assemble(start, watch)
         start.status.step = lambda: training.completed
-        if options.run.gradient_checkpointing:
+        if resolved.run.gradient_checkpointing:
             training.enable_gradient_checkpointing()
-        if options.run.enable_xformers_memory_efficient_attention:
+        if resolved.run.enable_xformers_memory_efficient_attention:
             training.parts.unet.enable_xformers_memory_efficient_attention()
         metrics.say(peers.accelerator, inject.describe(training.components))
         metrics.say(
@@ -625,20 +621,20 @@ def train(options: TrainOptions, watch: Watch) -> None:
         )
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
-                run_folder.begin(training.output_dir, training.identity, overwrite=options.run.overwrite)
-            saved = yaml_text(hub.without_token(as_table(options.without_once())))
+                run_folder.begin(training.output_dir, training.identity, overwrite=resolved.run.overwrite)
+            saved = yaml_text(hub.without_token(as_table(resolved.without_once())))
             native.write_atomically(training.output_dir / "run.yaml", saved.encode())
         peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(
-                metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(options)))
+                metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(resolved)))
             )
         started = time.monotonic()
         watch.is_immediate = False
         training.train()
         if peers.is_main:
             publishing.publish(
-                options.without_once(),
+                resolved.without_once(),
                 start.base,
                 training.saver.adapter,
                 training.result_pictures,

@@ -257,7 +257,8 @@ def find(options: BaseOptions) -> Base:
         variant=options.variant,
         own_tokenizer=own_tokenizer,
     )
-    own_vae = _find_vae(options, family, folder) if options.pretrained_vae_model_name_or_path else None
+    vae_name = options.pretrained_vae_model_name_or_path
+    own_vae = _find_vae(vae_name, family, folder) if vae_name else None
     return Base(family, folder, own_vae, options, index)
 
 
@@ -279,9 +280,7 @@ def _download(base: BaseOptions) -> Path:
         ) from None
 
 
-def _find_vae(options: BaseOptions, family: Family, base_folder: Path) -> Path:
-    name = options.pretrained_vae_model_name_or_path
-    assert name is not None
+def _find_vae(name: str, family: Family, base_folder: Path) -> Path:
     if not family.has_vae:
         raise UserError(f"{_VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
     folder = Path(name)

@@ -61,7 +61,7 @@ def read(
         return {}, _unread_note(folder, metadata, texts, instance)
     check_columns(instance)
     if metadata:
-        captions, problems = _from_metadata(folder, metadata[0], names, instance)
+        captions, problems = _from_metadata(folder, metadata[0], names, instance, instance.caption_column)
         notes = _passed_over_note(metadata, texts)
     elif texts:
         captions, problems = _from_texts(folder, texts, instance)
@@ -86,21 +86,20 @@ def read(
 
 
 def _from_metadata(
-    folder: Path, file: str, names: Sequence[str], instance: InstanceOptions
+    folder: Path, file: str, names: Sequence[str], instance: InstanceOptions, caption_column: str
 ) -> tuple[dict[str, str], list[str]]:
     """({picture: caption or ""}, problems)."""
     try:
         table = _table(folder, file, instance)
     except UserError as error:
         return {}, [f"{file}: {error}"]
-    name_of, caption_of = name_column(instance), instance.caption_column
-    assert caption_of is not None
+    name_of = name_column(instance)
     problems = [f"{file} {problem}" for problem in table.problems]
     if not table.columns:
         return {}, problems or [f"{file} is empty"]
     there = f"its columns are {_few(table.columns, 20)}"
-    if caption_of not in table.columns:
-        problems.append(f"{file} has no column {_short(caption_of)} (--caption_column); {there}")
+    if caption_column not in table.columns:
+        problems.append(f"{file} has no column {_short(caption_column)} (--caption_column); {there}")
     if name_of not in table.columns:
         flag = " (--image_column)" if instance.image_column != "image" else ""
         return {}, [
@@ -112,7 +111,7 @@ def _from_metadata(
     captions: dict[str, str] = {}
     for line, cells in table.rows:
         name: Any = cells.get(name_of)
-        caption: Any = "" if cells.get(caption_of) is None else cells[caption_of]
+        caption: Any = "" if cells.get(caption_column) is None else cells[caption_column]
         where = f"{file} line {line}"
         if fault := _fault_of_name(name, wanted):
             problems.append(f"{where}: {_short(name_of)} {fault}")

@@ -26,6 +26,7 @@ from dreambooth.data import photos, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.files import locks
 from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
 from dreambooth.options.training import PriorOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
@@ -248,23 +249,20 @@ def continued(flags: Flags) -> Flags:
     )
 
 
-def adopt(prior: PriorOptions, seed: int | None) -> PriorOptions:
-    """The options as `continued` has them, and with the seed of the class images that are already there, else `seed`, where it is left open."""
+def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
+    """The options as `continued` has them, and with the seed of the class images that are already there, else `seed`, where it is left open.
+    None without prior preservation."""
     if not prior.with_prior_preservation:
-        return prior
+        return None
     there = made_with(Path(prior.class_data_dir)) if prior.class_data_dir else {}
-    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed or 0)
-    return dataclasses.replace(continued(prior), class_seed=class_seed)
+    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed)
+    return resolve_prior(continued(prior), class_seed=class_seed)
 
 
 def settings_of(
-    prior: PriorOptions, base: families.Base, fingerprint: str, device: torch.device
-) -> Settings | None:
-    """The set that training wants; None without prior preservation. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
-    if not prior.with_prior_preservation:
-        return None
-    assert prior.class_prompt is not None
-    assert prior.class_seed is not None
+    prior: ResolvedPriorOptions, base: families.Base, fingerprint: str, device: torch.device
+) -> Settings:
+    """The set that training wants. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
     scheduler = sampler_of(prior.class_scheduler, base)
     return Settings(
         base=fingerprint,
@@ -273,9 +271,7 @@ def settings_of(
         steps=prior.class_inference_steps or STEPS[scheduler],
         guidance_scale=prior.class_guidance_scale,
         batch_size=prior.sample_batch_size,
-        side=made_with(Path(prior.class_data_dir)).get("side", base.default_resolution)
-        if prior.class_data_dir
-        else base.default_resolution,
+        side=made_with(Path(prior.class_data_dir)).get("side", base.default_resolution),
         precision=precision_of(prior.prior_generation_precision, device),
         scheduler=scheduler,
     )

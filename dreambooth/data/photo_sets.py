@@ -49,7 +49,7 @@ def find(instance: InstanceOptions) -> PhotoSet:
     else:
         folder = _own_folder(instance.dataset_name)
         if folder is None:
-            return _of_hub(instance)
+            return _of_hub(instance.dataset_name, instance)
         found = PhotoSet(folder, _FLAG)
     if instance.dataset_config_name is not None:
         raise UserError(
@@ -79,9 +79,7 @@ def _holds_photos(folder: Path) -> bool:
     return any(name in captions.METADATA or Path(name).suffix.lower() in FORMATS for name in visible)
 
 
-def _of_hub(instance: InstanceOptions) -> PhotoSet:
-    name = instance.dataset_name
-    assert name is not None
+def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
     if not _HUB_ID.fullmatch(
         name
     ):  # "imagefolder" and the like would have the package take every picture of the working directory

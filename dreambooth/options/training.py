@@ -2,14 +2,14 @@
 
 Groups of flags are dataclasses; the docstring under a field is its help text, and a group is what functions take. Names and defaults are
 those of Hugging Face diffusers' `train_dreambooth_lora.py` and its sibling for Stable Diffusion XL, so their command lines work here
-unchanged. Where the two have different defaults the flag's is None, and `TrainOptions.completed` fills in that of the base's family.
+unchanged. Where the two have different defaults the flag's is None, and `resolved.resolve` fills in that of the base's family.
 This module imports no torch: `--help` and every message about a wrong flag come at once.
 """
 
 import dataclasses
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -36,19 +36,6 @@ _OF_PRIOR = (
     *("class_guidance_scale", "class_inference_steps", "class_scheduler", "class_seed"),
 )
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
-
-# What a flag that was left out is, by family of the base.
-_DEFAULTS: dict[str, dict[str, float]] = {
-    "sd": {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
-    "sdxl": {
-        "resolution": 1024,
-        "learning_rate": 1e-4,
-        "adam_weight_decay": 1e-4,
-        "text_encoder_lr": 5e-6,
-        "adam_weight_decay_text_encoder": 1e-3,
-    },
-    "if": {"resolution": 64, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
-}
 
 
 @dataclasses.dataclass
@@ -555,34 +542,9 @@ class TrainOptions:
         """Steps of a run of `max_steps` after which the text encoder is trained no more."""
         return max(1, round(self.text.train_text_encoder_frac * max_steps))
 
-    def without_once(self) -> "TrainOptions":
+    def without_once(self) -> Self:
         """The options less those that hold for one start of the run only."""
         run = dataclasses.replace(
             self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1
         )
         return dataclasses.replace(self, run=run)
-
-    def completed(self, family: str) -> "TrainOptions":
-        """The options with nothing left open that depends on the base's `family`: sd, sdxl or if."""
-        defaults, o = _DEFAULTS[family], self.optimization
-
-        def pick(given: float | None, *else_: float | None) -> float:
-            return next(value for value in (given, *else_) if value is not None)
-
-        one = 1.0 if o.optimizer == "prodigy" else None
-        rate = pick(o.learning_rate, one, defaults["learning_rate"])
-        decay = pick(o.adam_weight_decay, defaults["adam_weight_decay"])
-        optimization = dataclasses.replace(o, learning_rate=rate, adam_weight_decay=decay)
-        if self.text.train_text_encoder:
-            # Prodigy has one step size for all
-            optimization.text_encoder_lr = (
-                rate if one else pick(o.text_encoder_lr, defaults.get("text_encoder_lr"), rate)
-            )
-            own_decay = o.adam_weight_decay_text_encoder
-            optimization.adam_weight_decay_text_encoder = pick(
-                own_decay, defaults.get("adam_weight_decay_text_encoder"), decay
-            )
-        instance = dataclasses.replace(
-            self.instance, resolution=int(pick(self.instance.resolution, defaults["resolution"]))
-        )
-        return dataclasses.replace(self, instance=instance, optimization=optimization)

@@ -11,7 +11,7 @@ from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.errors import shown
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import metrics
@@ -30,7 +30,7 @@ class FrozenHalf:
     readings: dict[str, memory.Reading]
 
 
-def prompts_of(options: TrainOptions, sources: Sequence[Source]) -> list[str]:
+def prompts_of(options: ResolvedTrainOptions, sources: Sequence[Source]) -> list[str]:
     """Every prompt that a run needs."""
     drawn = options.validation.validation_prompt
     return [
@@ -56,7 +56,6 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         prompt_cache = encodings.encode_prompts(
             entries, base, text, asked, start.weight_dtype, device, peers, check
         )
-    assert options.run.seed is not None
     rows = PhotoRows(sources, options.run.seed, start.crops)
     if start.cache == "off":
         vae = families.load_vae(base, device)

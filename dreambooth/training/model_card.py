@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.errors import printable
 from dreambooth.options.command_line import as_table
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.training.hub import CARD_NAME, KOHYA_NAME, without_token
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
@@ -47,7 +47,12 @@ _ANSWER_WITHIN = 10.0  # seconds
 
 
 def model_card(
-    options: TrainOptions, *, base_folder: Path, pictures: Sequence[str], repository: str | None, family: str
+    options: ResolvedTrainOptions,
+    *,
+    base_folder: Path,
+    pictures: Sequence[str],
+    repository: str | None,
+    family: str,
 ) -> str:
     """The text of README.md.
 
@@ -117,7 +122,7 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _parts(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, str]) -> list[str]:
+def _parts(options: ResolvedTrainOptions, table: Mapping[str, Any], ids: Mapping[str, str]) -> list[str]:
     """What was trained, on what, and with which parts that are not the base's own."""
     text, prior = options.text, options.prior
     said = [
@@ -140,7 +145,7 @@ def _parts(options: TrainOptions, table: Mapping[str, Any], ids: Mapping[str, st
 
 
 def _example(
-    options: TrainOptions,
+    options: ResolvedTrainOptions,
     table: Mapping[str, Any],
     ids: Mapping[str, str],
     repository: str | None,
@@ -184,7 +189,9 @@ def _example(
     return "\n".join(lines)
 
 
-def _licence(options: TrainOptions, base_folder: Path, hub_id: str | None) -> tuple[dict[str, Any], str]:
+def _licence(
+    options: ResolvedTrainOptions, base_folder: Path, hub_id: str | None
+) -> tuple[dict[str, Any], str]:
     """(what the base's card states, under a card's keys; a sentence). Nothing is stated that the base does not state."""
     found: Any = None
     readme = base_folder / CARD_NAME

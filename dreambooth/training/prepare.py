@@ -30,7 +30,13 @@ from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
 from dreambooth.files import checkpoint_folders, locks
 from dreambooth.options.command_line import adopt_local_rank
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import (
+    ResolvedPriorOptions,
+    ResolvedTrainOptions,
+    resolution_of,
+    resolve,
+)
+from dreambooth.options.training import InstanceOptions, TrainOptions
 from dreambooth.runtime import memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
@@ -41,9 +47,9 @@ AdapterState = dict[str, dict[str, torch.Tensor]]
 
 @dataclasses.dataclass
 class Start:
-    """What training starts from. `options` are resolved: seed, precision and the class images' settings are filled in."""
+    """What training starts from."""
 
-    options: TrainOptions
+    options: ResolvedTrainOptions
     peers: Peers
     base: families.Base
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
@@ -109,7 +115,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
     known = SeenPhotos(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
     instance = _pictures(
-        options,
+        options.instance,
         str(photo_set.folder),
         photo_set.flag,
         known,
@@ -120,7 +126,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
     said_of_flags = [*options.notes(), *hub.notes(options.reports)]
-    options = options.completed(base.family.key)
+    resolution = resolution_of(options.instance, base.family.key)
     _check_base(options, base)
     tokenizers = families.load_tokenizers(base)
     caption_notes += _check_prompts(options, base, tokenizers, own_captions)
@@ -129,7 +135,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         *photo_set.notes,
         *instance.notes,
         *caption_notes,
-        *_size_notes(instance, options, base),
+        *_size_notes(instance, resolution, base),
     ]
     for note in [
         *said_of_flags,
@@ -166,22 +172,21 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
     seed = choose_seed(run.seed, [state.get("seed"), there["flags"].get("seed") if there else None], peers)
     is_own = folder is not None and folder.resolve().parent == output_dir.resolve()
-    run = dataclasses.replace(run, seed=seed, mixed_precision=accelerator.mixed_precision)
-    options = dataclasses.replace(options, run=run, prior=class_images.adopt(options.prior, options.run.seed))
+    prior = class_images.adopt(options.prior, seed)
+    resolved = resolve(
+        options, base.family.key, seed=seed, mixed_precision=accelerator.mixed_precision, prior=prior
+    )
     metrics.say(accelerator, f"seed: {seed}")
     fingerprint = base.fingerprint()
-    settings = class_images.settings_of(options.prior, base, fingerprint, accelerator.device)
-    longest = pictures_of_pass(
-        options, [len(instance.photos), options.prior.num_class_images if settings else 0]
-    )
+    settings = class_images.settings_of(prior, base, fingerprint, accelerator.device) if prior else None
+    longest = pictures_of_pass(options, [len(instance.photos), prior.num_class_images if prior else 0])
     max_steps = steps_of_run(options, longest, peers.world)[1]
     around = run_folder.environment_of(options.run, accelerator.device, is_compiled=options.speed.compile)
 
     limits = options.instance
-    assert limits.resolution is not None
     # crops that are cut from stored latents start at whole latents
     stride = 1 if cache == "off" else base.vae_stride
-    crops = Crops(limits.resolution, limits.image_interpolation_mode, limits.center_crop, stride)
+    crops = Crops(resolution, limits.image_interpolation_mode, limits.center_crop, stride)
 
     def identity(sources: list[Source]) -> dict[str, Any]:
         pictures = {
@@ -194,7 +199,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
             "pixels" if cache == "off" or not base.family.has_vae else "latents"
         )
         return run_folder.identity(
-            options,
+            resolved,
             slots=slots,
             base=fingerprint,
             pictures=pictures,
@@ -230,8 +235,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.on_main(lambda: check(photos_only))  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, state.get("step", 0), is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
-    if settings is not None:
-        sources.append(_class_source(options, settings, instance, base, known, peers, watch))
+    if prior and settings:
+        sources.append(_class_source(prior, options.instance, settings, instance, base, known, peers, watch))
     if known and cache == "disk" and peers.is_main:
         for note in known.save():
             metrics.say(accelerator, f"warning: {note}")
@@ -242,7 +247,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         accelerator.mixed_precision, torch.float32
     )
     return Start(
-        options,
+        resolved,
         peers,
         base,
         tokenizers,
@@ -399,9 +404,7 @@ def _check_prompts(
     )
 
 
-def _size_notes(instance: photos.Folder, options: TrainOptions, base: families.Base) -> list[str]:
-    resolution = options.instance.resolution
-    assert resolution is not None
+def _size_notes(instance: photos.Folder, resolution: int, base: families.Base) -> list[str]:
     small = [photo for photo in instance.photos if min(photo.size) < resolution]
     notes = (
         [
@@ -531,9 +534,8 @@ def _find_cache(
 
 
 def _pictures(
-    options: TrainOptions, folder: str, flag: str, known: SeenPhotos | None, *, allow_odd_photos: bool
+    limits: InstanceOptions, folder: str, flag: str, known: SeenPhotos | None, *, allow_odd_photos: bool
 ) -> photos.Folder:
-    limits = options.instance
     return photos.check_folder(
         folder,
         flag,
@@ -545,7 +547,8 @@ def _pictures(
 
 
 def _class_source(
-    options: TrainOptions,
+    prior: ResolvedPriorOptions,
+    limits: InstanceOptions,
     settings: class_images.Settings,
     instance: photos.Folder,
     base: families.Base,
@@ -554,18 +557,16 @@ def _class_source(
     watch: Watch,
 ) -> Source:
     """The class images, the missing ones generated first. Raises UserError if a photo of the subject is among them."""
-    folder, wanted = options.prior.class_data_dir, options.prior.num_class_images
-    assert folder is not None
+    folder, wanted = prior.class_data_dir, prior.num_class_images
     class_images.make(Path(folder), settings, wanted, base, peers, watch)
     are_small = base.default_resolution < photos.ODD_SIDE  # those of the base's own
     found = _pictures(
-        options,
+        limits,
         folder,
         "--class_data_dir",
         known,
-        allow_odd_photos=options.instance.allow_odd_photos or are_small,
+        allow_odd_photos=limits.allow_odd_photos or are_small,
     )
     photos.check_disjoint(instance, found)
-    assert options.prior.class_prompt is not None
     taken = found.photos[:wanted]
-    return Source("class", taken, [options.prior.class_prompt] * len(taken))
+    return Source("class", taken, [prior.class_prompt] * len(taken))

@@ -5,13 +5,17 @@ from pathlib import Path
 
 from dreambooth.adapter_files import formats, layer_names, native
 from dreambooth.bases import families, folders
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import hub, model_card
 
 
 def publish(
-    options: TrainOptions, base: families.Base, adapter: Path, pictures: Sequence[str], repository: str | None
+    options: ResolvedTrainOptions,
+    base: families.Base,
+    adapter: Path,
+    pictures: Sequence[str],
+    repository: str | None,
 ) -> None:
     """Write and upload what the flags ask for. `pictures` are names in the adapter's folder, `repository` is OWNER/NAME on the hub or None.
     Raises Stop if one of them fails."""
@@ -29,7 +33,7 @@ def publish(
             raise Stop(str(error)) from None
 
 
-def _write_kohya(options: TrainOptions, base: families.Base, adapter: Path) -> None:
+def _write_kohya(options: ResolvedTrainOptions, base: families.Base, adapter: Path) -> None:
     info = {
         "resolution": options.instance.resolution,
         "seed": options.run.seed,

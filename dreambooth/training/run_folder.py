@@ -21,6 +21,7 @@ from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
 from dreambooth.options.command_line import as_table, fields_of
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
@@ -96,7 +97,7 @@ _SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomia
 
 
 def identity(
-    options: TrainOptions,
+    options: ResolvedTrainOptions,
     *,
     slots: int,
     base: str,

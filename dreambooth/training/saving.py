@@ -10,7 +10,7 @@ import torch
 from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
 from dreambooth.files import checkpoint_folders
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
@@ -22,7 +22,7 @@ class Saver:
 
     def __init__(
         self,
-        options: TrainOptions,
+        options: ResolvedTrainOptions,
         peers: Peers,
         components: Sequence[inject.Component],
         optimizer: torch.optim.Optimizer,

@@ -9,7 +9,7 @@ from dreambooth.bases import families, pipelines
 from dreambooth.bases.families import FrozenParts
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.training import metrics
 
 _STEPS = 25  # of the sampler
@@ -20,11 +20,15 @@ class Pictures:
     """Draws --validation_prompt, on the main process alone."""
 
     def __init__(
-        self, options: TrainOptions, accelerator: Any, parts: FrozenParts, check: Callable[[], None]
+        self,
+        prompt: str,
+        options: ResolvedTrainOptions,
+        accelerator: Any,
+        parts: FrozenParts,
+        check: Callable[[], None],
     ):
-        assert options.validation.validation_prompt is not None
         self.options, self.accelerator, self.parts, self.check = options, accelerator, parts, check
-        self.prompt = options.validation.validation_prompt
+        self.prompt = prompt
         self.folder = Path(options.run.output_dir)
         encoders = parts.text.encoders if parts.text else {}
         self.layers = apply.layers_of({"unet": parts.unet, **encoders})  # now, while all parts are there

@@ -21,6 +21,7 @@ from dreambooth.data.class_images import Settings, file_name
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.resolved import resolve_prior
 from dreambooth.options.training import BaseOptions, PriorOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
@@ -573,12 +574,9 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
 
 def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
     base = families.find(BaseOptions(str(tiny_base)))
-    prior = PriorOptions(
-        with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(tmp_path / "set"), class_seed=0
-    )
+    prior = resolve_prior(prior_of(tmp_path / "set"), class_seed=0)
     device = torch.device("cpu")
     wanted = class_images.settings_of(prior, base, base.fingerprint(), device)
-    assert wanted is not None
     assert wanted.side == base.default_resolution
     fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
     assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(
@@ -602,11 +600,9 @@ def prior_of(folder: Path, **flags: Any) -> PriorOptions:
 
 def wanted(base: families.Base, folder: Path, **flags: Any) -> Settings:
     """The set that a training run with these flags wants."""
-    settings = class_images.settings_of(
-        class_images.adopt(prior_of(folder, **flags), 3), base, base.fingerprint(), torch.device("cpu")
-    )
-    assert settings is not None
-    return settings
+    prior = class_images.adopt(prior_of(folder, **flags), 3)
+    assert prior is not None
+    return class_images.settings_of(prior, base, base.fingerprint(), torch.device("cpu"))
 
 
 def make_old(folder: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from dreambooth.options import command_line, training
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
+from dreambooth.options.resolved import ResolvedTrainOptions, resolve
 from dreambooth.options.training import TrainOptions
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,6 +113,10 @@ def _wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
 
 
+def resolved(options: TrainOptions, family: str) -> ResolvedTrainOptions:
+    return resolve(options, family, seed=0, mixed_precision="no")
+
+
 def flat(group: Any) -> dict[str, Any]:
     """Every flag and its value, None included."""
     table: dict[str, Any] = {}
@@ -156,7 +161,9 @@ def test_reference_has_59_flags_and_three_are_required():
 
 
 def test_every_flag_of_the_reference_has_its_default():
-    ours = flat(command_line.parse(TrainOptions, "train", TRAIN).completed("sd"))
+    """Seed and precision are those of the machine in the end."""
+    ours = flat(resolved(command_line.parse(TrainOptions, "train", TRAIN), "sd"))
+    ours |= flat(command_line.parse(TrainOptions, "train", TRAIN).run)
     for name, (default, _, _) in REFERENCE.items():
         if default is not REQUIRED:
             assert (ours[name], type(ours[name])) == (default, type(default)), name
@@ -760,11 +767,11 @@ def test_a_flag_that_says_nothing_without_another_is_remarked_on(words, note):
     assert command_line.parse(TrainOptions, "", [*TRAIN, *words]).notes() == [note]
 
 
-def test_completed_options_read_back_give_no_remarks():
+def test_resolved_options_read_back_give_no_remarks():
     """run.yaml is read again at every resume."""
     for family in ("sd", "sdxl", "if"):
-        options = command_line.parse(TrainOptions, "", TRAIN).completed(family)
-        assert options.completed(family) == options
+        options = resolved(command_line.parse(TrainOptions, "", TRAIN), family)
+        assert resolved(options, family) == options
         assert options.notes() == []
 
 
@@ -773,8 +780,10 @@ def test_prodigy_has_one_learning_rate(monkeypatch, capsys):
     words = [*TRAIN, "--optimizer", "prodigy", "--train_text_encoder", "--text_encoder_lr", "5e-6"]
     options = command_line.parse(TrainOptions, "", words)
     assert any("not --text_encoder_lr" in note for note in options.notes())
-    completed = options.completed("sdxl").optimization
-    assert (completed.learning_rate, completed.text_encoder_lr) == (1.0, 1.0)
+    optimizer = resolved(options, "sdxl").optimization
+    assert (optimizer.learning_rate, optimizer.text_encoder_lr) == (1.0, 1.0)
+    assert optimizer.rate_and_decay("unet") == (1.0, 1e-4)
+    assert optimizer.rate_and_decay("text_encoder_2") == (1.0, 1e-3)
     assert "one step size for all parts" in refusal(
         TrainOptions, [*TRAIN, "--optimizer", "prodigy", "--lr_pattern", "mid_block=0.5"], capsys
     )

@@ -31,6 +31,7 @@ from dreambooth.data import batches, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
+from dreambooth.options.resolved import resolve
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
 from dreambooth.training import metrics, objectives, prepare
 from tests import tiny
@@ -184,7 +185,11 @@ def test_documented_command_lines_are_taken(words, monkeypatch):
 
 
 def test_the_flags_of_the_xl_script_have_its_defaults():
-    ours = flat(parse(TrainOptions, "", [*TRAIN, "--train_text_encoder"]).completed("sdxl"))
+    ours = flat(
+        resolve(
+            parse(TrainOptions, "", [*TRAIN, "--train_text_encoder"]), "sdxl", seed=0, mixed_precision="no"
+        )
+    )
     theirs: dict[str, Any] = {
         "resolution": 1024,
         "repeats": 1,
@@ -216,7 +221,7 @@ def test_the_flags_of_the_xl_script_have_its_defaults():
         "adamw",
         False,
     )
-    assert spoken.completed("if").instance.resolution == 64
+    assert resolve(spoken, "if", seed=0, mixed_precision="no").instance.resolution == 64
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import as_table, fields_of
+from dreambooth.options.resolved import ResolvedTrainOptions, resolve
 from dreambooth.options.training import BaseOptions, InstanceOptions, ReportOptions, TrainOptions
 from dreambooth.training import hub, model_card
 
@@ -237,13 +238,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def chosen(family: str = "sd", **values: Any) -> TrainOptions:
-    """Completed options; `values` replace flags by name, whatever their checks say."""
-    options = TrainOptions(
+def chosen(family: str = "sd", **values: Any) -> ResolvedTrainOptions:
+    """Resolved options; `values` replace flags by name, whatever their checks say."""
+    given = TrainOptions(
         BaseOptions("org/base"),
         InstanceOptions("a photo of sks dog", instance_data_dir="photos"),
         reports=reports(),
-    ).completed(family)
+    )
+    options = resolve(given, family, seed=0, mixed_precision="no")
     groups = [getattr(options, field.name) for field in dataclasses.fields(options)]
     for name, value in values.items():
         (group,) = [group for group in groups if hasattr(group, name)]
