@@ -23,7 +23,7 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.options.command_line import as_table, fields_of
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
-from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, ValidationOptions
+from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 
