@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dreambooth.files import atomic
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.conversion import (
     COMMANDS,
@@ -171,7 +172,7 @@ def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        native.write_atomically(path, data)
+        atomic.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {shown(path)}")
@@ -340,7 +341,7 @@ def _text_prefixes() -> dict[str, str]:
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """All of the files or none."""
     try:
-        base_weights.make_folder(folder, files)
+        atomic.write_folder(folder, files)
     except OSError as error:
         raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
     print(f"wrote {', '.join(shown(folder / name) for name in files)}")

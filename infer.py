@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.adapters import apply
 from dreambooth.bases import families, pipelines, prompts
 from dreambooth.errors import UserError, shown
-from dreambooth.files import locks
+from dreambooth.files import atomic, locks, pictures
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, Choice
 from dreambooth.options.training import TextOptions
@@ -131,7 +130,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         }
     )
     output_dir = Path(options.output_dir)
-    processes.make_folder(output_dir, "--output_dir")
+    atomic.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
         for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
             print(f"note: {note}")
@@ -382,11 +381,9 @@ def draw_all(
                         check=watch.check,
                     )
                     for record, image in zip(chunk, images, strict=True):
-                        _save(
-                            image,
-                            Path(options.output_dir) / record["file"],
-                            {key: value for key, value in record.items() if key != "file"},
-                        )
+                        settings = {key: value for key, value in record.items() if key != "file"}
+                        path = Path(options.output_dir) / record["file"]
+                        atomic.write(path, pictures.png(image, settings))
                     bar.update(min(len(chunk) * peers.world, count - bar.n))
     return records
 
@@ -414,50 +411,28 @@ def _settings(options: InferOptions, arm: Arm, adapters: dict[Path, Worn]) -> di
     }
 
 
-def _save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    pipelines.save_png(image, buffer, settings)
-    native.write_atomically(path, buffer.getvalue())
-
-
-THUMBNAIL = 160  # longer side of a picture on the sheet, in pixels
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    """The picture as large as the sheet shows it, or as it is if it is smaller."""
-    scale = THUMBNAIL / max(image.size)
-    if scale >= 1:
-        return image
-    return image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-
-
 def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, Any]]) -> None:
     """Write the list of all pictures, and the sheet of them: a row for each prompt, under each seed a column for each arm."""
     folder = Path(options.output_dir)
-    pictures: dict[tuple[int, str, int], Image.Image] = {}
+    thumbnails: dict[tuple[int, str, int], Image.Image] = {}
     left = iter(records)
     for number, arm in enumerate(arms):
         for prompt, seed in arm.jobs:
             with Image.open(folder / next(left)["file"]) as image:
-                pictures[number, prompt, seed] = _thumbnail(
-                    image.convert("RGB")
-                )  # all at once in memory: thousands at full size are gigabytes
+                # scaled at once: thousands of pictures at full size are gigabytes
+                thumbnails[number, prompt, seed] = pictures.scaled(image.convert("RGB"), pictures.THUMBNAIL)
     asked = dict.fromkeys(prompt for arm in arms for prompt, _ in arm.jobs)
     rows = [
         (
             prompt,
-            [pictures.get((number, prompt, seed)) for seed in options.seeds for number in range(len(arms))],
+            [thumbnails.get((number, prompt, seed)) for seed in options.seeds for number in range(len(arms))],
         )
         for prompt in asked
     ]
     columns = [f"seed {seed}" + f" {arm.label}" * (len(arms) > 1) for seed in options.seeds for arm in arms]
-    sheet = io.BytesIO()
-    pipelines.contact_sheet(rows, columns, THUMBNAIL).save(sheet, format="PNG")
-    native.write_atomically(folder / "contact_sheet.png", sheet.getvalue())
+    atomic.write(folder / "contact_sheet.png", pictures.png(pictures.contact_sheet(rows, columns)))
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-    native.write_atomically(folder / "images.json", text.encode())
+    atomic.write(folder / "images.json", text.encode())
     print(f"wrote {len(records)} pictures and contact_sheet.png to {folder}")
 
 

@@ -3,6 +3,7 @@
 The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
+from dreambooth.files import atomic
 from dreambooth.options.command_line import as_table, fail, parse, yaml_text
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import startup, stops
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
-from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
 from dreambooth.bases import autoencoder, compilation, families
 from dreambooth.bases.prompts import PromptEmbeds
@@ -623,7 +623,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
             if not start.checkpoint or not start.is_own:
                 run_folder.begin(training.output_dir, training.identity, overwrite=resolved.run.overwrite)
             saved = yaml_text(hub.without_token(as_table(resolved.without_once())))
-            native.write_atomically(training.output_dir / "run.yaml", saved.encode())
+            atomic.write(training.output_dir / "run.yaml", saved.encode())
         peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(

@@ -6,7 +6,6 @@ No model is built: a weight is found by its key, so that a folder keeps its keys
 import contextlib
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.bases import folders
 from dreambooth.errors import UserError, shown
+from dreambooth.files import atomic
 
 if TYPE_CHECKING:
     from dreambooth.adapter_files.rotations import Rotations  # brings peft, for which nothing else here waits
@@ -159,7 +159,7 @@ def bake(
     plain `from_pretrained` finds them. `target` appears whole or not at all. Raises UserError if a value is not finite in its dtype.
     """
     notes: list[str] = []
-    with _whole_or_not_at_all(target) as temporary:
+    with atomic.new_folder(target) as temporary:
         for entry in sorted(folder.iterdir()):
             if entry.name.startswith("."):
                 continue  # a repository's own, or an editor's
@@ -173,29 +173,6 @@ def bake(
                 _copy(entry, temporary / entry.name)
         notes += _name_no_absent_parts(folder, temporary)
     return notes
-
-
-def make_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Make the folder with these files in it, by their paths; it appears whole or not at all."""
-    with _whole_or_not_at_all(target) as temporary:
-        for name, data in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            _flush(path)
-
-
-@contextlib.contextmanager
-def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to fill, which then takes its place."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, target)  # over an empty folder, if there is one
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _bake_part(
@@ -228,7 +205,7 @@ def _bake_part(
                 for key in sorted(opened.keys())
             }
         save_file(tensors, target / name, {"format": "pt"})
-        _flush(target / name)
+        atomic.flush(target / name)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -296,12 +273,7 @@ def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
         raise UserError(f"{shown(source)} is no regular file; a base has files and folders only")
     shutil.copyfile(source, target)
-    _flush(target)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    atomic.flush(target)
 
 
 def _name_no_absent_parts(folder: Path, target: Path) -> list[str]:

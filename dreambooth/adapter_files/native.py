@@ -6,14 +6,11 @@ own about the training run. No local paths, nothing in an order that varies: the
 """
 
 import json
-import os
-import secrets
-import struct
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+
+from dreambooth.files import safetensors_files
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 _TEXT_PREFIX = "text_model."
@@ -44,34 +41,7 @@ def pack(
         "lora_adapter_metadata": json.dumps(lora, sort_keys=True),
         "dreambooth": json.dumps(info, sort_keys=True),
     }
-    return stable_bytes(tensors, metadata)
-
-
-def stable_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file whose header has its keys in sorted order; the library's own order of metadata varies from run to run."""
-    data = save(dict(sorted(tensors.items())), metadata)
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight
-    return struct.pack("<Q", len(header)) + header + data[8 + size :]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    # a number alone is not enough where containers share a folder: each counts its processes from 1
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.randbelow(10**9)}.tmp")
-    descriptor = os.open(
-        temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666
-    )  # less the umask, as other programs' files
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return safetensors_files.stable_bytes(tensors, metadata)
 
 
 def recorded(metadata: dict[str, str]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.adapter_files import deltas, layer_names, native
+from dreambooth.adapter_files import deltas, layer_names
 from dreambooth.adapter_files.adapter import Adapter, Family
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
 from dreambooth.errors import UserError
+from dreambooth.files import safetensors_files
 
 
 def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> bytes:
@@ -40,7 +41,7 @@ def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype =
         "lora_adapter_metadata": json.dumps(fields, sort_keys=True),
         "dreambooth": json.dumps(dict(info), sort_keys=True),
     }
-    return native.stable_bytes(_stored(tensors, dtype), metadata)
+    return safetensors_files.stable_bytes(_stored(tensors, dtype), metadata)
 
 
 def _check_one_kind(component: str, modules: Mapping[str, Module]) -> None:
@@ -197,7 +198,7 @@ def write_kohya(
                 for name, tensor in (named | {"alpha": torch.tensor(float(alpha))}).items()
             }
     metadata = _kohya_metadata(adapter, family, info, max(ranks, default=1))
-    return native.stable_bytes(_stored(tensors, dtype), metadata)
+    return safetensors_files.stable_bytes(_stored(tensors, dtype), metadata)
 
 
 def _kohya_metadata(adapter: Adapter, family: Family, info: Mapping[str, Any], rank: int) -> dict[str, str]:
@@ -258,7 +259,7 @@ def write_peft(
         files[f"{component}/adapter_config.json"] = (
             json.dumps(fields, indent=2, sort_keys=True) + "\n"
         ).encode()
-        files[f"{component}/adapter_model.safetensors"] = native.stable_bytes(
+        files[f"{component}/adapter_model.safetensors"] = safetensors_files.stable_bytes(
             _stored(tensors, dtype), {"format": "pt"}
         )
     return files

@@ -9,7 +9,6 @@ user's own: they count, and are never touched.
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,15 +19,13 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dreambooth.adapter_files import native
 from dreambooth.bases import families, pipelines
 from dreambooth.data import photos, sampling_order
 from dreambooth.errors import UserError
-from dreambooth.files import locks
+from dreambooth.files import atomic, locks, pictures
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
 from dreambooth.options.training import PriorOptions
-from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
 
@@ -314,7 +311,7 @@ def make(
         raise UserError(
             "--prior_generation_precision fp16 does not work on a CPU; use bf16, or fp32 in a folder of its own"
         )
-    processes.make_folder(folder, _FLAG)
+    atomic.make_output_folder(folder, _FLAG)
     told: list[str] = []
 
     def wait(owner: str) -> None:
@@ -339,12 +336,9 @@ def make(
 
 def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
     """The picture's hash in a file of its own, then the picture: processes share no manifest, and every picture of ours is on record."""
-    buffer = io.BytesIO()
-    pipelines.save_png(image, buffer, settings)
-    native.write_atomically(
-        path.with_name(f".{path.name}.sha256"), hashlib.sha256(buffer.getvalue()).hexdigest().encode()
-    )
-    native.write_atomically(path, buffer.getvalue())
+    data = pictures.png(image, settings)
+    atomic.write(path.with_name(f".{path.name}.sha256"), hashlib.sha256(data).hexdigest().encode())
+    atomic.write(path, data)
 
 
 def _write_manifest(folder: Path, settings: Settings) -> None:
@@ -352,7 +346,7 @@ def _write_manifest(folder: Path, settings: Settings) -> None:
     notes = _hash_notes(folder)
     hashes = (manifest["sha256"] if manifest else {}) | notes
     content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
-    native.write_atomically(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    atomic.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     for name in notes:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / f".{name}.sha256")

@@ -12,8 +12,8 @@ from typing import Any
 
 import PIL
 
-from dreambooth.adapter_files import native
 from dreambooth.errors import shown
+from dreambooth.files import atomic
 
 NAME = "photos.json"
 _LAYOUT = 1  # of the file, and of what decoding a picture means
@@ -54,7 +54,7 @@ class SeenPhotos:
         }
         content = {"layout": _LAYOUT, "pillow": PIL.__version__, "sha256": _digest(table), "pictures": table}
         try:
-            native.write_atomically(self.path, json.dumps(content, separators=(",", ":")).encode())
+            atomic.write(self.path, json.dumps(content, separators=(",", ":")).encode())
         except OSError as error:
             return [
                 f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes these pictures again"

@@ -19,9 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from dreambooth.adapter_files import native
 from dreambooth.errors import UserError, shown
-from dreambooth.files import safetensors_files
+from dreambooth.files import atomic, safetensors_files
 from dreambooth.runtime.stops import Stop
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,9 +36,7 @@ _LIMITS = safetensors_files.Limits(
 )
 
 
-_TEMPORARY = re.compile(
-    r"\.((latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json)\.[0-9.]+\.tmp"
-)  # of adapter_files.write_atomically
+_FILE = re.compile(r"(latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json")
 _OLD = 24 * 60 * 60  # seconds: who still writes is younger, whatever the clocks say
 
 
@@ -66,7 +63,10 @@ def sweep(folder: Path) -> list[str]:
     swept = []
     for path in sorted(folder.iterdir()) if os.access(folder, os.R_OK) else ():
         try:
-            if _TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < time.time() - _OLD:
+            if (
+                _FILE.fullmatch(atomic.target_of(path.name) or "")
+                and path.lstat().st_mtime < time.time() - _OLD
+            ):
                 path.unlink()
                 swept.append(path.name)
         except OSError:  # another user's, or another run has just removed it: neither stands in the way
@@ -116,8 +116,8 @@ class Entries:
         assert found == dict(self.shapes[name]), f"{name} has shapes {found}, not {self.shapes[name]}"
         if self.folder is not None and not self.is_full and name not in self.forbidden:
             try:
-                data = native.stable_bytes(own, {"format": "pt", "sha256": _digest(name, own)})
-                native.write_atomically(self._path(name), data)
+                data = safetensors_files.stable_bytes(own, {"format": "pt", "sha256": _digest(name, own)})
+                atomic.write(self._path(name), data)
                 return
             except OSError as error:
                 self.is_full = True

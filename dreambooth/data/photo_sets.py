@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from dreambooth.data import captions
 from dreambooth.data.photos import FORMATS
 from dreambooth.errors import UserError, shown
-from dreambooth.files import locks
+from dreambooth.files import atomic, locks
 from dreambooth.options.training import InstanceOptions
 
 _FLAG = "--dataset_name"
@@ -159,21 +158,16 @@ def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         if folder.is_dir():
             return
         if not unlocked:
-            for left in folder.parent.glob(".tmp-*"):  # by a process that died: any other would hold the lock
-                shutil.rmtree(left)
-        temporary = folder.parent / f".tmp-{uuid.uuid4().hex}"
-        temporary.mkdir()
+            for path in folder.parent.iterdir():
+                if atomic.target_of(path.name):  # left by a process that died: any other would hold the lock
+                    shutil.rmtree(path)
         try:
-            _write(temporary, rows, instance)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if (
-                    not folder.is_dir()
-                ):  # else another process, where no lock can be had, was first with the same pictures
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # what is left of it: nothing, if all went well
+            with atomic.new_folder(folder) as temporary:
+                _write(temporary, rows, instance)
+        except OSError:
+            # without a lock another process may have been first, with the same pictures
+            if not folder.is_dir():
+                raise
 
 
 def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
@@ -188,7 +182,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         except UserError as error:
             problems.append(f"{_FLAG}: {shown(instance.dataset_name)}, row {number}: {error}")
             continue
-        _write_file(folder / name, data)
+        atomic.write_new(folder / name, data)
         cells = {captions.name_column(instance): name}
         lines.append(
             json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {}))
@@ -200,16 +194,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         )
     if not lines:
         raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
-    _write_file(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(
-            file.fileno()
-        )  # before the folder is renamed: a power cut must not leave a whole folder of empty files
+    atomic.write_new(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
 
 
 def _each(rows: Any) -> Iterator[Mapping[str, Any]]:

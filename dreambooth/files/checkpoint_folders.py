@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.errors import UserError
+from dreambooth.files import atomic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -306,8 +307,8 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
     try:
         os.mkdir(temporary)
         for name, data in files.items():
-            _write_new(temporary / name, data)
-        _flush_folder(temporary)
+            atomic.write_new(temporary / name, data)
+        atomic.flush(temporary)
         if os.path.lexists(target):
             if keep_old and os.path.lexists(replaced):
                 _remove(replaced, step)  # its successor stands; it was left by a run that died
@@ -316,7 +317,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             moved = aside
         os.rename(temporary, target)
         placed = True
-        _flush_folder(output_dir)
+        atomic.flush(output_dir)
         if problems := verify(target):
             raise OSError(errno.EIO, f"what was written reads back damaged: {'; '.join(problems)}")
     except BaseException:
@@ -328,29 +329,6 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             temporary, ignore_errors=True
         )  # the first error counts; what cannot be removed is swept by the next run
         raise
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file that must not exist yet, and flush it to the disk."""
-    descriptor = os.open(
-        path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666
-    )  # less the umask, as other programs' files
-    try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]  # may take less than it is given
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(target: Path, step: int, limit: int | None) -> None:
@@ -387,8 +365,7 @@ def sweep(output_dir: Path) -> list[str]:
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
         match = re.fullmatch(r"\.replaced-step-([0-9]+)", path.name)
         succeeded = match is not None and not verify(output_dir / f"checkpoint-{match[1]}")
-        unfinished = re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name)  # of adapter_files.write_atomically
-        if succeeded or unfinished or path.name.startswith((".tmp-step-", ".trash-")):
+        if succeeded or atomic.target_of(path.name) or path.name.startswith((".tmp-step-", ".trash-")):
             try:
                 if match is not None:
                     _remove(path, int(match[1]))

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before any library reads the file.
+"""Safetensors files: the header, checked before any library reads the file; and bytes that do not vary from run to run.
 
 A header is a promise about sizes that whoever sent the file wrote. The safetensors library refuses broken ones, but takes a million empty
 tensors (20 seconds), the same key twice and any name; and a file that is no safetensors at all is told apart here by its first bytes.
@@ -10,10 +10,14 @@ import math
 import re
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 _BITS = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
@@ -169,3 +173,14 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
             f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}"
         )
     return Header(shapes, metadata, places)
+
+
+def stable_bytes(tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with sorted keys. The library's own order of the metadata varies from run to run."""
+    from safetensors.torch import save  # imports torch, and --help needs this module
+
+    data = save(dict(sorted(tensors.items())), metadata)
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight
+    return struct.pack("<Q", len(header)) + header + data[8 + size :]

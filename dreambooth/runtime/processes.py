@@ -201,13 +201,3 @@ class Peers:
 def _work(work: dist.Work | None) -> dist.Work:
     assert work is not None  # None is for processes outside the group
     return work
-
-
-def make_folder(path: Path, flag: str) -> None:
-    """Make an output folder at the start, so that one that cannot be made costs no work. Raises UserError if it cannot."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be made: {error.strerror or error}") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {path} cannot be written to")

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from dreambooth.adapter_files import native
 from dreambooth.adapters.inject import Component
 from dreambooth.errors import UserError, shown
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import checkpoint_folders, safetensors_files
 from dreambooth.files.checkpoint_folders import Content
 from dreambooth.training import optimizers
 
@@ -52,7 +52,7 @@ def save(
     """
     files = {
         native.ADAPTER_NAME: adapter,
-        OPTIMIZER: native.stable_bytes(moments, {"format": "pt"}),
+        OPTIMIZER: safetensors_files.stable_bytes(moments, {"format": "pt"}),
         STATE: (json.dumps({**state, "step": step}, indent=1) + "\n").encode(),
     }
     return checkpoint_folders.publish(output_dir, step, files, identity or {}, limit=limit)

@@ -28,7 +28,7 @@ from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
-from dreambooth.files import checkpoint_folders, locks
+from dreambooth.files import atomic, checkpoint_folders, locks
 from dreambooth.options.command_line import adopt_local_rank
 from dreambooth.options.resolved import (
     ResolvedPriorOptions,
@@ -150,9 +150,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     if options.adapter.dry_run:
         raise Planned(adapter_targets.table(options, base) if peers.is_main else "")
     cache = _find_cache(options, len(instance.photos), encoded_dir, photo_set.folder, accelerator)
-    processes.make_folder(output_dir, "--output_dir")
+    atomic.make_output_folder(output_dir, "--output_dir")
     if cache == "disk":
-        processes.make_folder(encoded_dir, "--encoded_dir")
+        atomic.make_output_folder(encoded_dir, "--encoded_dir")
         if left := peers.on_main(lambda: encoding_cache.sweep(encoded_dir)):
             metrics.say(
                 accelerator,

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.adapter_files import formats, layer_names, native
+from dreambooth.adapter_files import formats, layer_names
 from dreambooth.bases import families, folders
+from dreambooth.files import atomic
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import hub, model_card
@@ -27,7 +28,7 @@ def publish(
             options, base_folder=base.folder, family=base.family.key, pictures=pictures, repository=repository
         )
         try:
-            native.write_atomically(folder / hub.CARD_NAME, card.encode())
+            atomic.write(folder / hub.CARD_NAME, card.encode())
             print(f"uploaded to {hub.push(options.reports, folder, pictures)}")
         except (OSError, hub.UploadFailed) as error:
             raise Stop(str(error)) from None
@@ -44,7 +45,7 @@ def _write_kohya(options: ResolvedTrainOptions, base: families.Base, adapter: Pa
     data = formats.write_kohya(found, _kohya_family(base), info, depth=layer_names.depth_of(layers["unet"]))
     path = adapter.parent / hub.KOHYA_NAME
     try:
-        native.write_atomically(path, data)
+        atomic.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {path}")

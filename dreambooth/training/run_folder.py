@@ -19,7 +19,7 @@ import torch
 
 from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import atomic, checkpoint_folders
 from dreambooth.options.command_line import as_table, fields_of
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
@@ -258,7 +258,7 @@ def begin(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make `output_dir` that of the run `now`, which starts from nothing; with `overwrite` what another run wrote is removed first."""
     if overwrite:
         _clear(output_dir)
-    native.write_atomically(output_dir / IDENTITY, (json.dumps(now, indent=1) + "\n").encode())
+    atomic.write(output_dir / IDENTITY, (json.dumps(now, indent=1) + "\n").encode())
 
 
 def read_identity(output_dir: Path) -> dict[str, Any] | None:
@@ -323,7 +323,7 @@ class Status:
             "host": host,
         }
         try:
-            native.write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
+            atomic.write(self.path, (json.dumps(record, indent=1) + "\n").encode())
         except OSError as error:  # a full disk must not take the place of what is being reported
             print(f"warning: {self.path} cannot be written: {error.strerror or error}", file=sys.stderr)
 

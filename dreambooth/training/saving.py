@@ -9,7 +9,7 @@ import torch
 
 from dreambooth.adapter_files import native
 from dreambooth.adapters import inject
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import atomic, checkpoint_folders
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
@@ -132,7 +132,7 @@ class Saver:
         return self.output_dir / native.ADAPTER_NAME
 
     def _write_adapter(self, step: int) -> None:
-        native.write_atomically(self.adapter, self.held[0] if self.held else self.pack(step))
+        atomic.write(self.adapter, self.held[0] if self.held else self.pack(step))
 
     def final(self, step: int) -> None:
         """The finished adapter. Raises Stop if it cannot be written."""

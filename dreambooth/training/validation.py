@@ -9,6 +9,7 @@ from dreambooth.bases import families, pipelines
 from dreambooth.bases.families import FrozenParts
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
+from dreambooth.files import pictures
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.training import metrics
 
@@ -95,7 +96,7 @@ class Pictures:
         try:
             for image, path in zip(images, paths, strict=True):
                 path.parent.mkdir(exist_ok=True)
-                pipelines.save_png(image, path, {"prompt": self.prompt, "step": step})
+                path.write_bytes(pictures.png(image, {"prompt": self.prompt, "step": step}))
         except OSError as error:  # a full disk: the pictures are worth less than the run
             metrics.say(
                 self.accelerator,

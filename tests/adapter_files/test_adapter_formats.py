@@ -34,6 +34,7 @@ from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
 from dreambooth.adapter_files.formats import Adapter
 from dreambooth.bases import folders
 from dreambooth.errors import UserError
+from dreambooth.files import safetensors_files
 
 Models = dict[str, torch.nn.Module]
 ATTENTION = {
@@ -1141,7 +1142,7 @@ def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_
         tensors = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 64, 1, 1)}
         tensors["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.full((64, 2, 1, 1), up)
         about = {f"unet.{name}": value for name, value in fields.items()}
-        path.write_bytes(native.stable_bytes(tensors, {"lora_adapter_metadata": json.dumps(about)}))
+        path.write_bytes(safetensors_files.stable_bytes(tensors, {"lora_adapter_metadata": json.dumps(about)}))
         return path
 
     assert formats.read(written(1.0, r=2), base)

@@ -23,6 +23,7 @@ from dreambooth.adapters import inject as adapters
 from dreambooth.adapters.inject import Component
 from dreambooth.bases import families
 from dreambooth.errors import UserError
+from dreambooth.files import atomic
 from dreambooth.options.training import BaseOptions
 from tests import tiny
 
@@ -102,7 +103,7 @@ def packed(components: list[Component]) -> bytes:
 
 def written(folder: Path, components: list[Component]) -> Path:
     path = folder / native.ADAPTER_NAME
-    native.write_atomically(path, packed(components))
+    atomic.write(path, packed(components))
     return path
 
 
@@ -359,7 +360,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
     """Temporary files have 0600; a file that a web server or a colleague cannot read is a bug."""
     before = os.umask(umask)
     try:
-        native.write_atomically(tmp_path / "file", b"data")
+        atomic.write(tmp_path / "file", b"data")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
@@ -367,7 +368,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
 
 def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     for data in (b"old", b"", b"new" * 1000):
-        native.write_atomically(tmp_path / "file", data)
+        atomic.write(tmp_path / "file", data)
         assert (tmp_path / "file").read_bytes() == data
         assert os.listdir(tmp_path) == ["file"]
 
@@ -384,7 +385,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, error, tm
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)):
-        native.write_atomically(tmp_path / "file", b"new")
+        atomic.write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -404,7 +405,7 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    native.write_atomically(tmp_path / "file", b"12345")
+    atomic.write(tmp_path / "file", b"12345")
     assert calls[:2] == [("fsync", 5), ("replace", 0)]
 
 

@@ -19,13 +19,12 @@ import torch
 from PIL import Image
 
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import native
 from dreambooth.bases import autoencoder, families, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import atomic, checkpoint_folders
 from dreambooth.files import digests as file_digests
 from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
@@ -648,8 +647,8 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
             os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept"))
         )
         entries.keep(name, {"mean": torch.ones(2)})
-        native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
-        native.write_atomically(tmp_path / decode_cache.NAME, b"{}")
+        atomic.write(tmp_path / decode_cache.NAME, b"{}")
+        atomic.write(tmp_path / decode_cache.NAME, b"{}")
     mine = {Path(copy).rename(copy.removesuffix(".kept")) for copy in left}
     assert len(mine) == 3
     others = {tmp_path / f"{name}.safetensors", tmp_path / "notes.tmp", tmp_path / ".notes.1.tmp"}
@@ -665,7 +664,7 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
 def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, monkeypatch, capsys):
     common = ["--max_train_steps", "3", *CAPTIONED]
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common)
-    real, written = native.write_atomically, []
+    real, written = atomic.write, []
 
     def fills_up(path, data):
         if path.parent.name == "kept":
@@ -674,7 +673,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(native, "write_atomically", fills_up)
+    monkeypatch.setattr(atomic, "write", fills_up)
     found = run_train(tiny_base, mine, tmp_path / "full", *ON_DISK, str(tmp_path / "kept"), *common)
     assert digest(found) == digest(whole)
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dreambooth.data import captions, photo_sets, photos
 from dreambooth.errors import UserError
+from dreambooth.files import atomic
 from dreambooth.options.training import InstanceOptions
 
 FLAG = "--instance_data_dir"
@@ -660,15 +661,15 @@ def test_captions_of_the_hub_that_are_no_text_and_empty_data_sets_are_refused(hu
 
 @pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, OSError])
 def test_an_interrupted_copy_is_not_taken_for_whole(hub, monkeypatch, stopped_by):
-    write_file = photo_sets._write_file
+    write_new = atomic.write_new
 
     def stop_at_the_second(path: Path, data: bytes) -> None:
         if path.name.startswith("00001"):
             raise stopped_by
-        write_file(path, data)
+        write_new(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(photo_sets, "_write_file", stop_at_the_second)
+        patch.setattr(atomic, "write_new", stop_at_the_second)
         with pytest.raises(UserError if stopped_by is OSError else stopped_by):
             photo_sets.find(wanted(dataset_name="me/dog"))
     assert os.listdir(hub.cache / "dreambooth-photos") == [".lock"]
@@ -698,7 +699,7 @@ def test_processes_that_come_together_write_the_pictures_once(hub, tmp_path, mon
 
 
 def test_what_a_killed_process_left_is_swept(hub):
-    left = hub.cache / "dreambooth-photos" / ".tmp-of-a-process-that-died"
+    left = hub.cache / "dreambooth-photos" / ".0123456789abcdef.1.23.tmp"
     left.mkdir(parents=True)
     (left / "00000.png").touch()
     assert photo_sets.find(wanted(dataset_name="me/dog")).folder.is_dir()

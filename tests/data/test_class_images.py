@@ -19,6 +19,7 @@ from dreambooth.bases import families, pipelines
 from dreambooth.data import class_images, sampling_order
 from dreambooth.data.class_images import Settings, file_name
 from dreambooth.errors import UserError
+from dreambooth.files import pictures
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.resolved import resolve_prior
@@ -245,24 +246,24 @@ def test_another_number_of_processes_may_complete_a_set(first, then, tmp_path, w
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("pictures", range(6))
-def test_a_chunk_cut_short_is_drawn_again_whole(pictures, tmp_path, whole, monkeypatch):
+@pytest.mark.parametrize("count", range(6))
+def test_a_chunk_cut_short_is_drawn_again_whole(count, tmp_path, whole, monkeypatch):
     """Killed between two files: the missing pictures come from the same batch as in an unbroken run."""
-    save, left = pipelines.save_png, [pictures]
+    encode, left = pictures.png, [count]
 
-    def until(image: Any, target: Any, settings: Any) -> None:
+    def until(image: Any, settings: Any) -> bytes:
         if left[0] == 0:
             raise Interrupted
         left[0] -= 1
-        save(image, target, settings)
+        return encode(image, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines, "save_png", until)
+        patch.setattr(pictures, "png", until)
         with pytest.raises(Interrupted):
             fill(tmp_path, 10)
     painter = Painter()
-    assert fill(tmp_path, 10, painter) == 10 - pictures
-    assert painter.numbers == list(range(pictures // 4, 3))
+    assert fill(tmp_path, 10, painter) == 10 - count
+    assert painter.numbers == list(range(count // 4, 3))
     assert contents(tmp_path) == whole
 
 

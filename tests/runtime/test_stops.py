@@ -14,7 +14,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import formats, native
 from dreambooth.bases import autoencoder, pipelines
 from dreambooth.data import class_images
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import atomic, pictures
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import stops
@@ -296,7 +296,7 @@ def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, mon
 def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
-    real, calls = checkpoint_folders._write_new, []
+    real, calls = atomic.write_new, []
 
     def full(path, data):
         calls.append(path)
@@ -304,7 +304,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(checkpoint_folders, "_write_new", full)
+    monkeypatch.setattr(atomic, "write_new", full)
     adapter = run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "2")
     assert digest(adapter) == unbroken
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -317,14 +317,14 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
 def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
-    real = native.write_atomically
+    real = atomic.write
 
     def full(path, data):
         if path.name == native.ADAPTER_NAME:
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(native, "write_atomically", full)
+    monkeypatch.setattr(atomic, "write", full)
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert stop.value.code == 1
@@ -346,12 +346,12 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
         write = flush = close = full
         writelines = staticmethod(lambda lines: None)
 
-    real = native.write_atomically
+    real = atomic.write
     monkeypatch.setattr(train.metrics.Progress, "_open", staticmethod(lambda path, first_step: Full()))
-    monkeypatch.setattr(pipelines, "save_png", full)
+    monkeypatch.setattr(pictures, "png", full)
     monkeypatch.setattr(
-        native,
-        "write_atomically",
+        atomic,
+        "write",
         lambda path, data: full() if path.name == "status.json" else real(path, data),
     )
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1"]
@@ -365,7 +365,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
 def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
-    real, calls = checkpoint_folders._write_new, []
+    real, calls = atomic.write_new, []
 
     def full_once(path, data):
         calls.append(path)
@@ -373,7 +373,7 @@ def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_sto
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(checkpoint_folders, "_write_new", full_once)
+    monkeypatch.setattr(atomic, "write_new", full_once)
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "3")

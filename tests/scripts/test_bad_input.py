@@ -26,11 +26,11 @@ import infer
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.adapters import apply, inject
-from dreambooth.bases import families, pipelines
+from dreambooth.bases import families
 from dreambooth.data import class_images, photos
 from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
-from dreambooth.files import safetensors_files
+from dreambooth.files import pictures, safetensors_files
 from dreambooth.options import training
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.pictures import InferOptions
@@ -1554,10 +1554,10 @@ FORGERIES = [
 
 
 @pytest.mark.parametrize("prompt", FORGERIES)
-def test_a_prompt_cannot_forge_another_field_of_a_picture(prompt, tmp_path):
+def test_a_prompt_cannot_forge_another_field_of_a_picture(prompt):
     """One text chunk, of JSON."""
-    pipelines.save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": prompt, "seed": 1})
-    picture = Image.open(tmp_path / "a.png")
+    data = pictures.png(Image.new("RGB", (8, 8)), {"prompt": prompt, "seed": 1})
+    picture = Image.open(io.BytesIO(data))
     picture.load()
     assert set(picture.info) == {"dreambooth"}
     assert json.loads(picture.info["dreambooth"]) == {"prompt": prompt, "seed": 1}

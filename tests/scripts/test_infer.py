@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import infer
-from dreambooth.adapter_files import deltas, formats, native
+from dreambooth.adapter_files import deltas, formats
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
 from dreambooth.adapter_files.formats import Adapter
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.adapters import apply
 from dreambooth.bases import families, pipelines
 from dreambooth.errors import UserError
+from dreambooth.files import pictures
 from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
@@ -826,15 +827,15 @@ def test_the_sheet_is_that_of_the_pictures_at_full_size_and_holds_none_of_them(s
     images = [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in records]
     for image, record in zip(images, records, strict=True):
         image.save(tmp_path / record["file"])
-    wanted = pipelines.contact_sheet([("a dog", images)], ["seed 1", "seed 2"])
+    wanted = pictures.contact_sheet([("a dog", images)], ["seed 1", "seed 2"])
     held: list[tuple[int, int]] = []
-    contact_sheet = pipelines.contact_sheet
+    contact_sheet = pictures.contact_sheet
 
     def watched(rows, *args):
         held.extend(image.size for _, own in rows for image in own)
         return contact_sheet(rows, *args)
 
-    monkeypatch.setattr(pipelines, "contact_sheet", watched)
+    monkeypatch.setattr(pictures, "contact_sheet", watched)
     infer.collect(options, [infer.Arm("base", None, 0.0, 0, (("a dog", 1), ("a dog", 2)))], records)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "contact_sheet.png")), np.asarray(wanted))
     assert all(max(own) <= 160 for own in held)
@@ -864,7 +865,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tiny_base, tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         run(tiny_base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}

@@ -21,6 +21,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import formats, native
 from dreambooth.bases import families
 from dreambooth.errors import UserError
+from dreambooth.files import safetensors_files
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
@@ -39,7 +40,7 @@ def fill(path: Path, scale: float = 0.3) -> Path:
         key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor
         for key, tensor in state.items()
     }
-    path.write_bytes(native.stable_bytes(state, metadata))
+    path.write_bytes(safetensors_files.stable_bytes(state, metadata))
     return path
 
 
