@@ -134,9 +134,7 @@ class Training:
         self.vae_config = self.parts.base.vae_config
         prompt = options.validation.validation_prompt
         self.pictures = (
-            validation.Pictures(prompt, options, self.accelerator, self.parts, watch.check)
-            if prompt
-            else None
+            validation.Pictures(prompt, options, peers, self.parts, watch.check) if prompt else None
         )
         self.first_step = 0
         self.completed = 0  # steps whose update is in the parameters
@@ -265,7 +263,7 @@ class Training:
         for component in self.text_components():
             self.saver.finish(component)
         self.components = [component for component in self.components if component.name == "unet"]
-        metrics.say(self.accelerator, f"the text encoder is trained no more after step {self.text_steps}")
+        self.peers.say(f"the text encoder is trained no more after step {self.text_steps}")
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The conditions of each of `prompts`; each distinct one is encoded once."""
@@ -598,16 +596,14 @@ def train(options: TrainOptions, watch: Watch) -> None:
             training.enable_gradient_checkpointing()
         if resolved.run.enable_xformers_memory_efficient_attention:
             training.parts.unet.enable_xformers_memory_efficient_attention()
-        metrics.say(peers.accelerator, inject.describe(training.components))
-        metrics.say(
-            peers.accelerator,
+        peers.say(inject.describe(training.components))
+        peers.say(
             f"training on {peers.world} process{'es' if peers.world > 1 else ''}, {training.slots} micro-batches a step",
         )
         if start.checkpoint:
             training.resume(start.checkpoint)
             left = "" if training.first_step < training.max_steps else "; nothing is left to train"
-            metrics.say(
-                peers.accelerator,
+            peers.say(
                 f"resuming from {start.checkpoint.folder} at step {training.first_step} of {training.max_steps}{left}",
             )
         else:
@@ -642,11 +638,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
             )
         peers.barrier()
         peers.accelerator.end_training()
-        metrics.say(
-            peers.accelerator,
+        peers.say(
             f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s",
         )
-        metrics.say(peers.accelerator, memory.summary(training.memory))
+        peers.say(memory.summary(training.memory))
 
 
 def main(options: TrainOptions) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
 
 from dreambooth.errors import UserError
 from dreambooth.runtime.stops import Stop, Watch
@@ -74,6 +75,11 @@ class Peers:
         self.step_group = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
         if not self.is_main:
             watch.deadline = None  # clocks differ: one of them decides
+
+    def say(self, text: str) -> None:
+        """Print on the main process, without tearing its progress bar."""
+        if self.is_main:
+            tqdm.write(text)
 
     def sync_stop(self) -> None:
         """Within a step: raise Stop, the same on every process, if any of them is to stop. On its own one would leave the others in an exchange

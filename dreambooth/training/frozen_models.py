@@ -14,7 +14,6 @@ from dreambooth.errors import shown
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
-from dreambooth.training import metrics
 from dreambooth.training.prepare import Start
 
 
@@ -46,7 +45,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     options, peers, base, sources = start.options, start.peers, start.base, start.sources
     kind, device = options.speed.quantize_base, peers.accelerator.device
     folder = start.encoded_dir if start.cache == "disk" else None
-    entries = encoding_cache.Entries(folder, lambda said: metrics.say(peers.accelerator, f"warning: {said}"))
+    entries = encoding_cache.Entries(folder, lambda said: peers.say(f"warning: {said}"))
     text = families.text_without_encoders(base, start.tokenizers, options.text)
     vae = prompt_cache = encoded = None
     if options.text.train_text_encoder:
@@ -84,8 +83,7 @@ def say_damaged(entries: encoding_cache.Entries, peers: Peers) -> None:
     """Say once which files have been made anew."""
     if found := entries.damaged:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        metrics.say(
-            peers.accelerator,
+        peers.say(
             f"note: {len(found)} files in {shown(entries.folder)} were damaged and have been made anew: {names}",
         )
         entries.damaged = []

@@ -112,12 +112,6 @@ class Progress:
                 self.file.close()
 
 
-def say(accelerator: Accelerator, text: str) -> None:
-    """Print on the main process, without tearing the bar."""
-    if accelerator.is_main_process:
-        tqdm.write(text)
-
-
 def jsonable(table: dict[str, Any]) -> dict[str, Any]:
     """Options as trackers take them: numbers, strings and booleans."""
     return {

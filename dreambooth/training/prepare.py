@@ -145,26 +145,25 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         *_device_notes(options, accelerator.device),
         *processes.notes(),
     ]:
-        metrics.say(accelerator, f"note: {note}")
+        peers.say(f"note: {note}")
 
     if options.adapter.dry_run:
         raise Planned(adapter_targets.table(options, base) if peers.is_main else "")
-    cache = _find_cache(options, len(instance.photos), encoded_dir, photo_set.folder, accelerator)
+    cache = _find_cache(options, len(instance.photos), encoded_dir, photo_set.folder, peers)
     atomic.make_output_folder(output_dir, "--output_dir")
     if cache == "disk":
         atomic.make_output_folder(encoded_dir, "--encoded_dir")
         if left := peers.on_main(lambda: encoding_cache.sweep(encoded_dir)):
-            metrics.say(
-                accelerator,
+            peers.say(
                 f"note: removed what runs that died left half written in {shown(encoded_dir)}: {', '.join(left)}",
             )
     for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
-        metrics.say(accelerator, f"note: {note}")
+        peers.say(f"note: {note}")
     if swept := peers.on_main(lambda: checkpoint_folders.sweep(output_dir)):
-        metrics.say(accelerator, f"note: removed what a run that died left half done: {', '.join(swept)}")
+        peers.say(f"note: removed what a run that died left half done: {', '.join(swept)}")
     folder, said = peers.on_main(lambda: find_checkpoint(run.resume_from_checkpoint, output_dir))
     for line in said:
-        metrics.say(accelerator, line)
+        peers.say(line)
     checkpoint = checkpoint_folders.read(folder) if folder else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
     there = (
@@ -176,7 +175,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     resolved = resolve(
         options, base.family.key, seed=seed, mixed_precision=accelerator.mixed_precision, prior=prior
     )
-    metrics.say(accelerator, f"seed: {seed}")
+    peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
     settings = class_images.settings_of(prior, base, fingerprint, accelerator.device) if prior else None
     longest = pictures_of_pass(options, [len(instance.photos), prior.num_class_images if prior else 0])
@@ -239,10 +238,10 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         sources.append(_class_source(prior, options.instance, settings, instance, base, known, peers, watch))
     if known and cache == "disk" and peers.is_main:
         for note in known.save():
-            metrics.say(accelerator, f"warning: {note}")
+            peers.say(f"warning: {note}")
     mine = identity(sources)
     for note in peers.on_main(lambda: check(mine)):
-        metrics.say(accelerator, f"note: {note}")
+        peers.say(f"note: {note}")
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
         accelerator.mixed_precision, torch.float32
     )
@@ -503,7 +502,7 @@ def choose_seed(given: int | None, of_before: Sequence[int | None], peers: Peers
 
 
 def _find_cache(
-    options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, accelerator: Any
+    options: TrainOptions, count: int, encoded_dir: Path, photos_dir: Path, peers: Peers
 ) -> encodings.Mode:
     """Where what is encoded of `count` photos and the class images is kept. Raises UserError if that would be beside the user's pictures, or beside
     the run's own files."""
@@ -513,12 +512,10 @@ def _find_cache(
     )
     cache = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=speed.encoded_dir is not None)
     if cache != "off" and options.instance.dataloader_num_workers:
-        metrics.say(
-            accelerator, "note: You need not use --dataloader_num_workers without --cache_latents off."
-        )
+        peers.say("note: You need not use --dataloader_num_workers without --cache_latents off.")
     if cache != "disk":
         if speed.encoded_dir is not None:
-            metrics.say(accelerator, f"note: You need not use --encoded_dir with --cache_latents {cache}.")
+            peers.say(f"note: You need not use --encoded_dir with --cache_latents {cache}.")
         return cache
     place = os.path.realpath(encoded_dir)
     if place == os.path.realpath(options.run.output_dir):

@@ -14,7 +14,7 @@ from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
-from dreambooth.training import checkpoints, metrics, optimizers, run_folder
+from dreambooth.training import checkpoints, optimizers, run_folder
 
 
 class Saver:
@@ -112,11 +112,11 @@ class Saver:
                 self.output_dir, step, adapter, tensors, state, limit=limit, identity=self.identity
             )
         except checkpoint_folders.PruneFailed as error:
-            metrics.say(self.accelerator, f"warning: {error}")
+            self.peers.say(f"warning: {error}")
             folder = self.output_dir / f"checkpoint-{step}"
         self.saved = step
         if note := checkpoint_folders.room_note(self.output_dir, checkpoint_folders.size(folder)):
-            metrics.say(self.accelerator, f"warning: {note}")
+            self.peers.say(f"warning: {note}")
 
     def checkpoint(self, step: int) -> None:
         """A checkpoint that cannot be written (a full disk) is said, and tried again at the next interval: the run goes on."""
@@ -124,7 +124,7 @@ class Saver:
             try:
                 self._publish(step)
             except checkpoint_folders.SaveFailed as error:
-                metrics.say(self.accelerator, f"warning: {error}")
+                self.peers.say(f"warning: {error}")
         self.peers.barrier()
 
     @property
@@ -141,9 +141,7 @@ class Saver:
                 self._write_adapter(step)
             except OSError as error:
                 raise Stop(f"{self.adapter} cannot be written: {error.strerror or error}") from None
-            metrics.say(
-                self.accelerator, f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)"
-            )
+            self.peers.say(f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)")
         self.peers.barrier()
 
     def what_is_done(self, step: int, last_step: int) -> None:
@@ -157,13 +155,13 @@ class Saver:
             try:
                 if is_needed:
                     write(step)
-                metrics.say(self.accelerator, f"saved step {step} of {last_step}: {what}")
+                self.peers.say(f"saved step {step} of {last_step}: {what}")
             except (
                 OSError,
                 ValueError,
                 checkpoint_folders.SaveFailed,
             ) as trouble:  # ValueError: an adapter that is not finite
-                metrics.say(self.accelerator, f"warning: step {step} could not be saved as {what}: {trouble}")
+                self.peers.say(f"warning: step {step} could not be saved as {what}: {trouble}")
 
 
 @contextlib.contextmanager

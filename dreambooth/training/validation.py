@@ -11,6 +11,7 @@ from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.files import pictures
 from dreambooth.options.resolved import ResolvedTrainOptions
+from dreambooth.runtime.processes import Peers
 from dreambooth.training import metrics
 
 _STEPS = 25  # of the sampler
@@ -24,11 +25,12 @@ class Pictures:
         self,
         prompt: str,
         options: ResolvedTrainOptions,
-        accelerator: Any,
+        peers: Peers,
         parts: FrozenParts,
         check: Callable[[], None],
     ):
-        self.options, self.accelerator, self.parts, self.check = options, accelerator, parts, check
+        self.options, self.parts, self.check = options, parts, check
+        self.peers, self.accelerator = peers, peers.accelerator
         self.prompt = prompt
         self.folder = Path(options.run.output_dir)
         encoders = parts.text.encoders if parts.text else {}
@@ -98,8 +100,7 @@ class Pictures:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(pictures.png(image, {"prompt": self.prompt, "step": step}))
         except OSError as error:  # a full disk: the pictures are worth less than the run
-            metrics.say(
-                self.accelerator,
+            self.peers.say(
                 f"warning: pictures of step {step} cannot be written: {error.strerror or error}",
             )
             return False
