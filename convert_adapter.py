@@ -63,7 +63,6 @@ from dreambooth.adapter_files.formats import (
     write_native,
     write_peft,
 )
-from dreambooth.bases import folders
 from dreambooth.errors import UserError, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime.stops import Stop, Watch
@@ -290,7 +289,7 @@ def convert(options: ConvertOptions) -> None:
     elif options.to == "kohya":
         depth = layer_names.depth_of(base.layers()["unet"]) if base else layer_names.XL_DEPTH
         if base:
-            info.setdefault("prediction_type", _prediction_type(base))
+            info.setdefault("prediction_type", base.prediction_type)
         _write(path, write_kohya(adapter, _family(options.adapter, adapter, base), info, dtype, depth=depth))
     else:
         _write_folder(folder, write_peft(adapter, _text_prefixes(), dtype))
@@ -298,16 +297,12 @@ def convert(options: ConvertOptions) -> None:
 
 def _family(path: str, adapter: Adapter, base: Any) -> Family:
     """Whose names kohya's layout has for the adapter's layers."""
-    if base and base.family.key not in ("sd", "sdxl"):
+    if base and base.kohya_family is None:
         raise UserError(f"--to kohya: {base.family.name} has no names in kohya's layout")
-    if (base and base.family.key == "sdxl") or "text_encoder_2" in adapter.components:
+    if "text_encoder_2" in adapter.components:
         return "sdxl"
     if base:
-        return (
-            "sd2"
-            if folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"] == 1024
-            else "sd1"
-        )
+        return base.kohya_family
     known: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     unet = adapter.components.get("unet", {})
     widths = {deltas.shape(module)[1] for name, module in unet.items() if re.search(r"attn2\.to_[kv]$", name)}
@@ -316,14 +311,6 @@ def _family(path: str, adapter: Adapter, base: Any) -> Family:
             f"{shown(path)}: its layers do not tell whether it is for Stable Diffusion 1, 2 or XL; give --pretrained_model_name_or_path"
         )
     return known[widths.pop()]
-
-
-def _prediction_type(base: Any) -> str:
-    return str(
-        folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get(
-            "prediction_type", "epsilon"
-        )
-    )
 
 
 def _text_prefixes() -> dict[str, str]:

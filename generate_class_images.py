@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.bases import families, prompts
+from dreambooth.bases import families, loading, prompts, schedulers
 from dreambooth.data import class_images
 from dreambooth.errors import UserError
 from dreambooth.runtime import processes
@@ -53,9 +53,9 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     options = class_images.continued(options)
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
-    scheduler = class_images.sampler_of(options.class_scheduler, base)
+    scheduler = schedulers.sampler_of(options.class_scheduler, base)
     prompts.check(
-        families.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
+        loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
     )
     settings = class_images.Settings(
         base=base.fingerprint(),

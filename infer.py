@@ -29,7 +29,7 @@ from dreambooth.adapter_files import deltas, native
 from dreambooth.adapter_files.formats import Adapter
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.adapters import apply
-from dreambooth.bases import families, pipelines, prompts
+from dreambooth.bases import families, loading, pipelines, prompts
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
 from dreambooth.options import adapter_sets
@@ -139,7 +139,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
             for name in ("images.json", "contact_sheet.png"):  # of pictures that are about to be drawn over
                 (output_dir / name).unlink(missing_ok=True)
         peers.barrier()
-        pipeline = families.load_pipeline(base, dtype, device)
+        pipeline = pipelines.load_pipeline(base, dtype, device)
         records = draw_all(options, pipeline, base, arms, adapters, peers, watch)
         peers.barrier()
         if peers.is_main:
@@ -237,7 +237,7 @@ def check(
     asked = {f"the prompt {prompt!r}": prompt for arm in arms for prompt, _ in arm.jobs} | {
         "--negative_prompt": options.negative_prompt
     }
-    prompts.check(families.load_tokenizers(base), asked, families.max_tokens(base))
+    prompts.check(loading.load_tokenizers(base), asked, families.max_tokens(base))
     for clip_skip in dict.fromkeys(arm.clip_skip for arm in arms):
         families.check_text(base, TextOptions(clip_skip=clip_skip))
     for arm in arms:
@@ -364,7 +364,7 @@ def draw_all(
             if not mine:
                 continue
             with stack.worn(arm.weights(adapters), options.fuse), torch.no_grad():
-                text = families.text_of(pipeline, base, clip_skip=arm.clip_skip)
+                text = pipelines.text_of(pipeline, base, clip_skip=arm.clip_skip)
                 prompt_cache = text.encode_all(
                     [*(record["prompt"] for chunk in mine for record in chunk), options.negative_prompt],
                     watch.check,

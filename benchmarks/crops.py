@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.bases import autoencoder, families
+from dreambooth.bases import autoencoder, families, loading
 from dreambooth.data import encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.options.training import BaseOptions
@@ -58,7 +58,7 @@ def rms(difference: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
 def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> dict[str, Any]:
     """Means over all crops of all photos."""
     device = torch.device("cpu")
-    vae, draw = families.load_vae(base, device), random.Random(0)
+    vae, draw = loading.load_vae(base, device), random.Random(0)
     crops = Crops(resolution, "lanczos", False, base.vae_stride)
     cut: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []

@@ -72,10 +72,11 @@ def fresh_accelerate():
 @pytest.fixture
 def no_models(monkeypatch):
     """Loading a model fails the test."""
-    from dreambooth.bases import families
+    from dreambooth.bases import loading, pipelines
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was checked")
 
-    for name in ("load_encoders", "load_vae", "load_unet", "load_pipeline"):
-        monkeypatch.setattr(families, name, refuse)
+    for name in ("load_encoders", "load_vae", "load_unet"):
+        monkeypatch.setattr(loading, name, refuse)
+    monkeypatch.setattr(pipelines, "load_pipeline", refuse)

@@ -1,7 +1,8 @@
 """Latents: the VAE's posterior of pictures, and its scale.
 
-What is kept of a picture is mean and standard deviation, not a sample: each visit still draws from the posterior, as training without a cache
-would. A base without a VAE works on the pixels themselves: a posterior without spread.
+What is kept of a picture is mean and standard deviation, not a sample: each visit still draws from the
+posterior, as training without a cache would. A base without a VAE works on the pixels themselves: a posterior
+without spread.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ class Posterior:
 
 
 def normalized(config: Mapping[str, Any] | None, latents: torch.Tensor) -> torch.Tensor:
-    """The VAE's latents as the UNet knows them: times the scaling factor, or by mean and deviation of each channel where the VAE states them.
-    `config` is the VAE's; None for a base without one."""
+    """The VAE's latents as the UNet knows them: times the scaling factor, or by mean and deviation of each
+    channel where the VAE states them. `config` is the VAE's; None for a base without one."""
     if config is None:
         return latents
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -48,7 +49,8 @@ def denormalized(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: torch.nn.Module | None, pixel_values: torch.Tensor) -> Posterior:
-    """The posterior of [B, 3, H, W] pixels in [-1, 1], one picture at a time: the same numbers whatever else is in the batch."""
+    """The posterior of [B, 3, H, W] pixels in [-1, 1], one picture at a time: the same numbers whatever else
+    is in the batch."""
     if vae is None:
         return Posterior(pixel_values, torch.zeros_like(pixel_values))
     # strides choose among a convolution's ways to compute, which differ in their last bits

@@ -1,4 +1,5 @@
-"""The UNet's blocks compiled, one by one, by torch.compile: fewer and larger kernels for a GPU, the same weights and names."""
+"""The UNet's blocks compiled, one by one, by torch.compile: fewer and larger kernels for a GPU, the same
+weights and names."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from dreambooth.errors import UserError, shown
 
-# Blocks of one class share compiled code as far as their shapes agree; torch gives up, without a word, after 8 different ones.
+# Blocks of one class share compiled code as far as their shapes agree; torch gives up, without a word, after
+# 8 different ones.
 _MOST_SHAPES = 128
 
 
@@ -26,9 +28,11 @@ def check(device: torch.device) -> None:
 
 
 def compile_blocks(unet: torch.nn.Module) -> int:
-    """Compile every residual and transformer block in place, for fixed shapes; how many. The work is done in the first step.
+    """Compile every residual and transformer block in place, for fixed shapes; how many. The work is done in
+    the first step.
 
-    Blocks alike but for their place are compiled once for each shape; what is between blocks stays as it is."""
+    Blocks alike but for their place are compiled once for each shape; what is between blocks stays as it
+    is."""
     import torch._dynamo  # seconds, and nothing else needs it
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
@@ -43,7 +47,8 @@ def compile_blocks(unet: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def eager(*, wanted: bool) -> Iterator[None]:
-    """Within the block nothing is compiled, if `wanted`: pictures have other shapes, and adapters put on and off."""
+    """Within the block nothing is compiled, if `wanted`: pictures have other shapes, and adapters put on and
+    off."""
     if not wanted:
         yield
         return

@@ -1,84 +1,69 @@
-"""Families of base models: find one on disk, load the frozen parts, make pipelines.
+"""Families of base models: Stable Diffusion 1.x and 2.x, Stable Diffusion XL, DeepFloyd IF.
 
-A family is one record in `FAMILIES`, chosen by the pipeline class that the base's `model_index.json` names, never by trying to load.
+A family is one record in `FAMILIES`, chosen by the pipeline class in the base's `model_index.json`. `find`
+checks a base on disk without loading a model.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
-import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
     IFPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from diffusers.utils import logging as diffusers_logging
-from transformers import (
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerBase,
-    T5EncoderModel,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import folders as base_folders
-from dreambooth.bases import loading, prompts
+from dreambooth.bases import folders, prompts
+from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, shown
 from dreambooth.files import digests
 from dreambooth.options.training import BaseOptions, TextOptions
 
-_FLAG, _VAE_FLAG = "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path"
-# Parts that draw nothing: never fetched, never loaded. A safety checker blackens pictures, a watermarker marks those that are trained on.
-_LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
+# Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks
+# training images.
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
 
-# a bar for every loaded file would tear the run's own
-transformers_logging.disable_progress_bar()
-diffusers_logging.disable_progress_bar()
+KohyaFamily = Literal["sd1", "sd2", "sdxl"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets one kind of base apart. `key` names its defaults among the options; `text` are its encoders, as (tokenizer, encoder) folders
-    and the encoder's class; `unused_layers` says how many layers at the end of each encoder change nothing of what the UNet sees."""
+    """What all bases of one pipeline class have in common."""
 
     key: str
+    """Names the family in options and cache keys."""
     name: str
+    """Names the family in messages."""
     pipeline: type[DiffusionPipeline]
     text: dict[str, tuple[str, type]]
+    """By folder of a text encoder: the folder of its tokenizer, the class of the encoder."""
     encode: Callable[[TextParts, Sequence[str]], PromptEmbeds]
     unused_layers: dict[str, int]
+    """By text encoder: how many of its last layers have no effect on the prompt embeddings."""
     has_vae: bool = True
     trains_text: bool = True
     max_tokens: int | None = None
-    """None is what the text encoder has positions for."""
+    """Tokens of a padded prompt. None is the number of positions of the text encoder."""
 
     @property
     def classes(self) -> dict[str, str]:
         """The class that each model must have, by its folder."""
         vae = {"vae": "AutoencoderKL"} if self.has_vae else {}
-        return {
-            "unet": "UNet2DConditionModel",
-            **vae,
-            **{encoder: kind.__name__ for encoder, (_, kind) in self.text.items()},
-        }
+        encoders = {encoder: kind.__name__ for encoder, (_, kind) in self.text.items()}
+        return {"unet": "UNet2DConditionModel", **vae, **encoders}
 
     @property
     def folders(self) -> tuple[str, ...]:
+        """The folders that a base of this family must have."""
         return (*(tokenizer for tokenizer, _ in self.text.values()), *self.classes, "scheduler")
 
 
@@ -100,10 +85,8 @@ FAMILIES = {
             "text_encoder_2": ("tokenizer_2", CLIPTextModelWithProjection),
         },
         encode=prompts.encode_clip_pair,
-        unused_layers={
-            "text_encoder": 1,
-            "text_encoder_2": 0,
-        },  # the second's vector for the whole prompt comes from its last layer
+        # the second encoder's pooled embedding comes from its last layer
+        unused_layers={"text_encoder": 1, "text_encoder_2": 0},
     ),
     "IFPipeline": Family(
         "if",
@@ -114,74 +97,100 @@ FAMILIES = {
         unused_layers={},
         has_vae=False,
         trains_text=False,
-        max_tokens=77,  # T5 takes more; the UNet was trained with so many
+        max_tokens=77,  # T5 takes more, but the UNet was trained on 77
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base on disk, checked: what it is, and where."""
+    """A base on disk whose folder has been checked."""
 
     family: Family
     folder: Path
-    own_vae: Path | None
-    """Folder of the VAE that takes the place of the base's."""
+    given_vae: Path | None
+    """Folder of the VAE that replaces the base's; None without --pretrained_vae_model_name_or_path."""
     options: BaseOptions
     index: Mapping[str, Any]
-    """Its model_index.json."""
+    """Content of model_index.json."""
+
+    def part_folder(self, part: str) -> Path:
+        """The folder of a part ("unet", "vae", "scheduler", ...)."""
+        return self.given_vae if part == "vae" and self.given_vae else self.folder / part
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration file of a part. Raises UserError if it cannot be read."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return folders.read_json(self.part_folder(part) / name)
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The safetensors files that a part is loaded from. Raises UserError if there are none."""
+        folder = self.part_folder(part)
+        variant = None if part == "vae" and self.given_vae else self.options.variant
+        return folders.weight_files(folder.parent, folder.name, variant, kind=part)
 
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the pictures that the base draws by default."""
-        sample = int(base_folders.read_json(self.folder / "unet" / "config.json").get("sample_size", 64))
-        return sample * self.vae_stride
+        return int(self.config("unet").get("sample_size", 64)) * self.vae_stride
 
     @property
     def vae_stride(self) -> int:
         """Pixels per latent along one side; 1 for a base that works on pixels."""
-        return 2 ** (len(self._vae_config["block_out_channels"]) - 1) if self.family.has_vae else 1
+        return 2 ** (len(self.config("vae")["block_out_channels"]) - 1) if self.family.has_vae else 1
 
     @property
     def latent_channels(self) -> int:
-        return self._vae_config["latent_channels"] if self.family.has_vae else 3
+        return self.config("vae")["latent_channels"] if self.family.has_vae else 3
 
     @property
     def vae_config(self) -> Mapping[str, Any] | None:
-        """The configuration of the VAE as its model would have it, without loading that; None for a base that works on pixels."""
+        """The VAE's configuration with its class's defaults filled in; None for a base that works on
+        pixels."""
         if not self.family.has_vae:
             return None
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()
-        }
-        return defaults | self._vae_config
-
-    @property
-    def _vae_config(self) -> dict[str, Any]:
-        return base_folders.read_json((self.own_vae or self.folder / "vae") / "config.json")
+        parameters = inspect.signature(AutoencoderKL.__init__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()} | self.config("vae")
 
     @property
     def is_edm(self) -> bool:
-        """Whether it was trained on continuous noise levels (arXiv 2206.00364), as its scheduler's class says."""
+        """Whether the base was trained on continuous noise levels (EDM, arXiv 2206.00364): its scheduler's
+        class tells."""
         scheduler = self.index.get("scheduler")
         return isinstance(scheduler, list) and "EDM" in str(scheduler[-1])
 
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: --prediction_type, else the scheduler's, which is "epsilon" or
+        "v_prediction"."""
+        return self.options.prediction_type or self.config("scheduler").get("prediction_type", "epsilon")
+
+    @property
+    def kohya_family(self) -> KohyaFamily | None:
+        """The model version by which kohya's files name layers; None for a family without such names."""
+        if self.family.key == "sd":
+            return "sd2" if self.config("unet")["cross_attention_dim"] == 1024 else "sd1"
+        return "sdxl" if self.family.key == "sdxl" else None
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether the embeddings of an empty prompt are zeros."""
+        return bool(self.index.get("force_zeros_for_empty_prompt", False))
+
     def layers(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Shapes of the base's layers by component and module, from its files' headers."""
-        found = {
-            part: base_folders.weight_shapes(self.folder, part, self.options.variant)
-            for part in ("unet", *self.family.text)
-        }
+        """Weight shapes of the layers of UNet and text encoders, by component and layer, from file
+        headers."""
         return {
             part: {
-                key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")
+                key.removesuffix(".weight"): shape
+                for key, shape in folders.weight_shapes(self.folder, part, self.options.variant).items()
+                if key.endswith(".weight")
             }
-            for part, own in found.items()
+            for part in ("unet", *self.family.text)
         }
 
     def fingerprint(self) -> str:
-        """A hash of the base's weight files and configurations: the same base counts as the same wherever it lies."""
+        """A hash of the base's weight files and configurations. It does not depend on the folder's path."""
         digest = hashlib.sha256()
         for part in (*self.family.text, "unet", *(["vae"] if self.family.has_vae else []), "scheduler"):
             for path in self._files(part):
@@ -191,208 +200,141 @@ class Base:
         return digest.hexdigest()[:16]
 
     def part_digest(self, part: str) -> str:
-        """A hash of one part's weight files and configurations, wherever it lies."""
+        """A hash of one part's weight files and configurations. It does not depend on the folder's path."""
         digest = hashlib.sha256()
         for path in self._files(part):
             digest.update(f"{path.name}\n".encode() + digests.of(path))
         return digest.hexdigest()
 
     def _files(self, part: str) -> list[Path]:
-        """Configurations and weights of a part. Of the weights those that are loaded: others may lie beside them."""
-        own = self.own_vae if part == "vae" else None
-        folder = own or self.folder / part
-        files = sorted(folder.glob("*.json"))
-        if part != "scheduler":
-            files += base_folders.weight_files(
-                folder.parent, folder.name, None if own else self.options.variant, kind=part
-            )
-        return files
-
-
-@dataclasses.dataclass
-class FrozenParts:
-    """What of the base is in memory, frozen. `text` and `vae` are None where all that is asked of them has been encoded; `vae` also for a base
-    that works on pixels."""
-
-    base: Base
-    text: TextParts | None
-    vae: AutoencoderKL | None
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler | EDMEulerScheduler | EulerDiscreteScheduler
-
-    @property
-    def family(self) -> Family:
-        return self.base.family
+        """Configurations and loaded weight files of a part, without the weight files that are not loaded."""
+        weights = [] if part == "scheduler" else self.weight_files(part)
+        return sorted(self.part_folder(part).glob("*.json")) + weights
 
 
 def find(options: BaseOptions) -> Base:
-    """The base on disk; a hub id is downloaded (without its safety checker) or found in the cache.
+    """The base on disk. A hub id is downloaded, without safety checker, or taken from the hub's cache.
 
-    Raises UserError if it is no pipeline of a family that this version knows, or lacks a part.
+    Raises UserError if the base is no pipeline of a known family, or if a part of it is missing or unusable.
     """
     name = options.pretrained_model_name_or_path
     folder = Path(name)
     try:
         if folder.is_dir():
             if not (folder / "model_index.json").is_file():
-                raise UserError(base_folders.no_index(folder, name))
+                raise UserError(folders.no_index(folder, name))
         elif folder.exists():
             how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
             raise UserError(
-                f"{_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}"
+                f"{BASE_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}"
             )
         else:
             folder = _download(options)
     except OSError as error:
-        raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
-    index = base_folders.read_json(folder / "model_index.json")
+        raise UserError(f"{BASE_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
+    index = folders.read_json(folder / "model_index.json")
     family = _family_of(index, name)
-    own_tokenizer = options.tokenizer_name is not None
-    base_folders.check(
+    folders.check(
         folder,
         name,
         index,
         family.classes,
         family.folders,
         variant=options.variant,
-        own_tokenizer=own_tokenizer,
+        is_tokenizer_given=options.tokenizer_name is not None,
     )
     vae_name = options.pretrained_vae_model_name_or_path
-    own_vae = _find_vae(vae_name, family, folder) if vae_name else None
-    return Base(family, folder, own_vae, options, index)
+    given_vae = _find_vae(vae_name, family, folder) if vae_name else None
+    return Base(family, folder, given_vae, options, index)
 
 
-def _download(base: BaseOptions) -> Path:
-    name = base.pretrained_model_name_or_path
+def _download(options: BaseOptions) -> Path:
+    name = options.pretrained_model_name_or_path
     try:
-        index = DiffusionPipeline.load_config(name, revision=base.revision)
+        index = DiffusionPipeline.load_config(name, revision=options.revision)
         _family_of(index, name)  # before gigabytes are fetched
-        left_out = dict.fromkeys((part for part in _LEFT_OUT if part in index), None)
         return Path(
             DiffusionPipeline.download(
-                name, revision=base.revision, variant=base.variant, use_safetensors=True, **left_out
+                name,
+                revision=options.revision,
+                variant=options.variant,
+                use_safetensors=True,
+                **{part: None for part in UNUSED_PARTS if part in index},
             )
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
-        ) from None
+        raise _no_such_hub_id(BASE_FLAG, name, error) from None
 
 
 def _find_vae(name: str, family: Family, base_folder: Path) -> Path:
     if not family.has_vae:
-        raise UserError(f"{_VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
+        raise UserError(f"{VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
     folder = Path(name)
     if not folder.is_dir():
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"])
-            )
+            patterns = ["config.json", "*.safetensors"]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{_VAE_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
-            ) from None
-    base_folders.check_vae(folder, name, base_folder, _VAE_FLAG)
+            raise _no_such_hub_id(VAE_FLAG, name, error) from None
+    folders.check_vae(folder, name, base_folder)
     return folder
 
 
+def _no_such_hub_id(flag: str, name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{flag}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
+    )
+
+
 def _family_of(index: Any, name: str) -> Family:
-    found = index.get("_class_name") if isinstance(index, Mapping) else index
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise UserError(base_folders.unknown_class(name, found, list(FAMILIES)))
-    return FAMILIES[found]
-
-
-def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
-    """One for each text encoder; --tokenizer_name stands for the first."""
-    own = base.options.tokenizer_name
-    found = []
-    for number, (folder, _) in enumerate(base.family.text.values()):
-        if own and number == 0:
-            found.append(
-                _load(AutoTokenizer, own, "--tokenizer_name", use_fast=True, trust_remote_code=False)
-            )
-        else:
-            found.append(
-                _load(
-                    AutoTokenizer,
-                    str(base.folder),
-                    _FLAG,
-                    subfolder=folder,
-                    use_fast=True,
-                    trust_remote_code=False,
-                )
-            )
-    return tuple(found)
-
-
-def _load(kind: Any, name: str, flag: str, **where: Any) -> Any:
-    """`from_pretrained` whose failure is one line for the user."""
-    with _explained(flag, where.get("subfolder") or "it", name):
-        return kind.from_pretrained(name, **where)
-
-
-@contextlib.contextmanager
-def _explained(flag: str, part: str, name: str) -> Iterator[None]:
-    """Turn the failure to load a part of what `flag` names into one line for the user."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except (
-        Exception
-    ) as error:  # the libraries raise KeyError, TypeError, AttributeError, ... for files that say nonsense
-        if "can't allocate memory" in str(error):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
+    pipeline = index.get("_class_name") if isinstance(index, Mapping) else index
+    if not isinstance(pipeline, str) or pipeline not in FAMILIES:
+        raise UserError(folders.unknown_class(name, pipeline, list(FAMILIES)))
+    return FAMILIES[pipeline]
 
 
 def max_tokens(base: Base, text: TextOptions | None = None) -> int:
-    """Tokens that a prompt is padded to, begin and end included. Raises UserError if --tokenizer_max_length is more than fits."""
-    rooms = [
-        base_folders.read_json(base.folder / encoder / "config.json").get("max_position_embeddings", 77)
-        for encoder in base.family.text
-    ]
-    room = base.family.max_tokens or min(rooms + _tokenizer_lengths(base))
+    """The number of tokens that a prompt is padded to, begin and end tokens included.
+
+    Raises UserError if --tokenizer_max_length is over the limit of tokenizer and text encoder.
+    """
+    positions = [base.config(encoder).get("max_position_embeddings", 77) for encoder in base.family.text]
+    limit = base.family.max_tokens or min(positions + _tokenizer_lengths(base))
     wanted = text.tokenizer_max_length if text else None
-    if wanted is not None and wanted > room:
+    if wanted is not None and wanted > limit:
         raise UserError(
-            f"--tokenizer_max_length must be at most {room}, the room in tokenizer and text encoder; got {wanted}"
+            f"--tokenizer_max_length must be at most {limit}, the limit of tokenizer and text encoder; got {wanted}"
         )
-    return wanted or room
+    return wanted or limit
 
 
 def _tokenizer_lengths(base: Base) -> list[int]:
-    """The `model_max_length` of the base's tokenizers, to which its pipeline pads prompts; it is 1e30, or missing, where nobody set it."""
-    folders = [tokenizer for tokenizer, _ in base.family.text.values()]
-    paths = [
-        base.folder / name / "tokenizer_config.json"
-        for name in folders
-        if not (name == "tokenizer" and base.options.tokenizer_name)
-    ]
-    found = [base_folders.read_json(path).get("model_max_length") for path in paths if path.is_file()]
-    return [length for length in found if type(length) is int and length > 0]
+    """The `model_max_length` of the base's tokenizers, to which its pipeline pads prompts. An unset one is
+    1e30 or missing."""
+    names = [tokenizer for tokenizer, _ in base.family.text.values()]
+    if base.options.tokenizer_name:
+        names.remove("tokenizer")
+    paths = [base.folder / name / "tokenizer_config.json" for name in names]
+    lengths = [folders.read_json(path).get("model_max_length") for path in paths if path.is_file()]
+    return [length for length in lengths if type(length) is int and length > 0]
 
 
 def text_layers(base: Base, encoder: str) -> int:
-    """How many layers a text encoder has."""
-    return int(base_folders.read_json(base.folder / encoder / "config.json").get("num_hidden_layers", 12))
+    """The number of layers of a text encoder."""
+    return int(base.config(encoder).get("num_hidden_layers", 12))
 
 
 def unused_layers(family: Family, encoder: str, text: TextOptions) -> int:
-    """How many layers at the end of a text encoder change nothing of what the UNet sees."""
-    # the vector of Stable Diffusion XL's second encoder comes from its last layer, whatever is skipped
+    """How many of a text encoder's last layers have no effect on the prompt embeddings."""
+    # the pooled embedding of Stable Diffusion XL's second encoder comes from its last layer, whatever
+    # --clip_skip is
     skipped = (text.clip_skip or 0) if encoder == "text_encoder" else 0
     return family.unused_layers[encoder] + skipped
 
 
 def check_text(base: Base, text: TextOptions) -> None:
-    """Raise UserError if the base cannot do what the flags about its text encoder ask for."""
+    """Raise UserError if a flag about text encoders does not work with this base."""
     if text.train_text_encoder and not base.family.trains_text:
         raise UserError(
             f"--train_text_encoder: {base.family.name} takes the text of a frozen T5; leave it out"
@@ -407,167 +349,12 @@ def check_text(base: Base, text: TextOptions) -> None:
             )
 
 
-def text_without_encoders(
-    base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextOptions
-) -> TextParts:
-    """How the prompts of a run are read; its encoders are still to be loaded."""
-    return TextParts(
-        encode=base.family.encode,
-        tokenizers=tokenizers,
-        encoders={},
-        max_tokens=max_tokens(base, text),
-        attention_mask=text.text_encoder_use_attention_mask,
-        clip_skip=text.clip_skip or 0,
-        zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
-    )
-
-
-def condition_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the `PromptEmbeds` of one prompt of so many tokens, by their names there."""
-    unet = base_folders.read_json(base.folder / "unet" / "config.json")
-    width = (
-        unet["encoder_hid_dim"] if unet.get("encoder_hid_dim") is not None else unet["cross_attention_dim"]
-    )
+def prompt_embed_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one prompt's `PromptEmbeds`, by field, for a prompt of so many tokens."""
+    unet = base.config("unet")
+    projected = unet.get("encoder_hid_dim")
+    width = unet["cross_attention_dim"] if projected is None else projected
     if "text_encoder_2" not in base.family.text:
         return {"embeds": (1, tokens, width)}
-    pooled = base_folders.read_json(base.folder / "text_encoder_2" / "config.json").get("projection_dim", 512)
+    pooled = base.config("text_encoder_2").get("projection_dim", 512)
     return {"embeds": (1, tokens, width), "pooled": (1, pooled)}
-
-
-def load_encoders(base: Base, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The text encoders, frozen and in eval mode, by their folders. Raises UserError if one is missing or not understood, as all loaders do."""
-    return {encoder: _load_model(base, encoder, dtype, device) for encoder in base.family.text}
-
-
-def load_vae(base: Base, device: torch.device) -> AutoencoderKL | None:
-    """The VAE, frozen and in eval mode; None for a base that works on pixels. In float32: it is small, and Stable Diffusion's overflow in float16."""
-    return _load_model(base, "vae", torch.float32, device) if base.family.has_vae else None
-
-
-def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    """The UNet, frozen and in eval mode."""
-    return _load_model(base, "unet", dtype, device)
-
-
-def _load_model(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """One model of the base, frozen and in eval mode. What convolves is in channels_last, which convolutions want: on a CPU it is the difference
-    between seconds and minutes."""
-    own = base.own_vae if part == "vae" else None
-    folder = own or base.folder / part
-    files = base_folders.weight_files(
-        folder.parent, folder.name, None if own else base.options.variant, kind=part
-    )
-    kind = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        **{encoder: kind for encoder, (_, kind) in base.family.text.items()},
-    }[part]
-    with _explained(_VAE_FLAG if own else _FLAG, "it" if own else part, str(own or base.folder)):
-        return loading.load(
-            kind, folder, files, dtype=dtype, device=device, channels_last=part in ("unet", "vae")
-        )
-
-
-def load_scheduler(base: Base, *, edm: bool = False) -> Any:
-    """The noise levels that are trained on; `edm` asks for continuous ones where the base does not."""
-    kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
-    scheduler = _load(kind, str(base.folder), _FLAG, subfolder="scheduler")
-    return (
-        type(scheduler).from_config(scheduler.config, prediction_type=base.options.prediction_type)
-        if base.options.prediction_type
-        else scheduler
-    )
-
-
-def sampler(parts: FrozenParts, wanted: str | None) -> Any:
-    """What draws validation pictures: the scheduler named, else the multistep DPM solver, for a base in pixels DDPM, for an EDM base its own."""
-    config = parts.noise_scheduler.config
-    if isinstance(parts.noise_scheduler, EDMEulerScheduler):
-        return EDMEulerScheduler.from_config(config)
-    if wanted == "DDPMScheduler" or (wanted is None and not parts.family.has_vae):
-        return DDPMScheduler.from_config(config, **_fixed_variance(config))
-    return _solver(config)
-
-
-def class_sampler(own: Any, wanted: str) -> Any:
-    """What draws class images, where the base's pipeline has the scheduler `own`: that one for "base", for "dpm" the multistep DPM solver."""
-    return _solver(own.config) if wanted == "dpm" else own
-
-
-def _solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ on the base's noise levels, whatever solver its own config is of. Raises UserError if it does not know those levels."""
-    own = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
-    try:
-        return DPMSolverMultistepScheduler.from_config(config, **own, **_fixed_variance(config))
-    except NotImplementedError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the multistep DPM solver cannot draw with this base's scheduler ({shown(reason)}); give --class_scheduler base"
-        ) from None
-
-
-def _fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
-    """A UNet that learned the variance too is trained here on noise alone, so that its variance is no longer to be used."""
-    return {"variance_type": "fixed_small"} if "learned" in str(config.get("variance_type", "")) else {}
-
-
-def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -> Any:
-    """A pipeline on the models in memory, with this VAE and without a safety checker (it blackens pictures)."""
-    encoders = parts.text.encoders if parts.text else {}
-    names = parts.family.text
-    models: dict[str, Any] = {encoder: encoders.get(encoder) for encoder in names}
-    models |= {
-        tokenizer: parts.text.tokenizers[n] if parts.text else None
-        for n, (tokenizer, _) in enumerate(names.values())
-    }
-    models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": vae} if vae is not None else {})
-    if parts.family.pipeline is StableDiffusionXLPipeline:
-        models["add_watermarker"] = False
-    else:
-        models |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if not parts.family.has_vae:
-        models["watermarker"] = None
-    pipeline = parts.family.pipeline(**models)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
-    """A whole pipeline from disk, as plain diffusers loads it, with its own scheduler and no safety checker.
-
-    A VAE that says that float16 overflows in it is loaded in float32.
-    """
-    family, options = base.family, base.options
-    own: dict[str, Any] = dict.fromkeys((part for part in _LEFT_OUT if part in base.index), None)
-    if options.tokenizer_name:
-        own["tokenizer"] = load_tokenizers(base)[0]
-    if family.has_vae:
-        folder = base.own_vae or base.folder / "vae"
-        overflows = dtype == torch.float16 and base_folders.read_json(folder / "config.json").get(
-            "force_upcast", True
-        )
-        own["vae"] = _load_model(base, "vae", torch.float32 if overflows else dtype, device)
-    own |= {part: _load_model(base, part, dtype, device) for part in ("unet", *family.text)}
-    if family.pipeline is StableDiffusionXLPipeline:
-        own["add_watermarker"] = False
-    pipeline = _load(family.pipeline, str(base.folder), _FLAG, use_safetensors=True, **own)
-    config = pipeline.scheduler.config
-    other = _fixed_variance(config) | (
-        {"prediction_type": options.prediction_type} if options.prediction_type else {}
-    )
-    if other:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **other)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
-    """The text encoders of a pipeline, to encode prompts as training does."""
-    return TextParts(
-        encode=base.family.encode,
-        tokenizers=tuple(getattr(pipeline, tokenizer) for tokenizer, _ in base.family.text.values()),
-        encoders={encoder: getattr(pipeline, encoder) for encoder in base.family.text},
-        max_tokens=max_tokens(base),
-        clip_skip=clip_skip,
-        zeros_for_empty=bool(base.index.get("force_zeros_for_empty_prompt", False)),
-    )

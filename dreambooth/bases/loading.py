@@ -1,8 +1,10 @@
-"""One frozen model of a base, read from its files: every weight once, straight into the dtype, layout and place in which it is used.
+"""Loads parts of a base: tokenizers, text encoders, VAE and UNet, all frozen.
 
-`from_pretrained` maps whole files into memory and casts from there, so that file and model are resident together, and leaves weights that need no
-cast at the odd addresses that they have in the file, where a row times a matrix has other last bits. Here a weight is read into memory of its own.
-Which key of a file is which weight, what stays in float32, what is tied and which buffers there are: that is still the libraries' own code.
+A model's weights are read from its safetensors files once, each directly into its final dtype, memory layout
+and device. `from_pretrained` would map whole files into memory and cast from there, so that file and model
+are resident together; and weights that need no cast would keep the alignment they have in the file, which
+changes the last bits of matrix products. Key names, tied weights, buffers and weights that stay in float32
+are still decided by the libraries.
 """
 
 import contextlib
@@ -15,11 +17,26 @@ from typing import Any
 
 import accelerate
 import torch
-from diffusers import ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DConditionModel,
+)
 from diffusers.models.modeling_utils import no_init_weights
+from diffusers.utils import logging as diffusers_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
+from dreambooth.bases import families
+from dreambooth.bases.families import Base, Family
+from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
+from dreambooth.bases.prompts import TextParts
 from dreambooth.errors import UserError, shown
 from dreambooth.files import safetensors_files
+from dreambooth.options.training import TextOptions
 
 _DTYPES = {
     "F64": torch.float64,
@@ -40,12 +57,128 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_READERS = 2  # at once: each holds one weight twice, as it is in the file and as it is wanted
+# Weights read at once. Each is held twice while it is cast: as in the file and as wanted.
+_READERS = 2
+
+# one progress bar per loaded file would break up the run's own
+transformers_logging.disable_progress_bar()
+diffusers_logging.disable_progress_bar()
+
+
+@dataclasses.dataclass
+class FrozenParts:
+    """The frozen parts of a base that are in memory."""
+
+    base: Base
+    text: TextParts | None
+    """None once every prompt is encoded."""
+    vae: AutoencoderKL | None
+    """None once every photo is encoded, and for a base that works on pixels."""
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler | EDMEulerScheduler | EulerDiscreteScheduler
+
+    @property
+    def family(self) -> Family:
+        return self.base.family
+
+
+def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
+    """One tokenizer for each text encoder. --tokenizer_name replaces the first. Raises UserError if one
+    cannot be loaded."""
+    settings = {"use_fast": True, "trust_remote_code": False}
+    tokenizers = [
+        from_pretrained(AutoTokenizer, str(base.folder), BASE_FLAG, subfolder=folder, **settings)
+        for folder, _ in base.family.text.values()
+        if not (folder == "tokenizer" and base.options.tokenizer_name)
+    ]
+    if name := base.options.tokenizer_name:
+        tokenizers.insert(0, from_pretrained(AutoTokenizer, name, "--tokenizer_name", **settings))
+    return tuple(tokenizers)
+
+
+def text_without_encoders(
+    base: Base, tokenizers: tuple[PreTrainedTokenizerBase, ...], text: TextOptions
+) -> TextParts:
+    """How the prompts of a run are tokenized and encoded, with no encoder loaded yet."""
+    return TextParts(
+        encode=base.family.encode,
+        tokenizers=tokenizers,
+        encoders={},
+        max_tokens=families.max_tokens(base, text),
+        attention_mask=text.text_encoder_use_attention_mask,
+        clip_skip=text.clip_skip or 0,
+        zeros_for_empty=base.zeros_for_empty,
+    )
+
+
+def load_encoders(base: Base, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The text encoders by folder, frozen and in eval mode. Raises UserError, as all loaders here do, if one
+    cannot be loaded."""
+    return {encoder: load_part(base, encoder, dtype, device) for encoder in base.family.text}
+
+
+def load_vae(base: Base, device: torch.device) -> AutoencoderKL | None:
+    """The VAE, frozen and in eval mode; None for a base that works on pixels.
+
+    It is in float32: it is small, and Stable Diffusion's VAE overflows in float16.
+    """
+    return load_part(base, "vae", torch.float32, device) if base.family.has_vae else None
+
+
+def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """The UNet, frozen and in eval mode."""
+    return load_part(base, "unet", dtype, device)
+
+
+def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model of one part, frozen and in eval mode.
+
+    UNet and VAE are in channels_last: on a CPU, convolutions take minutes in another layout and seconds in
+    this one.
+    """
+    kind = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        **{encoder: kind for encoder, (_, kind) in base.family.text.items()},
+    }[part]
+    files = base.weight_files(part)
+    if part == "vae" and base.given_vae:
+        explained = _explained(VAE_FLAG, "it", str(base.given_vae))
+    else:
+        explained = _explained(BASE_FLAG, part, str(base.folder))
+    with explained:
+        is_convolutional = part in ("unet", "vae")
+        return load_model(
+            kind, base.part_folder(part), files, dtype=dtype, device=device, channels_last=is_convolutional
+        )
+
+
+def from_pretrained(kind: Any, name: str, flag: str, **settings: Any) -> Any:
+    """`kind.from_pretrained`. Raises UserError in one line, starting with `flag`, if that fails."""
+    with _explained(flag, settings.get("subfolder") or "it", name):
+        return kind.from_pretrained(name, **settings)
+
+
+@contextlib.contextmanager
+def _explained(flag: str, part: str, name: str) -> Iterator[None]:
+    """Turns a failure to load `part` of `name`, given by `flag`, into a UserError of one line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # for malformed files the libraries raise KeyError, TypeError, AttributeError, ...
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A weight in its file. Indexed with `...`, as transformers does when it wants the values, it is read."""
+    """A weight that is still in its file. Indexing it with `...`, as transformers does, reads it."""
 
     path: Path
     key: str
@@ -55,20 +188,22 @@ class _Weight:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=_DTYPES[self.dtype])
-        left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")  # type: ignore[arg-type]
+        unread = memoryview(b"")
+        if tensor.numel():
+            unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            while left:
-                count = file.readinto(left)
+            while unread:
+                count = file.readinto(unread)
                 if not count:
                     raise UserError(
                         f"{shown(self.path)} ends within {self.key}: it has changed since it was checked"
                     )
-                left = left[count:]
+                unread = unread[count:]
         return tensor
 
 
-def load(
+def load_model(
     kind: type,
     folder: Path,
     files: Sequence[Path],
@@ -77,41 +212,37 @@ def load(
     device: torch.device,
     channels_last: bool = False,
 ) -> Any:
-    """The model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of `files`, all of them safetensors.
+    """A model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of
+    `files`.
 
-    It is on `device`, in `dtype` but for what the library keeps in float32, in eval mode and without gradients. `channels_last` is the layout of
-    weights with four dimensions. What the files have besides is left out, as `from_pretrained` does: many bases hold the rest of CLIP, or what a
-    trainer added. Raises UserError if the files lack weights of the model, or have them in other shapes.
+    The files are safetensors. The model is on `device` and in `dtype`, except for what the library keeps in
+    float32, in eval mode and without gradients. `channels_last` is the layout of weights with four
+    dimensions. Weights that the model lacks are ignored, as `from_pretrained` does: many bases hold the rest
+    of CLIP. Raises UserError if the files lack a weight of the model, or have it in another shape.
     """
     weights = _weights(files)
     if issubclass(kind, ModelMixin):
-        model = _of_diffusers(
-            kind,
-            folder,
-            weights,
-            dtype,
-            device,
-            torch.channels_last if channels_last else torch.preserve_format,
-        )
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        model = _diffusers_model(kind, folder, weights, dtype, device, layout)
     else:
-        model = _of_transformers(kind, folder, weights, dtype)
+        model = _transformers_model(kind, folder, weights, dtype)
     model.requires_grad_(False).eval().to(device)
     if channels_last:
-        model.to(
-            memory_format=torch.channels_last
-        )  # buffers, and weights of a single pixel and channel, of which both layouts are true
+        # for buffers, and for weights of one pixel and channel, which count as being in both layouts
+        model.to(memory_format=torch.channels_last)
     return model
 
 
 def _weights(files: Iterable[Path]) -> dict[str, _Weight]:
-    found: dict[str, _Weight] = {}
+    """The weights of all files by key."""
+    weights: dict[str, _Weight] = {}
     for path in files:
         header = safetensors_files.read(path, safetensors_files.BASE)
-        found |= {
+        weights |= {
             key: _Weight(path, key, dtype, start, header.shapes[key])
             for key, (dtype, start) in header.places.items()
         }
-    return found
+    return weights
 
 
 @contextlib.contextmanager
@@ -124,7 +255,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _of_diffusers(
+def _diffusers_model(
     kind: Any,
     folder: Path,
     weights: Mapping[str, _Weight],
@@ -135,7 +266,7 @@ def _of_diffusers(
     with _default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights():
         model = kind.from_config(kind.load_config(folder))
     keys = {key: key for key in weights}
-    model._fix_state_dict_keys_on_load(keys)  # the attention of older VAEs has other names
+    model._fix_state_dict_keys_on_load(keys)  # attention layers of older VAEs have other names
     wanted = model.state_dict()
     mismatched = [
         (name, weights[key].shape, wanted[name].shape) for name, key in keys.items() if name in wanted
@@ -144,12 +275,12 @@ def _of_diffusers(
 
     def read(name: str) -> torch.Tensor:
         tensor = weights[keys[name]][...]
-        own = dtype if tensor.is_floating_point() else tensor.dtype
-        if tensor.is_floating_point() and any(
-            part in name.split(".") for part in kind._keep_in_fp32_modules or ()
-        ):
-            own = torch.float32
-        return tensor.to(device, own, memory_format=layout if tensor.dim() == 4 else torch.preserve_format)
+        weight_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        is_kept = any(part in name.split(".") for part in kind._keep_in_fp32_modules or ())
+        if tensor.is_floating_point() and is_kept:
+            weight_dtype = torch.float32
+        memory_format = layout if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, weight_dtype, memory_format=memory_format)
 
     with ThreadPoolExecutor(_READERS) as pool:
         model.load_state_dict(dict(zip(wanted, pool.map(read, wanted), strict=True)), assign=True)
@@ -159,25 +290,24 @@ def _of_diffusers(
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of what fits and what does not: what matters of it is raised."""
+    """Suppresses transformers' table of missing and unused keys: `_check` raises what matters of it."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_let_through(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
 
-    logger.addFilter(
-        is_let_through
-    )  # at a higher level of its own it would have another module warn of what is not sharded
+    # a filter: at a higher log level transformers would warn of weights that are not sharded
+    logger.addFilter(is_let_through)
     try:
         yield
     finally:
         logger.removeFilter(is_let_through)
 
 
-def _of_transformers(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
+def _transformers_model(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
     config = kind.config_class.from_pretrained(folder)
     with _without_report():
-        model, said = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -185,21 +315,27 @@ def _of_transformers(kind: Any, folder: Path, weights: Mapping[str, _Weight], dt
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check(said["missing_keys"], said["mismatched_keys"])
+    _check(report["missing_keys"], report["mismatched_keys"])
     model.config.name_or_path = str(folder)
     return model
 
 
 def _check(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """Raise UserError, with all of it on one line, unless every weight of the model is there in its shape. `shapes` are (name, found, wanted)."""
+    """Raise UserError, in one line, if weights are missing or have other shapes than the model's.
+
+    `shapes` are (name, shape in the file, shape in the model).
+    """
     faults = []
     if names := sorted(missing):
         faults.append(f"lack {shown(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-    if unlike := sorted(
-        (name, tuple(found), tuple(wanted)) for name, found, wanted in shapes if tuple(found) != tuple(wanted)
-    ):
-        name, found, wanted = unlike[0]
-        more = f" and {len(unlike) - 1} more of other shapes" if len(unlike) > 1 else ""
-        faults.append(f"have {shown(name)} of shape {found}, which must be {wanted}{more}")
+    mismatched = sorted(
+        (name, tuple(in_file), tuple(in_model))
+        for name, in_file, in_model in shapes
+        if tuple(in_file) != tuple(in_model)
+    )
+    if mismatched:
+        name, in_file, in_model = mismatched[0]
+        more = f" and {len(mismatched) - 1} more of other shapes" if len(mismatched) > 1 else ""
+        faults.append(f"have {shown(name)} of shape {in_file}, which must be {in_model}{more}")
     if faults:
         raise UserError(f"its weights do not fit its config.json: they {'; they '.join(faults)}")

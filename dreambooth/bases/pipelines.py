@@ -1,14 +1,80 @@
-"""Drawing with a pipeline: one generator for each picture."""
+"""Pipelines: made of a base's parts or loaded from disk, and what they draw."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth.bases import autoencoder
-from dreambooth.bases.prompts import PromptEmbeds
+from dreambooth.bases import autoencoder, families, loading
+from dreambooth.bases.families import UNUSED_PARTS, Base
+from dreambooth.bases.folders import BASE_FLAG
+from dreambooth.bases.loading import FrozenParts
+from dreambooth.bases.prompts import PromptEmbeds, TextParts
+from dreambooth.bases.schedulers import fixed_variance
+
+
+def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -> Any:
+    """A pipeline of the models in memory with this VAE, without a safety checker, which would blacken
+    pictures."""
+    family, text = parts.family, parts.text
+    models: dict[str, Any] = {}
+    for number, (encoder, (tokenizer, _)) in enumerate(family.text.items()):
+        models[encoder] = text.encoders.get(encoder) if text else None
+        models[tokenizer] = text.tokenizers[number] if text else None
+    models |= {"unet": parts.unet, "scheduler": scheduler} | ({"vae": vae} if vae is not None else {})
+    if family.pipeline is StableDiffusionXLPipeline:
+        models["add_watermarker"] = False
+    else:
+        models |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if not family.has_vae:
+        models["watermarker"] = None
+    pipeline = family.pipeline(**models)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline from disk with the base's own scheduler and no safety checker. Raises UserError if that
+    fails.
+
+    With float16, a VAE whose config says that it overflows is loaded in float32.
+    """
+    family, options = base.family, base.options
+    parts: dict[str, Any] = {part: None for part in UNUSED_PARTS if part in base.index}
+    if options.tokenizer_name:
+        parts["tokenizer"] = loading.load_tokenizers(base)[0]
+    if family.has_vae:
+        overflows = dtype == torch.float16 and base.config("vae").get("force_upcast", True)
+        parts["vae"] = loading.load_part(base, "vae", torch.float32 if overflows else dtype, device)
+    parts |= {part: loading.load_part(base, part, dtype, device) for part in ("unet", *family.text)}
+    if family.pipeline is StableDiffusionXLPipeline:
+        parts["add_watermarker"] = False
+    pipeline = loading.from_pretrained(
+        family.pipeline, str(base.folder), BASE_FLAG, use_safetensors=True, **parts
+    )
+    config = pipeline.scheduler.config
+    changes = fixed_variance(config)
+    if options.prediction_type:
+        changes["prediction_type"] = options.prediction_type
+    if changes:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **changes)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
+    """The tokenizers and text encoders of a pipeline, set to encode prompts as training does."""
+    return TextParts(
+        encode=base.family.encode,
+        tokenizers=tuple(getattr(pipeline, tokenizer) for tokenizer, _ in base.family.text.values()),
+        encoders={encoder: getattr(pipeline, encoder) for encoder in base.family.text},
+        max_tokens=families.max_tokens(base),
+        clip_skip=clip_skip,
+        zeros_for_empty=base.zeros_for_empty,
+    )
 
 
 def draw(
@@ -22,22 +88,28 @@ def draw(
     side: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture for each row of `prompts` and seed, drawn together; `negative` is one row, or one for each. A picture's noise depends on its
-    own seed alone. `check` is called after every step."""
+    """One picture for each row of `prompts` and its seed, drawn as one batch, `side` pixels square.
+
+    `negative` has one row for all pictures, or one for each. A picture's noise depends on its own seed only.
+    `check` is called after every step; what it raises ends the drawing.
+    """
     count = len(seeds)
     unet = pipeline.unet
     prompts, negative = prompts.to(unet.device, unet.dtype), negative.to(unet.device, unet.dtype)
     negative = negative if len(negative.embeds) == count else negative.rows([0] * count)
-    words: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
+    arguments: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
     if prompts.pooled is not None:
-        words |= {"pooled_prompt_embeds": prompts.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+        arguments |= {
+            "pooled_prompt_embeds": prompts.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }
     vae = getattr(pipeline, "vae", None)
     if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
-        words["callback_on_step_end"] = _after_each_step(check)
-    else:  # DeepFloyd IF's pipeline has the older kind
-        words["callback"] = lambda step, timestep, latents: check()
+        arguments["callback_on_step_end"] = _after_each_step(check)
+    else:  # DeepFloyd IF's pipeline has the older callback only
+        arguments["callback"] = lambda step, timestep, latents: check()
     images = pipeline(
-        **words,
+        **arguments,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -50,11 +122,12 @@ def draw(
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
-    """Pictures of latents [B, channels, h, w], one at a time (so much less memory), in the VAE's own precision whatever autocast is on."""
+    """Pictures of latents [B, channels, h, w], in the VAE's dtype, even under autocast. One at a time, to
+    save memory."""
     vae = pipeline.vae
     with torch.autocast(vae.device.type, enabled=False):
         latents = autoencoder.denormalized(vae, latents.to(vae.device, vae.dtype))
-        pixels = torch.cat([vae.decode(one[None]).sample.float() for one in latents])
+        pixels = torch.cat([vae.decode(picture[None]).sample.float() for picture in latents])
     return pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
 
 

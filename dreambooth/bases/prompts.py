@@ -1,6 +1,7 @@
 """Prompts: checked, tokenised and encoded into what the UNet is told.
 
-Each family has its own way from words to conditions; the functions here are those ways, and `families.py` says which is whose.
+Each family has its own way from words to conditions; the functions here are those ways, and `families.py`
+says which is whose.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ _LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeds:
-    """What the UNet is told of some prompts: [prompts, tokens, width], and for Stable Diffusion XL one vector each, [prompts, pooled width]."""
+    """What the UNet is told of some prompts: [prompts, tokens, width], and for Stable Diffusion XL one vector
+    each, [prompts, pooled width]."""
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -62,7 +64,8 @@ def prompt_cache(
 
 @dataclasses.dataclass
 class TextParts:
-    """Tokenizers and text encoders of a base, the encoders by the name that they have in its folder and in adapter files."""
+    """Tokenizers and text encoders of a base, the encoders by the name that they have in its folder and in
+    adapter files."""
 
     encode: Callable[["TextParts", Sequence[str]], PromptEmbeds]
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
@@ -78,7 +81,8 @@ class TextParts:
         return self.encode(self, prompts)
 
     def encode_all(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> PromptCache:
-        """All `prompts` encoded, each alone: its last bits do not depend on which others there are. `check` is called before each."""
+        """All `prompts` encoded, each alone: its last bits do not depend on which others there are. `check`
+        is called before each."""
         device = next(iter(self.encoders.values())).device
         found = {}
         for prompt in dict.fromkeys(prompts):
@@ -104,7 +108,8 @@ class TextParts:
 def as_read(
     encode: Callable[["TextParts", Sequence[str]], PromptEmbeds], prompts: Sequence[str]
 ) -> list[str]:
-    """Prompts as they come to the tokenizer: for DeepFloyd IF in lower case and trimmed, as its pipeline has them."""
+    """Prompts as they come to the tokenizer: for DeepFloyd IF in lower case and trimmed, as its pipeline has
+    them."""
     return [prompt.lower().strip() for prompt in prompts] if encode is encode_t5 else list(prompts)
 
 
@@ -123,7 +128,8 @@ def encode_clip(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
 
 
 def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
-    """Stable Diffusion XL: the last hidden states but one of both CLIPs, side by side, and the second's projection of the whole prompt."""
+    """Stable Diffusion XL: the last hidden states but one of both CLIPs, side by side, and the second's
+    projection of the whole prompt."""
     embeds, pooled = [], None
     for number, encoder in enumerate(text.encoders.values()):
         ids, mask = text.tokens(number, prompts)
@@ -159,7 +165,8 @@ def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> st
 def check(
     tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, str | None], limit: int
 ) -> None:
-    """Raise UserError naming flag and words for every prompt that would be cut off, or is no text. `prompts` are by what names them."""
+    """Raise UserError naming flag and words for every prompt that would be cut off, or is no text. `prompts`
+    are by what names them."""
     problems = []
     for flag, prompt in prompts.items():
         if not prompt:

@@ -1,9 +1,12 @@
-"""The UNet's frozen layers in 8 bits (torchao) or 4 (bitsandbytes' nf4, arXiv 2305.14314): a fraction of the memory, another result.
+"""The UNet's frozen layers in 8 bits (torchao) or 4 (bitsandbytes' nf4, arXiv 2305.14314): a fraction of the
+memory, another result.
 
-All linear layers of the attention blocks are kept so; convolutions, norms and embeddings are not, nor is what is trained. The packages turn
-weights into few bits and back. Their own layers are not used: torchao's keeps a dense copy of each weight for the backward pass, which is the
-memory that was saved; bitsandbytes' takes its precision from its first input, and on some CPUs, once it has drawn a picture, it passes no
-gradient on. Here a weight is dense while its product is computed, forward and again backward, and nothing dense is kept between them.
+All linear layers of the attention blocks are kept so; convolutions, norms and embeddings are not, nor is what
+is trained. The packages turn weights into few bits and back. Their own layers are not used: torchao's keeps a
+dense copy of each weight for the backward pass, which is the memory that was saved; bitsandbytes' takes its
+precision from its first input, and on some CPUs, once it has drawn a picture, it passes no gradient on. Here
+a weight is dense while its product is computed, forward and again backward, and nothing dense is kept between
+them.
 """
 
 from typing import Any
@@ -15,13 +18,15 @@ from torch import Tensor, nn
 from dreambooth.errors import UserError
 from dreambooth.options.speed import SpeedOptions
 
-# The others turn the weight itself: BOFT and HRA compute with it dense in every call and keep that, and OFT's pictures are drawn with it.
+# The others turn the weight itself: BOFT and HRA compute with it dense in every call and keep that, and OFT's
+# pictures are drawn with it.
 _ADAPTERS = ("lora", "loha", "lokr")
 _BLOCK = 64  # weights that share a scale in nf4
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer in few bits. `weight` is a dense copy, made at each reading: what is written into it is lost."""
+    """A frozen linear layer in few bits. `weight` is a dense copy, made at each reading: what is written into
+    it is lost."""
 
     rows: Any
     """int8: torchao's tensor."""
@@ -83,7 +88,8 @@ class _Product(torch.autograd.Function):
 
 
 def check(speed: SpeedOptions, adapter: str, device: torch.device) -> None:
-    """Raise UserError if --quantize_base does not go with --adapter or --compile, or not on this device: a small layer is tried there."""
+    """Raise UserError if --quantize_base does not go with --adapter or --compile, or not on this device: a
+    small layer is tried there."""
     kind = speed.quantize_base
     if kind is None:
         return
@@ -119,8 +125,8 @@ def linear_layers(unet: nn.Module) -> list[str]:
 
 
 def quantize(unet: nn.Module, kind: str, device: torch.device) -> int:
-    """Put `unet` on `device` with the linear layers of its attention blocks in few bits; how many. They are moved one at a time, so that the
-    device never holds the dense model."""
+    """Put `unet` on `device` with the linear layers of its attention blocks in few bits; how many. They are
+    moved one at a time, so that the device never holds the dense model."""
     names = linear_layers(unet)
     for name in names:
         layer: Any = unet.get_submodule(name)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dreambooth.bases import families, pipelines
+from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.data import photos, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, locks, pictures
@@ -93,15 +93,6 @@ def precision_of(flag: str | None, device: torch.device) -> str:
     return (
         "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
     )  # elsewhere bf16 is slower than fp32
-
-
-def sampler_of(flag: str | None, base: families.Base) -> str:
-    """`--class_scheduler` as "dpm" or "base". Raises UserError if the base cannot be drawn with it."""
-    if flag == "dpm" and base.is_edm:
-        raise UserError(
-            "--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base"
-        )
-    return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -260,7 +251,7 @@ def settings_of(
     prior: ResolvedPriorOptions, base: families.Base, fingerprint: str, device: torch.device
 ) -> Settings:
     """The set that training wants. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
-    scheduler = sampler_of(prior.class_scheduler, base)
+    scheduler = schedulers.sampler_of(prior.class_scheduler, base)
     return Settings(
         base=fingerprint,
         prompt=prior.class_prompt,
@@ -283,10 +274,10 @@ def make(
     """
 
     def make_draw() -> Callable[[Sequence[int]], list[Any]]:
-        pipeline = families.load_pipeline(base, _DTYPES[settings.precision], peers.accelerator.device)
-        pipeline.scheduler = families.class_sampler(pipeline.scheduler, settings.scheduler)
+        pipeline = pipelines.load_pipeline(base, _DTYPES[settings.precision], peers.accelerator.device)
+        pipeline.scheduler = schedulers.class_sampler(pipeline.scheduler, settings.scheduler)
         with torch.no_grad():
-            prompt_cache = families.text_of(pipeline, base).encode_all([settings.prompt, ""], watch.check)
+            prompt_cache = pipelines.text_of(pipeline, base).encode_all([settings.prompt, ""], watch.check)
         for (
             encoder
         ) in base.family.text:  # they have said all that they have to: DeepFloyd IF's take gigabytes

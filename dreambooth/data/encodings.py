@@ -13,7 +13,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from dreambooth.bases import autoencoder, families, prompts
+from dreambooth.bases import autoencoder, families, loading, prompts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import photos
 from dreambooth.data.crops import Box, Corner, Crops
@@ -115,7 +115,7 @@ def encode_photos(
     of_name = {name: part for part, name in names.items()}
 
     def encode(missing: Sequence[str]) -> None:
-        vae = families.load_vae(base, device)
+        vae = loading.load_vae(base, device)
         _check_unchanged(base, digests)
         if vae is not None:
             vae.decoder = None  # most of the weights, and of no use here
@@ -145,7 +145,7 @@ def encode_prompts(
     """Encode every prompt that `entries` lacks, with encoders in `dtype` that `text` has not loaded yet. `check` is called before each that is
     looked for, and each that is encoded. Raises UserError if an encoder has changed while it was read."""
     distinct = list(dict.fromkeys(asked))
-    shapes_of_one = families.condition_shapes(base, text.max_tokens)
+    shapes_of_one = families.prompt_embed_shapes(base, text.max_tokens)
     digests = {encoder: base.part_digest(encoder) for encoder in base.family.text}
     common = {
         "family": base.family.key,
@@ -168,7 +168,7 @@ def encode_prompts(
     @torch.no_grad()
     def encode(missing: Sequence[str]) -> None:
         # frozen encoders have their dtype, and T5 keeps some of its weights in float32, where float16 overflows: no autocast
-        loaded = dataclasses.replace(text, encoders=families.load_encoders(base, dtype, device))
+        loaded = dataclasses.replace(text, encoders=loading.load_encoders(base, dtype, device))
         _check_unchanged(base, digests)
         for name in missing:
             check()
@@ -190,8 +190,8 @@ def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
     """Raise UserError if the parts just read are not those that the names of entries tell of: what they encode would be found there ever after."""
     for part, digest in digests.items():
         if base.part_digest(part) != digest:
-            folder = base.own_vae if part == "vae" and base.own_vae else base.folder / part
-            raise UserError(f"the base has changed while it was read: {shown(folder)}; start again")
+            folder = shown(base.part_folder(part))
+            raise UserError(f"the base has changed while it was read: {folder}; start again")
 
 
 def _fill(

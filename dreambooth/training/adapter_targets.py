@@ -5,7 +5,7 @@ from diffusers import UNet2DConditionModel
 from transformers import AutoConfig
 
 from dreambooth.adapters import inject
-from dreambooth.bases import families, folders
+from dreambooth.bases import families
 from dreambooth.options.training import TrainOptions
 
 
@@ -13,7 +13,7 @@ def table(options: TrainOptions, base: families.Base) -> str:
     """The table that a run prints when it starts, and the size of a checkpoint, from the base's configurations alone."""
     # BOFT makes its matrices by hand, on the CPU: what is built there holds memory, but reads no weights either
     with torch.device("cpu" if options.adapter.adapter == "boft" else "meta"):
-        config = folders.read_json(base.folder / "unet" / "config.json")
+        config = base.config("unet")
         models: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
         if options.text.train_text_encoder:
             for name, (_, kind) in base.family.text.items():

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dreambooth.bases import families, quantization
-from dreambooth.bases.families import FrozenParts
+from dreambooth.bases import loading, quantization, schedulers
+from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
@@ -46,10 +46,10 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     kind, device = options.speed.quantize_base, peers.accelerator.device
     folder = start.encoded_dir if start.cache == "disk" else None
     entries = encoding_cache.Entries(folder, lambda said: peers.say(f"warning: {said}"))
-    text = families.text_without_encoders(base, start.tokenizers, options.text)
+    text = loading.text_without_encoders(base, start.tokenizers, options.text)
     vae = prompt_cache = encoded = None
     if options.text.train_text_encoder:
-        text.encoders = families.load_encoders(base, start.weight_dtype, device)
+        text.encoders = loading.load_encoders(base, start.weight_dtype, device)
     else:
         asked = prompts_of(options, sources)
         prompt_cache = encodings.encode_prompts(
@@ -57,7 +57,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
         )
     rows = PhotoRows(sources, options.run.seed, start.crops)
     if start.cache == "off":
-        vae = families.load_vae(base, device)
+        vae = loading.load_vae(base, device)
     else:
         pictures = [picture for source in sources for picture in source.pictures()]
         encoded = encodings.encode_photos(entries, base, pictures, start.crops, device, peers, check)
@@ -65,11 +65,11 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     memory.give_back()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
     # a GPU that holds the layers in few bits may not hold them whole
-    unet = families.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
+    unet = loading.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
     if kind:
         quantization.quantize(unet, kind, device)
     memory.trim()  # in which the weights were read and cast
-    scheduler = families.load_scheduler(base, edm=options.objective.do_edm_style_training)
+    scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     return FrozenHalf(
         FrozenParts(base, text if prompt_cache is None else None, vae, unet, scheduler),
         prompt_cache,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreambooth.adapter_files import formats
 from dreambooth.adapters import inject
-from dreambooth.bases import compilation, families, prompts, quantization
+from dreambooth.bases import compilation, families, loading, prompts, quantization, schedulers
 from dreambooth.data import captions, class_images, encoding_cache, encodings, photo_sets, photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
@@ -128,7 +128,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     said_of_flags = [*options.notes(), *hub.notes(options.reports)]
     resolution = resolution_of(options.instance, base.family.key)
     _check_base(options, base)
-    tokenizers = families.load_tokenizers(base)
+    tokenizers = loading.load_tokenizers(base)
     caption_notes += _check_prompts(options, base, tokenizers, own_captions)
     first_adapter, first_digest, adapter_notes = read_init_adapter(options, base)
     said_of_photos = [
@@ -298,7 +298,7 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         problems.append(
             f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {given} out"
         )
-    if options.adapter.output_kohya_format and not base.family.has_vae:
+    if options.adapter.output_kohya_format and base.kohya_family is None:
         problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
     try:
         families.check_text(base, options.text)
@@ -306,7 +306,7 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         problems.append(str(error))
     if options.prior.with_prior_preservation:
         try:
-            class_images.sampler_of(options.prior.class_scheduler, base)
+            schedulers.sampler_of(options.prior.class_scheduler, base)
         except UserError as error:
             problems.append(str(error))
     problems += _wrong_layers(options, base)

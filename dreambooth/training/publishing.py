@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth.adapter_files import formats, layer_names
-from dreambooth.bases import families, folders
+from dreambooth.bases import families
 from dreambooth.files import atomic
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime.stops import Stop
@@ -38,28 +38,16 @@ def _write_kohya(options: ResolvedTrainOptions, base: families.Base, adapter: Pa
     info = {
         "resolution": options.instance.resolution,
         "seed": options.run.seed,
-        "prediction_type": _prediction_type(base),
+        "prediction_type": base.prediction_type,
     }
     layers = base.layers()
     found = formats.read(adapter, layers)
-    data = formats.write_kohya(found, _kohya_family(base), info, depth=layer_names.depth_of(layers["unet"]))
+    family = base.kohya_family
+    assert family is not None  # checked with the flags
+    data = formats.write_kohya(found, family, info, depth=layer_names.depth_of(layers["unet"]))
     path = adapter.parent / hub.KOHYA_NAME
     try:
         atomic.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {path}")
-
-
-def _kohya_family(base: families.Base) -> formats.Family:
-    if base.family.key == "sdxl":
-        return "sdxl"
-    width = folders.read_json(base.folder / "unet" / "config.json")["cross_attention_dim"]
-    return "sd2" if width == 1024 else "sd1"
-
-
-def _prediction_type(base: families.Base) -> str:
-    own = folders.read_json(base.folder / "scheduler" / "scheduler_config.json").get(
-        "prediction_type", "epsilon"
-    )
-    return base.options.prediction_type or own

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.adapters import apply
-from dreambooth.bases import families, pipelines
-from dreambooth.bases.families import FrozenParts
+from dreambooth.bases import loading, pipelines, schedulers
+from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.files import pictures
@@ -38,10 +38,13 @@ class Pictures:
 
     def _pipeline(self) -> Any:
         """On the models in memory. A VAE that is not there is loaded, and goes with the pipeline."""
-        vae = self.parts.vae or families.load_vae(self.parts.base, self.accelerator.device)
-        return families.pipeline_of(
-            self.parts, families.sampler(self.parts, self.options.validation.validation_scheduler), vae
+        vae = self.parts.vae or loading.load_vae(self.parts.base, self.accelerator.device)
+        scheduler = schedulers.sampler(
+            self.parts.noise_scheduler,
+            has_vae=self.parts.family.has_vae,
+            wanted=self.options.validation.validation_scheduler,
         )
+        return pipelines.pipeline_of(self.parts, scheduler, vae)
 
     def along_the_way(
         self, step: int, progress: metrics.Progress, prompt: PromptEmbeds, empty: PromptEmbeds

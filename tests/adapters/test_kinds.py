@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from dreambooth.adapters import inject
-from dreambooth.bases import families
+from dreambooth.bases import loading
 from dreambooth.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import parse
@@ -477,7 +477,7 @@ def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(
         "1",
     )
     for name in ("load_encoders", "load_vae", "load_unet"):
-        monkeypatch.setattr(families, name, None)  # found before a model is loaded
+        monkeypatch.setattr(loading, name, None)  # found before a model is loaded
     with pytest.raises(
         UserError,
         match=r"--init_adapter: .*wide has 48 layers of unet and this run trains 32.*give the same --target_preset",

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from dreambooth.adapter_files.native import ADAPTER_NAME
-from dreambooth.bases import autoencoder, families
+from dreambooth.bases import autoencoder, families, loading, pipelines
 from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
@@ -333,11 +333,11 @@ def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
     found = families.find(BaseOptions(str(tiny_xl)))
     cpu = torch.device("cpu")
     own = [
-        families.load_unet(found, torch.float32, cpu),
-        families.load_vae(found, cpu),
-        *families.load_encoders(found, torch.float32, cpu).values(),
+        loading.load_unet(found, torch.float32, cpu),
+        loading.load_vae(found, cpu),
+        *loading.load_encoders(found, torch.float32, cpu).values(),
     ]
-    pipeline = families.load_pipeline(found, torch.float32, cpu)
+    pipeline = pipelines.load_pipeline(found, torch.float32, cpu)
     for model in (*own, pipeline.unet, pipeline.text_encoder_2):
         assert model is not None
         assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}

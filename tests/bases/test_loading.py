@@ -43,7 +43,7 @@ def ours(
     base: Path, part: str, kind: type, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Any:
     files = folders.weight_files(base, part, variant)
-    return loading.load(kind, base / part, files, dtype=dtype, device=CPU, channels_last=part in KINDS)
+    return loading.load_model(kind, base / part, files, dtype=dtype, device=CPU, channels_last=part in KINDS)
 
 
 def theirs(
@@ -284,7 +284,7 @@ def test_the_message_names_flag_part_and_base(tiny_base, tmp_path):
         UserError,
         match=r"--pretrained_model_name_or_path: unet of .*base cannot be loaded: its weights .* lack conv_out.bias",
     ):
-        families.load_unet(families.find(BaseOptions(str(folder))), torch.float32, CPU)
+        loading.load_unet(families.find(BaseOptions(str(folder))), torch.float32, CPU)
 
 
 def test_a_file_that_was_cut_after_its_check_is_refused(tiny_base, tmp_path, monkeypatch):
@@ -306,13 +306,13 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from dreambooth import base_folders, loading
+from dreambooth.bases import folders, loading
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def load(part):
-    files = base_folders.weight_files(folder, part, None)
-    return loading.load(UNet2DConditionModel, folder / part, files, dtype=torch.bfloat16, device=torch.device("cpu"), channels_last=True)
+    files = folders.weight_files(folder, part, None)
+    return loading.load_model(UNet2DConditionModel, folder / part, files, dtype=torch.bfloat16, device=torch.device("cpu"), channels_last=True)
 load("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = load("large")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import train_dreambooth_lora as train
-from dreambooth.bases import autoencoder, families, prompts
+from dreambooth.bases import autoencoder, families, loading, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
@@ -259,8 +259,8 @@ def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts
     assert start(base, mine, tmp_path / "same", *common).prompts == []
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    read = families.load_tokenizers(families.find(BaseOptions(str(base))))[0]
-    plain = families.load_tokenizers(families.find(BaseOptions(str(tiny_base))))[0]
+    read = loading.load_tokenizers(families.find(BaseOptions(str(base))))[0]
+    plain = loading.load_tokenizers(families.find(BaseOptions(str(tiny_base))))[0]
     others = [prompt for prompt in ALL_PROMPTS if read(prompt).input_ids != plain(prompt).input_ids]
     assert sorted(start(base, mine, tmp_path / "tokenizer", *common).prompts) == others
 
@@ -365,7 +365,7 @@ def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, 
     """Of the picture cut to full latents; the crop that begins at a pixel begins at its eighth."""
     photo = photo_of(tmp_path, (101, 64))
     encoded = encoded_photo(families.find(BaseOptions(str(tiny_base))), photo, mirrored=mirrored)
-    vae = families.load_vae(families.find(BaseOptions(str(tiny_base))), torch.device("cpu"))
+    vae = loading.load_vae(families.find(BaseOptions(str(tiny_base))), torch.device("cpu"))
     assert vae is not None
     image: Image.Image = Image.open(photo.path)
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
@@ -537,7 +537,7 @@ def test_a_base_that_changes_while_it_is_read_gives_no_entry(
         data[-1] ^= 1
         path.write_bytes(bytes(data))
 
-    spy(monkeypatch, families, "load_vae" if part == "vae" else "load_encoders", change)
+    spy(monkeypatch, loading, "load_vae" if part == "vae" else "load_encoders", change)
     with pytest.raises(
         UserError, match=rf"the base has changed while it was read: {base / part}; start again"
     ):
@@ -805,7 +805,7 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
         )  # accelerate gives each of several processes another number, and what they encode another name
         entries = encoding_cache.Entries(folder, print)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(families, "load_vae", lambda *args: None)
+            patch.setattr(loading, "load_vae", lambda *args: None)
             patch.setattr(autoencoder, "encode", in_place_of_a_vae)
             encodings.encode_photos(
                 entries, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None
@@ -829,7 +829,7 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
     tiny_xl, photos_dir, tmp_path, monkeypatch, work
 ):
     alive: dict[str, list[weakref.ref]] = {"vae": [], "encoders": []}
-    real_vae, real_encoders, real_unet = families.load_vae, families.load_encoders, families.load_unet
+    real_vae, real_encoders, real_unet = loading.load_vae, loading.load_encoders, loading.load_unet
     at_step: list[tuple[int, int]] = []
 
     def count() -> tuple[int, int]:
@@ -852,9 +852,9 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
         )  # without a garbage collection: they are gone before there is room for the UNet
         return real_unet(*args)
 
-    monkeypatch.setattr(families, "load_vae", load_vae)
-    monkeypatch.setattr(families, "load_encoders", load_encoders)
-    monkeypatch.setattr(families, "load_unet", load_unet)
+    monkeypatch.setattr(loading, "load_vae", load_vae)
+    monkeypatch.setattr(loading, "load_encoders", load_encoders)
+    monkeypatch.setattr(loading, "load_unet", load_unet)
     spy(monkeypatch, train.Training, "step", lambda *args: at_step.append(count()))
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_steps", "1"]
     gc.disable()

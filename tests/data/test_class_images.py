@@ -735,14 +735,14 @@ def test_processes_on_different_hardware_draw_in_the_precision_of_the_first(tiny
     base = families.find(BaseOptions(str(tiny_base)))
     settings, loaded = wanted(base, tmp_path, prior_generation_precision="fp32", class_inference_steps=1), []
     peers = processes.join(Watch(), peer_timeout=10)
-    monkeypatch.setattr(peers, "share", lambda value: "bf16" if value == "fp32" else value)
-    real = families.load_pipeline
+    monkeypatch.setattr(peers, "broadcast", lambda value: "bf16" if value == "fp32" else value)
+    real = pipelines.load_pipeline
 
     def load(base: families.Base, dtype: torch.dtype, device: torch.device) -> Any:
         loaded.append(dtype)
         return real(base, dtype, device)
 
-    monkeypatch.setattr(families, "load_pipeline", load)
+    monkeypatch.setattr(pipelines, "load_pipeline", load)
     class_images.make(tmp_path / "set", settings, 1, base, peers, Watch())
     assert loaded == [torch.bfloat16]
     assert manifest(tmp_path / "set")["settings"]["precision"] == "bf16"

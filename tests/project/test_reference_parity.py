@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
-from dreambooth.bases import autoencoder, families, pipelines, prompts
+from dreambooth.bases import autoencoder, families, loading, pipelines, prompts
 from dreambooth.data import batches, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
@@ -407,10 +407,10 @@ def test_pictures_are_drawn_in_eval_mode_by_the_models_in_memory(
         )
 
     spy(monkeypatch, pipelines, "draw", look)
-    monkeypatch.setattr(families, "load_pipeline", refuse)
+    monkeypatch.setattr(pipelines, "load_pipeline", refuse)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
     loaded: list[Any] = []
-    spy(monkeypatch, families, "load_unet", lambda *args: loaded.append(1))
+    spy(monkeypatch, loading, "load_unet", lambda *args: loaded.append(1))
     words = f"--max_train_steps 4 --mixed_precision {precision} --lora_dropout 0.3 --train_text_encoder"
     run(tiny_base, photos_dir, tmp_path / "a", words)
     assert seen == []
@@ -448,8 +448,8 @@ def test_second_stage_bases_are_refused(photos_dir, tmp_path, no_models):
 
 def test_deepfloyd_prompts_are_prepared_as_its_pipeline_does(tiny_if):
     base = families.find(BaseOptions(str(tiny_if)))
-    text = families.text_without_encoders(base, families.load_tokenizers(base), TextOptions())
-    text.encoders = families.load_encoders(base, torch.float32, torch.device("cpu"))
+    text = loading.text_without_encoders(base, loading.load_tokenizers(base), TextOptions())
+    text.encoders = loading.load_encoders(base, torch.float32, torch.device("cpu"))
     theirs = IFPipeline.from_pretrained(tiny_if, watermarker=None).encode_prompt(
         " A Photo of SKS dog ", do_classifier_free_guidance=False
     )[0]
@@ -541,7 +541,7 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
         None,
     )
     assert {dataset.photo(dataset.sources[1], row) for row in range(16)} == set(range(5))
-    assert torch.equal(cached, means(None, families.load_vae(base, cpu)))
+    assert torch.equal(cached, means(None, loading.load_vae(base, cpu)))
     assert len(cached.flatten(2).flatten(0, 1).unique(dim=0)) > 8
 
 

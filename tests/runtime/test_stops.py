@@ -148,13 +148,13 @@ def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(
 def test_a_signal_in_a_validation_saves_the_step_before_it(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
 ):
-    real = train.families.pipeline_of
+    real = pipelines.pipeline_of
 
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(train.families, "pipeline_of", stopped)
+    monkeypatch.setattr(pipelines, "pipeline_of", stopped)
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_epochs", "1"]
     with pytest.raises(SystemExit) as stop:  # an epoch is three steps
         run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)

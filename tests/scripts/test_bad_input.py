@@ -26,7 +26,7 @@ import infer
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.adapters import apply, inject
-from dreambooth.bases import families
+from dreambooth.bases import families, loading, pipelines
 from dreambooth.data import class_images, photos
 from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
@@ -1189,8 +1189,9 @@ def _at_the_door(monkeypatch):
         raise AssertionError("a model was loaded before the input was checked")
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    for name in ("load_encoders", "load_vae", "load_unet", "load_pipeline"):
-        monkeypatch.setattr(families, name, refuse)
+    for name in ("load_encoders", "load_vae", "load_unet"):
+        monkeypatch.setattr(loading, name, refuse)
+    monkeypatch.setattr(pipelines, "load_pipeline", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "300")
 

@@ -330,7 +330,7 @@ def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeli
 def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
     """It lies beside `text_model`, not in it, in whichever version of transformers."""
     base = families.find(BaseOptions(str(tiny_xl)))
-    model = families.load_pipeline(base, torch.float32, torch.device("cpu")).text_encoder_2
+    model = pipelines.load_pipeline(base, torch.float32, torch.device("cpu")).text_encoder_2
     weight = model.text_projection.weight.detach().clone()
     adapter = Adapter(
         {"text_encoder_2": {"text_projection": lora(tuple(weight.shape), torch.Generator().manual_seed(0))}},
@@ -646,13 +646,13 @@ def test_sets_are_swapped_without_loading_the_base_again(tiny_base, files, tmp_p
         f"again:\n  adapters: {files}/lora.safetensors\n  prompts: [a dog, a cat]\nplain: []\n"
     )
     loads = []
-    load = families.load_pipeline
+    load = pipelines.load_pipeline
 
     def counted(*args: Any) -> Any:
         loads.append(args)
         return load(*args)
 
-    monkeypatch.setattr(families, "load_pipeline", counted)
+    monkeypatch.setattr(pipelines, "load_pipeline", counted)
     records = run(
         tiny_base,
         tmp_path / "out",
@@ -726,14 +726,14 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
         found[part] = pixels(tmp_path / part, records)[0]
     assert len({*found.values(), *pixels(tmp_path / "plain", plain)}) == 4
 
-    pipeline = families.load_pipeline(base, torch.float32, torch.device("cpu"))
+    pipeline = pipelines.load_pipeline(base, torch.float32, torch.device("cpu"))
     models = {part: getattr(pipeline, part) for part in adapter.components}
     stack = apply.Stack(models)
     stack.add("xl", apply.read(path, base.layers()))
     found_embeds, found_pooled = [], []
     for how in ("yes", "no"):
         with stack.worn({"xl": 1.0}, how), torch.no_grad():
-            told = families.text_of(pipeline, base)(["a dog"])
+            told = pipelines.text_of(pipeline, base)(["a dog"])
         assert told.pooled is not None
         found_embeds.append(told.embeds)
         found_pooled.append(told.pooled)

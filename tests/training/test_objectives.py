@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from dreambooth.bases import families
+from dreambooth.bases import families, loading
 from dreambooth.bases.prompts import TextParts
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import micro_batches
@@ -70,8 +70,8 @@ def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Tr
 
 def text_of(base: families.Base, options: TextOptions) -> TextParts:
     """Frozen text encoders, which a run has freed before its first step."""
-    text = families.text_without_encoders(base, families.load_tokenizers(base), options)
-    text.encoders = families.load_encoders(base, torch.float32, torch.device("cpu"))
+    text = loading.text_without_encoders(base, loading.load_tokenizers(base), options)
+    text.encoders = loading.load_encoders(base, torch.float32, torch.device("cpu"))
     return text
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files.native import ADAPTER_NAME
-from dreambooth.bases import families
+from dreambooth.bases import families, loading
 from dreambooth.errors import UserError
 from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.runtime.stops import Stop
@@ -27,9 +27,9 @@ def text_parts(base: Path, skip: int) -> Any:
     found = families.find(BaseOptions(str(base)))
     text = TextOptions(clip_skip=skip)
     families.check_text(found, text)
-    encoders = families.load_encoders(found, torch.float32, torch.device("cpu"))
+    encoders = loading.load_encoders(found, torch.float32, torch.device("cpu"))
     return dataclasses.replace(
-        families.text_without_encoders(found, families.load_tokenizers(found), text), encoders=encoders
+        loading.text_without_encoders(found, loading.load_tokenizers(found), text), encoders=encoders
     )
 
 
@@ -116,7 +116,7 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     """Whether they all were at the forward pass of each micro-step to come."""
     freed: list[bool] = []
     encoders: list[weakref.ref] = []
-    real_load, real_predict = families.load_encoders, train.Training.predict
+    real_load, real_predict = loading.load_encoders, train.Training.predict
 
     def load(*args):
         found = real_load(*args)
@@ -130,7 +130,7 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
         )
         return real_predict(self, *args)
 
-    monkeypatch.setattr(families, "load_encoders", load)
+    monkeypatch.setattr(loading, "load_encoders", load)
     monkeypatch.setattr(train.Training, "predict", predict)
     return freed
 

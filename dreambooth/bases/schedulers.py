@@ -1,0 +1,75 @@
+"""Noise schedulers to train with, and the schedulers that draw pictures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+
+from dreambooth.bases.families import Base
+from dreambooth.bases.folders import BASE_FLAG
+from dreambooth.bases.loading import from_pretrained
+from dreambooth.errors import UserError, shown
+
+
+def load_scheduler(base: Base, *, edm: bool = False) -> Any:
+    """The noise scheduler to train with. With `edm` it has continuous noise levels, even if the base's has
+    not."""
+    kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
+    scheduler = from_pretrained(kind, str(base.folder), BASE_FLAG, subfolder="scheduler")
+    if base.options.prediction_type:
+        config = scheduler.config
+        return type(scheduler).from_config(config, prediction_type=base.options.prediction_type)
+    return scheduler
+
+
+def sampler(noise_scheduler: Any, *, has_vae: bool, wanted: str | None) -> Any:
+    """The scheduler that draws validation pictures: that of --validation_scheduler, which is `wanted`.
+
+    The default is DPM-Solver++, or DDPM for a base without VAE. An EDM base is always drawn with its own
+    scheduler.
+    """
+    config = noise_scheduler.config
+    if isinstance(noise_scheduler, EDMEulerScheduler):
+        return EDMEulerScheduler.from_config(config)
+    if wanted == "DDPMScheduler" or (wanted is None and not has_vae):
+        return DDPMScheduler.from_config(config, **fixed_variance(config))
+    return _dpm_solver(config)
+
+
+def sampler_of(flag: str | None, base: Base) -> str:
+    """The value of --class_scheduler, "dpm" or "base", with the default filled in.
+
+    Raises UserError if the base cannot be drawn with it.
+    """
+    if flag == "dpm" and base.is_edm:
+        raise UserError(
+            "--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base"
+        )
+    return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
+
+
+def class_sampler(base_scheduler: Any, wanted: str) -> Any:
+    """The scheduler that draws class images: DPM-Solver++ if `wanted` is "dpm", the base's own if it is
+    "base"."""
+    return _dpm_solver(base_scheduler.config) if wanted == "dpm" else base_scheduler
+
+
+def _dpm_solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (arXiv 2211.01095) on the noise levels of `config`, which may be of another solver.
+
+    Raises UserError if it does not support those levels.
+    """
+    settings = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
+    try:
+        return DPMSolverMultistepScheduler.from_config(config, **settings, **fixed_variance(config))
+    except NotImplementedError as error:
+        reason = shown(" ".join(str(error).split())[:200])
+        raise UserError(
+            f"the multistep DPM solver cannot draw with this base's scheduler ({reason}); give --class_scheduler base"
+        ) from None
+
+
+def fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that stop a sampler from using a learned variance: training updates the noise prediction
+    only."""
+    return {"variance_type": "fixed_small"} if "learned" in str(config.get("variance_type", "")) else {}
