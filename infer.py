@@ -116,7 +116,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     words = read_prompts(options)
-    sets = adapter_sets.of(options)
+    sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
     adapters = read_adapters(sets, base, options.clip_skip)

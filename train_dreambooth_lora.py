@@ -4,8 +4,8 @@ The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
 from dreambooth.files import atomic
-from dreambooth.options.command_line import as_table, fail, parse, yaml_text
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.command_line import as_table, fail, parse, without_token, yaml_text
+from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
@@ -44,7 +44,6 @@ from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
     checkpoints,
     frozen_models,
-    hub,
     metrics,
     objectives,
     optimizers,
@@ -127,8 +126,8 @@ class Training:
             self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
         )
         self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
-        pictures = prepare.pictures_of_pass(options, [len(source.photos) for source in self.sources])
-        self.steps_per_epoch, self.max_steps = prepare.steps_of_run(options, pictures, peers.world)
+        pictures = pictures_of_pass([len(source.photos) for source in self.sources], instance.repeats)
+        self.steps_per_epoch, self.max_steps = run.steps(pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
         self.learning_rate_factor = self._make_schedule()
         self.vae_config = self.parts.base.vae_config
@@ -176,7 +175,7 @@ class Training:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         o, run = self.options.optimization, self.options.run
         scale = run.gradient_accumulation_steps * run.train_batch_size * self.peers.world if o.scale_lr else 1
-        own_rates = self.options.adapter.learning_rates()
+        own_rates = self.options.adapter.learning_rates
         groups = []
         for component in self.components:
             rate, decay = o.rate_and_decay(component.name)
@@ -618,12 +617,12 @@ def train(options: TrainOptions, watch: Watch) -> None:
         if peers.is_main:
             if not start.checkpoint or not start.is_own:
                 run_folder.begin(training.output_dir, training.identity, overwrite=resolved.run.overwrite)
-            saved = yaml_text(hub.without_token(as_table(resolved.without_once())))
+            saved = yaml_text(without_token(as_table(resolved.without_once())))
             atomic.write(training.output_dir / "run.yaml", saved.encode())
         peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(
-                metrics.TRACKER_NAME, config=metrics.jsonable(hub.without_token(as_table(resolved)))
+                metrics.TRACKER_NAME, config=metrics.jsonable(without_token(as_table(resolved)))
             )
         started = time.monotonic()
         watch.is_immediate = False

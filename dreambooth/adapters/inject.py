@@ -330,7 +330,7 @@ def inject(
         else options.lora_dropout
     )
     shapes = shapes_of(model)
-    ranks = {layer: by_part(options.ranks(), f"{name}.{layer}") for layer in layers_at(targets, shapes)}
+    ranks = {layer: by_part(options.ranks, f"{name}.{layer}") for layer in layers_at(targets, shapes)}
     own_ranks = {layer: int(own) for layer, own in ranks.items() if own is not None and own != rank}
     kind = KINDS[options.adapter]
     model.requires_grad_(False)

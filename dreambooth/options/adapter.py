@@ -4,11 +4,13 @@ Imports no torch: `--help` and every message about a wrong flag come at once.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Literal
 
-from dreambooth.options.rules import at_least, named, require
+from dreambooth.options.rules import at_least, is_default, named, require
 
 # Flags that only some kinds have.
 _OWN = {
@@ -25,8 +27,10 @@ _OWN = {
     "apply_gs": ("hra",),
     "rank_pattern": ("lora", "loha", "lokr"),
     "output_kohya_format": ("lora", "loha", "lokr"),
+    "decompose_factor": ("lokr",),
+    "oft_block_size": ("oft",),
+    "boft_block_size": ("boft",),
 }
-_DEFAULT_RANK = 4
 
 
 @dataclasses.dataclass
@@ -105,39 +109,26 @@ class AdapterOptions:
         named("init_adapter", self.init_adapter)
         for name in ("lora_layers", "text_encoder_layers"):
             given = getattr(self, name)
-            layers = _words(given)
-            good = layers is None or (
-                bool(layers) and all(re.fullmatch(r"\w+(\.\w+)*", layer) for layer in layers)
-            )
-            require(good, f"--{name} must be names of layers with commas between, got {given!r}")
-        self.ranks()
-        self.learning_rates()
+            layers = None if given is None else _words(given)
+            is_list = layers is None or (bool(layers) and all(map(_is_name, layers)))
+            require(is_list, f"--{name} must be names of layers with commas between, got {given!r}")
+        # a wrong pattern is noted here, once
+        _ = self.ranks, self.learning_rates
         self._check_kind()
 
     def _check_kind(self) -> None:
         for name, kinds in _OWN.items():
-            default = type(self).__dataclass_fields__[name].default
-            given = getattr(self, name)
-            owners = " and ".join(kinds)
+            owners = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
             require(
-                given == default or self.adapter in kinds,
-                f"--{name} is of --adapter {owners}; --adapter {self.adapter} has no such thing",
+                is_default(self, name) or self.adapter in kinds,
+                f"--{name} only works with --adapter {owners}",
             )
         factor = self.decompose_factor
         require(factor == -1 or factor >= 1, f"--decompose_factor must be -1 or at least 1, got {factor}")
-        require(
-            factor == -1 or self.adapter == "lokr",
-            f"--decompose_factor is of --adapter lokr; --adapter {self.adapter} has no such thing",
-        )
-        for name, kind in (("oft_block_size", "oft"), ("boft_block_size", "boft")):
-            at_least(self, 2, name)
-            default = type(self).__dataclass_fields__[name].default
-            fits = getattr(self, name) == default or self.adapter == kind
-            require(fits, f"--{name} is of --adapter {kind}; --adapter {self.adapter} has no such thing")
+        at_least(self, 2, "oft_block_size", "boft_block_size")
         if self.adapter in ("oft", "boft"):
-            ranks = self.rank == _DEFAULT_RANK and self.text_encoder_rank is None
             require(
-                ranks,
+                is_default(self, "rank") and self.text_encoder_rank is None,
                 f"--rank: --adapter {self.adapter} has none; its size is set by --{self.adapter}_block_size",
             )
         if self.adapter == "hra":
@@ -155,48 +146,47 @@ class AdapterOptions:
 
     def unet_layers(self) -> tuple[str, ...] | None:
         """--lora_layers as names."""
-        return _words(self.lora_layers)
+        return None if self.lora_layers is None else _words(self.lora_layers)
 
     def text_layers(self) -> tuple[str, ...] | None:
         """--text_encoder_layers as names."""
-        return _words(self.text_encoder_layers)
+        return None if self.text_encoder_layers is None else _words(self.text_encoder_layers)
 
+    @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """--rank_pattern by part."""
-        return {
-            part: int(value)
-            for part, value in _pattern(
-                "rank_pattern", self.rank_pattern, lambda v: v == int(v) and 1 <= v <= 1024
-            ).items()
-        }
+        """--rank_pattern as {part: rank}."""
+        table = _pattern("rank_pattern", self.rank_pattern, lambda v: v == int(v) and 1 <= v <= 1024)
+        return {part: int(rank) for part, rank in table.items()}
 
+    @functools.cached_property
     def learning_rates(self) -> dict[str, float]:
-        """--lr_pattern by part."""
+        """--lr_pattern as {part: learning rate}."""
         return _pattern("lr_pattern", self.lr_pattern, lambda v: v >= 0)
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _pattern(flag: str, text: str | None, is_right) -> dict[str, float]:
-    """ "a.b=1,c=2" as a table. A rule of the flag is broken if it is none."""
-    found: dict[str, float] = {}
-    for entry in _words(text) or ():
+def _pattern(flag: str, text: str | None, is_right: Callable[[float], bool]) -> dict[str, float]:
+    """ "a.b=1,c=2" as {"a.b": 1.0, "c": 2.0}; each entry that is malformed breaks a rule and is left out."""
+    if text is None:
+        return {}
+    entries = _words(text) or ("",)
+    table: dict[str, float] = {}
+    for entry in entries:
         part, _, value = entry.partition("=")
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        good = (
-            re.fullmatch(r"\w+(\.\w+)*", part.strip()) is not None
-            and math.isfinite(number)
-            and is_right(number)
-        )
-        require(good, f"--{flag} must be PART=NUMBER with commas between, got {entry!r}")
-        if good:
-            found[part.strip()] = number
-    require(
-        text is None or bool(_words(text)), f"--{flag} must be PART=NUMBER with commas between, got {text!r}"
-    )
-    return found
+        if _is_name(part.strip()) and math.isfinite(number) and is_right(number):
+            table[part.strip()] = number
+        else:
+            require(False, f"--{flag} must be PART=NUMBER with commas between, got {entry or text!r}")
+    return table
+
+
+def _is_name(text: str) -> bool:
+    """Whether the text is words with dots between, as the name of a layer or its end."""
+    return re.fullmatch(r"\w+(\.\w+)*", text) is not None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError, shown
-from dreambooth.options.pictures import LARGEST_WEIGHT, InferOptions
 
+LARGEST_WEIGHT = 100  # of an adapter; nothing of the picture is left far below it
 _LARGEST_FILE = 2**20
 _FIELDS = ("adapters", "prompts", "weights")
 _FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")
@@ -44,13 +44,13 @@ class AdapterSet:
     prompts: tuple[str, ...] = ()
 
 
-def of(options: InferOptions) -> list[AdapterSet]:
-    """The sets that the options ask for, [] without any. Raises UserError if words or file are not understood."""
-    if options.adapters_file:
-        return _read(Path(options.adapters_file))
-    if not options.adapter:
+def of(adapter: Sequence[str], adapter_weights: Sequence[str], adapters_file: str | None) -> list[AdapterSet]:
+    """The sets of these three flags of infer.py, [] without any. Raises UserError if a flag or the file is wrong."""
+    if adapters_file:
+        return _read(Path(adapters_file))
+    if not adapter:
         return []
-    choices = _choices("--adapter", options.adapter, "--adapter_weights", options.adapter_weights)
+    choices = _choices("--adapter", adapter, "--adapter_weights", adapter_weights)
     return [AdapterSet("adapter", "--adapter", choices)]
 
 

@@ -7,9 +7,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
@@ -17,34 +16,13 @@ import tyro
 
 from dreambooth.errors import UserError, printable, shown
 from dreambooth.options import shipped_files
-from dreambooth.options.conversion import (
-    BakeOptions,
-    ConvertOptions,
-    ExtractOptions,
-    InspectOptions,
-    MergeOptions,
-    ResizeOptions,
-)
-from dreambooth.options.pictures import ClassImageOptions, InferOptions
-from dreambooth.options.rules import EXIT_USAGE, broken_rules
-from dreambooth.options.training import RunOptions, Spoken, TrainOptions
+from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules
 
-T = TypeVar(
-    "T",
-    TrainOptions,
-    ClassImageOptions,
-    InferOptions,
-    InspectOptions,
-    ConvertOptions,
-    MergeOptions,
-    ResizeOptions,
-    ExtractOptions,
-    BakeOptions,
-)
+Options = TypeVar("Options")
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 
 
-def parse(kind: type[T], description: str, words: Sequence[str] | None = None) -> T:
+def parse(kind: type[Options], description: str, words: Sequence[str] | None = None) -> Options:
     """The options on the command line. `--config FILE` stands for the words saved in FILE; words typed beside it win.
 
     Exits with status 2 and one message if a flag is unknown, missing or wrong.
@@ -178,7 +156,7 @@ def config_words(kind: type, path: Path) -> list[str]:
             continue
         if isinstance(value, bool) and known[key].type is bool:
             words.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, bool) and known[key].type is Spoken:
+        elif isinstance(value, bool) and known[key].type is BooleanWord:
             words.append(f"--{key}={value}")
         elif isinstance(
             value, bool
@@ -207,14 +185,13 @@ def as_table(options: Any) -> dict[str, Any]:
     return table
 
 
+def without_token(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that may be written to files and sent to trackers: all but --hub_token."""
+    return {name: value for name, value in table.items() if name != "hub_token"}
+
+
 def yaml_text(table: dict[str, Any]) -> str:
     """Flags and their values in the form that --config reads."""
     import yaml
 
     return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
-
-
-def adopt_local_rank(run: RunOptions) -> None:
-    """Old launchers pass --local_rank and set no LOCAL_RANK; accelerate reads only the latter."""
-    if run.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(run.local_rank))

@@ -30,7 +30,7 @@ class KnownBase:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
         for name in ("revision", "variant"):
             without = self.pretrained_model_name_or_path is None and getattr(self, name) is not None
-            require(not without, f"--{name} is of a base; give --pretrained_model_name_or_path too")
+            require(not without, f"--{name} only works with --pretrained_model_name_or_path")
         if self.pretrained_model_name_or_path is not None:
             self.model()
 
@@ -116,7 +116,7 @@ class ConvertOptions:
         _check_rank(self.rank)
         require(
             self.rank is None or self.to == "lora",
-            f"--rank is of --to lora; --to {self.to} keeps every rank (`resize` is the command for it)",
+            "--rank only works with --to lora; the command `resize` lowers the rank of an adapter",
         )
         if self.to == "peft":
             named("output", self.output)

@@ -7,10 +7,9 @@ import dataclasses
 import math
 from typing import Literal
 
+from dreambooth.options.adapter_sets import LARGEST_WEIGHT
 from dreambooth.options.rules import at_least, named, require, require_side
 from dreambooth.options.training import BaseOptions
-
-LARGEST_WEIGHT = 100  # of an adapter: far past where any picture is left
 
 
 @dataclasses.dataclass

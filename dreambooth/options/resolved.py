@@ -138,4 +138,5 @@ def _resolve_optimizer(
 
 def _as(kind: type[Group], group: Any, **values: Any) -> Group:
     """The option group as its subclass `kind`, with `values` filled in."""
-    return kind(**(vars(group) | values))
+    given = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    return kind(**given | values)

@@ -8,10 +8,14 @@ import contextvars
 import importlib.util
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 EXIT_USAGE = 2  # wrong flags or bad input, found before any slow work
 
+# A boolean flag that takes the word True or False, as the reference script's Prodigy flags do.
+BooleanWord = Annotated[bool, tyro.conf.FlagConversionOff]
 
 # The rules broken so far while a command line is read; None outside of that.
 _broken: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("broken", default=None)
@@ -53,6 +57,11 @@ def at_least(group: Any, minimum: float, *names: str) -> None:
             require(
                 math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}"
             )
+
+
+def is_default(group: Any, name: str) -> bool:
+    """Whether the flag `name` of a group has its default value, given or not."""
+    return getattr(group, name) == type(group).__dataclass_fields__[name].default
 
 
 def require_package(wanted: bool, flag: str, package: str, install: str) -> None:

@@ -7,19 +7,16 @@ This module imports no torch: `--help` and every message about a wrong flag come
 """
 
 import dataclasses
+import math
 import os
 import re
-from typing import Annotated, Literal, Self
-
-import tyro
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from dreambooth.errors import shown
 from dreambooth.options.adapter import AdapterOptions
-from dreambooth.options.rules import at_least, named, require, require_package
+from dreambooth.options.rules import BooleanWord, at_least, is_default, named, require, require_package
 from dreambooth.options.speed import SpeedOptions
-
-# A boolean that takes a word, True or False, as the reference script's Prodigy flags do.
-Spoken = Annotated[bool, tyro.conf.FlagConversionOff]
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
 
@@ -243,11 +240,11 @@ class OptimizerOptions:
     """Added to Adam's denominator."""
     prodigy_beta3: float | None = None
     """Decay of Prodigy's estimate of its step size; None is the root of --adam_beta2."""
-    prodigy_decouple: Spoken = True
+    prodigy_decouple: BooleanWord = True
     """Prodigy decays weights as AdamW does."""
-    prodigy_use_bias_correction: Spoken = True
+    prodigy_use_bias_correction: BooleanWord = True
     """Prodigy corrects its moments' bias at the start, as Adam does."""
-    prodigy_safeguard_warmup: Spoken = True
+    prodigy_safeguard_warmup: BooleanWord = True
     """Prodigy leaves the learning rate out of its estimate while that rises."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
@@ -385,6 +382,12 @@ class RunOptions:
             "install the build for your torch",
         )
 
+    def steps(self, pictures: int, world: int) -> tuple[int, int]:
+        """(steps of a pass over so many pictures on `world` processes, steps of the run)."""
+        batches = math.ceil(pictures / (self.train_batch_size * world))
+        per_pass = math.ceil(batches / self.gradient_accumulation_steps)
+        return per_pass, self.max_train_steps or self.num_train_epochs * per_pass
+
 
 @dataclasses.dataclass
 class ValidationOptions:
@@ -443,6 +446,14 @@ class ReportOptions:
             )
 
 
+def pictures_of_pass(counts: Sequence[int], repeats: int) -> int:
+    """Pictures in one pass: every photo `repeats` times, or every class image once if that is more.
+
+    `counts` are of photos and, with prior preservation, of class images.
+    """
+    return max(counts[0] * repeats, *counts[1:], 1)
+
+
 @dataclasses.dataclass
 class TrainOptions:
     """All flags of train_dreambooth_lora.py."""
@@ -460,7 +471,7 @@ class TrainOptions:
     reports: ReportOptions = dataclasses.field(default_factory=ReportOptions)
 
     def __post_init__(self) -> None:
-        one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates().values())
+        one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values())
         require(
             one_rate,
             "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one",
@@ -521,7 +532,7 @@ class TrainOptions:
             ),
         ):
             for name in names:
-                if not has_it and getattr(group, name) != type(group).__dataclass_fields__[name].default:
+                if not has_it and not is_default(group, name):
                     notes.append(f"You need not use --{name} without {needed}.")
         other_rate = self.optimization.text_encoder_lr not in (None, self.optimization.learning_rate or 1.0)
         if self.optimization.optimizer == "prodigy" and self.text.train_text_encoder and other_rate:

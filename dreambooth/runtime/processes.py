@@ -23,6 +23,12 @@ _ROLL_CALL = datetime.timedelta(seconds=10)
 _FOR_EVER = datetime.timedelta(days=30)
 
 
+def adopt_local_rank(local_rank: int) -> None:
+    """Set LOCAL_RANK, which accelerate reads, where an old launcher passed only --local_rank; -1 is none."""
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
 def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
     """Join the processes that the launcher started. `peer_timeout`, in seconds, is for exchanges within a step.
 

@@ -33,11 +33,6 @@ class UploadFailed(Exception):
     """One line: why, and the command that tries again. Nothing in the output folder was changed."""
 
 
-def without_token(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that may be written down: to trackers, run.yaml and cards."""
-    return {name: value for name, value in table.items() if name != "hub_token"}
-
-
 def notes(reports: ReportOptions) -> list[str]:
     """What is odd about the flags but no error."""
     given = (

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -29,14 +28,13 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, checkpoint_folders, locks
-from dreambooth.options.command_line import adopt_local_rank
 from dreambooth.options.resolved import (
     ResolvedPriorOptions,
     ResolvedTrainOptions,
     resolution_of,
     resolve,
 )
-from dreambooth.options.training import InstanceOptions, TrainOptions
+from dreambooth.options.training import InstanceOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
@@ -72,27 +70,13 @@ class Planned(Exception):
     """--dry_run has looked at everything; it carries the table of what would be trained."""
 
 
-def pictures_of_pass(options: TrainOptions, counts: Sequence[int]) -> int:
-    """Pictures in one pass: the photos, each --repeats times, or the class images if they are more. `counts` are of photos and class images."""
-    return max(counts[0] * options.instance.repeats, *counts[1:], 1)
-
-
-def steps_of_run(options: TrainOptions, pictures: int, world: int) -> tuple[int, int]:
-    """(steps of one pass over `pictures`; steps of the run)."""
-    run = options.run
-    per_pass = math.ceil(
-        math.ceil(pictures / (run.train_batch_size * world)) / run.gradient_accumulation_steps
-    )
-    return per_pass, run.max_train_steps or run.num_train_epochs * per_pass
-
-
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start:
     """Check, claim and complete everything that a run needs. `stack` then holds the output folder's lock and the record of how the run ends.
 
     Raises UserError for what the user can put right.
     """
     run = options.run
-    adopt_local_rank(run)
+    processes.adopt_local_rank(run.local_rank)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     trackers, notes = metrics.trackers(options.reports.report_to)
@@ -178,8 +162,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
     settings = class_images.settings_of(prior, base, fingerprint, accelerator.device) if prior else None
-    longest = pictures_of_pass(options, [len(instance.photos), prior.num_class_images if prior else 0])
-    max_steps = steps_of_run(options, longest, peers.world)[1]
+    counts = [len(instance.photos), prior.num_class_images if prior else 0]
+    longest = pictures_of_pass(counts, options.instance.repeats)
+    max_steps = run.steps(longest, peers.world)[1]
     around = run_folder.environment_of(options.run, accelerator.device, is_compiled=options.speed.compile)
 
     limits = options.instance
@@ -369,8 +354,8 @@ def _wrong_layers(options: TrainOptions, base: families.Base) -> list[str]:
                 f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, which --adapter oft cannot rotate"
             )
     if not problems:
-        problems += inject.unknown_parts("--rank_pattern", adapter.ranks(), trained)
-        problems += inject.unknown_parts("--lr_pattern", adapter.learning_rates(), trained)
+        problems += inject.unknown_parts("--rank_pattern", adapter.ranks, trained)
+        problems += inject.unknown_parts("--lr_pattern", adapter.learning_rates, trained)
     return problems
 
 

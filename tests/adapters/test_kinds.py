@@ -359,17 +359,17 @@ def test_a_dry_run_counts_what_a_run_trains(kind, tiny_base, photos_dir, tmp_pat
             "--rank: --adapter oft has none; its size is set by --oft_block_size",
         ),
         (["--adapter", "hra", "--rank", "3"], "--rank must be even with --adapter hra, got 3"),
+        (["--adapter", "lokr", "--use_dora"], "--use_dora only works with --adapter lora"),
         (
-            ["--adapter", "lokr", "--use_dora"],
-            "--use_dora is of --adapter lora; --adapter lokr has no such thing",
+            ["--adapter", "boft", "--lora_alpha", "4"],
+            "--lora_alpha only works with --adapter lora, loha or lokr",
         ),
-        (["--adapter", "boft", "--lora_alpha", "4"], "--lora_alpha is of --adapter lora and loha and lokr"),
-        (["--decompose_factor", "4"], "--decompose_factor is of --adapter lokr"),
+        (["--decompose_factor", "4"], "--decompose_factor only works with --adapter lokr"),
         (
             ["--adapter", "lokr", "--decompose_factor", "0"],
             "--decompose_factor must be -1 or at least 1, got 0",
         ),
-        (["--boft_block_size", "8"], "--boft_block_size is of --adapter boft"),
+        (["--boft_block_size", "8"], "--boft_block_size only works with --adapter boft"),
         (["--text_encoder_rank", "2"], "--text_encoder_rank needs --train_text_encoder"),
         (
             ["--rank_pattern", "up_blocks"],
@@ -379,7 +379,7 @@ def test_a_dry_run_counts_what_a_run_trains(kind, tiny_base, photos_dir, tmp_pat
         (["--lr_pattern", "up_blocks=-1"], "--lr_pattern must be PART=NUMBER"),
         (
             ["--adapter", "oft", "--output_kohya_format"],
-            "--output_kohya_format is of --adapter lora and loha and lokr",
+            "--output_kohya_format only works with --adapter lora, loha or lokr",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -17,6 +17,7 @@ from dreambooth.options import command_line, training
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.resolved import ResolvedTrainOptions, resolve
 from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import processes
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")
@@ -429,11 +430,11 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
 def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "")
     monkeypatch.delenv("LOCAL_RANK")
-    command_line.adopt_local_rank(training.RunOptions())
+    processes.adopt_local_rank(-1)
     assert "LOCAL_RANK" not in os.environ
-    command_line.adopt_local_rank(training.RunOptions(local_rank=3))
+    processes.adopt_local_rank(3)
     assert os.environ["LOCAL_RANK"] == "3"
-    command_line.adopt_local_rank(training.RunOptions(local_rank=1))
+    processes.adopt_local_rank(1)
     assert os.environ["LOCAL_RANK"] == "3"
 
 

@@ -32,8 +32,8 @@ from dreambooth.data.crops import Crops
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.resolved import resolve
-from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
-from dreambooth.training import metrics, objectives, prepare
+from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions, pictures_of_pass
+from dreambooth.training import metrics, objectives
 from tests import tiny
 from tests.options.test_options import REFERENCE, TRAIN, flat, pretend_everything_is_installed
 
@@ -487,11 +487,9 @@ def test_steps_of_a_pass_are_counted_once_for_all_processes(world, accumulation,
         "--gradient_accumulation_steps",
         str(accumulation),
     ]
-    per_pass, total = prepare.steps_of_run(
-        parse(TrainOptions, "", [*TRAIN, *words]), 10 if world == 1 else 11, world
-    )
-    assert (per_pass, total) == (steps, 2 * steps)
-    assert prepare.pictures_of_pass(parse(TrainOptions, "", [*TRAIN, "--repeats", "100"]), [3, 50]) == 300
+    run = parse(TrainOptions, "", [*TRAIN, *words]).run
+    assert run.steps(10 if world == 1 else 11, world) == (steps, 2 * steps)
+    assert pictures_of_pass([3, 50], repeats=100) == 300
 
 
 # --- defects: the scripts for Stable Diffusion XL

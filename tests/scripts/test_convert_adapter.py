@@ -903,7 +903,7 @@ def refusal(capsys, *words: object) -> str:
         ),
         (
             "convert a --to kohya --output b.safetensors --rank 4",
-            "--rank is of --to lora; --to kohya keeps every rank",
+            "--rank only works with --to lora",
         ),
         ("merge a --output b.safetensors", "--adapter: give 2 files or more, got 1"),
         ("merge a b:0 --output c.safetensors", "the weight must be a number other than 0, got b:0"),
@@ -912,7 +912,7 @@ def refusal(capsys, *words: object) -> str:
             "--adapter: the weight of b must be a number from -100 to 100, got 'nan'",
         ),
         ("resize a --rank 0 --output b.safetensors", "--rank must be at least 1, got 0"),
-        ("inspect a --variant fp16", "--variant is of a base; give --pretrained_model_name_or_path too"),
+        ("inspect a --variant fp16", "--variant only works with --pretrained_model_name_or_path"),
         (
             "bake a --pretrained_model_name_or_path b --variant ../x --merge_to c",
             "--variant must be letters and digits",

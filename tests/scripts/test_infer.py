@@ -491,6 +491,11 @@ def test_a_weight_is_split_off_unless_a_file_has_that_name(tmp_path):
     )  # not the folder that the script is started in
 
 
+def sets_of(words: list[str]) -> list[adapter_sets.AdapterSet]:
+    options = parse(InferOptions, "", words)
+    return adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
+
+
 def test_factors_are_for_all_or_for_one_by_name(tmp_path):
     words = [
         "--pretrained_model_name_or_path",
@@ -502,7 +507,7 @@ def test_factors_are_for_all_or_for_one_by_name(tmp_path):
         "my cat.safetensors",
     ]
     words += ["--adapter_weights", "unet=0.8,text_encoder=0", "my_cat:unet=2,unet.up_blocks=3"]
-    (found,) = adapter_sets.of(parse(InferOptions, "", words))
+    (found,) = sets_of(words)
     assert [(choice.name, choice.weight) for choice in found.choices] == [("dog", 0.5), ("my_cat", 1.0)]
     assert found.choices[0].weights() == {"": 0.5, "unet": 0.4, "text_encoder": 0.0}
     assert found.choices[1].weights(0.5) == {"": 0.5, "unet": 1.0, "text_encoder": 0.0, "unet.up_blocks": 1.5}
@@ -513,7 +518,7 @@ def test_a_key_that_is_twice_in_a_set_is_refused(tmp_path):
     path.write_text("dog:\n  adapters: [my_dog]\n  prompts: a dog\n  adapters: [other]\n")
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
     with pytest.raises(UserError, match=r"sets\.yaml: set dog has 'adapters' twice"):
-        adapter_sets.of(parse(InferOptions, "", words))
+        sets_of(words)
 
 
 @pytest.mark.parametrize("how", ["yes", "no"])
@@ -530,7 +535,7 @@ def test_sets_come_from_a_file(tmp_path):
         "dog: [my_dog, style.safetensors:0.6]\nplain: []\n2: {adapters: my_cat, prompts: a cat, weights: [unet=0.5]}\n"
     )
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
-    dog, plain, cat = adapter_sets.of(parse(InferOptions, "", words))
+    dog, plain, cat = sets_of(words)
     assert [(str(choice.path), choice.weight) for choice in dog.choices] == [
         ("my_dog", 1.0),
         ("style.safetensors", 0.6),

@@ -30,7 +30,7 @@ from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model_state_dict
 
 from dreambooth.errors import UserError
-from dreambooth.options.command_line import as_table, fields_of
+from dreambooth.options.command_line import as_table, fields_of, without_token
 from dreambooth.options.resolved import ResolvedTrainOptions, resolve
 from dreambooth.options.training import BaseOptions, InstanceOptions, ReportOptions, TrainOptions
 from dreambooth.training import hub, model_card
@@ -536,7 +536,7 @@ def test_hub_flags_without_an_upload_are_noted():
 
 def test_what_is_written_down_has_every_flag_but_the_token():
     table = as_table(chosen())
-    assert {name: table[name] for name in table if name != "hub_token"} == hub.without_token(table)
+    assert {name: table[name] for name in table if name != "hub_token"} == without_token(table)
     assert table["hub_token"] == TOKEN
 
 
@@ -741,4 +741,4 @@ def test_a_repository_is_what_the_example_loads():
 
 def test_the_card_has_every_flag_of_the_run_but_the_token():
     table = yaml.safe_load(block_of(card(resume_from_checkpoint="latest"), "yaml"))
-    assert table == hub.without_token(as_table(chosen(resume_from_checkpoint="latest")))
+    assert table == without_token(as_table(chosen(resume_from_checkpoint="latest")))
