@@ -126,12 +126,7 @@ def test_a_second_run_encodes_nothing_and_loads_the_unet_alone(tiny_base, mine, 
     first = run_train(tiny_base, mine, tmp_path / "first", *words)
     assert sorted(work.pictures) == [SQUARE] * 4 + [WHOLE] * 2
     assert sorted(work.prompts) == ALL_PROMPTS
-    assert work.loaded == [
-        "encoders",
-        "vae",
-        "unet",
-        "vae",
-    ]  # the first step's photo first, the others after that step
+    assert work.loaded == ["encoders", "vae", "unet"]
     for seen in (work.pictures, work.prompts, work.loaded, work.decoded):
         seen.clear()
     second = run_train(tiny_base, mine, tmp_path / "second", *words)
@@ -863,11 +858,8 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
     finally:
         gc.enable()
     assert at_step == [(0, 0)] * 3
-    assert (len(alive["vae"]), len(alive["encoders"])) == (
-        2 + 2,
-        2,
-    )  # before and after the first step, and twice for pictures
-    assert work.loaded[:4] == ["encoders", "vae", "unet", "vae"]
+    assert (len(alive["vae"]), len(alive["encoders"])) == (1 + 2, 2)  # for photos, and twice for pictures
+    assert work.loaded[:3] == ["encoders", "vae", "unet"]
 
 
 def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(
