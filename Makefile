@@ -41,12 +41,12 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the README's table.
+# Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the table of docs/exactness.md.
 faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks.faults
 
-# Speed and memory (hours): benchmarks/results/speed.json and the README's tables. `make speed REFERENCE=train_dreambooth_lora.py` measures that
-# copy of diffusers' example in turn; TORCHVISION is the folder of the torchvision that it needs.
+# Speed and memory (hours): benchmarks/results/speed.json and the tables of docs/speed.md. `make speed REFERENCE=train_dreambooth_lora.py`
+# measures that copy of diffusers' example in turn; TORCHVISION is the folder of the torchvision that it needs.
 speed: $(VENV)/installed
 	$(BIN)/python -m benchmarks.speed $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(TORCHVISION),--reference_path $(TORCHVISION))
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults
 
-Writes `benchmarks/results/faults.json` and the table in README.md. Ends with status 1 if a promise was broken. Minutes, on two cores.
+Writes `benchmarks/results/faults.json` and the table in docs/exactness.md. Ends with status 1 if a promise was broken. Minutes, on two cores.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch
 from tests.faults import checkpoint_faults, run_faults
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "exactness.md"
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 MARKS = ("<!-- faults: written by make faults -->", "<!-- faults end -->")
 PEER_FAULTS = {"kill": "killed", "raise": "raises", "leave": "exits with 0", "hang": "hangs"}
@@ -169,7 +170,7 @@ ROWS = (
 
 
 def table(counts: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of docs/exactness.md."""
     equal = {True: "equal to", False: "**not** equal to"}
     values = counts | {
         "final_hash": equal[counts["final_hash_equal"]],
@@ -184,13 +185,12 @@ def table(counts: dict[str, Any]) -> str:
     return "\n".join(["| fault | measured |", "|---|---|", *rows]).format_map(values)
 
 
-def write_readme(text: str) -> None:
-    readme = ROOT / "README.md"
+def write_page(text: str) -> None:
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
-    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text())
+    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", PAGE.read_text())
     if count != 1:
-        raise RuntimeError(f"README.md must have the marks of the table once, has them {count} times")
-    readme.write_text(content)
+        raise RuntimeError(f"{PAGE.name} must have the marks of the table once, has them {count} times")
+    PAGE.write_text(content)
 
 
 def main() -> int:
@@ -228,7 +228,7 @@ def main() -> int:
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     partial.unlink()
-    write_readme(table(counts))
+    write_page(table(counts))
     print(table(counts))
     print("\n".join(wrong) or "every promise kept")
     return bool(wrong)

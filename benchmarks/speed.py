@@ -8,7 +8,7 @@ shapes in `speed_bases.py`; photos are noise that needs no resizing. Both progra
 The reference needs torchvision, of which it uses the transforms alone: `pip install --no-deps --target FOLDER torchvision==0.28.0`, then
 `--reference_path FOLDER`. Beside a torch for CPUs that wheel's compiled part does not load; `speed_probe.py` says what is done about it.
 
-Writes `benchmarks/results/speed.json` and the table in README.md. Ends with status 1 if a run failed. Hours, on two cores.
+Writes `benchmarks/results/speed.json` and the tables in docs/speed.md. Ends with status 1 if a run failed. Hours, on two cores.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ from benchmarks import machine
 # Nothing here imports torch: what runs beside the measured process should be small.
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 MARKS = ("<!-- speed: written by python -m benchmarks.speed -->", "<!-- speed end -->")
 NOT_MEASURED = "Not measured yet."  # between the marks while there is no RESULTS
@@ -67,7 +68,7 @@ class Options:
     resume: bool = False
     """Keep what --output holds, and run the cases that it lacks, or those of --only anew."""
     output: Path = RESULTS
-    """JSON file of the results; README.md gets the table only if it is the one beside this script."""
+    """JSON file of the results; docs/speed.md gets the tables only if it is the one beside this script."""
     work: Path = ROOT / "runs" / "speed"
     """Folder of bases and photos, kept for the next time, and of what the runs write."""
     threads: int = machine.cores()
@@ -476,7 +477,7 @@ TWICE_HEAD = "| photos kept encoded on disk | seconds to the first step | the sa
 
 
 def table(report: dict[str, Any]) -> str:
-    """The README's tables: training, class images and number of photos, those of them that have cases in the report, and how it was measured."""
+    """The tables of docs/speed.md: training, class images and number of photos, those of them that have cases in the report, and how it was measured."""
     tables: dict[str, list[str]] = {HEAD: [], DRAWING_HEAD: [], TWICE_HEAD: []}
     for name, record in report["cases"].items():
         case = CASES[name]
@@ -538,15 +539,14 @@ def _cells(found: dict[str, Figures], head: str) -> list[str]:
     return [against("step_s", seconds), against("first_step_s", seconds), against("peak_mib", mib), bare]
 
 
-def write_readme(text: str) -> None:
-    readme = ROOT / "README.md"
+def write_page(text: str) -> None:
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
     content, count = pattern.subn(
-        lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", readme.read_text(encoding="utf-8")
+        lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", PAGE.read_text(encoding="utf-8")
     )
     if count != 1:
-        raise RuntimeError(f"README.md must have the marks of the table once, has them {count} times")
-    readme.write_text(content, encoding="utf-8")
+        raise RuntimeError(f"{PAGE.name} must have the marks of the table once, has them {count} times")
+    PAGE.write_text(content, encoding="utf-8")
 
 
 def mistakes(options: Options, held: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
@@ -593,7 +593,7 @@ def main(options: Options) -> int:
         report = {**now, "cases": {name: cases[name] for name in CASES if name in cases}}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
         if options.output.resolve() == RESULTS:
-            write_readme(table(report))
+            write_page(table(report))
         return report
 
     for name in options.only or [name for name in CASES if "medians" not in cases.get(name, {})]:

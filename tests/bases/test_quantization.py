@@ -231,17 +231,17 @@ def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
         quantization.check(SpeedOptions(quantize_base=kind), "lora", torch.device("cuda"))
 
 
-def test_readme_has_the_sizes_that_were_counted():
+def test_the_page_has_the_sizes_that_were_counted():
     """The weights are counted again; what is kept for the backward pass takes minutes."""
     counted = json.loads(kept.RESULTS.read_text())
     assert {base: kept.weights(base) for base in kept.BASES} == {
         base: sizes["weights_gib"] for base, sizes in counted.items()
     }
     rows = [[f"{size:.1f}" for size in sizes["weights_gib"].values()] for sizes in counted.values()]
-    readme = (ROOT / "README.md").read_text()
-    assert f"`nf4` | {' | '.join(', '.join(row) for row in rows)} |" in readme
+    page = (ROOT / "docs" / "memory.md").read_text()
+    assert f"`nf4` | {' | '.join(', '.join(row) for row in rows)} |" in page
     for what, name in (
         ("rank 8, bf16", "kept_gib"),
         ("`--gradient_checkpointing`", "kept_with_checkpointing_gib"),
     ):
-        assert f"{what} | {' | '.join(f'{sizes[name]:.1f}' for sizes in counted.values())} |" in readme
+        assert f"{what} | {' | '.join(f'{sizes[name]:.1f}' for sizes in counted.values())} |" in page

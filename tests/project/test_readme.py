@@ -1,5 +1,6 @@
-"""Every command in the README runs: hub ids become a tiny local base, and the runs are made short. Nothing else is changed."""
+"""Each command of README, notebook and docs/ runs, made short and on a tiny local base for the hub's."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,10 @@ from picturebook import score, score_sets
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# in an order in which each command finds what the ones before it made
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "memory", "adapters"))]
+NOTEBOOK = ROOT / "examples" / "dreambooth_lora.ipynb"
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 IF_ID = "DeepFloyd/IF-I-XL-v1.0"
@@ -31,15 +36,27 @@ SCRIPTS: dict[str, Any] = {
     "convert_adapter.py": (convert_adapter.main, None),
 }
 SHORT = {
-    "train_dreambooth_lora.py": "--max_train_steps 2 --num_class_images 2 --class_inference_steps 1 --report_to none",
+    "train_dreambooth_lora.py": "--max_train_steps 2 --num_class_images 2 --class_inference_steps 1 "
+    "--report_to none",
     "generate_class_images.py": "--num_class_images 2 --class_inference_steps 1",
     "infer.py": "--num_inference_steps 1 --seeds 0 1 --mixed_precision no",
 }
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [command for block in blocks for command in block.replace("\\\n", " ").strip().splitlines()]
+def commands_of(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [command for block in blocks for command in joined_lines(block)]
+
+
+def joined_lines(text: str) -> list[str]:
+    """Lines of a shell or a notebook, those that end with a backslash joined to the next."""
+    return [" ".join(line.split()) for line in text.replace("\\\n", " ").strip().splitlines()]
+
+
+def notebook_cells() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert {cell["cell_type"] for cell in cells} == {"code"}
+    return ["".join(cell["source"]) for cell in cells]
 
 
 def make_recipe(target: str) -> list[str]:
@@ -50,25 +67,39 @@ def make_recipe(target: str) -> list[str]:
 
 
 def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
-    """Run a command line of ours in this process, shortened; `base` stands in for the hub id, on the line or in its config."""
+    """Run a command line in this process, shortened, with `base` in place of the hub id that it names."""
     AcceleratorState._reset_state(reset_partial_state=True)
     script = next(word for word in words if word in SCRIPTS)
-    own = words[words.index(script) + 1 :]
+    arguments = words[words.index(script) + 1 :]
     if script == "convert_adapter.py":
-        replaced = [str(base) if base is not None and word == HUB_ID else word for word in own]
-        tiny_width = (
-            ["--pretrained_model_name_or_path", str(base)] if own[0] == "convert" else []
-        )  # no width of a known base tells what it is
-        convert_adapter.main(convert_adapter.parse_command([*replaced, *tiny_width]))
+        replaced = [str(base) if base is not None and word == HUB_ID else word for word in arguments]
+        # a tiny base has the width of no known one, so `convert` has to be told which base it is
+        named_base = ["--pretrained_model_name_or_path", str(base)] if arguments[0] == "convert" else []
+        convert_adapter.main(convert_adapter.parse_command([*replaced, *named_base]))
         return
     main, options = SCRIPTS[script]
     if base is not None:
         more = ("--pretrained_model_name_or_path", str(base), *more)
-    main(parse(options, "", [*own, *shlex.split(SHORT[script]), *more]))
+    main(parse(options, "", [*arguments, *shlex.split(SHORT[script]), *more]))
 
 
-def test_readme_has_the_two_commands_first():
-    assert readme_commands()[:2] == ["make demo", "make test"]
+def run_command(command: str, bases: dict[str, Path]) -> str:
+    """Run a documented command on one of the bases by their hub ids. Returns the script's name."""
+    words = shlex.split(command)
+    script = next(word for word in words if word in SCRIPTS)
+    for flag, what in (("--config_file", "accelerate"), ("--config", "recipe")):
+        if flag in words:
+            assert yaml.safe_load(Path(words[words.index(flag) + 1]).read_text()), f"{what} of {command}"
+    recipe = Path(words[words.index("--config") + 1]).read_text() if "--config" in words else ""
+    assert any(name in command for name in bases) or "--config" in words or script == "convert_adapter.py"
+    base = next((base for name, base in bases.items() if name in command + recipe), bases[HUB_ID])
+    run_script(words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base)
+    return script
+
+
+def test_readme_is_short_and_has_the_two_commands_first():
+    assert (ROOT / "README.md").stat().st_size <= 10_240
+    assert commands_of(ROOT / "README.md")[:2] == ["make demo", "make test"]
 
 
 def test_make_test_runs_what_ci_runs():
@@ -79,53 +110,73 @@ def test_make_test_runs_what_ci_runs():
         assert tool in recipe
 
 
-def test_own_photo_commands_run_in_order(tmp_path, monkeypatch):
-    """The README's story, from training to going on with a run, in a folder where the user's photos lie."""
+def prepare_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to a folder that has the user's photos and what a checkout has."""
+    tiny.make_photos(folder / "my_dog", 5, (80, 64))
+    for name in ("configs", "picturebook"):
+        (folder / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.trains
+def test_documented_commands_run_in_order(tmp_path, monkeypatch):
+    """README's story and then those of the pages, in a folder where the user's photos lie."""
     bases = {
         XL_ID: tiny.build_xl(tmp_path / "xl"),
         IF_ID: tiny.build_if(tmp_path / "if"),
         HUB_ID: tiny.build_pipeline(tmp_path / "base"),
     }
-    tiny.make_photos(tmp_path / "my_dog", 5, (80, 64))
+    prepare_folder(tmp_path, monkeypatch)
     (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
-    for name in ("configs", "picturebook"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    ran = []
-    for command in readme_commands():
-        words = shlex.split(command)
-        script = next((word for word in words if word in SCRIPTS), None)
-        if script is None or "--help" in words:
-            continue
-        for flag, place in (("--config_file", "accelerate"), ("--config", "recipe")):
-            if flag in words:
-                content = yaml.safe_load(Path(words[words.index(flag) + 1]).read_text())
-                assert content, f"{place} of {command}"
-        recipe = Path(words[words.index("--config") + 1]).read_text() if "--config" in words else ""
-        base = next((base for name, base in bases.items() if name in command + recipe), bases[HUB_ID])
-        assert any(name in command for name in bases) or "--config" in words or script == "convert_adapter.py"
-        run_script(
-            words, *(["--resolution", "64"] if script == "train_dreambooth_lora.py" else []), base=base
-        )
-        ran.append(script)
-    assert set(SCRIPTS) == set(ran)
-    assert (tmp_path / "my_dog_lora" / "pytorch_lora_weights.safetensors").is_file()
+    commands = [command for page in PAGES for command in commands_of(page)]
+    scripts = [run_command(command, bases) for command in commands if not command.startswith("make ")]
+    assert set(SCRIPTS) == set(scripts)
     assert (tmp_path / "my_dog_base" / "model_index.json").is_file()
-    for name in ("my_face_lora", "my_dog_xl", "my_dog_if", "my_dog_captioned", "my_dog_6gb", "my_dog_12gb"):
+    for name in (
+        *("my_dog_lora", "my_face_lora", "my_dog_xl", "my_dog_if"),
+        *("my_dog_captioned", "my_dog_6gb", "my_dog_12gb"),
+    ):
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_every_readme_command_is_known():
+def test_the_notebook_has_six_cells_and_the_commands_of_readme():
+    cells = notebook_cells()
+    assert len(cells) == 6
+    assert "%pip install --quiet ." in cells[0]
+    typed = [line[1:] for cell in cells for line in joined_lines(cell) if line.startswith("!")]
+    of_readme = [command.replace(".venv/bin/", "") for command in commands_of(ROOT / "README.md")]
+    assert typed == of_readme[2:5]
+
+
+@pytest.mark.trains
+def test_the_notebook_runs_on_the_embedded_base(tmp_path, monkeypatch):
+    """Its shell commands are run as those of the pages are; all cells but the first are executed."""
+    prepare_folder(tmp_path, monkeypatch)
+    variables: dict[str, Any] = {}
+    for cell in notebook_cells()[1:]:
+        lines = joined_lines(cell)
+        for line in lines:
+            if line.startswith("!"):
+                run_command(line[1:], {HUB_ID: ROOT / "picturebook" / "model"})
+        if not any(line.startswith("!") for line in lines):
+            exec(cell, variables)
+    assert [path.is_file() for path in variables["results"]] == [True, True]
+    assert (tmp_path / "pictures" / "contact_sheet.png").is_file()
+
+
+def test_every_documented_command_is_known():
     """A command of a new kind needs a test of its own."""
-    for command in readme_commands():
-        words = shlex.split(command)
-        known = words[0] == "make" or any(word in SCRIPTS for word in words)
-        assert known, command
-        if words[0] == "make":
-            assert make_recipe(words[1])
+    for page in (ROOT / "README.md", *DOCS):
+        for command in commands_of(page):
+            words = shlex.split(command)
+            known = words[0] == "make" or (page in PAGES and any(word in SCRIPTS for word in words))
+            assert known, command
+            if words[0] == "make":
+                assert make_recipe(words[1])
 
 
+@pytest.mark.trains
 def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
     """The demo's own command lines on the embedded base, with fewer steps, pictures and seeds."""
     commands = [
@@ -159,6 +210,7 @@ def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
         assert (demo / name).is_file(), name
 
 
+@pytest.mark.trains
 def test_make_two_subjects_runs_from_training_to_scores(tmp_path, monkeypatch):
     """Its own command lines on the embedded base, made short; the demo's adapter is made here as well."""
     commands = [
@@ -201,7 +253,27 @@ def test_configs_are_short_and_every_flag_in_them_exists(path):
     parse(kind, "", ["--config", str(path), *rest.split()])
 
 
-def test_readme_names_every_package_and_no_other():
-    tree = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
+def test_the_architecture_page_names_every_package_and_no_other():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```\n")[2]
     named = set(re.findall(r"^    (\w+)/", tree, re.MULTILINE))
     assert named == {path.parent.name for path in (ROOT / "dreambooth").glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
+def test_files_and_links_of_a_page_exist(page):
+    text = (ROOT / page).read_text()
+    folder = (ROOT / page).parent
+    anchors = {path: headings(path) for path in (ROOT / "README.md", *DOCS)}
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (folder / name).resolve() if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors[target], link
+    for name in re.findall(r"`((?:dreambooth|configs|tests|benchmarks|docs)/[\w/.]+)`", text):
+        assert (ROOT / name).exists() or "results/" in name, name
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

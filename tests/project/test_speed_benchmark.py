@@ -1,4 +1,4 @@
-"""The speed benchmark: what it writes down of a run, what it makes of that, and the README's table of it."""
+"""The speed benchmark: what it writes down of a run, what it makes of that, and docs/speed.md's tables of it."""
 
 import dataclasses
 import itertools
@@ -249,23 +249,22 @@ def test_the_table_has_a_row_for_every_case_in_three_tables(tmp_path, with_refer
     assert "Medians of 3 runs" in text
 
 
-def test_the_committed_figures_are_those_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_the_committed_figures_are_those_of_the_page():
     text = (
         speed.table(json.loads(speed.RESULTS.read_text())) if speed.RESULTS.exists() else speed.NOT_MEASURED
     )
-    assert f"{speed.MARKS[0]}\n{text}\n{speed.MARKS[1]}" in readme
+    assert f"{speed.MARKS[0]}\n{text}\n{speed.MARKS[1]}" in speed.PAGE.read_text()
 
 
-def test_the_readme_is_written_between_its_marks_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "ROOT", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nafter\n")
-    speed.write_readme("new \\1")
-    assert readme.read_text() == f"before\n{speed.MARKS[0]}\nnew \\1\n{speed.MARKS[1]}\nafter\n"
-    readme.write_text("no marks")
+def test_the_page_is_written_between_its_marks_alone(tmp_path, monkeypatch):
+    page = tmp_path / "speed.md"
+    monkeypatch.setattr(speed, "PAGE", page)
+    page.write_text(f"before\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nafter\n")
+    speed.write_page("new \\1")
+    assert page.read_text() == f"before\n{speed.MARKS[0]}\nnew \\1\n{speed.MARKS[1]}\nafter\n"
+    page.write_text("no marks")
     with pytest.raises(RuntimeError, match="has them 0 times"):
-        speed.write_readme("new")
+        speed.write_page("new")
 
 
 def test_operators_are_declared_only_where_their_library_does_not_load(tmp_path, monkeypatch):
