@@ -3,7 +3,6 @@
 The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth.files import atomic
 from dreambooth.options.command_line import as_table, fail, parse, without_token, yaml_text
 from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
@@ -36,7 +35,7 @@ from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import atomic, checkpoint_folders
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
@@ -438,7 +437,7 @@ class Training:
         images_per_step = self.slots * run.train_batch_size * len(self.sources)
         progress = metrics.Progress(
             self.accelerator,
-            self.output_dir / "metrics.jsonl",
+            self.output_dir / run_folder.METRICS,
             first_step=self.first_step,
             last_step=self.max_steps,
             images_per_step=images_per_step,
@@ -618,7 +617,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
             if not start.checkpoint or not start.is_own:
                 run_folder.begin(training.output_dir, training.identity, overwrite=resolved.run.overwrite)
             saved = yaml_text(without_token(as_table(resolved.without_once())))
-            atomic.write(training.output_dir / "run.yaml", saved.encode())
+            atomic.write(training.output_dir / run_folder.OPTIONS, saved.encode())
         peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(

@@ -1,16 +1,44 @@
-"""The one exception for what a user can put right. The scripts print its message and exit with status 2."""
+"""The exception for mistakes that the user can correct, and what its messages are built from.
+
+The scripts print the message of a UserError and exit with status 2. Names and texts from files may hold line breaks, terminal escapes or a
+megabyte: every message passes them through a function of this module.
+"""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """The message names the flag or file, the rule, what was found, and what to do. Several problems come as several lines."""
+    """The message names the flag or file, the rule, the value found, and what to do: one line for each problem."""
 
 
 def shown(name: object) -> str:
-    """A name as it may stand within a line: as it is, or quoted with every control character spelled out."""
+    """A name for use within a line: unchanged, or quoted with escapes if it has characters that do not print."""
     text = str(name)
     return text if text.isprintable() else ascii(text)
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """A value from a file for use within a line: text as `shown` gives it, others as ASCII; cut after `most` characters."""
+    text = value if isinstance(value, str) else ascii(value)
+    return shown(text if len(text) <= most else f"{text[:most]}...")
+
+
+def few(names: Sequence[object], most: int = 5) -> str:
+    """The first `most` names, separated by commas, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shortened, names[:most])) + more
+
+
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """An exception's message on one line, of at most `most` characters; its type if it has no message."""
+    return shown(" ".join(str(error).split())[:most] or type(error).__name__)
+
+
+def type_and_reason(error: BaseException) -> str:
+    """An exception's type and message on one line. For exceptions like KeyError, whose message alone says little."""
+    return shown(": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:300]))))
+
+
 def printable(message: str) -> str:
-    """A message of one or several lines, in which everything but letters, signs and line breaks is spelled out."""
+    """A message of several lines, in which characters that do not print become escapes."""
     return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in message)

@@ -20,7 +20,7 @@ from dreambooth.adapter_files import deltas
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.bases import folders
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import atomic
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(
-            f"{shown(path)}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
-        ) from None
+        raise UserError(f"{shown(path)}: not a whole safetensors file ({reason_of(error)})") from None
 
 
 def _module(key: str) -> str:

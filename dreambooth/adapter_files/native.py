@@ -13,6 +13,7 @@ import torch
 from dreambooth.files import safetensors_files
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # the same adapter under kohya's keys
 _TEXT_PREFIX = "text_model."
 
 

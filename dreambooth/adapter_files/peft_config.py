@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth.adapter_files.adapter import COMPONENTS, Shape
 from dreambooth.adapter_files.deltas import Module
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,7 @@ def of_file(
                 raise UserError(f"{shown(beside)}: {info.st_size:,} bytes are no settings of an adapter")
             text = beside.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{shown(beside)} cannot be read ({shown(' '.join(str(error).split()))})"
-            ) from None
+            raise UserError(f"{shown(beside)} cannot be read ({reason_of(error)})") from None
         fields = _json_table(shown(beside), text)
         return {component: _settings(shown(beside), fields) for component in components}
     content = _json_table(

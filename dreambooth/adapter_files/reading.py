@@ -20,7 +20,7 @@ from dreambooth.adapter_files.adapter import COMPONENTS, Adapter, Layers, Shape
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
 from dreambooth.adapter_files.layer_names import Base
 from dreambooth.adapter_files.peft_config import Settings
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import safetensors_files
 
 
@@ -133,9 +133,7 @@ def _read_file(file: _File, base: Base | None) -> Adapter:
                     )
                 found[part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
-        ) from None
+        raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
     configs = peft_config.of_file(where, file.config, header.metadata, {component for component, _ in parts})
     guess = _other_family(header.shapes, base)
     components: dict[str, dict[str, Module]] = {}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.adapter_files.formats import COMPONENTS, Layers
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import safetensors_files
 
 _TEXT_PREFIX = "text_model."
@@ -236,9 +236,7 @@ def read(path: Path, layers: Layers) -> Rotations:
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
                 components[component].setdefault(module, {})[part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{where}: not a whole safetensors file ({shown(' '.join(str(error).split()))})"
-        ) from None
+        raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
     rotations = Rotations(components, settings, header.metadata)
     _check(where, rotations, layers)
     return rotations

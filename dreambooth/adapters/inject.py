@@ -23,7 +23,7 @@ from peft import (
 )
 
 from dreambooth.adapters import factored
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, reason_of
 from dreambooth.options.adapter import AdapterOptions
 
 # The layers of "dual LoRA": every attention projection. The added ones exist in UNets that attend to image or T5 tokens (DeepFloyd IF).
@@ -340,7 +340,7 @@ def inject(
             model.add_adapter(kind.config(Plan(options, rank, float(alpha), dropout, targets, own_ranks)))  # type: ignore[operator]
         except ValueError as error:  # a width that its blocks do not divide, for one
             raise UserError(
-                f"--adapter {options.adapter}: {name} cannot have it: {' '.join(str(error).split())[:300]}"
+                f"--adapter {options.adapter}: {name} cannot have it: {reason_of(error)}"
             ) from None
     factored.use_factored_forward(
         model

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of
 
 # Blocks of one class share compiled code as far as their shapes agree; torch gives up, without a word, after
 # 8 different ones.
@@ -21,9 +21,9 @@ def check(device: torch.device) -> None:
         x = torch.ones(64, device=device, requires_grad=True)
         torch.compile(lambda x: (x * 2).sin())(x).sum().backward()
     except Exception as error:  # of the compiler's many parts, any
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(
-            f"--compile does not work here: {shown(reason)}; install a C++ compiler, or leave it out"
+            f"--compile does not work here: {reason}; install a C++ compiler, or leave it out"
         ) from None
 
 

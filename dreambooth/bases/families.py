@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 from dreambooth.bases import folders, prompts
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import digests
 from dreambooth.options.training import BaseOptions, TextOptions
 
@@ -281,10 +281,8 @@ def _find_vae(name: str, family: Family, base_folder: Path) -> Path:
 
 
 def _no_such_hub_id(flag: str, name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"{flag}: there is no folder {shown(name)}, and as a hub id it cannot be read: {shown(reason)}"
-    )
+    reason = reason_of(error)
+    return UserError(f"{flag}: there is no folder {shown(name)}, and as a hub id it cannot be read: {reason}")
 
 
 def _family_of(index: Any, name: str) -> Family:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, shortened, shown
 from dreambooth.files import safetensors_files
 
 BASE_FLAG = "--pretrained_model_name_or_path"
@@ -30,7 +30,9 @@ def unknown_class(name: str, found: object, known: Sequence[str]) -> str:
     """The message for a base whose pipeline class is not one of `known`."""
     script = _OTHER_SCRIPTS.get(found) if isinstance(found, str) else None
     advice = f"; diffusers' {script} trains it" if script else ""
-    return f"{BASE_FLAG}: {shown(name)} is a {_short(found)}; this version trains {', '.join(known)}{advice}"
+    return (
+        f"{BASE_FLAG}: {shown(name)} is a {shortened(found)}; this version trains {', '.join(known)}{advice}"
+    )
 
 
 def no_index(folder: Path, name: str) -> str:
@@ -134,7 +136,7 @@ def check_vae(folder: Path, name: str, base_folder: Path) -> None:
     base_config = read_json(base_folder / "vae" / "config.json")
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
-        raise UserError(f"{VAE_FLAG}: {shown(name)} is a {_short(kind)}; it must be an AutoencoderKL")
+        raise UserError(f"{VAE_FLAG}: {shown(name)} is a {shortened(kind)}; it must be an AutoencoderKL")
     channels, base_channels = config.get("latent_channels"), base_config["latent_channels"]
     blocks, base_blocks = config.get("block_out_channels"), base_config["block_out_channels"]
     depth = len(blocks) if isinstance(blocks, list) else None
@@ -150,14 +152,9 @@ def _raise(problems: Sequence[str]) -> None:
         raise UserError("\n".join(f"{BASE_FLAG}: {problem}" for problem in problems))
 
 
-def _short(found: object) -> str:
-    """A value of a JSON file, as it may stand in a message."""
-    return found[:80] if isinstance(found, str) and found.isprintable() else ascii(found)[:80]
-
-
-def _value(found: object) -> str:
-    """The same where it matters whether it is a text or a number."""
-    return ascii(found)[:80]
+def _value(value: object) -> str:
+    """A JSON value for a message in which the number 1 and the text "1" must differ."""
+    return ascii(value)[:80]
 
 
 def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
@@ -168,7 +165,7 @@ def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
             continue  # settings of the pipeline itself
         if len(entry) != 2 or not all(word is None or isinstance(word, str) for word in entry):
             problems.append(
-                f"model_index.json: {_short(part)} must name a library and a class, got {_short(entry)}"
+                f"model_index.json: {shortened(part)} must name a library and a class, got {shortened(entry)}"
             )
             continue
         library, kind = entry
@@ -177,10 +174,10 @@ def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
         # unused parts may be of any library: some bases name a module of diffusers for them
         elif library is not None and library not in _LIBRARIES and part not in _NEVER_LOADED:
             problems.append(
-                f"model_index.json: {_short(part)} comes from {_short(library)}; only diffusers and transformers are loaded"
+                f"model_index.json: {shortened(part)} comes from {shortened(library)}; only diffusers and transformers are loaded"
             )
         elif part in classes and kind != classes[part]:
-            problems.append(f"model_index.json: {part} is a {_short(kind)}; it must be a {classes[part]}")
+            problems.append(f"model_index.json: {part} is a {shortened(kind)}; it must be a {classes[part]}")
     return problems
 
 
@@ -236,7 +233,9 @@ def _wrong_kinds(
     ]
     for part in ("unet", "vae"):
         if part in configs and (kind := configs[part].get("_class_name", classes[part])) != classes[part]:
-            problems.append(f"the {part} of {shown(name)} is a {_short(kind)}; it must be a {classes[part]}")
+            problems.append(
+                f"the {part} of {shown(name)} is a {shortened(kind)}; it must be a {classes[part]}"
+            )
     return problems
 
 
@@ -275,7 +274,7 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         problems.append(
-            f"Unknown prediction type {_short(prediction_type)} in the scheduler of {shown(name)}; "
+            f"Unknown prediction type {shortened(prediction_type)} in the scheduler of {shown(name)}; "
             "it must be epsilon or v_prediction"
         )
     return problems
@@ -327,7 +326,7 @@ def _shards(index: Path, flag: str) -> list[Path]:
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # a bare name, never a path
             raise UserError(
-                f"{flag}: {shown(index)} names {_short(name)}, which is no safetensors file beside it"
+                f"{flag}: {shown(index)} names {shortened(name)}, which is no safetensors file beside it"
             )
         if not (index.parent / name).is_file():
             raise UserError(f"{flag}: {shown(index.parent)} lacks {shown(name)}, which {index.name} names")

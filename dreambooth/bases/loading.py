@@ -34,7 +34,7 @@ from dreambooth.bases import families
 from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, shown, type_and_reason
 from dreambooth.files import safetensors_files
 from dreambooth.options.training import TextOptions
 
@@ -172,8 +172,8 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {shown(reason)}") from None
+        reason = type_and_reason(error)
+        raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {reason}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, type_and_reason
 from dreambooth.options.speed import SpeedOptions
 
 # The others turn the weight itself: BOFT and HRA compute with it dense in every call and keep that, and OFT's
@@ -109,7 +109,7 @@ def check(speed: SpeedOptions, adapter: str, device: torch.device) -> None:
             x
         ).sum().backward()
     except Exception as error:  # whatever the package raises where it lacks something
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = type_and_reason(error)
         raise UserError(
             f"--quantize_base {kind} does not work on this device ({device.type}): {reason}"
         ) from None

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, few, shortened, shown
 from dreambooth.options.training import InstanceOptions
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
@@ -67,7 +67,7 @@ def read(
         captions, problems = _from_texts(folder, texts, instance)
         without = [name for name in names if name not in texts]
         notes = (
-            [f"no .txt file lies beside {_few(without)}: trained with --instance_prompt"] if without else []
+            [f"no .txt file lies beside {few(without)}: trained with --instance_prompt"] if without else []
         )
     else:
         looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {shown(Path(names[0]).stem if names else 'photo')}.txt"
@@ -80,7 +80,7 @@ def read(
         raise UserError("\n".join([f"{flag}: {problem}" for problem in problems[:_MOST_PROBLEMS]] + tail))
     if empty := [name for name in names if captions.get(name) == ""]:
         notes.append(
-            f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {_few(empty)}"
+            f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {few(empty)}"
         )
     return {name: captions[name] for name in names if captions.get(name)}, notes
 
@@ -97,14 +97,14 @@ def _from_metadata(
     problems = [f"{file} {problem}" for problem in table.problems]
     if not table.columns:
         return {}, problems or [f"{file} is empty"]
-    there = f"its columns are {_few(table.columns, 20)}"
+    there = f"its columns are {few(table.columns, 20)}"
     if caption_column not in table.columns:
-        problems.append(f"{file} has no column {_short(caption_column)} (--caption_column); {there}")
+        problems.append(f"{file} has no column {shortened(caption_column)} (--caption_column); {there}")
     if name_of not in table.columns:
         flag = " (--image_column)" if instance.image_column != "image" else ""
         return {}, [
             *problems,
-            f"{file} has no column {_short(name_of)}{flag} with the names of the pictures; {there}",
+            f"{file} has no column {shortened(name_of)}{flag} with the names of the pictures; {there}",
         ]
     wanted, elsewhere = set(names), []
     first: dict[str, int] = {}  # the line that names a picture
@@ -114,23 +114,23 @@ def _from_metadata(
         caption: Any = "" if cells.get(caption_column) is None else cells[caption_column]
         where = f"{file} line {line}"
         if fault := _fault_of_name(name, wanted):
-            problems.append(f"{where}: {_short(name_of)} {fault}")
+            problems.append(f"{where}: {shortened(name_of)} {fault}")
             continue
         if fault := _fault_of_caption(caption):
             problems.append(f"{where}: the caption {fault}")
             caption = ""
         if name in first:
-            problems.append(f"{where} names {_short(name)} again, after line {first[name]}")
+            problems.append(f"{where} names {shortened(name)} again, after line {first[name]}")
             continue
         first[name] = line
         captions[name] = _one_line(caption)
         if name not in wanted:
             elsewhere.append(name)
     if elsewhere:
-        problems.append(f"{file} names pictures that are not in {shown(folder)}: {_few(elsewhere)}")
+        problems.append(f"{file} names pictures that are not in {shown(folder)}: {few(elsewhere)}")
     if unnamed := [name for name in names if name not in first]:
         problems.append(
-            f"{file} does not name {_few(unnamed)}; give each a line, with an empty caption for --instance_prompt"
+            f"{file} does not name {few(unnamed)}; give each a line, with an empty caption for --instance_prompt"
         )
     return captions, problems
 
@@ -139,19 +139,19 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
     if name is None or name == "":
         return "is missing"
     if not isinstance(name, str):
-        return f"is {_short(name)}, which is not text"
+        return f"is {shortened(name)}, which is not text"
     if "/" in name or name in (".", "..") or ("\\" in name and name not in wanted):
-        return f"is {_short(name)}; only pictures directly in the folder are taken: move it there, and give its bare name"
+        return f"is {shortened(name)}; only pictures directly in the folder are taken: move it there, and give its bare name"
     return None
 
 
 def _fault_of_caption(caption: object) -> str | None:
     if not isinstance(caption, str):
-        return f"is {_short(caption)}, which is not text"
+        return f"is {shortened(caption)}, which is not text"
     if "\0" in caption or any(
         "\ud800" <= c <= "\udfff" for c in caption
     ):  # half of a pair, which JSON can spell and no tokenizer takes
-        return f"holds what is no character: {_short(caption)}"
+        return f"holds what is no character: {shortened(caption)}"
     return None
 
 
@@ -188,7 +188,7 @@ def _unread_note(
         ]
         if with_text:
             return [
-                f"captions lie beside the photos ({file}); --caption_column {_short(with_text[0])} reads them"
+                f"captions lie beside the photos ({file}); --caption_column {shortened(with_text[0])} reads them"
             ]
     if texts and not metadata:
         return [
@@ -231,7 +231,7 @@ def _json_lines(text: str) -> _Table:
             cells = None
         if not isinstance(cells, dict):
             problems.append(
-                f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {_short(line.strip())}'
+                f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {shortened(line.strip())}'
             )
             continue
         columns |= dict.fromkeys(cells)
@@ -251,7 +251,7 @@ def _comma_separated(text: str) -> _Table:
             if not columns:
                 columns = cells
                 if len(set(columns)) < len(columns):
-                    problems.append(f"has several columns of one name: {_few(columns, 20)}")
+                    problems.append(f"has several columns of one name: {few(columns, 20)}")
             elif len(cells) > len(columns):
                 problems.append(
                     f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption with a comma needs quotes"
@@ -288,14 +288,3 @@ def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
 
 def _one_line(caption: str) -> str:
     return _CONTROL.sub(" ", caption).strip()
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else ascii(value)
-    return shown(text if len(text) <= 80 else text[:80] + "...")
-
-
-def _few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(_short, names[:most])) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import atomic, safetensors_files
 from dreambooth.runtime.stops import Stop
 
@@ -158,7 +158,7 @@ class Entries:
         except OSError as error:
             raise _Damaged(f"{shown(path)} cannot be read ({error.strerror or error})") from None
         except SafetensorError as error:  # it is being written to
-            raise _Damaged(f"{shown(path)} is damaged ({' '.join(str(error).split())})") from None
+            raise _Damaged(f"{shown(path)} is damaged ({reason_of(error)})") from None
         if header.metadata.get("sha256") != _digest(name, tensors):
             raise _Damaged(f"{shown(path)} is not as it was written (its SHA-256 differs)")
         return tensors

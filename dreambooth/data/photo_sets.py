@@ -17,7 +17,7 @@ from typing import Any
 
 from dreambooth.data import captions
 from dreambooth.data.photos import FORMATS
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, few, shortened, shown, type_and_reason
 from dreambooth.files import atomic, locks
 from dreambooth.options.training import InstanceOptions
 
@@ -86,7 +86,7 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
     try:
         from datasets import Image, config, load_dataset
     except ImportError as error:
-        why = "" if error.name == "datasets" else f" ({_one_line(error)})"
+        why = "" if error.name == "datasets" else f" ({type_and_reason(error)})"
         install = f"for a hub id the datasets package is needed: pip install '.[datasets]'{why}"
         raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and {install}") from None
     captions.check_columns(instance)
@@ -96,7 +96,7 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         )
     except Exception as error:  # the package's own, and those of files, the network, Parquet and archives: all say why it cannot be had
         raise UserError(
-            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {_one_line(error)}"
+            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {type_and_reason(error)}"
         ) from None
     notes = _check_columns(dataset, Image, instance)
     wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
@@ -134,21 +134,17 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
         ("--caption_column", instance.caption_column, texts, "text"),
     ):
         if column is not None and column not in fitting:
-            there = f"those with {what}: {_listed(fitting)}; all its columns: {_listed(list(kinds))}"
+            there = f"those with {what}: {few(fitting, 20) or 'none'}; all its columns: {few(list(kinds), 20) or 'none'}"
             problems.append(
-                f"{flag}: {shown(instance.dataset_name)} has no column {_short(column)} with {what}; {there}"
+                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {what}; {there}"
             )
     if problems:
         raise UserError("\n".join(problems))
     if instance.caption_column is None and texts:
         return (
-            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {_short(texts[0])} takes it as captions",
+            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {shortened(texts[0])} takes it as captions",
         )
     return ()
-
-
-def _listed(columns: list[str]) -> str:
-    return ", ".join(map(_short, columns[:20])) + (" ..." if len(columns) > 20 else "") or "none"
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
@@ -176,7 +172,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         try:
             caption = row[instance.caption_column] if instance.caption_column else None
             if caption is not None and not isinstance(caption, str):
-                raise UserError(f"the caption is {_short(ascii(caption))}, which is not text")
+                raise UserError(f"the caption is {shortened(ascii(caption))}, which is not text")
             data = _bytes(row[instance.image_column])
             name = f"{number:05}{_suffix(data)}"
         except UserError as error:
@@ -207,7 +203,7 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
             return
         except Exception as error:  # of Arrow, as many kinds as there are ways to break a file
             raise UserError(
-                f"{_FLAG}: the cached data set cannot be read ({_one_line(error)}); remove it, or name another --cache_dir"
+                f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name another --cache_dir"
             ) from None
         yield row
 
@@ -226,11 +222,11 @@ def _bytes(cell: Any) -> bytes:
         if (
             not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE
         ):  # a data set may name any path, a device's too
-            raise UserError(f"{_short(where)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
+            raise UserError(f"{shortened(where)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
         return Path(where).read_bytes()
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the picture {_short(where)} cannot be read: {reason}") from None
+        raise UserError(f"the picture {shortened(where)} cannot be read: {reason}") from None
 
 
 def _suffix(data: bytes) -> str:
@@ -249,12 +245,3 @@ def _suffix(data: bytes) -> str:
     raise UserError(
         f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with {ascii(data[:8])[1:]}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())[:300]
-    return shown(f"{type(error).__name__}: {words}" if words else type(error).__name__)
-
-
-def _short(text: str) -> str:
-    return shown(text if len(text) <= 80 else text[:80] + "...")

@@ -17,8 +17,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms
 
+from dreambooth.data import captions
 from dreambooth.data.decode_cache import Seen, SeenPhotos
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, few, shown
 
 FORMATS = {
     ".png": "PNG",
@@ -29,7 +30,6 @@ FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
-_CAPTIONS = ("metadata.jsonl", "metadata.csv")  # read, or spoken of, by captions.py
 _NOT_READ = (
     ".heic",
     ".heif",
@@ -126,22 +126,20 @@ def check_folder(
             continue
         photos.append(photo)
         for remark in said:
-            remarks.setdefault(remark, []).append(shown(name))
+            remarks.setdefault(remark, []).append(name)
     if problems:
         raise UserError("\n".join(problems))
-    notes = _duplicates(photos) + [remark.format(_few(about)) for remark, about in remarks.items()]
+    notes = _duplicates(photos) + [remark.format(few(about)) for remark, about in remarks.items()]
     if len(names) > len(visible):
         notes.append(f"skipped {len(names) - len(visible)} hidden or system files in {shown(folder)}")
     stems = {Path(name).stem for name in candidates}
-    captions = [
+    caption_files = [
         name
         for name in others
-        if name in _CAPTIONS or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
+        if name in captions.METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
     ]
-    if others := [name for name in others if name not in captions]:
-        notes.append(
-            f"skipped what is no picture in {shown(folder)}: {_few([shown(name) for name in others])}{_advice(others)}"
-        )
+    if others := [name for name in others if name not in caption_files]:
+        notes.append(f"skipped what is no picture in {shown(folder)}: {few(others)}{_advice(others)}")
     return Folder(photos, notes)
 
 
@@ -173,10 +171,6 @@ def _names(folder: Path, flag: str) -> list[str]:
         return sorted(os.listdir(folder), key=os.fsencode)
     except OSError as error:  # no permission, or a name that is too long
         raise UserError(f"{flag}: {shown(folder)} cannot be read: {error.strerror or error}") from None
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _advice(others: list[str]) -> str:

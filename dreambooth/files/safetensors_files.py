@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ def _json(header: bytes) -> dict[str, Any]:
     try:
         content = json.loads(header.decode("utf-8"), object_pairs_hook=table)
     except (ValueError, RecursionError) as error:
-        raise _Broken(f"its header is not JSON: {' '.join(str(error).split())[:100]}") from None
+        raise _Broken(f"its header is not JSON: {reason_of(error, 100)}") from None
     if not isinstance(content, dict):
         raise _Broken("its header is not a table")
     return content

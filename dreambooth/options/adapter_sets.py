@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 
 LARGEST_WEIGHT = 100  # of an adapter; nothing of the picture is left far below it
 _LARGEST_FILE = 2**20
@@ -172,7 +172,7 @@ def _read(path: Path) -> list[AdapterSet]:
         TypeError,
         RecursionError,
     ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
-        raise UserError(f"{where}: not a YAML file: {shown(' '.join(str(error).split())[:300])}") from None
+        raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from dreambooth.errors import UserError, printable, shown
+from dreambooth.errors import UserError, printable, reason_of, shown
 from dreambooth.options import shipped_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules
 
@@ -141,7 +141,7 @@ def config_words(kind: type, path: Path) -> list[str]:
         TypeError,
         RecursionError,
     ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
-        raise UserError(f"{where}: not a YAML file: {shown(' '.join(str(error).split())[:300])}") from None
+        raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
     known = fields_of(kind)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, reason_of
 from dreambooth.runtime.stops import Stop, Watch
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ class Peers:
             return Stop(
                 f"process {' and '.join(map(str, missing))} of {self.world} (counted from 0) died or hangs"
             )
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         return Stop(f"the connection to the other processes failed ({reason})")
 
     def _roll_call(self) -> list[int]:

@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from dreambooth.adapter_files import native
 from dreambooth.adapters.inject import Component
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import checkpoint_folders, safetensors_files
 from dreambooth.files.checkpoint_folders import Content
 from dreambooth.training import optimizers
@@ -108,7 +108,7 @@ def _tensors(content: Content, name: str) -> dict[str, torch.Tensor]:
     try:
         tensors = load(_file(content, name))
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise UserError(f"{_FLAG}: {where} is damaged ({' '.join(str(error).split())})") from None
+        raise UserError(f"{_FLAG}: {where} is damaged ({reason_of(error)})") from None
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{_FLAG}: {where} has values in {key} that are not finite")

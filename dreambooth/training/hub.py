@@ -17,11 +17,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
-from dreambooth.adapter_files.native import ADAPTER_NAME
+from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.errors import UserError, shown
 from dreambooth.options.training import ReportOptions
 
-KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 CARD_NAME = "README.md"
 _ANSWER_WITHIN = 20.0  # seconds; the library itself waits for ever
 _COMMIT_WITHIN = 300.0  # seconds without a byte, while the hub works on a commit

@@ -17,11 +17,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from dreambooth.adapter_files.native import ADAPTER_NAME
+from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.errors import printable
 from dreambooth.options.command_line import as_table, without_token
 from dreambooth.options.resolved import ResolvedTrainOptions
-from dreambooth.training.hub import CARD_NAME, KOHYA_NAME
+from dreambooth.training.hub import CARD_NAME
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
 # Flags whose values say where things lie on this machine; those of the second line may be hub ids too.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.adapter_files import formats, layer_names
+from dreambooth.adapter_files import formats, layer_names, native
 from dreambooth.bases import families
 from dreambooth.files import atomic
 from dreambooth.options.resolved import ResolvedTrainOptions
@@ -45,7 +45,7 @@ def _write_kohya(options: ResolvedTrainOptions, base: families.Base, adapter: Pa
     family = base.kohya_family
     assert family is not None  # checked with the flags
     data = formats.write_kohya(found, family, info, depth=layer_names.depth_of(layers["unet"]))
-    path = adapter.parent / hub.KOHYA_NAME
+    path = adapter.parent / native.KOHYA_NAME
     try:
         atomic.write(path, data)
     except OSError as error:

@@ -27,7 +27,7 @@ from dreambooth.options.training import ReportOptions, RunOptions, ValidationOpt
 from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 
-IDENTITY, STATUS = "run.json", "status.json"
+IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # they make the numbers
 
 # Flags that leave the steps already done as they were, so that they may change between them.
@@ -288,14 +288,7 @@ def _is_identity(value: Any) -> bool:
 def _clear(output_dir: Path) -> None:
     for _, folder in checkpoint_folders.list_checkpoints(output_dir):
         shutil.rmtree(folder)
-    names = [
-        native.ADAPTER_NAME,
-        IDENTITY,
-        STATUS,
-        "run.yaml",
-        "metrics.jsonl",
-        "pytorch_lora_weights_kohya.safetensors",
-    ]
+    names = (native.ADAPTER_NAME, native.KOHYA_NAME, IDENTITY, STATUS, OPTIONS, METRICS)
     for path in [
         *(output_dir / name for name in names),
         *output_dir.glob("validation/step-*.png"),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from dreambooth.training import hub
+from dreambooth.adapter_files import native
 from tests.fixtures import build_older_readers, make_older_readers
 from tests.fixtures.build_older_readers import FILES, stems
 from tests.fixtures.make_older_readers import (
@@ -125,7 +125,7 @@ def test_a_whole_run_writes_files_of_the_form_that_older_libraries_read(
     )
     forms = {f"sd1/{kind}": adapter}
     if kind == "lora":  # diffusers knows no DoRA in kohya's layout
-        forms["sd1/lora kohya"] = adapter.parent / hub.KOHYA_NAME
+        forms["sd1/lora kohya"] = adapter.parent / native.KOHYA_NAME
     for name, path in forms.items():
         now, then = content(path), RECORD["files"][name]
         assert now["layers"] == then["layers"], AGAIN

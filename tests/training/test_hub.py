@@ -29,6 +29,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model_state_dict
 
+from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import as_table, fields_of, without_token
 from dreambooth.options.resolved import ResolvedTrainOptions, resolve
@@ -303,14 +304,14 @@ def test_adapter_card_and_pictures_arrive_byte_for_byte_in_one_commit_and_nothin
 
 
 def test_the_other_format_goes_up_where_it_was_written(server, out):
-    (out / hub.KOHYA_NAME).write_bytes(b"kohya")
+    (out / native.KOHYA_NAME).write_bytes(b"kohya")
     hub.push(reports(hub_model_id="club/dog"), out, [])
     assert server.files["club/dog"].keys() == {
         "pytorch_lora_weights.safetensors",
-        hub.KOHYA_NAME,
+        native.KOHYA_NAME,
         "README.md",
     }
-    assert server.files["club/dog"][hub.KOHYA_NAME] == b"kohya"
+    assert server.files["club/dog"][native.KOHYA_NAME] == b"kohya"
 
 
 def test_a_second_upload_replaces_what_changed_and_one_without_changes_is_no_failure(server, out):
