@@ -155,7 +155,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
     seed = choose_seed(run.seed, [state.get("seed"), there["flags"].get("seed") if there else None], peers)
     is_own = folder is not None and folder.resolve().parent == output_dir.resolve()
-    prior = class_images.adopt(options.prior, seed)
+    # not the seed that was drawn: without --seed two runs make the same class images
+    prior = class_images.adopt(options.prior, run.seed or 0)
     resolved = resolve(
         options, base.family.key, seed=seed, mixed_precision=accelerator.mixed_precision, prior=prior
     )
