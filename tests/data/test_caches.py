@@ -71,7 +71,7 @@ def work(monkeypatch) -> Work:
     for part in ("load_vae", "load_encoders", "load_unet"):
         spy(
             monkeypatch,
-            families,
+            loading,
             part,
             lambda *args, part=part: done.loaded.append(part.removeprefix("load_")),
         )
