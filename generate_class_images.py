@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.bases import families, loading, prompts, schedulers
+from dreambooth.bases import families, loading, prompts
 from dreambooth.data import class_images
 from dreambooth.errors import UserError
 from dreambooth.runtime import processes
@@ -50,28 +50,25 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     state = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
-    options = class_images.continued(options)
+    folder = Path(options.class_data_dir)
+    generation = class_images.continued(options.generation, class_images.made_with(folder))
     peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
     base = families.find(options.base)
-    scheduler = schedulers.sampler_of(options.class_scheduler, base)
     prompts.check(
         loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
     )
-    settings = class_images.Settings(
-        base=base.fingerprint(),
+    settings = class_images.make_settings(
+        generation,
         prompt=options.class_prompt,
         seed=options.seed,
-        steps=options.class_inference_steps or class_images.STEPS[scheduler],
-        guidance_scale=options.class_guidance_scale,
-        batch_size=options.sample_batch_size,
         side=options.resolution or base.default_resolution,
-        precision=class_images.precision_of(options.prior_generation_precision, state.device),
-        scheduler=scheduler,
+        base=base,
+        fingerprint=base.fingerprint(),
+        device=state.device,
     )
-    folder = Path(options.class_data_dir)
-    class_images.make(folder, settings, options.num_class_images, base, peers, watch)
+    class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
     if state.is_main_process:
-        print(f"{folder} holds {options.num_class_images} class images")
+        print(f"{folder} holds {generation.num_class_images} class images")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError, few, shortened, shown
-from dreambooth.options.training import InstanceOptions
+from dreambooth.options.photos import InstanceOptions
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
 _LARGEST = 16 * 2**20  # bytes of one file

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,9 +23,8 @@ from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.data import photos, sampling_order
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, locks, pictures
-from dreambooth.options.pictures import ClassImageOptions
+from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
-from dreambooth.options.training import PriorOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
 
@@ -36,8 +35,6 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Steps unless asked for others, by sampler. With the embedded base 25 of the solver's (arXiv 2211.01095) end within a level of 255 of where 100
 # of them do, in the median of pictures.
 STEPS = {"dpm": 25, "base": 50}
-
-Flags = TypeVar("Flags", PriorOptions, ClassImageOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,41 +223,69 @@ def fill(
     return made
 
 
-def continued(flags: Flags) -> Flags:
-    """The flags with sampler, steps and precision of the class images that are already there, where they leave them open."""
-    there = made_with(Path(flags.class_data_dir)) if flags.class_data_dir else {}
+def continued(generation: GenerationOptions, made: Mapping[str, Any]) -> GenerationOptions:
+    """The group with sampler, steps and precision of the class images that exist where it leaves them open.
+
+    `made` is what `made_with` returns for their folder.
+    """
     return dataclasses.replace(
-        flags,
-        class_scheduler=flags.class_scheduler or there.get("scheduler"),
-        class_inference_steps=flags.class_inference_steps or there.get("steps"),
-        prior_generation_precision=flags.prior_generation_precision or there.get("precision"),
+        generation,
+        class_scheduler=generation.class_scheduler or made.get("scheduler"),
+        class_inference_steps=generation.class_inference_steps or made.get("steps"),
+        prior_generation_precision=generation.prior_generation_precision or made.get("precision"),
     )
 
 
 def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
-    """The options as `continued` has them, and with the seed of the class images that are already there, else `seed`, where it is left open.
-    None without prior preservation."""
+    """The group with what it leaves open filled in; None without prior preservation.
+
+    Sampler, steps, precision and seed are those of the class images that exist; without any the seed is `seed`.
+    """
     if not prior.with_prior_preservation:
         return None
-    there = made_with(Path(prior.class_data_dir)) if prior.class_data_dir else {}
-    class_seed = prior.class_seed if prior.class_seed is not None else there.get("seed", seed)
-    return resolve_prior(continued(prior), class_seed=class_seed)
+    made = made_with(Path(prior.class_data_dir)) if prior.class_data_dir else {}
+    class_seed = prior.class_seed if prior.class_seed is not None else made.get("seed", seed)
+    generation = continued(prior.generation, made)
+    return resolve_prior(dataclasses.replace(prior, generation=generation), class_seed=class_seed)
 
 
 def settings_of(
     prior: ResolvedPriorOptions, base: families.Base, fingerprint: str, device: torch.device
 ) -> Settings:
-    """The set that training wants. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
-    scheduler = schedulers.sampler_of(prior.class_scheduler, base)
-    return Settings(
-        base=fingerprint,
+    """The set that training needs. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
+    side = made_with(Path(prior.class_data_dir)).get("side", base.default_resolution)
+    return make_settings(
+        prior.generation,
         prompt=prior.class_prompt,
         seed=prior.class_seed,
-        steps=prior.class_inference_steps or STEPS[scheduler],
-        guidance_scale=prior.class_guidance_scale,
-        batch_size=prior.sample_batch_size,
-        side=made_with(Path(prior.class_data_dir)).get("side", base.default_resolution),
-        precision=precision_of(prior.prior_generation_precision, device),
+        side=side,
+        base=base,
+        fingerprint=fingerprint,
+        device=device,
+    )
+
+
+def make_settings(
+    generation: GenerationOptions,
+    *,
+    prompt: str,
+    seed: int,
+    side: int,
+    base: families.Base,
+    fingerprint: str,
+    device: torch.device,
+) -> Settings:
+    """The set that these options describe; `side` is in pixels. Raises UserError as `sampler_of` does."""
+    scheduler = schedulers.sampler_of(generation.class_scheduler, base)
+    return Settings(
+        base=fingerprint,
+        prompt=prompt,
+        seed=seed,
+        steps=generation.class_inference_steps or STEPS[scheduler],
+        guidance_scale=generation.class_guidance_scale,
+        batch_size=generation.sample_batch_size,
+        side=side,
+        precision=precision_of(generation.prior_generation_precision, device),
         scheduler=scheduler,
     )
 

@@ -19,7 +19,7 @@ from dreambooth.data import captions
 from dreambooth.data.photos import FORMATS
 from dreambooth.errors import UserError, few, shortened, shown, type_and_reason
 from dreambooth.files import atomic, locks
-from dreambooth.options.training import InstanceOptions
+from dreambooth.options.photos import InstanceOptions
 
 _FLAG = "--dataset_name"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)

@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from dreambooth.options.adapter_sets import LARGEST_WEIGHT
+from dreambooth.options.photos import GenerationOptions
 from dreambooth.options.rules import at_least, named, require, require_side
 from dreambooth.options.training import BaseOptions
 
@@ -21,20 +22,7 @@ class ClassImageOptions:
     """Folder to fill."""
     class_prompt: str
     """Prompt of the class images."""
-    num_class_images: int = 100
-    """How many pictures there must be in the end."""
-    sample_batch_size: int = 4
-    """Pictures generated at once, per process. Part of what a set is: another number gives other pixels."""
-    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision; None is that of the pictures already there, else bf16 where the hardware computes in it (GPUs from Ampere on, CPUs with AVX-512
-    BF16 or AMX), else fp16 on a GPU and fp32 elsewhere; "no" is fp32."""
-    class_guidance_scale: float = 7.5
-    """Classifier-free guidance."""
-    class_inference_steps: int | None = None
-    """Sampling steps; None is that of the pictures already there, else 25 for --class_scheduler dpm and 50 for base."""
-    class_scheduler: Literal["dpm", "base"] | None = None
-    """Sampler: the multistep DPM solver (arXiv 2211.01095), or the base's own. None is that of the pictures already there, else dpm; for a base in
-    pixels, or with an EDM scheduler, its own."""
+    generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
     seed: int = 0
     """Picture k depends on (seed, k) only."""
     resolution: int | None = None
@@ -43,8 +31,8 @@ class ClassImageOptions:
     """CPU threads; None leaves them to torch."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps", "num_threads")
-        at_least(self, 0, "class_guidance_scale", "seed")
+        at_least(self, 1, "num_threads")
+        at_least(self, 0, "seed")
         require(
             self.class_prompt.strip() != "", '--class_prompt must not be empty; for example "a photo of dog"'
         )

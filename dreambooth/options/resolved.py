@@ -7,13 +7,8 @@ Imports no torch.
 import dataclasses
 from typing import Any, Literal, TypeVar
 
-from dreambooth.options.training import (
-    InstanceOptions,
-    OptimizerOptions,
-    PriorOptions,
-    RunOptions,
-    TrainOptions,
-)
+from dreambooth.options.photos import InstanceOptions, PriorOptions
+from dreambooth.options.training import OptimizerOptions, RunOptions, TrainOptions
 
 Group = TypeVar("Group")
 

@@ -28,13 +28,14 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, checkpoint_folders, locks
+from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import (
     ResolvedPriorOptions,
     ResolvedTrainOptions,
     resolution_of,
     resolve,
 )
-from dreambooth.options.training import InstanceOptions, TrainOptions, pictures_of_pass
+from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
@@ -163,7 +164,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
     settings = class_images.settings_of(prior, base, fingerprint, accelerator.device) if prior else None
-    counts = [len(instance.photos), prior.num_class_images if prior else 0]
+    counts = [len(instance.photos), prior.generation.num_class_images if prior else 0]
     longest = pictures_of_pass(counts, options.instance.repeats)
     max_steps = run.steps(longest, peers.world)[1]
     around = run_folder.environment_of(options.run, accelerator.device, is_compiled=options.speed.compile)
@@ -292,7 +293,7 @@ def _check_base(options: TrainOptions, base: families.Base) -> None:
         problems.append(str(error))
     if options.prior.with_prior_preservation:
         try:
-            schedulers.sampler_of(options.prior.class_scheduler, base)
+            schedulers.sampler_of(options.prior.generation.class_scheduler, base)
         except UserError as error:
             problems.append(str(error))
     problems += _wrong_layers(options, base)
@@ -494,7 +495,7 @@ def _find_cache(
     the run's own files."""
     speed, prior = options.speed, options.prior
     pictures = count * (2 if options.instance.random_flip else 1) + (
-        prior.num_class_images if prior.with_prior_preservation else 0
+        prior.generation.num_class_images if prior.with_prior_preservation else 0
     )
     cache = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=speed.encoded_dir is not None)
     if cache != "off" and options.instance.dataloader_num_workers:
@@ -540,7 +541,7 @@ def _class_source(
     watch: Watch,
 ) -> Source:
     """The class images, the missing ones generated first. Raises UserError if a photo of the subject is among them."""
-    folder, wanted = prior.class_data_dir, prior.num_class_images
+    folder, wanted = prior.class_data_dir, prior.generation.num_class_images
     class_images.make(Path(folder), settings, wanted, base, peers, watch)
     are_small = base.default_resolution < photos.ODD_SIDE  # those of the base's own
     found = _pictures(

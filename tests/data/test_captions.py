@@ -17,7 +17,7 @@ from PIL import Image
 from dreambooth.data import captions, photo_sets, photos
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
-from dreambooth.options.training import InstanceOptions
+from dreambooth.options.photos import InstanceOptions
 
 FLAG = "--instance_data_dir"
 NAMES = ["a.png", "b.png", "c.jpg"]

@@ -21,9 +21,10 @@ from dreambooth.data.class_images import Settings, file_name
 from dreambooth.errors import UserError
 from dreambooth.files import pictures
 from dreambooth.options.command_line import parse
+from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.resolved import resolve_prior
-from dreambooth.options.training import BaseOptions, PriorOptions
+from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
 
@@ -593,9 +594,13 @@ def class_words(base: Path, folder: Path, *more: str) -> ClassImageOptions:
     return parse(ClassImageOptions, "", [*words.split(), "--class_prompt", "a dog", *more])
 
 
-def prior_of(folder: Path, **flags: Any) -> PriorOptions:
+def prior_of(folder: Path, *, class_seed: int | None = None, **flags: Any) -> PriorOptions:
     return PriorOptions(
-        with_prior_preservation=True, class_prompt="a dog", class_data_dir=str(folder), **flags
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=str(folder),
+        generation=GenerationOptions(**flags),
+        class_seed=class_seed,
     )
 
 

@@ -32,8 +32,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import as_table, fields_of, without_token
+from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import ResolvedTrainOptions, resolve
-from dreambooth.options.training import BaseOptions, InstanceOptions, ReportOptions, TrainOptions
+from dreambooth.options.training import BaseOptions, ReportOptions, TrainOptions
 from dreambooth.training import hub, model_card
 
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
