@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # Two threads, so that a laptop and a large server give the same pictures.
 THREADS ?= 2
+# Processes that the tests run in: two suit a laptop.
+WORKERS ?= 2
 
-.PHONY: demo two_subjects test lint types faults speed base base-report clean
+.PHONY: demo two_subjects test quick lint types faults speed base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +34,11 @@ two_subjects: $(VENV)/installed
 	$(BIN)/python -m picturebook.score_sets --pictures runs/two_subjects/pictures --subjects picturebook/subjects/dog picturebook/subjects/cat --output runs/two_subjects/scores.json
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Before each commit: everything but the tests that train or are slow.
+quick: lint types
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not trains and not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

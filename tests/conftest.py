@@ -1,8 +1,12 @@
 """What several test files share: a tiny base of each kind and a folder of photos, built once a session, without a network."""
 
+import gc
 import os
 import signal
 
+# Before torch is imported: what these tests promise, they promise of a CPU, whether or not the machine has a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -12,12 +16,32 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+import train_dreambooth_lora as train
 from tests import tiny
 
 torch.set_num_threads(1)  # the same last bits on any machine
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell that runs the tests in its background leaves it ignored
+# A shell that runs the tests in its background leaves SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the process: each run here collects garbage twice, and need not visit it."""
+    gc.collect()
+    gc.freeze()
+
+
+_TRAIN = train.Training.train
+
+
+def _refuse_to_train(self: train.Training) -> None:
+    pytest.fail("this test trains: mark it with @pytest.mark.trains")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`make quick` leaves out what is marked, so whatever trains must be marked, its fixtures included."""
+    marked = item.get_closest_marker("trains") is not None
+    train.Training.train = _TRAIN if marked else _refuse_to_train  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)

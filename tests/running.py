@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -60,8 +62,11 @@ def metrics(out: Path) -> list[dict]:
     return [record for record in records if "memory" not in record]
 
 
-def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:
-    """What `work` gives on each of so many processes; `Stop: ...` or `UserError: ...` if it raises one."""
+def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
+    """What `work` returns in each of `count` processes of one job, by rank; None where it raised.
+
+    The processes are forked from this one, which has imported what they need. The real launchers are tried in tests/faults.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,22 +76,11 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
             child = os.fork()
             if child == 0:
                 try:
-                    settings = {
-                        "RANK": rank,
-                        "LOCAL_RANK": rank,
-                        "WORLD_SIZE": count,
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                    }
-                    os.environ.update(
-                        {name: str(value) for name, value in settings.items()}, ACCELERATE_USE_CPU="true"
-                    )
+                    job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in job.items()})
+                    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
                     AcceleratorState._reset_state(reset_partial_state=True)
-                    try:
-                        result = work(processes.join(Watch(), peer_timeout=4))
-                    except (Stop, UserError) as error:
-                        result = f"{type(error).__name__}: {error}"
-                    Path(folder, str(rank)).write_text(json.dumps(result))
+                    Path(folder, str(rank)).write_text(json.dumps(work()))
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -96,3 +90,49 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
             os.waitpid(child, 0)
         paths = [Path(folder, str(rank)) for rank in range(count)]
         return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:
+    """As `on_processes`, for work that takes the peers; `Stop: ...` or `UserError: ...` where it raised one."""
+
+    def joined() -> Any:
+        try:
+            return work(processes.join(Watch(), peer_timeout=4))
+        except (Stop, UserError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    return on_processes(joined, count)
+
+
+def main_on_two_processes(main: Callable[[Any], None], options: Any) -> None:
+    """Run a script's `main` on two processes of one job. Both must succeed."""
+
+    def work() -> bool:
+        main(options)
+        return True
+
+    assert on_processes(work) == [True, True]
+
+
+def as_main(script: str, *words: str) -> tuple[int, str]:
+    """(exit status, standard error) of a script run as `python SCRIPT words...`, in a process forked from this one."""
+    with tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(errors.fileno(), 2)
+                sys.stderr = os.fdopen(2, "w", buffering=1)
+                sys.argv = [script, *words]
+                AcceleratorState._reset_state(reset_partial_state=True)
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        errors.seek(0)
+        return code, errors.read().decode()

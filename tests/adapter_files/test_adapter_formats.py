@@ -220,6 +220,7 @@ def read_bytes(data: bytes, path: Path, base: formats.Layers) -> Adapter:
 # ---- every kind in every layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
     """From peft's own file, written in our layout and in kohya's, read again: each layer adds what peft computes for it."""
@@ -240,6 +241,7 @@ def test_one_component_alone_is_an_adapter(component, layout, adapted, base, tmp
     expect_same_deltas(read_bytes(rewritten(adapter, layout), tmp_path / "again.safetensors", base), models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
 def test_any_kind_becomes_the_same_lora(kind, adapted, base, tmp_path):
     """LoHa and LoKr too, with or without a core, to the last bits of float32."""
@@ -250,6 +252,7 @@ def test_any_kind_becomes_the_same_lora(kind, adapted, base, tmp_path):
     expect_same_deltas(lora, models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, base, tmp_path):
@@ -267,6 +270,7 @@ def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, bas
 # ---- other programs read what is written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("kind", LORAS)
 def test_plain_diffusers_loads_lora_from_both_layouts(kind, layout, adapted, loaded, base, tmp_path):
@@ -280,6 +284,7 @@ def test_plain_diffusers_loads_dora_from_our_layout(adapted, loaded, base, tmp_p
     expect_same_outputs(loaded, adapted("dora"), formats.write_native(adapter, {}), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("kind", LYCORIS)
 def test_plain_diffusers_loads_loha_and_lokr_as_lora(kind, layout, adapted, loaded, base, tmp_path):
@@ -287,6 +292,7 @@ def test_plain_diffusers_loads_loha_and_lokr_as_lora(kind, layout, adapted, load
     expect_same_outputs(loaded, adapted(kind), rewritten(formats.to_lora(adapter)[0], layout), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("lokr")])
 def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, tmp_path):
     """The metadata make peft cut every factor as the file has it."""
@@ -299,6 +305,7 @@ def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, 
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LYCORIS)
 def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, base, tmp_path):
     adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
@@ -479,6 +486,7 @@ def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, bas
     assert len(adapter.components["unet"]) == len(tuner_layers(unet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha cp", "lokr dense"])
 def test_folders_saved_by_peft_are_read(kind, adapted, loaded, base, tmp_path):
     """The pair that peft's examples write, and each of the two alone, which nothing but its layers tells apart."""
@@ -529,6 +537,7 @@ def test_a_file_of_one_model_alone_has_its_alpha_without_a_prefix(adapted, base,
     expect_same_deltas(formats.read(tmp_path, base), {"unet": adapted("mixed ranks")["unet"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default_0", "my_dog", "weight-2"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_any_one_name_of_the_adapter_in_all_keys_is_taken_off(name, kind, adapted, base, tmp_path):
@@ -572,6 +581,7 @@ def test_a_run_folder_is_read_by_its_adapter(adapted, base, tmp_path):
     expect_same_deltas(formats.read(tmp_path, base), adapted("lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_model", ["", "text_model_"])
 @pytest.mark.parametrize("te", ["lora_te_", "lora_te1_"])
 @pytest.mark.parametrize("alpha_dtype", [torch.float16, torch.int64])
@@ -765,6 +775,7 @@ def xl_layers(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 def test_plain_diffusers_loads_an_xl_adapter(layout, xl, tmp_path):
     """UNet with every kind of layer, both text encoders and the projection, from both layouts."""
@@ -1142,7 +1153,9 @@ def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_
         tensors = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 64, 1, 1)}
         tensors["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.full((64, 2, 1, 1), up)
         about = {f"unet.{name}": value for name, value in fields.items()}
-        path.write_bytes(safetensors_files.stable_bytes(tensors, {"lora_adapter_metadata": json.dumps(about)}))
+        path.write_bytes(
+            safetensors_files.stable_bytes(tensors, {"lora_adapter_metadata": json.dumps(about)})
+        )
         return path
 
     assert formats.read(written(1.0, r=2), base)

@@ -65,6 +65,7 @@ def is_adapted(name: str, output: str) -> bool:
     return output == "unet" or name != "sd1/lora unet"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_writer_writes_what_older_libraries_were_shown(name, trained, folder):
     now, then = content(file_of(folder, name)), RECORD["files"][name]
@@ -98,6 +99,7 @@ def test_older_libraries_drew_what_was_trained(reader, name, trained):
     assert [line for line in then["warned"] if not ("No LoRA keys" in line and name == "sd1/lora unet")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_diffusers_of_today_draws_the_same(name, trained, folder):
     drawn, warned = draw_with(folder / name.partition("/")[0], file_of(folder, name))
@@ -108,6 +110,7 @@ def test_diffusers_of_today_draws_the_same(name, trained, folder):
             assert distance(reader["adapters"][name]["drawn"][output], some(values)) < TOLERANCE, output
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("kind", "words"), [("lora", []), ("dora", ["--use_dora", "--lora_alpha", "6"])])
 def test_a_whole_run_writes_files_of_the_form_that_older_libraries_read(
     kind, words, tiny_base, photos_dir, tmp_path

@@ -110,6 +110,7 @@ def written(folder: Path, components: list[Component]) -> Path:
 # --- what is put on the models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_at_step_0_the_adapted_models_are_the_base_bit_for_bit(rank, dtype, tiny_base):
@@ -192,6 +193,7 @@ def test_only_the_adapter_is_trained(models):
                 assert torch.equal(p, before[f"{name}.{key.replace('.base_layer', '')}"]), key
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(loaded):
     torch.manual_seed(3)
     first = inject(copy.deepcopy(loaded), seed=7)
@@ -324,6 +326,7 @@ def digest(base: str) -> str:
     return hashlib.sha256(packed(trained(inject(load_models(Path(base)))))).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, models):
     components = trained(inject(models))
     assert packed(components) == packed(components)
@@ -581,6 +584,7 @@ def test_an_adapter_with_a_part_that_has_no_place_is_refused(change, reason, mod
 # --- plain diffusers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("unet",), ("text_encoder",), NAMES], ids=" and ".join)
 def test_plain_diffusers_draws_what_training_saw(names, tiny_base, models, tmp_path):
     """`StableDiffusionPipeline.load_lora_weights` gives the models that were trained."""

@@ -132,6 +132,7 @@ def assert_near(
         assert (found[name] - tensor).norm() <= relative * tensor.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_outputs_and_gradients_are_pefts(layer, kind):
@@ -184,6 +185,7 @@ def test_gradients_of_a_loha_with_cores_are_the_derivatives(layer):
         assert wrong == ([] if layer == "1x1" else ["layer.hada_w1_a.default", "layer.hada_w2_a.default"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_nothing_is_kept_for_backward_but_the_input_and_parameters(layer, kind):
@@ -253,6 +255,7 @@ def predict(unet: Any, number: int = 0) -> torch.Tensor:
         return unet(*batch(number)).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize(
     "config",

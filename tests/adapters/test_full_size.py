@@ -21,6 +21,7 @@ XL_UNET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "whole", "trained"),
     [
@@ -47,6 +48,7 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_unets(config, whole, 
     assert all(p.is_meta for p in unet.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layers", "width", "trained"),
     [

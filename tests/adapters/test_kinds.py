@@ -79,6 +79,7 @@ def sd15() -> UNet2DConditionModel:
         return UNet2DConditionModel(**FULL_SD15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rank", "preset"), COUNTS, ids=str)
 def test_parameters_at_full_size_are_the_known_ones(kind, rank, preset):
     options = options_of(kind, target_preset=preset, **({} if rank is None else {"rank": rank}))
@@ -98,6 +99,7 @@ def test_presets_have_the_known_layers(preset, modules, sd15):
     assert len(inject.layers_at(inject.unet_targets(AdapterOptions(target_preset=preset)), shapes)) == modules
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_starts_as_the_base_resumes_exactly_and_moves(kind, tiny_base, photos_dir, tmp_path):
     words = [*KINDS[kind], "--train_text_encoder", "--num_threads", "1", "--checkpointing_steps", "2"]
@@ -134,6 +136,7 @@ def test_every_kind_starts_as_the_base_resumes_exactly_and_moves(kind, tiny_base
         ), component
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("oft", "boft", "hra"))])
 def test_the_adapted_model_is_the_base_bit_for_bit_at_the_start(kind, tiny_base):
     parsed = parse(
@@ -157,6 +160,7 @@ def test_the_adapted_model_is_the_base_bit_for_bit_at_the_start(kind, tiny_base)
         assert torch.equal(unet(*inputs).sample, before)
 
 
+@pytest.mark.slow
 def test_the_scale_is_worked_into_the_file_for_every_kind_that_has_one(tiny_base):
     for kind in ("lora", "dora", "loha", "lokr"):
         unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
@@ -185,6 +189,7 @@ def test_the_scale_is_worked_into_the_file_for_every_kind_that_has_one(tiny_base
         )
 
 
+@pytest.mark.trains
 def test_dora_of_unet_and_text_encoder_loads_in_plain_diffusers(tiny_base, photos_dir, tmp_path):
     path = run_train(
         tiny_base,
@@ -213,6 +218,7 @@ def test_dora_of_unet_and_text_encoder_loads_in_plain_diffusers(tiny_base, photo
 # --- parts
 
 
+@pytest.mark.trains
 def test_ranks_and_learning_rates_of_parts(tiny_base, photos_dir, tmp_path):
     words = [
         "--rank_pattern",
@@ -245,6 +251,7 @@ def adapter_metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.trains
 def test_the_text_encoder_has_its_own_rank_alpha_and_layers(tiny_base, photos_dir, tmp_path):
     words = [
         "--text_encoder_rank",
@@ -274,6 +281,7 @@ def test_the_text_encoder_has_its_own_rank_alpha_and_layers(tiny_base, photos_di
     } == {2}
 
 
+@pytest.mark.trains
 def test_layers_of_the_text_encoder_that_are_not_used_are_left_out_however_they_are_named(
     tiny_xl, photos_dir, tmp_path
 ):
@@ -318,6 +326,7 @@ def test_a_dry_run_prints_the_counts_loads_no_weights_and_leaves_nothing(
     assert not out.exists()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dry_run_counts_what_a_run_trains(kind, tiny_base, photos_dir, tmp_path, capsys):
     run_train(tiny_base, photos_dir, tmp_path / "dry", *KINDS[kind], "--dry_run", "--train_text_encoder")
@@ -434,6 +443,7 @@ def test_names_that_no_layer_has_are_refused_with_near_ones(
     assert message in str(refused.value)
 
 
+@pytest.mark.trains
 def test_an_adapter_of_another_kind_is_not_started_from(tiny_base, photos_dir, tmp_path):
     run_train(tiny_base, photos_dir, tmp_path / "loha", "--adapter", "loha", "--max_train_steps", "1")
     with pytest.raises(UserError, match="is of loha; this run trains lora"):
@@ -460,6 +470,7 @@ def test_an_adapter_of_another_kind_is_not_started_from(tiny_base, photos_dir, t
     assert again.is_file()
 
 
+@pytest.mark.trains
 def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
@@ -499,6 +510,7 @@ def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(
         run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", "nowhere", "--dry_run")
 
 
+@pytest.mark.trains
 def test_another_start_is_no_way_to_resume(tiny_base, photos_dir, tmp_path):
     words = ["--checkpointing_steps", "1"]
     for seed in ("1", "2"):

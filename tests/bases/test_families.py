@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +22,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
+import train_dreambooth_lora as train
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.bases import autoencoder, families, loading, pipelines
 from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
-from dreambooth.options.training import BaseOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from tests import tiny
-from tests.running import ROOT, digest, run_train, train_words
+from tests.running import digest, main_on_two_processes, run_train, train_words
 
 BASES = {"sd": "tiny_base", "v": "tiny_v_base", "xl": "tiny_xl", "edm": "tiny_edm", "if": "tiny_if"}
 STEPS = "--max_train_steps 3 --checkpointing_steps 2 --learning_rate 0.03"
@@ -152,6 +149,7 @@ def ours(run: Run, out: Path, seed: int, steps: int, *more: str) -> np.ndarray:
 # --- each family
 
 
+@pytest.mark.trains
 def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
     """Three steps are two and one more: with dropout, flips, dropped captions, accumulation, both text encoders where they can be trained."""
     assert {path.name for path in run.out.glob("**/*.png")} == {"image_0.png", "step-000002-00.png"}
@@ -162,6 +160,7 @@ def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
     assert digest(run.out / "checkpoint-2" / ADAPTER_NAME) != digest(run.adapter)
 
 
+@pytest.mark.trains
 def test_plain_diffusers_draws_what_infer_draws(run, tmp_path):
     """To one of 255 levels: the layout of the weights in memory is another. From the kohya file too, and from one without metadata."""
     drawn = ours(run, tmp_path / "out", 5, 4, "--adapter", str(run.adapter))
@@ -176,6 +175,7 @@ def test_plain_diffusers_draws_what_infer_draws(run, tmp_path):
         assert np.abs(plain_picture(run, pipeline, 5, 4) - drawn).max() <= 1, path.name
 
 
+@pytest.mark.trains
 def test_validation_shows_what_plain_diffusers_draws_with_the_files(run):
     """Along the way the adapter in memory, at the end the finished file; to one of 255 levels."""
     scheduler = {"edm": EDMEulerScheduler, "if": DDPMScheduler}.get(run.kind, DPMSolverMultistepScheduler)
@@ -189,26 +189,13 @@ def test_validation_shows_what_plain_diffusers_draws_with_the_files(run):
         assert np.abs(plain_picture(run, pipeline, seed, 25) - pixels(path)).max() <= 1, path.name
 
 
+@pytest.mark.trains
 def test_two_processes_train_the_xl_adapter_of_one(runs, tmp_path):
     """Two processes are one that accumulates twice, bit for bit."""
     run, words = runs("xl"), [*STEPS.split(), *XL_WORDS.split(), "--num_threads", "1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        port,
-        "train_dreambooth_lora.py",
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += train_words(run.base, run.photos, tmp_path, *words)
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    main_on_two_processes(
+        train.main, parse(TrainOptions, "", train_words(run.base, run.photos, tmp_path, *words))
+    )
     assert digest(tmp_path / ADAPTER_NAME) == digest(run.adapter)
 
 
@@ -229,6 +216,7 @@ def told(monkeypatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("crop", ["--cache_latents off", "--center_crop", ""])
 def test_size_and_crop_of_each_picture_arrive_with_its_pixels(
     tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop
@@ -288,6 +276,7 @@ def test_size_and_crop_of_each_picture_arrive_with_its_pixels(
             assert any(own.shape == pixel_values.shape and torch.allclose(own, pixel_values) for own in crops)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("train_text", [[], ["--train_text_encoder"]])
 def test_dropped_captions_are_zeros_for_xl_and_the_empty_prompt_elsewhere(
     tiny_xl, tiny_base, photos_dir, tmp_path, told, train_text
@@ -343,6 +332,7 @@ def test_weights_lie_where_their_products_have_the_same_last_bits(tiny_xl):
         assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}
 
 
+@pytest.mark.trains
 def test_lora_layers_selects_and_unknown_names_are_refused(tiny_base, photos_dir, tmp_path, request):
     state = load_file(
         run_train(
@@ -371,6 +361,7 @@ def numbers(path: Path) -> dict[str, bytes]:
     return {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
 
 
+@pytest.mark.trains
 def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_path, request):
     torch.manual_seed(7)
     tiny.build_vae().save_pretrained(tmp_path / "vae")
@@ -408,6 +399,7 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
         )
 
 
+@pytest.mark.trains
 def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos_dir, tmp_path):
     """The two have the same weights, and schedulers that differ in this alone: adapter, validation and pictures are the same."""
     words, override = (
@@ -429,6 +421,7 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
     assert np.array_equal(drawn, ours(dataclasses.replace(run, base=tiny_v_base), tmp_path / "b", 1, 3))
 
 
+@pytest.mark.trains
 def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
     words = "--max_train_steps 5 --validation_steps 2 --num_validation_images 1 --validation_scheduler DDPMScheduler --skip_final_inference"
     run_train(

@@ -101,6 +101,7 @@ def asked(part: str, model: Any) -> torch.Tensor:
         return model(sample, torch.tensor(3), text, added_cond_kwargs=added).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("base", "part", "kind"), MODELS)
 def test_every_model_is_bit_for_bit_that_of_from_pretrained(request, base, part, kind, dtype):
@@ -121,6 +122,7 @@ def test_every_model_is_bit_for_bit_that_of_from_pretrained(request, base, part,
         assert torch.equal(asked(part, model), asked(part, other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "part", "kind"), [m for m in MODELS if m[0] in ("tiny_xl", "tiny_if")])
 @pytest.mark.parametrize(("variant", "pieces"), [("fp16", False), (None, True), ("fp16", True)])
 def test_variants_and_files_in_pieces_are_read_as_from_pretrained_reads_them(
@@ -320,6 +322,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, sum(
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_in_memory_once_while_it_is_loaded(tiny_base, tmp_path):
     """In its final dtype: at the peak little more than its weights is resident, mapped files counted in."""
     config = json.loads((tiny_base / "unet" / "config.json").read_text()) | {

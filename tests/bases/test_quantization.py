@@ -104,6 +104,7 @@ def test_the_linear_layers_of_attention_blocks_are_quantized_and_no_others(kind,
     assert changed >= {name for name in targeted if before[name] is torch.nn.Linear}
 
 
+@pytest.mark.trains
 @both_kinds
 @pytest.mark.parametrize(
     "words",
@@ -146,6 +147,7 @@ def test_a_resumed_quantized_run_equals_an_unbroken_one(
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.trains
 @both_kinds
 def test_the_adapter_has_the_names_and_shapes_of_any_other_and_other_numbers(
     kind, tiny_base, photos_dir, tmp_path
@@ -160,6 +162,7 @@ def test_the_adapter_has_the_names_and_shapes_of_any_other_and_other_numbers(
     assert any(not torch.equal(tensor, quantized[name]) for name, tensor in dense.items())
 
 
+@pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize(
     "adapter",

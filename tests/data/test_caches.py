@@ -120,6 +120,7 @@ def entries_in(folder: Path, kind: str = "") -> dict[str, bytes]:
 # --- what is encoded anew
 
 
+@pytest.mark.trains
 def test_a_second_run_encodes_nothing_and_loads_the_unet_alone(tiny_base, mine, tmp_path, work):
     """In another output folder, with mirror images; the adapter is the same to the last byte."""
     words = [*ON_DISK, str(tmp_path / "kept"), *CAPTIONED, "--random_flip", "--max_train_steps", "2"]
@@ -211,6 +212,7 @@ def kept(tiny_base, tmp_path_factory) -> Path:
     return folder / "encoded"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_makes_anew_exactly_what_follows_from_it(change, kept, tiny_base, mine, tmp_path, start):
     make, pictures, texts = CHANGES[change]
@@ -236,6 +238,7 @@ def test_a_change_makes_anew_exactly_what_follows_from_it(change, kept, tiny_bas
     assert len(entries_in(tmp_path / "kept")) == 6 + len(pictures) + len(texts)
 
 
+@pytest.mark.trains
 def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts_anew(
     kept, tiny_base, mine, tmp_path, start
 ):
@@ -278,6 +281,7 @@ def test_weights_are_hashed_once_in_a_process_and_anew_when_they_change(tiny_bas
 # --- the same samples, wherever they are kept
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("base", "more"),
     [("tiny_base", ["--center_crop", "--random_flip"]), ("tiny_xl", ["--center_crop"]), ("tiny_if", [])],
@@ -307,6 +311,7 @@ def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(
     assert len(digests) == 1
 
 
+@pytest.mark.trains
 def test_random_crops_resume_and_do_not_depend_on_where_they_are_kept(tiny_base, mine, tmp_path):
     common = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--random_flip"]
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common, "--cache_latents", "memory")
@@ -322,6 +327,7 @@ def test_random_crops_resume_and_do_not_depend_on_where_they_are_kept(tiny_base,
     assert digest(pixels) != digest(whole)
 
 
+@pytest.mark.trains
 def test_where_all_crops_are_fixed_a_run_may_go_on_without_a_cache(tiny_base, mine, photos_dir, tmp_path):
     for name, folder, more in (("square", photos_dir, []), ("center", mine, ["--center_crop"])):
         common = ["--max_train_steps", "2", "--checkpointing_steps", "1", *more]
@@ -333,6 +339,7 @@ def test_where_all_crops_are_fixed_a_run_may_go_on_without_a_cache(tiny_base, mi
         )
 
 
+@pytest.mark.trains
 def test_class_images_of_other_sizes_do_not_stand_in_the_way_of_going_on(tiny_base, photos_dir, tmp_path):
     """Whether a crop varies is known once they are there; photos alone are compared before."""
     tiny.make_photos(tmp_path / "class", 3, (96, 64), seed=3)
@@ -399,6 +406,7 @@ def test_every_crop_of_a_long_picture_lies_whole_in_one_of_its_pieces(size, reso
     assert len(boxes) > 1 or max(size) < 3 * min(size) + grid + 8
 
 
+@pytest.mark.trains
 def test_each_photo_is_whole_or_not_by_its_own_size(tiny_base, mine, tmp_path, start):
     """A wide one among square ones is encoded whole, and the others as they are trained on."""
     assert sorted(start(tiny_base, mine, tmp_path / "a").pictures) == [SQUARE, SQUARE, WHOLE]
@@ -430,6 +438,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content[how])
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["latents", "prompt"])
 @pytest.mark.parametrize(
     "how",
@@ -467,6 +476,7 @@ def test_an_entry_of_another_shape_is_encoded_anew_though_its_hash_holds(tmp_pat
     assert (entries.damaged, told, entries.held) == (["latents-b.safetensors"], [], {})
 
 
+@pytest.mark.trains
 def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys
 ):
@@ -554,6 +564,7 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
     assert not names & set(encoded_photo(base, photo).entries.held)
 
 
+@pytest.mark.trains
 def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     """A stop that is asked for is not kept waiting by thousands of files."""
     base, photo = families.find(BaseOptions(str(tiny_base))), photo_of(tmp_path, (64, 64))
@@ -656,6 +667,7 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
     assert set(tmp_path.iterdir()) == others
 
 
+@pytest.mark.trains
 def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, monkeypatch, capsys):
     common = ["--max_train_steps", "3", *CAPTIONED]
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common)
@@ -727,6 +739,7 @@ def test_auto_is_memory_for_up_to_64_pictures_and_disk_above_or_with_a_folder_na
         } == {mode}
 
 
+@pytest.mark.trains
 def test_loader_processes_that_load_nothing_are_said(tiny_base, photos_dir, tmp_path, start, capsys):
     said = "note: You need not use --dataloader_num_workers without --cache_latents off."
     for mode, expected in (("memory", True), ("off", False)):
@@ -736,6 +749,7 @@ def test_loader_processes_that_load_nothing_are_said(tiny_base, photos_dir, tmp_
         assert (said in capsys.readouterr().out) == expected
 
 
+@pytest.mark.trains
 def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_path, start, capsys):
     for mode in ("memory", "off"):
         start(
@@ -758,6 +772,7 @@ def test_a_folder_that_is_named_for_nothing_is_said(tiny_base, photos_dir, tmp_p
 # --- what comes first
 
 
+@pytest.mark.trains
 def test_all_photos_are_encoded_before_the_first_step_by_a_vae_without_its_decoder(
     tiny_base, mine, tmp_path, monkeypatch
 ):
@@ -820,6 +835,7 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
 # --- models that are not needed
 
 
+@pytest.mark.trains
 def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pictures(
     tiny_xl, photos_dir, tmp_path, monkeypatch, work
 ):
@@ -862,6 +878,7 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
     assert work.loaded[:3] == ["encoders", "vae", "unet"]
 
 
+@pytest.mark.trains
 def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(
     tiny_base, photos_dir, tmp_path, work
 ):
@@ -899,6 +916,7 @@ def check(folder: Path, kept: Path, **limits: Any) -> photos.Folder:
     return found
 
 
+@pytest.mark.trains
 def test_pictures_are_decoded_once_and_hashed_at_each_start(tmp_path, work):
     folder = tiny.make_photos(tmp_path / "photos", 3)
     Image.new("L", (80, 70), 9).save(folder / "grey.png")
@@ -912,6 +930,7 @@ def test_pictures_are_decoded_once_and_hashed_at_each_start(tmp_path, work):
     assert work.decoded == ["photo-0.png"]
 
 
+@pytest.mark.trains
 def test_what_is_remembered_lifts_no_limit(tmp_path):
     """A picture that was good enough yesterday is refused today as if it had never been seen."""
     folder = tiny.make_photos(tmp_path / "photos", 1, (40, 300))
@@ -932,6 +951,7 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
         check(folder, tmp_path, allow_odd_photos=True)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     "how", ["cut off", "one number", "no table", "another version of Pillow", "nonsense", "a folder"]
 )

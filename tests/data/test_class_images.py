@@ -636,6 +636,7 @@ def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_5
     assert wanted(base, tmp_path / "set", class_inference_steps=7) == dataclasses.replace(found, steps=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kinds"),
     [
@@ -692,6 +693,7 @@ def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_old", [False, True], ids=["said", "from before there was a choice"])
 def test_a_set_begun_with_the_base_s_own_sampler_is_continued_with_it_unasked(is_old, tiny_base, tmp_path):
     """And in its steps and precision: by training and by the script."""

@@ -130,6 +130,7 @@ def test_demo_subjects_are_held_out_and_their_pictures_are_what_the_script_draws
             assert Image.open(folder / f"{number}.png").tobytes() == draw(scene).tobytes()
 
 
+@pytest.mark.slow
 def test_reader_is_right_on_fresh_renders():
     """At least 99 % per attribute; the pictures are found valid."""
     truths = scenes(200, "fresh")
@@ -139,6 +140,7 @@ def test_reader_is_right_on_fresh_renders():
     assert all(read(picture).valid for picture in pictures[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blur", "sigma", "least"),
     [
@@ -193,6 +195,7 @@ def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
     assert all(shares[name] >= share for name, share in least.items()), shares
 
 
+@pytest.mark.slow
 def test_a_reading_above_the_gate_is_right():
     """What the gates promise, on renders that are blurred and noisy about as much as pass them: 95 % of what they stand for."""
     rng = np.random.default_rng(1)
@@ -256,6 +259,7 @@ def test_invalid_pictures_count_as_wrong_not_as_missing():
     assert score.identity_share(read(good), "cat", truth.identity) == 0
 
 
+@pytest.mark.slow
 def test_spread_is_zero_for_the_prior_and_large_for_one_identity():
     many = [read(draw(scene)) for scene in scenes(60, "spread")]
     one = [read(draw(Scene("dog", "red", "snow", Identity(1, 2, 3, 0))))] * 20
@@ -290,6 +294,7 @@ def test_the_base_meets_its_targets_and_the_card_repeats_the_figures():
     assert figures["psnr_db"] >= base_report.PSNR_TARGET
 
 
+@pytest.mark.slow
 def test_base_draws_what_prompts_ask_for():
     """A small sample of what the report measures on 512 prompts, with room for the luck of 16."""
     from diffusers import StableDiffusionPipeline

@@ -81,6 +81,7 @@ def refuse(*args: Any, **others: Any) -> None:
 # --- the reference's own tests, command line for command line
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("base", "words", "parts"),
     [
@@ -115,6 +116,7 @@ def test_each_family_trains_an_adapter_that_plain_diffusers_loads(
     assert sorted(name for name, there in pipeline.get_list_adapters().items() if there) == parts.split()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("more", ["", "--train_text_encoder"])
 def test_captions_of_a_data_set_are_trained_on(more, tiny_xl, tmp_path, monkeypatch):
     data = tiny.make_photos(tmp_path / "data" / "train")
@@ -127,6 +129,7 @@ def test_captions_of_a_data_set_are_trained_on(more, tiny_xl, tmp_path, monkeypa
     assert set(seen) == {row["text"] for row in rows}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("base", "steps", "words", "draws"),
     [
@@ -157,6 +160,7 @@ def test_the_limit_on_checkpoints_keeps_the_last_two(
         assert len(pipeline("a prompt", num_inference_steps=draws, output_type="latent").images) == 1
 
 
+@pytest.mark.trains
 def test_a_resumed_run_with_a_lower_limit_removes_several_checkpoints(tiny_base, photos_dir, tmp_path):
     run(tiny_base, photos_dir, tmp_path, "--max_train_steps=4 --checkpointing_steps=2")
     assert checkpoints_in(tmp_path) == {"checkpoint-2", "checkpoint-4"}
@@ -224,6 +228,7 @@ def test_the_flags_of_the_xl_script_have_its_defaults():
     assert resolve(spoken, "if", seed=0, mixed_precision="no").instance.resolution == 64
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("words", "rates"),
     [
@@ -237,6 +242,7 @@ def test_the_schedule_s_flags_give_its_rates(words, rates, tiny_base, photos_dir
     assert [record["lr"] for record in records(tmp_path)] == pytest.approx(rates, abs=1e-6)
 
 
+@pytest.mark.trains
 def test_variant_tokenizer_and_vae_come_from_where_the_flags_say(tiny_base, photos_dir, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
@@ -254,6 +260,7 @@ def test_variant_tokenizer_and_vae_come_from_where_the_flags_say(tiny_base, phot
     assert all(torch.equal(there[key], plain[key]) for key in plain)
 
 
+@pytest.mark.trains
 def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     norms: list[float] = []
 
@@ -285,6 +292,7 @@ def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkey
     assert "3 of 3 photos are smaller than --resolution 72" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     "when",
     ["--validation_epochs 2 --num_validation_images 2", "--validation_steps 3 --num_validation_images 1"],
@@ -298,6 +306,7 @@ def test_validation_comes_when_the_flags_say(when, tiny_base, photos_dir, tmp_pa
     ]
 
 
+@pytest.mark.trains
 def test_trackers_write_to_the_logging_folder_and_never_the_token(
     tiny_base, photos_dir, tmp_path, monkeypatch, capfd
 ):
@@ -319,6 +328,7 @@ def test_trackers_write_to_the_logging_folder_and_never_the_token(
 # --- defects: the script for Stable Diffusion
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("steps", [3, 4], ids=["after a whole pass", "within a pass"])
 def test_a_run_resumed_at_its_end_trains_nothing_and_still_draws(steps, tiny_base, photos_dir, tmp_path):
     words = f"--max_train_steps {steps} --checkpointing_steps {steps}"
@@ -332,6 +342,7 @@ def test_a_run_resumed_at_its_end_trains_nothing_and_still_draws(steps, tiny_bas
     assert len(records(tmp_path)) == steps
 
 
+@pytest.mark.trains
 def test_the_launcher_s_precision_counts_and_what_is_trained_is_float32(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
@@ -363,6 +374,7 @@ def test_the_launcher_s_precision_counts_and_what_is_trained_is_float32(
         run(tiny_base, photos_dir, tmp_path / "fp16", TWO_STEPS)
 
 
+@pytest.mark.trains
 def test_gradient_checkpointing_trains_both_text_encoders_and_nothing_else_gets_a_gradient(
     tiny_xl, photos_dir, tmp_path, monkeypatch
 ):
@@ -387,6 +399,7 @@ def test_gradient_checkpointing_trains_both_text_encoders_and_nothing_else_gets_
     assert astray == []
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_pictures_are_drawn_in_eval_mode_by_the_models_in_memory(
     precision, tiny_base, photos_dir, tmp_path, monkeypatch
@@ -477,6 +490,7 @@ def test_nothing_asks_for_a_version_or_imports_a_tracker_at_the_start():
             assert not optional & {name.split(".")[0] for name in names}, path
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("world", "accumulation", "steps"), [(1, 1, 10), (2, 1, 6), (1, 3, 4), (2, 3, 2)])
 def test_steps_of_a_pass_are_counted_once_for_all_processes(world, accumulation, steps):
     words = [
@@ -550,6 +564,7 @@ def test_loader_processes_get_names_and_no_tensors(dataset):
     assert b"torch" not in sent
 
 
+@pytest.mark.trains
 def test_frozen_text_encoders_are_gone_once_the_prompts_are_encoded(
     tiny_xl, photos_dir, tmp_path, monkeypatch
 ):
@@ -571,6 +586,7 @@ def test_frozen_text_encoders_are_gone_once_the_prompts_are_encoded(
     assert (len(encoders), left) == (2, [0, 0, 0, 0])
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("base", "text"), [("tiny_base", {"te"}), ("tiny_xl", {"te1", "te2"})])
 def test_the_kohya_file_is_whole_with_a_trained_text_encoder(base, text, photos_dir, tmp_path, request):
     ours = load_file(
@@ -603,6 +619,7 @@ def test_noise_levels_are_found_by_number_not_by_timestep():
     assert torch.allclose(task.noisy_latents, latents + scheduler.sigmas[levels].view(3, 1, 1, 1) * noise)
 
 
+@pytest.mark.trains
 def test_constants_are_computed_once_and_records_are_one_an_update(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):

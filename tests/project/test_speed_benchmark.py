@@ -61,6 +61,7 @@ def measured(tmp_path: Path, *, reference: bool = True) -> dict[str, Any]:
     return {**speed.setting(options), "cases": cases}
 
 
+@pytest.mark.trains
 def test_the_probe_sees_every_step_of_a_run_and_leaves_nothing_behind(tiny_base, photos_dir, tmp_path):
     words = f"--pretrained_model_name_or_path {tiny_base} --instance_data_dir {photos_dir} --resolution 64 --max_train_steps 3 --seed 0"
     words += f" --train_batch_size 1 --instance_prompt sks --report_to none --output_dir {tmp_path / 'out'}"
@@ -84,6 +85,7 @@ def test_the_probe_sees_every_step_of_a_run_and_leaves_nothing_behind(tiny_base,
     assert others["steps"] == []
 
 
+@pytest.mark.slow
 def test_a_script_under_the_probe_is_main_and_its_report_is_of_this_clock(tmp_path):
     script = tmp_path / "stepping.py"
     script.write_text(STEPPING)
@@ -215,6 +217,7 @@ def test_medians_are_by_figure_and_ratios_of_what_both_have():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", speed.CASES)
 def test_every_case_has_flags_that_this_program_takes(name, tmp_path):
     tried = speed.CASES[name]

@@ -18,6 +18,7 @@ def records(out: Path) -> list[dict]:
     return [record for record in found if "memory" in record]
 
 
+@pytest.mark.trains
 def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp_path, capsys):
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "3")
     found = records(tmp_path)
@@ -30,6 +31,7 @@ def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp
     assert f"memory: {peak:.1f} GiB at most in the computer" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
     words = ["--checkpointing_steps", "2"]
     run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
@@ -93,6 +95,7 @@ def test_offloaded_tensors_are_copies_with_their_strides_and_weights_stay():
     assert product._saved_input.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("words", ["--gradient_checkpointing", "--mixed_precision bf16", "--use_dora"])
 def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp_path, monkeypatch):
     """As far as it can be seen on a CPU, where what is kept is copied from the same memory."""

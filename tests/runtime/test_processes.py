@@ -75,6 +75,7 @@ def test_processes_that_see_other_data_are_refused_by_number():
     assert together(lambda peers: peers.check_same({"photos": "the same"})) == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["sync_stop", "gather", "sum", "barrier", "check_same"])
 def test_a_process_that_died_is_named_by_every_exchange(exchange):
     def work(peers: processes.Peers) -> Any:
@@ -93,6 +94,7 @@ def test_a_process_that_died_is_named_by_every_exchange(exchange):
     assert together(work)[0] == "Stop: process 1 of 2 (counted from 0) died or hangs"
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(monkeypatch):
     monkeypatch.setattr(processes, "_ROLL_CALL", processes.datetime.timedelta(seconds=2))
 

@@ -38,6 +38,7 @@ def test_imports_are_made_without_garbage_collection_and_what_they_made_is_not_l
     subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_imports_neither_torch_nor_diffusers(script):
     """And so is there in less than half a second on a machine with nothing else to do."""

@@ -51,6 +51,7 @@ def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:
     return digest(run_train(tiny_base, photos_dir, out, *STEPS, "--resume_from_checkpoint", "latest", *more))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("number", stops.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_with_its_last_step_saved(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number
@@ -76,12 +77,14 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.trains
 def test_signals_belong_to_their_owner_again_after_a_run(tiny_base, photos_dir, tmp_path):
     before = [signal.getsignal(number) for number in stops.SIGNALS]
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
     assert [signal.getsignal(number) for number in stops.SIGNALS] == before
 
 
+@pytest.mark.trains
 def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
@@ -129,6 +132,7 @@ def test_a_signal_ends_the_making_of_class_images(tiny_base, tmp_path, monkeypat
     assert stop.value.code == 130
 
 
+@pytest.mark.trains
 def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
@@ -145,6 +149,7 @@ def test_a_signal_while_photos_are_encoded_stops_before_the_next_photo(
     assert (stop.value.code, len(calls)) == (143, 1)
 
 
+@pytest.mark.trains
 def test_a_signal_in_a_validation_saves_the_step_before_it(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
 ):
@@ -202,6 +207,7 @@ def test_what_nohup_wants_ignored_stays_ignored():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.trains
 def test_the_time_limit_ends_the_run_with_status_75_and_it_goes_on_from_there(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
 ):
@@ -217,6 +223,7 @@ def test_the_time_limit_ends_the_run_with_status_75_and_it_goes_on_from_there(
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
+@pytest.mark.trains
 def test_a_run_whose_launcher_died_saves_and_ends(tiny_base, photos_dir, tmp_path, monkeypatch, unbroken):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     real = os.getppid
@@ -239,6 +246,7 @@ def test_a_run_started_from_a_shell_outlives_the_shell(monkeypatch):
     watch.close()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     "error",
     [
@@ -263,6 +271,7 @@ def test_memory_that_runs_out_is_said_with_what_helps(
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
+@pytest.mark.trains
 def test_an_error_of_the_program_s_own_keeps_its_traceback_and_the_steps_so_far(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken
 ):
@@ -277,6 +286,7 @@ def test_an_error_of_the_program_s_own_keeps_its_traceback_and_the_steps_so_far(
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
+@pytest.mark.trains
 def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, monkeypatch):
     """Some parameters would be a step ahead of the others."""
 
@@ -293,6 +303,7 @@ def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, mon
 # --- a full disk
 
 
+@pytest.mark.trains
 def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
@@ -314,6 +325,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
     assert "bytes" in said
 
 
+@pytest.mark.trains
 def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
@@ -334,6 +346,7 @@ def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
 
 
+@pytest.mark.trains
 def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
@@ -362,6 +375,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
     assert "status.json cannot be written" in said.err
 
 
+@pytest.mark.trains
 def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):

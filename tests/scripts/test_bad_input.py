@@ -1347,6 +1347,7 @@ def test_the_payload_would_leave_its_mark(tmp_path):
     assert (tmp_path / "executed").is_dir()
 
 
+@pytest.mark.trains
 def test_good_input_reaches_the_models(tiny_base, good_adapter, photos_dir, tmp_path):
     """Else everything could be refused."""
     with pytest.raises(AssertionError, match="a model was loaded"):

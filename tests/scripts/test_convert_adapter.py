@@ -169,6 +169,7 @@ def test_inspect_with_a_base_says_whether_it_fits(native, tiny_base, tiny_xl, ca
         run("inspect", native("lora"), "--pretrained_model_name_or_path", tiny_xl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["locon", "loha cp", "lokr both", "dora"])
 def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_base, tmp_path, capsys):
     """Names stay as in the file; norms are those of the same adapter with its base."""
@@ -207,6 +208,7 @@ def test_norms_are_those_of_the_dense_update(native, layers):
 # ---- convert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kohya_and_back_gives_the_same_bytes(kind, native, tiny_base, adapted, layers, tmp_path):
     base = ("--pretrained_model_name_or_path", tiny_base)
@@ -234,6 +236,7 @@ def test_an_xl_adapter_goes_to_kohya_and_back(xl_adapter, tiny_xl, tmp_path):
     expect_close(formats.read(tmp_path / "n.safetensors", own), all_deltas(formats.read(xl_adapter, own)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loha", "loha cp", "lokr", "lokr dense"])
 def test_loha_and_lokr_become_the_same_lora(kind, native, adapted, layers, tiny_base, tmp_path, capsys):
     words = ("convert", native(kind), "--to", "lora", "--pretrained_model_name_or_path", tiny_base)
@@ -255,6 +258,7 @@ def test_loha_and_lokr_become_the_same_lora(kind, native, adapted, layers, tiny_
         assert float(said[component].split("%")[0]) / 100 == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["lora", "mixed ranks", "dora", "loha cp", "lokr factor", "lokr dense", "lokr cp"]
 )
@@ -482,6 +486,7 @@ def expect_same_pictures(baked: Path, base: Path, uses: list[tuple[Path, float]]
     assert np.abs(found - wanted).max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "locon", "dora", "loha cp", "lokr"])
 def test_a_baked_base_draws_what_base_and_adapter_draw(kind, native, tiny_base, tmp_path):
     base = ("--pretrained_model_name_or_path", tiny_base)
@@ -499,6 +504,7 @@ def test_a_baked_xl_draws_what_base_and_adapter_draw(xl_adapter, tiny_xl, tmp_pa
     expect_same_pictures(tmp_path / "baked", tiny_xl, [(xl_adapter, 1.0)])
 
 
+@pytest.mark.slow
 def test_several_baked_adapters_add_up_dora_too(native, tiny_base, tmp_path):
     words = [native("dora"), f"{native('lora')}:-0.4"]
     run("bake", *words, "--pretrained_model_name_or_path", tiny_base, "--merge_to", tmp_path / "baked")
@@ -523,6 +529,7 @@ def expect_weights_of_infer(
     assert changed > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.01, 0.5, -2])
 def test_the_weight_of_a_baked_dora_is_that_of_all_it_changes(weight, native, layers, tiny_base, tmp_path):
     run(
@@ -536,6 +543,7 @@ def test_the_weight_of_a_baked_dora_is_that_of_all_it_changes(weight, native, la
     expect_weights_of_infer(tmp_path / "baked", tiny_base, layers, native("dora"), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["oft", "boft", "hra"])
 def test_what_turns_weights_is_shown_and_baked(name, layers, tiny_base, tmp_path, capsys):
     path = rotation_file(open_pipeline(tiny_base), name, tmp_path / "turned.safetensors")
@@ -632,6 +640,7 @@ def odd_base(tiny_base, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
 def test_variants_and_files_in_pieces_come_out_as_a_plain_base(dtype, odd_base, native, tmp_path, capsys):
     words = ["--pretrained_model_name_or_path", odd_base, "--variant", "fp16", "--merge_to", tmp_path / "new"]
@@ -956,6 +965,7 @@ def test_flags_come_from_a_file_too(native, tmp_path):
     } == {1}
 
 
+@pytest.mark.slow
 def test_the_script_answers_mistakes_without_its_slow_imports(tmp_path):
     """As a process: status 2, one line, no traceback; and no torch for --help."""
     words = [sys.executable, "convert_adapter.py", "inspect", str(tmp_path / "none.safetensors")]

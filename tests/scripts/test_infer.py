@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +34,7 @@ from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions
+from tests.running import main_on_two_processes
 
 ROOT = Path(__file__).parent.parent.parent
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -170,6 +169,7 @@ def expect_close(found: Tensor, expected: Tensor, limit: float = 1e-6) -> None:
 # --- live models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
 def test_an_adapter_of_any_kind_adds_exactly_what_it_says(kind, pipeline, layers):
     adapter = adapter_of(layers, KINDS.get(kind, mixed))
@@ -180,6 +180,7 @@ def test_an_adapter_of_any_kind_adds_exactly_what_it_says(kind, pipeline, layers
     assert (expected - before).norm() > 0.01
 
 
+@pytest.mark.slow
 def test_kinds_on_the_same_layers_add_up_at_their_weights_in_any_order(pipeline, layers):
     adapters = {kind: adapter_of(layers, make, seed=seed) for seed, (kind, make) in enumerate(KINDS.items())}
     weights = {"lora": 0.5, "dora": 0.7, "loha": -0.4, "doha": 0.3, "lokr": 1.2}
@@ -222,6 +223,7 @@ def clean(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     return found
 
 
+@pytest.mark.slow
 def test_what_diffusers_does_to_adapters_works_on_all_kinds(pipeline, layers):
     """set_adapters, fuse_lora, unfuse_lora, disable_lora, delete_adapters, unload_lora_weights."""
     before = outputs(pipeline)
@@ -251,6 +253,7 @@ def test_what_diffusers_does_to_adapters_works_on_all_kinds(pipeline, layers):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["yes", "no"])
 def test_weight_0_and_taking_off_leave_the_base_bit_for_bit(how, pipeline, layers):
     before = outputs(pipeline)
@@ -281,6 +284,7 @@ def test_an_error_within_leaves_the_base_as_it_was(pipeline, layers):
         assert torch.equal(outputs(pipeline), before)
 
 
+@pytest.mark.slow
 def test_fused_equals_live(pipeline, layers):
     stack = apply.Stack(models_of(pipeline))
     for number in range(3):
@@ -426,6 +430,7 @@ def rotation_file(pipeline: StableDiffusionPipeline, name: str, path: Path) -> P
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_adapters_that_turn_weights_are_what_peft_makes_of_them(name, pipeline, layers, tmp_path, capfd):
     theirs = copy.deepcopy(pipeline)
@@ -586,6 +591,7 @@ def pixels(out: Path, records: list[dict]) -> list[bytes]:
     return [np.asarray(Image.open(out / record["file"])).tobytes() for record in records]
 
 
+@pytest.mark.slow
 def test_a_kohya_file_draws_what_the_native_file_draws(tiny_base, files, tmp_path):
     found = [
         pixels(
@@ -612,6 +618,7 @@ def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(tiny_base, files,
     assert np.abs(found - np.asarray(wrong)).max() > 1
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_row_of_weights_from_the_base_on(tiny_base, files, tmp_path, capsys):
     words = ["--adapter", str(files / "lora.safetensors"), f"{files / 'mixed.safetensors'}:0.5"]
     records = run(
@@ -645,6 +652,7 @@ def test_a_sweep_is_a_row_of_weights_from_the_base_on(tiny_base, files, tmp_path
     assert pixels(tmp_path / "alone", alone) == found[6:]
 
 
+@pytest.mark.slow
 def test_sets_are_swapped_without_loading_the_base_again(tiny_base, files, tmp_path, monkeypatch, capsys):
     (tmp_path / "sets.yaml").write_text(
         f"one: [{files}/lora.safetensors]\ntwo: [{files}/loha.safetensors:0.5]\nturned: [{files}/oft.safetensors]\n"
@@ -717,6 +725,7 @@ def test_the_table_says_what_was_read(tiny_base, files, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
     base = families.find(BaseOptions(str(tiny_xl)))
     adapter = adapter_of(base.layers(), mixed)
@@ -755,7 +764,8 @@ def test_adapters_of_two_bases_are_refused(tiny_base, tiny_xl, files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path):
+@pytest.mark.slow
+def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path, capfd):
     (tmp_path / "sets.yaml").write_text(
         f"one: [{files}/lora.safetensors]\ntwo: [{files}/mixed.safetensors:0.5, {files}/loha.safetensors]\n"
     )
@@ -774,34 +784,17 @@ def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path):
     ]
     words += ["--prompt", "a dog", "a cat"]
     records = run(tiny_base, tmp_path / "one", *words)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "29583",
-        "infer.py",
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *words_of(tiny_base, tmp_path / "two", *words)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("wrote 18 pictures") == 1
+    options = parse(InferOptions, "", words_of(tiny_base, tmp_path / "two", *words))
+    capfd.readouterr()
+    main_on_two_processes(infer.main, options)
+    assert capfd.readouterr().out.count("wrote 18 pictures") == 1
     names = [*(record["file"] for record in records), "images.json", "contact_sheet.png"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert {path.name for path in (tmp_path / "two").iterdir()} == {*names, ".lock"}
 
 
+@pytest.mark.slow
 def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, layers, tmp_path, monkeypatch):
     """The second of two processes draws none of the first set: its layers must lie one in another as if it had."""
     wide = {kind: adapter_of(layers, KINDS[kind]) for kind in ("loha", "lokr")}

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,16 @@ from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.training import objectives
 from tests import tiny
-from tests.running import ROOT, digest, metrics, prior_words, run_train, train_words
+from tests.running import (
+    ROOT,
+    as_main,
+    digest,
+    main_on_two_processes,
+    metrics,
+    prior_words,
+    run_train,
+    train_words,
+)
 
 REAL_PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth"
 
@@ -67,6 +74,7 @@ def trained(tiny_base, photos_dir, tmp_path_factory) -> Path:
 # --- training
 
 
+@pytest.mark.trains
 def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
     names = {path.name for path in trained.iterdir()}
     assert {
@@ -88,11 +96,13 @@ def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
     assert len(list((trained / "class").glob("class-*.png"))) == 3
 
 
+@pytest.mark.trains
 def test_loss_is_instance_plus_weighted_prior(trained):
     for record in metrics(trained):
         assert record["loss"] == pytest.approx(record["loss_instance"] + record["loss_prior"], rel=1e-5)
 
 
+@pytest.mark.trains
 def test_training_moves_both_adapters(trained):
     state = load_file(trained / native.ADAPTER_NAME)
     for component in ("unet.", "text_encoder."):
@@ -105,6 +115,7 @@ def test_training_moves_both_adapters(trained):
         assert all(value > 0 for value in moved)
 
 
+@pytest.mark.trains
 def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
     """The adapter file loads with `load_lora_weights`, and the picture is the same but for rounding: on a CPU infer.py computes by oneDNN."""
     from diffusers import StableDiffusionPipeline
@@ -126,6 +137,7 @@ def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
     assert np.abs(ours.astype(int) - without).max() > 10
 
 
+@pytest.mark.trains
 def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp_path):
     """Step 0 of every run is the base itself: with no update the adapted picture is the base's, bit for bit."""
     adapter = run_train(
@@ -145,6 +157,7 @@ def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp
     assert np.array_equal(base, adapted)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("photo_size", [(64, 64), (90, 64)], ids=["fixed crop", "random crop"])
 def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
     """6 steps, and 4 (checkpoint at 3) resumed to 6: the same bytes; with dropout, accumulation, prior preservation, text encoder."""
@@ -192,6 +205,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.trains
 def test_loader_workers_change_nothing(tiny_base, tmp_path):
     photos = tiny.make_photos(tmp_path / "photos", 3, (90, 64))
     words = ["--max_train_steps", "2", "--cache_latents", "off"]
@@ -202,6 +216,7 @@ def test_loader_workers_change_nothing(tiny_base, tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.trains
 def test_gradient_checkpointing_changes_nothing(tiny_base, photos_dir, tmp_path):
     words = ["--max_train_steps", "2", "--train_text_encoder"]
     plain = run_train(tiny_base, photos_dir, tmp_path / "a", *words)
@@ -209,6 +224,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, photos_dir, tmp_path)
     assert digest(plain) == digest(checkpointed)
 
 
+@pytest.mark.trains
 def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
     """Two processes x 1 equals one process x 2 accumulated, bit for bit, class images included."""
     words = [
@@ -220,20 +236,8 @@ def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
         *prior_words(tmp_path / "class-2"),
         *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"],
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29581",
-        "train_dreambooth_lora.py",
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += train_words(tiny_base, photos_dir, tmp_path / "two", *words)
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path / "two", *words))
+    main_on_two_processes(train.main, options)
     pictures = [
         [digest(tmp_path / folder / f"class-00000{k}.png") for k in range(3)]
         for folder in ("class-1", "class-2")
@@ -243,6 +247,7 @@ def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
     assert len(metrics(tmp_path / "two")) == 3  # one process writes
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_adapter_is_float32_whatever_the_base(tiny_v_base, photos_dir, tmp_path, precision):
     """And v-prediction trains."""
@@ -275,6 +280,7 @@ def test_instance_and_class_are_averaged_separately():
     assert train.dreambooth_loss(losses, sources=1, prior_loss_weight=9)[0] == 11
 
 
+@pytest.mark.trains
 def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
     alone = run_train(
         tiny_base, photos_dir, tmp_path / "alone", "--max_train_steps", "2", "--num_threads", "1"
@@ -289,6 +295,7 @@ def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
     assert (differences < 1e-6).float().mean() > 0.99
 
 
+@pytest.mark.trains
 def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(tiny_base, photos_dir, tmp_path):
     watched = [
         "--validation_prompt",
@@ -308,6 +315,7 @@ def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(tiny_b
     assert digest(plain) != digest(masked)
 
 
+@pytest.mark.trains
 def test_validation_does_not_shift_training(tiny_base, photos_dir, tmp_path):
     words = ["--max_train_steps", "3", "--lora_dropout", "0.3", "--train_text_encoder"]
     plain = run_train(tiny_base, photos_dir, tmp_path / "a", *words)
@@ -324,6 +332,7 @@ def test_validation_does_not_shift_training(tiny_base, photos_dir, tmp_path):
     assert digest(plain) == digest(watched)
 
 
+@pytest.mark.trains
 def test_run_yaml_repeats_the_run(tiny_base, photos_dir, tmp_path):
     """Without --seed one is drawn and stored; the stored options give the same adapter."""
     words = train_words(tiny_base, photos_dir, tmp_path / "a", "--max_train_steps", "2")
@@ -340,17 +349,20 @@ def test_run_yaml_repeats_the_run(tiny_base, photos_dir, tmp_path):
     assert digest(tmp_path / "a" / native.ADAPTER_NAME) == digest(tmp_path / "b" / native.ADAPTER_NAME)
 
 
+@pytest.mark.trains
 def test_scale_lr_and_schedule_set_the_rate_of_each_step(tiny_base, photos_dir, tmp_path):
     words = "--max_train_steps 4 --learning_rate 0.001 --scale_lr --gradient_accumulation_steps 2 --lr_scheduler linear --lr_warmup_steps 2"
     run_train(tiny_base, photos_dir, tmp_path, *words.split())
     assert [record["lr"] for record in metrics(tmp_path)] == pytest.approx([0, 0.001, 0.002, 0.001])
 
 
+@pytest.mark.trains
 def test_epochs_become_steps(tiny_base, photos_dir, tmp_path):
     run_train(tiny_base, photos_dir, tmp_path, "--num_train_epochs", "2")
     assert len(metrics(tmp_path)) == 6  # three photos, batch 1, two passes
 
 
+@pytest.mark.trains
 def test_total_limit_keeps_the_newest(tiny_base, photos_dir, tmp_path):
     run_train(
         tiny_base,
@@ -361,6 +373,7 @@ def test_total_limit_keeps_the_newest(tiny_base, photos_dir, tmp_path):
     assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
 
 
+@pytest.mark.trains
 def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, photos_dir, tmp_path, capsys):
     words = prior_words(trained / "class", "--train_text_encoder", "--max_train_steps", "6")
     run_train(
@@ -370,6 +383,7 @@ def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, phot
     assert digest(tmp_path / native.ADAPTER_NAME) == digest(trained / native.ADAPTER_NAME)
 
 
+@pytest.mark.trains
 def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, photos_dir, tmp_path):
     words = prior_words(
         trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-2")
@@ -384,6 +398,7 @@ def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, phot
         run_train(tiny_base, photos_dir, tmp_path, *words, "--seed", "2", "--class_seed", "1")
 
 
+@pytest.mark.trains
 def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_base, photos_dir, tmp_path):
     """Either would quietly give another adapter under the same name."""
     words = prior_words(
@@ -396,6 +411,7 @@ def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_
         run_train(tiny_base, photos_dir, tmp_path, *words, "--max_train_steps", "2")
 
 
+@pytest.mark.trains
 def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base, photos_dir, tmp_path):
     """Without --class_seed the pictures that are there are taken as they are."""
     before = {path.name: digest(path) for path in (trained / "class").glob("*.png")}
@@ -416,6 +432,7 @@ def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base,
         )
 
 
+@pytest.mark.trains
 def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     real = train.Training.take_gradients
 
@@ -431,6 +448,7 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_p
     assert not (tmp_path / native.ADAPTER_NAME).exists()
 
 
+@pytest.mark.trains
 def test_adapters_in_the_reference_scripts_spelling_are_read(trained, tiny_base, tmp_path):
     from safetensors.torch import save_file
 
@@ -476,6 +494,7 @@ def test_processes_that_cannot_see_each_other_are_refused(tiny_base, photos_dir,
         run_train(tiny_base, photos_dir, tmp_path)
 
 
+@pytest.mark.trains
 def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     """No step is taken with it, the step before it is saved, the picture is named, and the exit status is 1."""
     real = train.denoising_losses
@@ -502,6 +521,7 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_base, photos_dir, tmp_path, 
     )
 
 
+@pytest.mark.trains
 def test_what_is_trained_is_printed(tiny_base, photos_dir, tmp_path, capsys):
     run_train(
         tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--train_text_encoder", "--rank", "2"
@@ -515,6 +535,7 @@ def test_what_is_trained_is_printed(tiny_base, photos_dir, tmp_path, capsys):
         assert f"{sum(tensor.numel() for tensor in tensors):,}" in row
 
 
+@pytest.mark.trains
 def test_tensorboard_gets_scalars(tiny_base, photos_dir, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is an optional extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -552,6 +573,7 @@ def test_bad_photo_folders_are_refused_at_the_door(tiny_base, tmp_path, no_model
         run_train(tiny_base, spoil(tmp_path / "photos", kind), tmp_path / "out")
 
 
+@pytest.mark.trains
 def test_hidden_files_are_skipped_with_a_note(tiny_base, photos_dir, tmp_path, capsys):
     photos = tiny.make_photos(tmp_path / "photos", 1)
     (photos / ".DS_Store").write_text("junk")
@@ -614,7 +636,7 @@ def test_fp16_on_a_cpu_is_refused(tiny_base, photos_dir, tmp_path, no_models):
 
 @pytest.mark.parametrize("script", ["train_dreambooth_lora.py", "generate_class_images.py", "infer.py"])
 def test_mistakes_end_with_status_2_and_one_message(script, tmp_path):
-    """The process itself: no traceback, nothing written."""
+    """As a process has it: no traceback, nothing written."""
     words = {
         "train_dreambooth_lora.py": [
             "--instance_data_dir",
@@ -634,18 +656,10 @@ def test_mistakes_end_with_status_2_and_one_message(script, tmp_path):
             str(tmp_path / "o"),
         ],
     }[script]
-    command = [sys.executable, script, "--pretrained_model_name_or_path", str(tmp_path / "nobase"), *words]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "error: " in result.stderr
+    status, errors = as_main(script, "--pretrained_model_name_or_path", str(tmp_path / "nobase"), *words)
+    assert status == 2
+    assert "Traceback" not in errors
+    assert errors.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -663,6 +677,7 @@ def make_class_images(base: Path, folder: Path, *more: str) -> dict[str, str]:
     return {path.name: digest(path) for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
 def test_class_images_are_the_same_after_an_interruption(tiny_base, tmp_path, monkeypatch):
     from dreambooth.bases import pipelines
 
@@ -684,26 +699,16 @@ def test_class_images_are_the_same_after_an_interruption(tiny_base, tmp_path, mo
     assert make_class_images(tiny_base, tmp_path / "cut") == whole
 
 
+@pytest.mark.slow
 def test_class_images_are_the_same_from_two_processes(tiny_base, tmp_path):
     alone = make_class_images(tiny_base, tmp_path / "alone", "--num_threads", "1")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29582",
-        "generate_class_images.py",
-    ]
-    command += class_words(tiny_base, tmp_path / "both", "--num_threads", "1")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    words = class_words(tiny_base, tmp_path / "both", "--num_threads", "1")
+    main_on_two_processes(generate_class_images.main, parse(ClassImageOptions, "", words))
     assert {path.name: digest(path) for path in sorted((tmp_path / "both").glob("*.png"))} == alone
     assert not list((tmp_path / "both").glob(".class-*"))
 
 
+@pytest.mark.trains
 def test_training_makes_the_class_images_that_the_script_makes(trained, tiny_base, tmp_path):
     by_script = make_class_images(tiny_base, tmp_path / "class", "--num_class_images", "3", "--seed", "1")
     assert by_script == {path.name: digest(path) for path in sorted((trained / "class").glob("*.png"))}
@@ -723,6 +728,7 @@ def test_class_folder_of_other_settings_is_refused(tiny_base, tiny_v_base, tmp_p
 # --- infer
 
 
+@pytest.mark.slow
 def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tiny_base, tmp_path):
     words = (
         f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --batch_size 1 --prompt".split()
@@ -750,6 +756,7 @@ def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tin
     assert Image.open(tmp_path / "many" / "contact_sheet.png").width > 2 * 160
 
 
+@pytest.mark.trains
 def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, tmp_path):
     path = fill_copy(trained, tmp_path)
     words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / 'both'} --compare"
@@ -773,6 +780,7 @@ def test_prompts_come_from_a_file(tiny_base, tmp_path):
     ]
 
 
+@pytest.mark.trains
 def test_adapter_of_another_base_is_refused(trained, tmp_path):
     other = tiny.build_pipeline(tmp_path / "other", text_width=48)
     words = f"--pretrained_model_name_or_path {other} --adapter {trained} --output_dir {tmp_path / 'out'}"
@@ -780,6 +788,7 @@ def test_adapter_of_another_base_is_refused(trained, tmp_path):
         infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
 
 
+@pytest.mark.slow
 def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_path):
     prompts = ["../../etc/passwd", 'a "dog"\nSteps: 1', "\x1b[31mred"]
     words = (
@@ -794,6 +803,7 @@ def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_p
 # --- real photos
 
 
+@pytest.mark.trains
 @pytest.mark.skipif(not (REAL_PHOTOS / "dog3").is_dir(), reason=f"the real photos are not at {REAL_PHOTOS}")
 @pytest.mark.parametrize("base", ["tiny", "picturebook"])
 def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
@@ -810,6 +820,7 @@ def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
     assert all(np.isfinite(losses))
 
 
+@pytest.mark.trains
 def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, tiny_base):
     from safetensors import safe_open
 

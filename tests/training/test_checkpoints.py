@@ -465,6 +465,7 @@ def test_ctrl_c_while_saving_leaves_the_older_ones_and_nothing_else(step, call, 
     assert [content(path) for _, path in checkpoint_folders.list_checkpoints(tmp_path)] == [(2, 0), (4, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6], ids=["again", "new"])
 def test_one_error_of_the_disk_at_any_call_costs_no_whole_checkpoint(step, tmp_path, monkeypatch):
     """The save says so or was done; the newest whole one is found; the next save works."""
@@ -560,12 +561,14 @@ def counts() -> dict[str, int]:
     )
 
 
+@pytest.mark.slow
 def test_whenever_the_process_is_killed_there_is_a_whole_checkpoint_and_it_is_found(counts):
     """Before each call to the file system and in the middle of each write, keeping 1, 2 and 3: saving a new step, one that is there, sweeping."""
     assert counts["kill_points"] >= 100
     assert counts["violations"] == 0
 
 
+@pytest.mark.slow
 def test_the_count_of_violations_can_be_other_than_0(tmp_path, monkeypatch):
     """The control of the test above: the order of the reference script, which removes before it saves."""
     publish = checkpoint_faults.publish
@@ -906,6 +909,7 @@ class Trap:
         return (Path.touch, (self.marker,))
 
 
+@pytest.mark.slow
 def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
     """Under any name: as a file too many, in the place of one, and in the place of one with hashes that hold."""
     marker = tmp_path / "marker"
@@ -1050,6 +1054,7 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], ob
     rewrite(folder, name, changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(what, folder, loaded):
     """Half of a checkpoint would train on from a state that no run was ever in."""

@@ -270,6 +270,7 @@ CASES += [
 CASES += [(name, f"--noise_offset 0.3 {PRIOR}") for name in ("sd", "v", "xl", "xl as edm", "edm", "if")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), CASES)
 def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
     """Loss and gradients, over two micro-batches of two. Wrong weights, and prompts or sizes of other pictures, give others."""

@@ -133,6 +133,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- there and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [{}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4, "adam_beta1": 0.8}],
@@ -152,6 +153,7 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one_bit_for_bit(name, more
     assert_same(second.everything(), straight.everything())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_the_optimizer_s_state_counts(name, loaded, tmp_path):
     """The control of the test above: every number has changed, and with the parameters alone the next step is another one."""
@@ -170,6 +172,7 @@ def test_the_optimizer_s_state_counts(name, loaded, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_what_a_checkpoint_restored_is_what_it_writes_again(name, loaded, tmp_path):
     first, second = Run(loaded, name, rank=64), Run(loaded, name, rank=64, seed=8)
@@ -182,6 +185,7 @@ def test_what_a_checkpoint_restored_is_what_it_writes_again(name, loaded, tmp_pa
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_run_whose_adapter_file_is_scaled_goes_on_from_its_own_parameters(name, loaded, tmp_path):
     first, second = Run(loaded, name, alpha=2.0), Run(loaded, name, alpha=2.0, seed=8)
@@ -190,6 +194,7 @@ def test_a_run_whose_adapter_file_is_scaled_goes_on_from_its_own_parameters(name
     assert_same(second.everything(), first.everything())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_its_steps(
     name, loaded, tmp_path
@@ -336,6 +341,7 @@ def test_adam_s_flags_reach_the_optimizer(name):
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_dropped_group_is_trained_no_more_and_the_rest_resumes_bit_for_bit(name, loaded, tmp_path):
     def dropped(run: Run) -> list[torch.Tensor]:
@@ -367,6 +373,7 @@ def test_a_dropped_group_is_trained_no_more_and_the_rest_resumes_bit_for_bit(nam
     assert all(torch.equal(one, other) for one, other in zip(now, frozen, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_checkpoint_of_more_than_is_trained_now_is_refused(name, loaded, tmp_path):
     first, second = Run(loaded, name), Run(loaded, name)
@@ -448,6 +455,7 @@ def test_the_others_leave_warming_up_to_the_schedule():
 # --- what does not fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("own", "theirs"), [needs(*pair) for pair in itertools.permutations(OPTIMIZERS, 2)])
 def test_the_state_of_one_optimizer_is_refused_by_another(own, theirs, loaded, tmp_path):
     first, second = Run(loaded, theirs), Run(loaded, own, seed=8)
@@ -499,6 +507,7 @@ def put_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 WRONG: list[Any] = ["\x1b[2J", None, True, [], float("nan"), 10**400]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTING)
 def test_a_count_of_steps_that_is_none_is_refused(name, loaded, tmp_path):
     first, second = Run(loaded, name), Run(loaded, name, seed=8)
@@ -517,6 +526,7 @@ def test_a_count_of_steps_that_is_none_is_refused(name, loaded, tmp_path):
     assert_same(second.everything(), first.everything())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [PRODIGY, SCHEDULE_FREE])
 def test_a_group_s_number_that_is_none_is_refused(name, loaded, tmp_path):
     first, second = Run(loaded, name), Run(loaded, name, seed=8)
@@ -586,6 +596,7 @@ NUMBERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", NUMBERS)
 @pytest.mark.parametrize("name", [PRODIGY])
 def test_numbers_that_the_program_cannot_have_written_are_refused(name, what, loaded, tmp_path):
@@ -597,6 +608,7 @@ def test_numbers_that_the_program_cannot_have_written_are_refused(name, what, lo
     assert_refused(Run(loaded, name, seed=8), folder, reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, tmp_path):
     """Each field of a parameter missing, of another shape and of another dtype; a field, a parameter too many; a parameter missing."""
@@ -630,6 +642,7 @@ def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, 
     assert_same(second.everything(), first.everything())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", SCHEDULE_FREE])
 def test_parameters_beside_the_adapter_are_all_there_and_fit(name, loaded, tmp_path):
     """Of one component some are not enough; none is right for AdamW, whose adapter has them, and not for the schedule-free optimizer."""

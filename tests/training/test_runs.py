@@ -56,6 +56,7 @@ def in_child(work) -> int:
 # --- the lock
 
 
+@pytest.mark.trains
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_one_named(
     tiny_base, photos_dir, tmp_path, capfd
 ):
@@ -94,6 +95,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free_at_once(tmp_path):
         assert notes == []
 
 
+@pytest.mark.trains
 def test_class_images_that_another_run_is_making_are_waited_for(tiny_base, photos_dir, tmp_path, monkeypatch):
     """The second run then finds the set complete, and both train on the same pictures."""
     waited = []
@@ -157,6 +159,7 @@ def test_another_run_in_the_folder_is_refused_with_the_difference(
     assert json.loads((finished / run_folder.STATUS).read_text())["state"] == "finished"
 
 
+@pytest.mark.trains
 def test_all_differences_are_in_one_message(finished, tiny_base, photos_dir):
     with pytest.raises(UserError) as refusal:
         run_train(
@@ -174,6 +177,7 @@ def test_all_differences_are_in_one_message(finished, tiny_base, photos_dir):
     assert "--learning_rate was" in str(refusal.value)
 
 
+@pytest.mark.trains
 def test_another_base_is_refused(finished, tiny_v_base, photos_dir):
     with pytest.raises(UserError, match="the base's weights were"):
         run_train(
@@ -192,6 +196,7 @@ FREE = [
 ]
 
 
+@pytest.mark.trains
 def test_more_steps_and_what_leaves_the_old_ones_as_they_were_may_change(
     finished, tiny_base, photos_dir, tmp_path
 ):
@@ -212,6 +217,7 @@ def test_more_steps_and_what_leaves_the_old_ones_as_they_were_may_change(
     )
 
 
+@pytest.mark.trains
 def test_another_number_of_steps_under_a_schedule_that_depends_on_it_is_said(
     tiny_base, photos_dir, tmp_path, capsys
 ):
@@ -230,6 +236,7 @@ def test_another_number_of_steps_under_a_schedule_that_depends_on_it_is_said(
     assert "--max_train_steps was 2 and is 4: --lr_scheduler depends on it" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 def test_another_thread_count_is_said(finished, tiny_base, photos_dir, tmp_path, capsys):
     words = [
         "--max_train_steps",
@@ -243,6 +250,7 @@ def test_another_thread_count_is_said(finished, tiny_base, photos_dir, tmp_path,
     assert "threads was 1 and is 2: the result may differ in its last bits" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 def test_a_record_of_a_setting_that_is_gone_is_said_and_the_run_goes_on(
     finished, tiny_base, photos_dir, tmp_path, capsys, monkeypatch
 ):
@@ -260,6 +268,7 @@ def test_a_record_of_a_setting_that_is_gone_is_said_and_the_run_goes_on(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("change", ["added", "removed", "changed"])
 def test_changed_photos_are_refused_by_name_unless_allowed(tiny_base, tmp_path, capsys, change):
     photos = tiny.make_photos(tmp_path / "photos", 3)
@@ -285,6 +294,7 @@ def test_changed_photos_are_refused_by_name_unless_allowed(tiny_base, tmp_path, 
     )
 
 
+@pytest.mark.trains
 def test_photos_may_lie_elsewhere_if_they_are_the_same(finished, tiny_base, photos_dir, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -296,6 +306,7 @@ def test_photos_may_lie_elsewhere_if_they_are_the_same(finished, tiny_base, phot
     )
 
 
+@pytest.mark.trains
 def test_overwrite_removes_the_run_that_was_there_and_nothing_else(tiny_base, photos_dir, tmp_path):
     out = tmp_path / "out"
     run_train(tiny_base, photos_dir, out, "--max_train_steps", "4", "--checkpointing_steps", "1")
@@ -320,6 +331,7 @@ def test_overwrite_removes_the_run_that_was_there_and_nothing_else(tiny_base, ph
     )
 
 
+@pytest.mark.trains
 def test_a_mistake_beside_overwrite_removes_nothing(finished, tiny_base, tmp_path):
     before = files(finished)
     with pytest.raises(UserError, match="there is no folder"):
@@ -327,6 +339,7 @@ def test_a_mistake_beside_overwrite_removes_nothing(finished, tiny_base, tmp_pat
     assert files(finished) == before
 
 
+@pytest.mark.trains
 def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_path):
     """The same command line again would cut its metrics and, stopped early, put an unfinished adapter in place of the finished one."""
     words = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
@@ -345,6 +358,7 @@ def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_p
     }  # images a second
 
 
+@pytest.mark.trains
 def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_drew(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
@@ -390,6 +404,7 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
     assert bool(changed) == other_pictures
 
 
+@pytest.mark.trains
 def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(
     finished, tiny_base, photos_dir, tmp_path
 ):
@@ -404,6 +419,7 @@ def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_i
     assert run_folder.read_identity(tmp_path / "new") is not None
 
 
+@pytest.mark.trains
 def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, tmp_path):
     """Else reading it back would wipe the run, or refuse to go on with it."""
     run_train(
@@ -421,6 +437,7 @@ def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, t
     assert len(metrics(tmp_path)) == 3
 
 
+@pytest.mark.trains
 def test_later_checkpoints_outlive_a_run_that_goes_on_from_an_earlier_one(
     finished, tiny_base, photos_dir, tmp_path
 ):
@@ -447,6 +464,7 @@ def test_checkpoints_that_no_run_accounts_for_are_not_mixed_with_new_ones(tiny_b
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": {}}'])
 def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, content):
     (tmp_path / run_folder.IDENTITY).write_text(content)
@@ -458,6 +476,7 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
 # --- where a run starts
 
 
+@pytest.mark.trains
 def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir, tmp_path):
     """Without a step taken it is that adapter; and it is not where a run from nothing starts."""
     started = run_train(
@@ -483,6 +502,7 @@ def test_an_adapter_of_another_kind_is_no_start(finished, tiny_base, photos_dir,
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(tmp_path / "missing"))
 
 
+@pytest.mark.trains
 def test_an_adapter_of_the_text_encoder_too_asks_for_the_flag(tiny_base, photos_dir, tmp_path):
     run_train(tiny_base, photos_dir, tmp_path / "both", "--train_text_encoder", "--max_train_steps", "1")
     with pytest.raises(UserError, match="add --train_text_encoder"):

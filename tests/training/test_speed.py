@@ -14,6 +14,7 @@ from dreambooth.errors import UserError
 from tests.running import digest, metrics, run_train
 
 
+@pytest.mark.trains
 def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_dir, tmp_path, monkeypatch):
     words = ["--max_train_steps", "8", "--checkpointing_steps", "5"]
     at_once = digest(run_train(tiny_base, photos_dir, tmp_path / "at_once", *words))
@@ -28,6 +29,7 @@ def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_d
     assert [record["step"] for record in other] == list(range(1, 9))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("what", ["the loss", "the gradients"])
 def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, what
@@ -63,6 +65,7 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
     assert all(torch.equal(there[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.trains
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     compile_blocks, counts = compilation.compile_blocks, []

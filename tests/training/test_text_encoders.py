@@ -33,6 +33,7 @@ def text_parts(base: Path, skip: int) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [0, 1, 2])
 def test_clip_skip_takes_an_earlier_hidden_state(tiny_base, tiny_xl, skip):
     """After the final norm for Stable Diffusion; without, and one further from the end, for XL. As diffusers' pipelines do."""
@@ -69,6 +70,7 @@ def test_clip_skip_takes_an_earlier_hidden_state(tiny_base, tiny_xl, skip):
         assert torch.allclose(own, expected, atol=1e-6)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("base", "skip", "layers"),
     [
@@ -135,6 +137,7 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     return freed
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("base", "more"),
     [("tiny_base", ""), ("tiny_xl", "--lora_alpha 8 --text_encoder_lr 0.01 --gradient_checkpointing")],
@@ -180,12 +183,14 @@ def test_the_text_encoder_stops_and_is_freed_and_resumes_across_the_stop(
         )
 
 
+@pytest.mark.trains
 def test_a_frozen_text_encoder_is_freed_before_the_first_step(tiny_xl, photos_dir, tmp_path, monkeypatch):
     freed = text_encoders_freed(monkeypatch)
     run_train(tiny_xl, photos_dir, tmp_path, "--max_train_steps", "1")
     assert freed == [True]
 
 
+@pytest.mark.trains
 def test_the_text_encoder_has_a_learning_rate_of_its_own(tiny_base, tiny_xl, photos_dir, tmp_path):
     words = "--train_text_encoder --max_train_steps 2 --learning_rate 0.01 --text_encoder_lr"
     state = load_file(run_train(tiny_base, photos_dir, tmp_path / "sd", *words.split(), "0"))
@@ -205,6 +210,7 @@ def test_the_text_encoder_has_a_learning_rate_of_its_own(tiny_base, tiny_xl, pho
     ]  # the defaults of this family
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(
     moment, tiny_base, photos_dir, tmp_path, monkeypatch
@@ -239,6 +245,7 @@ def test_a_run_cut_off_at_the_stop_of_the_text_encoder_resumes_exactly(
     assert digest(resumed) == digest(whole)
 
 
+@pytest.mark.trains
 def test_long_captions_are_cut_off_with_a_remark(tiny_base, photos_dir, tmp_path, capsys):
     """They are many, and often somebody else's; a prompt that was typed is refused instead."""
     folder = tmp_path / "photos"
