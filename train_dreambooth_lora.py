@@ -35,7 +35,7 @@ from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, checkpoint_folders
+from dreambooth.files import checkpoint_folders
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
@@ -43,11 +43,12 @@ from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
     checkpoints,
     frozen_models,
+    hub,
     metrics,
+    model_card,
     objectives,
     optimizers,
     prepare,
-    publishing,
     run_folder,
     saving,
     validation,
@@ -124,7 +125,18 @@ class Training:
         self.scaler = torch.amp.GradScaler(
             self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
         )
-        self.saver = saving.Saver(options, peers, self.components, self.optimizer, self.scaler, self.identity)
+        self.saver = saving.Saver(
+            run,
+            peers,
+            self.components,
+            self.optimizer,
+            self.scaler,
+            info=saving.adapter_info(as_table(options), self.identity.get("base")),
+            identity=self.identity,
+            environment=run_folder.environment_of(
+                run, self.accelerator.device, is_compiled=options.speed.compile
+            ),
+        )
         pictures = pictures_of_pass([len(source.photos) for source in self.sources], instance.repeats)
         self.steps_per_epoch, self.max_steps = run.steps(pictures, peers.world)
         self.text_steps = options.text_steps(self.max_steps)
@@ -589,7 +601,6 @@ def train(options: TrainOptions, watch: Watch) -> None:
         start = prepare.prepare(options, watch, stack)
         resolved, peers = start.options, start.peers
         training = assemble(start, watch)
-        start.status.step = lambda: training.completed
         if resolved.run.gradient_checkpointing:
             training.enable_gradient_checkpointing()
         if resolved.run.enable_xformers_memory_efficient_attention:
@@ -613,11 +624,15 @@ def train(options: TrainOptions, watch: Watch) -> None:
                 ).hexdigest()
             }
         )
+        flags = without_token(as_table(resolved.without_once()))
         if peers.is_main:
-            if not start.checkpoint or not start.is_own:
-                run_folder.begin(training.output_dir, training.identity, overwrite=resolved.run.overwrite)
-            saved = yaml_text(without_token(as_table(resolved.without_once())))
-            atomic.write(training.output_dir / run_folder.OPTIONS, saved.encode())
+            run_folder.begin(
+                training.output_dir,
+                training.identity,
+                yaml_text(flags),
+                is_resumed=start.checkpoint is not None and start.is_own,
+                overwrite=resolved.run.overwrite,
+            )
         peers.barrier()
         if peers.accelerator.log_with:
             peers.accelerator.init_trackers(
@@ -625,15 +640,25 @@ def train(options: TrainOptions, watch: Watch) -> None:
             )
         started = time.monotonic()
         watch.is_immediate = False
-        training.train()
+        try:
+            training.train()
+        finally:
+            start.status.step = training.completed
         if peers.is_main:
-            publishing.publish(
-                resolved.without_once(),
-                start.base,
-                training.saver.adapter,
-                training.result_pictures,
-                start.repository,
-            )
+            if resolved.adapter.output_kohya_format:
+                saving.write_kohya(
+                    training.saver.adapter, start.base, resolution=training.resolution, seed=training.seed
+                )
+            if start.repository is not None:
+                card = model_card.model_card(
+                    flags,
+                    base_folder=start.base.folder,
+                    family=start.base.family.key,
+                    pictures=training.result_pictures,
+                    repository=start.repository,
+                    token=resolved.reports.hub_token,
+                )
+                hub.publish(resolved.reports, training.output_dir, card, training.result_pictures)
         peers.barrier()
         peers.accelerator.end_training()
         peers.say(

@@ -1,8 +1,10 @@
-"""The model card, README.md of an output folder: what the adapter is, how to use it, under which licence its base is.
+"""The model card, README.md of an output folder: the adapter, how to use it, the licence of its base.
 
-What users typed stands in it as text only: it opens no YAML key, no code block and no tag. No path of the machine is in it, and no token.
+Text that users typed is escaped: it opens no YAML key, no code block and no tag. The card holds no token and
+no path of this machine.
 """
 
+import dataclasses
 import html
 import os
 import re
@@ -19,232 +21,256 @@ from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.errors import printable
-from dreambooth.options.command_line import as_table, without_token
-from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.training.hub import CARD_NAME
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
-# Flags whose values say where things lie on this machine; those of the second line may be hub ids too.
+_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
+# Flags whose values are paths, and flags whose values are paths or hub ids.
 _PLACES = (
-    "output_dir",
-    "instance_data_dir",
-    "class_data_dir",
-    "init_adapter",
-    "cache_dir",
-    "encoded_dir",
-    "logging_dir",
-    "resume_from_checkpoint",
+    *("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "encoded_dir"),
+    *("logging_dir", "resume_from_checkpoint"),
 )
 _PLACES_OR_IDS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "tokenizer_name",
-    "dataset_name",
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name"),
 )
-_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
 _LARGEST_CARD = 2**20  # bytes
 _ANSWER_WITHIN = 10.0  # seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class _PublicFlags:
+    """The flags of the run as the card shows them."""
+
+    values: dict[str, Any]
+    """By name; of local paths only the last part."""
+    hub_ids: dict[str, str]
+    """Those whose value is a hub id."""
+
+    def link(self, flag: str) -> str:
+        """A base, a part of one or a data set, as Markdown: a link to the hub, or a local folder's name."""
+        if flag in self.hub_ids:
+            hub_id = self.hub_ids[flag]
+            return _link(f"datasets/{hub_id}" if flag == "dataset_name" else hub_id)
+        return f"a local folder, {_prose(self.values[flag])}"
+
+
 def model_card(
-    options: ResolvedTrainOptions,
+    flags: Mapping[str, Any],
     *,
     base_folder: Path,
+    family: str,
     pictures: Sequence[str],
     repository: str | None,
-    family: str,
+    token: str | None,
 ) -> str:
     """The text of README.md.
 
-    `options` are the completed ones, `base_folder` is where the base lies, `pictures` are names of files beside the card, `repository` is
-    OWNER/NAME on the hub or None, `family` is sd, sdxl or if. The hub is asked for the licence of a base that is from there and came without
-    its card.
+    `flags` are all flags of the run but the token. `base_folder` is the base on disk, `family` is sd, sdxl
+    or if. `pictures` are names of files beside the card, `repository` is OWNER/NAME on the hub or None.
+    If the base is from the hub and came without its card, its licence is read from the hub, with `token`.
     """
-    table = without_token(as_table(options))
-    ids = {
-        flag: table[flag] for flag in _PLACES_OR_IDS if flag in table and _is_hub_id(table[flag], base_folder)
-    }
-    table |= {
-        flag: _last_part(table[flag])
-        for flag in (*_PLACES, *_PLACES_OR_IDS)
-        if flag in table and flag not in ids
-    }
-    licence, about_licence = _licence(options, base_folder, ids.get("pretrained_model_name_or_path"))
-    prompt, drawn_prompt = options.instance.instance_prompt, options.validation.validation_prompt
-
-    front: dict[str, Any] = {"library_name": "diffusers", **licence}
-    if "pretrained_model_name_or_path" in ids:
-        front["base_model"] = ids["pretrained_model_name_or_path"]
-    kind = _KINDS[options.adapter.adapter]
-    loads = options.adapter.adapter == "lora"  # in plain diffusers
-    front["tags"] = [
-        "text-to-image",
-        "diffusers",
-        options.adapter.adapter,
-        "dreambooth",
-        *(["template:sd-lora"] if loads else []),
-        _TAGS[family],
-    ]
-    front["instance_prompt"] = prompt
-    if pictures:
-        front["widget"] = [{"text": drawn_prompt or prompt, "output": {"url": name}} for name in pictures]
-
-    gallery = [f"![picture {number}](./{quote(name)})" for number, name in enumerate(pictures)]
-    if pictures and drawn_prompt:
-        gallery.append(f"\nDrawn with the prompt: {_prose(drawn_prompt)}")
-    size = f" of rank {options.adapter.rank}" if options.adapter.adapter not in ("oft", "boft") else ""
-    files = f"`{ADAPTER_NAME}` is the adapter."
-    if not loads:
-        files += f" Plain diffusers does not load {kind}: `infer.py --adapter {ADAPTER_NAME}` of the program that trained it does"
-        converted = (
-            f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
-        )
-        files += converted if options.adapter.adapter in ("loha", "lokr") else "."
-    if options.adapter.output_kohya_format:
-        files += f" `{KOHYA_NAME}` is the same one for ComfyUI, A1111, Forge and kohya's scripts."
+    public = _public(flags, base_folder)
+    hub_id = public.hub_ids.get("pretrained_model_name_or_path")
+    licence, about_licence = _licence(base_folder, hub_id, flags.get("revision"), token)
+    name = repository or public.values["output_dir"]
+    is_lora = flags["adapter"] == "lora"  # plain diffusers loads it
     sections = [
-        f"---\n{_yaml(front)}---",
-        f"# {_prose(repository or table['output_dir'])}",
-        f"{kind}{size} for {_named(table, ids, 'pretrained_model_name_or_path')}, trained on photos of one subject "
-        "with [DreamBooth](https://arxiv.org/abs/2208.12242).",
-        f"Trigger prompt: {_prose(prompt)}",
-        "\n".join(gallery),
+        f"---\n{_yaml(_front_matter(flags, licence, hub_id, family, pictures))}---",
+        f"# {_prose(name)}",
+        f"{_kind_and_rank(flags)} for {public.link('pretrained_model_name_or_path')}, trained on photos of "
+        "one subject with [DreamBooth](https://arxiv.org/abs/2208.12242).",
+        f"Trigger prompt: {_prose(flags['instance_prompt'])}",
+        _gallery(pictures, flags.get("validation_prompt")),
         "## Use",
-        _fenced(_example(options, table, ids, repository, family), "python") if loads else "",
-        files,
+        _fenced(_example(public, name, family), "python") if is_lora else "",
+        _about_files(flags),
         "## Training",
-        "\n".join(f"- {said}" for said in _parts(options, table, ids)),
+        "\n".join(f"- {line}" for line in _about_training(public)),
         "All options:",
-        _fenced(_yaml(table), "yaml"),
+        _fenced(_yaml(public.values), "yaml"),
         "## Licence",
         about_licence,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _parts(options: ResolvedTrainOptions, table: Mapping[str, Any], ids: Mapping[str, str]) -> list[str]:
-    """What was trained, on what, and with which parts that are not the base's own."""
-    text, prior = options.text, options.prior
-    said = [
-        "The text encoder was trained too."
-        if text.train_text_encoder
-        else "The text encoder was not trained."
-    ]
-    if prior.with_prior_preservation:
-        said.append(
-            f"Beside the photos it saw pictures of the class, with the prompt: {_prose(prior.class_prompt or '')}"
+def _public(flags: Mapping[str, Any], base_folder: Path) -> _PublicFlags:
+    hub_ids = {
+        flag: flags[flag] for flag in _PLACES_OR_IDS if flag in flags and _is_hub_id(flags[flag], base_folder)
+    }
+    local = [flag for flag in (*_PLACES, *_PLACES_OR_IDS) if flag in flags and flag not in hub_ids]
+    return _PublicFlags({**flags, **{flag: _last_part(flags[flag]) for flag in local}}, hub_ids)
+
+
+def _front_matter(
+    flags: Mapping[str, Any],
+    licence: Mapping[str, Any],
+    base_id: str | None,
+    family: str,
+    pictures: Sequence[str],
+) -> dict[str, Any]:
+    prompt = flags["instance_prompt"]
+    front: dict[str, Any] = {"library_name": "diffusers", **licence}
+    if base_id is not None:
+        front["base_model"] = base_id
+    template = ["template:sd-lora"] if flags["adapter"] == "lora" else []
+    front["tags"] = ["text-to-image", "diffusers", flags["adapter"], "dreambooth", *template, _TAGS[family]]
+    front["instance_prompt"] = prompt
+    if pictures:
+        text = flags.get("validation_prompt") or prompt
+        front["widget"] = [{"text": text, "output": {"url": name}} for name in pictures]
+    return front
+
+
+def _kind_and_rank(flags: Mapping[str, Any]) -> str:
+    rank = f" of rank {flags['rank']}" if flags["adapter"] not in ("oft", "boft") else ""
+    return _KINDS[flags["adapter"]] + rank
+
+
+def _gallery(pictures: Sequence[str], prompt: str | None) -> str:
+    lines = [f"![picture {number}](./{quote(name)})" for number, name in enumerate(pictures)]
+    if pictures and prompt:
+        lines.append(f"\nDrawn with the prompt: {_prose(prompt)}")
+    return "\n".join(lines)
+
+
+def _about_files(flags: Mapping[str, Any]) -> str:
+    """Which file is for which program."""
+    text = f"`{ADAPTER_NAME}` is the adapter."
+    if flags["adapter"] != "lora":
+        kind = _KINDS[flags["adapter"]]
+        text += (
+            f" Plain diffusers does not load {kind}: "
+            f"`infer.py --adapter {ADAPTER_NAME}` of the program that trained it does"
         )
-    for flag, what in (
+        text += (
+            f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
+            if flags["adapter"] in ("loha", "lokr")
+            else "."
+        )
+    if flags["output_kohya_format"]:
+        text += f" `{KOHYA_NAME}` is the same one for ComfyUI, A1111, Forge and kohya's scripts."
+    return text
+
+
+def _about_training(public: _PublicFlags) -> list[str]:
+    """What was trained, on which pictures, and with which parts that are not the base's."""
+    flags = public.values
+    trained = "was trained too" if flags["train_text_encoder"] else "was not trained"
+    lines = [f"The text encoder {trained}."]
+    if flags["with_prior_preservation"]:
+        prompt = _prose(flags.get("class_prompt", ""))
+        lines.append(f"Beside the photos it saw pictures of the class, with the prompt: {prompt}")
+    for flag, part in (
         ("dataset_name", "Photos"),
         ("pretrained_vae_model_name_or_path", "VAE"),
         ("tokenizer_name", "Tokenizer"),
     ):
-        if flag in table:
-            said.append(f"{what}: {_named(table, ids, flag)}")
-    return said
+        if flag in flags:
+            lines.append(f"{part}: {public.link(flag)}")
+    return lines
 
 
-def _example(
-    options: ResolvedTrainOptions,
-    table: Mapping[str, Any],
-    ids: Mapping[str, str],
-    repository: str | None,
-    family: str,
-) -> str:
-    """Python that draws one picture with plain diffusers. Folders are named without what is above them."""
-    base = options.base
-    imports, others = ["AutoPipelineForText2Image"], ["import torch"]
-    arguments = [repr(table["pretrained_model_name_or_path"])]
-    if "pretrained_model_name_or_path" in ids and base.revision:
-        arguments.append(f"revision={base.revision!r}")
-    if base.variant:
-        arguments.append(f"variant={base.variant!r}")
-    if "pretrained_vae_model_name_or_path" in table:
+def _example(public: _PublicFlags, name: str, family: str) -> str:
+    """Python that draws one picture with plain diffusers; the adapter is in repository or folder `name`."""
+    flags = public.values
+    imports, more_imports = ["AutoPipelineForText2Image"], []
+    arguments = [repr(flags["pretrained_model_name_or_path"])]
+    if "pretrained_model_name_or_path" in public.hub_ids and flags.get("revision"):
+        arguments.append(f"revision={flags['revision']!r}")
+    if flags.get("variant"):
+        arguments.append(f"variant={flags['variant']!r}")
+    if "pretrained_vae_model_name_or_path" in flags:
         imports.insert(0, "AutoencoderKL")
-        arguments.append(f"vae=AutoencoderKL.from_pretrained({table['pretrained_vae_model_name_or_path']!r})")
-    if "tokenizer_name" in table:
-        others.append("from transformers import AutoTokenizer")
-        arguments.append(f"tokenizer=AutoTokenizer.from_pretrained({table['tokenizer_name']!r})")
-    lines = [others[0], f"from diffusers import {', '.join(imports)}", *others[1:], ""]
-    lines.append(f"pipeline = AutoPipelineForText2Image.from_pretrained({', '.join(arguments)})")
-    if base.prediction_type:
-        lines.append(
-            f"settings = pipeline.scheduler.config | {{'prediction_type': {base.prediction_type!r}}}"
-        )
-        lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
-    if family == "if":  # the variance that the UNet predicts is not trained, and no longer fits
-        lines.append("settings = pipeline.scheduler.config | {'variance_type': 'fixed_small'}")
-        lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
-    lines.append("pipeline = pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')")
-    lines.append(
-        f"pipeline.load_lora_weights({repository or table['output_dir']!r}, weight_name={ADAPTER_NAME!r})"
-    )
-    skip = f", clip_skip={options.text.clip_skip}" if options.text.clip_skip and family != "if" else ""
-    if skip and family == "sd":  # without it diffusers 0.42 with transformers 5 ends in an AttributeError
-        lines.append(
-            "if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there"
-        )
-        lines.append("    object.__setattr__(pipeline.text_encoder, 'text_model', pipeline.text_encoder)")
-    lines.append(f"pipeline({options.instance.instance_prompt!r}{skip}).images[0].save('picture.png')")
+        arguments.append(f"vae=AutoencoderKL.from_pretrained({flags['pretrained_vae_model_name_or_path']!r})")
+    if "tokenizer_name" in flags:
+        more_imports.append("from transformers import AutoTokenizer")
+        arguments.append(f"tokenizer=AutoTokenizer.from_pretrained({flags['tokenizer_name']!r})")
+    clip_skip = flags.get("clip_skip") if family != "if" else None
+    skip = f", clip_skip={clip_skip}" if clip_skip else ""
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(imports)}",
+        *more_imports,
+        "",
+        f"pipeline = AutoPipelineForText2Image.from_pretrained({', '.join(arguments)})",
+        *_scheduler_lines(flags, family),
+        "pipeline = pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')",
+        f"pipeline.load_lora_weights({name!r}, weight_name={ADAPTER_NAME!r})",
+        *(_CLIP_SKIP_LINES if skip and family == "sd" else ()),
+        f"pipeline({flags['instance_prompt']!r}{skip}).images[0].save('picture.png')",
+    ]
     return "\n".join(lines)
 
 
+# Without them diffusers 0.42 with transformers 5 raises AttributeError.
+_CLIP_SKIP_LINES = (
+    "if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there",
+    "    object.__setattr__(pipeline.text_encoder, 'text_model', pipeline.text_encoder)",
+)
+
+
+def _scheduler_lines(flags: Mapping[str, Any], family: str) -> list[str]:
+    changes = []
+    if flags.get("prediction_type"):
+        changes.append(f"{{'prediction_type': {flags['prediction_type']!r}}}")
+    if family == "if":  # the UNet's predicted variance is not trained, and no longer fits
+        changes.append("{'variance_type': 'fixed_small'}")
+    lines = []
+    for change in changes:
+        lines.append(f"settings = pipeline.scheduler.config | {change}")
+        lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
+    return lines
+
+
+# --- the licence
+
+
 def _licence(
-    options: ResolvedTrainOptions, base_folder: Path, hub_id: str | None
+    base_folder: Path, hub_id: str | None, revision: str | None, token: str | None
 ) -> tuple[dict[str, Any], str]:
-    """(what the base's card states, under a card's keys; a sentence). Nothing is stated that the base does not state."""
-    found: Any = None
-    readme = base_folder / CARD_NAME
-    if readme.is_file() and readme.stat().st_size <= _LARGEST_CARD:
+    """(licence entries of the base's card; a sentence). Nothing is stated that the base does not state."""
+    card = _local_card(base_folder)
+    if card is None and hub_id is not None:
         try:
-            found = metadata_load(readme) or {}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            yaml.YAMLError,
-            RecursionError,
-        ):  # a front matter that nothing can be read from states nothing
-            found = {}
-    elif hub_id is not None:
-        try:
-            api = HfApi(token=options.reports.hub_token)
-            found = (
-                api.model_info(hub_id, revision=options.base.revision, timeout=_ANSWER_WITHIN).card_data or {}
-            )
-        except (
-            Exception
-        ):  # no network, no rights, any answer: the sentence below says that it could not be read
-            return (
-                {},
-                f"The licence of the base could not be read when this card was written. See {_linked(hub_id)}.",
-            )
-    link = _address(found.get("license_link"), hub_id, options.base.revision) if found else None
-    values = (
-        {
-            "license": _stated(found.get("license")),
-            "license_name": _stated(found.get("license_name")),
-            "license_link": link,
-        }
-        if found
-        else {}
-    )
-    stated = {key: value for key, value in values.items() if value is not None}
+            api = HfApi(token=token)
+            card = api.model_info(hub_id, revision=revision, timeout=_ANSWER_WITHIN).card_data
+        except Exception:  # no network, no access, an unexpected answer
+            unread = "The licence of the base could not be read when this card was written."
+            return {}, f"{unread} See {_link(hub_id)}."
+    card = card or {}
+    entries = {
+        "license": _stated(card.get("license")),
+        "license_name": _stated(card.get("license_name")),
+        "license_link": _address(card.get("license_link"), hub_id, revision),
+    }
+    stated = {key: value for key, value in entries.items() if value is not None}
     if "license" not in stated:
         return {}, "The base states no licence."
     words = [", ".join(value) if isinstance(value, list) else value for value in stated.values()]
     return stated, f"The base states this licence: {_prose(', '.join(words))}"
 
 
+def _local_card(base_folder: Path) -> Any:
+    """The front matter of the card in the base's folder, {} if it is damaged; None if there is no card."""
+    readme = base_folder / CARD_NAME
+    if not readme.is_file() or readme.stat().st_size > _LARGEST_CARD:
+        return None
+    try:
+        return metadata_load(readme) or {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
+        return {}
+
+
 def _stated(value: object) -> str | list[str] | None:
-    """A value of a front matter that a licence can be: a word, or several."""
+    """The value if it can be a licence: a word or a list of words."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return [str(item) for item in value]
     return value if isinstance(value, str) and value.strip() else None
 
 
 def _address(link: object, hub_id: str | None, revision: str | None) -> str | None:
-    """The link of a base's card, as one that leads there from another repository too; None if there is none."""
+    """The link of a base's card, relative ones made absolute; None if that is not possible."""
     if not isinstance(link, str):
         return None
     if link.startswith(("https://", "http://")):
@@ -257,7 +283,7 @@ def _address(link: object, hub_id: str | None, revision: str | None) -> str | No
 
 
 def _is_hub_id(name: str, base_folder: Path) -> bool:
-    """True for a name that a repository may have, and no file or folder here has."""
+    """Whether the name is valid for a repository, and no file or folder has it."""
     if os.path.exists(name) or Path(name) == base_folder:
         return False
     try:
@@ -271,19 +297,15 @@ def _last_part(place: str) -> str:
     return os.path.basename(os.path.abspath(place))
 
 
-def _named(table: Mapping[str, Any], ids: Mapping[str, str], flag: str) -> str:
-    """A base, a part of one or a data set in prose: a link if it is of the hub, else the name of its folder."""
-    if flag in ids:
-        return _linked(f"datasets/{ids[flag]}" if flag == "dataset_name" else ids[flag])
-    return f"a local folder, {_prose(table[flag])}"
+# --- Markdown and YAML
 
 
-def _linked(hub_id: str) -> str:
+def _link(hub_id: str) -> str:
     return f"[{_prose(hub_id)}]({constants.ENDPOINT}/{hub_id})"
 
 
 def _prose(text: str) -> str:
-    """Any text as Markdown shows it within a line: no tag, link, emphasis, code or line break comes out of it."""
+    """The text escaped for a line of Markdown: it makes no tag, link, emphasis, code or line break."""
     line = html.escape(" ".join(printable(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:@^=.])", r"\\\1", line)
 
@@ -293,6 +315,6 @@ def _yaml(table: Mapping[str, Any]) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks in it, so that nothing in it closes it."""
+    """A code block whose fence is longer than any run of backticks in it, so that none closes it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -28,6 +28,7 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, checkpoint_folders, locks
+from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import (
     ResolvedPriorOptions,
@@ -185,12 +186,13 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
             "pixels" if cache == "off" or not base.family.has_vae else "latents"
         )
         return run_folder.identity(
-            resolved,
+            as_table(resolved),
             slots=slots,
             base=fingerprint,
             pictures=pictures,
             captions=own_captions,
             max_steps=max_steps,
+            text_steps=resolved.text_steps(max_steps),
             start=start,
             crops=cut_from if vary else None,
         )
@@ -198,7 +200,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     def check(mine: Mapping[str, Any]) -> list[str]:
         if checkpoint is None or not is_own:
             run_folder.check_new(
-                output_dir, mine, overwrite=run.overwrite, again=run.resume_from_checkpoint is not None
+                output_dir, mine, overwrite=run.overwrite, is_resumed=run.resume_from_checkpoint is not None
             )
         if checkpoint is None:
             return []

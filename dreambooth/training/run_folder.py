@@ -1,7 +1,8 @@
-"""One run per output folder: what the run is, and how it ended.
+"""The output folder of a run: which run it holds, how far that came, and why it ended.
 
-`run.json` says what the run is, `status.json` how far it came and why it ended. A run goes on only with the options, the base and the pictures
-that its steps so far were trained with; anything else is another run, and is refused with the difference.
+A folder holds one run. `run.json` identifies the run, `status.json` records its last step and its end, and
+`run.yaml` is its command line for --config. A run is resumed only with the flags, base and pictures of its
+earlier steps; any other is refused with every difference.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,113 +21,82 @@ import torch
 from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, checkpoint_folders
-from dreambooth.options.command_line import as_table, fields_of
-from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # they make the numbers
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version may give other last bits
 
-# Flags that leave the steps already done as they were, so that they may change between them.
-_FREE = {
-    *fields_of(ValidationOptions),
-    *fields_of(ReportOptions),
-    # where things lie: their contents are compared
-    *(
-        "output_dir",
-        "instance_data_dir",
-        "class_data_dir",
-        "pretrained_model_name_or_path",
-        "revision",
-        "variant",
-        "init_adapter",
-    ),
-    *(
-        "dataset_name",
-        "dataset_config_name",
-        "cache_dir",
-        "image_column",
-        "caption_column",
-        "pretrained_vae_model_name_or_path",
-    ),
-    *("output_kohya_format", "repeats", "dry_run"),
-    # how class images are made: the pictures are compared
-    *(
-        "num_class_images",
-        "sample_batch_size",
-        "prior_generation_precision",
-        "class_guidance_scale",
-        "class_inference_steps",
-    ),
-    *("class_scheduler", "class_seed"),
-    *(
-        "max_train_steps",
-        "num_train_epochs",
-        "max_train_minutes",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    ),
-    *(
-        "resume_from_checkpoint",
-        "overwrite",
-        "allow_data_change",
-        "dataloader_num_workers",
-        "gradient_checkpointing",
-    ),
-    *(
-        "encoded_dir",
-        "cache_latents",
-        "compile",
-        "offload",
-    ),  # with varying crops, where they may begin is compared as `crops`
-    *("pre_compute_text_embeddings", "peer_timeout", "local_rank"),
-    *("max_image_pixels", "allow_odd_photos", "follow_symlinks"),  # which photos are refused
-    "gradient_accumulation_steps",  # times the processes, it is compared as `slots`
-    *(
-        "num_threads",
-        "allow_tf32",
-        "enable_xformers_memory_efficient_attention",
-    ),  # other last bits: noted on resume, see `environment_of`
+# Flags that may change when a run is resumed: they leave the steps already done as they were.
+_FREE_FLAGS = {
+    *(field.name for field in dataclasses.fields(ValidationOptions)),
+    *(field.name for field in dataclasses.fields(ReportOptions)),
+    # Paths and hub ids: the contents are compared.
+    *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
+    *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
+    *("cache_dir", "image_column", "caption_column"),
+    # Which photos are refused, and how class images are made: the pictures are compared.
+    *("max_image_pixels", "allow_odd_photos", "follow_symlinks", "num_class_images", "sample_batch_size"),
+    *("prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_scheduler"),
+    "class_seed",
+    # Length of the run, and which files are written.
+    *("max_train_steps", "num_train_epochs", "max_train_minutes", "repeats", "dry_run"),
+    *("checkpointing_steps", "checkpoints_total_limit", "output_kohya_format"),
+    *("resume_from_checkpoint", "overwrite", "allow_data_change"),
+    # Speed and memory. What random crops are cut from is compared as `crops`.
+    *("encoded_dir", "cache_latents", "pre_compute_text_embeddings", "dataloader_num_workers", "compile"),
+    *("offload", "gradient_checkpointing", "peer_timeout", "local_rank"),
+    # Compared as `slots`: this flag times the number of processes.
+    "gradient_accumulation_steps",
+    # Other last bits: noted on resume, see `environment_of`.
+    *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
 }
-_PRIOR = ("prior_loss_weight", "class_prompt")
-# Whose learning rate at a step depends on how many steps there are to be.
+_PRIOR_FLAGS = ("prior_loss_weight", "class_prompt")
+# With these a step's learning rate depends on the number of steps.
 _SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
+# --- which run
+
+
 def identity(
-    options: ResolvedTrainOptions,
+    flags: Mapping[str, Any],
     *,
     slots: int,
     base: str,
     pictures: Mapping[str, Mapping[str, str]],
     captions: Mapping[str, str],
     max_steps: int,
+    text_steps: int,
     start: str | None,
     crops: Literal["latents", "pixels"] | None = None,
 ) -> dict[str, Any]:
-    """What a run is, as JSON takes it: flags, slots, fingerprint of the base, hash of every picture by source and name, captions by name, the
-    hash of the adapter that it started from, and what random crops are cut from; None if all crops are fixed."""
-    flags = {name: value for name, value in as_table(options).items() if name not in _FREE}
-    if not options.prior.with_prior_preservation:
-        flags = {name: value for name, value in flags.items() if name not in _PRIOR}
-    if options.optimization.lr_scheduler in _SCHEDULES_WITH_AN_END:
-        flags["max_train_steps"] = max_steps
-    if options.text.train_text_encoder and options.text.train_text_encoder_frac < 1:
-        flags["text_encoder_steps"] = options.text_steps(max_steps)
-    flags["crops"] = crops or "fixed"
-    # a round trip, so that what was read from a file compares equal to what was not
-    found = {
-        "flags": flags,
+    """The record by which two runs are compared, as JSON types.
+
+    `flags` are all flags of the run, `slots` its micro-batches a step, `base` is the fingerprint of the base.
+    `pictures` are the hashes of the pictures by source and name, `captions` the captions by name.
+    `text_steps` are the steps that train the text encoder. `start` is the hash of the adapter that training
+    starts from. `crops` is what random crops are cut from; None if all crops are fixed.
+    """
+    compared = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
+    if not flags["with_prior_preservation"]:
+        compared = {name: value for name, value in compared.items() if name not in _PRIOR_FLAGS}
+    if flags["lr_scheduler"] in _SCHEDULES_WITH_AN_END:
+        compared["max_train_steps"] = max_steps
+    if flags["train_text_encoder"] and flags["train_text_encoder_frac"] < 1:
+        compared["text_encoder_steps"] = text_steps
+    compared["crops"] = crops or "fixed"
+    record = {
+        "flags": compared,
         "slots": slots,
         "base": base,
         "pictures": pictures,
         "captions": captions,
         "start": start,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(record))  # tuples become lists, as in a record that was read from a file
 
 
 def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
@@ -141,140 +111,193 @@ def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) 
     )
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(differences of flags, base and slots; differences of pictures), each a phrase that shows both values."""
-    flags, other = there["flags"], now["flags"]
-    found = [
-        f"--{name} was {flags.get(name, 'not given')} and is {other.get(name, 'not given')}"
-        for name in sorted({*flags, *other} - {"crops"})
-        if flags.get(name) != other.get(name)
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One difference between two runs."""
+
+    subject: str
+    """The name of a flag, or slots, base, start, pictures, captions or crops."""
+    phrase: str
+    """The difference in words, with both values."""
+
+    @property
+    def is_of_data(self) -> bool:
+        return self.subject in ("pictures", "captions")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Every difference between two records of `identity`."""
+    return [
+        *_flag_differences(before["flags"], now["flags"]),
+        *_input_differences(before, now),
+        *_crop_differences(before["flags"], now["flags"]),
+        *_picture_differences(before["pictures"], now["pictures"]),
+        *_caption_differences(before.get("captions", {}), now.get("captions", {})),
     ]
-    if there["slots"] != now["slots"]:
-        found.append(
-            f"--gradient_accumulation_steps times the processes was {there['slots']} and is {now['slots']}"
-        )
-    if there["base"] != now["base"]:
-        found.append(f"the base's weights were {there['base']} and are {now['base']}")
-    if there.get("start") != now.get("start"):
-        found.append("the adapter of --init_adapter was another one")
-    changed = []
-    for source in sorted(now["pictures"]):  # class images may not be known yet
-        before, after = there["pictures"].get(source, {}), now["pictures"][source]
-        for what, names in (
-            ("removed", before.keys() - after.keys()),
-            ("added", after.keys() - before.keys()),
-            ("changed", {name for name in before.keys() & after.keys() if before[name] != after[name]}),
+
+
+def _flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    return [
+        Difference(name, f"--{name} was {before.get(name, 'not given')} and is {now.get(name, 'not given')}")
+        for name in sorted({*before, *now} - {"crops"})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _input_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+    if before["slots"] != now["slots"]:
+        slots = "--gradient_accumulation_steps times the processes"
+        yield Difference("slots", f"{slots} was {before['slots']} and is {now['slots']}")
+    if before["base"] != now["base"]:
+        yield Difference("base", f"the base's weights were {before['base']} and are {now['base']}")
+    if before.get("start") != now.get("start"):
+        yield Difference("start", "the adapter of --init_adapter was another one")
+
+
+def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+    # Older versions cut crops from pixels and recorded nothing. `fixed` fits both: crops may become random
+    # once class images are there, or fixed with other pictures.
+    was, is_now = before.get("crops", "pixels"), now.get("crops", "pixels")
+    if was != is_now and "fixed" not in (was, is_now):
+        advice = "--cache_latents off cuts pixels, any other latents"
+        yield Difference("crops", f"random crops were cut from {was} and are cut from {is_now}: {advice}")
+
+
+def _picture_differences(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> Iterator[Difference]:
+    for source in sorted(now):  # `now` lacks class images before they are made: they are not compared then
+        old, new = before.get(source, {}), now[source]
+        for change, names in (
+            ("removed", old.keys() - new.keys()),
+            ("added", new.keys() - old.keys()),
+            ("changed", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
         ):
             if names:
-                shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (
-                    ", ..." if len(names) > 3 else ""
-                )
-                changed.append(f"{len(names)} {source} pictures {what} ({shown})")
-    before, after = there.get("captions", {}), now.get("captions", {})
-    if other_captions := sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
-        shown = ", ".join(ascii(name)[1:-1] for name in other_captions[:3]) + (
-            ", ..." if len(other_captions) > 3 else ""
-        )
-        changed.append(f"{len(other_captions)} captions changed ({shown})")
-    # older versions cut pixels, and named nothing; all are fixed while class images that vary are not known yet, or where other pictures are square
-    was_cut, now_cut = flags.get("crops", "pixels"), other.get("crops", "pixels")
-    if was_cut != now_cut and "fixed" not in (was_cut, now_cut):
-        found.append(
-            f"random crops were cut from {was_cut} and are cut from {now_cut}: --cache_latents off cuts pixels, any other latents"
-        )
-    return found, changed
+                phrase = f"{len(names)} {source} pictures {change} ({_first_three(names)})"
+                yield Difference("pictures", phrase)
+
+
+def _caption_differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
+    if names := {name for name in {*before, *now} if before.get(name) != now.get(name)}:
+        yield Difference("captions", f"{len(names)} captions changed ({_first_three(names)})")
+
+
+def _first_three(names: Collection[str]) -> str:
+    """The first three names, with escapes spelled out."""
+    return ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# --- whether a run may go on, or begin
 
 
 def check_resume(
     checkpoint: checkpoint_folders.Content,
     state: Mapping[str, Any],
     now: Mapping[str, Any],
-    around: Mapping[str, Any],
+    environment: Mapping[str, Any],
     *,
     allow_data_change: bool,
 ) -> list[str]:
-    """Notes for the user on going on from `checkpoint`, whose state is `state`.
+    """Notes on resuming the run `now` from `checkpoint`, whose state is `state`.
 
-    Raises UserError, with every difference, if it was trained with other options, another base or other pictures.
+    Raises UserError, with every difference, if flags, base or pictures of the checkpoint are others.
     """
     folder = checkpoint.folder
     if not _is_identity(checkpoint.identity):
-        raise UserError(f"--resume_from_checkpoint: the manifest of {folder} does not say what run it is of")
-    found, changed = differences(checkpoint.identity, now)
-    more_steps = [phrase for phrase in found if phrase.startswith("--max_train_steps ")]
-    found = [phrase for phrase in found if phrase not in more_steps]
-    if changed and not allow_data_change:
-        found += [*changed, "(--allow_data_change goes on with other pictures)"]
-    if found:
-        raise UserError(f"--resume_from_checkpoint: {folder} is of another run:\n  " + "\n  ".join(found))
+        raise UserError(f"--resume_from_checkpoint: the manifest of {folder} has no record of its run")
+    refused, notes = [], []
+    for difference in differences(checkpoint.identity, now):
+        if difference.subject == "max_train_steps":
+            effect = "--lr_scheduler depends on it, so the result is not that of an unbroken run"
+            notes.append(f"{difference.phrase}: {effect}")
+        elif difference.is_of_data and allow_data_change:
+            notes.append(f"{difference.phrase}; the run goes on with the present ones")
+        else:
+            refused.append(difference)
+    if refused:
+        phrases = [difference.phrase for difference in refused]
+        if any(difference.is_of_data for difference in refused):
+            phrases.append("(--allow_data_change goes on with other pictures)")
+        raise UserError(f"--resume_from_checkpoint: {folder} is of another run:\n  " + "\n  ".join(phrases))
+    return notes + _environment_notes(state.get("surroundings", {}), environment)
+
+
+def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    effect = "the result may differ in its last bits"
+    before = {"compile": False, **before}  # checkpoints older than --compile do not record it
     notes = [
-        f"{phrase}: --lr_scheduler depends on it, so a run that had so many steps from the start would be another"
-        for phrase in more_steps
+        f"{name} was {before.get(name)} and is {value}: {effect}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
-    notes += [f"{phrase}; the run goes on with what is there now" for phrase in changed]
-    before = state.get("surroundings", {})
-    notes += [
-        f"{name} was {before.get(name)} and is {value}: the result may differ in its last bits"
-        for name, value in around.items()
-        if before.get(name, False if name == "compile" else None)
-        != value  # checkpoints from before there was the flag
-    ]
-    notes += [
-        f"{name} was {value} and is gone from this version: the result may differ in its last bits"
-        for name, value in before.items()
-        if name not in around
-    ]
-    return notes
+    removed = [name for name in before if name not in now]
+    return notes + [f"{name} was {before[name]} and is gone from this version: {effect}" for name in removed]
 
 
-def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, again: bool) -> None:
-    """Raise UserError if a run that starts anew would mix with what is in `output_dir`; with `overwrite` that will go.
+def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_resumed: bool) -> None:
+    """Check that the run `now` may start from its first step in `output_dir`; `overwrite` allows it always.
 
-    The very same run may start `again` where it left nothing to go on from; its results are not trained over unasked.
+    `is_resumed` allows the same run to start again if its results are gone. Raises UserError if the folder
+    holds another run, the results of this one, or checkpoints of no run.
     """
     if overwrite:
         return
-    there = read_identity(output_dir)
-    if there is not None:
-        found, changed = differences(there, now)
-        if found or changed:
+    before = read_identity(output_dir)
+    if before is None:
+        if strangers := sorted(path.name for path in output_dir.glob("checkpoint-*")):
             raise UserError(
-                f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(found + changed) + "\n"
-                "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on with it, or --overwrite to remove it"
+                f"--output_dir: {output_dir} holds {strangers[0]} and no {IDENTITY} of its run; "
+                "name another folder, or move it away"
             )
-        if not again and (
-            checkpoint_folders.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()
-        ):
-            raise UserError(
-                f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew"
-            )
-    elif foreign := sorted(path.name for path in output_dir.glob("checkpoint-*")):
+    elif phrases := [difference.phrase for difference in differences(before, now)]:
         raise UserError(
-            f"--output_dir: {output_dir} holds {foreign[0]}, which no run there accounts for; name another folder, or move it away"
+            f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(phrases) + "\n"
+            "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on "
+            "with it, or --overwrite to remove it"
+        )
+    elif not is_resumed and _has_results(output_dir):
+        raise UserError(
+            f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with "
+            "it, --overwrite starts anew"
         )
 
 
-def begin(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make `output_dir` that of the run `now`, which starts from nothing; with `overwrite` what another run wrote is removed first."""
-    if overwrite:
-        _clear(output_dir)
-    atomic.write(output_dir / IDENTITY, (json.dumps(now, indent=1) + "\n").encode())
+def _has_results(output_dir: Path) -> bool:
+    checkpoints = checkpoint_folders.list_checkpoints(output_dir)
+    return bool(checkpoints) or (output_dir / native.ADAPTER_NAME).exists()
+
+
+# --- the files
+
+
+def begin(
+    output_dir: Path, identity: Mapping[str, Any], run_yaml: str, *, is_resumed: bool, overwrite: bool
+) -> None:
+    """Write run.json and run.yaml. A run resumed in its own folder keeps its run.json.
+
+    `overwrite` first removes the files of an earlier run.
+    """
+    if not is_resumed:
+        if overwrite:
+            _remove_run(output_dir)
+        atomic.write(output_dir / IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
+    atomic.write(output_dir / OPTIONS, run_yaml.encode())
 
 
 def read_identity(output_dir: Path) -> dict[str, Any] | None:
-    """What run the folder holds; None if none. Raises UserError if its record is damaged."""
+    """The record of the run in the folder; None if there is none. Raises UserError if it is damaged."""
     path = output_dir / IDENTITY
+    advice = "--overwrite removes the run that is there"
     try:
-        there = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--output_dir: {path} cannot be read ({error}); --overwrite removes the run that is there"
-        ) from None
-    if not _is_identity(there):
-        raise UserError(f"--output_dir: {path} is damaged; --overwrite removes the run that is there")
-    return there
+        raise UserError(f"--output_dir: {path} cannot be read ({error}); {advice}") from None
+    if not _is_identity(record):
+        raise UserError(f"--output_dir: {path} is damaged; {advice}")
+    return record
 
 
 def _is_identity(value: Any) -> bool:
@@ -285,46 +308,46 @@ def _is_identity(value: Any) -> bool:
     )
 
 
-def _clear(output_dir: Path) -> None:
+def _remove_run(output_dir: Path) -> None:
+    """Remove what runs write here, and nothing else."""
     for _, folder in checkpoint_folders.list_checkpoints(output_dir):
         shutil.rmtree(folder)
-    names = (native.ADAPTER_NAME, native.KOHYA_NAME, IDENTITY, STATUS, OPTIONS, METRICS)
-    for path in [
-        *(output_dir / name for name in names),
-        *output_dir.glob("validation/step-*.png"),
-        *output_dir.glob("image_[0-9]*.png"),
-    ]:
-        path.unlink(missing_ok=True)
+    for name in (native.ADAPTER_NAME, native.KOHYA_NAME, IDENTITY, STATUS, OPTIONS, METRICS):
+        (output_dir / name).unlink(missing_ok=True)
+    for pattern in ("validation/step-*.png", "image_[0-9]*.png"):
+        for path in list(output_dir.glob(pattern)):
+            path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
 class Status:
-    """`status.json`: state running, finished, stopped or failed, last completed step, why, and exit status. It is for scripts: torchrun turns
-    every exit status but 0 into 1. `step` tells the last completed step."""
+    """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status.
+
+    Scripts read the exit status here: torchrun turns every one but 0 into 1.
+    """
 
     path: Path
-    step: Callable[[], int]
+    step: int
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
-        host = socket.gethostname()
         record = {
             "state": state,
-            "step": self.step(),
+            "step": self.step,
             "reason": reason,
             "exit_code": exit_code,
             "pid": os.getpid(),
-            "host": host,
+            "host": socket.gethostname(),
         }
         try:
             atomic.write(self.path, (json.dumps(record, indent=1) + "\n").encode())
-        except OSError as error:  # a full disk must not take the place of what is being reported
+        except OSError as error:  # a full disk must not hide the error that is being recorded
             print(f"warning: {self.path} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[Status]:
-    """Keep `status.json` while the block runs, and say in it how the block ended."""
-    status = Status(output_dir / STATUS, lambda: first_step)
+    """Write `status.json` when the block begins and when it ends; on the main process only."""
+    status = Status(output_dir / STATUS, first_step)
     write = status.write if is_main else lambda *args: None
     write("running")
     try:

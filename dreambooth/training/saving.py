@@ -1,53 +1,85 @@
-"""What a run leaves behind: checkpoints along the way, the adapter at the end, and the last completed step when something ends it early."""
+"""Saving a run: checkpoints along the way, the adapter at the end, the last step of a run that ends early."""
 
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dreambooth.adapter_files import native
+from dreambooth.adapter_files import layer_names, native, reading, writing
 from dreambooth.adapters import inject
+from dreambooth.bases import families
 from dreambooth.files import atomic, checkpoint_folders
-from dreambooth.options.resolved import ResolvedTrainOptions
+from dreambooth.options.resolved import ResolvedRunOptions
 from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
 
 
+def adapter_info(flags: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
+    """The record of a run in the metadata of its adapter file, but for the steps. `flags` are all flags."""
+    base = flags["pretrained_model_name_or_path"]
+    return {
+        "base_model": Path(base).name if Path(base).exists() else base,  # no path of this machine
+        "base_fingerprint": base_fingerprint,
+        "versions": environment.versions(run_folder.LIBRARIES),
+        "seed": flags["seed"],
+        "resolution": flags["resolution"],
+        "clip_skip": flags.get("clip_skip", 0),
+        "instance_prompt": flags["instance_prompt"],
+        "class_prompt": flags["class_prompt"] if flags["with_prior_preservation"] else None,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """The content of one checkpoint."""
+
+    adapter: bytes
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, object]
+
+
 class Saver:
-    """Writes adapter and optimizer to the output folder, on the main process."""
+    """Writes adapter and checkpoints to the output folder, on the main process.
+
+    `info` goes into the adapter file and `identity` into each checkpoint's manifest. `environment`, what
+    changes last bits, goes into each checkpoint's state.
+    """
 
     def __init__(
         self,
-        options: ResolvedTrainOptions,
+        run: ResolvedRunOptions,
         peers: Peers,
         components: Sequence[inject.Component],
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        *,
+        info: Mapping[str, Any],
         identity: dict[str, Any],
+        environment: Mapping[str, Any],
     ):
-        self.options, self.peers, self.optimizer, self.scaler, self.identity = (
-            options,
-            peers,
-            optimizer,
-            scaler,
-            identity,
-        )
-        self.accelerator, self.output_dir = peers.accelerator, Path(options.run.output_dir)
+        self.run, self.peers, self.optimizer, self.scaler = run, peers, optimizer, scaler
+        self.info, self.identity, self.environment = info, identity, environment
+        self.output_dir = Path(run.output_dir)
         self.components = list(components)
         self.names = {id(p): name for component in components for name, p in component.named_parameters()}
-        # those that are trained no more: what is left of them
-        self.finished: dict[str, dict[str, torch.Tensor]] = {}
         self.configs = {component.name: inject.metadata(component) for component in components}
+        # tensors of components whose training has ended: for the adapter file, and for the checkpoint
+        self.finished: dict[str, dict[str, torch.Tensor]] = {}
         self.finished_raw: dict[str, torch.Tensor] = {}
         self.saved = 0  # the step of the newest checkpoint
-        self.held: tuple[bytes, dict[str, torch.Tensor], dict[str, object]] | None = None
+        self.snapshot: _Snapshot | None = None
+
+    @property
+    def adapter(self) -> Path:
+        return self.output_dir / native.ADAPTER_NAME
 
     def finish(self, component: inject.Component) -> None:
-        """Keep the tensors of a component that is trained no more and whose model will go."""
+        """Keep the tensors of a component whose training has ended: its model may then be freed."""
         self.finished[component.name] = {
             key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()
         }
@@ -56,60 +88,90 @@ class Saver:
         self.components.remove(component)
 
     def pack(self, step: int) -> bytes:
-        """The adapter file after `step` steps."""
-        o = self.options
-        name = o.base.pretrained_model_name_or_path
-        info = {
-            "base_model": Path(name).name
-            if Path(name).exists()
-            else name,  # a folder's own name: where it lies is nobody's business
-            "base_fingerprint": self.identity.get("base"),
-            "versions": environment.versions(run_folder.LIBRARIES),
-            "steps": step,
-            "seed": o.run.seed,
-            "resolution": o.instance.resolution,
-            "clip_skip": o.text.clip_skip or 0,
-            "instance_prompt": o.instance.instance_prompt,
-            "class_prompt": o.prior.class_prompt if o.prior.with_prior_preservation else None,
-        }
+        """The adapter file after `step` steps. Raises ValueError if a value is not finite."""
         with optimizers.evaluated(self.optimizer):
             state = {component.name: component.state_dict() for component in self.components}
-            return native.pack(state | self.finished, self.configs, info)
+            return native.pack(state | self.finished, self.configs, {**self.info, "steps": step})
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's, and the parameters where the adapter file has others than are trained."""
-        tensors = optimizers.state_tensors(self.optimizer, self.names) | self.finished_raw
-        for component in self.components:
-            if component.is_scaled or optimizers.needs_raw_parameters(self.optimizer):
-                tensors |= checkpoints.raw_parameters(component.named_parameters())
-        return tensors
+    def hold(self, step: int) -> None:
+        """Copy the content of a checkpoint of `step`, which later saves write.
 
-    def _content(self, step: int) -> tuple[bytes, dict[str, torch.Tensor], dict[str, object]]:
-        """(adapter file, tensors, state) of checkpoint-<step>."""
-        around = run_folder.environment_of(
-            self.options.run, self.accelerator.device, is_compiled=self.options.speed.compile
-        )
-        state: dict[str, object] = {"seed": self.options.run.seed, "surroundings": around}
-        # a checkpoint of the very step at which they stop may be from before or after
+        It is for the end of a run, before the adapter is taken off its models.
+        """
+        self.snapshot = self._snapshot_of(step)
+
+    def _snapshot_of(self, step: int) -> _Snapshot:
+        state: dict[str, object] = {"seed": self.run.seed, "surroundings": self.environment}
+        # The step does not decide it: in the text encoder's last step a checkpoint may precede its end.
         state["trains_text"] = any(
             group["name"].startswith("text_encoder") for group in self.optimizer.param_groups
         )
         state["optimizer"] = optimizers.state_numbers(self.optimizer, self.names)
         if self.scaler.is_enabled():
             state["grad_scaler"] = self.scaler.state_dict()
-        return self.pack(step), self._tensors(), state
+        return _Snapshot(self.pack(step), self._tensors(), state)
 
-    def hold(self, step: int) -> None:
-        """Take down what there is to save: the adapter is about to be taken off its models."""
-        self.held = self._content(step)
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors, and parameters whose trained values differ from the adapter file's."""
+        tensors = optimizers.state_tensors(self.optimizer, self.names) | self.finished_raw
+        for component in self.components:
+            if component.is_scaled or optimizers.needs_raw_parameters(self.optimizer):
+                tensors |= checkpoints.raw_parameters(component.named_parameters())
+        return tensors
 
-    def _publish(self, step: int) -> None:
-        """Write checkpoint-<step>; for the main process alone."""
-        adapter, tensors, state = self.held or self._content(step)
-        limit = self.options.run.checkpoints_total_limit
+    def checkpoint(self, step: int) -> None:
+        """Write checkpoint-<step>. If that fails, as on a full disk, a warning is printed."""
+        if self.peers.is_main:
+            try:
+                self._write_checkpoint(step)
+            except checkpoint_folders.SaveFailed as error:
+                self.peers.say(f"warning: {error}")
+        self.peers.barrier()
+
+    def final(self, step: int) -> None:
+        """Write the finished adapter. Raises Stop if it cannot be written."""
+        if self.peers.is_main:
+            try:
+                self._write_adapter(step)
+            except OSError as error:
+                raise Stop(f"{self.adapter} cannot be written: {error.strerror or error}") from None
+            mebibytes = self.adapter.stat().st_size / 2**20
+            self.peers.say(f"wrote {self.adapter} ({mebibytes:.2f} MiB)")
+        self.peers.barrier()
+
+    def what_is_done(self, step: int, last_step: int) -> None:
+        """Write checkpoint and adapter of the last completed step.
+
+        There is no barrier, since the other processes may be gone. What cannot be written is a warning.
+        """
+        if not self.peers.is_main or step == 0:
+            return
+        for name, write in (("checkpoint", self._write_newer_checkpoint), ("adapter", self._write_adapter)):
+            try:
+                write(step)
+                message = f"saved step {step} of {last_step}: {name}"
+            except (OSError, ValueError, checkpoint_folders.SaveFailed) as error:  # ValueError: not finite
+                message = f"warning: step {step} could not be saved as {name}: {error}"
+            self.peers.say(message)
+
+    def _write_adapter(self, step: int) -> None:
+        atomic.write(self.adapter, self.snapshot.adapter if self.snapshot else self.pack(step))
+
+    def _write_newer_checkpoint(self, step: int) -> None:
+        if step > self.saved:
+            self._write_checkpoint(step)
+
+    def _write_checkpoint(self, step: int) -> None:
+        content = self.snapshot or self._snapshot_of(step)
         try:
             folder = checkpoints.save(
-                self.output_dir, step, adapter, tensors, state, limit=limit, identity=self.identity
+                self.output_dir,
+                step,
+                content.adapter,
+                content.tensors,
+                content.state,
+                limit=self.run.checkpoints_total_limit,
+                identity=self.identity,
             )
         except checkpoint_folders.PruneFailed as error:
             self.peers.say(f"warning: {error}")
@@ -118,58 +180,28 @@ class Saver:
         if note := checkpoint_folders.room_note(self.output_dir, checkpoint_folders.size(folder)):
             self.peers.say(f"warning: {note}")
 
-    def checkpoint(self, step: int) -> None:
-        """A checkpoint that cannot be written (a full disk) is said, and tried again at the next interval: the run goes on."""
-        if self.peers.is_main:
-            try:
-                self._publish(step)
-            except checkpoint_folders.SaveFailed as error:
-                self.peers.say(f"warning: {error}")
-        self.peers.barrier()
-
-    @property
-    def adapter(self) -> Path:
-        return self.output_dir / native.ADAPTER_NAME
-
-    def _write_adapter(self, step: int) -> None:
-        atomic.write(self.adapter, self.held[0] if self.held else self.pack(step))
-
-    def final(self, step: int) -> None:
-        """The finished adapter. Raises Stop if it cannot be written."""
-        if self.peers.is_main:
-            try:
-                self._write_adapter(step)
-            except OSError as error:
-                raise Stop(f"{self.adapter} cannot be written: {error.strerror or error}") from None
-            self.peers.say(f"wrote {self.adapter} ({self.adapter.stat().st_size / 2**20:.2f} MiB)")
-        self.peers.barrier()
-
-    def what_is_done(self, step: int, last_step: int) -> None:
-        """Checkpoint and adapter of the last completed step, written without the other processes: they may be gone."""
-        if not self.peers.is_main or step == 0:
-            return
-        for what, is_needed, write in (
-            ("checkpoint", step > self.saved, self._publish),
-            ("adapter", True, self._write_adapter),
-        ):
-            try:
-                if is_needed:
-                    write(step)
-                self.peers.say(f"saved step {step} of {last_step}: {what}")
-            except (
-                OSError,
-                ValueError,
-                checkpoint_folders.SaveFailed,
-            ) as trouble:  # ValueError: an adapter that is not finite
-                self.peers.say(f"warning: step {step} could not be saved as {what}: {trouble}")
-
 
 @contextlib.contextmanager
-def in_eval_mode(components: Sequence[inject.Component], optimizer: torch.optim.Optimizer):
-    """Within the block the models draw as the adapter's user will see them: no dropout, and the values that the adapter file gets."""
+def in_eval_mode(components: Sequence[inject.Component], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block the models draw as with the adapter file: no dropout, and the values of the file."""
     for component in components:
         component.model.eval()
     with optimizers.evaluated(optimizer):
         yield
     for component in components:
         component.model.train()
+
+
+def write_kohya(adapter: Path, base: families.Base, *, resolution: int, seed: int) -> None:
+    """Write the finished adapter in kohya's format beside it. Raises Stop if it cannot be written."""
+    info = {"resolution": resolution, "seed": seed, "prediction_type": base.prediction_type}
+    assert base.kohya_family is not None  # checked with the flags
+    layers = base.layers()
+    content, depth = reading.read(adapter, layers), layer_names.depth_of(layers["unet"])
+    data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
+    path = adapter.with_name(native.KOHYA_NAME)
+    try:
+        atomic.write(path, data)
+    except OSError as error:
+        raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
+    print(f"wrote {path}")

@@ -263,12 +263,14 @@ def card(
     repository: str | None = None,
     **values: Any,
 ) -> str:
+    options = chosen(family, **values)
     return model_card.model_card(
-        chosen(family, **values),
+        without_token(as_table(options)),
         base_folder=base_folder,
+        family=family,
         pictures=pictures,
         repository=repository,
-        family=family,
+        token=options.reports.hub_token,
     )
 
 
@@ -351,7 +353,7 @@ def test_a_private_repository_is_asked_for_as_one(server, out):
 def test_nothing_private_goes_into_a_public_repository_that_was_there(server, out):
     server.files["me/dog-lora"], server.private["me/dog-lora"] = {}, False
     wanted = reports(hub_private_repo=True)
-    with pytest.raises(UserError, match="--hub_private_repo: me/dog-lora is there and public"):
+    with pytest.raises(UserError, match="--hub_private_repo: me/dog-lora exists and is public"):
         hub.check(wanted, out)
     with pytest.raises(hub.UploadFailed, match="public repository"):
         hub.push(wanted, out, PICTURES)
@@ -467,7 +469,7 @@ def test_the_token_of_a_login_is_found(server, out, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"hub_token": "hf_wrong"}, "does not take the token of --hub_token"),
+        ({"hub_token": "hf_wrong"}, "refuses the token of --hub_token"),
         ({"hub_token": None}, "needs a token: log in with `hf auth login`"),
         ({"hub_token": ""}, "is empty"),
         ({"hub_token": "hf_secretword\n"}, "characters that no token has"),
@@ -503,7 +505,7 @@ def test_a_token_that_can_only_read_is_found_before_training(server, out):
 def test_a_hub_in_trouble_is_found_before_training(server, out, monkeypatch, answer, status):
     monkeypatch.setattr(server, "answer", lambda request: (status, answer))
     with pytest.raises(
-        UserError, match=rf"{re.escape(server.address)} does not say whose token .*HTTP status {status}"
+        UserError, match=rf"{re.escape(server.address)} did not name the account .*HTTP status {status}"
     ):
         hub.check(reports(), out)
 
