@@ -20,7 +20,7 @@ from dreambooth.options.conversion import (
     NeededBase,
     ResizeOptions,
 )
-from dreambooth.runtime import stops
+from dreambooth.runtime import startup, stops
 
 
 def parse_command(words: Sequence[str]) -> Any:
@@ -39,10 +39,8 @@ def parse_command(words: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_command(
-        sys.argv[1:]
-    )  # before the imports below: --help and mistakes are answered at once
-    stops.until_imports_are_done()
+    OPTIONS = parse_command(sys.argv[1:])
+    startup.begin()
 
 import re
 from collections import Counter, defaultdict
@@ -65,7 +63,7 @@ from dreambooth.adapter_files.formats import (
 )
 from dreambooth.errors import UserError, shown
 from dreambooth.options import adapter_sets
-from dreambooth.runtime.stops import Stop, Watch
+from dreambooth.runtime.stops import Stop
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,15 +71,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def main(options: Any) -> None:
     """Do what the options, which are of one command, ask for. Raises UserError, and SystemExit if a signal or a full disk ends it; nothing is
     left half written."""
-    watch = Watch()
-    watch.is_immediate = True
-    try:
+    with stops.stoppable():
         _RUN[type(options)](options)
-    except Stop as stop:
-        print(stop.reason, file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_code) from None
-    finally:
-        watch.close()
 
 
 # ---- what is read
@@ -430,7 +421,4 @@ _RUN: dict[type, Any] = {
 
 
 if __name__ == "__main__":
-    try:
-        main(OPTIONS)
-    except UserError as error:
-        fail(error)
+    startup.run(main, OPTIONS)

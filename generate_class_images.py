@@ -3,44 +3,30 @@
 Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
 to share the work among processes, or with plain `python`."""
 
-from dreambooth.options.command_line import fail, parse
+from dreambooth.bases import folders
+from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(
-        ClassImageOptions, __doc__
-    )  # before the imports below: --help and mistakes are answered at once
-    stops.until_imports_are_done()
-    startup.hash_ahead(OPTIONS.base)
-    startup.imports_begin()
+    OPTIONS = parse(ClassImageOptions, __doc__)
+    startup.begin()
+    folders.hash_ahead(OPTIONS.base)
 
-import sys
 from pathlib import Path
 
 import torch
 
 from dreambooth.bases import families, loading, prompts
 from dreambooth.data import class_images
-from dreambooth.errors import UserError
 from dreambooth.runtime import processes
-from dreambooth.runtime.stops import Stop, Watch
-
-if __name__ == "__main__":
-    startup.imports_end()
+from dreambooth.runtime.stops import Watch
 
 
 def main(options: ClassImageOptions) -> None:
     """Make the missing class images. Raises UserError if the folder holds another set, SystemExit if a signal ends it; what is made stays."""
-    watch = Watch()
-    watch.is_immediate = True
-    try:
+    with stops.stoppable(advice="started again, it goes on where it was") as watch:
         generate(options, watch)
-    except Stop as stop:
-        print(f"{stop.reason}; started again, it goes on where it was", file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_code) from None
-    finally:
-        watch.close()
 
 
 def generate(options: ClassImageOptions, watch: Watch) -> None:
@@ -72,7 +58,4 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(OPTIONS)
-    except UserError as error:
-        fail(error)
+    startup.run(main, OPTIONS)

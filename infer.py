@@ -1,22 +1,18 @@
 """Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files with their settings inside, and a contact
 sheet. Launch with `accelerate launch` to share the work among processes: the pictures are the same on any number of them."""
 
-from dreambooth.options.command_line import fail, parse
+from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(
-        InferOptions, __doc__
-    )  # before the imports below: --help and mistakes are answered at once
-    stops.until_imports_are_done()
-    startup.imports_begin()
+    OPTIONS = parse(InferOptions, __doc__)
+    startup.begin()
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +33,7 @@ from dreambooth.options.adapter_sets import AdapterSet, Choice
 from dreambooth.options.training import TextOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
-from dreambooth.runtime.stops import Stop, Watch
-
-if __name__ == "__main__":
-    startup.imports_end()
+from dreambooth.runtime.stops import Watch
 
 
 def read_prompts(options: InferOptions) -> list[str]:
@@ -94,15 +87,8 @@ class Arm:
 
 def main(options: InferOptions) -> None:
     """Draw and save every picture, `images.json` and `contact_sheet.png`. Raises SystemExit if a signal ends it."""
-    watch = Watch()
-    watch.is_immediate = True
-    try:
+    with stops.stoppable(advice="images.json is written at the end, and was not") as watch:
         infer(options, watch)
-    except Stop as stop:
-        print(f"{stop.reason}; images.json is written at the end, and was not", file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_code) from None
-    finally:
-        watch.close()
 
 
 def infer(options: InferOptions, watch: Watch) -> None:
@@ -437,7 +423,4 @@ def collect(options: InferOptions, arms: Sequence[Arm], records: list[dict[str, 
 
 
 if __name__ == "__main__":
-    try:
-        main(OPTIONS)
-    except UserError as error:
-        fail(error)
+    startup.run(main, OPTIONS)

@@ -3,23 +3,20 @@
 The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
 name work here unchanged. Launch with `accelerate launch` or plain `python`."""
 
-from dreambooth.options.command_line import as_table, fail, parse, without_token, yaml_text
+from dreambooth.bases import folders
+from dreambooth.options.command_line import as_table, parse, without_token, yaml_text
 from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":
-    OPTIONS = parse(
-        TrainOptions, __doc__
-    )  # before the imports below: --help and mistakes are answered at once
-    stops.until_imports_are_done()
-    startup.hash_ahead(OPTIONS.base)
-    startup.imports_begin()
+    OPTIONS = parse(TrainOptions, __doc__)
+    startup.begin()
+    folders.hash_ahead(OPTIONS.base)
 
 import contextlib
 import dataclasses
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,9 +50,6 @@ from dreambooth.training import (
     saving,
     validation,
 )
-
-if __name__ == "__main__":
-    startup.imports_end()
 
 
 def denoising_losses(
@@ -673,22 +667,13 @@ def main(options: TrainOptions) -> None:
     Raises UserError for what the user can put right, before any model is loaded where that can be known; SystemExit with the status that
     the README lists if the run ends early.
     """
-    watch = Watch(options.run.max_train_minutes)
-    watch.is_immediate = True
-    try:
-        train(options, watch)
-    except prepare.Planned as planned:
-        if str(planned):  # the main process's
-            print(planned)
-    except Stop as stop:
-        print(f"{'error' if stop.state == 'failed' else 'note'}: {stop.reason}", file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_code) from None
-    finally:
-        watch.close()
+    with stops.stoppable(options.run.max_train_minutes) as watch:
+        try:
+            train(options, watch)
+        except prepare.Planned as planned:
+            if str(planned):  # the main process's
+                print(planned)
 
 
 if __name__ == "__main__":
-    try:
-        main(OPTIONS)
-    except UserError as error:
-        fail(error)
+    startup.run(main, OPTIONS)

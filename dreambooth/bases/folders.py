@@ -5,14 +5,17 @@ A base may come from anyone. Nothing here imports what its files name, and weigh
 .ckpt) are refused, because those can carry code. This module imports no torch.
 """
 
+import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError, shortened, shown
-from dreambooth.files import safetensors_files
+from dreambooth.files import digests, safetensors_files
+from dreambooth.options.training import BaseOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
@@ -377,3 +380,23 @@ def _bad_weights(folder: Path, configs: Mapping[str, Mapping[str, Any]], variant
                 f"and config.json says {width}"
             )
     return problems
+
+
+def hash_ahead(base: BaseOptions) -> None:
+    """Begin to hash the weights of a base on disk, in a daemon thread; `digests.of` then has them.
+
+    The thread reports nothing: what is wrong with a base is reported by `check`.
+    """
+    folder, vae = Path(base.pretrained_model_name_or_path), base.pretrained_vae_model_name_or_path
+    parts = [(folder, part, base.variant) for part in ("unet", "text_encoder_2", "text_encoder", "vae")]
+    if vae:
+        parts[-1] = (Path(vae).parent, Path(vae).name, None)
+
+    def work() -> None:
+        for place, part, variant in parts:
+            kind = None if part.startswith("text_encoder") else "unet"
+            with contextlib.suppress(UserError, OSError, ValueError):
+                for path in weight_files(place, part, variant, kind=kind):
+                    digests.of(path)
+
+    threading.Thread(target=work, name="hash_ahead", daemon=True).start()

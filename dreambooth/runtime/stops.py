@@ -7,6 +7,7 @@ sampling steps of a picture and between the photos of a cache, so that a stop ta
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -83,8 +84,23 @@ def _has_launcher() -> bool:
     return "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def until_imports_are_done() -> None:
-    """While a script imports (seconds), a signal ends it at once and without a traceback."""
+@contextlib.contextmanager
+def stoppable(max_minutes: float | None = None, *, advice: str = "") -> Iterator[Watch]:
+    """The Watch of a script. A Stop within the block becomes one line on stderr, with `advice`, and SystemExit with its status."""
+    watch = Watch(max_minutes)
+    watch.is_immediate = True
+    try:
+        yield watch
+    except Stop as stop:
+        kind = "error" if stop.state == "failed" else "note"
+        print(f"{kind}: {stop.reason}{advice and '; '}{advice}", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        watch.close()
+
+
+def default_signals() -> None:
+    """From now on a signal ends the process at once, without a traceback."""
     for number in _heeded():
         signal.signal(number, signal.SIG_DFL)
 

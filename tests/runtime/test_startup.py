@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.bases import families
+from dreambooth.bases import families, folders
 from dreambooth.files import digests
 from dreambooth.options.training import BaseOptions
-from dreambooth.runtime import startup
 from dreambooth.runtime.stops import Stop
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,11 +20,14 @@ IMPORTS = """
 import gc
 from dreambooth.runtime import startup
 
-startup.imports_begin()
+startup.begin()
 assert not gc.isenabled()
 import json
-startup.imports_end()
-assert gc.isenabled() and gc.get_freeze_count() > 0
+
+def main(options):
+    assert options == "options" and gc.isenabled() and gc.get_freeze_count() > 0
+
+startup.run(main, "options")
 """
 
 
@@ -51,7 +53,7 @@ def test_help_imports_neither_torch_nor_diffusers(script):
 
 
 def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
-    startup.hash_ahead(BaseOptions(str(tiny_xl)))
+    folders.hash_ahead(BaseOptions(str(tiny_xl)))
     for thread in threading.enumerate():
         if thread.name == "hash_ahead":
             assert thread.daemon
@@ -76,7 +78,7 @@ def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "\ud800", "x" * 5000])
 def test_what_is_wrong_with_a_base_is_not_said_by_the_thread(name, capfd):
-    startup.hash_ahead(BaseOptions(name))
+    folders.hash_ahead(BaseOptions(name))
     for thread in threading.enumerate():
         if thread.name == "hash_ahead":
             thread.join()

@@ -200,7 +200,7 @@ def test_what_nohup_wants_ignored_stays_ignored():
         os.kill(os.getpid(), signal.SIGHUP)
         watch.check()
         watch.close()
-        stops.until_imports_are_done()
+        stops.default_signals()
         os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
