@@ -449,24 +449,10 @@ def backdrop(place: str, variant: int) -> Image.Image:
     """A place without anybody in it: RGB, 64 x 64. `variant` (0..BACKDROPS-1) moves the horizon and the scenery."""
     if not 0 <= variant < BACKDROPS:
         raise ValueError(f"backdrop variant must be in 0..{BACKDROPS - 1}, got {variant}")
-    k = SUPERSAMPLING
     rng = random.Random(f"{place} {variant}")
     horizon = (38, 42, 46)[variant % 3]
-    picture = Image.new("RGB", (SIDE * k, SIDE * k))
-    pen = ImageDraw.Draw(picture)
-
-    def box(x0, y0, x1, y1, colour):
-        pen.rectangle((x0 * k, y0 * k, x1 * k, y1 * k), fill=colour)
-
-    def disc(x, y, r, colour):
-        pen.ellipse(((x - r) * k, (y - r) * k, (x + r) * k, (y + r) * k), fill=colour)
-
-    def poly(colour, *points):
-        pen.polygon([(x * k, y * k) for x, y in points], fill=colour)
-
-    def scattered(count, low, high):
-        return [(rng.uniform(0, SIDE), rng.uniform(low, high)) for _ in range(count)]
-
+    brush = _Brush(rng)
+    box, disc, poly, scattered = brush.box, brush.disc, brush.poly, brush.scattered
     side = rng.choice((9, 55))  # where the sun, the moon or the lamp stands
     match place:
         case "snow":
@@ -487,12 +473,7 @@ def backdrop(place: str, variant: int) -> Image.Image:
             box(0, horizon, 64, 64, (158, 196, 104))
         case "city":
             box(0, 0, 64, 64, (204, 208, 216))
-            for x in range(0, 64, 11):
-                top = rng.uniform(6, 26)
-                box(x, top, x + 9, horizon, (150, 154, 168))
-                for row in range(int(top) + 3, horizon - 3, 6):
-                    box(x + 2, row, x + 4, row + 2.5, (238, 226, 160))
-                    box(x + 5.5, row, x + 7.5, row + 2.5, (238, 226, 160))
+            brush.houses(horizon)
             box(0, horizon, 64, 64, (112, 114, 122))
         case "desert":
             box(0, 0, 64, 64, (255, 222, 178))
@@ -519,4 +500,37 @@ def backdrop(place: str, variant: int) -> Image.Image:
                 box(0, y, 64, y + 1, (164, 116, 82))
         case _:
             raise ValueError(f"no place {place!r}")
-    return picture.reduce(k)
+    return brush.picture.reduce(SUPERSAMPLING)
+
+
+class _Brush:
+    """Draws a picture SUPERSAMPLING times as large as its coordinates say. Random positions come from `rng`."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.picture = Image.new("RGB", (SIDE * SUPERSAMPLING, SIDE * SUPERSAMPLING))
+        self.pen = ImageDraw.Draw(self.picture)
+
+    def box(self, x0, y0, x1, y1, colour):
+        k = SUPERSAMPLING
+        self.pen.rectangle((x0 * k, y0 * k, x1 * k, y1 * k), fill=colour)
+
+    def disc(self, x, y, r, colour):
+        k = SUPERSAMPLING
+        self.pen.ellipse(((x - r) * k, (y - r) * k, (x + r) * k, (y + r) * k), fill=colour)
+
+    def poly(self, colour, *points):
+        self.pen.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], fill=colour)
+
+    def scattered(self, count, low, high):
+        """Random points between two heights."""
+        return [(self.rng.uniform(0, SIDE), self.rng.uniform(low, high)) for _ in range(count)]
+
+    def houses(self, horizon):
+        """A row of houses of random heights, with lit windows."""
+        for x in range(0, 64, 11):
+            top = self.rng.uniform(6, 26)
+            self.box(x, top, x + 9, horizon, (150, 154, 168))
+            for row in range(int(top) + 3, horizon - 3, 6):
+                self.box(x + 2, row, x + 4, row + 2.5, (238, 226, 160))
+                self.box(x + 5.5, row, x + 7.5, row + 2.5, (238, 226, 160))

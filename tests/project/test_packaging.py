@@ -52,6 +52,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.as_posix() for path in paths if "__pycache__" not in path.parts}
 
 
+@pytest.mark.slow
 def test_a_wheel_has_every_module_the_base_and_the_recipes_and_nothing_else(installed):
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {
         "dreambooth",
@@ -63,6 +64,7 @@ def test_a_wheel_has_every_module_the_base_and_the_recipes_and_nothing_else(inst
     assert files_below(installed / "picturebook") == files_below(ROOT / "picturebook")
 
 
+@pytest.mark.slow
 def test_four_commands_answer_help_in_an_empty_folder(installed, tmp_path):
     (info,) = installed.glob("*.dist-info")
     entry_points = metadata.Distribution.at(info).entry_points.select(group="console_scripts")
