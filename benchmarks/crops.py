@@ -63,7 +63,7 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
     cut: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []
     for photo in found:
-        entries = encoding_cache.Entries(None, print)
+        entries = encoding_cache.EncodingCache(None, print)
         encoded = encodings.encode_photos(
             entries, base, [(photo, False)], crops, device, Alone(), lambda: None
         )

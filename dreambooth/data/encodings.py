@@ -1,23 +1,25 @@
-"""What a run encodes once: photos to latents, prompts to conditions.
+"""Encodes photos to latents and prompts to embeddings, through the encoding cache.
 
-An entry's name is made of contents: the photo's bytes, the part of it that is encoded, the weights that encode it, and what changes last bits.
-Where crops vary the whole resized photo is encoded, and a crop is cut from its latents, on their grid. Models are loaded only for what is
-missing, and freed after it. Several processes with one folder share the work.
+The name of a cache entry is a hash of contents: the photo's bytes, its encoded box, the weights that encode it, and what
+changes last bits. Where random crops differ, the whole resized photo is encoded, and crops are cut from its latents.
+Models are loaded only for missing entries, and freed afterwards. Processes that share a folder share the work.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import PIL
 import torch
 from tqdm import tqdm
 
 from dreambooth.bases import autoencoder, families, loading, prompts
+from dreambooth.bases.autoencoder import Posterior
+from dreambooth.bases.families import Base
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import photos
 from dreambooth.data.crops import Box, Corner, Crops
-from dreambooth.data.encoding_cache import Entries, Shapes, name_of
+from dreambooth.data.encoding_cache import EncodingCache, Entry, name_of
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError, shown
 from dreambooth.runtime import memory
@@ -33,7 +35,10 @@ _MOST_IN_MEMORY = 64  # pictures
 def mode_of(
     wanted: Literal["auto", "memory", "disk", "off"], pictures: int, *, is_folder_given: bool
 ) -> Mode:
-    """What --cache_latents means for so many pictures, mirror images counted. Who names a folder wants it to be used."""
+    """The value of --cache_latents with "auto" resolved. `pictures` counts photos and their mirror images.
+
+    A given --encoded_dir means disk.
+    """
     if wanted != "auto":
         return wanted
     return "disk" if pictures > _MOST_IN_MEMORY or is_folder_given else "memory"
@@ -41,7 +46,7 @@ def mode_of(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is encoded as one: a photo or its mirror image, and the box of it."""
+    """A box of a photo, or of its mirror image, that is encoded as one."""
 
     photo: Photo
     is_mirrored: bool
@@ -49,103 +54,108 @@ class Part:
 
 
 class EncodedPhotos:
-    """The posterior of every crop that a run may draw."""
+    """The cached posteriors of every crop that a run may use."""
 
-    def __init__(self, entries: Entries, names: Mapping[Part, str], crops: Crops):
-        self.entries, self.names, self.crops = entries, names, crops
+    def __init__(self, cache: EncodingCache, entries: Mapping[Part, Entry], crops: Crops):
+        self.cache, self.entries, self.crops = cache, entries, crops
 
-    def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> autoencoder.Posterior:
-        """[1, channels, height, width] on the CPU, of the crop at `corner`, which where crops vary is a multiple of the grid."""
+    def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> Posterior:
+        """The posterior of the crop at `corner`, [1, channels, height, width] on the CPU.
+
+        Where crops vary, the corner is a multiple of the VAE's stride. Raises Stop if the cache has been damaged.
+        """
         box = self.crops.encoded_box(photo.size, corner)
-        left, top = (
-            (start - begin) // self.crops.stride for start, begin in zip(corner, box[:2], strict=True)
-        )
-        found = self.entries.read(self.names[Part(photo, is_mirrored, box)])
+        tensors = self.cache.read(self.entries[Part(photo, is_mirrored, box)])
+        left, top = ((at - start) // self.crops.stride for at, start in zip(corner, box[:2], strict=True))
         side = self.crops.latent_side
-        return autoencoder.Posterior(
-            *(found[key][..., top : top + side, left : left + side] for key in ("mean", "std"))
+        return Posterior(
+            *(tensors[key][..., top : top + side, left : left + side] for key in ("mean", "std"))
         )
 
 
 def encode_photos(
-    entries: Entries,
-    base: families.Base,
+    cache: EncodingCache,
+    base: Base,
     pictures: Sequence[tuple[Photo, bool]],
     crops: Crops,
     device: torch.device,
     peers: Peers,
     check: Check,
 ) -> EncodedPhotos:
-    """Encode every (photo, whether mirrored) of `pictures` that `entries` lacks. `check` is called before each that is
-    looked for, and before each that is encoded.
+    """Encode every (photo, whether mirrored) of `pictures` that is not cached.
 
-    Raises UserError if a photo has changed since it was checked, or the VAE while it was read.
+    `check` is called before each entry is looked up and before each is encoded. Raises UserError if a photo has changed
+    since it was checked, or if the VAE changed while it was read.
     """
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
-    around = environment(device, ("torch", "diffusers"), **processor(device))
-    parts = [
-        Part(photo, is_mirrored, box)
+    last_bits = environment(device, ("torch", "diffusers"), **processor(device)) | {"pillow": PIL.__version__}
+    entries = {
+        part: _entry_of(part, crops, channels, vae=digests.get("vae"), last_bits=last_bits)
         for photo, is_mirrored in pictures
-        for box in crops.encoded_boxes(photo.size)
-    ]
-    names, shapes = {}, {}
-    for part in parts:
-        left, top, right, bottom = part.box
-        # a bucket of another aspect would be a word of its own here
-        transform = {
+        for part in (Part(photo, is_mirrored, box) for box in crops.encoded_boxes(photo.size))
+    }
+    parts = {entry: part for part, entry in entries.items()}
+
+    def encode(missing: Sequence[Entry]) -> None:
+        vae = loading.load_vae(base, device)
+        _check_unchanged(base, digests)
+        if vae is not None:
+            vae.decoder = None  # unused, and most of the weights
+            memory.trim()
+        for entry in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
+            check()
+            part = parts[entry]
+            pixel_values = crops.pixel_values(
+                photos.load_checked(part.photo), part.box, is_mirrored=part.is_mirrored
+            )
+            posterior = autoencoder.encode(vae, pixel_values[None])
+            cache.store(entry, {"mean": posterior.mean, "std": posterior.std})
+
+    _fill(cache, list(parts), encode, peers, check)
+    return EncodedPhotos(cache, entries, crops)
+
+
+def _entry_of(
+    part: Part, crops: Crops, channels: int, *, vae: str | None, last_bits: Mapping[str, Any]
+) -> Entry:
+    """The cache entry of a part's latents. `vae` is the digest of the VAE, `last_bits` what changes last bits."""
+    left, top, right, bottom = part.box
+    content = {
+        # the same file may have other pixels with another decoder
+        "photo": [part.photo.sha256, part.photo.pixels_sha256],
+        "transform": {
             "resolution": crops.resolution,
             "interpolation": crops.interpolation,
             "mirrored": part.is_mirrored,
             "box": part.box,
-        }
-        what = {
-            "photo": [
-                part.photo.sha256,
-                part.photo.pixels_sha256,
-            ],  # one file may be other pixels with another decoder
-            "transform": transform,
-            "vae": digests.get("vae"),
-            "dtype": "float32",
-            "around": around | {"pillow": PIL.__version__},
-        }
-        names[part] = name_of("latents", what)
-        shape = (1, channels, (bottom - top) // crops.stride, (right - left) // crops.stride)
-        shapes[names[part]] = {"mean": shape, "std": shape}
-    of_name = {name: part for part, name in names.items()}
-
-    def encode(missing: Sequence[str]) -> None:
-        vae = loading.load_vae(base, device)
-        _check_unchanged(base, digests)
-        if vae is not None:
-            vae.decoder = None  # most of the weights, and of no use here
-            memory.trim()
-        for name in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
-            check()
-            part = of_name[name]
-            image = photos.load_checked(part.photo)
-            pixels = crops.pixel_values(image, part.box, is_mirrored=part.is_mirrored)
-            posterior = autoencoder.encode(vae, pixels[None])
-            entries.keep(name, {"mean": posterior.mean, "std": posterior.std})
-
-    _fill(entries, shapes, encode, peers, check)
-    return EncodedPhotos(entries, names, crops)
+        },
+        "vae": vae,
+        "dtype": "float32",
+        "around": last_bits,
+    }
+    shape = (1, channels, (bottom - top) // crops.stride, (right - left) // crops.stride)
+    return Entry(name_of("latents", content), {"mean": shape, "std": shape})
 
 
 def encode_prompts(
-    entries: Entries,
-    base: families.Base,
+    cache: EncodingCache,
+    base: Base,
     text: TextParts,
-    asked: Sequence[str],
+    wanted: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
     peers: Peers,
     check: Check,
 ) -> PromptCache:
-    """Encode every prompt that `entries` lacks, with encoders in `dtype` that `text` has not loaded yet. `check` is called before each that is
-    looked for, and each that is encoded. Raises UserError if an encoder has changed while it was read."""
-    distinct = list(dict.fromkeys(asked))
-    shapes_of_one = families.prompt_embed_shapes(base, text.max_tokens)
+    """Encode every prompt of `wanted` that is not cached, with encoders in `dtype` that are loaded if there is one.
+
+    `text` has no encoders. `check` is called before each entry is looked up and before each is encoded. Raises
+    UserError if an encoder changed while it was read.
+    """
+    # Name the entry of every prompt.
+    distinct = list(dict.fromkeys(wanted))
+    shapes = families.prompt_embed_shapes(base, text.max_tokens)
     digests = {encoder: base.part_digest(encoder) for encoder in base.family.text}
     common = {
         "family": base.family.key,
@@ -157,37 +167,37 @@ def encode_prompts(
         "zeros_for_empty": text.zeros_for_empty,
         "around": environment(device, ("torch", "transformers"), **processor(device)),
     }
-    names = {}
+    entries: dict[str, Entry] = {}
     for prompt in distinct:
-        tokens = [
-            [part.tolist() for part in text.ids(number, [prompt])] for number in range(len(text.tokenizers))
-        ]
-        names[prompt] = name_of("prompt", {"text": prompt, "tokens": tokens, **common})
-    of_name = {name: prompt for prompt, name in names.items()}
+        tokens = [[ids.tolist() for ids in text.ids(n, [prompt])] for n in range(len(text.tokenizers))]
+        name = name_of("prompt", {"text": prompt, "tokens": tokens, **common})
+        entries[prompt] = Entry(name, shapes)
+    prompt_of = {entry: prompt for prompt, entry in entries.items()}
 
     @torch.no_grad()
-    def encode(missing: Sequence[str]) -> None:
-        # frozen encoders have their dtype, and T5 keeps some of its weights in float32, where float16 overflows: no autocast
+    def encode(missing: Sequence[Entry]) -> None:
+        # No autocast: frozen encoders are in `dtype`, except for weights of T5 that overflow in float16.
         loaded = dataclasses.replace(text, encoders=loading.load_encoders(base, dtype, device))
         _check_unchanged(base, digests)
-        for name in missing:
+        for entry in missing:
             check()
-            found = loaded([of_name[name]])
-            entries.keep(
-                name, {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled})
-            )
-
-    _fill(entries, dict.fromkeys(names.values(), shapes_of_one), encode, peers, check)
+            prompt_embeds = loaded([prompt_of[entry]])
+            pooled = {} if prompt_embeds.pooled is None else {"pooled": prompt_embeds.pooled}
+            cache.store(entry, {"embeds": prompt_embeds.embeds} | pooled)
 
     def read(prompt: str) -> PromptEmbeds:
-        tensors = entries.read(names[prompt])
+        tensors = cache.read(entries[prompt])
         return PromptEmbeds(tensors["embeds"], tensors.get("pooled"))
 
+    _fill(cache, list(prompt_of), encode, peers, check)
     return prompts.prompt_cache(read, distinct, device)
 
 
-def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
-    """Raise UserError if the parts just read are not those that the names of entries tell of: what they encode would be found there ever after."""
+def _check_unchanged(base: Base, digests: Mapping[str, str]) -> None:
+    """Raise UserError if the files of a part are not those whose digests are in the names of entries.
+
+    Otherwise the cache would hold encodings of the new weights under names of the old ones, for good.
+    """
     for part, digest in digests.items():
         if base.part_digest(part) != digest:
             folder = shown(base.part_folder(part))
@@ -195,30 +205,32 @@ def _check_unchanged(base: families.Base, digests: Mapping[str, str]) -> None:
 
 
 def _fill(
-    entries: Entries,
-    wanted: Mapping[str, Shapes],
-    encode: Callable[[Sequence[str]], None],
+    cache: EncodingCache,
+    entries: Sequence[Entry],
+    encode: Callable[[Sequence[Entry]], None],
     peers: Peers,
     check: Check,
 ) -> None:
-    """Have `encode` make what is missing. In memory each process makes all. In a folder each makes its share, and then what it lacks all the
-    same: nodes may have no folder in common, or another's may be damaged or full."""
+    """Call `encode` for the entries that are not cached.
 
-    def make(names: Sequence[str]) -> None:
+    In memory, every process encodes all of them. In a folder, each process encodes its share, and afterwards whatever
+    it still lacks: nodes may have no folder in common, and files may be damaged or the disk full.
+    """
+
+    def encode_missing(entries: Sequence[Entry]) -> None:
         missing = []
-        # each is read and hashed: seen where that takes long, and then it can be stopped
-        is_quiet = entries.folder is None or not peers.is_main
-        for name in tqdm(names, desc="looking for encodings", unit="file", delay=2, disable=is_quiet):
+        # Files are read and hashed, which may take long: show a bar, and let `check` stop it.
+        is_quiet = cache.folder is None or not peers.is_main
+        for entry in tqdm(entries, desc="looking for encodings", unit="file", delay=2, disable=is_quiet):
             check()
-            if not entries.has(name, wanted[name]):
-                missing.append(name)
+            if not cache.has(entry):
+                missing.append(entry)
         if missing:
             encode(missing)
 
-    names = list(wanted)
-    if entries.folder is None or peers.world == 1:
-        make(names)
+    if cache.folder is None or peers.world == 1:
+        encode_missing(entries)
         return
-    make(names[peers.rank :: peers.world])
+    encode_missing(entries[peers.rank :: peers.world])
     peers.barrier()
-    make([name for place, name in enumerate(names) if place % peers.world != peers.rank])
+    encode_missing([entry for n, entry in enumerate(entries) if n % peers.world != peers.rank])

@@ -45,7 +45,7 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     options, peers, base, sources = start.options, start.peers, start.base, start.sources
     kind, device = options.speed.quantize_base, peers.accelerator.device
     folder = start.encoded_dir if start.cache == "disk" else None
-    entries = encoding_cache.Entries(folder, lambda said: peers.say(f"warning: {said}"))
+    cache = encoding_cache.EncodingCache(folder, lambda said: peers.say(f"warning: {said}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
     vae = prompt_cache = encoded = None
     if options.text.train_text_encoder:
@@ -53,15 +53,15 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     else:
         asked = prompts_of(options, sources)
         prompt_cache = encodings.encode_prompts(
-            entries, base, text, asked, start.weight_dtype, device, peers, check
+            cache, base, text, asked, start.weight_dtype, device, peers, check
         )
     rows = PhotoRows(sources, options.run.seed, start.crops)
     if start.cache == "off":
         vae = loading.load_vae(base, device)
     else:
         pictures = [picture for source in sources for picture in source.pictures()]
-        encoded = encodings.encode_photos(entries, base, pictures, start.crops, device, peers, check)
-        say_damaged(entries, peers)
+        encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
+        say_damaged(cache, peers)
     memory.give_back()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
     # a GPU that holds the layers in few bits may not hold them whole
@@ -79,11 +79,11 @@ def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
     )
 
 
-def say_damaged(entries: encoding_cache.Entries, peers: Peers) -> None:
+def say_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:
     """Say once which files have been made anew."""
-    if found := entries.damaged:
+    if found := cache.damaged:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         peers.say(
-            f"note: {len(found)} files in {shown(entries.folder)} were damaged and have been made anew: {names}",
+            f"note: {len(found)} files in {shown(cache.folder)} were damaged and have been made anew: {names}",
         )
-        entries.damaged = []
+        cache.damaged = []

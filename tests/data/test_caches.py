@@ -23,6 +23,7 @@ from dreambooth.bases import autoencoder, families, loading, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import SeenPhotos
+from dreambooth.data.encoding_cache import EncodingCache, Entry
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, checkpoint_folders
 from dreambooth.files import digests as file_digests
@@ -358,8 +359,8 @@ def encoded_photo(
     base: families.Base, photo: photos.Photo, *, resolution: int = 64, mirrored: bool = False
 ) -> encodings.EncodedPhotos:
     crops = Crops(resolution, "lanczos", False, base.vae_stride)
-    entries = encoding_cache.Entries(None, print)
-    return encodings.encode_photos(entries, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
+    cache = EncodingCache(None, print)
+    return encodings.encode_photos(cache, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -465,15 +466,16 @@ def test_a_damaged_entry_is_encoded_anew_and_it_alone(
 
 def test_an_entry_of_another_shape_is_encoded_anew_though_its_hash_holds(tmp_path):
     told: list[str] = []
-    entries = encoding_cache.Entries(tmp_path, told.append)
-    assert not entries.has("latents-a", {"mean": (2, 2)})
-    entries.keep("latents-a", {"mean": torch.ones(2, 2)})
-    assert encoding_cache.Entries(tmp_path, told.append).has("latents-a", {"mean": (2, 2)})
+    entry = Entry("latents-a", {"mean": (2, 2)})
+    cache = EncodingCache(tmp_path, told.append)
+    assert not cache.has(entry)
+    cache.store(entry, {"mean": torch.ones(2, 2)})
+    assert EncodingCache(tmp_path, told.append).has(entry)
     for shapes in ({"mean": (4,)}, {"mean": (2, 2), "std": (2, 2)}, {"std": (2, 2)}):
-        assert not encoding_cache.Entries(tmp_path, told.append).has("latents-a", shapes)
+        assert not EncodingCache(tmp_path, told.append).has(Entry("latents-a", shapes))
     (tmp_path / "latents-b.safetensors").write_bytes((tmp_path / "latents-a.safetensors").read_bytes())
-    assert not entries.has("latents-b", {"mean": (2, 2)})
-    assert (entries.damaged, told, entries.held) == (["latents-b.safetensors"], [], {})
+    assert not cache.has(Entry("latents-b", {"mean": (2, 2)}))
+    assert (cache.damaged, told, cache.in_memory) == (["latents-b.safetensors"], [], {})
 
 
 @pytest.mark.trains
@@ -556,12 +558,12 @@ def test_other_pixels_of_the_same_file_and_other_arithmetic_are_other_entries(
     base, photo = families.find(BaseOptions(str(tiny_base))), photo_of(tmp_path, (64, 64))
     names = set()
     for changed in (photo, photo, dataclasses.replace(photo, pixels_sha256="other")):
-        names |= set(encoded_photo(base, changed).entries.held)
+        names |= set(encoded_photo(base, changed).cache.in_memory)
     assert len(names) == 2
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx2": True, "cpu_name": "another"}
     )
-    assert not names & set(encoded_photo(base, photo).entries.held)
+    assert not names & set(encoded_photo(base, photo).cache.in_memory)
 
 
 @pytest.mark.trains
@@ -573,7 +575,7 @@ def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     for expected in (2, 1):  # looked for and encoded; looked for
         check = Mock()
         encodings.encode_photos(
-            encoding_cache.Entries(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check
+            EncodingCache(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check
         )
         assert check.call_count == expected
 
@@ -617,11 +619,9 @@ def test_encodings_have_a_folder_of_their_own(tiny_base, mine, tmp_path, no_mode
 
 
 def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, monkeypatch):
-    shapes = {"mean": (2,)}
-    for name in ("latents-a", "latents-b"):
-        entries = encoding_cache.Entries(tmp_path, print)
-        entries.has(name, shapes)
-        entries.keep(name, {"mean": torch.ones(2)})
+    entries = [Entry(name, {"mean": (2,)}) for name in ("latents-a", "latents-b")]
+    for entry in entries:
+        EncodingCache(tmp_path, print).store(entry, {"mean": torch.ones(2)})
     before, real = entries_in(tmp_path), os.open
 
     def refused(path, flags, *others):
@@ -631,28 +631,27 @@ def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, mon
 
     monkeypatch.setattr(os, "open", refused)
     told: list[str] = []
-    entries = encoding_cache.Entries(tmp_path, told.append)
-    for name in ("latents-a", "latents-b"):
-        assert not entries.has(name, shapes)
-        entries.keep(name, {"mean": torch.zeros(2)})
-        assert entries.has(name, shapes)
-        assert entries.read(name)["mean"].tolist() == [0, 0]
-    assert (entries_in(tmp_path), entries.damaged) == (before, [])
+    cache = EncodingCache(tmp_path, told.append)
+    for entry in entries:
+        assert not cache.has(entry)
+        cache.store(entry, {"mean": torch.zeros(2)})
+        assert cache.has(entry)
+        assert cache.read(entry)["mean"].tolist() == [0, 0]
+    assert (entries_in(tmp_path), cache.damaged) == (before, [])
     said = "latents-a.safetensors cannot be read (Permission denied): what it and others like it may hold is encoded anew, and kept in memory"
     assert len(told) == 1
     assert said in told[0]
 
 
 def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
-    entries = encoding_cache.Entries(tmp_path, print)
+    cache = EncodingCache(tmp_path, print)
     name = encoding_cache.name_of("latents", {})
-    assert not entries.has(name, {"mean": (2,)})
     left: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # killed before the file has its name
         patch.setattr(
             os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept"))
         )
-        entries.keep(name, {"mean": torch.ones(2)})
+        cache.store(Entry(name, {"mean": (2,)}), {"mean": torch.ones(2)})
         atomic.write(tmp_path / decode_cache.NAME, b"{}")
         atomic.write(tmp_path / decode_cache.NAME, b"{}")
     mine = {Path(copy).rename(copy.removesuffix(".kept")) for copy in left}
@@ -699,13 +698,13 @@ def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
     found = photos.check_folder(tiny.make_photos(tmp_path / "photos", 3, (96, 64)), FLAG).photos
     crops = Crops(64, "lanczos", False, base.vae_stride)
     (tmp_path / "kept").mkdir()
-    entries = encoding_cache.Entries(tmp_path / "kept", print)
+    cache = EncodingCache(tmp_path / "kept", print)
     encoded = encodings.encode_photos(
-        entries, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None
+        cache, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None
     )
-    assert entries.held == {}
+    assert cache.in_memory == {}
     assert encoded.posterior(found[0], (8, 0), is_mirrored=False).mean.shape == (1, 4, 8, 8)
-    assert entries.held == {}
+    assert cache.in_memory == {}
 
 
 def test_few_prompts_wait_on_the_device_and_many_are_read_at_each_visit():
@@ -813,12 +812,12 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
         torch.set_num_threads(
             1
         )  # accelerate gives each of several processes another number, and what they encode another name
-        entries = encoding_cache.Entries(folder, print)
+        cache = EncodingCache(folder, print)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loading, "load_vae", lambda *args: None)
             patch.setattr(autoencoder, "encode", in_place_of_a_vae)
             encodings.encode_photos(
-                entries, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None
+                cache, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None
             )
         return len(calls)
 

@@ -548,7 +548,7 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
     alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
     cached = means(
         encodings.encode_photos(
-            encoding_cache.Entries(None, print), base, pictures, crops, cpu, alone, lambda: None
+            encoding_cache.EncodingCache(None, print), base, pictures, crops, cpu, alone, lambda: None
         ),
         None,
     )
