@@ -1,24 +1,27 @@
-"""The exception for mistakes that the user can correct, and what its messages are built from.
+"""The exception for mistakes that the user can correct, and the functions that build messages.
 
-The scripts print the message of a UserError and exit with status 2. Names and texts from files may hold line breaks, terminal escapes or a
-megabyte: every message passes them through a function of this module.
+The scripts print the message of a UserError and exit with status 2. Names and texts from files may hold line
+breaks, terminal escapes or a megabyte of characters: messages take them through a function of this module.
 """
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """The message names the flag or file, the rule, the value found, and what to do: one line for each problem."""
+    """The message names the flag or file, the rule, the value found, and what to do: one line for each
+    problem."""
 
 
 def shown(name: object) -> str:
-    """A name for use within a line: unchanged, or quoted with escapes if it has characters that do not print."""
+    """A name for use within a line: unchanged, or quoted with escapes if it has characters that do not
+    print."""
     text = str(name)
     return text if text.isprintable() else ascii(text)
 
 
 def shortened(value: object, most: int = 80) -> str:
-    """A value from a file for use within a line: text as `shown` gives it, others as ASCII; cut after `most` characters."""
+    """A value from a file for use within a line: text as `shown` gives it, others as ASCII; cut after `most`
+    characters."""
     text = value if isinstance(value, str) else ascii(value)
     return shown(text if len(text) <= most else f"{text[:most]}...")
 
@@ -35,8 +38,19 @@ def reason_of(error: BaseException, most: int = 300) -> str:
 
 
 def type_and_reason(error: BaseException) -> str:
-    """An exception's type and message on one line. For exceptions like KeyError, whose message alone says little."""
+    """An exception's type and message on one line. For exceptions like KeyError, whose message alone says
+    little."""
     return shown(": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:300]))))
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """True if memory ran out. torch raises OutOfMemoryError, a RuntimeError, for GPUs, and a plain
+    RuntimeError for CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def printable(message: str) -> str:

@@ -34,7 +34,7 @@ from dreambooth.bases import families
 from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
-from dreambooth.errors import UserError, shown, type_and_reason
+from dreambooth.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.files import safetensors_files
 from dreambooth.options.training import TextOptions
 
@@ -166,11 +166,9 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     # for malformed files the libraries raise KeyError, TypeError, AttributeError, ...
     except Exception as error:
-        if "can't allocate memory" in str(error):
+        if is_memory_error(error):
             raise
         reason = type_and_reason(error)
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {reason}") from None

@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all. Imports no torch.
 
-The data lies on the disk before the file or folder gets its name, so a crash leaves the old one or the new one, and at most a temporary
-beside it. After a power cut the old one may still have the name; checkpoint_folders.py, which must know, flushes the name as well.
+The data lies on the disk before the file or folder gets its name, so a crash leaves the old one or the new
+one, and at most a temporary beside it. After a power cut the old one may still have the name;
+checkpoint_folders.py, which must know, flushes the name as well.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ _TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9]+){1,2}\.tmp")
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write the file beside `path`, flush it and rename it. A reader sees the old file or the new one, never a part of one."""
+    """Write the file beside `path`, flush it and rename it. A reader sees the old file or the new one, never
+    a part of one."""
     temporary = _temporary(path)
     try:
         write_new(temporary, data)
@@ -32,7 +34,8 @@ def write(path: Path, data: bytes) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`; it becomes `target` if the block ends well, and is removed if not.
 
-    Raises OSError if `target` exists and is no empty folder. Files in it must be flushed by the block, see `write_new` and `flush`.
+    Raises OSError if `target` exists and is no empty folder. Files in it must be flushed by the block, see
+    `write_new` and `flush`.
     """
     temporary = _temporary(target)
     try:
@@ -75,7 +78,8 @@ def flush(path: Path) -> None:
 
 
 def target_of(name: str) -> str | None:
-    """The name of the file or folder for which `name` is a temporary of this module; None if `name` is no temporary."""
+    """The name of the file or folder for which `name` is a temporary of this module; None if `name` is no
+    temporary."""
     match = _TEMPORARY.fullmatch(name)
     return match and match[1]
 
@@ -86,7 +90,8 @@ def _temporary(path: Path) -> Path:
 
 
 def make_output_folder(path: Path, flag: str) -> None:
-    """Make the folder that `flag` names. Called at the start of a run: a folder that cannot be written to must not cost hours of work.
+    """Make the folder that `flag` names. Called at the start of a run: a folder that cannot be written to
+    must not cost hours of work.
 
     Raises UserError if it cannot be made or written to.
     """

@@ -29,7 +29,8 @@ def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
 
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:
-    """The picture with a longer side of `longer_side` pixels. Small pictures are enlarged without smoothing."""
+    """The picture with a longer side of `longer_side` pixels. Small pictures are enlarged without
+    smoothing."""
     scale = longer_side / max(image.size)
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
@@ -40,7 +41,8 @@ def contact_sheet(
     columns: Sequence[str] = (),
     side: int = THUMBNAIL,
 ) -> Image.Image:
-    """Labelled rows of pictures, each scaled to `side` pixels; `columns` are headings. None leaves a place empty."""
+    """Labelled rows of pictures, each scaled to `side` pixels; `columns` are headings. None leaves a place
+    empty."""
     font = ImageFont.load_default(13)
     top_margin = _MARGIN + (_HEADING_HEIGHT if columns else 0)
     row_height = _LABEL_HEIGHT + side + _MARGIN

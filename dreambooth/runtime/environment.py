@@ -20,7 +20,8 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 def processor(device: torch.device) -> dict[str, Any]:
     """Settings for `environment`: threads and instructions of a CPU, name and TF32 switches of a CUDA GPU."""
     if device.type == "cpu":
-        # oneDNN uses bf16 and AMX instructions where the CPU has them; torch's name of the CPU leaves them out
+        # oneDNN uses bf16 and AMX instructions where the CPU has them; torch's name of the CPU leaves them
+        # out
         special = sorted(
             name
             for name, is_there in torch.cpu.get_capabilities().items()

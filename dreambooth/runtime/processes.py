@@ -1,11 +1,11 @@
-"""The processes of one run: what they must agree on, and what they do when one of them is lost."""
+"""The processes of one run: exchanges between them, and what happens when one of them is lost."""
 
 import contextlib
 import datetime
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
-from dreambooth.errors import UserError, reason_of
+from dreambooth.errors import UserError, is_memory_error, reason_of
 from dreambooth.runtime.stops import Stop, Watch
 
 T = TypeVar("T")
@@ -30,57 +30,65 @@ def adopt_local_rank(local_rank: int) -> None:
 
 
 def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
-    """Join the processes that the launcher started. `peer_timeout`, in seconds, is for exchanges within a step.
+    """Join the processes that the launcher started. `peer_timeout`, in seconds, is for exchanges within a
+    step.
 
-    Raises UserError if the launcher started more processes than could be joined: each would do the whole work, into the same folder.
+    Raises UserError if accelerate joined fewer processes than were started: each would do all the work, in
+    the same folder.
     """
-    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=peer_timeout))
-    accelerator = Accelerator(kwargs_handlers=[timeout], **settings)
+    timeout = datetime.timedelta(seconds=peer_timeout)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **settings)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
             f"the launcher started {started} processes and accelerate joined {accelerator.num_processes}; "
             "without a GPU set ACCELERATE_USE_CPU=true for torchrun"
         )
-    return Peers(accelerator, watch, datetime.timedelta(seconds=peer_timeout))
+    return Peers(accelerator, watch, timeout)
 
 
 def notes() -> list[str]:
-    """What is odd about how the process was launched."""
-    # `accelerate launch --cpu --num_processes 2` sets an address to meet at, and then starts one process without a word
-    if (
-        "ACCELERATE_DYNAMO_BACKEND" in os.environ
-        and "MASTER_PORT" in os.environ
-        and "WORLD_SIZE" not in os.environ
-    ):
-        asked = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
-        return [
-            f"accelerate launch was asked for {asked[1] if asked else 'several'} processes and started 1: on CPUs it starts several only as "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` (configs/accelerate/cpu_processes.yaml)"
-        ]
-    return []
+    """A note for the user if the launcher started one process where several were asked for."""
+    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT, and then starts one process without a
+    # message
+    environment = os.environ
+    if "ACCELERATE_DYNAMO_BACKEND" not in environment or "MASTER_PORT" not in environment:
+        return []
+    if "WORLD_SIZE" in environment:
+        return []
+    match = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
+    return [
+        f"accelerate launch was asked for {match[1] if match else 'several'} processes and started 1: "
+        "on CPUs it starts several only as `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` "
+        "(configs/accelerate/cpu_processes.yaml)"
+    ]
 
 
 def _command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:  # no /proc on this system
+    except OSError:  # this system has no /proc
         return ""
 
 
 class Peers:
-    """All processes of the run, seen from this one."""
+    """The processes of the run, as this one sees them.
+
+    `rank` is this process's number and `world` how many there are. With one process, exchanges return at
+    once. Exchanges raise Stop, with the number of the lost process, if a process died or hangs.
+    """
 
     def __init__(self, accelerator: Accelerator, watch: Watch, timeout: datetime.timedelta):
         self.accelerator, self.watch = accelerator, watch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        # Over gloo whatever the GPUs speak, and patient: class images and validation take as long as they take. A process that died is
-        # noticed all the same, by its closed connection.
+        # gloo even with GPUs. `group` waits without a timeout, since class images and validation take as long
+        # as they take; a process that died is noticed all the same, because its connection closes.
+        # `step_group` has the timeout of exchanges within a step.
         self.group = dist.new_group(backend="gloo", timeout=_FOR_EVER) if self.world > 1 else None
         self.step_group = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
         if not self.is_main:
-            watch.deadline = None  # clocks differ: one of them decides
+            watch.deadline = None  # clocks differ: the main process decides when the time is up
 
     def say(self, text: str) -> None:
         """Print on the main process, without tearing its progress bar."""
@@ -88,118 +96,120 @@ class Peers:
             tqdm.write(text)
 
     def sync_stop(self) -> None:
-        """Within a step: raise Stop, the same on every process, if any of them is to stop. On its own one would leave the others in an exchange
-        that never ends. Over gloo also beside GPUs, so that a process that died is noticed before theirs is entered."""
+        """Raise the same Stop on every process if any of them must end. Called within a step.
+
+        A process that stopped alone would leave the others in an exchange that never ends. The exchange uses
+        gloo also with GPUs, so that a process that died is noticed before the GPUs' own exchange begins.
+        """
         pending = self.watch.pending()
         if self.world == 1:
             if pending:
                 raise pending
             return
         codes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        reasons: list[Any] = [None] * self.world
-        try:
+        stops: list[Any] = [None] * self.world
+        with self._losses_named():
             dist.all_gather(codes, torch.tensor([pending.exit_code if pending else 0]), group=self.step_group)
             if any(codes):
                 dist.all_gather_object(
-                    reasons,
+                    stops,
                     pending and (pending.reason, pending.exit_code, pending.state),
                     group=self.step_group,
                 )
-        except RuntimeError as error:
-            raise self._lost(error) from None
-        for reason in filter(None, reasons):
-            raise Stop(*reason)
+        for stop in filter(None, stops):
+            raise Stop(*stop)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[processes * n, ...] from every process's [n, ...], in their order. Raises Stop, naming it, if a process is lost or hangs."""
-        try:
+        """[processes * n, ...] from each process's [n, ...], in the order of ranks."""
+        with self._losses_named():
             return self.accelerator.gather(tensor)  # type: ignore[return-value]
-        except RuntimeError as error:
-            raise self._lost(error) from None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in an order of the backend's own choice. Raises Stop as `gather` does."""
-        try:
+        """The sum over all processes; the backend chooses the order of the summands."""
+        with self._losses_named():
             return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
-        except RuntimeError as error:
-            raise self._lost(error) from None
 
     def barrier(self) -> None:
-        """Return when every process is here, however long that takes. Raises Stop, naming it, if one is lost."""
+        """Wait until every process is here, however long that takes."""
         if self.world > 1:
-            try:
+            with self._losses_named():
                 dist.barrier(group=self.group)
-            except RuntimeError as error:
-                raise self._lost(error) from None
 
     def broadcast(self, value: T) -> T:
         """The main process's `value`, on every process."""
         if self.world == 1:
             return value
-        box = [value]
-        try:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        except RuntimeError as error:
-            raise self._lost(error) from None
-        return box[0]
+        values = [value]
+        with self._losses_named():
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work`, done by the main process, gives, on every process; its UserError is raised on every process too."""
+        """Run `work` on the main process; return its result, or raise its UserError, on every process."""
         result: T | None = None
-        trouble: str | None = None
+        message: str | None = None
         if self.is_main:
             try:
                 result = work()
             except UserError as error:
-                trouble = str(error)
-        result, trouble = self.broadcast((result, trouble))
-        if trouble is not None:
-            raise UserError(trouble)
+                message = str(error)
+        result, message = self.broadcast((result, message))
+        if message is not None:
+            raise UserError(message)
         return result  # type: ignore[return-value]
 
-    def check_same(self, what: Mapping[str, str]) -> None:
-        """Raise UserError, on every process, if one sees other options, photos or weights than the first: nodes may differ."""
+    def check_same(self, values: Mapping[str, str]) -> None:
+        """Raise UserError on every process if one has other values than the main process. Nodes may differ in
+        photos, base or version."""
         if self.world == 1:
             return
-        everyone: list[Any] = [None] * self.world
-        try:
-            dist.all_gather_object(everyone, dict(what), group=self.group)
-        except RuntimeError as error:
-            raise self._lost(error) from None
+        of_rank: list[Any] = [None] * self.world
+        with self._losses_named():
+            dist.all_gather_object(of_rank, dict(values), group=self.group)
         different = [
             f"process {rank} has other {name}"
-            for rank, other in enumerate(everyone)
-            for name in what
-            if other[name] != everyone[0][name]
+            for rank, values_of_rank in enumerate(of_rank)
+            for name in values
+            if values_of_rank[name] != of_rank[0][name]
         ]
         if different:
             raise UserError(f"the processes of this run do not agree with process 0: {'; '.join(different)}")
 
+    @contextlib.contextmanager
+    def _losses_named(self) -> Iterator[None]:
+        """Turn the error of an exchange that failed into a Stop that names the lost processes."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or is_memory_error(error):
+                raise
+            raise self._lost(error) from None
+
     def _lost(self, error: RuntimeError) -> Stop:
-        """What to raise after a failed exchange: every process still alive answers the main one's roll call, and those that do not are named."""
-        if self.world == 1:
-            raise error
-        self.watch.check()  # who was asked to stop may find the others gone already
-        missing = self._roll_call()
-        self.watch.check()
-        if missing:
-            return Stop(
-                f"process {' and '.join(map(str, missing))} of {self.world} (counted from 0) died or hangs"
-            )
-        reason = reason_of(error)
-        return Stop(f"the connection to the other processes failed ({reason})")
+        """The Stop after a failed exchange; it names the processes that do not answer the main process's roll
+        call.
+
+        The roll call comes before the check for signals: a launcher stops the other processes as soon as one
+        has died.
+        """
+        if missing := self._roll_call():
+            numbers = " and ".join(map(str, missing))
+            return Stop(f"process {numbers} of {self.world} (counted from 0) died or hangs")
+        self.watch.check()  # the main process may have ended at the signal that this process received too
+        return Stop(f"the connection to the other processes failed ({reason_of(error)})")
 
     def _roll_call(self) -> list[int]:
-        """On the main process the numbers of those that do not answer; one message each, since a barrier would fail as a whole."""
+        """The ranks that do not answer, on the main process; [] on the others. Single messages, since a
+        barrier would fail as a whole."""
         if not self.is_main:
-            with contextlib.suppress(RuntimeError):  # the main process is the one that is lost
+            with contextlib.suppress(RuntimeError):  # the main process is lost
                 _work(dist.isend(torch.ones(1), dst=0, group=self.group)).wait(_ROLL_CALL)
             return []
         missing, answers = [], []
         for rank in range(1, self.world):
             try:
                 answers.append((rank, _work(dist.irecv(torch.zeros(1), src=rank, group=self.group))))
-            except RuntimeError:  # its connection is closed
+            except RuntimeError:  # the connection is closed
                 missing.append(rank)
         end = time.monotonic() + _ROLL_CALL.total_seconds()
         for rank, answer in answers:

@@ -1,7 +1,7 @@
 """How the four scripts start and end. This module imports no torch.
 
-A script parses its command line and calls `begin` under `if __name__ == "__main__":` before it imports torch and diffusers, which takes
-seconds: so --help and mistakes are answered at once. Its last line is `run`.
+A script parses its command line and calls `begin` under `if __name__ == "__main__":` before it imports torch
+and diffusers, which takes seconds: so --help and mistakes are answered at once. Its last line is `run`.
 """
 
 import gc
@@ -16,7 +16,8 @@ Options = TypeVar("Options")
 
 
 def begin() -> None:
-    """Call this before the slow imports. During them a signal ends the process at once, without a traceback."""
+    """Call this before the slow imports. During them a signal ends the process at once, without a
+    traceback."""
     stops.default_signals()
     gc.disable()  # imports make a million objects and no garbage: collecting takes a quarter of their time
 

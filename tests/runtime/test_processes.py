@@ -77,10 +77,15 @@ def test_processes_that_see_other_data_are_refused_by_number():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["sync_stop", "gather", "sum", "barrier", "check_same"])
-def test_a_process_that_died_is_named_by_every_exchange(exchange):
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["alone", "stopped by its launcher"])
+def test_a_process_that_died_is_named_by_every_exchange(exchange, is_stopped):
+    """Also if the launcher, which stops the others when one has died, is faster than the exchange."""
+
     def work(peers: processes.Peers) -> Any:
         if peers.rank == 1:
             os._exit(1)
+        if is_stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         arguments: dict[str, list[Any]] = {
             "gather": [torch.ones(1)],
@@ -95,6 +100,36 @@ def test_a_process_that_died_is_named_by_every_exchange(exchange):
 
 
 @pytest.mark.slow
+def test_a_process_whose_main_process_has_ended_at_a_signal_ends_at_its_own():
+    """While pictures are drawn, the main process alone checks for signals; the others wait."""
+
+    def work(peers: processes.Peers) -> Any:
+        if peers.rank == 0:
+            os._exit(143)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return peers.barrier()
+
+    assert together(work)[1] == "Stop: stopped by SIGTERM"
+
+
+@pytest.mark.parametrize("exchange", ["gather", "sum"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_memory_that_runs_out_in_an_exchange_is_no_lost_process(exchange, error, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    def work(peers: processes.Peers) -> str:
+        for name in ("gather", "reduce"):
+            monkeypatch.setattr(peers.accelerator, name, fail)
+        with pytest.raises(type(error)) as caught:
+            getattr(peers, exchange)(torch.ones(1))
+        return str(caught.value)
+
+    assert together(work) == [str(error)] * 2
+
+
 def test_a_process_that_hangs_is_named(monkeypatch):
     monkeypatch.setattr(processes, "_ROLL_CALL", processes.datetime.timedelta(seconds=2))
 
