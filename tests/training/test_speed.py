@@ -1,5 +1,6 @@
 """What makes steps fast must not change what is learned: losses read late, compiled blocks."""
 
+import functools
 import json
 import shutil
 
@@ -68,8 +69,12 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
 @pytest.mark.trains
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    """Traced and differentiated by torch.compile. The C++ compiler, which takes minutes for all blocks, is tried
+    by the check that a run begins with."""
     compile_blocks, counts = compilation.compile_blocks, []
     monkeypatch.setattr(compilation, "compile_blocks", lambda unet: counts.append(compile_blocks(unet)))
+    compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
     words = [
         "--max_train_steps",
         "2",
