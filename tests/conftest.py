@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 import train_dreambooth_lora as train
 from tests import tiny
+from tests.running import run_train
 
 torch.set_num_threads(1)  # the same last bits on any machine
 # A shell that runs the tests in its background leaves SIGINT ignored.
@@ -85,6 +86,19 @@ def tiny_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three pictures of 64x64 pixels."""
     return tiny.make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def plain_run(tiny_base: Path, photos_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of nine steps with no flag but what a run needs, and a checkpoint after each.
+
+    checkpoint-N has the adapter of a run of N steps. Other runs are compared with it: read it only.
+    """
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path_factory.mktemp("plain_run")
+    run_train(tiny_base, photos_dir, out, "--max_train_steps", "9", "--checkpointing_steps", "1")
+    return out
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,11 @@ def run_train(base: Path, photos: Path, out: Path, *more: str) -> Path:
     return out / native.ADAPTER_NAME
 
 
+def adapter_after(run: Path, step: int) -> Path:
+    """The adapter file in a run's checkpoint."""
+    return run / f"checkpoint-{step}" / native.ADAPTER_NAME
+
+
 def prior_words(folder: Path, *more: str) -> list[str]:
     words = f"--with_prior_preservation --class_data_dir {folder} --num_class_images 3 --class_inference_steps 2 --sample_batch_size 2"
     return [*words.split(), "--class_prompt", "a photo of dog", *more]

@@ -18,7 +18,7 @@ from dreambooth.files import atomic, pictures
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import stops
-from tests.running import digest, metrics, prior_words, run_train
+from tests.running import adapter_after, digest, metrics, prior_words, run_train
 
 STEPS = ["--max_train_steps", "5", "--checkpointing_steps", "50"]
 
@@ -40,11 +40,10 @@ def at_step(monkeypatch, step: int, action) -> None:
     monkeypatch.setattr(train.Training, "micro_step", wrapped)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny_base, photos_dir, tmp_path_factory) -> str:
+@pytest.fixture
+def unbroken(plain_run) -> str:
     """The digest of the adapter that five steps give."""
-    torch.set_num_threads(1)
-    return digest(run_train(tiny_base, photos_dir, tmp_path_factory.mktemp("unbroken"), *STEPS))
+    return digest(adapter_after(plain_run, 5))
 
 
 def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:

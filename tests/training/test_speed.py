@@ -12,19 +12,20 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.bases import compilation
 from dreambooth.errors import UserError
-from tests.running import digest, metrics, run_train
+from tests.running import adapter_after, digest, metrics, run_train
 
 
 @pytest.mark.trains
-def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_dir, tmp_path, monkeypatch):
+def test_losses_read_late_are_the_same_and_so_is_the_adapter(
+    tiny_base, photos_dir, plain_run, tmp_path, monkeypatch
+):
     words = ["--max_train_steps", "8", "--checkpointing_steps", "5"]
-    at_once = digest(run_train(tiny_base, photos_dir, tmp_path / "at_once", *words))
     monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
     late = digest(run_train(tiny_base, photos_dir, tmp_path / "late", *words))
-    assert late == at_once
+    assert late == digest(adapter_after(plain_run, 8))
     one, other = (
-        [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(tmp_path / n)]
-        for n in ("at_once", "late")
+        [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(out)[:8]]
+        for out in (plain_run, tmp_path / "late")
     )
     assert one == other
     assert [record["step"] for record in other] == list(range(1, 9))
@@ -33,12 +34,9 @@ def test_losses_read_late_are_the_same_and_so_is_the_adapter(tiny_base, photos_d
 @pytest.mark.trains
 @pytest.mark.parametrize("what", ["the loss", "the gradients"])
 def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
-    tiny_base, photos_dir, tmp_path, monkeypatch, capsys, what
+    tiny_base, photos_dir, plain_run, tmp_path, monkeypatch, capsys, what
 ):
     words = ["--max_train_steps", "9", "--checkpointing_steps", "9"]
-    shorter = run_train(
-        tiny_base, photos_dir, tmp_path / "shorter", "--max_train_steps", "4", "--checkpointing_steps", "9"
-    )
     real, calls = train.dreambooth_loss, []
 
     def spoiled(*args, **kwargs):
@@ -61,7 +59,7 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
     assert json.loads((tmp_path / "late" / "status.json").read_text())["step"] == 4
     assert [record["step"] for record in metrics(tmp_path / "late")] == [1, 2, 3, 4]
     there = load_file(tmp_path / "late" / "checkpoint-4" / native.ADAPTER_NAME)
-    wanted = load_file(shorter)
+    wanted = load_file(adapter_after(plain_run, 4))
     assert there.keys() == wanted.keys()
     assert all(torch.equal(there[key], wanted[key]) for key in wanted)
 
