@@ -1,7 +1,7 @@
 """Fill a folder with pictures of the class, drawn by the base itself, for prior preservation.
 
-Picture k depends on the seed and k only: any number of processes and any interruption give the same set. Launch with `accelerate launch`
-to share the work among processes, or with plain `python`."""
+Picture k depends on the seed and k only: any number of processes and any interruption give the same set.
+Launch with `accelerate launch` to share the work among processes, or with plain `python`."""
 
 from dreambooth.bases import folders
 from dreambooth.options.command_line import parse
@@ -24,21 +24,27 @@ from dreambooth.runtime.stops import Watch
 
 
 def main(options: ClassImageOptions) -> None:
-    """Make the missing class images. Raises UserError if the folder holds another set, SystemExit if a signal ends it; what is made stays."""
+    """Make the missing class images. Raises UserError if the folder holds another set.
+
+    A signal raises SystemExit; finished pictures stay, and the next start makes the others.
+    """
     with stops.stoppable(advice="started again, it goes on where it was") as watch:
         generate(options, watch)
 
 
 def generate(options: ClassImageOptions, watch: Watch) -> None:
+    # processes
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     state = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
+
+    # base, prompt and settings
     folder = Path(options.class_data_dir)
     generation = class_images.continued(options.generation, class_images.made_with(folder))
-    peers.on_main(lambda: families.find(options.base).folder)  # downloaded, where it must be, once
+    peers.on_main(lambda: families.find(options.base).folder)  # so that one process alone downloads
     base = families.find(options.base)
     prompts.check(
         loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
@@ -52,6 +58,8 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         fingerprint=base.fingerprint(),
         device=state.device,
     )
+
+    # pictures
     class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
     if state.is_main_process:
         print(f"{folder} holds {generation.num_class_images} class images")

@@ -1,9 +1,11 @@
 """A folder of class images: the same set on any number of processes, after any interruption.
 
-Picture k depends on (seed, k) only. Floating-point results depend on the batch a picture is computed in, so pictures are made in fixed
-chunks by absolute number (chunk c holds pictures c*b .. c*b+b-1), chunk c on process c % world, and a chunk with a missing picture is
-made again whole. `manifest.json` says what the set is; a folder made with other settings is refused. Pictures under other names are the
-user's own: they count, and are never touched.
+Picture k depends on (seed, k) only. The last bits of a picture also depend on the batch that it is computed
+in, so pictures are made in fixed chunks of b pictures: chunk c holds pictures c*b to c*b+b-1 and is made by
+process c % world. If a picture of a chunk is missing, the whole chunk is computed again.
+
+`manifest.json` holds the settings of the set and the hash of each picture. A folder made with other settings
+is refused. Pictures with other names are the user's: they count as class images and are never changed.
 """
 
 import contextlib
@@ -32,30 +34,32 @@ MANIFEST = "manifest.json"
 _FLAG = "--class_data_dir"
 _NAME = re.compile(r"class-\d{6}\.png")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Steps unless asked for others, by sampler. With the embedded base 25 of the solver's (arXiv 2211.01095) end within a level of 255 of where 100
-# of them do, in the median of pictures.
+# Default number of steps by sampler. With the embedded base, pictures after 25 steps of DPM-Solver++ (arXiv
+# 2211.01095) differ from those after 100 by at most one level of 255, in the median of pictures.
 STEPS = {"dpm": 25, "base": 50}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a set of class images is. Any difference gives other pictures."""
+class ClassImageSettings:
+    """What determines the pictures of a set. The names of these fields are keys in the manifest and in PNG
+    files."""
 
     base: str
-    """Fingerprint of the base."""
+    """`Base.fingerprint`."""
     prompt: str
     seed: int
     steps: int
     guidance_scale: float
     batch_size: int
     side: int
-    """Pixels."""
+    """Resolution: the side of a picture, in pixels."""
     precision: str
+    """"fp32", "fp16" or "bf16"."""
     scheduler: str
-    """"dpm", the multistep DPM solver, or "base", the base's own."""
+    """"dpm" (DPM-Solver++) or "base" (the base's own)."""
 
 
-# How a user sets each of them.
+# the flag that sets each field
 _FLAGS = {
     "base": "--pretrained_model_name_or_path",
     "prompt": "--class_prompt",
@@ -69,10 +73,20 @@ _FLAGS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """The content of manifest.json."""
+
+    settings: dict[str, Any]
+    """As `ClassImageSettings`, but fields may be missing."""
+    hashes: dict[str, str]
+    """SHA-256 of each picture, by file name."""
+
+
 def made_with(folder: Path) -> dict[str, Any]:
-    """The settings in a folder's manifest, {} if there is none."""
+    """The settings of the class images in a folder, by field; {} without a manifest."""
     manifest = _read_manifest(folder)
-    return manifest["settings"] if manifest else {}
+    return manifest.settings if manifest else {}
 
 
 def file_name(number: int) -> str:
@@ -80,58 +94,67 @@ def file_name(number: int) -> str:
 
 
 def precision_of(flag: str | None, device: torch.device) -> str:
-    """`--prior_generation_precision` as one of fp32, fp16, bf16. None is bf16 where `device` computes in it: faster than fp32, and unlike
-    fp16 without overflows. The VAE too: its pictures differ from those of float32 by a quarter of a level of 255 on average."""
+    """--prior_generation_precision as "fp32", "fp16" or "bf16".
+
+    The default is bf16 where `device` computes in it: faster than fp32, and without fp16's overflows. The VAE
+    runs in it too; its pictures differ from those of float32 by a quarter of one level of 255 on average.
+    """
     if flag is not None:
         return "fp32" if flag == "no" else flag
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # without these instructions a CPU emulates bf16, slower than fp32
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return (
-        "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
-    )  # elsewhere bf16 is slower than fp32
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def _read_manifest(folder: Path) -> _Manifest | None:
+    """The folder's manifest, None without one. Raises UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        settings = {
-            "scheduler": "base",
-            **manifest["settings"],
-        }  # sets from before there was a choice do not say
-        if not _is_sound(settings):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # manifests from before --class_scheduler existed have no scheduler
+        settings = {"scheduler": "base", **content["settings"]}
+        if not _is_valid(settings):
             raise ValueError
-        return {"settings": settings, "sha256": dict(manifest["sha256"])}
+        return _Manifest(settings, dict(content["sha256"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{_FLAG}: {path} is damaged; remove it together with the class-*.png files to make them again"
         ) from None
 
 
-def _is_sound(settings: dict[str, Any]) -> bool:
-    """Whether what a set in the making is continued with, where the flags say nothing, can be that."""
+def _is_valid(settings: dict[str, Any]) -> bool:
+    """Whether the settings that serve as defaults of flags have values that the flags allow."""
     seed, steps, side = (settings.get(name, 1) for name in ("seed", "steps", "side"))
-    numbers = (
-        all(type(number) is int for number in (seed, steps, side)) and seed >= 0 and steps >= 1 and side >= 1
+    are_numbers = all(type(number) is int for number in (seed, steps, side))
+    return (
+        are_numbers
+        and seed >= 0
+        and steps >= 1
+        and side >= 1
+        and settings.get("precision", "fp32") in _DTYPES
+        and settings["scheduler"] in STEPS
     )
-    return numbers and settings.get("precision", "fp32") in _DTYPES and settings["scheduler"] in STEPS
 
 
-def _hash_notes(folder: Path) -> dict[str, str]:
-    """Hashes that processes left beside their pictures, not yet in the manifest."""
+def _pending_hashes(folder: Path) -> dict[str, str]:
+    """Hashes, by name of picture, that processes wrote beside their pictures and that are not in the manifest
+    yet."""
     return {
-        note.name[1:].removesuffix(".sha256"): note.read_text().strip()
-        for note in sorted(folder.glob(".class-*.png.sha256"))
+        path.name[1:].removesuffix(".sha256"): path.read_text().strip()
+        for path in sorted(folder.glob(".class-*.png.sha256"))
     }
 
 
-def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
-    """The numbers of pictures that must be made so that the folder holds `total`, the user's own pictures counted.
+def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> list[int]:
+    """The numbers of the pictures that must be made so that the folder holds `total` pictures, the user's
+    included.
 
-    Raises UserError if the folder holds a set made with other settings, or files under our names that are not ours.
+    Raises UserError if the folder holds a set made with other settings, or a file that a new picture would
+    overwrite.
     """
     if not folder.exists():
         return list(range(total))
@@ -139,38 +162,47 @@ def missing_numbers(folder: Path, settings: Settings, total: int) -> list[int]:
         raise UserError(f"{_FLAG}: {folder} is not a folder")
     manifest = _read_manifest(folder)
     if manifest is not None:
-        there, wanted = manifest["settings"], dataclasses.asdict(settings)
-        differences = [
-            f"{name} is {there.get(name)!r} there and {wanted[name]!r} now ({_FLAGS[name]})"
-            for name in wanted
-            if there.get(name) != wanted[name]
-        ]
-        if differences:
-            raise UserError(
-                f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. Name another folder, or remove this one"
-            )
-    hashes = (
-        manifest["sha256"] | _hash_notes(folder) if manifest else {}
-    )  # without a manifest nothing says what a picture shows
-    pictures = [
-        p.name for p in folder.iterdir() if p.suffix.lower() in photos.FORMATS and not p.name.startswith(".")
+        _check_settings(folder, manifest.settings, settings)
+
+    # Without a manifest no picture is known to be of this set.
+    hashes = manifest.hashes | _pending_hashes(folder) if manifest else {}
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() in photos.FORMATS and not path.name.startswith(".")
     ]
-    foreign = [name for name in pictures if _NAME.fullmatch(name) and name not in hashes]
-    if foreign:
+    unknown = [name for name in names if _NAME.fullmatch(name) and name not in hashes]
+    if unknown:
         raise UserError(
-            f"{_FLAG}: {folder / foreign[0]} is in no manifest and would be overwritten; rename it or name another folder"
+            f"{_FLAG}: {folder / unknown[0]} is in no manifest and would be overwritten; "
+            "rename it or name another folder"
         )
-    own = sum(not _NAME.fullmatch(name) for name in pictures)
+    users = sum(not _NAME.fullmatch(name) for name in names)
     return [
         k
-        for k in range(max(0, total - own))
+        for k in range(max(0, total - users))
         if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))
     ]
 
 
-def is_complete(folder: Path, settings: Settings, total: int) -> bool:
-    """True if nothing is missing and everything is on record. Raises UserError as `missing_numbers` does."""
-    return not missing_numbers(folder, settings, total) and not _hash_notes(folder)
+def _check_settings(folder: Path, made: Mapping[str, Any], settings: ClassImageSettings) -> None:
+    """Raise UserError if the folder's pictures were `made` with other settings."""
+    differences = [
+        f"{name} is {made.get(name)!r} there and {value!r} now ({_FLAGS[name]})"
+        for name, value in dataclasses.asdict(settings).items()
+        if made.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{_FLAG}: {folder} holds class images made with other settings: {'; '.join(differences)}. "
+            "Name another folder, or remove this one"
+        )
+
+
+def is_complete(folder: Path, settings: ClassImageSettings, total: int) -> bool:
+    """Whether no picture is missing and the manifest holds all hashes. Raises UserError as `missing_numbers`
+    does."""
+    return not missing_numbers(folder, settings, total) and not _pending_hashes(folder)
 
 
 def _is_whole(path: Path, sha256: str | None) -> bool:
@@ -179,7 +211,7 @@ def _is_whole(path: Path, sha256: str | None) -> bool:
 
 def fill(
     folder: Path,
-    settings: Settings,
+    settings: ClassImageSettings,
     total: int,
     make_draw: Callable[[], Callable[[Sequence[int]], list[Any]]],
     *,
@@ -188,27 +220,30 @@ def fill(
     wait: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
 ) -> int:
-    """Make the missing pictures and return how many this process made.
+    """Make the missing pictures. Returns how many this process made.
 
-    `make_draw()` loads what is needed, only if there is work, and gives a function from seeds to pictures. `wait` is a barrier; `check`
-    raises where the work is to stop.
-    Raises UserError, on every process alike, if the folder holds another set.
+    `make_draw()` loads the models and returns a function from seeds to pictures; it is called only if this
+    process has pictures to make. `wait` is a barrier. `check` is called after each chunk; what it raises ends
+    the work. Raises UserError, on every process, as `missing_numbers` does.
     """
+    # Every process reads the folder before the first one writes to it.
     missing = missing_numbers(folder, settings, total)
-    is_done = not missing and not _hash_notes(folder)
-    wait()  # every process has looked at the folder as it was before anybody writes
+    is_done = not missing and not _pending_hashes(folder)
+    wait()
     if is_done:
         return 0
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _write_manifest(folder, settings)
     wait()
+
+    # Draw this process's chunks; keep the pictures that are missing.
     chunks = sorted({k // settings.batch_size for k in missing})
-    mine = [chunk for chunk in chunks if chunk % world == rank]
+    own_chunks = [chunk for chunk in chunks if chunk % world == rank]
     wanted, made = set(missing), 0
-    if mine:
+    if own_chunks:
         draw = make_draw()
-        for chunk in tqdm(mine, desc="class images", unit=f"x{settings.batch_size}", disable=rank != 0):
+        for chunk in tqdm(own_chunks, desc="class images", unit=f"x{settings.batch_size}", disable=rank != 0):
             numbers = range(chunk * settings.batch_size, (chunk + 1) * settings.batch_size)
             images = draw([sampling_order.key(settings.seed, "class-image", k) for k in numbers])
             check()
@@ -216,6 +251,8 @@ def fill(
                 if k in wanted:
                     _save(folder / file_name(k), image, {**dataclasses.asdict(settings), "number": k})
                     made += 1
+
+    # Collect the hashes of all processes.
     wait()
     if rank == 0:
         _write_manifest(folder, settings)
@@ -239,7 +276,8 @@ def continued(generation: GenerationOptions, made: Mapping[str, Any]) -> Generat
 def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
     """The group with what it leaves open filled in; None without prior preservation.
 
-    Sampler, steps, precision and seed are those of the class images that exist; without any the seed is `seed`.
+    Sampler, steps, precision and seed are those of the class images that exist; without any the seed is
+    `seed`.
     """
     if not prior.with_prior_preservation:
         return None
@@ -251,7 +289,7 @@ def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
 
 def settings_of(
     prior: ResolvedPriorOptions, base: families.Base, fingerprint: str, device: torch.device
-) -> Settings:
+) -> ClassImageSettings:
     """The set that training needs. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
     side = made_with(Path(prior.class_data_dir)).get("side", base.default_resolution)
     return make_settings(
@@ -274,10 +312,10 @@ def make_settings(
     base: families.Base,
     fingerprint: str,
     device: torch.device,
-) -> Settings:
+) -> ClassImageSettings:
     """The set that these options describe; `side` is in pixels. Raises UserError as `sampler_of` does."""
     scheduler = schedulers.sampler_of(generation.class_scheduler, base)
-    return Settings(
+    return ClassImageSettings(
         base=fingerprint,
         prompt=prompt,
         seed=seed,
@@ -291,58 +329,39 @@ def make_settings(
 
 
 def make(
-    folder: Path, settings: Settings, total: int, base: families.Base, peers: Peers, watch: Watch
+    folder: Path, settings: ClassImageSettings, total: int, base: families.Base, peers: Peers, watch: Watch
 ) -> None:
-    """Fill `folder` with pictures that the base draws, shared out over `peers`; the base is loaded only if any are missing.
+    """Fill `folder` with `total` pictures that the base draws, shared among `peers`.
 
-    Another run at work in the folder is waited for. Raises UserError as `fill` does, Stop if `watch` says so.
+    The base is loaded only if pictures are missing. If another run is filling the folder, this one waits.
+    Raises UserError as `fill` does, Stop if `watch` requests it.
     """
-
-    def make_draw() -> Callable[[Sequence[int]], list[Any]]:
-        pipeline = pipelines.load_pipeline(base, _DTYPES[settings.precision], peers.accelerator.device)
-        pipeline.scheduler = schedulers.class_sampler(pipeline.scheduler, settings.scheduler)
-        with torch.no_grad():
-            prompt_cache = pipelines.text_of(pipeline, base).encode_all([settings.prompt, ""], watch.check)
-        for (
-            encoder
-        ) in base.family.text:  # they have said all that they have to: DeepFloyd IF's take gigabytes
-            setattr(pipeline, encoder, None)
-        return lambda seeds: pipelines.draw(
-            pipeline,
-            prompt_cache.of([settings.prompt] * len(seeds)),
-            prompt_cache.of([""]),
-            seeds,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            side=settings.side,
-            check=watch.check,
-        )
-
-    settings = dataclasses.replace(
-        settings, precision=peers.broadcast(settings.precision)
-    )  # processes may have different hardware
+    # Processes may have different hardware: the main process decides.
+    settings = dataclasses.replace(settings, precision=peers.broadcast(settings.precision))
+    device = peers.accelerator.device
     if peers.on_main(lambda: is_complete(folder, settings, total)):
         return
-    if settings.precision == "fp16" and peers.accelerator.device.type == "cpu":
+    if settings.precision == "fp16" and device.type == "cpu":
         raise UserError(
-            "--prior_generation_precision fp16 does not work on a CPU; use bf16, or fp32 in a folder of its own"
+            "--prior_generation_precision fp16 does not work on a CPU; "
+            "use bf16, or fp32 in a folder of its own"
         )
     atomic.make_output_folder(folder, _FLAG)
-    told: list[str] = []
+    owners: list[str] = []
 
-    def wait(owner: str) -> None:
+    def wait_for(owner: str) -> None:
         watch.check()
-        if not told:
-            told.append(owner)
+        if not owners:  # tell it once
+            owners.append(owner)
             tqdm.write(f"waiting for another run that is making class images in {folder}: {owner}")
 
     with contextlib.ExitStack() as stack:
-        peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait)))
+        peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait_for)))
         fill(
             folder,
             settings,
             total,
-            make_draw,
+            lambda: _make_draw(settings, base, device, watch),
             rank=peers.rank,
             world=peers.world,
             wait=peers.barrier,
@@ -350,19 +369,46 @@ def make(
         )
 
 
+def _make_draw(
+    settings: ClassImageSettings, base: families.Base, device: torch.device, watch: Watch
+) -> Callable[[Sequence[int]], list[Any]]:
+    """Load the base. Returns a function from seeds to pictures."""
+    pipeline = pipelines.load_pipeline(base, _DTYPES[settings.precision], device)
+    pipeline.scheduler = schedulers.class_sampler(pipeline.scheduler, settings.scheduler)
+    with torch.no_grad():
+        prompt_cache = pipelines.text_of(pipeline, base).encode_all([settings.prompt, ""], watch.check)
+    # Free the text encoders: DeepFloyd IF's T5 takes gigabytes.
+    for encoder in base.family.text:
+        setattr(pipeline, encoder, None)
+    return lambda seeds: pipelines.draw(
+        pipeline,
+        prompt_cache.of([settings.prompt] * len(seeds)),
+        prompt_cache.of([""]),
+        seeds,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        side=settings.side,
+        check=watch.check,
+    )
+
+
 def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
-    """The picture's hash in a file of its own, then the picture: processes share no manifest, and every picture of ours is on record."""
+    """Write the picture's hash to a file of its own, then the picture.
+
+    Processes cannot share the manifest, and a picture without a known hash would be refused as the user's.
+    """
     data = pictures.png(image, settings)
     atomic.write(path.with_name(f".{path.name}.sha256"), hashlib.sha256(data).hexdigest().encode())
     atomic.write(path, data)
 
 
-def _write_manifest(folder: Path, settings: Settings) -> None:
+def _write_manifest(folder: Path, settings: ClassImageSettings) -> None:
+    """Write the manifest with all known hashes, and remove the files of pending ones."""
     manifest = _read_manifest(folder)
-    notes = _hash_notes(folder)
-    hashes = (manifest["sha256"] if manifest else {}) | notes
+    pending = _pending_hashes(folder)
+    hashes = (manifest.hashes if manifest else {}) | pending
     content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
     atomic.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    for name in notes:
+    for name in pending:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / f".{name}.sha256")

@@ -535,7 +535,7 @@ def _pictures(
 def _class_source(
     prior: ResolvedPriorOptions,
     limits: InstanceOptions,
-    settings: class_images.Settings,
+    settings: class_images.ClassImageSettings,
     instance: photos.Folder,
     base: families.Base,
     known: SeenPhotos | None,

@@ -17,7 +17,7 @@ from PIL import Image
 import generate_class_images
 from dreambooth.bases import families, pipelines
 from dreambooth.data import class_images, sampling_order
-from dreambooth.data.class_images import Settings, file_name
+from dreambooth.data.class_images import ClassImageSettings, file_name
 from dreambooth.errors import UserError
 from dreambooth.files import pictures
 from dreambooth.options.command_line import parse
@@ -28,7 +28,7 @@ from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
 
-SETTINGS = Settings(
+SETTINGS = ClassImageSettings(
     base="0123456789abcdef",
     prompt="a photo of dog",
     seed=5,
@@ -79,7 +79,11 @@ class Painter:
 
 
 def fill(
-    folder: Path, total: int, painter: Painter | None = None, settings: Settings = SETTINGS, **place: Any
+    folder: Path,
+    total: int,
+    painter: Painter | None = None,
+    settings: ClassImageSettings = SETTINGS,
+    **place: Any,
 ) -> int:
     return class_images.fill(folder, settings, total, (painter or Painter()).make_draw, **place)
 
@@ -569,7 +573,9 @@ def test_half_precision_on_a_cpu_is_refused_where_pictures_are_missing(tiny_base
     with pytest.raises(UserError, match="--prior_generation_precision fp16 does not work on a CPU"):
         generate_class_images.main(parse(ClassImageOptions, "", words))
     base = families.find(BaseOptions(str(tiny_base)))
-    settings = Settings(base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.default_resolution, "fp16", "dpm")
+    settings = ClassImageSettings(
+        base.fingerprint(), "a dog", 0, 25, 7.5, 4, base.default_resolution, "fp16", "dpm"
+    )
     fill(tmp_path / "set", 2, settings=settings)
     generate_class_images.main(parse(ClassImageOptions, "", words))
 
@@ -604,7 +610,7 @@ def prior_of(folder: Path, *, class_seed: int | None = None, **flags: Any) -> Pr
     )
 
 
-def wanted(base: families.Base, folder: Path, **flags: Any) -> Settings:
+def wanted(base: families.Base, folder: Path, **flags: Any) -> ClassImageSettings:
     """The set that a training run with these flags wants."""
     prior = class_images.adopt(prior_of(folder, **flags), 3)
     assert prior is not None

@@ -1528,7 +1528,9 @@ def test_fuzz_configs(tmp_path):
 
 
 def test_fuzz_manifests(tmp_path):
-    settings = class_images.Settings("0123456789abcdef", "a photo of dog", 5, 20, 7.5, 4, 64, "fp32", "dpm")
+    settings = class_images.ClassImageSettings(
+        "0123456789abcdef", "a photo of dog", 5, 20, 7.5, 4, 64, "fp32", "dpm"
+    )
     manifest = {
         "settings": dataclasses.asdict(settings),
         "sha256": {class_images.file_name(k): f"{k:064x}" for k in range(3)},
