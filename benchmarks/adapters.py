@@ -1,10 +1,12 @@
-"""What LoRA, LoHa and LoKr cost in training: peft's forward and dreambooth/adapters/factored.py's, side by side.
+"""Time and memory of training LoRA, LoHa and LoKr: peft's forward pass beside adapters/factored.py's.
 
     python -m benchmarks.adapters
 
-Per model, layers and adapter: seconds of a forward and backward (all adapters in turn, round after round; medians), bytes kept for backward,
-and how far the resident memory of a fresh process rises. For Stable Diffusion 1.5 as a whole, which fits no small machine, the bytes kept and
-the floating point operations, counted without doing them. Writes `benchmarks/results/adapters.json`. Minutes, on two cores.
+For each model, set of layers and adapter it measures the seconds of a forward and backward pass (medians of
+rounds in which all adapters take turns), the bytes kept for the backward pass, and the rise of a fresh
+process's resident memory. Stable Diffusion 1.5 as a whole does not fit a small machine: its bytes and
+floating point operations are counted on tensors without data. Writes `benchmarks/results/adapters.json` and
+the table in docs/adapters.md. Takes minutes on two cores.
 """
 
 import functools
@@ -34,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "adapters.json"
 DOCS = ROOT / "docs" / "adapters.md"
 MARK = "<!-- measured: python -m benchmarks.adapters -->"
 ROUNDS = 5
-THREADS = 1  # other programs on the machine then slow a run evenly
+THREADS = 1  # on one thread, other programs slow all adapters alike
 
 LAYERS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -62,15 +64,15 @@ ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
     "lokr 4, factor 8": lambda layers: LoKrConfig(r=4, alpha=4, target_modules=layers, decompose_factor=8),
     "lokr 8, factor 8": lambda layers: LoKrConfig(r=8, alpha=8, target_modules=layers, decompose_factor=8),
 }
-SLOW = "block 320 wide, 4096 tokens"  # seconds a step, nearly all of it attention
-IN_SLOW = ("lora 4", "loha 8", "lokr 4")  # and their full set of layers only
-COUNTED = ("lora 4", "loha 4", "loha 8", "lokr 4")  # on all of Stable Diffusion 1.5
+SLOW = "block 320 wide, 4096 tokens"  # a step takes seconds, nearly all of them in attention
+IN_SLOW = ("lora 4", "loha 8", "lokr 4")  # adapters measured on SLOW, on the full set of layers alone
+COUNTED = ("lora 4", "loha 4", "loha 8", "lokr 4")  # adapters counted on all of Stable Diffusion 1.5
 PRELOADED = (
     factored,
     diffusers.models.transformers.transformer_2d,
     diffusers.models.unets.unet_2d_condition,
     peft,
-)  # what takes seconds
+)  # modules that take seconds to import
 Run = Callable[[], Any]
 
 
@@ -98,15 +100,18 @@ MODELS: dict[str, Callable[[], tuple[Any, Callable[[Any], Any]]]] = {
 
 
 def measured(name: str) -> tuple[str, ...]:
+    """The adapters that are measured on the model `name`."""
     return IN_SLOW if name == SLOW else tuple(ADAPTERS)
 
 
 def programs(adapter: str) -> tuple[str, ...]:
+    """The forward passes that the adapter has: LoRA has peft's alone."""
     return ("peft",) if adapter.startswith("lora") else ("peft", "factored")
 
 
 def adapted(model: Any, layers: str, adapter: str, program: str) -> Any:
-    """The model, trained in these layers, no adapter at its start where half of it is zero."""
+    """The model with an adapter on `layers`. All its parameters are random: at an adapter's start half of
+    them are 0."""
     torch.manual_seed(0)
     model.requires_grad_(False)
     peft.inject_adapter_in_model(ADAPTERS[adapter](LAYERS[layers]), model)
@@ -123,12 +128,12 @@ def step(model: Any, call: Callable[[Any], Any]) -> None:
 
 
 def kept_bytes(model: Any, call: Callable[[Any], Any]) -> tuple[int, Any]:
-    """(what autograd keeps of a forward, apart from parameters and each thing once; the output)."""
+    """(bytes that autograd keeps of a forward pass, each storage once and no parameters; the output)."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()  # held here, so that no address comes twice
+        storage = tensor.untyped_storage()  # held, so that no address is used twice
         if storage._cdata not in parameters:
             kept[storage._cdata] = storage
         return tensor
@@ -139,12 +144,12 @@ def kept_bytes(model: Any, call: Callable[[Any], Any]) -> tuple[int, Any]:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM, the highest so far, of this process in bytes."""
+    """Resident memory of this process in bytes: now (VmRSS), or its peak (VmHWM)."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def measure_memory(name: str, layers: str, adapter: str, program: str) -> dict[str, float]:
-    """In a process that has done nothing else."""
+    """MiB kept for backward, and the rise of resident memory. Call it in a fresh process."""
     torch.set_num_threads(THREADS)
     model, call = MODELS[name]()
     model = adapted(model, layers, adapter, program)
@@ -159,7 +164,7 @@ def measure_memory(name: str, layers: str, adapter: str, program: str) -> dict[s
 
 
 def measure_seconds(name: str, layers: str) -> dict[str, dict[str, float]]:
-    """Medians of rounds in which every adapter and program has its turn."""
+    """Seconds of a step by adapter and program: medians of rounds in which all take turns."""
     torch.set_num_threads(THREADS)
     runs: dict[tuple[str, str], Run] = {}
     for adapter in measured(name):
@@ -172,7 +177,7 @@ def measure_seconds(name: str, layers: str) -> dict[str, dict[str, float]]:
         for key, run in runs.items():
             start = time.perf_counter()
             run()
-            if number:  # the first is slower
+            if number:  # the first round is slower
                 seconds[key].append(time.perf_counter() - start)
     medians: dict[str, dict[str, float]] = {adapter: {} for adapter in measured(name)}
     for (adapter, program), taken in seconds.items():
@@ -181,11 +186,13 @@ def measure_seconds(name: str, layers: str) -> dict[str, dict[str, float]]:
 
 
 def count_whole(layers: str, adapter: str, program: str) -> dict[str, float]:
-    """Bytes kept and operations of a forward and backward of Stable Diffusion 1.5's UNet, one 64 x 64 latent, float32."""
+    """MiB kept and TFLOP of a forward and backward pass of Stable Diffusion 1.5's UNet.
+
+    The input is one 64 x 64 latent in float32."""
     with torch.device("meta"):
         model = adapted(UNet2DConditionModel(cross_attention_dim=768), layers, adapter, program)
         x, times, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
-    # not inside: peft looks at random numbers, and a meta tensor has none
+    # outside the block above: peft reads random numbers, and a meta tensor has none
     with FlopCounterMode(display=False) as counter:
         kept, output = kept_bytes(model, lambda model: model(x, times, text).sample)
         output.backward(torch.empty_like(output))
@@ -193,7 +200,7 @@ def count_whole(layers: str, adapter: str, program: str) -> dict[str, float]:
 
 
 def load_of_others() -> float:
-    """Processor seconds per second that other processes take, over one second of sleep."""
+    """Cores that other processes keep busy, measured over one second of sleep."""
 
     def busy() -> float:
         user, nice, system, _, _, *others = (
@@ -212,20 +219,20 @@ def main() -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([module.__name__ for module in PRELOADED])
     results: dict[str, Any] = {}
-    # each task in a process of its own, forked from one that has imported and done nothing
+    # each task runs in a process of its own, forked from one that has only imported
     with processes.Pool(1, maxtasksperchild=1) as pool:
         for name in MODELS:
             for layers in LAYERS if name != SLOW else ("full",):
-                found: dict[str, Any] = {
+                figures: dict[str, Any] = {
                     adapter: {program: {} for program in programs(adapter)} for adapter in measured(name)
                 }
                 for adapter, medians in pool.apply(measure_seconds, (name, layers)).items():
                     for program, seconds in medians.items():
-                        found[adapter][program] = {
+                        figures[adapter][program] = {
                             "seconds": seconds,
                             **pool.apply(measure_memory, (name, layers, adapter, program)),
                         }
-                results.setdefault(name, {})[layers] = with_ratios(found)
+                results.setdefault(name, {})[layers] = with_ratios(figures)
                 load.append(load_of_others())
                 print(f"{name}, {layers}: {time.perf_counter() - start:.0f} s", flush=True)
         whole = "Stable Diffusion 1.5, batch 1, counted"
@@ -257,15 +264,15 @@ def main() -> None:
     print(f"{RESULTS.relative_to(ROOT)}, after {report['seconds']} s; others kept {load} cores busy")
 
 
-def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """The same with factored's share of peft's."""
-    for by_program in found.values():
+def with_ratios(results: dict[str, Any]) -> dict[str, Any]:
+    """`results` with the ratio of factored's figures to peft's."""
+    for by_program in results.values():
         if "factored" in by_program:
             by_program["ratio"] = {
                 key: round(value / by_program["peft"][key], 3)
                 for key, value in by_program["factored"].items()
             }
-    return found
+    return results
 
 
 def table(report: dict[str, Any]) -> str:
@@ -276,30 +283,31 @@ def table(report: dict[str, Any]) -> str:
     ]
     for model, by_layers in report["results"].items():
         for layers, by_adapter in by_layers.items():
-            for adapter, found in by_adapter.items():
-                theirs, ours = found["peft"], found.get("factored", found["peft"])
+            for adapter, by_program in by_adapter.items():
+                theirs = by_program["peft"]
+                ours = by_program.get("factored", theirs)
                 if "tflop" in theirs:
                     seconds = [f"{values['tflop']:.2f} TFLOP" for values in (theirs, ours)]
                 else:
                     seconds = [f"{values['seconds']:.3g}" for values in (theirs, ours)]
                 kept = [f"{values['kept_mib']:,.0f} MiB" for values in (theirs, ours)]
-                lines.append(
-                    f"| {model} | {layers} | {adapter} | {seconds[0]} | {seconds[1]} | {kept[0]} | {kept[1]} |"
-                )
+                lines.append(f"| {' | '.join([model, layers, adapter, *seconds, *kept])} |")
     load = report["machine"]["others_busy_cores"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines.append("")
     computer = report["machine"]
     lines.append(
-        f"`python -m benchmarks.adapters`: forward and backward in float32 on {computer['threads']} thread of an {computer['processor']}, medians of "
-        f"{report['rounds']} rounds in turn; other programs kept {min(load):.1f} to {max(load):.1f} cores busy meanwhile, so that the seconds say "
-        f"little beyond the order; the bytes and operations are counted. {versions}."
+        f"`python -m benchmarks.adapters`: forward and backward in float32 on {computer['threads']} thread "
+        f"of an {computer['processor']}, medians of {report['rounds']} rounds in turn; other programs kept "
+        f"{min(load):.1f} to {max(load):.1f} cores busy meanwhile, so that the seconds say little beyond the "
+        f"order; the bytes and operations are counted. {versions}."
     )
     return "\n".join(lines)
 
 
 def write_table(report: dict[str, Any]) -> None:
-    """Put the table between its marks in docs/adapters.md. Raises RuntimeError if they are not there once."""
+    """Put the table between its marks in docs/adapters.md. Raises RuntimeError if the mark is not there
+    twice."""
     text = DOCS.read_text(encoding="utf-8")
     parts = text.split(MARK)
     if len(parts) != 3:

@@ -1,12 +1,13 @@
-"""How far latents cut from those of the whole photo are from the latents of the crop itself, with the embedded base's VAE.
+"""How much latents cut from a whole photo's differ from the crop's own, with the embedded base's VAE.
 
     python -m benchmarks.crops PHOTOS
 
-PHOTOS is a folder of photos, or of folders of photos; of each the middle is taken, 3:2, so that a crop can move. For random crops on the
-VAE's grid, at its own resolution and twice that: the root mean square of the difference of the means, over that of the latents; beside it
-what moving the crop by one pixel does to the latents of the crop itself, which is what a crop at any pixel may add. Each over the whole
-crop, over its outermost latents, and over those 4 and more from the border. Writes `benchmarks/results/crops.json`, with a reason in place
-of figures if there are no photos. Half a minute, on two cores.
+PHOTOS is a folder of photos, or of folders of photos. Each photo is cut to its middle of 3:2, so that a crop
+can move. Random crops start on the VAE's grid, at the base's resolution and at twice that. The figure is the
+root mean square of the difference of the means, divided by that of the latents. Beside it stands the same
+figure for moving the crop by one pixel. Each is taken over the whole crop, over its outermost latents, and
+over those at least 4 from the border. Writes `benchmarks/results/crops.json`; without photos, the reason in
+place of figures. Takes half a minute on two cores.
 """
 
 import json
@@ -26,8 +27,8 @@ from dreambooth.runtime.processes import Peers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "crops.json"
-CROPS = 8  # of each photo
-INSIDE = 4  # latents from the border
+CROPS = 8  # for each photo
+INSIDE = 4  # latents between the inside of a crop and its border
 
 
 class Alone(Peers):
@@ -38,7 +39,9 @@ class Alone(Peers):
 
 
 def rms(difference: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
-    """Root mean square over that of the latents: over all, at the border, away from it. Both [1, channels, height, width]."""
+    """Root mean square of `difference` divided by that of `latents`: over all, at the border, away from it.
+
+    Both are [1, channels, height, width]."""
     side = latents.shape[-1]
     border = torch.ones(side, side, dtype=torch.bool)
     inside = torch.zeros(side, side, dtype=torch.bool)
@@ -55,14 +58,14 @@ def rms(difference: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
     }
 
 
-def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> dict[str, Any]:
-    """Means over all crops of all photos."""
+def measure(base: families.Base, checked: list[photos.Photo], resolution: int) -> dict[str, Any]:
+    """The figures, each the mean over all crops of all photos."""
     device = torch.device("cpu")
     vae, draw = loading.load_vae(base, device), random.Random(0)
     crops = Crops(resolution, "lanczos", False, base.vae_stride)
     cut: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []
-    for photo in found:
+    for photo in checked:
         entries = encoding_cache.EncodingCache(None, print)
         encoded = encodings.encode_photos(
             entries, base, [(photo, False)], crops, device, Alone(), lambda: None
@@ -70,7 +73,7 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
         room = crops.room(photo.size)
         for _ in range(CROPS):
             left, top = (base.vae_stride * draw.randrange(length // base.vae_stride + 1) for length in room)
-            # to where there is room, along the longer side
+            # one pixel along the longer side, to where there is room
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
             pixels = [
@@ -86,7 +89,7 @@ def measure(base: families.Base, found: list[photos.Photo], resolution: int) -> 
 
 
 def main(folder: Path | None) -> dict[str, Any]:
-    """The figures by resolution, or why there are none."""
+    """The figures by resolution, or the reason why there are none."""
     if folder is None or not folder.is_dir():
         return {
             "skipped": "no folder of photos was given"
@@ -103,11 +106,11 @@ def main(folder: Path | None) -> dict[str, Any]:
             image.crop((left, top, left + width, top + height)).save(Path(wide, f"{number:04d}.png"))
         if not paths:
             return {"skipped": "the folder has no photos"}
-        found = photos.check_folder(wide, "PHOTOS").photos
+        checked = photos.check_folder(wide, "PHOTOS").photos
         sides = (base.default_resolution, 2 * base.default_resolution)
-        results = {f"{resolution} pixels": measure(base, found, resolution) for resolution in sides}
+        results = {f"{resolution} pixels": measure(base, checked, resolution) for resolution in sides}
     return {
-        "photos": len(found),
+        "photos": len(checked),
         "crops of each photo": CROPS,
         "pixels of the grid": base.vae_stride,
         "root mean square of the difference, over that of the latents": results,
@@ -116,6 +119,6 @@ def main(folder: Path | None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    report = json.dumps(main(Path(sys.argv[1]) if len(sys.argv) > 1 else None), indent=1)
+    RESULTS.write_text(report + "\n")
+    print(report)

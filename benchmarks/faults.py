@@ -2,7 +2,8 @@
 
     python -m benchmarks.faults
 
-Writes `benchmarks/results/faults.json` and the table in docs/exactness.md. Ends with status 1 if a promise was broken. Minutes, on two cores.
+Writes `benchmarks/results/faults.json` and the table in docs/exactness.md. Ends with status 1 if a promise
+was broken. Takes minutes on two cores.
 """
 
 import json
@@ -17,9 +18,8 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # as the tests have it, which are run here; read when the library below is imported
-)
+# the tests that are run here need it, and the libraries below read it when they are imported
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
@@ -33,7 +33,7 @@ PEER_FAULTS = {"kill": "killed", "raise": "raises", "leave": "exits with 0", "ha
 
 
 class Counter:
-    """Counts the tests of a pytest run that passed and that did not, by the function they are cases of."""
+    """Counts the passed and the failed tests of a pytest run, by their function."""
 
     def __init__(self) -> None:
         self.passed: dict[str, int] = {}
@@ -47,7 +47,7 @@ class Counter:
 
 
 def bad_inputs() -> dict[str, int]:
-    """Kinds of bad input and those handled as promised; fuzzed files; payloads that ran."""
+    """Counts of bad inputs, fuzzed files and executed payloads, and of the tests that failed."""
     from tests.scripts import test_bad_input
 
     counter = Counter()
@@ -76,7 +76,7 @@ def bad_inputs() -> dict[str, int]:
 
 
 def broken(counts: dict[str, Any]) -> list[str]:
-    """The promises that the counts break."""
+    """One phrase for each promise that the counts break."""
     equal = [
         ("violations", 0),
         ("detected", counts["damaged"]),
@@ -99,8 +99,8 @@ def broken(counts: dict[str, Any]) -> list[str]:
         *((name, True) for name in ("class_images_equal", "one_process_said")),
         *((name, 0) for name in ("bad_input_tests_failed", "fuzz_tests_failed", "payloads_executed")),
     ]
-    found = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
-    found += [
+    phrases = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
+    phrases += [
         f"a peer that did {kind}: {result}"
         for kind, result in counts["peers_lost"].items()
         if not result["right"]
@@ -112,18 +112,20 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ("bad_inputs", 60),
         ("fuzzed_files", 500),
     ]
-    found += [
+    phrases += [
         f"{name} is only {counts[name]}, not {wanted}" for name, wanted in least if counts[name] < wanted
     ]
     if counts["seconds_to_stop_max"] >= 5:
-        found.append(f"a stop took {counts['seconds_to_stop_max']} s, not under 5")
-    return found
+        phrases.append(f"a stop took {counts['seconds_to_stop_max']} s, not under 5")
+    return phrases
 
 
 ROWS = (
     (
-        "random faults in one run (all killed, one process killed, terminated), on one process or two in turn",
-        "{faults_injected} injected, {faults_recovered} recovered; final bytes {final_hash} the unbroken run's",
+        "random faults in one run (all killed, one process killed, terminated), "
+        "on one process or two in turn",
+        "{faults_injected} injected, {faults_recovered} recovered; "
+        "final bytes {final_hash} the unbroken run's",
     ),
     (
         "steps lost to a fault, with a checkpoint every {checkpoint_interval}",
@@ -194,15 +196,18 @@ def write_page(text: str) -> None:
 
 
 def main() -> int:
-    """Run what is not yet in `benchmarks/results/faults.partial.json`, where each part is kept as it is done: a run that was cut off goes on."""
+    """Run all parts and write the results. Returns 1 if a promise was broken.
+
+    Each finished part is kept in `benchmarks/results/faults.partial.json`. A run that was cut off goes on
+    from there."""
     partial = RESULTS.with_suffix(".partial.json")
     RESULTS.parent.mkdir(exist_ok=True)
     parts: dict[str, Any] = json.loads(partial.read_text()) if partial.exists() else {}
 
-    def keep(name: str, found: dict[str, Any], took: float) -> None:
-        parts[name] = {"counts": found, "seconds": round(took, 1)}
+    def keep(name: str, counts: dict[str, Any], seconds: float) -> None:
+        parts[name] = {"counts": counts, "seconds": round(seconds, 1)}
         partial.write_text(json.dumps(parts, indent=1) + "\n")
-        print(f"{name}: {json.dumps(found)} ({took:.0f} s)", flush=True)
+        print(f"{name}: {json.dumps(counts)} ({seconds:.0f} s)", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         for part in run_faults.everything(Path(folder), parts):

@@ -1,10 +1,11 @@
-"""How much of a UNet's forward pass is kept for the backward pass, and how much its weights take, on bases of full size without their weights.
+"""Memory that a UNet of full size keeps for the backward pass, and memory of its weights.
 
     python -m benchmarks.kept
 
-One picture, LoRA of rank 8 on the attention layers, bfloat16. It is computed on a CPU, with what autocast does on CUDA: normalisations in
-float32. Kept is every tensor that autograd saves, each memory once, the inputs of checkpointed blocks among them; weights are not. Writes
-`benchmarks/results/kept.json`. Some minutes, and 18 GiB for Stable Diffusion XL.
+The input is one picture; LoRA of rank 8 is on the attention layers; the precision is bfloat16. It is computed
+on a CPU with normalisations in float32, as autocast does on CUDA. Every tensor that autograd saves counts,
+each storage once, with the inputs of checkpointed blocks and without weights. Writes
+`benchmarks/results/kept.json`. Takes some minutes, and 18 GiB for Stable Diffusion XL.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from dreambooth.options.adapter import AdapterOptions
 
 RESULTS = Path(__file__).parent / "results" / "kept.json"
 GIB = 2**30
-XL = {
+XL_UNET = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -38,7 +39,7 @@ XL = {
 }
 BASES: dict[str, tuple[dict[str, Any], int]] = {
     "SD 1.5, 512 pixels": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 64),
-    "SDXL, 1024 pixels": (XL, 128),
+    "SDXL, 1024 pixels": (XL_UNET, 128),
 }
 
 
@@ -49,14 +50,15 @@ def weights(base: str) -> dict[str, float]:
     linear = [unet.get_submodule(name).weight for name in quantization.linear_layers(unet)]
     few, rows = sum(weight.numel() for weight in linear), sum(len(weight) for weight in linear)  # type: ignore[arg-type]
     whole = 2 * sum(p.numel() for p in unet.parameters())
-    # int8: a scale of four bytes and a zero point of one for each row; nf4: a scale of four bytes for 64 weights
+    # int8 has a scale of four bytes and a zero point of one for each row, nf4 a scale of four bytes for 64
+    # weights
     sizes = {"bf16": whole, "int8": whole - few + 5 * rows, "nf4": whole - 2 * few + few / 2 + few / 16}
     return {name: round(size / GIB, 2) for name, size in sizes.items()}
 
 
 @contextlib.contextmanager
 def norms_in_float32() -> Iterator[None]:
-    """As autocast has them on CUDA."""
+    """Within the block, layer and group norms compute in float32, as under autocast on CUDA."""
     before = F.layer_norm, F.group_norm
 
     def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,7 +77,7 @@ def norms_in_float32() -> Iterator[None]:
 
 
 def kept(base: str, *, checkpointing: bool) -> float:
-    """GiB kept of one forward."""
+    """GiB that one forward pass keeps for the backward pass."""
     config, side = BASES[base]
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel(**config)
@@ -84,13 +86,13 @@ def kept(base: str, *, checkpointing: bool) -> float:
         parameter.data.fill_(0.01)
     inject.inject("unet", unet, AdapterOptions(rank=8), inject.UNET_TARGETS, seed=0)
     unet.train()
-    own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}
+    parameters = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()  # held here, so that no address comes twice
-        if storage._cdata not in own:
-            found[storage._cdata] = storage
+        storage = tensor.untyped_storage()  # held, so that no address is used twice
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = storage
         return tensor
 
     if checkpointing:
@@ -99,7 +101,7 @@ def kept(base: str, *, checkpointing: bool) -> float:
     text = torch.randn(1, 77, config["cross_attention_dim"]).bfloat16()
     added = (
         {"text_embeds": torch.randn(1, 1280).bfloat16(), "time_ids": torch.zeros(1, 6)}
-        if config is XL
+        if config is XL_UNET
         else None
     )
     with (
@@ -107,11 +109,10 @@ def kept(base: str, *, checkpointing: bool) -> float:
         torch.autocast("cpu", torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        output = unet(
-            latents, torch.tensor([500]), text, added_cond_kwargs=added
-        ).sample  # held: what it comes from is then kept
+        # the output is held, and with it all that autograd keeps
+        output = unet(latents, torch.tensor([500]), text, added_cond_kwargs=added).sample
     assert output.requires_grad
-    return round(sum(storage.nbytes() for storage in found.values()) / GIB, 2)
+    return round(sum(storage.nbytes() for storage in storages.values()) / GIB, 2)
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     for base in BASES:
         results[base] = {"weights_gib": weights(base)}
         for name, checkpointing in (("kept_gib", False), ("kept_with_checkpointing_gib", True)):
-            # in a process of its own, which gives the memory back
+            # a process of its own, so that its memory is given back
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 results[base][name] = pool.apply(kept, (base,), {"checkpointing": checkpointing})
         print(base, results[base], flush=True)

@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine that figures are measured on."""
 
 import os
 import platform
@@ -7,18 +7,18 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Name, family and model of the processor: many call themselves by one name, of which generations differ twofold."""
+    """Name, family and model of the processor. Generations of one name differ twofold in speed."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    found = [
+    matches = [
         re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE) for key in ("model name", "cpu family", "model")
     ]
-    if not all(found):
+    if not all(matches):
         return platform.processor() or platform.machine()
-    name, family, model = (match[1] for match in found if match)
+    name, family, model = (match[1] for match in matches if match)
     return f"{name} (family {family}, model {model})"
 
 
 def cores() -> int:
-    """How many of them this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,14 +1,18 @@
-"""How fast training and drawing class images are, and how much memory they take: this program, diffusers' example and the bare step, in turn.
+"""Speed and memory of training and of drawing class images, beside diffusers' example and the bare step.
 
-    python -m benchmarks.speed [--reference train_dreambooth_lora.py] [--rounds 3] [--only NAME ...] [--resume]
+    python -m benchmarks.speed [--reference train_dreambooth_lora.py] [--rounds 3] [--only NAME ...]
+        [--resume]
 
-Every run is a process of its own, watched from inside by `speed_probe.py`; figures are medians over the rounds. Bases have random weights and the
-shapes in `speed_bases.py`; photos are noise that needs no resizing. Both programs get the same flags and have their own defaults for the rest.
+Every run is a process of its own, which `speed_probe.py` watches from inside. The programs run in turn, and
+figures are medians over the rounds. Bases have random weights and the shapes in `speed_bases.py`; photos are
+noise that needs no resizing. Both programs get the same flags and have their own defaults for the rest.
 
-The reference needs torchvision, of which it uses the transforms alone: `pip install --no-deps --target FOLDER torchvision==0.28.0`, then
-`--reference_path FOLDER`. Beside a torch for CPUs that wheel's compiled part does not load; `speed_probe.py` says what is done about it.
+The reference needs torchvision's transforms: `pip install --no-deps --target FOLDER torchvision==0.28.0`,
+then `--reference_path FOLDER`. The compiled part of that wheel does not load beside a torch for CPUs;
+`speed_probe.py` declares the operators in its place.
 
-Writes `benchmarks/results/speed.json` and the tables in docs/speed.md. Ends with status 1 if a run failed. Hours, on two cores.
+Writes `benchmarks/results/speed.json` and the tables in docs/speed.md. Ends with status 1 if a run failed.
+Takes hours on two cores.
 """
 
 import hashlib
@@ -36,21 +40,24 @@ from PIL import Image
 
 from benchmarks import machine
 
-# Nothing here imports torch: what runs beside the measured process should be small.
+# This module does not import torch, so that the process beside the measured one stays small.
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 MARKS = ("<!-- speed: written by python -m benchmarks.speed -->", "<!-- speed end -->")
-NOT_MEASURED = "Not measured yet."  # between the marks while there is no RESULTS
+NOT_MEASURED = "Not measured yet."  # stands between the marks while there is no RESULTS
 PROBE, BARE = ROOT / "benchmarks" / "speed_probe.py", ROOT / "benchmarks" / "speed_bare.py"
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-TRACKER = "tensorboard"  # the reference has no word for no tracker
-OWN = 8  # class images that are there before training; no one drew them
-AT_ONCE = 4  # class images that are drawn
-DRAWING_FLAGS = f"--class_prompt dog --class_data_dir {{drawn}} --num_class_images {{count}} --sample_batch_size {AT_ONCE}"
-Figures = dict[str, float]  # seconds end in _s, MiB in _mib
+TRACKER = "tensorboard"  # the reference cannot run without a tracker
+OWN = 8  # class images of noise that exist before training
+AT_ONCE = 4  # class images in one batch
+DRAWING_FLAGS = (
+    "--class_prompt dog --class_data_dir {drawn} --num_class_images {count} "
+    f"--sample_batch_size {AT_ONCE}"
+)
+Figures = dict[str, float]  # names of seconds end in _s, names of MiB in _mib
 
 
 @dataclass
@@ -58,26 +65,27 @@ class Options:
     """Measure speed and memory, side by side with diffusers' example script if there is a copy of it."""
 
     reference: Path | None = None
-    """diffusers' examples/dreambooth/train_dreambooth_lora.py; None measures this program and the bare step alone."""
+    """diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, this program and the bare step
+    alone are measured."""
     reference_path: Path | None = None
-    """Folder with the reference's torchvision, if that is not installed."""
+    """Folder with the reference's torchvision, if torchvision is not installed."""
     rounds: int = 3
     """Runs of each program in each case."""
     only: tuple[str, ...] = ()
-    """Cases to run; none is all."""
+    """Cases to run. Without it, all cases run."""
     resume: bool = False
-    """Keep what --output holds, and run the cases that it lacks, or those of --only anew."""
+    """Keep the cases in --output, and run those that it lacks, or those of --only again."""
     output: Path = RESULTS
     """JSON file of the results; docs/speed.md gets the tables only if it is the one beside this script."""
     work: Path = ROOT / "runs" / "speed"
-    """Folder of bases and photos, kept for the next time, and of what the runs write."""
+    """Folder of bases and photos, which are kept for the next time, and of the runs' output."""
     threads: int = machine.cores()
-    """CPU threads of a run, shared out where it has several processes."""
+    """CPU threads of a run, divided among its processes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what is run, and how its figures are taken."""
+    """One comparison: the programs, their flags, and the steps or pictures that are measured."""
 
     title: str
     base: str
@@ -89,22 +97,22 @@ class Case:
     steps: int = 1
     batch: int = 1
     warm_up: int = 1
-    """Steps after the first that do not count yet."""
+    """Steps after the first that are not measured."""
     flags: str = ""
-    """For every program."""
+    """Flags for every program."""
     own_flags: str = ""
-    """For this program alone, which has more to choose from."""
+    """Flags for this program alone."""
     processes: int = 1
     photos: int = 4
     drawn: int = 0
-    """Class images to draw: they are measured then, and not the steps."""
+    """Class images to draw. If not 0, pictures are measured in place of steps."""
     limit: int = 900
     """Seconds after which a run is ended as failed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one run finds and leaves its files."""
+    """The folders that one run reads and writes."""
 
     work: Path
     reference: Path | None
@@ -116,7 +124,7 @@ class Place:
         return self.work / f"photos-{side}-{count}"
 
     def fill(self, flags: str, case: "Case") -> list[str]:
-        """The words of `flags`, with folders and numbers in place of the braces."""
+        """The words of `flags`, with folders and numbers filled into the braces."""
         names = {
             "own": self.photos(case.side, OWN),
             "drawn": self.drawn,
@@ -127,22 +135,22 @@ class Place:
 
     @property
     def output(self) -> Path:
-        """Gone before and after a run."""
+        """Output folder of a run. It is removed before and after the run."""
         return self.work / "output"
 
     @property
     def drawn(self) -> Path:
-        """Class images drawn by a run; gone before and after it."""
+        """Class images drawn by a run. They are removed before and after it."""
         return self.work / "class_images"
 
     @property
     def encoded(self) -> Path:
-        """What a run keeps for the next one, for --encoded_dir; gone before a round."""
+        """The --encoded_dir that the two runs of a round share. It is removed before a round."""
         return self.work / "encoded"
 
 
 def _training(case: Case, place: Place) -> list[str]:
-    """The flags that both trainers understand."""
+    """The flags that both trainers have."""
     return [
         *(
             "--pretrained_model_name_or_path",
@@ -151,8 +159,8 @@ def _training(case: Case, place: Place) -> list[str]:
             str(place.photos(case.side, case.photos)),
         ),
         *("--instance_prompt", "a photo of a sks dog", "--output_dir", str(place.output)),
-        *f"--resolution {case.side} --train_batch_size {case.batch} --max_train_steps {case.steps} --seed 0".split(),
-        *f"--rank 4 --learning_rate 1e-4 --lr_warmup_steps 0 --report_to {TRACKER}".split(),
+        *f"--resolution {case.side} --train_batch_size {case.batch} --max_train_steps {case.steps}".split(),
+        *f"--seed 0 --rank 4 --learning_rate 1e-4 --lr_warmup_steps 0 --report_to {TRACKER}".split(),
         *place.fill(case.flags, case),
     ]
 
@@ -191,20 +199,21 @@ def draw_here(case: Case, place: Place) -> list[str]:
 
 
 def draw_reference(case: Case, place: Place) -> list[str]:
-    """The reference draws class images before it trains: one step here, which is not measured."""
+    """The reference draws class images before it trains. It trains one step, which is not measured."""
     return [*train_reference(case, place), *place.fill(f"--with_prior_preservation {DRAWING_FLAGS}", case)]
 
 
 TRAINING = {"here": train_here, "reference": train_reference}
 WITH_BARE = {**TRAINING, "bare": train_bare}
 DRAWING = {"here": draw_here, "reference": draw_reference}
-TWICE = {"here": train_here, "again": train_here}  # the second finds what the first has encoded
+TWICE = {"here": train_here, "again": train_here}  # the second run reads the first one's encodings
 
 BF16, TEXT = "--mixed_precision bf16", "--train_text_encoder"
 PRIOR = f"--with_prior_preservation --class_prompt dog --class_data_dir {{own}} --num_class_images {OWN}"
 KEPT = "--cache_latents disk --encoded_dir {encoded}"
 M35, SD15 = "35 M UNet, 256 px", "Stable Diffusion 1.5's shape, 512 px"
-EQUAL_STEPS = "--class_scheduler base --class_inference_steps 50 --prior_generation_precision fp32"  # what the reference always does
+# the settings that the reference always draws class images with
+EQUAL_STEPS = "--class_scheduler base --class_inference_steps 50 --prior_generation_precision fp32"
 
 CASES: dict[str, Case] = {
     "tiny": Case("embedded base, 64 px, batch 1, fp32", "embedded", 64, TRAINING, steps=60, warm_up=4),
@@ -256,43 +265,43 @@ CASES: dict[str, Case] = {
 
 
 class Failed(Exception):
-    """A run that did not do what it was to do. The message ends with the tail of what it printed."""
+    """A run that failed. The message ends with the tail of its output."""
 
 
 def figures(reports: Sequence[dict[str, Any]], started: float, case: Case) -> Figures:
-    """What the reports of a run's processes say, by rank; `started` is of the same clock. Memory is that of the process that took most.
+    """The figures of one run from the reports of its processes, by rank.
 
-    Raises Failed if steps or pictures are missing.
+    `started` is of the clock of the reports. Memory is that of the largest process. Raises Failed if steps or
+    pictures are missing.
     """
     what, count = ("pictures", case.drawn) if case.drawn else ("steps", case.steps)
     if any(len(report[what]) != count for report in reports):
         raise Failed(
             f"{count} {what} were to come, got {', '.join(str(len(report[what])) for report in reports)}"
         )
-    found = {
+    run = {
         "peak_mib": max(report[what][-1][1] for report in reports),
-        "peak_to_end_mib": max(
-            report["end"][1] for report in reports
-        ),  # the reference loads the whole base again after its last step
+        # the reference loads the whole base again after its last step
+        "peak_to_end_mib": max(report["end"][1] for report in reports),
     }
     times = [seconds for seconds, _ in reports[0][what]]
-    if case.drawn:  # the first ones also pay for what is done once
-        found["picture_s"] = (times[-1] - times[AT_ONCE - 1]) / (case.drawn - AT_ONCE)
+    if case.drawn:  # the time of the first batch includes loading
+        run["picture_s"] = (times[-1] - times[AT_ONCE - 1]) / (case.drawn - AT_ONCE)
     else:
-        found["first_step_s"] = max(report["steps"][0][0] for report in reports) - started
-        found["step_s"] = statistics.median(
+        run["first_step_s"] = max(report["steps"][0][0] for report in reports) - started
+        run["step_s"] = statistics.median(
             [after - before for before, after in itertools.pairwise(times)][case.warm_up :]
         )
-    return found
+    return run
 
 
 def medians(runs: Sequence[Figures]) -> Figures:
-    """Of every figure over the runs, to four digits."""
+    """The median of every figure over the runs, to four digits."""
     return {name: rounded(statistics.median(run[name] for run in runs)) for name in runs[0]}
 
 
 def ratios(of: Figures, to: Figures) -> Figures:
-    """Each figure of the one divided by that of the other, for those that both have."""
+    """Each figure of `of` divided by that of `to`, for the figures that both have."""
     return {name: rounded(value / to[name]) for name, value in of.items() if name in to}
 
 
@@ -301,7 +310,9 @@ def rounded(value: float) -> float:
 
 
 def end_all(process: subprocess.Popen) -> None:
-    """End a run, and with it the workers of a launcher: they are in sessions of their own, so it is asked first."""
+    """End a run and its launcher's workers.
+
+    SIGTERM goes first: a launcher ends its workers on it, and SIGKILL does not reach their sessions."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(30)
@@ -313,8 +324,9 @@ def end_all(process: subprocess.Popen) -> None:
 def launch(
     words: Sequence[str], work: Path, environment: Mapping[str, str], limit: float, processes: int = 1
 ) -> tuple[list[dict[str, Any]], float]:
-    """Run a script with its flags under the probe: (the report of each process, the moment it was started). Raises Failed with the tail of its
-    output."""
+    """Run a script with its flags under the probe. Returns (the report of each process, the starting moment).
+
+    Raises Failed with the tail of the output."""
     report, log = work / "report.json", work / "log.txt"
     for old in work.glob("report.json.*"):
         old.unlink()
@@ -357,11 +369,11 @@ def launch(
 
 
 def make_photos(folder: Path, side: int, count: int) -> None:
-    """`count` pictures of smooth noise; JPEGs if they are many. Kept if they are there."""
+    """Write `count` pictures of smooth noise, as JPEG if they are many. Pictures that exist are kept."""
     if len(list(folder.glob("photo-*"))) == count:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(count)  # class images that are photos of the subject are refused
+    rng = np.random.default_rng(count)  # photos and class images differ: a class image may be no photo
     suffix = "png" if count <= OWN else "jpg"
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -369,7 +381,7 @@ def make_photos(folder: Path, side: int, count: int) -> None:
 
 
 def prepare(case: Case, place: Place) -> None:
-    """Make what the case's runs need."""
+    """Make the base and the photos of the case."""
     if not place.base(case.base).exists():
         subprocess.run(
             [sys.executable, "-m", "benchmarks.speed_bases", case.base, str(place.base(case.base))],
@@ -381,7 +393,7 @@ def prepare(case: Case, place: Place) -> None:
 
 
 def read_all(folder: Path) -> None:
-    """Read a base's files, so that every run finds them in the computer's memory."""
+    """Read a base's files into the page cache."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             while file.read(1 << 24):
@@ -389,13 +401,15 @@ def read_all(folder: Path) -> None:
 
 
 def clear(place: Place) -> None:
-    """Remove what runs write."""
+    """Remove the output of runs."""
     for folder in (place.output, place.drawn):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
-    """The case's record: every program's runs, medians and ratios to this one's. Raises Failed at the first run that fails."""
+    """The case's record: the runs of every program, their medians, and the ratios to this program's.
+
+    Raises Failed at the first run that fails."""
     prepare(case, place)
     programs = {
         name: words for name, words in case.programs.items() if name != "reference" or place.reference
@@ -430,11 +444,11 @@ def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
     }
     if case.drawn:
         record = {"title": case.title, "rounds": options.rounds, "pictures": case.drawn}
-    found = {name: medians(of_program) for name, of_program in runs.items()}
-    record |= {"flags": case.flags, "own_flags": case.own_flags, "medians": found}
-    # how many times as much as here; of the bare step, how many times as much here
-    pairs = [("here", "bare") if name == "bare" else (name, "here") for name in found if name != "here"]
-    record["ratios"] = {f"{of}/{to}": ratios(found[of], found[to]) for of, to in pairs}
+    of_programs = {name: medians(of_program) for name, of_program in runs.items()}
+    record |= {"flags": case.flags, "own_flags": case.own_flags, "medians": of_programs}
+    # other programs are divided by this one, and this one by the bare step
+    pairs = [("here", "bare") if name == "bare" else (name, "here") for name in of_programs if name != "here"]
+    record["ratios"] = {f"{of}/{to}": ratios(of_programs[of], of_programs[to]) for of, to in pairs}
     shown = {
         name: [{figure: rounded(value) for figure, value in run.items()} for run in of_program]
         for name, of_program in runs.items()
@@ -443,7 +457,7 @@ def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
 
 
 def load_of_others() -> float:
-    """Processor seconds per second that other processes take, over one second of sleep."""
+    """Cores that other processes keep busy, measured over one second of sleep."""
 
     def busy() -> float:
         user, nice, system, _, _, *others = (
@@ -457,7 +471,7 @@ def load_of_others() -> float:
 
 
 def setting(options: Options) -> dict[str, Any]:
-    """What figures may be compared under."""
+    """Machine, versions and reference. Figures are comparable only if these are equal."""
     reference = hashlib.sha256(options.reference.read_bytes()).hexdigest() if options.reference else None
     return {
         "machine": {
@@ -473,11 +487,16 @@ def setting(options: Options) -> dict[str, Any]:
 
 HEAD = "| training | seconds a step | seconds to the first step | peak memory, MiB | bare step, seconds |"
 DRAWING_HEAD = "| class images | pictures a second | peak memory, MiB |"
-TWICE_HEAD = "| photos kept encoded on disk | seconds to the first step | the same, second run | seconds a step | peak memory, MiB |"
+TWICE_HEAD = (
+    "| photos kept encoded on disk | seconds to the first step | the same, second run "
+    "| seconds a step | peak memory, MiB |"
+)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The tables of docs/speed.md: training, class images and number of photos, those of them that have cases in the report, and how it was measured."""
+    """The tables of docs/speed.md and the paragraph on how they were measured.
+
+    There is a table each for training, class images and numbers of photos, if the report has cases of it."""
     tables: dict[str, list[str]] = {HEAD: [], DRAWING_HEAD: [], TWICE_HEAD: []}
     for name, record in report["cases"].items():
         case = CASES[name]
@@ -493,12 +512,14 @@ def table(report: dict[str, Any]) -> str:
     rounds = sorted({record["rounds"] for record in report["cases"].values() if "rounds" in record})
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines.append(
-        f"Medians of {' or '.join(map(str, rounds))} runs of each program in turn, every one a process of its own (two where it says so), with "
-        f"{computer['threads']} threads on {computer['cores']} cores of an {computer['processor']}; {versions}. The same flags for both "
-        "programs; the larger bases have random weights. In brackets: diffusers' example, and how many times as much it is (of pictures a second, "
-        "as little). Memory is the most that one process had resident until its last step or picture, pages of mapped files counted. The bare step "
-        "is forward, backward and AdamW of the UNet with peft's LoRA in channels_last, and nothing else; in brackets, how many times as long the "
-        "step here is."
+        f"Medians of {' or '.join(map(str, rounds))} runs of each program in turn, every one a process of "
+        f"its own (two where it says so), with {computer['threads']} threads on {computer['cores']} cores of "
+        f"an {computer['processor']}; {versions}. The same flags for both programs; the larger bases have "
+        "random weights. In brackets: diffusers' example, and how many times as much it is (of pictures a "
+        "second, as little). Memory is the most that one process had resident until its last step or "
+        "picture, pages of mapped files counted. The bare step is forward, backward and AdamW of the UNet "
+        "with peft's LoRA in channels_last, and nothing else; in brackets, how many times as long the step "
+        "here is."
     )
     return "\n".join(lines)
 
@@ -515,8 +536,8 @@ def mib(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _cells(found: dict[str, Figures], head: str) -> list[str]:
-    here, reference = found["here"], found.get("reference")
+def _cells(of_programs: dict[str, Figures], head: str) -> list[str]:
+    here, reference = of_programs["here"], of_programs.get("reference")
 
     def against(name: str, show: Callable[[float], str]) -> str:
         there = f" ({show(reference[name])}, {reference[name] / here[name]:.2f} x)" if reference else ""
@@ -527,15 +548,14 @@ def _cells(found: dict[str, Figures], head: str) -> list[str]:
     if head is TWICE_HEAD:
         return [
             seconds(here["first_step_s"]),
-            seconds(found["again"]["first_step_s"]),
+            seconds(of_programs["again"]["first_step_s"]),
             seconds(here["step_s"]),
             mib(here["peak_mib"]),
         ]
-    bare = (
-        f"{seconds(found['bare']['step_s'])} ({here['step_s'] / found['bare']['step_s']:.2f} x)"
-        if "bare" in found
-        else ""
-    )
+    bare = ""
+    if "bare" in of_programs:
+        bare_step = of_programs["bare"]["step_s"]
+        bare = f"{seconds(bare_step)} ({here['step_s'] / bare_step:.2f} x)"
     return [against("step_s", seconds), against("first_step_s", seconds), against("peak_mib", mib), bare]
 
 
@@ -550,32 +570,35 @@ def write_page(text: str) -> None:
 
 
 def mistakes(options: Options, held: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """What is wrong with the flags; `held` are the results that --resume adds to, `now` is the setting."""
-    found = [
+    """One message for each wrong flag. `held` are the results that --resume adds to, `now` is the setting."""
+    messages = [
         f"--only: no case {name!r}; there are: {', '.join(CASES)}"
         for name in options.only
         if name not in CASES
     ]
-    found += [f"--{name} must be at least 1" for name in ("rounds", "threads") if getattr(options, name) < 1]
+    messages += [
+        f"--{name} must be at least 1" for name in ("rounds", "threads") if getattr(options, name) < 1
+    ]
     if options.reference_path and not (options.reference_path / "torchvision").is_dir():
-        found.append(f"--reference_path: {options.reference_path} has no torchvision")
+        messages.append(f"--reference_path: {options.reference_path} has no torchvision")
     if options.reference:
         if not (options.reference_path or importlib.util.find_spec("torchvision")):
-            found.append(
-                "--reference needs torchvision: pip install --no-deps --target FOLDER torchvision==0.28.0, and --reference_path FOLDER"
+            messages.append(
+                "--reference needs torchvision: pip install --no-deps --target FOLDER torchvision==0.28.0, "
+                "and --reference_path FOLDER"
             )
         if not importlib.util.find_spec("tensorboard"):
-            found.append("--reference needs tensorboard: pip install '.[tensorboard]'")
+            messages.append("--reference needs tensorboard: pip install '.[tensorboard]'")
     for key, value in now.items():
         if held is not None and held[key] != value:
-            found.append(
+            messages.append(
                 f"--resume: {options.output} is of another {key.replace('_', ' ')}: {held[key]}, not {value}"
             )
-    return found
+    return messages
 
 
 def main(options: Options) -> int:
-    """0, or 1 if a run failed, or 2 if a flag is wrong."""
+    """Run the cases. Returns 0, or 1 if a run failed, or 2 if a flag is wrong."""
     if options.reference and not options.reference.is_file():
         print(f"error: --reference: there is no file {options.reference}", file=sys.stderr)
         return 2
@@ -612,7 +635,6 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-    )  # so that the run of the moment is ended too
+    # SystemExit runs the `finally` blocks, which end the current run
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main(tyro.cli(Options, use_underscores=True)))

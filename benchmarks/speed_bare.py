@@ -1,9 +1,9 @@
-"""A training step as torch and peft have it, with nothing around it: forward, backward and AdamW of a UNet with LoRA, in channels_last, on one
-input.
+"""The bare training step of torch and peft: forward, backward and AdamW of a UNet with LoRA in channels_last.
 
     python benchmarks/speed_bare.py BASE SIDE BATCH PRECISION STEPS
 
-PRECISION is fp32 or bf16. Nothing is printed; speed_probe.py sees the steps.
+PRECISION is fp32 or bf16. All steps have the same input. Nothing is printed; speed_probe.py records the
+steps.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
     for parameter in unet.parameters():
         if (
             parameter.data_ptr() % 64
-        ):  # in the mapped file weights lie anywhere, and products with such ones are slower
+        ):  # weights of a mapped file may be unaligned, which makes products slower
             parameter.data = parameter.data.clone()
     unet.to(memory_format=torch.channels_last)
     unet.add_adapter(

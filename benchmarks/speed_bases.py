@@ -1,4 +1,4 @@
-"""Bases of a given shape with random weights, for measuring: what they draw is noise.
+"""Bases of a given shape with random weights, for measuring.
 
 python -m benchmarks.speed_bases m35|sd15 FOLDER
 """
@@ -26,7 +26,8 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int, int, in
 
 
 def build(name: str, folder: Path) -> None:
-    """Save the base as a Stable Diffusion 1.5 pipeline in `folder`, which is there whole or not at all."""
+    """Save the base as a Stable Diffusion 1.5 pipeline in `folder`. The folder appears only once it is
+    complete."""
     unet, vae_widths, (width, layers, heads, words) = SHAPES[name]
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

@@ -1,10 +1,12 @@
-"""Run a script as python does, and write down when its optimizer stepped and when it saved pictures, with its memory.
+"""Run a script as python does, and record the moments and the memory of its optimizer steps and saved
+pictures.
 
     python benchmarks/speed_probe.py REPORT SCRIPT [FLAGS ...]
 
-Process k of a launcher writes REPORT.k, one process alone REPORT.0: `steps` and `pictures`, a list of [seconds, MiB] each, and `end`, one such
-pair. Seconds are those of the machine's monotonic clock, so that who started this process can take off the moment when it did. MiB is the
-highest resident memory so far, in which the pages of mapped files count. It is VmHWM, not ru_maxrss: that one has the parent's in it.
+Process k of a launcher writes REPORT.k, a single process REPORT.0. The report has `steps` and `pictures`, a
+list of [seconds, MiB] each, and `end`, one such pair. Seconds are of the machine's monotonic clock, so that
+the parent process can subtract the moment of the start. MiB is the peak of resident memory so far, with the
+pages of mapped files. It is VmHWM and not ru_maxrss, which includes the parent's peak.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Moment = tuple[float, float]  # seconds, MiB
 
-# What torchvision's Python part asks torch for when it is imported.
+# The operators that torchvision's Python part needs when it is imported.
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -33,15 +35,16 @@ _OPERATORS = (
 
 
 def moment() -> Moment:
-    """Now, and the peak until now."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return time.monotonic(), int(found[1]) / 1024
+    """The time, and the peak of memory so far."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak
+    return time.monotonic(), int(peak[1]) / 1024
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, list[Moment]]]:
-    """Within the block every step of any optimizer is added to `steps`, and every picture that Pillow has saved to `pictures`."""
+    """Within the block, every optimizer step is added to `steps`, and every picture that Pillow saves to
+    `pictures`."""
     moments: dict[str, list[Moment]] = {"steps": [], "pictures": []}
     save = Image.Image.save
 
@@ -59,8 +62,10 @@ def recorded() -> Iterator[dict[str, list[Moment]]]:
 
 
 def declare_operators() -> torch.library.Library | None:
-    """Declares torchvision's operators, without which it cannot be imported, where the library that has them does not load: its usual build
-    does not beside a torch for CPUs. Its transforms of pictures need none of them. What is returned must be kept."""
+    """Declare torchvision's operators if the library that has them does not load.
+
+    torchvision cannot be imported without them, and its usual build does not load beside a torch for CPUs.
+    Its transforms of pictures use none of them. The caller must keep the result alive."""
     package = importlib.util.find_spec("torchvision")
     if package is None or package.origin is None:
         return None
@@ -83,7 +88,7 @@ def main() -> None:
         kept = declare_operators() if "torchvision" in Path(script).read_text(encoding="utf-8") else None
         runpy.run_path(script, run_name="__main__")
         del kept
-    # not reached where the script fails: there is nothing to report then
+    # not reached if the script fails: then there is nothing to report
     content = {**moments, "end": moment()}
     Path(f"{report}.{os.environ.get('RANK', '0')}").write_text(json.dumps(content), encoding="utf-8")
 
