@@ -2,7 +2,8 @@
 
     python -m picturebook.base_report
 
-512 prompts with fixed seeds, 25 sampling steps; fresh renders for the autoencoder. Ends with status 1 if a figure misses its target.
+Draws 512 prompts with fixed seeds in 25 steps, and encodes fresh renders. Ends with status 1 if a figure
+misses its target.
 """
 
 import json
@@ -52,14 +53,15 @@ class Options:
 
 
 def report_prompt(number: int) -> str:
-    """Prompt `number` of the report: class, colour and place always, an accessory with its colour on half of them."""
+    """Prompt `number` of the report: class, colour and place, and in half of them a coloured accessory."""
     scene = random_scene(random.Random(f"report {number}"))
-    return f"a photo of {with_article(describe(scene.kind, scene.colour, scene.place, scene.accessory, scene.accessory_colour))}"
+    words = describe(scene.kind, scene.colour, scene.place, scene.accessory, scene.accessory_colour)
+    return f"a photo of {with_article(words)}"
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, pictures: int = 256) -> float:
-    """Peak signal-to-noise ratio, in dB over all pixels together, of fresh renders after encoding (mean) and decoding."""
+    """Peak signal-to-noise ratio, in dB over all pixels, of fresh renders encoded (mean) and decoded."""
     errors = []
     for start in range(0, pictures, 32):
         pixels = to_tensor([random_scene(random.Random(f"psnr {n}")) for n in range(start, start + 32)])
@@ -197,19 +199,22 @@ tags: [text-to-image]
 
 # The embedded base
 
-A small Stable Diffusion (`UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`, CLIP tokenizer; v-prediction; 64 x 64 pixels, latents of
-4 x 16 x 16) that knows the drawn world of `picturebook/world.py`: eight kinds, eight colours, eight places, three accessories in six
-colours, and 1,152 identities a kind that no caption names. Parameters: {sizes}; weights in float16. Use it like any other
-base: `StableDiffusionPipeline.from_pretrained("picturebook/model")`.
+A small Stable Diffusion (`UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`, CLIP tokenizer;
+v-prediction; 64 x 64 pixels, latents of 4 x 16 x 16). It knows the drawn world of `picturebook/world.py`:
+eight kinds, eight colours, eight places, three accessories in six colours, and 1,152 identities a kind that
+no caption names. Parameters: {sizes}; weights in float16. Use it like any other base:
+`StableDiffusionPipeline.from_pretrained("picturebook/model")`.
 
-It knows nothing else: no photos, no faces, no other words. `sks`, `qwe`, `zwx`, `ohwx`, `vtk` and `plq` are tokens that no caption used.
-One identity in 32 was held out of its training; the demo subjects are among those. Licence: Apache-2.0.
+It knows nothing else: no photos, no faces, no other words. `sks`, `qwe`, `zwx`, `ohwx`, `vtk` and `plq` are
+tokens that no caption used. One identity in 32 was held out of its training; the demo subjects are among
+those. Licence: Apache-2.0.
 
 ## Figures
 
-Written by `make base-report`: {prompts} prompts with fixed seeds, {steps} steps of the pipeline's scheduler, guidance {guidance_scale},
-float32. Every prompt names class, colour and place, half of them an accessory and its colour. Pictures are read by `picturebook/read.py`,
-which gets every attribute of {reader_right_on_renders:.1%} of 200 fresh renders right. A picture that it reads with a confidence under
+Written by `make base-report`: {prompts} prompts with fixed seeds, {steps} steps of the pipeline's
+scheduler, guidance {guidance_scale}, float32. Every prompt names class, colour and place, half of them an
+accessory and its colour. Pictures are read by `picturebook/read.py`, which reads every attribute right in
+{reader_right_on_renders:.1%} of 200 fresh renders. A picture that it reads with a confidence under
 {caption_gate} counts as wrong in every row, and one under {gate} as not valid.
 
 | | measured | target |
@@ -217,14 +222,15 @@ which gets every attribute of {reader_right_on_renders:.1%} of 200 fresh renders
 {table}
 | autoencoder on 256 fresh renders, PSNR | {psnr_db:.2f} dB | 28 dB |
 
-Spread: total variation distance between the identities drawn and the uniform prior of training (0 the same, 1 disjoint; target 0.25 at most).
+Spread: total variation distance between the identities drawn and the uniform prior of training (0 the same,
+1 disjoint; target 0.25 at most).
 
 | attribute | distance |
 |---|---|
 {spread_table}
 
-The gates were set on blurred and noisy renders, where the reader is right on 95 % of what they stand for (`picturebook/read.py`). How many
-pictures pass depends on them:
+The two limits of confidence were set on blurred and noisy renders: above them the reader is right on 95 %
+of the attributes that they stand for (`picturebook/read.py`). So many pictures pass a limit:
 
 | confidence of at least | share of pictures |
 |---|---|
@@ -237,14 +243,16 @@ pictures pass depends on them:
 {history}
 """
 
-HISTORY = """`python -m picturebook.train_base`, on two CPU cores, bfloat16 autocast, seed {seed}, in several goes, since the recipe was found on
-the way; what the script does today is the recipe of the last go, and a run of it from nothing has not been measured.
-- The autoencoder: 3,000 steps of 16 pictures with a KL weight of 1e-4, then 2,700 with 5e-3, the last 1,200 on the world as it is, but for
-  mirrored sprites.
-- UNet and text encoder together, on {scenes:,} scenes, 10 % of the captions empty: {steps:,} steps of {batch_size}. The first 4,500 with AdamW at
-  6e-4 on an earlier state of the autoencoder; then Muon (torch's) with AdamW for what is no matrix, at {peak_learning_rate}, and timesteps drawn
-  log-normal in sigma; from step 9,750 on a rate that falls to {last_learning_rate:.2g} at the last step; from step 12,250 on without mirrored
-  sprites.
+HISTORY = """`python -m picturebook.train_base`, on two CPU cores, bfloat16 autocast, seed {seed}, in
+several parts, because the recipe changed between them. The script has the recipe of the last part; a run of
+it from the start has not been measured.
+- The autoencoder: 3,000 steps of 16 pictures with a KL weight of 1e-4, then 2,700 with 5e-3. The last 1,200
+  steps saw the world as it is now, with mirrored sprites besides.
+- UNet and text encoder together, on {scenes:,} scenes, 10 % of the captions empty: {steps:,} steps of
+  {batch_size}. The first 4,500 steps used AdamW at 6e-4 on an earlier state of the autoencoder. The others
+  used torch's Muon, with AdamW for parameters that are no matrices, at {peak_learning_rate}, and timesteps
+  drawn log-normal in sigma. From step 9,750 on the rate fell, to {last_learning_rate:.2g} at the last step.
+  From step 12,250 on no sprite was mirrored.
 
 The weights are the running average (decay 0.999)."""
 

@@ -1,8 +1,8 @@
 """Pictures of the drawn world, with Pillow alone.
 
-A picture is a backdrop and a stack of flat layers, each an 8-bit coverage mask and a colour. Masks are drawn at four times the size and
-averaged down, once per (layer, mirror), and moved by whole pixels: so one picture costs a few pastes, and the reader can lay the
-very same masks over a picture to see which of them fit.
+A picture is a backdrop and a stack of flat layers, each an 8-bit coverage mask and a colour. Masks are
+drawn at four times the size and averaged down, once per (layer, mirror), and moved by whole pixels: so one
+picture costs a few pastes, and the reader can lay the same masks over a picture to see which of them fit.
 
 Shapes are given in units of one pixel of a 64 x 64 picture, facing right, standing on y = 57.
 """
@@ -25,7 +25,8 @@ STRAW = (244, 176, 60)
 Rgb = tuple[int, int, int]
 Layer = tuple[Image.Image, Rgb]
 
-# A shape is ("ellipse", x0, y0, x1, y1), ("box", x0, y0, x1, y1), ("poly", x, y, x, y, ...) or ("line", width, x, y, x, y, ...).
+# A shape is ("ellipse", x0, y0, x1, y1), ("box", x0, y0, x1, y1), ("poly", x, y, x, y, ...)
+# or ("line", width, x, y, x, y, ...).
 Shape = tuple
 
 
@@ -33,7 +34,7 @@ def _poly(*points: tuple[float, float]) -> Shape:
     return ("poly", *(value for point in points for value in point))
 
 
-# Ears, tails, roofs, sails and handles: six of each, the `shape` of an identity. All of them change the outline.
+# Ears, tails, roofs, sails and handles: six of each, the `shape` of an identity. All change the outline.
 _DOG_SHAPES = (
     (
         _poly((41, 20), (35, 24), (33, 38), (39, 36), (44, 26)),
@@ -130,8 +131,10 @@ _MUG_SHAPES = (
 
 
 class _Kind:
-    """How a kind is drawn: `body` and `front` in the captioned colour, `coat` (within the body) in the pattern's second hue, the shape
-    behind, `trims` in colours of their own, the eyes' centres, and where a hat, a scarf and a bow sit."""
+    """How a kind is drawn: `body` and `front` in the captioned colour, `coat` (within the body) in the
+    pattern's second hue, the shape behind, `trims` in colours of their own, the eyes' centres, and where a
+    hat, a scarf and a bow sit.
+    """
 
     def __init__(self, *, body, coat, front=(), shapes, trims=(), eyes, eye=4.2, hat, scarf, bow):
         self.body, self.coat, self.front, self.shapes, self.trims = body, coat, front, shapes, trims
@@ -240,7 +243,8 @@ _KINDS = {
 }
 
 
-# Where patterns are cut: (y of the lower half, x of the front half, left and top of the patch), all on the grid of four pixels.
+# Where patterns are cut, on the grid of four pixels: (y of the lower half, x of the front half, left and top
+# of the patch).
 _CUTS = {
     "dog": (40, 28, 16, 32),
     "cat": (44, 32, 24, 40),
@@ -254,7 +258,9 @@ _CUTS = {
 
 
 def _pattern_shapes(kind: str, pattern: int) -> tuple[Shape, ...]:
-    """Boxes on the grid of four pixels that the offsets keep to: each patch of the autoencoder shows one flat colour or an outline."""
+    """Boxes on the grid of four pixels that the offsets keep to: each patch of the autoencoder shows one
+    flat colour or an outline.
+    """
     middle_y, middle_x, left, top = _CUTS[kind]
     cells = [(x, y) for x in range(0, SIDE, 4) for y in range(0, SIDE, 4)]
 
@@ -362,7 +368,7 @@ def _finish(mask: Image.Image, flip: bool) -> Image.Image:
 
 
 def _grown(mask: Image.Image, pixels: float) -> Image.Image:
-    """The mask with a square border of `pixels` added; what Pillow's MaxFilter gives, over ten times as fast."""
+    """The mask with a square border of `pixels` added: as by Pillow's MaxFilter, over ten times as fast."""
     radius = round(pixels * SUPERSAMPLING)
     for along_x in (True, False):
         grown = mask
@@ -375,7 +381,9 @@ def _grown(mask: Image.Image, pixels: float) -> Image.Image:
 
 @functools.cache
 def sprite_masks(kind: str, shape: int, flip: bool) -> dict[str, Image.Image]:
-    """Coverage masks, 64 x 64, of a kind with one shape: `outline` (the silhouette and its ink line), `body` and `front`."""
+    """Coverage masks, 64 x 64, of a kind with one shape: `outline` (the silhouette and its ink line),
+    `body` and `front`.
+    """
     k = _KINDS[kind]
     body = _large_mask((*k.body, *k.shapes[shape]))
     front = _large_mask(k.front)
@@ -392,7 +400,8 @@ def pattern_mask(kind: str, shape: int, pattern: int, flip: bool) -> Image.Image
     """Coverage of the second hue: the pattern within the coat, less the front."""
     k = _KINDS[kind]
     coat = ImageChops.darker(_large_mask(k.coat), _large_mask((*k.body, *k.shapes[shape])))
-    # The line that divides body and pattern stays clear of the ink line, so that a thin sliver of pattern never looks like it.
+    # The line that divides body and pattern stays clear of the ink line, so that a thin sliver of pattern
+    # never looks like it.
     return _finish(ImageChops.darker(coat, _large_mask(_pattern_shapes(kind, pattern))), flip)
 
 
@@ -446,7 +455,7 @@ def draw(scene: Scene) -> Image.Image:
 
 @functools.cache
 def backdrop(place: str, variant: int) -> Image.Image:
-    """A place without anybody in it: RGB, 64 x 64. `variant` (0..BACKDROPS-1) moves the horizon and the scenery."""
+    """A place without a sprite: RGB, 64 x 64. `variant` (0..BACKDROPS-1) moves horizon and scenery."""
     if not 0 <= variant < BACKDROPS:
         raise ValueError(f"backdrop variant must be in 0..{BACKDROPS - 1}, got {variant}")
     rng = random.Random(f"{place} {variant}")
@@ -504,7 +513,7 @@ def backdrop(place: str, variant: int) -> Image.Image:
 
 
 class _Brush:
-    """Draws a picture SUPERSAMPLING times as large as its coordinates say. Random positions come from `rng`."""
+    """Draws a picture SUPERSAMPLING times as large as its coordinates. Random positions come from `rng`."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng

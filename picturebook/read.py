@@ -1,9 +1,10 @@
 """Read a scene back from a picture, by comparing it with renders: analysis by synthesis.
 
-The reader knows the world's masks and colours and nothing else. It finds the backdrop, then the few outlines that fit what stands before
-it, then changes one attribute at a time as long as the render comes nearer to the picture. How near it came is the confidence; a picture
-below `VALID_CONFIDENCE` shows no identity, one below `CAPTION_CONFIDENCE` nothing at all: it counts as wrong in the score, and is never
-left out.
+The reader knows the world's masks and colours and nothing else. It finds the backdrop, then the few
+outlines that fit what stands before it, then changes one attribute at a time as long as the render comes
+nearer to the picture. The confidence is how near the render came. A picture below `VALID_CONFIDENCE` shows
+no identity. One below `CAPTION_CONFIDENCE` shows nothing at all: it counts as wrong in the score, and is
+never left out.
 """
 
 import dataclasses
@@ -35,9 +36,10 @@ from picturebook.world import (
     Scene,
 )
 
-# Two gates, set by one rule: where at least 95 % of what they stand for is read right. Measured on 960 renders, blurred and noisy to six
-# degrees. From 0.80 to 0.85, 96 % of all attributes are right, from 0.75 to 0.80 93 % (the eyes go first). What captions name is larger:
-# from 0.75 to 0.80 kind, place and accessory are right in every picture and the colour in 96 %, from 0.70 to 0.75 the colour in 85 %.
+# Two gates, set by one rule: where at least 95 % of what they stand for is read right. Measured on 960
+# renders, blurred and noisy to six degrees. From 0.80 to 0.85, 96 % of all attributes are right, from 0.75
+# to 0.80 93 % (the eyes go first). What captions name is larger: from 0.75 to 0.80 kind, place and
+# accessory are right in every picture and the colour in 96 %, from 0.70 to 0.75 the colour in 85 %.
 VALID_CONFIDENCE = 0.80
 CAPTION_CONFIDENCE = 0.75
 CLIP = np.int16(
@@ -51,7 +53,9 @@ REACH = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, and how well a render of that matches it (Pearson correlation around the sprite, at most 1)."""
+    """What a picture shows, and how well a render of that matches it (Pearson correlation around the
+    sprite, at most 1).
+    """
 
     scene: Scene
     confidence: float
@@ -125,7 +129,7 @@ class _Fit:
         return self.change(identity=dataclasses.replace(self.scene.identity, **fields))
 
     def coats(self) -> list[Scene]:
-        """For each pattern, the scene with the body's and the second colour read off the picture where they show."""
+        """For each pattern, the scene with body colour and second hue read off the picture."""
         found = []
         scene, pose = self.scene, self.scene.pose
         for pattern in range(len(PATTERNS)):
@@ -184,7 +188,7 @@ class _Fit:
 
 @functools.cache
 def _shown(kind: str, shape: int, pattern: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels show nothing but the body's colour, and which nothing but the second hue: two bool [64, 64]."""
+    """Pixels that show only the body's colour, and those that show only the second hue: bool [64, 64]."""
     pure = []
     stack = layers(Scene(kind, "red", "snow", Identity(pattern, 0, shape, 0), pose=Pose(flip=flip)))
     for wanted in ("body", "second"):
@@ -240,7 +244,10 @@ def _confidence(picture: np.ndarray, scene: Scene) -> float:
 
 
 def read(image: Image.Image) -> Reading:
-    """Kind, colour, place, accessory, identity and pose of the scene in a picture, with a confidence. Other sizes are resized first."""
+    """Kind, colour, place, accessory, identity and pose of the scene in a picture, with a confidence.
+
+    Other sizes are resized first.
+    """
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     picture = np.asarray(image.convert("RGB"), dtype=np.int16)

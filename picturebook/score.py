@@ -1,9 +1,11 @@
 """Scores by the reader: do pictures show what their prompts say, and do they show the subject?
 
-    python -m picturebook.score --subject picturebook/subjects/dog --pictures runs/demo/subject --class_pictures runs/demo/class
+    python -m picturebook.score --subject picturebook/subjects/dog \\
+        --pictures runs/demo/subject --class_pictures runs/demo/class
 
-A picture that the reader cannot read with confidence counts as wrong in every score. Names follow the DreamBooth protocol's: ID is how
-much of the subject's identity shows, PRES how much of it shows where it should not, on prompts that name only the class.
+A picture that the reader cannot read with confidence counts as wrong in every score. Names follow the
+DreamBooth protocol's: ID is how much of the subject's identity shows, PRES how much of it shows where it
+should not, on prompts that name only the class.
 """
 
 import json
@@ -48,7 +50,10 @@ def parse_prompt(prompt: str) -> Wanted:
 
 
 def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
-    """For each attribute that the prompt names, whether the picture shows it. An accessory counts with its colour if that is named."""
+    """For each attribute that the prompt names, whether the picture shows it.
+
+    An accessory counts with its colour if that is named.
+    """
     scene, right = reading.scene, {}
     for name, found, asked in (
         ("class", scene.kind, wanted.kind),
@@ -73,7 +78,9 @@ def prompt_scores(readings: Sequence[Reading], prompts: Sequence[str]) -> dict[s
 
 
 def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
-    """Share of the subject's identity attributes that a picture shows, 0 to 1; 0 if it is invalid or of another kind."""
+    """Share of the subject's identity attributes that a picture shows, 0 to 1; 0 if it is invalid or of
+    another kind.
+    """
     if not reading.valid or reading.scene.kind != kind:
         return 0.0
     return sum(
@@ -82,7 +89,9 @@ def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
 
 
 def spread(readings: Sequence[Reading]) -> dict[str, float]:
-    """Total variation distance, per identity attribute, between the valid pictures and the world's uniform prior: 0 is the same, 1 disjoint."""
+    """Total variation distance, per identity attribute, between the valid pictures and the world's uniform
+    prior: 0 is the same, 1 disjoint.
+    """
     valid = [r for r in readings if r.valid]
     distances = {}
     for name, size in IDENTITY_SIZES.items():
@@ -96,7 +105,9 @@ def spread(readings: Sequence[Reading]) -> dict[str, float]:
 def subject_scores(
     readings: Sequence[Reading], prompts: Sequence[str], kind: str, colour: str, identity: Identity
 ) -> dict[str, float]:
-    """ID (mean share of identity shown), ID_all (share of pictures with all of it), the subject's colour, and what the prompts name."""
+    """ID (mean share of identity shown), ID_all (share of pictures with all of it), the subject's colour,
+    and what the prompts name.
+    """
     shares = [identity_share(r, kind, identity) for r in readings]
     return {
         "ID": sum(shares) / len(shares),
@@ -137,9 +148,8 @@ def main(options: Options) -> dict[str, Any]:
                 if (record["adapter"] is not None) == (arm == "adapter")
             ]
             if not found:
-                sys.exit(
-                    f"error: {folder} has no picture drawn with{'out' if arm == 'base' else ''} an adapter; draw them with infer.py --compare"
-                )
+                wanted = "with an adapter" if arm == "adapter" else "without an adapter"
+                sys.exit(f"error: {folder} has no picture drawn {wanted}; draw them with infer.py --compare")
             readings = [reading for _, reading in found]
             prompts = [record["prompt"] for record, _ in found]
             scores[f"{title} prompts, {arm}"] = {

@@ -1,6 +1,7 @@
 """What sets of adapters draw: for every set, how much of each subject the prompts that name its kind show.
 
-python -m picturebook.score_sets --pictures runs/two_subjects/pictures --subjects picturebook/subjects/dog picturebook/subjects/cat
+    python -m picturebook.score_sets --pictures runs/two_subjects/pictures \\
+        --subjects picturebook/subjects/dog picturebook/subjects/cat
 """
 
 import json
@@ -41,7 +42,8 @@ def main(options: Options) -> dict[str, dict[str, dict[str, float]]]:
             values = {"pictures": len(own), **subject_scores(readings, prompts, kind, colour, identity)}
             scores.setdefault(name, {})[kind] = values
             print(
-                f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   whole identity {values['ID_all']:.3f}"
+                f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   "
+                f"whole identity {values['ID_all']:.3f}"
             )
     if options.output:
         options.output.write_text(json.dumps(scores, indent=1) + "\n")

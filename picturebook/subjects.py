@@ -1,4 +1,4 @@
-"""The demo subjects: identities that base training never saw, five pictures each in different places, with their true attributes.
+"""The demo subjects: identities that base training never saw, five pictures and the attributes of each.
 
 python -m picturebook.subjects        # writes picturebook/subjects/ again, the same bytes every time
 """

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer of a small vocabulary: every word of the drawn world, and each of the rare words, is one token.
+"""A CLIP tokenizer of a small vocabulary: each word of the drawn world, and each rare word, is one token.
 
 Any other text still encodes, letter by letter, as CLIP's own byte-level encoding would.
 """
@@ -16,7 +16,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the most frequent pair first and ties by spelling, until every word is a single token.
+    """Byte-pair merges, the most frequent pair first and ties by spelling, until every word is one token.
 
     Written out because the trainer of the tokenizers library breaks ties differently from run to run.
     """

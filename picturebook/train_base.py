@@ -2,9 +2,10 @@
 
     python -m picturebook.train_base --work_dir runs/picturebook
 
-Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a large set of scenes once,
-`unet` trains UNet and text encoder together on them, `export` writes `picturebook/model/`, a plain Stable Diffusion folder.
-Every sample is a pure function of (seed, stage, number), so a resumed run sees what an unbroken one would have seen.
+Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a
+large set of scenes once, `unet` trains UNet and text encoder together on them, `export` writes
+`picturebook/model/`, a plain Stable Diffusion folder. Every sample is a pure function of (seed, stage,
+number), so a resumed run sees what an unbroken one would have seen.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Options:
     model_dir: Path = MODEL_DIR
     """Where the finished pipeline is written."""
     stage: Literal["vae", "latents", "unet", "export", "all"] = "all"
-    """Which stage to stop after, the earlier ones being resumed first; `export` writes what has been trained so far."""
+    """Stage to stop after; earlier ones are resumed first. `export` writes what has been trained so far."""
     seed: int = 0
     """Of every scene, caption, noise and timestep."""
     num_threads: int = 2
@@ -67,15 +68,16 @@ class Options:
     unet_batch_size: int = 32
     """Pictures a step of theirs."""
     learning_rate: float = 1e-3
-    """Peak rate of UNet and text encoder: warmed up over 200 steps, lowered linearly over the last `decay_share` of the run."""
+    """Peak rate of UNet and text encoder: 200 steps of warm-up, a linear fall over the last `decay_share`."""
     decay_share: float = 0.45
     """Share of the run over which the learning rate falls to zero."""
     save_every: int = 250
     """Steps between checkpoints."""
 
 
-# Heavier than Stable Diffusion's: latents whose last digits matter to the decoder are latents that a small UNet cannot draw. With 1e-4
-# the posterior's deviation was 0.7 % of the latents' own, and flat colours came out mottled.
+# Heavier than Stable Diffusion's: latents whose last digits matter to the decoder are latents that a small
+# UNet cannot draw. With 1e-4 the posterior's deviation was 0.7 % of the latents' own, and flat colours came
+# out mottled.
 KL_WEIGHT = 5e-3
 
 
@@ -96,8 +98,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Wide where the latents are: lines and eyes are drawn at 16 x 16. With half the channels there and a third level below, for two
-    thirds of the time a step, colours and places came as soon, but insides stayed mottled."""
+    """Wide where the latents are: lines and eyes are drawn at 16 x 16.
+
+    With half the channels there and a third level below, for two thirds of the time a step, colours and
+    places came as soon, but insides stayed mottled.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -129,8 +134,9 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModel:
     )
 
 
-# v-prediction, and more noise at the end than Stable Diffusion's 0.012: at 16 x 16 latents the last step of the usual schedule
-# would still show the mean colour of the picture, and sampling, which starts from pure noise, would miss it.
+# v-prediction, and more noise at the end than Stable Diffusion's 0.012: at 16 x 16 latents the last step of
+# the usual schedule would still show the mean colour of the picture, and sampling, which starts from pure
+# noise, would miss it.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -174,7 +180,10 @@ def save_checkpoint(
     step: int,
     rate: float,
 ) -> None:
-    """Write to a neighbouring file, then rename: a cut never leaves half a checkpoint. `rate` is the learning rate of the last step."""
+    """Write to a neighbouring file, then rename: a cut never leaves half a checkpoint.
+
+    `rate` is the learning rate of the last step.
+    """
     tensors = {f"model|{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema|{name}": tensor for name, tensor in ema.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
@@ -190,8 +199,10 @@ def save_checkpoint(
 
 
 class MuonAdamW:
-    """Muon (Jordan et al. 2024) for the weight matrices, kernels flattened to [out, rest]; AdamW for embeddings, biases, norms and the
-    layers at the ends. torch's Muon takes matrices only, so each kernel gets one that shares its memory."""
+    """Muon (Jordan et al. 2024) for the weight matrices; AdamW for embeddings, biases, norms and end layers.
+
+    torch's Muon takes matrices only, so each kernel gets one, [out, rest], that shares its memory.
+    """
 
     def __init__(self, model: torch.nn.Module, learning_rate: float):
         self.kernels: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
@@ -230,7 +241,10 @@ class MuonAdamW:
 def resume(
     path: Path, model: torch.nn.Module, ema: AveragedModel, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Fill model, average and optimizers from a checkpoint, if there is one; returns (steps done, learning rate of the last one)."""
+    """Fill model, average and optimizers from a checkpoint, if there is one.
+
+    Returns (steps done, learning rate of the last step).
+    """
     if not path.exists():
         return 0, 0.0
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
@@ -256,7 +270,7 @@ def learning_rate_at(step: int, total: int, peak: float, decay_share: float) -> 
 
 
 def train_vae(options: Options, log: Log) -> AutoencoderKL:
-    """The autoencoder, by L1 + squared error and a light pull of the posterior to N(0, 1); an average of its last weights is kept."""
+    """The autoencoder, trained by L1 + squared error + KL to N(0, 1); a running average of its weights."""
     torch.manual_seed(options.seed)
     vae, total, peak = build_vae(), options.vae_steps, 1e-3
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -300,7 +314,7 @@ def train_vae(options: Options, log: Log) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_scenes(options: Options, vae: AutoencoderKL, log: Log) -> dict[str, torch.Tensor]:
-    """Posterior mean and std, [N, 4, 16, 16] each in float16, of the training scenes; encoded once, read back after."""
+    """Posterior mean and std of the training scenes, float16 [N, 4, 16, 16]; encoded once, then read."""
     path = options.work_dir / "latents.safetensors"
     if not path.exists():
         mean = torch.empty(options.num_scenes, 4, 16, 16, dtype=torch.float16)
@@ -361,8 +375,11 @@ class Denoiser(torch.nn.Module):
 def timesteps_of_training(
     count: int, alphas_cumprod: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """[count] timesteps: three tenths uniform, the rest log-normal in sigma (Karras et al. 2022, table 1) around the noise at which shapes and
-    patterns are decided. Above it, most of the loss is what no caption tells; below it, the noise of the autoencoder's own posterior."""
+    """[count] timesteps: three tenths uniform, the rest log-normal in sigma (Karras et al. 2022, table 1).
+
+    The centre is the noise at which shapes and patterns are decided. Above it, most of the loss comes from
+    what no caption names; below it, from the noise of the autoencoder's own posterior.
+    """
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     uniform = torch.randint(len(sigmas), (count,), generator=generator)
     drawn = torch.searchsorted(sigmas, (0.3 + 1.0 * torch.randn(count, generator=generator)).exp()).clamp(
@@ -374,7 +391,10 @@ def timesteps_of_training(
 def train_unet(
     options: Options, latents: dict[str, torch.Tensor], log: Log
 ) -> tuple[Denoiser, float, dict[str, Any]]:
-    """(averaged UNet and text encoder, scaling factor of the latents, record of the training). v-prediction; 10 % of the captions are left empty."""
+    """(averaged UNet and text encoder, scaling factor of the latents, record of the training).
+
+    v-prediction; 10 % of the captions are left empty.
+    """
     torch.manual_seed(options.seed + 1)
     tokenizer = build_tokenizer()
     model = Denoiser(len(tokenizer))
@@ -403,7 +423,8 @@ def train_unet(
         noise = torch.randn(mean.shape, generator=generator)
         timesteps = timesteps_of_training(len(rows), scheduler.alphas_cumprod, generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # Plain matrix products: for 64 tokens they take two thirds of the time of the fused attention's backward on a CPU.
+        # Plain matrix products: for 64 tokens they take two thirds of the time of the fused attention's
+        # backward on a CPU.
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
                 model_pred = model(noisy, timesteps, input_ids)
@@ -435,7 +456,7 @@ def train_unet(
 def export(
     vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: dict[str, Any], target: Path
 ) -> None:
-    """Write a plain Stable Diffusion folder, weights in float16 safetensors, and the record of its training."""
+    """Write a plain Stable Diffusion folder, weights in float16, and the record of its training."""
     vae.register_to_config(scaling_factor=scaling_factor)
     logging.set_verbosity_error()
     pipeline = StableDiffusionPipeline(
@@ -449,8 +470,8 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
-    # transformers 5 saves flat names; older versions and other programs know them only under `text_model.`, and would go on with a random
-    # text encoder. Both read these.
+    # transformers 5 saves flat names; older versions and other programs know them only under `text_model.`,
+    # and would go on with a random text encoder. Both read these.
     path = target / "text_encoder" / "model.safetensors"
     save_file(
         {"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()},

@@ -1,8 +1,9 @@
 """What there is in the drawn world, and what is said of it: scenes, identities and captions.
 
-A scene has two kinds of attributes. *Captioned* ones (kind, colour, place, accessory) have words. *Identity* ones (pattern, second hue,
-shape, eyes) have none: no caption ever names them, so a subject is something that words cannot say and that has to be learned from its
-pictures. Every random choice takes a `random.Random`, so that a scene is a pure function of its seed.
+A scene has two kinds of attributes. *Captioned* ones (kind, colour, place, accessory) have words.
+*Identity* ones (pattern, second hue, shape, eyes) have none: no caption names them, so a subject must be
+learned from its pictures. Every random choice takes a `random.Random`, so that a scene is a pure function of
+its seed.
 """
 
 import hashlib
@@ -43,7 +44,8 @@ ACCESSORY_COLOURS = {
     "purple": (142, 72, 182),
 }
 
-# Identity attributes: the numbers 0..n-1 of each. 6 * 8 * 6 * 4 = 1,152 identities a kind, all equally likely in base training.
+# Identity attributes: the numbers 0..n-1 of each. 6 * 8 * 6 * 4 = 1,152 identities a kind, all equally likely
+# in base training.
 PATTERNS = ("rows", "columns", "checks", "lower half", "front half", "patch")
 SECOND_HUES = {
     "white": (250, 250, 250),
@@ -64,8 +66,9 @@ IDENTITY_SIZES = {"pattern": len(PATTERNS), "second": len(SECOND_HUES), "shape":
 RARE_WORDS = ("sks", "qwe", "zwx", "ohwx", "vtk", "plq")
 
 BACKDROPS = 6  # variants of each place: horizon and scenery move
-# Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the base's autoencoder makes one
-# latent of: a line then falls into its patch in one way, not in sixteen, and a small UNet learns to draw it sooner.
+# Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the
+# base's autoencoder makes one latent of: a line then falls into its patch in one way, not in sixteen, and a
+# small UNet learns to draw it sooner.
 OFFSETS_X = (-4, 0, 4)
 OFFSETS_Y = (-4, 0)
 
@@ -80,14 +83,9 @@ class Identity:
     eyes: int
 
     def is_held_out(self, kind: str) -> bool:
-        """True for the one identity in 32 that base training never sees: the ones that subjects are taken from."""
-        return (
-            hashlib.sha256(f"{kind} {self.pattern} {self.second} {self.shape} {self.eyes}".encode()).digest()[
-                0
-            ]
-            % 32
-            == 0
-        )
+        """True for one identity in 32: base training never sees these, and subjects are taken from them."""
+        name = f"{kind} {self.pattern} {self.second} {self.shape} {self.eyes}"
+        return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,10 @@ class Pose:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know of one picture. `accessory` and `accessory_colour` are both None or both set."""
+    """Everything there is to know of one picture.
+
+    `accessory` and `accessory_colour` are both None or both set.
+    """
 
     kind: str
     colour: str
@@ -118,7 +119,10 @@ def random_identity(rng: random.Random) -> Identity:
 
 
 def random_pose(rng: random.Random) -> Pose:
-    """Never mirrored: a small UNet that has seen both ways draws dogs with a head at either end. The reader knows mirrored sprites all the same."""
+    """Never mirrored: a small UNet that has seen both ways draws dogs with a head at either end.
+
+    The reader knows mirrored sprites all the same.
+    """
     return Pose(rng.choice(OFFSETS_X), rng.choice(OFFSETS_Y))
 
 
@@ -168,7 +172,7 @@ def with_article(description: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that is true of the scene and leaves parts out at random, so that "a dog" alone is known too."""
+    """A true caption of the scene. Parts are left out at random, so that the base learns "a dog" too."""
     body = describe(
         scene.kind,
         scene.colour if rng.random() < 0.65 else None,

@@ -1,4 +1,4 @@
-"""The fast half of the fault matrix, through the real launchers; `make faults` runs the whole of it and counts."""
+"""The fast half of the fault matrix, through the real launchers; `make faults` runs and counts all of it."""
 
 import json
 from pathlib import Path

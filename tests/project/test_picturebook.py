@@ -197,7 +197,7 @@ def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
 
 @pytest.mark.slow
 def test_a_reading_above_the_gate_is_right():
-    """What the gates promise, on renders that are blurred and noisy about as much as pass them: 95 % of what they stand for."""
+    """On renders that are blurred and noisy but pass a gate, 95 % of its attributes are read right."""
     rng = np.random.default_rng(1)
     truths = scenes(60, "gates")
     readings = [read(degraded(draw(scene), 1.3, 20, rng)) for scene in truths]
@@ -318,7 +318,7 @@ def test_all_colours_can_be_told_apart():
 
 
 def test_scores_of_sets_are_of_the_subject_that_the_prompt_is_about(tmp_path):
-    """A set that draws both subjects as they are gets everything, one that draws the dog for both nothing for the cat."""
+    """A set that draws both subjects right has full scores; one that draws two dogs has 0 for the cat."""
     records = []
     for name, drawn in (("right", {"dog": "dog", "cat": "cat"}), ("dogs only", {"dog": "dog", "cat": "dog"})):
         for kind, shown in drawn.items():

@@ -1,6 +1,6 @@
-"""Command lines of diffusers' DreamBooth-LoRA scripts work here unchanged, and what is wrong there is right here.
+"""Command lines of diffusers' DreamBooth-LoRA scripts work here unchanged, and their defects are mended.
 
-docs/reference-parity.md says which test holds each flag and each defect; what other files test is not repeated here.
+docs/reference-parity.md names the test of each flag and each defect; tests of other files are not repeated.
 """
 
 import ast
@@ -94,7 +94,8 @@ def refuse(*args: Any, **others: Any) -> None:
         ),
         (
             "tiny_if",
-            f"{TWO_STEPS} --pre_compute_text_embeddings --tokenizer_max_length=77 --text_encoder_use_attention_mask",
+            f"{TWO_STEPS} --pre_compute_text_embeddings --tokenizer_max_length=77"
+            " --text_encoder_use_attention_mask",
             "unet",
         ),
         ("tiny_xl", TWO_STEPS, "unet"),
@@ -138,7 +139,8 @@ def test_captions_of_a_data_set_are_trained_on(more, tiny_xl, tmp_path, monkeypa
         (
             "tiny_xl",
             7,
-            "--train_text_encoder --learning_rate 5.0e-04 --scale_lr --lr_scheduler constant --lr_warmup_steps 0",
+            "--train_text_encoder --learning_rate 5.0e-04 --scale_lr"
+            " --lr_scheduler constant --lr_warmup_steps 0",
             2,
         ),
     ],
@@ -164,8 +166,8 @@ def test_the_limit_on_checkpoints_keeps_the_last_two(
 def test_a_resumed_run_with_a_lower_limit_removes_several_checkpoints(tiny_base, photos_dir, tmp_path):
     run(tiny_base, photos_dir, tmp_path, "--max_train_steps=4 --checkpointing_steps=2")
     assert checkpoints_in(tmp_path) == {"checkpoint-2", "checkpoint-4"}
-    more = "--max_train_steps=8 --checkpointing_steps=2 --resume_from_checkpoint=checkpoint-4 --checkpoints_total_limit=2"
-    run(tiny_base, photos_dir, tmp_path, more)
+    more = "--max_train_steps=8 --resume_from_checkpoint=checkpoint-4 --checkpoints_total_limit=2"
+    run(tiny_base, photos_dir, tmp_path, f"{more} --checkpointing_steps=2")
     assert checkpoints_in(tmp_path) == {"checkpoint-6", "checkpoint-8"}
 
 
@@ -175,11 +177,15 @@ def test_a_resumed_run_with_a_lower_limit_removes_several_checkpoints(tiny_base,
 @pytest.mark.parametrize(
     "words",
     [
-        "--resolution=512 --train_batch_size=1 --checkpointing_steps=100 --learning_rate=1e-4 --report_to=wandb --seed=0 --push_to_hub",
-        "--report_to wandb --resolution=64 --train_batch_size=4 --learning_rate=5e-6 --scale_lr --validation_prompt=dog --validation_epochs=25"
+        "--resolution=512 --train_batch_size=1 --checkpointing_steps=100 --learning_rate=1e-4"
+        " --report_to=wandb --seed=0 --push_to_hub",
+        "--report_to wandb --resolution=64 --train_batch_size=4 --learning_rate=5e-6 --scale_lr"
+        " --validation_prompt=dog --validation_epochs=25"
         " --pre_compute_text_embeddings --tokenizer_max_length=77 --text_encoder_use_attention_mask",
-        "--pretrained_vae_model_name_or_path=vae --mixed_precision=fp16 --resolution=1024 --gradient_accumulation_steps=4 --use_8bit_adam",
-        "--optimizer=prodigy --learning_rate=1.0 --text_encoder_lr=1.0 --train_text_encoder --prodigy_safeguard_warmup True --snr_gamma=5.0",
+        "--pretrained_vae_model_name_or_path=vae --mixed_precision=fp16 --resolution=1024"
+        " --gradient_accumulation_steps=4 --use_8bit_adam",
+        "--optimizer=prodigy --learning_rate=1.0 --text_encoder_lr=1.0 --train_text_encoder"
+        " --prodigy_safeguard_warmup True --snr_gamma=5.0",
     ],
 )
 def test_documented_command_lines_are_taken(words, monkeypatch):
@@ -254,7 +260,8 @@ def test_variant_tokenizer_and_vae_come_from_where_the_flags_say(tiny_base, phot
         path.rename(path.with_suffix(".fp16.safetensors"))
     with pytest.raises(UserError, match="tokenizer"):
         run(base, photos_dir, tmp_path / "out", f"{TWO_STEPS} --variant fp16")
-    named = f"--variant fp16 --tokenizer_name {tmp_path / 'words'} --pretrained_vae_model_name_or_path {tmp_path / 'vae'} --seed 1"
+    named = f"--variant fp16 --tokenizer_name {tmp_path / 'words'} --seed 1"
+    named += f" --pretrained_vae_model_name_or_path {tmp_path / 'vae'}"
     there = load_file(run(base, photos_dir, tmp_path / "out", f"{TWO_STEPS} {named}"))
     plain = load_file(run(tiny_base, photos_dir, tmp_path / "plain", f"{TWO_STEPS} --seed 1"))
     assert all(torch.equal(there[key], plain[key]) for key in plain)
@@ -283,7 +290,8 @@ def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkey
             tiny_base,
             photos_dir,
             tmp_path,
-            "--max_train_steps 1 --max_grad_norm 0.001 --tokenizer_max_length 10 --resolution 72 --allow_tf32",
+            "--max_train_steps 1 --max_grad_norm 0.001 --tokenizer_max_length 10 --resolution 72"
+            " --allow_tf32",
         )
         assert norms == [pytest.approx(0.001, rel=1e-3)]
         assert (lengths, matmul.allow_tf32) == ({10}, True)
@@ -298,7 +306,9 @@ def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkey
     ["--validation_epochs 2 --num_validation_images 2", "--validation_steps 3 --num_validation_images 1"],
 )
 def test_validation_comes_when_the_flags_say(when, tiny_base, photos_dir, tmp_path):
-    """Three photos, so a pass is three steps: after the first pass and then after every second; or every three steps."""
+    """Three photos, so a pass is three steps. Pictures come after the first pass and then after every second
+    one, or every three steps.
+    """
     run(tiny_base, photos_dir, tmp_path, f"--num_train_epochs 4 --validation_prompt dog {when}")
     steps, count = ((3, 9), 2) if "epochs" in when else ((3, 6, 9), 1)
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == [
@@ -404,7 +414,9 @@ def test_gradient_checkpointing_trains_both_text_encoders_and_nothing_else_gets_
 def test_pictures_are_drawn_in_eval_mode_by_the_models_in_memory(
     precision, tiny_base, photos_dir, tmp_path, monkeypatch
 ):
-    """No dropout, no safety checker, autocast in the run's own type, no second pipeline, no UNet in another precision; at the end too."""
+    """No dropout, no safety checker, autocast in the run's own type, no second pipeline, no UNet in another
+    precision, not even at the end.
+    """
     seen: list[tuple[Any, ...]] = []
 
     def look(result: Any, pipeline: Any, *others: Any, **more: Any) -> None:

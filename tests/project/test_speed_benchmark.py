@@ -1,4 +1,4 @@
-"""The speed benchmark: what it writes down of a run, what it makes of that, and docs/speed.md's tables of it."""
+"""The speed benchmark: its records of a run, its figures, and the tables of docs/speed.md."""
 
 import dataclasses
 import itertools
@@ -63,7 +63,8 @@ def measured(tmp_path: Path, *, reference: bool = True) -> dict[str, Any]:
 
 @pytest.mark.trains
 def test_the_probe_sees_every_step_of_a_run_and_leaves_nothing_behind(tiny_base, photos_dir, tmp_path):
-    words = f"--pretrained_model_name_or_path {tiny_base} --instance_data_dir {photos_dir} --resolution 64 --max_train_steps 3 --seed 0"
+    words = f"--pretrained_model_name_or_path {tiny_base} --instance_data_dir {photos_dir} --seed 0"
+    words += " --resolution 64 --max_train_steps 3"
     words += f" --train_batch_size 1 --instance_prompt sks --report_to none --output_dir {tmp_path / 'out'}"
     before = time.monotonic()
     with speed_probe.recorded() as moments:
@@ -103,7 +104,8 @@ def test_a_script_under_the_probe_is_main_and_its_report_is_of_this_clock(tmp_pa
 def test_a_run_that_fails_hangs_or_reports_nothing_is_told_with_its_last_words(tmp_path, monkeypatch):
     stand_in = tmp_path / "probe.py"  # one that imports nothing
     stand_in.write_text(
-        "import sys, time; print('the last words', flush=True); time.sleep(float(sys.argv[3])); sys.exit(int(sys.argv[2]))"
+        "import sys, time\nprint('the last words', flush=True)\n"
+        "time.sleep(float(sys.argv[3]))\nsys.exit(int(sys.argv[2]))"
     )
     monkeypatch.setattr(speed, "PROBE", stand_in)
     with pytest.raises(speed.Failed, match=r"(?s)exit status 3, 0 of 1 reports.*the last words"):
