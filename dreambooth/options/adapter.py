@@ -35,38 +35,41 @@ _OWN = {
 
 @dataclasses.dataclass
 class AdapterOptions:
-    """The adapter that is trained."""
+    """Adapter."""
 
     adapter: Literal["lora", "loha", "lokr", "oft", "boft", "hra"] = "lora"
-    """Kind: LoRA (arXiv 2106.09685), LoHa (2108.06098), LoKr (2309.14859), OFT (2306.07280, linear layers only), BOFT (2311.06243), HRA
-    (2405.17484). Plain diffusers loads LoRA files; LoHa and LoKr go through the kohya format or convert_adapter.py; the last three are read by
-    infer.py only."""
+    """Kind of adapter: LoRA (arXiv 2106.09685), LoHa (2108.06098), LoKr (2309.14859), OFT (2306.07280, linear
+    layers only), BOFT (2311.06243) or HRA (2405.17484). diffusers loads LoRA files; LoHa and LoKr files are
+    for ComfyUI and A1111, by --output_kohya_format or convert_adapter.py; only infer.py loads the last
+    three."""
     rank: int = 4
-    """Rank of the update matrices; for HRA the reflections, an even number. OFT and BOFT have block sizes instead."""
+    """Rank of the update matrices. For HRA: the number of reflections, which is even. OFT and BOFT have block
+    sizes instead."""
     lora_alpha: float | None = None
-    """The update is scaled by alpha / rank; None is the rank. AdapterOptions files have the scale worked in, so that every reader gets it right."""
+    """The update is scaled by alpha / rank; adapter files hold the scaled update. Default: the rank."""
     lora_dropout: float = 0.0
-    """Dropout on the input of LoRA's update matrices, in training."""
+    """LoRA: dropout on the input of the update matrices during training."""
     use_dora: bool = False
-    """DoRA (arXiv 2402.09353): LoRA with a trained length for each output."""
+    """LoRA: DoRA (arXiv 2402.09353), which also trains the magnitude of each output."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small ones."""
+    """LoRA: scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small
+    ones."""
     text_encoder_rank: int | None = None
-    """Rank in the text encoder; None is --rank."""
+    """Rank in the text encoder. Default: --rank."""
     text_encoder_alpha: float | None = None
-    """Alpha in the text encoder; None is --lora_alpha, or its own rank where --text_encoder_rank is given."""
+    """Alpha in the text encoder. Default: --text_encoder_rank if that is given, else --lora_alpha."""
     text_encoder_dropout: float | None = None
-    """Dropout in the text encoder; None is --lora_dropout."""
+    """Dropout in the text encoder. Default: --lora_dropout."""
     rank_dropout: float = 0.0
-    """LoHa and LoKr: share of ranks dropped, in training."""
+    """LoHa and LoKr: probability of dropping a rank during training."""
     module_dropout: float = 0.0
-    """LoHa, LoKr and OFT: share of steps in which a layer's update is left out."""
+    """LoHa, LoKr and OFT: probability of leaving out a layer's update in a training step."""
     decompose_both: bool = False
-    """LoKr: both factors of low rank."""
+    """LoKr: decompose both Kronecker factors into low-rank matrices."""
     decompose_factor: int = -1
-    """LoKr: how the widths are divided; -1 is as near a square as can be."""
+    """LoKr: largest side of the first Kronecker factor; -1 divides each width as evenly as possible."""
     use_effective_conv2d: bool = False
-    """LoHa and LoKr: a kernel of its own low rank in 3 x 3 convolutions (CP, "tucker")."""
+    """LoHa and LoKr: decompose 3 x 3 kernels too (CP, called tucker)."""
     oft_block_size: int = 32
     """OFT: side of the rotated blocks."""
     boft_block_size: int = 4
@@ -74,23 +77,27 @@ class AdapterOptions:
     apply_gs: bool = False
     """HRA: keep the reflections orthogonal (Gram-Schmidt)."""
     target_preset: Literal["attn", "attn_ff", "full"] = "attn"
-    """Layers: every attention projection; with the feed-forward and in and out projections too; or also convolutions and time embeddings. In
-    the text encoder the last two add fc1 and fc2."""
+    """Layers that get an adapter. attn: every attention projection. attn_ff: also the feed-forward layers and
+    the projections into and out of attention blocks. full: also convolutions and time embeddings. In the text
+    encoder, attn_ff and full add fc1 and fc2."""
     lora_layers: str | None = None
-    """Layers of the UNet instead, by the ends of their names, with commas between: "to_k,to_q,to_v,to_out.0"."""
+    """Layers of the UNet that get an adapter, instead of --target_preset: the ends of their names, separated
+    by commas: "to_k,to_q,to_v,to_out.0"."""
     text_encoder_layers: str | None = None
-    """Layers of the text encoder instead, likewise: "q_proj,v_proj"."""
+    """Layers of the text encoder that get an adapter, in the same form: "q_proj,v_proj"."""
     rank_pattern: str | None = None
-    """Other ranks for parts: "unet.up_blocks=8,text_encoder=2,to_q=16". A part is any run of whole words of a layer's name; the last that fits
-    holds. Alpha is scaled along."""
+    """Ranks of parts of the models: "unet.up_blocks=8,text_encoder=2,to_q=16". A part matches a layer if its
+    words follow each other in the layer's name; the last match counts. Alpha is multiplied by the same factor
+    as the rank."""
     lr_pattern: str | None = None
-    """Other learning rates for parts, likewise: "unet.down_blocks=1e-5,mid_block=5e-5"."""
+    """Learning rates of parts of the models, in the same form: "unet.down_blocks=1e-5,mid_block=5e-5"."""
     output_kohya_format: bool = False
-    """Write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, A1111, Forge and kohya's scripts."""
+    """Also write pytorch_lora_weights_kohya.safetensors, for ComfyUI, A1111, Forge and kohya's scripts."""
     init_adapter: str | None = None
-    """AdapterOptions file, or a folder with one, to start from: a finished run, a checkpoint of the reference script, a kohya file."""
+    """Adapter to start from: a file, or a folder with one, of a finished run, of a checkpoint of the
+    reference script, or in kohya's format."""
     dry_run: bool = False
-    """Show what would be trained, layers, parameters and sizes of files, without loading weights, and stop."""
+    """Print what would be trained (layers, parameters, file sizes) without loading weights, and stop."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank", "text_encoder_rank")

@@ -15,32 +15,33 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import tyro
 
 from dreambooth.errors import UserError, printable, reason_of, shown
-from dreambooth.options import shipped_files
-from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules
+from dreambooth.options import help_page, shipped_files
+from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
 Options = TypeVar("Options")
 _FLAT = (tyro.conf.OmitArgPrefixes,)
+# tyro takes dashes and underscores in the names of flags as the same
+_HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
 
 
 def parse(kind: type[Options], description: str, words: Sequence[str] | None = None) -> Options:
-    """The options on the command line. `--config FILE` stands for the words saved in FILE; words typed beside it win.
+    """The options on the command line, or in `words`. The words in a --config file come before those on the command line.
 
-    Exits with status 2 and one message if a flag is unknown, missing or wrong.
+    Exits with status 2 and one message if a flag is unknown, missing or wrong, and with 0 after --help.
     """
-    typed = shipped_files.located(sys.argv[1:] if words is None else words)
-    saved: list[str]
-    rest: list[str]
+    typed = list(sys.argv[1:] if words is None else words)
+    for word in typed:
+        if word in _HELP:
+            print(help_page.page(kind, Path(sys.argv[0]).name, description, is_full=_HELP[word]))
+            raise SystemExit(0)
     try:
-        saved, rest = _take_config(kind, typed)
+        saved, rest = _take_config(kind, shipped_files.located(typed))
     except UserError as error:
         fail(error)
     saved = shipped_files.located(saved)
     rest = _joined(kind, rest)
-    help_text = f"{description}\n\n--config FILE.yaml reads flags from a file; flags typed beside it win."
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):
-        options = tyro.cli(
-            kind, args=[*saved, *rest], config=_FLAT, use_underscores=True, description=help_text
-        )
+        options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True)
     if broken:
         fail("\n".join(broken))
     return options
@@ -68,13 +69,11 @@ def fail(error: Exception | str) -> NoReturn:
 
 def fields_of(kind: type) -> dict[str, dataclasses.Field]:
     """Every flag of an options class, those of its groups included, by name."""
-    found: dict[str, dataclasses.Field] = {}
+    table: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
-            found |= fields_of(field.type)
-        else:
-            found[field.name] = field
-    return found
+        group = group_of(field)
+        table |= {field.name: field} if group is None else fields_of(group)
+    return table
 
 
 def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:

@@ -16,15 +16,16 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 
 @dataclasses.dataclass
 class KnownBase:
-    """The base that the adapter is for."""
+    """Base model that the adapter is for."""
 
     pretrained_model_name_or_path: str | None = None
-    """Folder or hub id of the base. With it every layer's name and width is checked; files in kohya's layout, LoHa and LoKr cannot be converted
-    without it, since they do not say all of what they are for. Only the headers of its files are read."""
+    """Folder or hub id of the base. With it, the name and width of every layer are checked. Files in kohya's
+    format, LoHa and LoKr cannot be converted without it, since they lack names or shapes. Only the headers of
+    the base's files are read."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
-    """Weight files of the base to prefer, e.g. fp16 for `*.fp16.safetensors`."""
+    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`."""
 
     def __post_init__(self) -> None:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
@@ -42,14 +43,14 @@ class KnownBase:
 
 @dataclasses.dataclass
 class NeededBase:
-    """The base model."""
+    """Base model."""
 
     pretrained_model_name_or_path: str
     """Folder or hub id of the base."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
-    """Weight files of the base to prefer, e.g. fp16 for `*.fp16.safetensors`."""
+    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`."""
 
     def __post_init__(self) -> None:
         self.model()
@@ -88,7 +89,7 @@ class InspectOptions:
 
     base: KnownBase
     adapter: str
-    """AdapterOptions file, the folder of a run, or a folder of peft's."""
+    """Adapter file, the folder of a run, or a folder in peft's format."""
 
     def __post_init__(self) -> None:
         named("adapter", self.adapter)
@@ -100,14 +101,16 @@ class ConvertOptions:
 
     base: KnownBase
     adapter: str
-    """AdapterOptions file, the folder of a run, or a folder of peft's. Its layout is found out from what it holds."""
+    """Adapter file, the folder of a run, or a folder in peft's format. Its layout is detected."""
     to: Literal["native", "kohya", "lora", "peft"]
-    """native: this suite's, which diffusers loads where it is LoRA or DoRA. kohya: for ComfyUI, A1111, Forge and kohya's scripts. lora: native, and
-    every layer a LoRA, exactly (a LoHa's rank is squared) or of --rank. peft: a folder for each part, for PeftModel.from_pretrained."""
+    """native: the layout of this suite; diffusers loads it if it is LoRA or DoRA. kohya: for ComfyUI, A1111,
+    Forge and kohya's scripts. lora: native, with every layer as a LoRA, exact (the rank of a LoHa is squared)
+    or of --rank. peft: a folder for each part, for PeftModel.from_pretrained."""
     output: str
     """File to write; with --to peft a folder, new or empty."""
     rank: int | None = None
-    """With --to lora: at most this rank, the nearest there is; how much of the update is kept is printed. None is exact."""
+    """With --to lora: the largest rank; the nearest LoRA of that rank is written, and the kept share of the
+    update is printed. Default: exact."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
@@ -138,7 +141,8 @@ class MergeOptions:
     output: str
     """File to write."""
     rank: int | None = None
-    """At most this rank, the nearest there is; how much of the update is kept is printed. None is exact, of all ranks together."""
+    """Largest rank; the nearest LoRA of that rank is written, and the kept share of the update is printed.
+    Default: exact, with the ranks of all adapters together."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
@@ -154,9 +158,9 @@ class ResizeOptions:
 
     base: KnownBase
     adapter: str
-    """AdapterOptions file, the folder of a run, or a folder of peft's."""
+    """Adapter file, the folder of a run, or a folder in peft's format."""
     rank: int
-    """Largest rank; layers above it become the nearest of it, the others stay."""
+    """Largest rank. Layers of a larger rank become the nearest of this rank; the others do not change."""
     output: str
     """File to write."""
     dtype: Dtype = "fp32"
@@ -174,14 +178,15 @@ class ExtractOptions:
 
     base: NeededBase
     tuned: str
-    """Folder or hub id of the base after fine-tuning."""
+    """Folder or hub id of the fine-tuned base."""
     rank: int
     """Rank of the LoRA."""
     output: str
     """File to write."""
     target_preset: Literal["attn", "attn_ff", "full"] = "attn"
-    """Layers: every attention projection; with the feed-forward and in and out projections too; or also convolutions and time embeddings. In
-    the text encoder the last two add fc1 and fc2."""
+    """Layers of the LoRA. attn: every attention projection. attn_ff: also the feed-forward layers and the
+    projections into and out of attention blocks. full: also convolutions and time embeddings. In the text
+    encoder, attn_ff and full add fc1 and fc2."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
@@ -197,11 +202,11 @@ class BakeOptions:
 
     base: NeededBase
     adapter: tuple[str, ...]
-    """Adapters, each FILE or FILE:WEIGHT. Several add up."""
+    """Adapters, each FILE or FILE:WEIGHT. The updates of several adapters are added."""
     merge_to: str
-    """Folder of the new base, new or empty."""
+    """Folder for the new base, new or empty."""
     dtype: Dtype | None = None
-    """Precision of its UNet and text encoders; None is that of the base."""
+    """Precision of its UNet and text encoders. Default: the precision of the base."""
 
     def __post_init__(self) -> None:
         _check_adapters(self.adapter, 1)

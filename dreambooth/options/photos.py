@@ -8,45 +8,51 @@ from dreambooth.options.rules import at_least, named, require
 
 @dataclasses.dataclass
 class InstanceOptions:
-    """The photos of the subject."""
+    """Instance photos: the pictures of the subject."""
 
     instance_prompt: str
-    """Prompt of every instance photo that has no caption, with a rare word for the subject: "a photo of sks dog"."""
+    """Prompt of every instance photo without a caption; it holds a rare word for the subject: "a photo of sks
+    dog"."""
     instance_data_dir: str | None = None
-    """Folder with the photos of the subject; this or --dataset_name."""
+    """Folder with the photos of the subject. Either this or --dataset_name is needed."""
     dataset_name: str | None = None
-    """A data set of photos instead: a folder (photos there or in its `train`), or a hub id, which needs the datasets package."""
+    """Data set with the photos: a folder (photos in it or in its `train`), or a hub id, which needs the
+    datasets package."""
     dataset_config_name: str | None = None
     """Configuration of the hub's data set."""
     cache_dir: str | None = None
-    """Where the hub's data set is kept; None is the place that the datasets package has for it."""
+    """Folder in which the hub's data set is stored. Default: the folder of the datasets package."""
     image_column: str = "image"
-    """Column of the data set with the photos. In a folder's metadata.jsonl `image` is called `file_name`."""
+    """Column of the data set with the photos. In a folder's metadata.jsonl, `image` is the column
+    `file_name`."""
     caption_column: str | None = None
-    """Column of the data set, or of metadata.jsonl (or .csv) beside the photos, with a caption for each; a folder that has no such file is
-    searched for a .txt file beside each photo. A photo with an empty caption gets --instance_prompt. None takes no captions."""
+    """Column with a caption for each photo, in the data set or in metadata.jsonl (or .csv) beside the photos.
+    Without such a file, the caption of a photo is read from the .txt file beside it. A photo with an empty
+    caption gets --instance_prompt. Default: no captions."""
     caption_dropout: float = 0.0
-    """Share of the visits of instance photos that are trained with the empty prompt."""
+    """Probability of replacing an instance caption with the empty prompt."""
     repeats: int = 1
-    """How many times a pass goes over every photo: it makes passes (see --num_train_epochs) longer."""
+    """Number of times that one pass (see --num_train_epochs) visits every photo."""
     resolution: int | None = None
-    """Side of the square crop that is trained on, in pixels; a multiple of 8. None is 512, for Stable Diffusion XL 1024, for DeepFloyd IF 64."""
+    """Side of the square training crop, in pixels; a multiple of 8. Default: 512; 1024 for Stable Diffusion
+    XL; 64 for DeepFloyd IF."""
     center_crop: bool = False
-    """Crop the middle; without it every visit of a photo that is not square draws a crop of its own."""
+    """Crop the center. Without this flag, every visit of a photo that is not square draws a random crop."""
     random_flip: bool = False
-    """Mirror half of the visits of instance photos. Not for faces and writing, whose sides differ."""
+    """Mirror the photo in half of the visits. Unsuitable for faces and text, which are not symmetric."""
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = "lanczos"
-    """How photos are resized to the resolution."""
+    """Interpolation that resizes photos to the resolution."""
     dataloader_num_workers: int = 0
-    """Processes that load photos ahead, with --cache_latents off; 0 loads in the training process. The samples are the same either way."""
+    """Processes that load photos ahead with --cache_latents off; 0 loads in the training process. The samples
+    are the same."""
     max_image_pixels: int = 64_000_000
-    """Largest picture taken, in pixels: a small file can unpack to gigabytes."""
+    """Largest accepted picture, in pixels: a small file can decompress to gigabytes."""
     allow_odd_photos: bool = False
-    """Take pictures with a side under 64 pixels."""
+    """Accept pictures with a side under 64 pixels."""
     follow_symlinks: bool = False
-    """Take links to pictures outside the folder."""
+    """Accept links to pictures outside the folder."""
 
     def __post_init__(self) -> None:
         side = self.resolution
@@ -78,23 +84,25 @@ class InstanceOptions:
 
 @dataclasses.dataclass
 class GenerationOptions:
-    """How class images are generated."""
+    """Generation of class images."""
 
     num_class_images: int = 100
-    """Number of class images that the folder must hold; missing ones are generated."""
+    """Number of class images in the folder; missing ones are generated."""
     sample_batch_size: int = 4
     """Class images generated at once, per process. Another number gives other pixels."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision of generating class images; "no" is fp32. Default: the precision of the class images already in the folder, else bf16 where
-    the hardware computes in it (GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX), else fp16 on a GPU and fp32 elsewhere."""
+    """Precision of the generation; "no" is fp32. Default: the precision of the class images in the folder;
+    without any, bf16 where the hardware computes in it (GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX),
+    else fp16 on a GPU and fp32 elsewhere."""
     class_guidance_scale: float = 7.5
-    """Classifier-free guidance of class images."""
+    """Classifier-free guidance scale."""
     class_inference_steps: int | None = None
-    """Sampling steps of class images. Default: the number used for the class images already in the folder, else 25 for --class_scheduler dpm
-    and 50 for base."""
+    """Sampling steps. Default: the steps of the class images in the folder; without any, 25 for
+    --class_scheduler dpm and 50 for base."""
     class_scheduler: Literal["dpm", "base"] | None = None
-    """Sampler of class images: the multistep DPM solver (arXiv 2211.01095), or the base's own. Default: the sampler of the class images already
-    in the folder, else dpm; for a base in pixels, or with an EDM scheduler, the base's own."""
+    """Sampler: the multistep DPM solver (arXiv 2211.01095), or the base's sampler. Default: the sampler of
+    the class images in the folder; without any, dpm, but base for a base in pixels or with an EDM
+    scheduler."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
@@ -103,19 +111,19 @@ class GenerationOptions:
 
 @dataclasses.dataclass
 class PriorOptions:
-    """Prior preservation: pictures of the class, drawn by the base itself, keep it from forgetting the class (arXiv 2208.12242, eq. 2)."""
+    """Prior preservation: class images keep the base from forgetting the class (arXiv 2208.12242, eq. 2)."""
 
     with_prior_preservation: bool = False
-    """Train on class images beside the instance images."""
+    """Train on class images beside the instance photos."""
     prior_loss_weight: float = 1.0
     """Weight of the class images' loss."""
     class_data_dir: str | None = None
-    """Folder of class images; the missing ones are generated into it."""
+    """Folder of class images; missing ones are generated."""
     class_prompt: str | None = None
     """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
     class_seed: int | None = None
-    """Seed of the class images; None takes that of the class images already there, else --seed, else 0."""
+    """Seed of the class images. Default: the seed of the class images in the folder, else --seed, else 0."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "prior_loss_weight")

@@ -5,7 +5,7 @@ Imports no torch: `--help` and every message about a wrong flag come at once.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dreambooth.options.adapter_sets import LARGEST_WEIGHT
 from dreambooth.options.photos import GenerationOptions
@@ -17,18 +17,24 @@ from dreambooth.options.training import BaseOptions
 class ClassImageOptions:
     """All flags of generate_class_images.py."""
 
+    COMMON_FLAGS: ClassVar = (
+        *("pretrained_model_name_or_path", "class_data_dir", "class_prompt", "num_class_images"),
+        *("sample_batch_size", "prior_generation_precision", "class_inference_steps", "class_scheduler"),
+        *("seed", "resolution"),
+    )
+
     base: BaseOptions
     class_data_dir: str
-    """Folder to fill."""
+    """Folder for the class images."""
     class_prompt: str
     """Prompt of the class images."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
     seed: int = 0
-    """Picture k depends on (seed, k) only."""
+    """Picture k depends on this seed and k alone."""
     resolution: int | None = None
-    """Side of the pictures in pixels; None is the base's own."""
+    """Side of the pictures, in pixels. Default: the base's resolution."""
     num_threads: int | None = None
-    """CPU threads; None leaves them to torch."""
+    """CPU threads. Default: torch's choice."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_threads")
@@ -43,50 +49,61 @@ class ClassImageOptions:
 class InferOptions:
     """All flags of infer.py."""
 
+    COMMON_FLAGS: ClassVar = (
+        *("pretrained_model_name_or_path", "prompt", "prompts_file", "adapter", "adapter_weights"),
+        *("adapters_file", "sweep", "compare", "output_dir", "seeds", "negative_prompt"),
+        *("num_inference_steps", "guidance_scale", "resolution", "batch_size", "mixed_precision"),
+    )
+
     base: BaseOptions
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
     prompts_file: str | None = None
-    """Text file with a prompt on each line; empty lines and lines that start with # are left out."""
+    """Text file with a prompt on each line. Empty lines and lines that start with # are skipped."""
     adapter: tuple[str, ...] = ()
-    """AdapterOptions files, or output folders of training runs, each with a weight if one is added: my_dog style.safetensors:0.6. One is drawn with, or
-    all together: each adds its weight times what it alone changes. Of any kind and layout; none draws with the base alone. OFT, BOFT and HRA
-    have no weights but 0 and 1."""
+    """Adapter files, or output folders of training runs, each with an optional weight: my_dog
+    style.safetensors:0.6. Several adapters are used together: the update of each is scaled by its weight, and
+    the updates are added. Every kind and layout is accepted; OFT, BOFT and HRA have only the weights 0 and 1.
+    Default: the base alone."""
     adapter_weights: tuple[str, ...] = ()
-    """Factors on the weights for parts of the models: unet=0.8,text_encoder=0.5,unet.up_blocks=1.2 for all adapters; with a name in front,
-    my_dog:unet=0.8, for one. The longest part that fits a layer holds. Adapters have the names of their files, or of a run's folder."""
+    """Factors on the weights for parts of the models: unet=0.8,text_encoder=0.5,unet.up_blocks=1.2 for all
+    adapters; my_dog:unet=0.8 for the adapter my_dog. The longest part that matches a layer counts. An adapter
+    is named after its file, or after the folder of its run."""
     adapters_file: str | None = None
-    """YAML file with named sets of adapters, each drawn in its turn, without loading the base again. "dog: [my_dog, style.safetensors:0.6]", or
-    a table with adapters, and if wanted weights (as --adapter_weights) and prompts of its own; a set without prompts is drawn with all of
+    """YAML file with named sets of adapters; the pictures are drawn with each set in turn, and the base is
+    loaded once. "dog: [my_dog, style.safetensors:0.6]" is a set, and so is a table with `adapters` and,
+    optionally, `weights` (as in --adapter_weights) and `prompts`. A set without prompts is drawn with every
     --prompt. "plain: []" is the base alone."""
     sweep: str | None = None
-    """Draw with all weights times each of these numbers, side by side: 0,0.25,0.5,1. 0 is the base."""
+    """Draw with all weights multiplied by each of these numbers, side by side: 0,0.25,0.5,1. 0 is the
+    base."""
     compare: bool = False
-    """Draw every picture with the base alone too, from the same noise, and show both side by side."""
+    """Draw every picture with the base alone too, from the same noise, side by side."""
     fuse: Literal["auto", "yes", "no"] = "auto"
-    """Work the adapters into the weights before drawing. "auto" does so where it is faster: for all kinds but plain LoRA, whose thin layers cost
-    about 5 % (DoRA, LoHa, LoKr on all layers 60 to 150 %), and not in bf16, which rounds small changes away. Last bits differ. OFT, BOFT and
-    HRA are always worked in."""
+    """Add the adapters to the weights before drawing. "auto" fuses every kind but plain LoRA, whose layers
+    cost about 5 % (DoRA, LoHa and LoKr on all layers cost 60 to 150 %), and never in bf16, which rounds small
+    changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
     output_dir: str = "pictures"
-    """Folder of the pictures, their list (images.json) and the contact sheet."""
+    """Folder for the pictures, their list (images.json) and the contact sheet."""
     seeds: tuple[int, ...] = (0,)
-    """One picture per prompt and seed."""
+    """Seeds; every prompt is drawn once with each."""
     negative_prompt: str = ""
-    """What to steer away from."""
+    """Negative prompt."""
     num_inference_steps: int = 25
     """Sampling steps."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance scale; 1 is no guidance."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out at its end; None is what the adapter was trained with, else 0."""
+    """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
+    with, else 0."""
     resolution: int | None = None
-    """Side of the pictures in pixels; None is the base's own."""
+    """Side of the pictures, in pixels. Default: the base's resolution."""
     batch_size: int = 4
-    """Pictures drawn at once. On a CPU another number gives other last bits."""
+    """Pictures drawn at once. On a CPU, another number changes the last bits of pictures."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Arithmetic of the pipeline."""
+    """Precision of the pipeline."""
     num_threads: int | None = None
-    """CPU threads; None leaves them to torch."""
+    """CPU threads. Default: torch's choice."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")

@@ -5,6 +5,7 @@ Imports no torch: `--help` and every message about a wrong flag come at once.
 
 import contextlib
 import contextvars
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -57,6 +58,11 @@ def at_least(group: Any, minimum: float, *names: str) -> None:
             require(
                 math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}"
             )
+
+
+def group_of(field: dataclasses.Field) -> type | None:
+    """The dataclass of a field that is a group of flags; None if the field is a flag."""
+    return field.type if isinstance(field.type, type) and dataclasses.is_dataclass(field.type) else None
 
 
 def is_default(group: Any, name: str) -> bool:

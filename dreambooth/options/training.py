@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from dreambooth.errors import shown
 from dreambooth.options.adapter import AdapterOptions
@@ -36,20 +36,21 @@ _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction
 
 @dataclasses.dataclass
 class BaseOptions:
-    """The frozen base model."""
+    """Base model: its weights stay frozen."""
 
     pretrained_model_name_or_path: str
-    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. `picturebook/model` is the embedded one."""
+    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF.
+    `picturebook/model` is the embedded one."""
     pretrained_vae_model_name_or_path: str | None = None
-    """Folder or hub id of a VAE to use instead of the base's."""
+    """Folder or hub id of a VAE that replaces the base's VAE."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit), for every part of the base."""
+    """Hub revision (branch, tag or commit) of every part of the base."""
     variant: str | None = None
-    """Weight files to prefer, e.g. fp16 for `*.fp16.safetensors`."""
+    """Preferred weight files: fp16 prefers `*.fp16.safetensors`."""
     tokenizer_name: str | None = None
-    """Folder or hub id of a tokenizer to use instead of the base's (its first)."""
+    """Folder or hub id of a tokenizer that replaces the base's (first) tokenizer."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, noise or velocity, where its scheduler's file says otherwise."""
+    """Prediction type of the base, if its scheduler's configuration is wrong."""
 
     def __post_init__(self) -> None:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
@@ -63,20 +64,24 @@ class BaseOptions:
 
 @dataclasses.dataclass
 class TextOptions:
-    """The text encoder."""
+    """Text encoder."""
 
     train_text_encoder: bool = False
-    """Train LoRA on the text encoder too (on both, where the base has two)."""
+    """Train an adapter on the text encoder too (on both, if the base has two)."""
     train_text_encoder_frac: float = 1.0
-    """Share of the run in which the text encoder is trained; then it is frozen, its prompts encoded once more, and freed."""
+    """Fraction of the run in which the text encoder is trained. After it the text encoder is frozen, the
+    prompts are encoded once more, and its memory is freed."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out at its end (of Stable Diffusion XL's, before the last but one, which it always takes)."""
+    """Number of final layers of the text encoder to skip. Stable Diffusion XL always skips one; this number
+    is added."""
     pre_compute_text_embeddings: bool = False
-    """Encode the prompts once and free the text encoder. Always so when it is not trained; kept for old command lines."""
+    """Encode the prompts once and free the text encoder. This is always done if the text encoder is not
+    trained; the flag is kept for old command lines."""
     tokenizer_max_length: int | None = None
-    """Tokens that prompts are padded to; None takes what the text encoder has room for."""
+    """Length in tokens to which prompts are padded. Default: the maximum length of the text encoder."""
     text_encoder_use_attention_mask: bool = False
-    """Hide the padding from the text encoder: always so for DeepFloyd IF. Not how Stable Diffusion's was trained, nor how pipelines call it."""
+    """Mask the padding tokens in the text encoder. DeepFloyd IF always does; Stable Diffusion was trained
+    without, and pipelines do not mask."""
 
     def __post_init__(self) -> None:
         at_least(self, 3, "tokenizer_max_length")
@@ -92,48 +97,52 @@ class TextOptions:
 
 @dataclasses.dataclass
 class OptimizerOptions:
-    """The optimizer and its learning rate."""
+    """Optimizer and learning rate."""
 
     learning_rate: float | None = None
-    """Learning rate. None is 5e-4, for Stable Diffusion XL 1e-4, with Prodigy 1."""
+    """Learning rate. Default: 5e-4; 1e-4 for Stable Diffusion XL; 1 with Prodigy."""
     text_encoder_lr: float | None = None
-    """Learning rate of the text encoder. None is --learning_rate, for Stable Diffusion XL 5e-6; with Prodigy it is always --learning_rate."""
+    """Learning rate of the text encoder. Default: --learning_rate; 5e-6 for Stable Diffusion XL. Prodigy
+    always uses --learning_rate."""
     scale_lr: bool = False
-    """Multiply the learning rates by gradient accumulation x batch size x processes."""
+    """Multiply the learning rates by gradient accumulation steps x batch size x processes."""
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = "constant"
-    """Course of the learning rate."""
+    """Learning-rate schedule."""
     lr_warmup_steps: int = 500
-    """Steps over which the learning rate rises from 0 (not for `constant`)."""
+    """Steps over which the learning rate rises from 0. `constant` has no warm-up."""
     lr_num_cycles: int = 1
-    """Restarts of cosine_with_restarts."""
+    """Number of cycles of cosine_with_restarts."""
     lr_power: float = 1.0
-    """Power of polynomial."""
+    """Exponent of the polynomial schedule."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit (bitsandbytes package), prodigy (prodigyopt package), adafactor or schedule-free (schedulefree package)."""
+    """adamw, adamw8bit (bitsandbytes package), prodigy (prodigyopt package), adafactor or schedule-free
+    (schedulefree package)."""
     use_8bit_adam: bool = False
     """The same as --optimizer adamw8bit."""
     adam_beta1: float = 0.9
-    """Decay of Adam's mean of gradients."""
+    """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.999
-    """Decay of Adam's mean of squared gradients."""
+    """Decay rate of Adam's second moment."""
     adam_weight_decay: float | None = None
-    """Decoupled weight decay of the UNet's adapter, whatever the optimizer. None is 1e-2, for Stable Diffusion XL 1e-4."""
+    """Decoupled weight decay of the UNet's adapter, with every optimizer. Default: 1e-2; 1e-4 for Stable
+    Diffusion XL."""
     adam_weight_decay_text_encoder: float | None = None
-    """The same of the text encoder's adapter. None is --adam_weight_decay, for Stable Diffusion XL 1e-3."""
+    """Decoupled weight decay of the text encoder's adapter. Default: --adam_weight_decay; 1e-3 for Stable
+    Diffusion XL."""
     adam_epsilon: float = 1e-8
     """Added to Adam's denominator."""
     prodigy_beta3: float | None = None
-    """Decay of Prodigy's estimate of its step size; None is the root of --adam_beta2."""
+    """Decay rate of Prodigy's step size estimate. Default: the square root of --adam_beta2."""
     prodigy_decouple: BooleanWord = True
-    """Prodigy decays weights as AdamW does."""
+    """Prodigy decouples weight decay, as AdamW does."""
     prodigy_use_bias_correction: BooleanWord = True
-    """Prodigy corrects its moments' bias at the start, as Adam does."""
+    """Prodigy corrects the bias of its moments, as Adam does."""
     prodigy_safeguard_warmup: BooleanWord = True
-    """Prodigy leaves the learning rate out of its estimate while that rises."""
+    """Prodigy leaves the learning rate out of its step size estimate during warm-up."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, over UNet and text encoder together; 0 leaves them as they are."""
+    """Gradients are clipped to this norm, over UNet and text encoder together; 0 does not clip."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -183,14 +192,17 @@ class OptimizerOptions:
 
 @dataclasses.dataclass
 class ObjectiveOptions:
-    """What the UNet is trained to predict, and how its errors count."""
+    """Training objective."""
 
     snr_gamma: float | None = None
-    """Min-SNR weighting (arXiv 2303.09556): errors at low noise count less; 5 is usual. None counts all alike."""
+    """Min-SNR weighting (arXiv 2303.09556): errors at low noise levels get smaller weights; 5 is usual.
+    Default: no weighting."""
     noise_offset: float = 0.0
-    """Noise of this standard deviation, one value a channel, is added to the noise: lets the model reach darker and brighter pictures."""
+    """Standard deviation of an offset that is added to the noise, one value per channel: the model then
+    reaches darker and brighter pictures."""
     do_edm_style_training: bool = False
-    """Train on continuous noise levels, on the clean picture (arXiv 2206.00364). Always so for a base with an EDM scheduler."""
+    """EDM-style training on continuous noise levels (arXiv 2206.00364). Always on for a base with an EDM
+    scheduler."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "noise_offset")
@@ -206,18 +218,18 @@ class ObjectiveOptions:
 
 @dataclasses.dataclass
 class RunOptions:
-    """How long, where and with what arithmetic."""
+    """Run: length, output folder, precision."""
 
     output_dir: str = "lora-dreambooth-model"
-    """Folder of the adapter, checkpoints, logs and validation pictures."""
+    """Folder for the adapter, checkpoints, logs and validation pictures."""
     seed: int | None = None
-    """Every random choice follows from it; None draws one, prints it and stores it in run.yaml."""
+    """Seed of every random choice. Default: a seed is drawn, printed and stored in run.yaml."""
     train_batch_size: int = 4
-    """Instance photos in one forward pass, per process (as many class images on top with prior preservation)."""
+    """Instance photos in one forward pass, per process. Prior preservation adds as many class images."""
     num_train_epochs: int = 1
-    """Passes over the photos, or the class images if they are more, when --max_train_steps is not given."""
+    """Passes over the photos (over the class images, if they are more); used without --max_train_steps."""
     max_train_steps: int | None = None
-    """Optimizer steps; overrides --num_train_epochs."""
+    """Number of optimizer steps; overrides --num_train_epochs."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step, per process."""
     gradient_checkpointing: bool = False
@@ -225,30 +237,35 @@ class RunOptions:
     checkpointing_steps: int = 500
     """Steps between checkpoints."""
     checkpoints_total_limit: int | None = None
-    """Checkpoints kept; the oldest go once a newer one is safe. None keeps all."""
+    """Number of checkpoints to keep; the oldest is removed once a newer one is complete. Default: keep
+    all."""
     resume_from_checkpoint: str | None = None
-    """`latest` (or `auto`), `checkpoint-N` or a path: go on from there."""
+    """Checkpoint to resume from: `latest` (or `auto`), `checkpoint-N` or a path."""
     overwrite: bool = False
-    """Remove what an earlier run left in the output folder (checkpoints, adapter, metrics, validation pictures) and start anew."""
+    """Remove an earlier run from the output folder (checkpoints, adapter, metrics, validation pictures) and
+    start again."""
     allow_data_change: bool = False
-    """Resume although photos or class images are not those that the checkpoint was trained on."""
+    """Resume even if photos or class images differ from those that the checkpoint was trained on."""
     max_train_minutes: float | None = None
-    """Stop after so many minutes, with a checkpoint and exit status 75; start again with --resume_from_checkpoint latest to go on."""
+    """Stop after this many minutes, with a checkpoint and exit status 75. --resume_from_checkpoint latest
+    continues the run."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Arithmetic of the frozen weights; None takes `accelerate`'s setting. The adapter is float32 always."""
+    """Precision of the frozen weights and of the arithmetic. The adapter's weights are always float32.
+    Default: the setting of `accelerate`."""
     num_threads: int | None = None
-    """CPU threads; None leaves them to torch. On a CPU another number gives other last bits."""
+    """CPU threads. Default: torch's choice. On a CPU, another number changes the last bits of results."""
     gradient_sync: Literal["exact", "ddp"] = "exact"
-    """Sum of the processes' gradients: `exact` adds them in a fixed order, so that any process count gives the same bits; `ddp` adds them
-    once a step in an order of the backend's own, which moves less data and gives the same up to rounding."""
+    """How gradients of processes are summed. `exact` adds them in a fixed order: every number of processes
+    gives the same bits. `ddp` adds them once a step in the backend's order: it moves less data, and the
+    result is the same up to rounding."""
     peer_timeout: float = 600.0
-    """Seconds that a process waits for the others within a step before it gives up."""
+    """Seconds that a process waits for the other processes within a step before it fails."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
     enable_xformers_memory_efficient_attention: bool = False
-    """Attention by the xformers package instead of torch's own."""
+    """Use the attention of the xformers package instead of torch's."""
     local_rank: int = -1
-    """Set by old distributed launchers; taken over as LOCAL_RANK where that is not set."""
+    """Set by old distributed launchers. Used as LOCAL_RANK if that is not set."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -277,24 +294,26 @@ class RunOptions:
 
 @dataclasses.dataclass
 class ValidationOptions:
-    """Pictures along the way."""
+    """Validation pictures."""
 
     validation_prompt: str | None = None
-    """Prompt of the validation pictures; None makes none."""
+    """Prompt of the validation pictures. Default: no validation pictures."""
     num_validation_images: int = 4
-    """Pictures at each validation."""
+    """Number of pictures at each validation."""
     validation_epochs: int = 50
-    """Passes (as in --num_train_epochs) between validations; the first comes after the first pass."""
+    """Passes (as in --num_train_epochs) between validations; the first validation follows the first pass."""
     validation_steps: int | None = None
-    """Steps between validations, instead of passes."""
+    """Steps between validations; overrides --validation_epochs."""
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = None
-    """Sampler of the validation pictures; None is the multistep DPM solver, for DeepFloyd IF DDPM, for a base with an EDM scheduler its own."""
+    """Sampler of the validation pictures. Default: the multistep DPM solver; DDPM for DeepFloyd IF; the
+    base's sampler if that is an EDM scheduler."""
     skip_final_inference: bool = False
-    """Make no pictures at the end."""
+    """Draw no pictures at the end of the run."""
     validation_images: tuple[str, ...] | None = None
-    """First-stage pictures to validate a second-stage model with. No base of this version takes them: refused."""
+    """First-stage pictures for validating a second-stage model. Refused: no supported base is a second
+    stage."""
     class_labels_conditioning: str | None = None
-    """`timesteps` for second-stage models. No base of this version takes it: refused."""
+    """`timesteps` for second-stage models. Refused: no supported base is a second stage."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_validation_images", "validation_epochs", "validation_steps")
@@ -312,17 +331,17 @@ class ReportOptions:
     """Logs and uploads. metrics.jsonl is always written."""
 
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
-    """Tracker: left out with a note when tensorboard, the default, is not installed."""
+    """Tracker. The default, tensorboard, is skipped with a note if it is not installed."""
     logging_dir: str = "logs"
-    """Folder of the tracker's logs, under the output folder."""
+    """Folder of the tracker's logs, inside the output folder."""
     push_to_hub: bool = False
     """Upload adapter, model card and pictures to the hub when the run is finished."""
     hub_token: str | None = None
-    """Token for --push_to_hub; None takes the one of `hf auth login`. It is written nowhere."""
+    """Token for --push_to_hub; it is never written to a file. Default: the token of `hf auth login`."""
     hub_model_id: str | None = None
-    """Repository for --push_to_hub; None is the name of the output folder."""
+    """Repository for --push_to_hub. Default: the name of the output folder."""
     hub_private_repo: bool = False
-    """Make the repository a private one."""
+    """Create the repository as a private one."""
 
     def __post_init__(self) -> None:
         named("hub_model_id", self.hub_model_id)
@@ -343,6 +362,15 @@ def pictures_of_pass(counts: Sequence[int], repeats: int) -> int:
 @dataclasses.dataclass
 class TrainOptions:
     """All flags of train_dreambooth_lora.py."""
+
+    COMMON_FLAGS: ClassVar = (
+        *("pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "resolution"),
+        *("with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images"),
+        *("train_text_encoder", "rank", "learning_rate", "lr_scheduler"),
+        *("output_dir", "seed", "train_batch_size", "max_train_steps", "gradient_accumulation_steps"),
+        *("gradient_checkpointing", "checkpointing_steps", "resume_from_checkpoint", "mixed_precision"),
+        *("cache_latents", "validation_prompt", "report_to", "push_to_hub"),
+    )
 
     base: BaseOptions
     instance: InstanceOptions

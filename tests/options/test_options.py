@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import typing
@@ -727,21 +726,6 @@ def test_a_mistake_in_a_file_is_answered_before_any_slow_import(tmp_path):
     assert done.returncode == 2
     assert "--rank must be at least 1, got 0" in done.stderr
     assert not imported(done.stderr) & SLOW
-
-
-@pytest.mark.parametrize("kind", NEEDED)
-def test_every_flag_has_a_help_text(kind, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as left:
-        command_line.parse(kind, "a script", ["--help"])
-    assert left.value.code == 0
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
-    shown = " ".join("\n" + line if line.startswith("--") else line for line in lines)
-    for name in command_line.fields_of(kind):
-        found = re.search(rf"^--{name}(, --no_{name}| \[.*?\]\]| \S+) (?P<help>.*)$", shown, re.MULTILINE)
-        assert found, name
-        text = re.sub(r"\((default|required)\b.*", "", found["help"])
-        assert len(text.split()) >= 2, name
 
 
 def test_interpolations_offered_are_the_reference_s():
