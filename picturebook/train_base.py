@@ -391,10 +391,7 @@ def timesteps_of_training(
 def train_unet(
     options: Options, latents: dict[str, torch.Tensor], log: Log
 ) -> tuple[Denoiser, float, dict[str, Any]]:
-    """(averaged UNet and text encoder, scaling factor of the latents, record of the training).
-
-    v-prediction; 10 % of the captions are left empty.
-    """
+    """(averaged UNet and text encoder, scaling factor of the latents, record of the training)."""
     torch.manual_seed(options.seed + 1)
     tokenizer = build_tokenizer()
     model = Denoiser(len(tokenizer))
@@ -423,8 +420,7 @@ def train_unet(
         noise = torch.randn(mean.shape, generator=generator)
         timesteps = timesteps_of_training(len(rows), scheduler.alphas_cumprod, generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # Plain matrix products: for 64 tokens they take two thirds of the time of the fused attention's
-        # backward on a CPU.
+        # math: for 64 tokens two thirds of the time of the fused attention's backward pass on a CPU
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
                 model_pred = model(noisy, timesteps, input_ids)
