@@ -59,6 +59,11 @@ class MicroBatch:
     prompts: list[str]
     frames: list[Frame]
 
+    def time_ids(self, resolution: int) -> torch.Tensor:
+        """Stable Diffusion XL's sizes of each row, float32 [rows, 6]: original height and width, crop top and left, target height and width."""
+        sizes = [(f.height, f.width, f.top, f.left, resolution, resolution) for f in self.frames]
+        return torch.tensor(sizes, dtype=torch.float32)
+
 
 class PhotoRows(torch.utils.data.Dataset):
     """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped for that row."""
@@ -91,6 +96,29 @@ class PhotoRows(torch.utils.data.Dataset):
         width, height = source.photos[self.photo(source, row)].size
         left, top = self.corner(source, row)
         return Frame(height, width, top, left)
+
+    def randn(self, name: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of other names are independent."""
+        return torch.cat(
+            [
+                sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{name}", rows, shape)
+                for s in self.sources
+            ]
+        )
+
+    def timesteps(self, rows: range, count: int) -> torch.Tensor:
+        """Timestep indices for the rows of each source, uniform in 0..count-1, int64 [sources * rows]."""
+        return torch.cat(
+            [
+                sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", rows, count)
+                for s in self.sources
+            ]
+        )
+
+    def describe(self, rows: list[int]) -> str:
+        """The rows and the names of their photos, as they may stand in a message."""
+        names = sorted({s.photos[self.photo(s, row)].path.name for s in self.sources for row in rows})
+        return f"rows {rows[0]} to {rows[-1]}: " + ", ".join(ascii(name)[1:-1] for name in names[:5])
 
     def __getitem__(self, row: int) -> torch.Tensor:
         return torch.stack([self._pixels(source, row) for source in self.sources])

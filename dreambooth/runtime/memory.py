@@ -76,6 +76,11 @@ def trim() -> None:
         torch.cuda.empty_cache()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. The copy to a GPU is asynchronous, which needs memory that cannot be swapped out."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def summary(phases: Mapping[str, Reading]) -> str:
     """One line on all readings, by phase: the most on the device, with each phase's, and the most in the computer."""
     said = []

@@ -5,7 +5,7 @@ import datetime
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +94,11 @@ class Peers:
         """Print on the main process, without tearing its progress bar."""
         if self.is_main:
             tqdm.write(text)
+
+    def say_notes(self, notes: Iterable[str]) -> None:
+        """Print each note on the main process."""
+        for note in notes:
+            self.say(f"note: {note}")
 
     def sync_stop(self) -> None:
         """Raise the same Stop on every process if any of them must end. Called within a step.

@@ -1,4 +1,7 @@
-"""What would be trained: layers, parameters and sizes, counted on models without weights."""
+"""Which layers of a base get an adapter, decided here for training, for --dry_run and for `convert_adapter.py extract`."""
+
+import dataclasses
+from collections.abc import Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -6,28 +9,61 @@ from transformers import AutoConfig
 
 from dreambooth.adapters import inject
 from dreambooth.bases import families
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.training import TextOptions
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of weights by layer name."""
 
 
-def table(options: TrainOptions, base: families.Base) -> str:
-    """The table that a run prints when it starts, and the size of a checkpoint, from the base's configurations alone."""
-    # BOFT makes its matrices by hand, on the CPU: what is built there holds memory, but reads no weights either
-    with torch.device("cpu" if options.adapter.adapter == "boft" else "meta"):
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The layers of one component: shapes of all its layers, and the names of those that get an adapter."""
+
+    shapes: Shapes
+    layers: list[str]
+
+
+def target_modules(
+    base: families.Base, component: str, adapter: AdapterOptions, text: TextOptions, shapes: Shapes
+) -> tuple[str, ...]:
+    """The ends of the names of the component's layers that get an adapter, as peft's `target_modules`.
+
+    `shapes` are those of the component's layers, without `text_model.` in front. The last layers of a text encoder are left out where the
+    UNet never sees their output (Stable Diffusion XL's first encoder, --clip_skip).
+    """
+    if component == "unet":
+        return inject.unet_targets(adapter)
+    unused = families.unused_layers(base.family, component, text)
+    return inject.text_targets(families.text_layers(base, component), unused, adapter, shapes)
+
+
+def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:
+    """The layers that get an adapter, by component, read from the headers of the base's weight files.
+
+    Text encoders are among the components with --train_text_encoder, if the base's family trains them.
+    """
+    targets = {}
+    for component, file_shapes in base.layers().items():
+        if component == "unet" or (text.train_text_encoder and base.family.trains_text):
+            shapes = {layer.removeprefix("text_model."): shape for layer, shape in file_shapes.items()}
+            modules = target_modules(base, component, adapter, text, shapes)
+            targets[component] = Targets(shapes, inject.layers_at(modules, shapes))
+    return targets
+
+
+def table(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> str:
+    """The table that a run prints at its start, and the size of the adapter file. No weights are read."""
+    # peft builds BOFT's matrices on the CPU: a model on the meta device cannot take them.
+    with torch.device("cpu" if adapter.adapter == "boft" else "meta"):
         config = base.config("unet")
         models: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
-        if options.text.train_text_encoder:
-            for name, (_, kind) in base.family.text.items():
-                models[name] = kind(AutoConfig.from_pretrained(base.folder / name))
+        if text.train_text_encoder:
+            for name, (_, model_class) in base.family.text.items():
+                models[name] = model_class(AutoConfig.from_pretrained(base.folder / name))
         components = []
         for name, model in models.items():
-            targets = inject.unet_targets(options.adapter)
-            if name != "unet":
-                unused = families.unused_layers(base.family, name, options.text)
-                targets = inject.text_targets(
-                    families.text_layers(base, name), unused, options.adapter, inject.shapes_of(model)
-                )
-            components.append(inject.inject(name, model, options.adapter, targets, seed=0))
-        adapter = sum(
-            parameter.numel() for component in components for _, parameter in component.named_parameters()
-        )
-        return f"{inject.describe(components)}\nadapter file {4 * adapter / 2**20:.2f} MiB"
+            modules = target_modules(base, name, adapter, text, inject.shapes_of(model))
+            components.append(inject.inject(name, model, adapter, modules, seed=0))
+    size = sum(p.numel() for component in components for _, p in component.named_parameters())
+    return f"{inject.describe(components)}\nadapter file {4 * size / 2**20:.2f} MiB"

@@ -1,5 +1,6 @@
-"""The frozen half of a run, from its files to the memory that it trains in."""
+"""The frozen models of one run, loaded one after another so that memory holds as few of them at once as it can."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -7,83 +8,104 @@ import torch
 
 from dreambooth.bases import loading, quantization, schedulers
 from dreambooth.bases.loading import FrozenParts
-from dreambooth.bases.prompts import PromptCache
+from dreambooth.bases.prompts import PromptCache, PromptEmbeds
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.errors import shown
-from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
-from dreambooth.training.prepare import Start
+from dreambooth.training.start import Start
 
 
-@dataclasses.dataclass(frozen=True)
-class FrozenHalf:
-    """What does not learn: models, and what those that are gone have made of prompts (None where the text encoder learns) and photos (None where
-    nothing is cached). `rows` are the photos in the order of the run; `readings` are of memory, by phase."""
+@dataclasses.dataclass
+class FrozenModels:
+    """Frozen models, and what models already freed have computed: prompt embeddings and latents."""
 
     parts: FrozenParts
+    prompts: list[str]
+    """Every prompt that the run needs."""
     prompt_cache: PromptCache | None
-    rows: PhotoRows
+    """Embeddings of `prompts`; None while a text encoder is trained."""
+    dataset: PhotoRows
     encoded: encodings.EncodedPhotos | None
-    readings: dict[str, memory.Reading]
+    """Latents of the photos; None with --cache_latents off."""
+    memory: dict[str, memory.Reading]
+    """Memory taken, by phase of loading."""
+    autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    """The run's mixed precision."""
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings of `prompts`, one row each. Each distinct prompt is encoded once; gradients flow while a text encoder is trained."""
+        if self.prompt_cache is not None:
+            return self.prompt_cache.of(prompts)
+        assert self.parts.text is not None
+        distinct = list(dict.fromkeys(prompts))
+        with self.autocast():
+            return self.parts.text(distinct).rows([distinct.index(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def free_text_encoders(self, check: Callable[[], None]) -> None:
+        """Encode every prompt with the text encoders as they are, and free the encoders. `check` is called before each prompt."""
+        assert self.parts.text is not None
+        with self.autocast():
+            self.prompt_cache = self.parts.text.encode_all(self.prompts, check)
+        self.parts.text = None
 
 
-def prompts_of(options: ResolvedTrainOptions, sources: Sequence[Source]) -> list[str]:
-    """Every prompt that a run needs."""
-    drawn = options.validation.validation_prompt
-    return [
-        *(prompt for source in sources for prompt in source.distinct_prompts()),
-        *([drawn, ""] if drawn is not None else []),
-    ]
+def load(start: Start, check: Callable[[], None]) -> FrozenModels:
+    """Load the text encoders, encode the prompts, free the encoders; the same with VAE and photos; then load the UNet.
 
-
-def frozen_half(start: Start, check: Callable[[], None]) -> FrozenHalf:
-    """Encode prompts and photos with the text encoders and the VAE, free these one after another, and load the UNet last.
-    Text encoders that are trained stay loaded, and so does the VAE where nothing is cached. `check` is called between
-    photos and between prompts."""
-    options, peers, base, sources = start.options, start.peers, start.base, start.sources
-    kind, device = options.speed.quantize_base, peers.accelerator.device
-    folder = start.encoded_dir if start.cache == "disk" else None
-    cache = encoding_cache.EncodingCache(folder, lambda said: peers.say(f"warning: {said}"))
+    Text encoders that are trained stay, and so does the VAE with --cache_latents off. `check` is called before each prompt and photo.
+    Raises UserError if the base or a photo has changed since it was checked.
+    """
+    options, peers, base = start.options, start.peers, start.base
+    device = peers.accelerator.device
+    folder = start.cache.folder if start.cache.mode == "disk" else None
+    cache = encoding_cache.EncodingCache(folder, lambda trouble: peers.say(f"warning: {trouble}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
+    prompts = prompts_of(start.sources, options.validation.validation_prompt)
     vae = prompt_cache = encoded = None
+
+    # text encoders
     if options.text.train_text_encoder:
         text.encoders = loading.load_encoders(base, start.weight_dtype, device)
     else:
-        asked = prompts_of(options, sources)
         prompt_cache = encodings.encode_prompts(
-            cache, base, text, asked, start.weight_dtype, device, peers, check
+            cache, base, text, prompts, start.weight_dtype, device, peers, check
         )
-    rows = PhotoRows(sources, options.run.seed, start.crops)
-    if start.cache == "off":
+
+    # VAE
+    dataset = PhotoRows(start.sources, options.run.seed, start.crops)
+    if start.cache.mode == "off":
         vae = loading.load_vae(base, device)
     else:
-        pictures = [picture for source in sources for picture in source.pictures()]
+        pictures = [picture for source in start.sources for picture in source.pictures()]
         encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
-        say_damaged(cache, peers)
+        _report_damaged(cache, peers)
     memory.give_back()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
-    # a GPU that holds the layers in few bits may not hold them whole
-    unet = loading.load_unet(base, start.weight_dtype, torch.device("cpu") if kind else device)
-    if kind:
-        quantization.quantize(unet, kind, device)
-    memory.trim()  # in which the weights were read and cast
-    scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
-    return FrozenHalf(
-        FrozenParts(base, text if prompt_cache is None else None, vae, unet, scheduler),
-        prompt_cache,
-        rows,
-        encoded,
-        readings,
-    )
+
+    # UNet: a GPU that holds its layers in few bits may not have room for them in many
+    quantize = options.speed.quantize_base
+    unet = loading.load_unet(base, start.weight_dtype, torch.device("cpu") if quantize else device)
+    if quantize:
+        quantization.quantize(unet, quantize, device)
+    memory.trim()  # the memory in which weights were read and cast
+    noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
+    parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
+    return FrozenModels(parts, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast)
 
 
-def say_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:
-    """Say once which files have been made anew."""
-    if found := cache.damaged:
-        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        peers.say(
-            f"note: {len(found)} files in {shown(cache.folder)} were damaged and have been made anew: {names}",
-        )
+def prompts_of(sources: Sequence[Source], validation_prompt: str | None) -> list[str]:
+    """Every prompt that a run needs: those of its pictures, and of validation."""
+    trained = [prompt for source in sources for prompt in source.distinct_prompts()]
+    return [*trained, *([validation_prompt, ""] if validation_prompt is not None else [])]
+
+
+def _report_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:
+    """Say which damaged cache files were encoded anew."""
+    if files := cache.damaged:
+        names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        note = f"{len(files)} files in {shown(cache.folder)} were damaged and have been made anew: {names}"
+        peers.say_notes([note])
         cache.damaged = []

@@ -118,3 +118,9 @@ def jsonable(table: dict[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in table.items()
     }
+
+
+def start_trackers(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
+    """Tell the run's trackers, if there are any, the options by name."""
+    if accelerator.log_with:
+        accelerator.init_trackers(TRACKER_NAME, config=jsonable(dict(options)))

@@ -1,8 +1,8 @@
 """Saving a run: checkpoints along the way, the adapter at the end, the last step of a run that ends early."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dreambooth.runtime import environment
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
+from dreambooth.training.trainables import Trainables
 
 
 def adapter_info(flags: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
@@ -54,15 +55,15 @@ class Saver:
         self,
         run: ResolvedRunOptions,
         peers: Peers,
-        components: Sequence[inject.Component],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        trainables: Trainables,
         *,
         info: Mapping[str, Any],
         identity: dict[str, Any],
         environment: Mapping[str, Any],
     ):
-        self.run, self.peers, self.optimizer, self.scaler = run, peers, optimizer, scaler
+        self.run, self.peers = run, peers
+        self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
+        components = trainables.components
         self.info, self.identity, self.environment = info, identity, environment
         self.output_dir = Path(run.output_dir)
         self.components = list(components)
@@ -92,6 +93,10 @@ class Saver:
         with optimizers.evaluated(self.optimizer):
             state = {component.name: component.state_dict() for component in self.components}
             return native.pack(state | self.finished, self.configs, {**self.info, "steps": step})
+
+    def digest(self, step: int) -> str:
+        """SHA-256 of the adapter file after `step` steps."""
+        return hashlib.sha256(self.pack(step)).hexdigest()
 
     def hold(self, step: int) -> None:
         """Copy the content of a checkpoint of `step`, which later saves write.
@@ -179,17 +184,6 @@ class Saver:
         self.saved = step
         if note := checkpoint_folders.room_note(self.output_dir, checkpoint_folders.size(folder)):
             self.peers.say(f"warning: {note}")
-
-
-@contextlib.contextmanager
-def in_eval_mode(components: Sequence[inject.Component], optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the models draw as with the adapter file: no dropout, and the values of the file."""
-    for component in components:
-        component.model.eval()
-    with optimizers.evaluated(optimizer):
-        yield
-    for component in components:
-        component.model.train()
 
 
 def write_kohya(adapter: Path, base: families.Base, *, resolution: int, seed: int) -> None:

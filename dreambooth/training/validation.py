@@ -1,110 +1,150 @@
-"""Pictures along the way and at the end: with the models in memory, in eval mode, with generators of their own."""
+"""Validation pictures: drawn during training and after it, from --validation_prompt, by the main process."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from dreambooth.adapters import apply
-from dreambooth.bases import loading, pipelines, schedulers
-from dreambooth.bases.loading import FrozenParts
+from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.files import pictures
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import metrics
+from dreambooth.training.frozen_models import FrozenModels
+from dreambooth.training.saving import Saver
+from dreambooth.training.trainables import Trainables
 
-_STEPS = 25  # of the sampler
-_GUIDANCE = 7.5
+_INFERENCE_STEPS = 25
+_GUIDANCE_SCALE = 7.5
 
 
-class Pictures:
-    """Draws --validation_prompt, on the main process alone."""
+class ValidationPictures:
+    """Draws --validation_prompt with the models in memory; without the flag nothing is due.
+
+    Each picture has a seed of its own, so drawing changes no random number of the training.
+    """
 
     def __init__(
         self,
-        prompt: str,
         options: ResolvedTrainOptions,
         peers: Peers,
-        parts: FrozenParts,
+        frozen: FrozenModels,
+        trainables: Trainables,
         check: Callable[[], None],
     ):
-        self.options, self.parts, self.check = options, parts, check
-        self.peers, self.accelerator = peers, peers.accelerator
-        self.prompt = prompt
+        """`check` is called between the sampling steps of a picture."""
+        self.options, self.prompt = options.validation, options.validation.validation_prompt
+        self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
         self.folder = Path(options.run.output_dir)
-        encoders = parts.text.encoders if parts.text else {}
-        self.layers = apply.layers_of({"unet": parts.unet, **encoders})  # now, while all parts are there
+        self.peers, self.frozen, self.trainables, self.check = peers, frozen, trainables, check
+        self.finished: list[str] = []
+        """File names of the pictures of the finished adapter."""
+        # read now: text encoders may be freed before the finished adapter is drawn with
+        self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
 
-    def _pipeline(self) -> Any:
-        """On the models in memory. A VAE that is not there is loaded, and goes with the pipeline."""
-        vae = self.parts.vae or loading.load_vae(self.parts.base, self.accelerator.device)
-        scheduler = schedulers.sampler(
-            self.parts.noise_scheduler,
-            has_vae=self.parts.family.has_vae,
-            wanted=self.options.validation.validation_scheduler,
-        )
-        return pipelines.pipeline_of(self.parts, scheduler, vae)
+    def is_due(self, step: int, *, steps_per_epoch: int) -> bool:
+        """Whether pictures are drawn after `step` steps, by --validation_steps or else --validation_epochs."""
+        if self.prompt is None:
+            return False
+        if self.options.validation_steps:
+            return step % self.options.validation_steps == 0
+        epochs = step // steps_per_epoch
+        return step % steps_per_epoch == 0 and (epochs - 1) % self.options.validation_epochs == 0
 
-    def along_the_way(
-        self, step: int, progress: metrics.Progress, prompt: PromptEmbeds, empty: PromptEmbeds
-    ) -> None:
-        """As the adapter is after `step` steps, to validation/ and the trackers."""
-        images = self._draw(self._pipeline(), prompt, empty)
-        folder = self.folder / "validation"
-        self._save(
-            images, [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step
-        )
-        progress.images(step, "validation", images, self.prompt)
+    def draw_current(self, step: int, progress: metrics.Progress) -> None:
+        """Draw with the adapter as it is after `step` steps, on the main process; the others wait.
 
-    def of_the_file(
-        self, path: Path, step: int, progress: metrics.Progress, prompt: PromptEmbeds, empty: PromptEmbeds
-    ) -> list[str]:
-        """As the saved adapter draws: the file itself, put on the frozen models, from which the one that was trained is taken off. Names of the
-        pictures."""
+        The pictures go to validation/ and to the trackers.
+        """
+        if self.peers.is_main and self.prompt is not None:
+            with self._models_for_drawing():
+                images = self._draw(self._pipeline(), *self._embeds(self.prompt))
+            folder = self.folder / "validation"
+            paths = [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))]
+            self._save(images, paths, step)
+            progress.images(step, "validation", images, self.prompt)
+        self.peers.barrier()
+
+    def draw_finished(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
+        """Draw with the finished adapter file, read back as a user's program reads it, on the main process; the others wait.
+
+        The trained adapter is taken off the models for good; `saver` keeps what there is still to save of it.
+        """
+        if self.peers.is_main and self.prompt is not None and not self.options.skip_final_inference:
+            saver.hold(step)
+            with self._models_for_drawing():
+                images = self._draw_with_file(saver.adapter)
+            names = [f"image_{number}.png" for number in range(len(images))]
+            if self._save(images, [self.folder / name for name in names], step):
+                self.finished = names
+            progress.images(step, "test", images, self.prompt)
+        self.peers.barrier()
+
+    @contextlib.contextmanager
+    def _models_for_drawing(self) -> Iterator[None]:
+        with torch.no_grad(), self.trainables.evaluating(), compilation.eager(wanted=self.speed.compile):
+            yield
+
+    def _draw_with_file(self, adapter_file: Path) -> list[Image.Image]:
+        assert self.prompt is not None
+        embeds = self._embeds(self.prompt)  # before the trained adapter is taken off the text encoders
         pipeline = self._pipeline()
         pipeline.unload_lora_weights()
-        models = {
-            "unet": self.parts.unet,
-            **(self.parts.text.encoders if self.parts.text else {}),
-        }  # what has been freed has spoken in `prompt` already
+        # Freed text encoders are not needed: the prompts are encoded already.
+        models = self._models()
         stack = apply.Stack(models)
-        stack.add("saved", apply.part(apply.read(path, self.layers), tuple(models)))
-        is_quantized = (
-            self.options.speed.quantize_base is not None
-        )  # then nothing can be added to the weights
-        with stack.worn({"saved": 1.0}, "no" if is_quantized else "auto"):
-            images = self._draw(pipeline, prompt, empty)
-        names = [f"image_{number}.png" for number in range(len(images))]
-        is_saved = self._save(images, [self.folder / name for name in names], step)
-        progress.images(step, "test", images, self.prompt)
-        return names if is_saved else []
+        stack.add("saved", apply.part(apply.read(adapter_file, self.layers), tuple(models)))
+        # Nothing can be added to quantized weights.
+        with stack.worn({"saved": 1.0}, "auto" if self.speed.quantize_base is None else "no"):
+            return self._draw(pipeline, *embeds)
 
-    def _draw(self, pipeline: Any, prompt: PromptEmbeds, empty: PromptEmbeds) -> list[Any]:
-        numbers = range(self.options.validation.num_validation_images)
-        images: list[Any] = []
-        for number in numbers:  # alone, so that each depends on its own seed only
-            with self.accelerator.autocast():
+    def _models(self) -> dict[str, Any]:
+        text = self.frozen.parts.text
+        return {"unet": self.frozen.parts.unet, **(text.encoders if text else {})}
+
+    def _pipeline(self) -> Any:
+        """The base's pipeline on the models in memory. A VAE that was freed is loaded again, and freed with the pipeline."""
+        parts = self.frozen.parts
+        vae = parts.vae or loading.load_vae(parts.base, self.peers.accelerator.device)
+        wanted = self.options.validation_scheduler
+        scheduler = schedulers.sampler(parts.noise_scheduler, has_vae=parts.family.has_vae, wanted=wanted)
+        return pipelines.pipeline_of(parts, scheduler, vae)
+
+    def _embeds(self, prompt: str) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Embeddings of the prompt and of the empty prompt."""
+        return self.frozen.encode([prompt]), self.frozen.encode([""])
+
+    def _draw(self, pipeline: Any, prompt: PromptEmbeds, negative: PromptEmbeds) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for number in range(self.options.num_validation_images):
+            # one at a time, so that a picture depends on its own seed only
+            with self.peers.accelerator.autocast():
                 images += pipelines.draw(
                     pipeline,
                     prompt,
-                    empty,
-                    [sampling_order.key(self.options.run.seed or 0, "validation", number)],
-                    num_inference_steps=_STEPS,
-                    guidance_scale=_GUIDANCE,
-                    side=self.options.instance.resolution,
+                    negative,
+                    [sampling_order.key(self.seed, "validation", number)],
+                    num_inference_steps=_INFERENCE_STEPS,
+                    guidance_scale=_GUIDANCE_SCALE,
+                    side=self.resolution,
                     check=self.check,
                 )
         return images
 
-    def _save(self, images: list[Any], paths: list[Path], step: int) -> bool:
+    def _save(self, images: list[Image.Image], paths: list[Path], step: int) -> bool:
+        """Whether the pictures could be written. A full disk costs the pictures, not the run."""
         try:
             for image, path in zip(images, paths, strict=True):
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(pictures.png(image, {"prompt": self.prompt, "step": step}))
-        except OSError as error:  # a full disk: the pictures are worth less than the run
-            self.peers.say(
-                f"warning: pictures of step {step} cannot be written: {error.strerror or error}",
-            )
+        except OSError as error:
+            reason = error.strerror or error
+            self.peers.say(f"warning: pictures of step {step} cannot be written: {reason}")
             return False
         return True

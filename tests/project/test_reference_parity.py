@@ -33,7 +33,7 @@ from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.resolved import resolve
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions, pictures_of_pass
-from dreambooth.training import metrics, objectives
+from dreambooth.training import frozen_models, metrics, objectives
 from tests import tiny
 from tests.options.test_options import REFERENCE, TRAIN, flat, pretend_everything_is_installed
 
@@ -124,7 +124,7 @@ def test_captions_of_a_data_set_are_trained_on(more, tiny_xl, tmp_path, monkeypa
     rows = [{"file_name": f"photo-{n}.png", "text": f"dog number {n}"} for n in range(3)]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen: list[str] = []
-    spy(monkeypatch, train.Training, "encode", lambda result, self, asked: seen.extend(asked))
+    spy(monkeypatch, frozen_models.FrozenModels, "encode", lambda result, self, asked: seen.extend(asked))
     words = f"--caption_column text {TWO_STEPS} --train_batch_size 3 {more}"
     run(tiny_xl, tmp_path / "data", tmp_path / "out", words, "--dataset_name")
     assert set(seen) == {row["text"] for row in rows}
@@ -392,7 +392,7 @@ def test_gradient_checkpointing_trains_both_text_encoders_and_nothing_else_gets_
     astray: list[str] = []
 
     def look(result: Any, self: train.Training, *others: Any) -> None:
-        for component in self.components:
+        for component in self.trainables.components:
             own = {id(parameter) for _, parameter in component.named_parameters()}
             astray.extend(
                 name
@@ -583,7 +583,7 @@ def test_frozen_text_encoders_are_gone_once_the_prompts_are_encoded(
     encoders: list[Any] = []
     spy(
         monkeypatch,
-        families,
+        loading,
         "load_encoders",
         lambda found, *args: encoders.extend(map(weakref.ref, found.values())),
     )

@@ -439,13 +439,13 @@ def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base,
 
 @pytest.mark.trains
 def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
-    real = train.Training.take_gradients
+    real = train.Training.gather_gradients
 
     def poisoned(self, total):
         real(self, total)
         total[0] = float("inf")
 
-    monkeypatch.setattr(train.Training, "take_gradients", poisoned)
+    monkeypatch.setattr(train.Training, "gather_gradients", poisoned)
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "2")
     assert stop.value.code == 1

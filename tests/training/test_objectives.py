@@ -57,9 +57,10 @@ def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Tr
     try:
         with contextlib.ExitStack() as stack:
             start = prepare.prepare(options, watch, stack)
+            assert start is not None
             training = assemble(start, watch)
             generator = torch.Generator().manual_seed(0)
-            for component in training.components:
+            for component in training.trainables.components:
                 for name, parameter in component.named_parameters():
                     if "lora_B" in name:
                         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -89,7 +90,7 @@ class Given:
 @torch.no_grad()
 def given(training: Training, rows: range, offset: float = 0.0) -> Given:
     """Pictures are opened, cropped and encoded here; the random numbers are those that belong to the rows."""
-    side, vae = training.resolution, training.parts.vae
+    side, vae = training.dataset.crops.resolution, training.frozen.parts.vae
     found: list[tuple[Any, ...]] = []
     for source in training.sources:
 
@@ -120,8 +121,8 @@ def given(training: Training, rows: range, offset: float = 0.0) -> Given:
                 posterior = vae.encode(latents).latent_dist
                 shape = tuple(posterior.mean.shape[1:])
                 latents = posterior.mean + posterior.std * noise_of("posterior", row, shape)
-                if training.parts.family.key == "sdxl" and isinstance(
-                    training.parts.noise_scheduler, EDMEulerScheduler
+                if training.frozen.parts.family.key == "sdxl" and isinstance(
+                    training.frozen.parts.noise_scheduler, EDMEulerScheduler
                 ):
                     mean, std = (
                         torch.tensor(v).view(1, 4, 1, 1)
@@ -183,8 +184,8 @@ def plain_step(
 ) -> torch.Tensor:
     """DreamBooth's loss for one batch (arXiv 2208.12242, eq. 2). `way` is epsilon, v_prediction, sigma (EDM's loss, Stable Diffusion's network)
     or edm (arXiv 2206.00364, table 1)."""
-    unet, x0, noise = training.parts.unet, question.latents, question.noise
-    config = dict(training.parts.noise_scheduler.config)
+    unet, x0, noise = training.frozen.parts.unet, question.latents, question.noise
+    config = dict(training.frozen.parts.noise_scheduler.config)
     column = (-1, 1, 1, 1)
     if way == "edm":
         low, high = config["sigma_min"] ** (1 / 7), config["sigma_max"] ** (1 / 7)
@@ -222,11 +223,11 @@ def plain_step(
             noisy = x0 + sigma.view(column) * noise
             model_input, target, weights = noisy / (sigma**2 + 1).sqrt().view(column), x0, 1 / sigma**2
             c_skip, c_out = torch.ones_like(sigma), -sigma
-    embeds, added = plain_conditions(text, training.parts.family.key, question)
+    embeds, added = plain_conditions(text, training.frozen.parts.family.key, question)
     output = unet(
         model_input.contiguous(memory_format=torch.channels_last), times, embeds, added_cond_kwargs=added
     ).sample
-    if training.parts.family.key == "if":
+    if training.frozen.parts.family.key == "if":
         output = output[:, :3]
     if way in ("edm", "sigma"):
         output = c_skip.view(column) * noisy + c_out.view(column) * output
@@ -237,7 +238,7 @@ def plain_step(
 def gradients(training: Training) -> torch.Tensor:
     """All of them in one row; the parameters have none afterwards."""
     found = []
-    for component in training.components:
+    for component in training.trainables.components:
         for name, parameter in component.named_parameters():
             assert parameter.grad is not None, name
             found.append(parameter.grad.flatten())
@@ -278,11 +279,11 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
     gamma, offset, prior = 5.0 if "snr" in more else None, 0.3 if "offset" in more else 0.0, PRIOR in more
     size = "" if "--resolution" in words else "--resolution 64"
     with a_training(request.getfixturevalue(base), pictures, tmp_path, f"{words} {size} {more}") as training:
-        text = training.parts.text or text_of(training.parts.base, training.options.text)
+        text = training.frozen.parts.text or text_of(training.frozen.parts.base, training.options.text)
         batches = micro_batches(
             training.dataset,
-            training.encoded,
-            training.parts.vae,
+            training.frozen.encoded,
+            training.frozen.parts.vae,
             range(2),
             slots=1,
             batch_size=2,
@@ -310,7 +311,7 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
                 difference(found, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1])
                 > 0.01
             )
-            if training.parts.family.key == "sdxl":
+            if training.frozen.parts.family.key == "sdxl":
                 assert (
                     difference(
                         found,

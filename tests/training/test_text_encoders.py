@@ -84,7 +84,7 @@ def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(
     request, photos_dir, tmp_path, monkeypatch, base, skip, layers
 ):
     """Three layers each: no parameter is without a gradient, which several processes would wait for."""
-    real = train.Training.take_gradients
+    real = train.Training.gather_gradients
     learning: set[str] = set()
     known: set[str] = set()
 
@@ -96,7 +96,7 @@ def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(
             )
         real(self, total)
 
-    monkeypatch.setattr(train.Training, "take_gradients", watched)
+    monkeypatch.setattr(train.Training, "gather_gradients", watched)
     words = [
         "--train_text_encoder",
         "--text_encoder_lr",

@@ -1,0 +1,264 @@
+"""Checks of a run's flags against device, photos and base, before anything slow and before anything is written.
+
+Each function raises UserError for what the user must put right, or returns notes on what is odd but works.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from transformers import PreTrainedTokenizerBase
+
+from dreambooth.adapter_files import formats
+from dreambooth.adapters import inject
+from dreambooth.bases import compilation, families, prompts, quantization, schedulers
+from dreambooth.data import encodings, photos
+from dreambooth.errors import UserError, shown
+from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.training import TextOptions, TrainOptions
+from dreambooth.runtime import memory
+from dreambooth.training import adapter_targets
+from dreambooth.training.trainables import AdapterState
+
+
+def check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> list[str]:
+    """Whether the device can do what the flags ask for. Turns TF32 on if --allow_tf32 asks for it."""
+    if options.run.enable_xformers_memory_efficient_attention and device.type != "cuda":
+        raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out")
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
+    quantization.check(options.speed, options.adapter.adapter, device)
+    memory.check(options.speed.offload, device)
+    if options.speed.compile:
+        compilation.check(device)
+    if options.run.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if options.speed.compile and device.type == "cpu":
+        return ["--compile is for GPUs: on a CPU it compiles for minutes, and steps are hardly faster"]
+    return []
+
+
+def check_base(options: TrainOptions, base: families.Base) -> None:
+    """Whether the base can do what the flags ask for. The UserError has a line for each flag that it cannot follow."""
+    problems = []
+    name, objective = base.family.name, options.objective
+    if base.is_edm and objective.snr_gamma is not None:
+        problems.append(
+            "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training, "
+            "as this base's scheduler asks for."
+        )
+    if objective.do_edm_style_training and not base.family.has_vae:
+        problems.append(f"--do_edm_style_training: {name} is trained on noise prediction; leave it out")
+    if base.is_edm and (scheduler := options.validation.validation_scheduler):
+        problems.append(
+            f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {scheduler} out"
+        )
+    if options.adapter.output_kohya_format and not base.family.has_vae:
+        problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
+    try:
+        families.check_text(base, options.text)
+    except UserError as error:
+        problems.append(str(error))
+    if options.prior.with_prior_preservation:
+        try:
+            schedulers.sampler_of(options.prior.generation.class_scheduler, base)
+        except UserError as error:
+            problems.append(str(error))
+    problems += _wrong_layers(options.adapter, options.text, base)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _wrong_layers(adapter: AdapterOptions, text: TextOptions, base: families.Base) -> list[str]:
+    """A line for each flag that names layers which the base does not have, or which cannot be trained."""
+    problems, trained = [], []
+    for component, targets in adapter_targets.trained_layers(base, adapter, text).items():
+        names, flag = adapter.unet_layers(), "--lora_layers"
+        if component != "unet":
+            names, flag = adapter.text_layers(), "--text_encoder_layers"
+        for name in names or ():
+            if not inject.layers_at((name,), targets.shapes):
+                near = difflib.get_close_matches(name, _name_ends(targets.shapes), n=3)
+                advice = f"; there are {', '.join(near)}" if near else ""
+                problems.append(f"{flag}: no layer of {component} ends with {name}{advice}")
+        if not targets.layers and not problems:
+            problems.append(
+                f"{flag}: all of these layers of {component} come after the last one whose output is used"
+            )
+        trained += [f"{component}.{layer}" for layer in targets.layers]
+        kernels = [layer for layer in targets.layers if max(targets.shapes[layer][2:], default=1) > 1]
+        if kernels and adapter.adapter == "oft":
+            problems.append(
+                f"{flag}: {kernels[0]} of {component} is a convolution of more than 1 x 1, "
+                "which --adapter oft cannot rotate"
+            )
+    if not problems:
+        problems += inject.unknown_parts("--rank_pattern", adapter.ranks, trained)
+        problems += inject.unknown_parts("--lr_pattern", adapter.learning_rates, trained)
+    return problems
+
+
+def _name_ends(shapes: adapter_targets.Shapes) -> list[str]:
+    """The last word, and the last two words, of the names of layers with weights."""
+    words = [layer.split(".") for layer, shape in shapes.items() if len(shape) > 1]
+    return sorted({".".join(name[-count:]) for name in words for count in (1, 2)})
+
+
+def check_prompts(
+    options: TrainOptions,
+    base: families.Base,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    captions: Mapping[str, str],
+) -> list[str]:
+    """Whether prompts fit into the text encoder. `captions` are by file name; one that does not fit is cut off, with a note."""
+    prompts_by_flag = {
+        "--instance_prompt": options.instance.instance_prompt,
+        "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
+        "--validation_prompt": options.validation.validation_prompt,
+    }
+    limit = families.max_tokens(base, options.text)
+    prompts.check(tokenizers, prompts_by_flag, limit)
+    # Captions are many, and often somebody else's.
+    cut = [
+        shown(name)
+        for name, caption in captions.items()
+        if any(prompts.words_cut(tokenizer, caption, limit) for tokenizer in tokenizers)
+    ]
+    if not cut:
+        return []
+    names = ", ".join(cut[:5]) + " ..." * (len(cut) > 5)
+    return [f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {names}"]
+
+
+def size_notes(instance: photos.Folder, resolution: int, base: families.Base) -> list[str]:
+    """Notes on photos smaller than the resolution, and on a resolution that the base was not trained for."""
+    notes = []
+    if small := [photo for photo in instance.photos if min(photo.size) < resolution]:
+        notes.append(
+            f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} "
+            "and will be enlarged"
+        )
+    if base.default_resolution != resolution:
+        notes.append(
+            f"--resolution is {resolution}; pictures of {base.default_resolution} pixels are what this base was made for"
+        )
+    return notes
+
+
+@dataclasses.dataclass(frozen=True)
+class InitAdapter:
+    """The tensors of --init_adapter, and a SHA-256 of them; empty, and None, without the flag."""
+
+    state: AdapterState
+    digest: str | None
+    notes: list[str]
+
+
+def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families.Base) -> InitAdapter:
+    """Read --init_adapter. Raises UserError if its kind, rank or layers are not those of this run."""
+    if adapter.init_adapter is None:
+        return InitAdapter({}, None, [])
+    path = Path(adapter.init_adapter)
+    try:
+        file = formats.read(path, base.layers())
+    except UserError as error:
+        raise UserError(f"--init_adapter: {error}") from None
+    kind = "dora" if adapter.use_dora else adapter.adapter
+    if (kinds := list(file.kinds)) != [kind]:
+        raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {kind}")
+    state = _peft_state(file)
+    if adapter.adapter == "lora" and not adapter.rank_pattern:
+        _check_ranks(path, state, adapter)
+    for component, targets in adapter_targets.trained_layers(base, adapter, text).items():
+        layers = set(file.components.get(component, targets.layers))
+        if differing := sorted(layers ^ set(targets.layers)):
+            raise UserError(
+                f"--init_adapter: {shown(path)} has {len(layers)} layers of {component} and this run trains "
+                f"{len(targets.layers)}, e.g. only one of them has {differing[0]}; "
+                "give the same --target_preset or layers"
+            )
+    has_text = any(component.startswith("text_encoder") for component in state)
+    if has_text and not text.train_text_encoder:
+        raise UserError(
+            f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder"
+        )
+    notes = []
+    if text.train_text_encoder and not has_text:
+        notes.append(f"{shown(path)} has no part for the text encoder: there the adapter starts at zero")
+    return InitAdapter(state, _digest(state), notes)
+
+
+def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> None:
+    for component, tensors in state.items():
+        rank, flag = adapter.rank, "--rank"
+        if component != "unet":
+            rank, flag = adapter.text_encoder_rank or adapter.rank, "--text_encoder_rank"
+        ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key})
+        if ranks != [rank]:
+            raise UserError(
+                f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; "
+                f"give the same as {flag}"
+            )
+
+
+def _digest(state: AdapterState) -> str:
+    digest = hashlib.sha256()
+    for component in sorted(state):
+        for key, tensor in sorted(state[component].items()):
+            digest.update(f"{component}.{key}".encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _peft_state(adapter: formats.Adapter) -> AdapterState:
+    """The tensors by component and by peft's key, as `Component.load_state_dict` takes them."""
+    state: AdapterState = {}
+    for name, tensor in load(formats.write_native(adapter, {})).items():
+        component, _, key = name.partition(".")
+        key = key.removeprefix("text_model.") if component != "unet" else key
+        state.setdefault(component, {})[key] = tensor
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Where latents and prompt embeddings are kept: `mode` is memory, disk or off; `folder` is that of a cache on disk."""
+
+    mode: encodings.Mode
+    folder: Path
+    notes: list[str]
+
+
+def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_folder: Path) -> Cache:
+    """The cache for `photo_count` instance photos and the class images.
+
+    Raises UserError if a cache on disk would lie beside the user's pictures, or beside the run's own files.
+    """
+    speed, prior = options.speed, options.prior
+    is_folder_given = speed.encoded_dir is not None
+    pictures = photo_count * (2 if options.instance.random_flip else 1)
+    pictures += prior.generation.num_class_images if prior.with_prior_preservation else 0
+    mode = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=is_folder_given)
+    notes = []
+    if mode != "off" and options.instance.dataloader_num_workers:
+        notes.append("You need not use --dataloader_num_workers without --cache_latents off.")
+    if mode != "disk" and is_folder_given:
+        notes.append(f"You need not use --encoded_dir with --cache_latents {mode}.")
+    if mode == "disk":
+        place = os.path.realpath(folder)
+        if place == os.path.realpath(options.run.output_dir):
+            raise UserError(
+                f"--encoded_dir and --output_dir must be two folders, got {shown(folder)} for both; "
+                "leave --encoded_dir out"
+            )
+        class_folder = prior.class_data_dir if prior.with_prior_preservation else None
+        for pictures_folder in (photos_folder, class_folder):
+            if pictures_folder is not None and place == os.path.realpath(pictures_folder):
+                raise UserError(
+                    f"--encoded_dir: {shown(folder)} is a folder of pictures; name one of its own"
+                )
+    return Cache(mode, folder, notes)

@@ -1,0 +1,53 @@
+"""What training starts from, once the input is checked."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dreambooth.bases import families
+from dreambooth.data.batches import Source
+from dreambooth.data.crops import Crops
+from dreambooth.files import checkpoint_folders
+from dreambooth.options.command_line import as_table, without_token
+from dreambooth.options.resolved import ResolvedTrainOptions
+from dreambooth.runtime.processes import Peers
+from dreambooth.training import run_folder
+from dreambooth.training.checks import Cache
+from dreambooth.training.trainables import AdapterState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run before its models are loaded. Nothing in `options` is left open."""
+
+    options: ResolvedTrainOptions
+    peers: Peers
+    base: families.Base
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
+    weight_dtype: torch.dtype
+    """Dtype of the frozen models."""
+    sources: list[Source]
+    """Instance photos, then class images."""
+    crops: Crops
+    cache: Cache
+    """Where latents and prompt embeddings are kept."""
+    init_adapter: AdapterState
+    """Tensors of --init_adapter; empty without it."""
+    checkpoint: checkpoint_folders.Content | None
+    """The checkpoint to resume from."""
+    continues_folder: bool
+    """Whether that checkpoint lies in --output_dir."""
+    identity: dict[str, Any]
+    """What run this is: the record in run.json and in every checkpoint."""
+    status: run_folder.Status
+    environment: dict[str, Any]
+    """What changes last bits: device, library versions, threads."""
+    repository: str | None
+    """OWNER/NAME on the hub that the result is uploaded to; None for no upload."""
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the run by name, without the hub token, and without those of a single start such as --overwrite."""
+        return without_token(as_table(self.options.without_once()))

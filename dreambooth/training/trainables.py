@@ -1,0 +1,205 @@
+"""What a run trains: adapters on the UNet and the text encoders, their optimizer and their learning rates."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from dreambooth.adapters import inject
+from dreambooth.bases import compilation
+from dreambooth.bases.loading import FrozenParts
+from dreambooth.data import sampling_order
+from dreambooth.errors import UserError
+from dreambooth.files import checkpoint_folders
+from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.resolved import ResolvedOptimizerOptions, ResolvedTrainOptions
+from dreambooth.options.training import TextOptions
+from dreambooth.training import adapter_targets, checkpoints, optimizers
+
+AdapterState = dict[str, dict[str, torch.Tensor]]
+"""Tensors of an adapter by component and by peft's key."""
+
+
+class Trainables:
+    """The adapters of one run, with their optimizer, learning-rate schedule and fp16 scaler.
+
+    `components` are the models with an adapter that is still trained; text encoders leave the list in `drop_text_encoders`.
+    """
+
+    def __init__(
+        self,
+        options: ResolvedTrainOptions,
+        parts: FrozenParts,
+        accelerator: Accelerator,
+        world: int,
+        max_steps: int,
+    ):
+        run, optimization = options.run, options.optimization
+        self.components = inject_adapters(parts, options.adapter, options.text, run.seed)
+        for component in self.components:
+            if options.speed.compile and component.name == "unet":
+                compilation.compile_blocks(component.model)
+            component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
+        if run.gradient_checkpointing:
+            self._enable_gradient_checkpointing()
+        if run.enable_xformers_memory_efficient_attention:
+            parts.unet.enable_xformers_memory_efficient_attention()
+        scale = run.gradient_accumulation_steps * run.train_batch_size * world if optimization.scale_lr else 1
+        groups = parameter_groups(self.components, optimization, options.adapter.learning_rates, scale=scale)
+        self.optimizer = optimizers.make(optimization, groups)
+        is_fp16 = accelerator.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_fp16)
+        self.lr_factor = lr_factor(optimization, max_steps)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that are still trained, in the order in which their gradients are exchanged."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def take_gradients(self) -> torch.Tensor:
+        """The gradients of all parameters in one tensor, [count]; they are removed from the parameters."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def put_gradients(self, flat: torch.Tensor) -> None:
+        """Make the gradients of all parameters views of `flat`, [count]."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set the learning rates of step number `step`, counted from 0. Returns them by their names in the log."""
+        rates = optimizers.set_learning_rate(self.optimizer, self.lr_factor(step))
+        return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
+
+    def optimizer_step(self) -> None:
+        """Apply the gradients."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def start_from(self, state: AdapterState) -> None:
+        """Fill the adapters with the tensors of --init_adapter. A component that `state` lacks keeps its random start."""
+        for component in self.components:
+            if component.name in state:
+                try:
+                    component.load_state_dict(state[component.name])
+                except UserError as error:
+                    raise UserError(f"--init_adapter: {error}") from None
+
+    def restore(self, checkpoint: checkpoint_folders.Content) -> None:
+        """Fill adapters, optimizer and scaler from a checkpoint of this run. Raises UserError if its tensors do not fit."""
+        state = checkpoints.read_state(checkpoint)
+        if not state.get("trains_text", True):
+            self.stop_text_optimizer()
+        checkpoints.restore(checkpoint, self.components, self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["grad_scaler"])
+
+    def text_components(self) -> list[inject.Component]:
+        """The text encoders that are still trained."""
+        return [component for component in self.components if component.name != "unet"]
+
+    def stop_text_optimizer(self) -> None:
+        """Take the text encoders' parameters out of the optimizer."""
+        for name in [group["name"] for group in self.optimizer.param_groups]:
+            if name.startswith("text_encoder"):
+                optimizers.drop(self.optimizer, name)
+
+    def drop_text_encoders(self) -> list[inject.Component]:
+        """Train the UNet alone from now on. Returns the text encoders."""
+        self.stop_text_optimizer()
+        dropped = self.text_components()
+        self.components = [component for component in self.components if component.name == "unet"]
+        return dropped
+
+    def _enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for component in self.components:
+            model = component.model
+            if component.name == "unet":
+                model.enable_gradient_checkpointing()  # type: ignore[operator]
+            else:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the models compute what a user of the adapter file gets: no dropout, and the values that the file gets."""
+        for component in self.components:
+            component.model.eval()
+        with optimizers.evaluated(self.optimizer):
+            yield
+        for component in self.components:
+            component.model.train()
+
+
+def inject_adapters(
+    parts: FrozenParts, adapter: AdapterOptions, text: TextOptions, seed: int
+) -> list[inject.Component]:
+    """Adapters on the UNet and, with --train_text_encoder, on the text encoders. Their random start depends on the seed alone."""
+    models: dict[str, torch.nn.Module] = {"unet": parts.unet}
+    if text.train_text_encoder:
+        assert parts.text is not None
+        models |= parts.text.encoders
+    components = []
+    for name, model in models.items():
+        shapes = inject.shapes_of(model)
+        modules = adapter_targets.target_modules(parts.base, name, adapter, text, shapes)
+        init_seed = sampling_order.key(seed, "lora-init", name)
+        components.append(inject.inject(name, model, adapter, modules, seed=init_seed))
+    return components
+
+
+def parameter_groups(
+    components: list[inject.Component],
+    optimization: ResolvedOptimizerOptions,
+    rates_by_part: dict[str, float],
+    *,
+    scale: int,
+) -> list[optimizers.Group]:
+    """The optimizer's groups: one for each component, and one more for each learning rate that --lr_pattern gives to parts of it.
+
+    A group without a rate from --lr_pattern has the component's name. `scale` multiplies every learning rate.
+    """
+    groups = []
+    for component in components:
+        rate, decay = optimization.rate_and_decay(component.name)
+        by_rate: dict[float | None, list[torch.nn.Parameter]] = {}
+        for name, parameter in component.named_parameters():
+            by_rate.setdefault(inject.by_part(rates_by_part, name), []).append(parameter)
+        for part_rate, parameters in by_rate.items():
+            name = component.name if part_rate is None else f"{component.name}:{part_rate!r}"
+            group_rate = (rate if part_rate is None else part_rate) * scale
+            groups.append(optimizers.Group(name, parameters, group_rate, decay))
+    return groups
+
+
+def lr_factor(optimization: ResolvedOptimizerOptions, max_steps: int) -> Callable[[int], float]:
+    """Step number, counted from 0 -> factor on the learning rates.
+
+    diffusers' schedules are functions of the step. Used as such they have no state that a resumed run would have to restore.
+    """
+    if optimizers.schedules_itself(optimization):
+        return lambda step: 1.0
+    # The polynomial schedule ends at a rate of 1e-7, and refuses to start below it.
+    rate = optimization.learning_rate
+    start = rate if rate and rate > 1e-7 else 1.0
+    unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=start)
+    schedule = get_scheduler(
+        optimization.lr_scheduler,
+        unused_optimizer,
+        num_warmup_steps=optimization.lr_warmup_steps,
+        num_training_steps=max_steps,
+        num_cycles=optimization.lr_num_cycles,
+        power=optimization.lr_power,
+    )
+    return schedule.lr_lambdas[0]
