@@ -1,7 +1,7 @@
-"""What is in a checkpoint: the adapter, the optimizer's tensors by parameter name, and a small JSON with the step and other numbers.
+"""The content of a checkpoint: adapter, optimizer tensors by parameter name, and a JSON of step and numbers.
 
-Where the parameters that are trained are others than the adapter's, they lie beside the optimizer's tensors. Nothing in it can carry code:
-safetensors and JSON only. How it comes to lie on the disk whole is checkpoint_files.py's.
+Trained parameters that differ from the adapter file's values are stored beside the optimizer's tensors. All
+files are safetensors or JSON, which carry no code. files/checkpoint_folders.py writes and checks the bytes.
 """
 
 import json
@@ -27,8 +27,10 @@ _RAW = "|param"
 
 
 def raw_parameters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Copies of the parameters as they are trained, `<parameter>|param`, to be saved with the optimizer's tensors: for runs in which the
-    adapter has other values. All parameters of a component, or none."""
+    """Copies of trained parameters by `<parameter>|param`, to be saved with the optimizer's tensors.
+
+    They are needed where the adapter file has other values: all parameters of a component, or none.
+    """
     return {
         f"{name}{_RAW}": parameter.detach().to("cpu", copy=True).contiguous()
         for name, parameter in named_parameters
@@ -45,10 +47,11 @@ def save(
     limit: int | None,
     identity: dict[str, Any] | None = None,
 ) -> Path:
-    """Publish `checkpoint-<step>`, then remove the oldest whole ones beyond `limit`. `identity`, what run this is, goes into the manifest.
-    `moments` are `optimizers.state_tensors` and `raw_parameters`; `state` has `optimizers.state_numbers` as "optimizer".
+    """Write `checkpoint-<step>`, then remove the oldest intact ones beyond `limit`. Returns its folder.
 
-    Raises SaveFailed if the disk does not take it; what was there is then as it was, and training can go on.
+    `moments` are `optimizers.state_tensors` and `raw_parameters`. `state` has `optimizers.state_numbers` as
+    "optimizer". `identity`, the record of the run, goes into the manifest.
+    Raises SaveFailed if it cannot be written: older checkpoints are then unchanged, and training can go on.
     """
     files = {
         native.ADAPTER_NAME: adapter,
@@ -59,7 +62,7 @@ def save(
 
 
 def read_state(content: Content) -> dict[str, Any]:
-    """What `save` was given as `state`, with the step. Raises UserError if it is none."""
+    """The `state` that `save` was given, with the step. Raises UserError if it is damaged."""
     where = content.folder / STATE
     try:
         state = json.loads(_file(content, STATE))
@@ -71,14 +74,16 @@ def read_state(content: Content) -> dict[str, Any]:
 
 
 def restore(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
-    """Fill adapters and optimizer from a checkpoint. The optimizer's groups may have some of the components' parameters only: those still
-    trained. Raises UserError, before anything is changed, if it does not fit."""
+    """Fill adapters and optimizer from a checkpoint.
+
+    The optimizer may hold a part of the components' parameters: those still trained. Raises UserError, before
+    anything is changed, if the checkpoint does not fit.
+    """
+    # Read and check everything.
     state = _adapter_state(content)
-    expected, found = sorted(c.name for c in components), sorted(state)
-    if expected != found:
-        raise UserError(
-            f"{_FLAG}: {content.folder} holds an adapter of {' and '.join(found)}; this run trains {' and '.join(expected)}"
-        )
+    trained, saved = (" and ".join(sorted(names)) for names in ((c.name for c in components), state))
+    if trained != saved:
+        raise UserError(f"{_FLAG}: {content.folder} holds an adapter of {saved}; this run trains {trained}")
     for component in components:
         try:
             component.check_state_dict(state[component.name])
@@ -87,8 +92,12 @@ def restore(content: Content, components: list[Component], optimizer: torch.opti
     names = {
         id(parameter): name for component in components for name, parameter in component.named_parameters()
     }
-    tensors, numbers = _optimizer_state(content, names, optimizer)
-    raw = _raw_parameters(content, components, optimizer)
+    run_state, tensors = read_state(content), _tensors(content, OPTIMIZER)
+    raw_tensors = {key.removesuffix(_RAW): value for key, value in tensors.items() if key.endswith(_RAW)}
+    tensors = {key: value for key, value in tensors.items() if not key.endswith(_RAW)}
+    numbers = _checked_numbers(content.folder, run_state, tensors, names, optimizer)
+    raw = _raw_parameters(content.folder, raw_tensors, components, optimizer)
+    # Fill.
     for component in components:
         component.load_state_dict(state[component.name])
     for parameter, value in raw.items():
@@ -103,7 +112,7 @@ def _file(content: Content, name: str) -> bytes:
 
 
 def _tensors(content: Content, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file. Raises UserError if it is not whole or has values that are not finite."""
+    """The tensors of a file. Raises UserError if it is damaged or has values that are not finite."""
     where = content.folder / name
     try:
         tensors = load(_file(content, name))
@@ -127,56 +136,54 @@ def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def _optimizer_state(
-    content: Content, names: dict[int, str], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], optimizers.Numbers]:
-    """The optimizer's tensors and numbers. Raises UserError if they are not exactly what this optimizer has."""
-    state, tensors = read_state(content), _tensors(content, OPTIMIZER)
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_RAW)}
-    # fp16 skips its first steps while the scale is found: the optimizer may not have stepped yet
+def _checked_numbers(
+    folder: Path,
+    state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    names: dict[int, str],
+    optimizer: torch.optim.Optimizer,
+) -> optimizers.StateNumbers:
+    """The optimizer's numbers. Raises UserError unless numbers and tensors are exactly this optimizer's."""
+    # fp16 skips its first steps while the scale is searched: the optimizer may not have stepped yet
     has_stepped = bool(tensors) or "grad_scaler" not in state
-    path = content.folder / STATE
+    path = folder / STATE
     try:
         numbers = optimizers.read_numbers(optimizer, names, state.get("optimizer"), has_stepped=has_stepped)
-        path = content.folder / OPTIMIZER
+        path = folder / OPTIMIZER
         if has_stepped:
             optimizers.check_tensors(optimizer, names, tensors)
     except UserError as error:
         raise UserError(f"{_FLAG}: {path} {error}") from None
-    return tensors, numbers
+    return numbers
 
 
 def _raw_parameters(
-    content: Content, components: list[Component], optimizer: torch.optim.Optimizer
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    components: list[Component],
+    optimizer: torch.optim.Optimizer,
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """The trained values of parameters whose adapter has others. Raises UserError unless a component has all or, where it may, none."""
-    where = f"{_FLAG}: {content.folder / OPTIMIZER}"
-    tensors = {
-        key.removesuffix(_RAW): tensor
-        for key, tensor in _tensors(content, OPTIMIZER).items()
-        if key.endswith(_RAW)
-    }
-    needed = (
-        {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if optimizers.needs_raw_parameters(optimizer)
-        else set()
-    )
-    raw = {}
+    """The trained values, by name in `tensors`, of parameters whose adapter has other values.
+
+    Raises UserError if a component has some of its parameters and not all, or none where they are needed.
+    """
+    where = f"{_FLAG}: {folder / OPTIMIZER}"
+    needs_all = optimizers.needs_raw_parameters(optimizer)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    raw, left = {}, dict(tensors)
     for component in components:
         parameters = dict(component.named_parameters())
-        if not (
-            parameters.keys() & tensors.keys()
-            or needed & {id(parameter) for parameter in parameters.values()}
-        ):
+        is_needed = needs_all and any(id(parameter) in stepped for parameter in parameters.values())
+        if not is_needed and parameters.keys().isdisjoint(left):
             continue
         for name, parameter in parameters.items():
-            value = tensors.pop(name, None)
+            value = left.pop(name, None)
             if value is None:
                 raise UserError(f"{where} is damaged: {name} lacks param")
             if value.shape != parameter.shape or value.dtype != parameter.dtype:
-                found, own = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (value, parameter))
-                raise UserError(f"{where} has {name}{_RAW} of shape {found}; the parameter has {own}")
+                saved, own = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (value, parameter))
+                raise UserError(f"{where} has {name}{_RAW} of shape {saved}; the parameter has {own}")
             raw[parameter] = value
-    if tensors:
-        raise UserError(f"{where} has a parameter {shown(min(tensors))}, which this run does not train")
+    if left:
+        raise UserError(f"{where} has a parameter {shown(min(left))}, which this run does not train")
     return raw

@@ -1,7 +1,7 @@
-"""The optimizers: how each is made, and what of it a checkpoint must hold so that a resumed run takes the same steps.
+"""The optimizers: how each is made, and its state in a checkpoint: a resumed run takes the same steps.
 
-The state of a parameter is tensors and whole numbers, and some optimizers keep numbers for a group of parameters as well. Tensors go into
-a safetensors file, numbers into JSON, whose floats come back as they were. Of Adam's flags Adafactor takes none: it has its own moments.
+A parameter's state is tensors and whole numbers. Some optimizers also keep numbers for each parameter group.
+A checkpoint holds the tensors as safetensors and the numbers as JSON, which returns floats bit for bit.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dreambooth.options.training import OptimizerOptions
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The parameters of one trained component, with the learning rate and weight decay that they get."""
+    """Parameters of one trained component with one learning rate and weight decay."""
 
     name: str
     parameters: list[torch.nn.Parameter]
@@ -26,9 +26,9 @@ class Group:
     weight_decay: float
 
 
-def make(o: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The optimizer of the flags, ready for steps; its groups have `name`, and `initial_lr` for `set_learning_rate`."""
-    settings = [
+def make(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer. Its groups have `name`, and `initial_lr` for `set_learning_rate`."""
+    param_groups = [
         {
             "name": g.name,
             "params": list(g.parameters),
@@ -38,20 +38,20 @@ def make(o: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
         }
         for g in groups
     ]
-    return _KINDS[o.optimizer].make(o, settings)
+    return _KINDS[options.optimizer].make(options, param_groups)
 
 
-def schedules_itself(o: OptimizerOptions) -> bool:
-    """Whether the optimizer warms up by itself: the factor for `set_learning_rate` is then 1 at every step."""
-    return o.optimizer == "schedule-free"
+def schedules_itself(options: OptimizerOptions) -> bool:
+    """Whether the optimizer has its own warm-up; the factor for `set_learning_rate` is then always 1."""
+    return options.optimizer == "schedule-free"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to `factor` times its own learning rate. What comes out is the rate of the next step by group, warm-up included."""
+    """Set every group to `factor` times its own learning rate. Returns each group's rate of the next step."""
     rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-        warmup = group.get("warmup_steps", 0)  # which only the schedule-free optimizer has
+        warmup = group.get("warmup_steps", 0)  # the schedule-free optimizer's own; others have none
         rates[group["name"]] = group["lr"] * (
             (group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0
         )
@@ -59,7 +59,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[s
 
 
 def drop(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Train the group of that name no more. Its parameters are left as the adapter is to have them, and their state is gone."""
+    """Remove the group of that name and its state. Its parameters keep the values of the adapter file."""
     (group,) = [group for group in optimizer.param_groups if group["name"] == name]
     with evaluated(optimizer):
         final = [parameter.detach().clone() for parameter in group["params"]]
@@ -77,30 +77,31 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
     """If `flag`, a float on the device, is 1, all later steps change neither parameters nor state.
 
-    The host does not wait for the flag: torch's fused kernels read it on the device, as they read GradScaler's.
+    The host does not wait for the flag: torch's fused kernels read it on the device, as GradScaler's.
     """
     fused: Any = optimizer
     fused.found_inf = flag
 
 
 def needs_raw_parameters(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the parameters that are stepped are others than the adapter's, so that a checkpoint needs both."""
+    """Whether trained parameters differ from the adapter file's values: a checkpoint then holds both."""
     return _name(optimizer) == "schedule-free"
 
 
 @contextlib.contextmanager
 def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the parameters are as the adapter is to have them; after it they are bit for bit what they were before.
+    """Within the block the parameters have the adapter's values; afterwards they are bit for bit as before.
 
-    The schedule-free optimizer takes its gradients between its last point and the average of all (arXiv 2405.15682, eq. 3 to 5), and the
-    average is the result. For the others nothing changes.
+    Only the schedule-free optimizer differs: its gradients are taken between its last point and the average
+    of all points, and the average is the adapter (arXiv 2405.15682, eq. 3 to 5).
     """
     if not needs_raw_parameters(optimizer):
         yield
         return
     averaging: Any = optimizer
     parameters = _parameters(optimizer)
-    training = [parameter.detach().clone() for parameter in parameters]  # its own way back, a lerp, rounds
+    # copies, since the optimizer's own train() restores the parameters by a lerp, which rounds
+    training = [parameter.detach().clone() for parameter in parameters]
     averaging.eval()
     try:
         yield
@@ -111,19 +112,19 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["train_mode"] = True
 
 
-# --- what a checkpoint holds
+# --- the state in a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbers:
-    """The part of an optimizer's state that is no tensors: by parameter name, and by group in the optimizer's order."""
+class StateNumbers:
+    """The numbers of an optimizer's state: by parameter name, and of each group in the optimizer's order."""
 
     parameters: dict[str, dict[str, int]]
     groups: list[dict[str, float]]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
-    """The tensors of the optimizer's state, `<parameter>|<field>`; `names` maps id(parameter) to its name."""
+    """The tensors of the optimizer's state by `<parameter>|<field>`; `names` maps id(parameter) to name."""
     kind = _kind(optimizer)
     return {
         f"{names[id(parameter)]}|{field}": state[field].detach().cpu().contiguous()
@@ -135,7 +136,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
 
 
 def state_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
-    """The numbers of the optimizer's state and its kind, as JSON has them."""
+    """The numbers of the optimizer's state and its kind, as JSON types."""
     kind = _kind(optimizer)
     stepped = {
         names[id(parameter)]: state
@@ -160,34 +161,35 @@ def state_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
 
 def read_numbers(
     optimizer: torch.optim.Optimizer, names: dict[int, str], numbers: object, *, has_stepped: bool
-) -> Numbers:
-    """What `state_numbers` gave, checked to fit the optimizer; None, as of a checkpoint without, fits AdamW.
+) -> StateNumbers:
+    """The numbers that `state_numbers` returned. None, from a checkpoint that records none, fits AdamW.
 
-    Raises UserError with what the place that they are from has or lacks.
+    Raises UserError if they do not fit this optimizer. The message begins with the verb; the caller puts the
+    file before it.
     """
-    kind, own = _kind(optimizer), _name(optimizer)
+    kind, name = _kind(optimizer), _name(optimizer)
     if numbers is None:
-        if own != "adamw":
-            raise UserError(f"has no state of --optimizer {own}: it was written with another optimizer")
-        return Numbers({}, [{} for _ in optimizer.param_groups])
-    table = _table(numbers, ("kind", "groups", "parameters"), "optimizer")
-    if table["kind"] != own:
+        if name != "adamw":
+            raise UserError(f"has no state of --optimizer {name}: it was written with another optimizer")
+        return StateNumbers({}, [{} for _ in optimizer.param_groups])
+    table = _checked_table(numbers, ("kind", "groups", "parameters"), "optimizer")
+    if table["kind"] != name:
         raise UserError(
-            f"has the state of --optimizer {shown(table['kind'])[:80]}; this run has --optimizer {own}"
+            f"has the state of --optimizer {shown(table['kind'])[:80]}; this run has --optimizer {name}"
         )
     group_names = [group["name"] for group in optimizer.param_groups] if kind.numbers else []
-    groups = _table(table["groups"], group_names, "groups of the optimizer")
+    groups = _checked_table(table["groups"], group_names, "groups of the optimizer")
     for name in group_names:
-        for field, value in _table(groups[name], kind.numbers, f"group {name}").items():
+        for field, value in _checked_table(groups[name], kind.numbers, f"group {name}").items():
             _check_number(value, kind.numbers[field], f"{field} of group {name}")
     trained = (
         [names[id(parameter)] for parameter in _parameters(optimizer)] if kind.counts and has_stepped else []
     )
-    parameters = _table(table["parameters"], trained, "parameters of the optimizer")
+    parameters = _checked_table(table["parameters"], trained, "parameters of the optimizer")
     for name in trained:
-        for field, value in _table(parameters[name], kind.counts, name).items():
+        for field, value in _checked_table(parameters[name], kind.counts, name).items():
             _check_number(value, int, f"{field} of {name}")
-    return Numbers(
+    return StateNumbers(
         parameters, [groups[group["name"]] if kind.numbers else {} for group in optimizer.param_groups]
     )
 
@@ -195,14 +197,17 @@ def read_numbers(
 def check_tensors(
     optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Raise UserError, with what the place that they are from has or lacks, unless `tensors` are all that this optimizer has after a step."""
+    """Raise UserError unless `tensors` are exactly those of this optimizer after a step.
+
+    The message begins with the verb; the caller puts the file before it.
+    """
     kind = _kind(optimizer)
     expected = {
         names[id(parameter)]: kind.tensors(optimizer, group, parameter)
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    found: dict[str, set[str]] = {}
+    present: dict[str, set[str]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("|")
         if name not in expected:
@@ -210,11 +215,11 @@ def check_tensors(
         if field not in expected[name]:
             raise UserError(f"has {shown(key)}, which --optimizer {_name(optimizer)} does not have")
         expected[name][field].check(key, tensor)
-        found.setdefault(name, set()).add(field)
+        present.setdefault(name, set()).add(field)
     for name, fields in expected.items():
-        if name not in found:
+        if name not in present:
             raise UserError(f"is damaged: {name} lacks everything")
-        if lacking := fields.keys() - found[name]:
+        if lacking := fields.keys() - present[name]:
             raise UserError(f"is damaged: {name} lacks {', '.join(sorted(lacking))}")
 
 
@@ -222,9 +227,9 @@ def fill(
     optimizer: torch.optim.Optimizer,
     names: dict[int, str],
     tensors: dict[str, torch.Tensor],
-    numbers: Numbers,
+    numbers: StateNumbers,
 ) -> None:
-    """Put a state into the optimizer that `check_tensors` and `read_numbers` let pass; no tensors are those of one that has not stepped."""
+    """Put a checked state into the optimizer. Without tensors the optimizer has not stepped yet."""
     kind = _kind(optimizer)
     optimizer.state.clear()
     for group, values in zip(optimizer.param_groups, numbers.groups, strict=True):
@@ -238,8 +243,8 @@ def fill(
             state.update(kind.constants(optimizer, parameter))
 
 
-def _table(value: object, fields: Iterable[str], what: str) -> dict[str, Any]:
-    """`value`, which must be a table of exactly these fields."""
+def _checked_table(value: object, fields: Iterable[str], what: str) -> dict[str, Any]:
+    """The value, if it is a table of exactly these fields. Raises UserError if not."""
     fields = set(fields)
     if not isinstance(value, dict):
         raise UserError(f"is damaged: its {what} must be a table, got {ascii(value)[:80]}")
@@ -253,7 +258,7 @@ def _table(value: object, fields: Iterable[str], what: str) -> dict[str, Any]:
 
 
 def _check_number(value: object, type_: type, what: str) -> None:
-    if type_ is int:  # a count of steps; some optimizers pass it on as 32 bits
+    if type_ is int:  # a count of steps, which some optimizers convert to 32 bits
         fits, rule = type(value) is int and 0 <= value < 2**31, "a whole number, at least 0"
     else:
         fits, rule = type(value) is float and math.isfinite(value), "a finite number with a decimal point"
@@ -268,23 +273,22 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 # --- the kinds
 
 
-class _Field:
-    """A tensor that a parameter has in the optimizer's state: its dtype, and the shapes that it can have."""
+class _StateTensor:
+    """A tensor of a parameter's state: its dtype, and the shapes that it can have."""
 
     def __init__(self, dtype: torch.dtype, *shapes: Sequence[int]):
         self.dtype, self.shapes = dtype, [tuple(shape) for shape in shapes]
 
     def check(self, key: str, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) not in self.shapes:
-            raise UserError(
-                f"has {key} of shape {tuple(tensor.shape)}; this run needs {' or '.join(map(str, self.shapes))}"
-            )
+            needed = " or ".join(map(str, self.shapes))
+            raise UserError(f"has {key} of shape {tuple(tensor.shape)}; this run needs {needed}")
         if tensor.dtype != self.dtype:
             raise UserError(f"has {key} of {tensor.dtype}; this run needs {self.dtype}")
 
 
-_Settings = list[dict[str, Any]]
-_Fields = dict[str, _Field]
+_ParamGroups = list[dict[str, Any]]
+_StateTensors = dict[str, _StateTensor]
 
 
 def _no_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
@@ -292,55 +296,57 @@ def _no_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, to
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
-    """One optimizer."""
+class _OptimizerKind:
+    """How one optimizer is made, and what its state is made of."""
 
     class_name: str
-    make: Callable[[OptimizerOptions, _Settings], torch.optim.Optimizer]
-    tensors: Callable[[Any, dict[str, Any], torch.nn.Parameter], _Fields]
-    """(optimizer, group, parameter) -> the tensors of that parameter's state."""
+    make: Callable[[OptimizerOptions, _ParamGroups], torch.optim.Optimizer]
+    tensors: Callable[[Any, dict[str, Any], torch.nn.Parameter], _StateTensors]
+    """(optimizer, group, parameter) -> the tensors of the parameter's state by field."""
     counts: tuple[str, ...] = ()
-    """The whole numbers of a parameter's state."""
+    """Fields of a parameter's state that are whole numbers."""
     numbers: dict[str, type] = dataclasses.field(default_factory=dict)
-    """The numbers of a group that change with the steps and are read by the next; no settings."""
+    """Fields of a group that are numbers and change with the steps, with their types; no settings."""
     constants: Callable[[Any, torch.nn.Parameter], dict[str, torch.Tensor]] = _no_constants
-    """(optimizer, parameter) -> what the parameter's state has besides, the same in every run: not stored."""
+    """(optimizer, parameter) -> tensors of the parameter's state that are not stored: they never change."""
 
 
-def _make_adamw(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
-    # one kernel for all parameters: an adapter is hundreds of small tensors
-    return torch.optim.AdamW(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=True)
+def _make_adamw(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
+    # fused: one kernel for all parameters, since an adapter is hundreds of small tensors
+    return torch.optim.AdamW(
+        param_groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon, fused=True
+    )
 
 
-def _adamw_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
-    moment = _Field(parameter.dtype, parameter.shape)
-    return {"step": _Field(torch.float32, ()), "exp_avg": moment, "exp_avg_sq": moment}
+def _adamw_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:
+    moment = _StateTensor(parameter.dtype, parameter.shape)
+    return {"step": _StateTensor(torch.float32, ()), "exp_avg": moment, "exp_avg_sq": moment}
 
 
-def _make_adamw8bit(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
+def _make_adamw8bit(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon)
+    return bitsandbytes.optim.AdamW8bit(
+        param_groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon
+    )
 
 
 def _is_8bit(optimizer: Any, parameter: torch.nn.Parameter) -> bool:
-    """bitsandbytes keeps the moments of small parameters, as most of a low rank are, in 32 bits."""
+    """Whether bitsandbytes keeps the parameter's moments in 8 bits; those of small parameters have 32."""
     return parameter.numel() >= optimizer.args.min_8bit_size
 
 
-def _adamw8bit_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
+def _adamw8bit_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:
     if not _is_8bit(optimizer, parameter):
-        moment = _Field(torch.float32, parameter.shape)
+        moment = _StateTensor(torch.float32, parameter.shape)
         return {"state1": moment, "state2": moment}
-    moment, scales = (
-        _Field(torch.uint8, parameter.shape),
-        _Field(torch.float32, (-(-parameter.numel() // 256),)),
-    )  # one for 256 values
+    moment = _StateTensor(torch.uint8, parameter.shape)
+    scales = _StateTensor(torch.float32, (-(-parameter.numel() // 256),))  # one for 256 values
     return {"state1": moment, "state2": moment, "absmax1": scales, "absmax2": scales}
 
 
 def _adamw8bit_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """What the 8-bit codes stand for: two tables, [256] each, that all parameters share."""
+    """The values of the 8-bit codes: two tables, [256] each, that all parameters share."""
     if not _is_8bit(optimizer, parameter):
         return {}
     tables = optimizer.name2qmap
@@ -349,79 +355,84 @@ def _adamw8bit_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[
     return {"qmap1": tables["dynamic"], "qmap2": tables["udynamic"]}
 
 
-def _make_prodigy(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
+def _make_prodigy(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
     import prodigyopt
 
     return prodigyopt.Prodigy(
-        settings,
-        betas=(o.adam_beta1, o.adam_beta2),
-        beta3=o.prodigy_beta3,
-        eps=o.adam_epsilon,
-        decouple=o.prodigy_decouple,
-        use_bias_correction=o.prodigy_use_bias_correction,
-        safeguard_warmup=o.prodigy_safeguard_warmup,
+        param_groups,
+        betas=(options.adam_beta1, options.adam_beta2),
+        beta3=options.prodigy_beta3,
+        eps=options.adam_epsilon,
+        decouple=options.prodigy_decouple,
+        use_bias_correction=options.prodigy_use_bias_correction,
+        safeguard_warmup=options.prodigy_safeguard_warmup,
     )
 
 
-def _prodigy_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
-    moment, size = _Field(parameter.dtype, parameter.shape), (parameter.numel(),)
-    # p0 is where the parameter started; for one that was all zeros, as every lora_B is, a single 0
+def _prodigy_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:
+    moment, size = _StateTensor(parameter.dtype, parameter.shape), (parameter.numel(),)
+    # p0 holds the parameter's first values; a single 0 if they were all zeros, as of every lora_B
     fields = {
-        "s": _Field(parameter.dtype, size),
-        "p0": _Field(parameter.dtype, size, ()),
+        "s": _StateTensor(parameter.dtype, size),
+        "p0": _StateTensor(parameter.dtype, size, ()),
         "exp_avg_sq": moment,
     }
     return fields | ({"exp_avg": moment} if group["betas"][0] > 0 else {})
 
 
-def _make_adafactor(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
+def _make_adafactor(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(settings, scale_parameter=False, relative_step=False, warmup_init=False)
+    return Adafactor(param_groups, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _adafactor_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
+def _adafactor_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:
     shape, dtype = parameter.shape, parameter.dtype
-    rms = {"RMS": _Field(dtype, ())}
+    rms = {"RMS": _StateTensor(dtype, ())}
     if len(shape) < 2:
-        return rms | {"exp_avg_sq": _Field(dtype, shape)}
+        return rms | {"exp_avg_sq": _StateTensor(dtype, shape)}
     return rms | {
-        "exp_avg_sq_row": _Field(dtype, shape[:-1]),
-        "exp_avg_sq_col": _Field(dtype, shape[:-2] + shape[-1:]),
+        "exp_avg_sq_row": _StateTensor(dtype, shape[:-1]),
+        "exp_avg_sq_col": _StateTensor(dtype, shape[:-2] + shape[-1:]),
     }
 
 
-def _make_schedule_free(o: OptimizerOptions, settings: _Settings) -> torch.optim.Optimizer:
+def _make_schedule_free(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
     import schedulefree
 
-    warmup = o.lr_warmup_steps if o.lr_scheduler == "constant_with_warmup" else 0
+    warmup = options.lr_warmup_steps if options.lr_scheduler == "constant_with_warmup" else 0
     optimizer = schedulefree.AdamWScheduleFree(
-        settings, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, warmup_steps=warmup
+        param_groups,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        warmup_steps=warmup,
     )
     optimizer.train()
     return optimizer
 
 
-def _schedule_free_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _Fields:
-    like = _Field(parameter.dtype, parameter.shape)
+def _schedule_free_tensors(
+    optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter
+) -> _StateTensors:
+    like = _StateTensor(parameter.dtype, parameter.shape)
     return {"z": like, "exp_avg_sq": like}
 
 
-# By --optimizer.
+# By the word of --optimizer.
 _KINDS = {
-    "adamw": _Kind("AdamW", _make_adamw, _adamw_tensors),
-    "adamw8bit": _Kind(
+    "adamw": _OptimizerKind("AdamW", _make_adamw, _adamw_tensors),
+    "adamw8bit": _OptimizerKind(
         "AdamW8bit", _make_adamw8bit, _adamw8bit_tensors, counts=("step",), constants=_adamw8bit_constants
     ),
-    "prodigy": _Kind(
+    "prodigy": _OptimizerKind(
         "Prodigy",
         _make_prodigy,
         _prodigy_tensors,
         counts=("step",),
         numbers={"d": float, "d_max": float, "d_numerator": float, "k": int},
     ),
-    "adafactor": _Kind("Adafactor", _make_adafactor, _adafactor_tensors, counts=("step",)),
-    "schedule-free": _Kind(
+    "adafactor": _OptimizerKind("Adafactor", _make_adafactor, _adafactor_tensors, counts=("step",)),
+    "schedule-free": _OptimizerKind(
         "AdamWScheduleFree",
         _make_schedule_free,
         _schedule_free_tensors,
@@ -432,9 +443,9 @@ _NAMES = {kind.class_name: name for name, kind in _KINDS.items()}
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer as --optimizer calls it."""
+    """The optimizer's word for --optimizer."""
     return _NAMES[type(optimizer).__name__]
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> _Kind:
+def _kind(optimizer: torch.optim.Optimizer) -> _OptimizerKind:
     return _KINDS[_name(optimizer)]
