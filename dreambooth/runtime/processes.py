@@ -49,8 +49,7 @@ def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
 
 def notes() -> list[str]:
     """A note for the user if the launcher started one process where several were asked for."""
-    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT, and then starts one process without a
-    # message
+    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT and starts one process, without a message
     environment = os.environ
     if "ACCELERATE_DYNAMO_BACKEND" not in environment or "MASTER_PORT" not in environment:
         return []
@@ -59,8 +58,8 @@ def notes() -> list[str]:
     match = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
     return [
         f"accelerate launch was asked for {match[1] if match else 'several'} processes and started 1: "
-        "on CPUs it starts several only as `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N` "
-        "(configs/accelerate/cpu_processes.yaml)"
+        "on CPUs it starts several only as `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+        "--num_processes N` (configs/accelerate/cpu_processes.yaml)"
     ]
 
 

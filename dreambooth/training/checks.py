@@ -33,7 +33,7 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
     if mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     quantization.check(options.speed, options.adapter.adapter, device)
-    memory.check(options.speed.offload, device)
+    memory.check_offload(offload=options.speed.offload, device=device)
     if options.speed.compile:
         compilation.check(device)
     if options.run.allow_tf32:

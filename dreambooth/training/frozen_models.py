@@ -82,7 +82,7 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
         pictures = [picture for source in start.sources for picture in source.pictures()]
         encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
         _report_damaged(cache, peers)
-    memory.give_back()
+    memory.release()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
 
     # UNet: a GPU that holds its layers in few bits may not have room for them in many
