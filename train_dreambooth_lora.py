@@ -1,10 +1,12 @@
-"""Teach a diffusion model one subject from a handful of photos: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
+"""Teach a diffusion model one subject from a handful of photos.
 
-The base may be Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF. The flags of Hugging Face diffusers' scripts of the same
-name work here unchanged. Launch with `accelerate launch` or plain `python`."""
+The method is DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685). The base is Stable Diffusion 1.x,
+2.x or XL, or the first stage of DeepFloyd IF. Command lines of Hugging Face diffusers' scripts of the same
+name work unchanged. Launch with `accelerate launch` or plain `python`.
+"""
 
 from dreambooth.bases import folders
-from dreambooth.options.command_line import as_table, parse, without_token, yaml_text
+from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
 
@@ -17,7 +19,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,9 @@ from dreambooth.bases import autoencoder
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
-from dreambooth.files import checkpoint_folders
 from dreambooth.runtime import memory
 from dreambooth.runtime.stops import Stop, Watch
-from dreambooth.training import (
-    frozen_models,
-    hub,
-    metrics,
-    model_card,
-    objectives,
-    prepare,
-    run_folder,
-    saving,
-)
+from dreambooth.training import frozen_models, metrics, objectives, prepare, publishing, run_folder, saving
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.loss_log import LossLog, StepRecord
 from dreambooth.training.start import Start
@@ -58,7 +49,7 @@ def denoising_losses(
 def dreambooth_loss(
     losses: torch.Tensor, *, sources: int, prior_loss_weight: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss to minimise, its parts by name). `losses` are those of the instance rows, then, with two sources, of as many class rows.
+    """(loss to minimise, its parts by name), from the losses of instance rows and then as many class rows.
 
     Instance and class rows are averaged separately (DreamBooth, arXiv 2208.12242, eq. 2).
     """
@@ -81,19 +72,10 @@ class Training:
         pictures = pictures_of_pass([len(s.photos) for s in self.sources], repeats=options.instance.repeats)
         self.steps_per_epoch, self.max_steps = options.run.steps(pictures, self.peers.world)
         self.text_steps = options.text_steps(self.max_steps)
-        self.trainables = Trainables(
-            options, frozen.parts, self.accelerator, self.peers.world, self.max_steps
-        )
-        self.saver = saving.Saver(
-            options.run,
-            self.peers,
-            self.trainables,
-            info=saving.adapter_info(start.flags, start.identity["base"]),
-            identity=start.identity,
-            environment=start.environment,
-        )
-        self.loss_log = LossLog(self.device, self.trainables, self.pictures_of_slots)
-        self.validation = ValidationPictures(options, self.peers, frozen, self.trainables, watch.check)
+        self.trainables = Trainables(start, frozen.parts, self.max_steps)
+        self.saver = saving.Saver(start, self.trainables)
+        self.loss_log = LossLog(self.trainables, self.dataset, self.slots, options.run.train_batch_size)
+        self.validation = ValidationPictures(start, frozen, self.trainables, watch.check)
         self.first_step = 0
         self.is_between_steps = True
         self.memory: dict[str, memory.Reading] = {}  # by phase of the run
@@ -101,27 +83,27 @@ class Training:
     # ---- one step
 
     def step(self, step: int, batches: Iterator[MicroBatch]) -> None:
-        """Optimizer step number `step`, counted from 0. Raises Stop, with the step undone or not begun, if the run is to end."""
-        run = self.options.run
-        gradients = torch.zeros(self.trainables.count, device=self.device)
+        """Optimizer step number `step`, counted from 0. Raises Stop before it if the run must end."""
+        run, gradients = self.options.run, torch.zeros(self.trainables.count, device=self.device)
         losses = []
         for _ in range(run.gradient_accumulation_steps):
             losses.append(self.micro_step(next(batches)))
             self.gather_gradients(gradients)
         if run.gradient_sync == "ddp" and self.peers.world > 1:
             gradients = self.peers.sum(gradients)
-        by_slot = {name: self._by_slot(torch.stack([loss[name] for loss in losses])) for name in losses[0]}
+        by_slot = {
+            name: self.peers.gather_slots(torch.stack([loss[name] for loss in losses])) for name in losses[0]
+        }
         self.peers.sync_stop()
         self.update(gradients, step, by_slot)
 
     def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one micro-batch. Leaves gradients on the parameters; returns the detached loss and its parts."""
+        """Forward and backward pass of one micro-batch. Returns the loss and its parts, detached."""
         # task: noisy latents, timesteps and target
         task = self.make_task(batch)
         # prediction
-        torch.manual_seed(
-            sampling_order.key(self.seed, "dropout", batch.step, batch.slot)
-        )  # no generator argument
+        # dropout takes no generator
+        torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))
         model_output = self.predict(task, self.frozen.encode(batch.prompts), batch)
         if self.peers.world == 1:  # several processes stop together, once a micro-step
             self.watch.check()
@@ -135,16 +117,15 @@ class Training:
         return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
 
     def make_task(self, batch: MicroBatch) -> objectives.Task:
-        """Noisy latents, timesteps and target of the batch, on the device. Every random number is a function of seed and row."""
+        """Noisy latents, timesteps and target, on the device. Random numbers depend on seed and row alone."""
         noise_scheduler, objective = self.frozen.parts.noise_scheduler, self.options.objective
         rows, shape = batch.rows, tuple(batch.posterior.mean.shape[1:])
         posterior_noise = self.dataset.randn("posterior", rows, shape)
         latents = autoencoder.normalized(self.vae_config, batch.posterior.sample(posterior_noise))
         noise = self.dataset.randn("noise", rows, shape)
         if objective.noise_offset:
-            noise = noise + objective.noise_offset * self.dataset.randn(
-                "noise-offset", rows, (shape[0], 1, 1)
-            )
+            offsets = self.dataset.randn("noise-offset", rows, (shape[0], 1, 1))
+            noise = noise + objective.noise_offset * offsets
         timesteps = self.dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps)
         latents, noise, timesteps = (memory.to_device(t, self.device) for t in (latents, noise, timesteps))
         return objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
@@ -153,9 +134,7 @@ class Training:
         """The UNet's output, [B, C, h, w]."""
         unet = self.frozen.parts.unet
         prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
-        time_ids = batch.time_ids(self.dataset.crops.resolution).to(
-            self.device
-        )  # float32: bf16 would round sizes
+        time_ids = batch.time_ids(self.dataset.crops.resolution).to(self.device)
         offload = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
         with self.accelerator.autocast(), offload:
             model_output = unet(
@@ -169,9 +148,10 @@ class Training:
         return model_output.chunk(2, dim=1)[0] if has_variance else model_output
 
     def gather_gradients(self, total: torch.Tensor) -> None:
-        """Add the micro-step's gradients of every process to `total`, [parameters], in the order of slots, which no number of processes changes.
+        """Add the micro-step's gradients of every process to `total`, [parameters], in the order of slots.
 
-        With --gradient_sync ddp, add those of this process alone: they are summed once at the end of the step.
+        That order does not depend on the number of processes. With --gradient_sync ddp, add the gradients of
+        this process alone: the processes are summed at the end of the step.
         """
         gradients = self.trainables.take_gradients()
         if self.options.run.gradient_sync == "ddp":
@@ -183,7 +163,8 @@ class Training:
     def update(self, gradients: torch.Tensor, step: int, losses: dict[str, torch.Tensor]) -> None:
         """One optimizer step from the summed gradients, [parameters]. `losses` are by name, [slots].
 
-        Raises Stop before stepping if a loss or gradient is not finite. On a GPU this is decided on the device and read later.
+        Raises Stop before stepping if a loss or gradient is not finite. On a GPU this is decided on the
+        device and read later.
         """
         trainables = self.trainables
         learning_rates = trainables.set_learning_rates(step)
@@ -202,22 +183,10 @@ class Training:
         self.loss_log.add(record)
         self.is_between_steps = True
 
-    def pictures_of_slots(self, step: int, slots: list[int]) -> str:
-        """The rows of these slots of a step and the names of their photos, for a message."""
-        size = self.options.run.train_batch_size
-        rows = [
-            r for s in slots for r in sampling_order.rows_of_slot(step, s, slots=self.slots, batch_size=size)
-        ]
-        return self.dataset.describe(rows)
-
-    def _by_slot(self, values: torch.Tensor) -> torch.Tensor:
-        """[slots], from [micro-steps] of every process: slot j was micro-step j // world of process j % world."""
-        return self.peers.gather(values[None]).transpose(0, 1).flatten()
-
     # ---- all steps
 
     def train(self) -> None:
-        """All steps, checkpoints and validations, and the finished adapter. If anything ends the run early, the last completed step is saved."""
+        """All steps, and the finished adapter. If the run ends early, its last completed step is saved."""
         run = self.options.run
         batches = micro_batches(
             self.dataset,
@@ -232,21 +201,20 @@ class Training:
         )
         progress = metrics.Progress(
             self.accelerator,
-            Path(run.output_dir) / "metrics.jsonl",
+            self.saver.output_dir / run_folder.METRICS,
             first_step=self.first_step,
             last_step=self.max_steps,
             images_per_step=self.slots * run.train_batch_size * len(self.sources),
+            memory_by_phase=self.memory,
         )
         with contextlib.closing(progress):
-            for phase, reading in self.memory.items():  # of the phases before the first step
-                progress.memory(self.first_step, phase, reading)
             try:
                 for step in range(self.first_step, self.max_steps):
                     if step >= self.text_steps and self.trainables.text_components():
                         self.finish_text()  # here in a run that was stopped before it could
                     self.step(step, batches)
                     self.after_step(step + 1, progress)
-                self.note_memory("training", self.max_steps, progress)
+                progress.note_memory("training", self.max_steps)
                 self.saver.final(self.max_steps)
                 self.validation.draw_finished(self.saver, self.max_steps, progress)
             except BaseException as error:
@@ -254,7 +222,7 @@ class Training:
                 raise
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
-        """What is due after `step` steps: losses are read, the text encoder is frozen, a checkpoint and validation pictures are made."""
+        """What is due after `step` steps: reading losses, freezing the text encoder, checkpoint, pictures."""
         ends_text = step == self.text_steps < self.max_steps and bool(self.trainables.text_components())
         is_first, is_last = step == self.first_step + 1, step == self.max_steps
         is_saved = step % self.options.run.checkpointing_steps == 0
@@ -265,7 +233,7 @@ class Training:
         if ends_text:
             self.finish_text()
         if is_first:
-            self.note_memory("first step", step, progress)
+            progress.note_memory("first step", step)
         if is_saved:
             self.saver.checkpoint(step)
         if is_drawn:
@@ -275,7 +243,7 @@ class Training:
 
     @torch.no_grad()
     def finish_text(self) -> None:
-        """Stop training the text encoders: encode every prompt once more, keep the adapters for the file, free the models."""
+        """Stop training the text encoders: encode all prompts, keep the adapters, free the models."""
         with self.trainables.evaluating():
             self.frozen.free_text_encoders(self.watch.check)
         for component in self.trainables.drop_text_encoders():
@@ -283,28 +251,18 @@ class Training:
         self.peers.say(f"the text encoder is trained no more after step {self.text_steps}")
 
     def save_last_step(self, error: BaseException, progress: metrics.Progress) -> None:
-        """Save the last completed step of a run that `error` ends. Raises Stop in its place if steps were skipped: the run would fail again."""
+        """Save the last completed step. Raises Stop in place of `error` if steps were skipped."""
         if not self.is_between_steps:
             return
         reason = self.loss_log.drop_skipped()
         self.saver.what_is_done(self.loss_log.completed, self.max_steps)
         self.loss_log.read(progress)
         if reason is not None and isinstance(error, Stop):
-            raise reason from None
-
-    def note_memory(self, phase: str, step: int, progress: metrics.Progress) -> None:
-        """Record the memory that this process takes at the end of a phase."""
-        self.memory[phase] = memory.reading(self.device)
-        progress.memory(step, phase, self.memory[phase])
-
-    def resume(self, checkpoint: checkpoint_folders.Content) -> None:
-        """Go on from a checkpoint of this run. Raises UserError if its tensors do not fit."""
-        self.trainables.restore(checkpoint)
-        self.first_step = self.loss_log.completed = self.saver.saved = checkpoint.step
+            raise reason from None  # resumed, the run would fail at that step again
 
 
 def assemble(start: Start, watch: Watch) -> Training:
-    """The run before its first step: models loaded, adapters injected, started from a checkpoint or an adapter file where one is given."""
+    """The run before its first step, with models loaded and adapters injected."""
     frozen = frozen_models.load(start, watch.check)
     training = Training(start, frozen, watch)
     training.memory |= frozen.memory | {"loaded": memory.reading(training.device)}
@@ -318,26 +276,22 @@ def train(options: TrainOptions, watch: Watch) -> None:
         if start is None:  # --dry_run
             return
         peers = start.peers
-        training, output_dir = assemble(start, watch), Path(start.options.run.output_dir)
+        training = assemble(start, watch)
         peers.say(inject.describe(training.trainables.components))
         processes = f"{peers.world} process{'es' if peers.world > 1 else ''}"
         peers.say(f"training on {processes}, {training.slots} micro-batches a step")
 
         # where the run starts
         if start.checkpoint:
-            training.resume(start.checkpoint)
+            training.trainables.restore(start.checkpoint)
+            training.first_step = training.loss_log.completed = training.saver.saved = start.checkpoint.step
             done, steps = training.first_step, training.max_steps
             rest = "" if done < steps else "; nothing is left to train"
             peers.say(f"resuming from {start.checkpoint.folder} at step {done} of {steps}{rest}")
         else:
             training.trainables.start_from(start.init_adapter)
         peers.check_same({"adapter weights at the start": training.saver.digest(training.first_step)})
-        if peers.is_main:
-            is_resumed, overwrite = start.continues_folder, options.run.overwrite
-            run_yaml = yaml_text(start.flags)
-            run_folder.begin(output_dir, start.identity, run_yaml, is_resumed=is_resumed, overwrite=overwrite)
-        peers.barrier()
-        metrics.start_trackers(peers.accelerator, without_token(as_table(start.options)))
+        start.begin_folder()
 
         # the loop
         started = time.monotonic()
@@ -348,7 +302,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
             start.status.step = training.loss_log.completed
 
         if peers.is_main:
-            publish(start, training)
+            publishing.publish(start, training.saver.adapter, training.validation.finished)
         peers.barrier()
         peers.accelerator.end_training()
         seconds = time.monotonic() - started
@@ -356,30 +310,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
         peers.say(memory.summary(training.memory))
 
 
-def publish(start: Start, training: Training) -> None:
-    """Write the finished adapter in kohya's format and upload it, where flags ask for it. Raises Stop if that fails."""
-    options, pictures, base = start.options, training.validation.finished, start.base
-    if options.adapter.output_kohya_format:
-        resolution, seed = options.instance.resolution, options.run.seed
-        saving.write_kohya(training.saver.adapter, base, resolution=resolution, seed=seed)
-    if start.repository is not None:
-        card = model_card.model_card(
-            start.flags,
-            base_folder=base.folder,
-            family=base.family.key,
-            pictures=pictures,
-            repository=start.repository,
-            token=options.reports.hub_token,
-        )
-        hub.publish(options.reports, Path(options.run.output_dir), card, pictures)
-
-
 def main(options: TrainOptions) -> None:
-    """Train and save an adapter.
-
-    Raises UserError for what the user can put right, before any model is loaded where that can be known; SystemExit with the status that
-    the README lists if the run ends early.
-    """
+    """Train and save an adapter. Raises UserError for a user's mistake; SystemExit if the run ends early."""
     with stops.stoppable(options.run.max_train_minutes) as watch:
         train(options, watch)
 

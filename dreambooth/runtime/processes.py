@@ -128,6 +128,10 @@ class Peers:
         with self._losses_named():
             return self.accelerator.gather(tensor)  # type: ignore[return-value]
 
+    def gather_slots(self, values: torch.Tensor) -> torch.Tensor:
+        """[slots] from each process's [micro-steps]: slot j was micro-step j // world of process j % world."""
+        return self.gather(values[None]).transpose(0, 1).flatten()
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes; the backend chooses the order of the summands."""
         with self._losses_named():

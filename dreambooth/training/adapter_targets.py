@@ -1,4 +1,5 @@
-"""Which layers of a base get an adapter, decided here for training, for --dry_run and for `convert_adapter.py extract`."""
+"""Which layers of a base get an adapter, decided here for training, for --dry_run and for `convert_adapter.py
+extract`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,8 +30,9 @@ def target_modules(
 ) -> tuple[str, ...]:
     """The ends of the names of the component's layers that get an adapter, as peft's `target_modules`.
 
-    `shapes` are those of the component's layers, without `text_model.` in front. The last layers of a text encoder are left out where the
-    UNet never sees their output (Stable Diffusion XL's first encoder, --clip_skip).
+    `shapes` are those of the component's layers, without `text_model.` in front. The last layers of a text
+    encoder are left out where the UNet never sees their output (Stable Diffusion XL's first encoder,
+    --clip_skip).
     """
     if component == "unet":
         return inject.unet_targets(adapter)

@@ -1,4 +1,5 @@
-"""Checks of a run's flags against device, photos and base, before anything slow and before anything is written.
+"""Checks of a run's flags against device, photos and base, before anything slow and before anything is
+written.
 
 Each function raises UserError for what the user must put right, or returns notes on what is odd but works.
 """
@@ -23,7 +24,9 @@ from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import TextOptions, TrainOptions
 from dreambooth.runtime import memory
 from dreambooth.training import adapter_targets
-from dreambooth.training.trainables import AdapterState
+
+AdapterState = dict[str, dict[str, torch.Tensor]]
+"""Tensors of an adapter by component and by peft's key."""
 
 
 def check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> list[str]:
@@ -44,7 +47,8 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
 
 
 def check_base(options: TrainOptions, base: families.Base) -> None:
-    """Whether the base can do what the flags ask for. The UserError has a line for each flag that it cannot follow."""
+    """Whether the base can do what the flags ask for. The UserError has a line for each flag that it cannot
+    follow."""
     problems = []
     name, objective = base.family.name, options.objective
     if base.is_edm and objective.snr_gamma is not None:
@@ -115,7 +119,8 @@ def check_prompts(
     tokenizers: Sequence[PreTrainedTokenizerBase],
     captions: Mapping[str, str],
 ) -> list[str]:
-    """Whether prompts fit into the text encoder. `captions` are by file name; one that does not fit is cut off, with a note."""
+    """Whether prompts fit into the text encoder. `captions` are by file name; one that does not fit is cut
+    off, with a note."""
     prompts_by_flag = {
         "--instance_prompt": options.instance.instance_prompt,
         "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
@@ -145,7 +150,8 @@ def size_notes(instance: photos.Folder, resolution: int, base: families.Base) ->
         )
     if base.default_resolution != resolution:
         notes.append(
-            f"--resolution is {resolution}; pictures of {base.default_resolution} pixels are what this base was made for"
+            f"--resolution is {resolution}; pictures of {base.default_resolution} pixels are what this base "
+            "was made for"
         )
     return notes
 
@@ -226,7 +232,8 @@ def _peft_state(adapter: formats.Adapter) -> AdapterState:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Where latents and prompt embeddings are kept: `mode` is memory, disk or off; `folder` is that of a cache on disk."""
+    """Where latents and prompt embeddings are kept: `mode` is memory, disk or off; `folder` is that of a
+    cache on disk."""
 
     mode: encodings.Mode
     folder: Path

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 
+from dreambooth.data import sampling_order
+from dreambooth.data.batches import PhotoRows
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import metrics, optimizers
 from dreambooth.training.trainables import Trainables
@@ -15,7 +16,8 @@ from dreambooth.training.trainables import Trainables
 class StepRecord:
     """What one optimizer step leaves for the log. `step` counts from 0.
 
-    `losses` are by name, [slots] each, and `grad_norm` is a scalar: both are on the device. `learning_rates` are by name in the log.
+    `losses` are by name, [slots] each, and `grad_norm` is a scalar: both are on the device. `learning_rates`
+    are by name in the log.
     """
 
     step: int
@@ -27,28 +29,32 @@ class StepRecord:
 class LossLog:
     """The records of a run's steps.
 
-    Reading a number waits for the GPU. On a GPU records are therefore read every ten steps, and a step whose numbers are not finite is
-    skipped on the device, with all steps after it, until the records are read. `completed` counts the steps that the parameters have taken.
+    Reading a number waits for the GPU. On a GPU records are therefore read every ten steps, and a step whose
+    numbers are not finite is skipped on the device, with all steps after it, until the records are read.
+    `completed` counts the steps that the parameters have taken.
     """
 
     def __init__(
         self,
-        device: torch.device,
         trainables: Trainables,
-        pictures_of: Callable[[int, list[int]], str],
+        dataset: PhotoRows,
+        slots: int,
+        batch_size: int,
     ):
-        """`pictures_of(step, slots)` names the rows and pictures of these slots, for the message about a loss that is not finite."""
-        self.optimizer, self.scaler, self.pictures_of = trainables.optimizer, trainables.scaler, pictures_of
+        """`dataset`, `slots` (of a step) and `batch_size` name the photos of a loss that is not finite."""
+        self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
+        self.dataset, self.slots, self.batch_size = dataset, slots, batch_size
         can_skip = optimizers.can_skip_on_device(self.optimizer) and not self.scaler.is_enabled()
-        self.steps_between_readings = 10 if device.type == "cuda" and can_skip else 1
+        self.steps_between_readings = 10 if trainables.device.type == "cuda" and can_skip else 1
         self.nonfinite = torch.zeros(
-            (), device=device
+            (), device=trainables.device
         )  # 1 from the first step on whose numbers are not finite
         self.completed = 0
         self.unread: list[StepRecord] = []
 
     def check(self, record: StepRecord) -> None:
-        """Raise Stop before the optimizer steps if the record's numbers are not finite; on a GPU have the device skip the step instead."""
+        """Raise Stop before the optimizer steps if the record's numbers are not finite; on a GPU have the
+        device skip the step instead."""
         if self.steps_between_readings == 1:
             self._raise_if_nonfinite(record)
         else:
@@ -66,7 +72,8 @@ class LossLog:
         return len(self.unread) >= self.steps_between_readings
 
     def drop_skipped(self) -> Stop | None:
-        """Drop the steps that the device skipped from the records and from `completed`. Returns the reason, or None if none was skipped."""
+        """Drop the steps that the device skipped from the records and from `completed`. Returns the reason,
+        or None if none was skipped."""
         for place, record in enumerate(self.unread):
             try:
                 self._raise_if_nonfinite(record)
@@ -94,8 +101,16 @@ class LossLog:
             # With the seed, the rows and their pictures are all that it takes to see the loss again.
             slots = [slot for slot, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
             values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
-            pictures = self.pictures_of(record.step, slots)
+            pictures = self.dataset.describe(self._rows(record.step, slots))
             raise Stop(f"the loss of step {step} is not finite ({values}) at {pictures}; it was not applied")
         # With fp16 the scaler skips such a step and lowers its scale.
         if not self.scaler.is_enabled() and not torch.isfinite(record.grad_norm):
             raise Stop(f"the gradients of step {step} are not finite; they were not applied")
+
+    def _rows(self, step: int, slots: list[int]) -> list[int]:
+        """The rows of these slots of a step."""
+        ranges = (
+            sampling_order.rows_of_slot(step, slot, slots=self.slots, batch_size=self.batch_size)
+            for slot in slots
+        )
+        return [row for rows in ranges for row in rows]

@@ -1,10 +1,10 @@
-"""What a run says of itself: metrics.jsonl, trackers, and the progress bar."""
+"""Records of a run's progress: metrics.jsonl, the trackers, and the progress bar."""
 
 import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from dreambooth.runtime import memory
+
 TRACKER_NAME = "dreambooth-lora"
 
 
 def trackers(report_to: str) -> tuple[list[str], list[str]]:
-    """(names for Accelerator, notes for the user). A tracker that was asked for by name and is missing is refused with the flags."""
+    """(names of the trackers for Accelerator, notes for the user). `report_to` is a tracker, all or none."""
     installed = {
         "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
         "wandb": importlib.util.find_spec("wandb") is not None,
@@ -29,77 +31,102 @@ def trackers(report_to: str) -> tuple[list[str], list[str]]:
     notes = []
     if report_to == "tensorboard" and not installed["tensorboard"]:
         notes.append(
-            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', or --report_to none"
+            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', "
+            "or --report_to none"
         )
     return [name for name in wanted if installed[name]], notes
 
 
 class Progress:
-    """Progress of one run, on the main process: a bar, `metrics.jsonl` (a JSON object a line) and the accelerator's trackers."""
+    """Writes metrics.jsonl (one JSON object a line), the trackers and the progress bar, on the main
+    process."""
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, *, first_step: int, last_step: int, images_per_step: int
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        *,
+        first_step: int,
+        last_step: int,
+        images_per_step: int,
+        memory_by_phase: dict[str, memory.Reading],
     ):
+        """`path` is that of metrics.jsonl.
+
+        `memory_by_phase` holds the memory readings of the phases before the first step; later ones are added
+        to it.
+        """
         self.accelerator, self.images_per_step = accelerator, images_per_step
-        self.main = accelerator.is_main_process
+        self.is_main = accelerator.is_main_process
         self.bar = tqdm(
-            total=last_step, initial=first_step, desc="training", unit="step", disable=not self.main
+            total=last_step, initial=first_step, desc="training", unit="step", disable=not self.is_main
         )
-        self.file = self._open(path, first_step) if self.main else None
-        self.since, self.since_step = time.monotonic(), first_step
+        self.file = self._open(path, first_step) if self.is_main else None
+        self.clock_start, self.clock_step = time.monotonic(), first_step
         self.has_failed = False
+        self.memory_by_phase = memory_by_phase
+        for phase in memory_by_phase:
+            self._write_memory(phase, first_step)
 
     @staticmethod
     def _open(path: Path, first_step: int) -> TextIO:
-        """The file with the records up to `first_step`: a resumed run replaces what an interrupted one wrote after its checkpoint."""
+        """The file, with the records of an earlier start up to `first_step`: later steps are trained
+        again."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and first_step > 0 else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        records = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
         file = path.open("w", encoding="utf-8")
-        file.writelines(line + "\n" for line in kept)
+        file.writelines(line + "\n" for line in records)
         return file
 
     def restart_clock(self, step: int) -> None:
-        """Leave out of images per second what happened since the last step (validation, a checkpoint)."""
-        self.since, self.since_step = time.monotonic(), step
+        """Leave the time since the last step (validation, a checkpoint) out of images per second."""
+        self.clock_start, self.clock_step = time.monotonic(), step
 
     def steps(self, records: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Record what steps (counted from 1) gave; the bar shows time left, the record images per second since the clock was restarted."""
+        """Record steps, each as (step counted from 1, values by name).
+
+        Images per second are those since the clock was restarted.
+        """
         if self.file is None or not records:
             return
         last = records[-1][0]
-        rate = (last - self.since_step) * self.images_per_step / max(time.monotonic() - self.since, 1e-9)
+        seconds = max(time.monotonic() - self.clock_start, 1e-9)
+        rate = (last - self.clock_step) * self.images_per_step / seconds
         for step, values in records:
-            self._write(json.dumps({"step": step, **values, "images_per_second": round(rate, 3)}) + "\n")
+            self._write({"step": step, **values, "images_per_second": round(rate, 3)})
             self.accelerator.log(values, step=step)
         learning_rate = next(value for name, value in values.items() if name.startswith("lr"))
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.2e}", images_s=f"{rate:.1f}")
         self.bar.update(last - self.bar.n)
 
-    def memory(self, step: int, phase: str, reading: Mapping[str, float]) -> None:
-        """Record what the main process takes of memory at the end of a phase, after `step` steps."""
-        if self.file is not None:
-            self._write(json.dumps({"step": step, "memory": {"phase": phase, **reading}}) + "\n")
+    def note_memory(self, phase: str, step: int) -> None:
+        """Read the memory that this process takes at the end of a phase, after `step` steps, and record
+        it."""
+        self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
+        self._write_memory(phase, step)
 
-    def _write(self, line: str) -> None:
-        """A full disk costs records, not the run."""
+    def _write_memory(self, phase: str, step: int) -> None:
+        if self.file is not None:
+            self._write({"step": step, "memory": {"phase": phase, **self.memory_by_phase[phase]}})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Append a record. A full disk costs records, not the run."""
         assert self.file is not None
         try:
-            self.file.write(line)
+            self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
             if not self.has_failed:
-                tqdm.write(
-                    f"warning: metrics.jsonl cannot be written: {error.strerror or error}; the run goes on"
-                )
+                reason = error.strerror or error
+                tqdm.write(f"warning: metrics.jsonl cannot be written: {reason}; the run goes on")
             self.has_failed = True
 
     def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
         """Send pictures to the trackers that take them."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_images(
-                    name, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC"
-                )
+                pixels = np.stack([np.asarray(image) for image in images])
+                tracker.writer.add_images(name, pixels, step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 import wandb
 
@@ -108,7 +135,7 @@ class Progress:
     def close(self) -> None:
         self.bar.close()
         if self.file is not None:
-            with contextlib.suppress(OSError):  # said when it was written
+            with contextlib.suppress(OSError):  # a full disk: reported by `_write`
                 self.file.close()
 
 
@@ -118,9 +145,3 @@ def jsonable(table: dict[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in table.items()
     }
-
-
-def start_trackers(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
-    """Tell the run's trackers, if there are any, the options by name."""
-    if accelerator.log_with:
-        accelerator.init_trackers(TRACKER_NAME, config=jsonable(dict(options)))

@@ -44,8 +44,8 @@ _WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.flo
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
     """Everything that a run needs before its models are loaded; None for --dry_run, whose table is printed.
 
-    `stack` receives the lock of the output folder and the record of how the run ends. Raises UserError for what
-    the user can put right.
+    `stack` receives the lock of the output folder and the record of how the run ends. Raises UserError for
+    what the user can put right.
     """
     # processes
     trackers, notes = metrics.trackers(options.reports.report_to)
@@ -150,7 +150,8 @@ class Subject:
 
 
 def check_photos(options: InstanceOptions, decoded: SeenPhotos | None, peers: Peers) -> Subject:
-    """Decode and check the instance photos and their captions. `decoded` are the photos decoded by earlier runs."""
+    """Decode and check the instance photos and their captions. `decoded` are the photos decoded by earlier
+    runs."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
     allow_odd = options.allow_odd_photos
@@ -200,7 +201,8 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The output folder, locked, and the checkpoint to resume from with its state (None, {} to start anew)."""
+    """The output folder, locked, and the checkpoint to resume from with its state (None, {} to start
+    anew)."""
 
     folder: Path
     checkpoint: checkpoint_folders.Content | None
@@ -219,7 +221,8 @@ class Claim:
 def claim_folder(
     options: TrainOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack
 ) -> Claim:
-    """Lock the output folder, remove what runs that died left half written, and read the checkpoint to resume from."""
+    """Lock the output folder, remove what runs that died left half written, and read the checkpoint to resume
+    from."""
     resume_from, folder = options.run.resume_from_checkpoint, Path(options.run.output_dir)
     atomic.make_output_folder(folder, "--output_dir")
     if cache.mode == "disk":
@@ -241,7 +244,8 @@ def claim_folder(
 
 
 def find_checkpoint(resume_from: str, output_dir: Path, peers: Peers) -> Path | None:
-    """The folder of the checkpoint that --resume_from_checkpoint names; None if there is none, which is said."""
+    """The folder of the checkpoint that --resume_from_checkpoint names; None if there is none, which is
+    said."""
     choice = checkpoint_folders.choose(resume_from, output_dir)
     for reason in choice.skipped:
         peers.say(f"warning: passed over {reason}")
@@ -296,7 +300,8 @@ class NamedRun:
         )
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
-        """Notes on going on with this run. Raises UserError if folder or checkpoint are those of another run."""
+        """Notes on going on with this run. Raises UserError if folder or checkpoint are those of another
+        run."""
         run, checkpoint = self.options.run, self.claim.checkpoint
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
@@ -363,7 +368,8 @@ def name_run(
 def make_class_images(
     run: NamedRun, subject: Subject, decoded: SeenPhotos | None, peers: Peers, watch: Watch
 ) -> Source:
-    """The class images, checked; missing ones are generated first. Raises UserError if a photo of the subject is among them."""
+    """The class images, checked; missing ones are generated first. Raises UserError if a photo of the subject
+    is among them."""
     prior, instance, base = run.options.prior, run.options.instance, run.base
     assert isinstance(prior, ResolvedPriorOptions)
     assert run.class_images is not None

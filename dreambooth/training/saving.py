@@ -12,11 +12,10 @@ from dreambooth.adapter_files import layer_names, native, reading, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.files import atomic, checkpoint_folders
-from dreambooth.options.resolved import ResolvedRunOptions
 from dreambooth.runtime import environment
-from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
+from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
 
@@ -47,25 +46,21 @@ class _Snapshot:
 class Saver:
     """Writes adapter and checkpoints to the output folder, on the main process.
 
-    `info` goes into the adapter file and `identity` into each checkpoint's manifest. `environment`, what
-    changes last bits, goes into each checkpoint's state.
+    The run's identity goes into each checkpoint's manifest, and its environment, what changes last bits, into
+    the checkpoint's state.
     """
 
     def __init__(
         self,
-        run: ResolvedRunOptions,
-        peers: Peers,
+        start: Start,
         trainables: Trainables,
-        *,
-        info: Mapping[str, Any],
-        identity: dict[str, Any],
-        environment: Mapping[str, Any],
     ):
-        self.run, self.peers = run, peers
+        self.run, self.peers = start.options.run, start.peers
+        self.info = adapter_info(start.flags, start.identity["base"])
+        self.identity, self.environment = start.identity, start.environment
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
         components = trainables.components
-        self.info, self.identity, self.environment = info, identity, environment
-        self.output_dir = Path(run.output_dir)
+        self.output_dir = start.output_dir
         self.components = list(components)
         self.names = {id(p): name for component in components for name, p in component.named_parameters()}
         self.configs = {component.name: inject.metadata(component) for component in components}

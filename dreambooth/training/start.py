@@ -1,6 +1,7 @@
 """What training starts from, once the input is checked."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from dreambooth.bases import families
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.files import checkpoint_folders
-from dreambooth.options.command_line import as_table, without_token
+from dreambooth.options.command_line import as_table, without_token, yaml_text
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.runtime.processes import Peers
-from dreambooth.training import run_folder
-from dreambooth.training.checks import Cache
-from dreambooth.training.trainables import AdapterState
+from dreambooth.training import metrics, run_folder
+from dreambooth.training.checks import AdapterState, Cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,27 @@ class Start:
     """OWNER/NAME on the hub that the result is uploaded to; None for no upload."""
 
     @property
+    def output_dir(self) -> Path:
+        return Path(self.options.run.output_dir)
+
+    @property
     def flags(self) -> dict[str, Any]:
-        """The flags of the run by name, without the hub token, and without those of a single start such as --overwrite."""
+        """The flags of the run by name, without the hub token and without those of a single start
+        (--overwrite)."""
         return without_token(as_table(self.options.without_once()))
+
+    def begin_folder(self) -> None:
+        """Write run.json and run.yaml, on the main process, and give the run's options to its trackers."""
+        accelerator = self.peers.accelerator
+        if self.peers.is_main:
+            run_folder.begin(
+                self.output_dir,
+                self.identity,
+                yaml_text(self.flags),
+                is_resumed=self.continues_folder,
+                overwrite=self.options.run.overwrite,
+            )
+        self.peers.barrier()
+        if accelerator.log_with:
+            options = metrics.jsonable(without_token(as_table(self.options)))
+            accelerator.init_trackers(metrics.TRACKER_NAME, config=options)

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from dreambooth.adapters import inject
@@ -14,29 +13,23 @@ from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
 from dreambooth.options.adapter import AdapterOptions
-from dreambooth.options.resolved import ResolvedOptimizerOptions, ResolvedTrainOptions
+from dreambooth.options.resolved import ResolvedOptimizerOptions
 from dreambooth.options.training import TextOptions
 from dreambooth.training import adapter_targets, checkpoints, optimizers
-
-AdapterState = dict[str, dict[str, torch.Tensor]]
-"""Tensors of an adapter by component and by peft's key."""
+from dreambooth.training.checks import AdapterState
+from dreambooth.training.start import Start
 
 
 class Trainables:
     """The adapters of one run, with their optimizer, learning-rate schedule and fp16 scaler.
 
-    `components` are the models with an adapter that is still trained; text encoders leave the list in `drop_text_encoders`.
+    `components` are the models with an adapter that is still trained; text encoders leave the list in
+    `drop_text_encoders`.
     """
 
-    def __init__(
-        self,
-        options: ResolvedTrainOptions,
-        parts: FrozenParts,
-        accelerator: Accelerator,
-        world: int,
-        max_steps: int,
-    ):
-        run, optimization = options.run, options.optimization
+    def __init__(self, start: Start, parts: FrozenParts, max_steps: int):
+        options, accelerator = start.options, start.peers.accelerator
+        run, optimization, self.device = options.run, options.optimization, accelerator.device
         self.components = inject_adapters(parts, options.adapter, options.text, run.seed)
         for component in self.components:
             if options.speed.compile and component.name == "unet":
@@ -46,11 +39,12 @@ class Trainables:
             self._enable_gradient_checkpointing()
         if run.enable_xformers_memory_efficient_attention:
             parts.unet.enable_xformers_memory_efficient_attention()
-        scale = run.gradient_accumulation_steps * run.train_batch_size * world if optimization.scale_lr else 1
+        batch_size = run.gradient_accumulation_steps * run.train_batch_size * start.peers.world
+        scale = batch_size if optimization.scale_lr else 1
         groups = parameter_groups(self.components, optimization, options.adapter.learning_rates, scale=scale)
         self.optimizer = optimizers.make(optimization, groups)
         is_fp16 = accelerator.mixed_precision == "fp16"
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
         self.lr_factor = lr_factor(optimization, max_steps)
 
     @property
@@ -77,7 +71,8 @@ class Trainables:
             parameter.grad = gradient.view_as(parameter)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Set the learning rates of step number `step`, counted from 0. Returns them by their names in the log."""
+        """Set the learning rates of step number `step`, counted from 0. Returns them by their names in the
+        log."""
         rates = optimizers.set_learning_rate(self.optimizer, self.lr_factor(step))
         return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
 
@@ -88,7 +83,8 @@ class Trainables:
         self.optimizer.zero_grad()
 
     def start_from(self, state: AdapterState) -> None:
-        """Fill the adapters with the tensors of --init_adapter. A component that `state` lacks keeps its random start."""
+        """Fill the adapters with the tensors of --init_adapter. A component that `state` lacks keeps its
+        random start."""
         for component in self.components:
             if component.name in state:
                 try:
@@ -97,7 +93,8 @@ class Trainables:
                     raise UserError(f"--init_adapter: {error}") from None
 
     def restore(self, checkpoint: checkpoint_folders.Content) -> None:
-        """Fill adapters, optimizer and scaler from a checkpoint of this run. Raises UserError if its tensors do not fit."""
+        """Fill adapters, optimizer and scaler from a checkpoint of this run. Raises UserError if its tensors
+        do not fit."""
         state = checkpoints.read_state(checkpoint)
         if not state.get("trains_text", True):
             self.stop_text_optimizer()
@@ -133,7 +130,8 @@ class Trainables:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block the models compute what a user of the adapter file gets: no dropout, and the values that the file gets."""
+        """Within the block the models compute what a user of the adapter file gets: no dropout, and the
+        values that the file gets."""
         for component in self.components:
             component.model.eval()
         with optimizers.evaluated(self.optimizer):
@@ -145,7 +143,8 @@ class Trainables:
 def inject_adapters(
     parts: FrozenParts, adapter: AdapterOptions, text: TextOptions, seed: int
 ) -> list[inject.Component]:
-    """Adapters on the UNet and, with --train_text_encoder, on the text encoders. Their random start depends on the seed alone."""
+    """Adapters on the UNet and, with --train_text_encoder, on the text encoders. Their random start depends
+    on the seed alone."""
     models: dict[str, torch.nn.Module] = {"unet": parts.unet}
     if text.train_text_encoder:
         assert parts.text is not None
@@ -166,7 +165,8 @@ def parameter_groups(
     *,
     scale: int,
 ) -> list[optimizers.Group]:
-    """The optimizer's groups: one for each component, and one more for each learning rate that --lr_pattern gives to parts of it.
+    """The optimizer's groups: one for each component, and one more for each learning rate that --lr_pattern
+    gives to parts of it.
 
     A group without a rate from --lr_pattern has the component's name. `scale` multiplies every learning rate.
     """
@@ -186,7 +186,8 @@ def parameter_groups(
 def lr_factor(optimization: ResolvedOptimizerOptions, max_steps: int) -> Callable[[int], float]:
     """Step number, counted from 0 -> factor on the learning rates.
 
-    diffusers' schedules are functions of the step. Used as such they have no state that a resumed run would have to restore.
+    diffusers' schedules are functions of the step. Used as such they have no state that a resumed run would
+    have to restore.
     """
     if optimizers.schedules_itself(optimization):
         return lambda step: 1.0

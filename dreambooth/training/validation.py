@@ -13,11 +13,10 @@ from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.files import pictures
-from dreambooth.options.resolved import ResolvedTrainOptions
-from dreambooth.runtime.processes import Peers
 from dreambooth.training import metrics
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.saving import Saver
+from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
 _INFERENCE_STEPS = 25
@@ -30,26 +29,21 @@ class ValidationPictures:
     Each picture has a seed of its own, so drawing changes no random number of the training.
     """
 
-    def __init__(
-        self,
-        options: ResolvedTrainOptions,
-        peers: Peers,
-        frozen: FrozenModels,
-        trainables: Trainables,
-        check: Callable[[], None],
-    ):
+    def __init__(self, start: Start, frozen: FrozenModels, trainables: Trainables, check: Callable[[], None]):
         """`check` is called between the sampling steps of a picture."""
+        options, self.peers = start.options, start.peers
         self.options, self.prompt = options.validation, options.validation.validation_prompt
         self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
-        self.folder = Path(options.run.output_dir)
-        self.peers, self.frozen, self.trainables, self.check = peers, frozen, trainables, check
+        self.folder = start.output_dir
+        self.frozen, self.trainables, self.check = frozen, trainables, check
         self.finished: list[str] = []
         """File names of the pictures of the finished adapter."""
         # read now: text encoders may be freed before the finished adapter is drawn with
         self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
 
     def is_due(self, step: int, *, steps_per_epoch: int) -> bool:
-        """Whether pictures are drawn after `step` steps, by --validation_steps or else --validation_epochs."""
+        """Whether pictures are drawn after `step` steps, by --validation_steps or else
+        --validation_epochs."""
         if self.prompt is None:
             return False
         if self.options.validation_steps:
@@ -72,7 +66,8 @@ class ValidationPictures:
         self.peers.barrier()
 
     def draw_finished(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
-        """Draw with the finished adapter file, read back as a user's program reads it, on the main process; the others wait.
+        """Draw with the finished adapter file, read back as a user's program reads it, on the main process;
+        the others wait.
 
         The trained adapter is taken off the models for good; `saver` keeps what there is still to save of it.
         """
@@ -109,7 +104,8 @@ class ValidationPictures:
         return {"unet": self.frozen.parts.unet, **(text.encoders if text else {})}
 
     def _pipeline(self) -> Any:
-        """The base's pipeline on the models in memory. A VAE that was freed is loaded again, and freed with the pipeline."""
+        """The base's pipeline on the models in memory. A VAE that was freed is loaded again, and freed with
+        the pipeline."""
         parts = self.frozen.parts
         vae = parts.vae or loading.load_vae(parts.base, self.peers.accelerator.device)
         wanted = self.options.validation_scheduler

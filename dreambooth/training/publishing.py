@@ -1,0 +1,29 @@
+"""After training: the adapter in kohya's format, the model card, the upload."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth.training import hub, model_card, saving
+from dreambooth.training.start import Start
+
+
+def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
+    """Write and upload what --output_kohya_format and --push_to_hub ask for. For the main process.
+
+    `pictures` are names of files beside the adapter. Raises Stop if a file cannot be written, or the upload
+    fails.
+    """
+    options, base = start.options, start.base
+    if options.adapter.output_kohya_format:
+        resolution, seed = options.instance.resolution, options.run.seed
+        saving.write_kohya(adapter, base, resolution=resolution, seed=seed)
+    if start.repository is not None:
+        card = model_card.model_card(
+            start.flags,
+            base_folder=base.folder,
+            family=base.family.key,
+            pictures=pictures,
+            repository=start.repository,
+            token=options.reports.hub_token,
+        )
+        hub.publish(options.reports, start.output_dir, card, pictures)
