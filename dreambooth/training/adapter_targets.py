@@ -1,5 +1,4 @@
-"""Which layers of a base get an adapter, decided here for training, for --dry_run and for `convert_adapter.py
-extract`."""
+"""Which layers of a base get an adapter: in training, in --dry_run and in `convert_adapter.py extract`."""
 
 import dataclasses
 from collections.abc import Mapping

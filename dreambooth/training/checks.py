@@ -1,5 +1,4 @@
-"""Checks of a run's flags against device, photos and base, before anything slow and before anything is
-written.
+"""Checks of a run's flags against device, photos and base, before slow work and before any file is written.
 
 Each function raises UserError for what the user must put right, or returns notes on what is odd but works.
 """
@@ -47,8 +46,7 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
 
 
 def check_base(options: TrainOptions, base: families.Base) -> None:
-    """Whether the base can do what the flags ask for. The UserError has a line for each flag that it cannot
-    follow."""
+    """Whether the base can do what the flags ask for. The UserError has a line for each problem."""
     problems = []
     name, objective = base.family.name, options.objective
     if base.is_edm and objective.snr_gamma is not None:
@@ -119,8 +117,10 @@ def check_prompts(
     tokenizers: Sequence[PreTrainedTokenizerBase],
     captions: Mapping[str, str],
 ) -> list[str]:
-    """Whether prompts fit into the text encoder. `captions` are by file name; one that does not fit is cut
-    off, with a note."""
+    """Whether prompts fit into the text encoder.
+
+    `captions` are by file name. A caption that does not fit is cut off, with a note.
+    """
     prompts_by_flag = {
         "--instance_prompt": options.instance.instance_prompt,
         "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
@@ -232,8 +232,7 @@ def _peft_state(adapter: formats.Adapter) -> AdapterState:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Where latents and prompt embeddings are kept: `mode` is memory, disk or off; `folder` is that of a
-    cache on disk."""
+    """Where latents and prompt embeddings are kept. `folder` is used by mode disk."""
 
     mode: encodings.Mode
     folder: Path

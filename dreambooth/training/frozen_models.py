@@ -1,5 +1,4 @@
-"""The frozen models of one run, loaded one after another so that memory holds as few of them at once as it
-can."""
+"""The frozen models of one run, loaded one after another: memory holds few of them at once."""
 
 import contextlib
 import dataclasses
@@ -36,8 +35,7 @@ class FrozenModels:
     """The run's mixed precision."""
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of `prompts`, one row each. Each distinct prompt is encoded once; gradients flow while a
-        text encoder is trained."""
+        """Embeddings of `prompts`, one row each; with gradients while a text encoder is trained."""
         if self.prompt_cache is not None:
             return self.prompt_cache.of(prompts)
         assert self.parts.text is not None
@@ -47,8 +45,7 @@ class FrozenModels:
 
     @torch.no_grad()
     def free_text_encoders(self, check: Callable[[], None]) -> None:
-        """Encode every prompt with the text encoders as they are, and free the encoders. `check` is called
-        before each prompt."""
+        """Encode every prompt, then free the text encoders. `check` is called before each prompt."""
         assert self.parts.text is not None
         with self.autocast():
             self.prompt_cache = self.parts.text.encode_all(self.prompts, check)
@@ -56,8 +53,7 @@ class FrozenModels:
 
 
 def load(start: Start, check: Callable[[], None]) -> FrozenModels:
-    """Load the text encoders, encode the prompts, free the encoders; the same with VAE and photos; then load
-    the UNet.
+    """Encode prompts and photos, freeing the text encoders and the VAE, and then load the UNet.
 
     Text encoders that are trained stay, and so does the VAE with --cache_latents off. `check` is called
     before each prompt and photo. Raises UserError if the base or a photo has changed since it was checked.

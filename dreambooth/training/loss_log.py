@@ -46,15 +46,16 @@ class LossLog:
         self.dataset, self.slots, self.batch_size = dataset, slots, batch_size
         can_skip = optimizers.can_skip_on_device(self.optimizer) and not self.scaler.is_enabled()
         self.steps_between_readings = 10 if trainables.device.type == "cuda" and can_skip else 1
-        self.nonfinite = torch.zeros(
-            (), device=trainables.device
-        )  # 1 from the first step on whose numbers are not finite
+        # 1 from the first step on whose numbers are not finite
+        self.nonfinite = torch.zeros((), device=trainables.device)
         self.completed = 0
         self.unread: list[StepRecord] = []
 
     def check(self, record: StepRecord) -> None:
-        """Raise Stop before the optimizer steps if the record's numbers are not finite; on a GPU have the
-        device skip the step instead."""
+        """Raise Stop if the record's numbers are not finite. Call this before the optimizer steps.
+
+        On a GPU nothing is raised: the device skips the step.
+        """
         if self.steps_between_readings == 1:
             self._raise_if_nonfinite(record)
         else:
@@ -72,8 +73,7 @@ class LossLog:
         return len(self.unread) >= self.steps_between_readings
 
     def drop_skipped(self) -> Stop | None:
-        """Drop the steps that the device skipped from the records and from `completed`. Returns the reason,
-        or None if none was skipped."""
+        """Drop skipped steps from the records and from `completed`. Returns the reason, or None."""
         for place, record in enumerate(self.unread):
             try:
                 self._raise_if_nonfinite(record)

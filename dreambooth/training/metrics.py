@@ -38,8 +38,7 @@ def trackers(report_to: str) -> tuple[list[str], list[str]]:
 
 
 class Progress:
-    """Writes metrics.jsonl (one JSON object a line), the trackers and the progress bar, on the main
-    process."""
+    """Writes metrics.jsonl (one JSON object a line), trackers and progress bar, on the main process."""
 
     def __init__(
         self,
@@ -70,8 +69,7 @@ class Progress:
 
     @staticmethod
     def _open(path: Path, first_step: int) -> TextIO:
-        """The file, with the records of an earlier start up to `first_step`: later steps are trained
-        again."""
+        """The file, with an earlier start's records up to `first_step`. Later steps are trained again."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and first_step > 0 else []
         records = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
         file = path.open("w", encoding="utf-8")
@@ -100,8 +98,7 @@ class Progress:
         self.bar.update(last - self.bar.n)
 
     def note_memory(self, phase: str, step: int) -> None:
-        """Read the memory that this process takes at the end of a phase, after `step` steps, and record
-        it."""
+        """Record the memory that this process takes at the end of a phase, after `step` steps."""
         self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
         self._write_memory(phase, step)
 

@@ -150,8 +150,7 @@ class Subject:
 
 
 def check_photos(options: InstanceOptions, decoded: SeenPhotos | None, peers: Peers) -> Subject:
-    """Decode and check the instance photos and their captions. `decoded` are the photos decoded by earlier
-    runs."""
+    """Decode and check instance photos and captions. `decoded` are the photos that earlier runs decoded."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
     allow_odd = options.allow_odd_photos
@@ -201,8 +200,7 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The output folder, locked, and the checkpoint to resume from with its state (None, {} to start
-    anew)."""
+    """The locked output folder, and the checkpoint to resume from with its state (None, {} without one)."""
 
     folder: Path
     checkpoint: checkpoint_folders.Content | None
@@ -221,8 +219,7 @@ class Claim:
 def claim_folder(
     options: TrainOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack
 ) -> Claim:
-    """Lock the output folder, remove what runs that died left half written, and read the checkpoint to resume
-    from."""
+    """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from."""
     resume_from, folder = options.run.resume_from_checkpoint, Path(options.run.output_dir)
     atomic.make_output_folder(folder, "--output_dir")
     if cache.mode == "disk":
@@ -244,8 +241,7 @@ def claim_folder(
 
 
 def find_checkpoint(resume_from: str, output_dir: Path, peers: Peers) -> Path | None:
-    """The folder of the checkpoint that --resume_from_checkpoint names; None if there is none, which is
-    said."""
+    """The checkpoint folder that --resume_from_checkpoint names. None, with a message, if there is none."""
     choice = checkpoint_folders.choose(resume_from, output_dir)
     for reason in choice.skipped:
         peers.say(f"warning: passed over {reason}")
@@ -300,8 +296,7 @@ class NamedRun:
         )
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
-        """Notes on going on with this run. Raises UserError if folder or checkpoint are those of another
-        run."""
+        """Notes on resuming. Raises UserError if the folder or the checkpoint is of another run."""
         run, checkpoint = self.options.run, self.claim.checkpoint
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
@@ -368,8 +363,7 @@ def name_run(
 def make_class_images(
     run: NamedRun, subject: Subject, decoded: SeenPhotos | None, peers: Peers, watch: Watch
 ) -> Source:
-    """The class images, checked; missing ones are generated first. Raises UserError if a photo of the subject
-    is among them."""
+    """Generate missing class images, and check all. Raises UserError if an instance photo is among them."""
     prior, instance, base = run.options.prior, run.options.instance, run.base
     assert isinstance(prior, ResolvedPriorOptions)
     assert run.class_images is not None

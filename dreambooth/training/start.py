@@ -53,8 +53,7 @@ class Start:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The flags of the run by name, without the hub token and without those of a single start
-        (--overwrite)."""
+        """Flags of the run by name, without the hub token and flags of a single start (--overwrite)."""
         return without_token(as_table(self.options.without_once()))
 
     def begin_folder(self) -> None:

@@ -71,8 +71,7 @@ class Trainables:
             parameter.grad = gradient.view_as(parameter)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Set the learning rates of step number `step`, counted from 0. Returns them by their names in the
-        log."""
+        """Set the learning rates of step number `step`, counted from 0. Returns them by name in the log."""
         rates = optimizers.set_learning_rate(self.optimizer, self.lr_factor(step))
         return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
 
@@ -83,8 +82,7 @@ class Trainables:
         self.optimizer.zero_grad()
 
     def start_from(self, state: AdapterState) -> None:
-        """Fill the adapters with the tensors of --init_adapter. A component that `state` lacks keeps its
-        random start."""
+        """Fill the adapters from --init_adapter. A component that `state` lacks keeps its random start."""
         for component in self.components:
             if component.name in state:
                 try:
@@ -93,8 +91,7 @@ class Trainables:
                     raise UserError(f"--init_adapter: {error}") from None
 
     def restore(self, checkpoint: checkpoint_folders.Content) -> None:
-        """Fill adapters, optimizer and scaler from a checkpoint of this run. Raises UserError if its tensors
-        do not fit."""
+        """Fill adapters, optimizer and scaler from a checkpoint. Raises UserError if tensors do not fit."""
         state = checkpoints.read_state(checkpoint)
         if not state.get("trains_text", True):
             self.stop_text_optimizer()
@@ -130,8 +127,7 @@ class Trainables:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block the models compute what a user of the adapter file gets: no dropout, and the
-        values that the file gets."""
+        """Within the block there is no dropout, and parameters have the values that the adapter file gets."""
         for component in self.components:
             component.model.eval()
         with optimizers.evaluated(self.optimizer):
@@ -143,8 +139,7 @@ class Trainables:
 def inject_adapters(
     parts: FrozenParts, adapter: AdapterOptions, text: TextOptions, seed: int
 ) -> list[inject.Component]:
-    """Adapters on the UNet and, with --train_text_encoder, on the text encoders. Their random start depends
-    on the seed alone."""
+    """Adapters on the UNet and, with --train_text_encoder, on the text encoders; random by the seed alone."""
     models: dict[str, torch.nn.Module] = {"unet": parts.unet}
     if text.train_text_encoder:
         assert parts.text is not None
@@ -165,10 +160,9 @@ def parameter_groups(
     *,
     scale: int,
 ) -> list[optimizers.Group]:
-    """The optimizer's groups: one for each component, and one more for each learning rate that --lr_pattern
-    gives to parts of it.
+    """The optimizer's groups: one for each component, and one for each rate of --lr_pattern within it.
 
-    A group without a rate from --lr_pattern has the component's name. `scale` multiplies every learning rate.
+    A group without a rate of --lr_pattern has the component's name. `scale` multiplies every learning rate.
     """
     groups = []
     for component in components:

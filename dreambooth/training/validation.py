@@ -42,8 +42,7 @@ class ValidationPictures:
         self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
 
     def is_due(self, step: int, *, steps_per_epoch: int) -> bool:
-        """Whether pictures are drawn after `step` steps, by --validation_steps or else
-        --validation_epochs."""
+        """Whether pictures are drawn after `step` steps: by --validation_steps, else --validation_epochs."""
         if self.prompt is None:
             return False
         if self.options.validation_steps:
@@ -66,10 +65,10 @@ class ValidationPictures:
         self.peers.barrier()
 
     def draw_finished(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
-        """Draw with the finished adapter file, read back as a user's program reads it, on the main process;
-        the others wait.
+        """Draw with the finished adapter file, on the main process; the others wait.
 
-        The trained adapter is taken off the models for good; `saver` keeps what there is still to save of it.
+        The file is read as a user's program reads it. The trained adapter is taken off the models for good;
+        `saver` copies its tensors first.
         """
         if self.peers.is_main and self.prompt is not None and not self.options.skip_final_inference:
             saver.hold(step)
@@ -104,8 +103,7 @@ class ValidationPictures:
         return {"unet": self.frozen.parts.unet, **(text.encoders if text else {})}
 
     def _pipeline(self) -> Any:
-        """The base's pipeline on the models in memory. A VAE that was freed is loaded again, and freed with
-        the pipeline."""
+        """The base's pipeline on the models in memory. A freed VAE is loaded again for it."""
         parts = self.frozen.parts
         vae = parts.vae or loading.load_vae(parts.base, self.peers.accelerator.device)
         wanted = self.options.validation_scheduler
