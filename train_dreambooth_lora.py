@@ -215,7 +215,7 @@ class Training:
                     self.step(step, batches)
                     self.after_step(step + 1, progress)
                 progress.note_memory("training", self.max_steps)
-                self.saver.final(self.max_steps)
+                self.saver.save_adapter(self.max_steps)
                 self.validation.draw_finished(self.saver, self.max_steps, progress)
             except BaseException as error:
                 self.save_last_step(error, progress)
@@ -235,7 +235,7 @@ class Training:
         if is_first:
             progress.note_memory("first step", step)
         if is_saved:
-            self.saver.checkpoint(step)
+            self.saver.save_checkpoint(step)
         if is_drawn:
             self.validation.draw_current(step, progress)
         if not self.loss_log.unread:
@@ -247,7 +247,7 @@ class Training:
         with self.trainables.evaluating():
             self.frozen.free_text_encoders(self.watch.check)
         for component in self.trainables.drop_text_encoders():
-            self.saver.finish(component)
+            self.saver.keep(component)
         self.peers.say(f"the text encoder is trained no more after step {self.text_steps}")
 
     def save_last_step(self, error: BaseException, progress: metrics.Progress) -> None:
@@ -255,7 +255,7 @@ class Training:
         if not self.is_between_steps:
             return
         reason = self.loss_log.drop_skipped()
-        self.saver.what_is_done(self.loss_log.completed, self.max_steps)
+        self.saver.save_early_end(self.loss_log.completed, self.max_steps)
         self.loss_log.read(progress)
         if reason is not None and isinstance(error, Stop):
             raise reason from None  # resumed, the run would fail at that step again

@@ -1,8 +1,8 @@
 """Checks a base's folder before anything of it is loaded: parts, classes, widths, and the headers of weight
 files.
 
-A base may come from anyone. Nothing here imports what its files name, and weights in pickle files (.bin,
-.ckpt) are refused, because those can carry code. This module imports no torch.
+A base may come from anyone. Nothing here imports what its files name, and weights in .bin or .ckpt files are
+refused, because those can carry code. This module imports no torch.
 """
 
 import contextlib

@@ -50,21 +50,16 @@ class Saver:
     the checkpoint's state.
     """
 
-    def __init__(
-        self,
-        start: Start,
-        trainables: Trainables,
-    ):
-        self.run, self.peers = start.options.run, start.peers
+    def __init__(self, start: Start, trainables: Trainables):
+        self.run, self.peers, self.output_dir = start.options.run, start.peers, start.output_dir
         self.info = adapter_info(start.flags, start.identity["base"])
         self.identity, self.environment = start.identity, start.environment
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
-        components = trainables.components
-        self.output_dir = start.output_dir
-        self.components = list(components)
-        self.names = {id(p): name for component in components for name, p in component.named_parameters()}
-        self.configs = {component.name: inject.metadata(component) for component in components}
-        # tensors of components whose training has ended: for the adapter file, and for the checkpoint
+        self.components = list(trainables.components)
+        named = [pair for component in self.components for pair in component.named_parameters()]
+        self.names = {id(parameter): name for name, parameter in named}
+        self.configs = {component.name: inject.metadata(component) for component in self.components}
+        # Tensors of components whose training has ended: for the adapter file, and for checkpoints.
         self.finished: dict[str, dict[str, torch.Tensor]] = {}
         self.finished_raw: dict[str, torch.Tensor] = {}
         self.saved = 0  # the step of the newest checkpoint
@@ -74,7 +69,7 @@ class Saver:
     def adapter(self) -> Path:
         return self.output_dir / native.ADAPTER_NAME
 
-    def finish(self, component: inject.Component) -> None:
+    def keep(self, component: inject.Component) -> None:
         """Keep the tensors of a component whose training has ended: its model may then be freed."""
         self.finished[component.name] = {
             key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()
@@ -93,7 +88,7 @@ class Saver:
         """SHA-256 of the adapter file after `step` steps."""
         return hashlib.sha256(self.pack(step)).hexdigest()
 
-    def hold(self, step: int) -> None:
+    def take_snapshot(self, step: int) -> None:
         """Copy the content of a checkpoint of `step`, which later saves write.
 
         It is for the end of a run, before the adapter is taken off its models.
@@ -119,7 +114,7 @@ class Saver:
                 tensors |= checkpoints.raw_parameters(component.named_parameters())
         return tensors
 
-    def checkpoint(self, step: int) -> None:
+    def save_checkpoint(self, step: int) -> None:
         """Write checkpoint-<step>. If that fails, as on a full disk, a warning is printed."""
         if self.peers.is_main:
             try:
@@ -128,7 +123,7 @@ class Saver:
                 self.peers.say(f"warning: {error}")
         self.peers.barrier()
 
-    def final(self, step: int) -> None:
+    def save_adapter(self, step: int) -> None:
         """Write the finished adapter. Raises Stop if it cannot be written."""
         if self.peers.is_main:
             try:
@@ -139,7 +134,7 @@ class Saver:
             self.peers.say(f"wrote {self.adapter} ({mebibytes:.2f} MiB)")
         self.peers.barrier()
 
-    def what_is_done(self, step: int, last_step: int) -> None:
+    def save_early_end(self, step: int, last_step: int) -> None:
         """Write checkpoint and adapter of the last completed step.
 
         There is no barrier, since the other processes may be gone. What cannot be written is a warning.

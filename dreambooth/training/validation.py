@@ -71,7 +71,7 @@ class ValidationPictures:
         `saver` copies its tensors first.
         """
         if self.peers.is_main and self.prompt is not None and not self.options.skip_final_inference:
-            saver.hold(step)
+            saver.take_snapshot(step)
             with self._models_for_drawing():
                 images = self._draw_with_file(saver.adapter)
             names = [f"image_{number}.png" for number in range(len(images))]
