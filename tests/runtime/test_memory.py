@@ -99,7 +99,7 @@ def test_offloaded_tensors_are_copies_with_their_strides_and_weights_stay():
 @pytest.mark.parametrize("words", ["--gradient_checkpointing", "--mixed_precision bf16", "--use_dora"])
 def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp_path, monkeypatch):
     """As far as it can be seen on a CPU, where what is kept is copied from the same memory."""
-    monkeypatch.setattr(memory, "check", lambda offload, device: None)
+    monkeypatch.setattr(memory, "check_offload", lambda offload, device: None)
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "2", *words.split())
     moved = run_train(
         tiny_base, photos_dir, tmp_path / "moved", "--max_train_steps", "2", "--offload", *words.split()
