@@ -1,8 +1,10 @@
-"""Faults under checkpoints, counted: a process killed at each of its calls to the file system, and damage to the newest checkpoint.
+"""Counts of faults under checkpoints: a process killed at each call to the file system, a damaged newest
+checkpoint.
 
-`python -m tests.faults.checkpoint_faults` prints the counts as its last line; tests/training/test_checkpoints.py asserts them. No torch: a child is
-forked in a moment. SIGKILL leaves what the kernel has taken, so the order of the flushes, which only a power cut would show, has a test of
-its own.
+`python -m tests.faults.checkpoint_faults` prints the counts as its last line;
+tests/training/test_checkpoints.py asserts them. The module imports no torch, so that a child is forked in a
+moment. Data that the kernel has taken survives SIGKILL. Only a power cut would show the order of the flushes,
+which has a test of its own.
 """
 
 import itertools
@@ -26,19 +28,21 @@ Damage = Callable[[Path, random.Random], None]
 
 
 def publish(output_dir: Path, step: int, *, limit: int | None = None, mark: int = 0) -> Path:
-    """A checkpoint whose bytes follow from step and mark."""
+    """Publish a checkpoint whose bytes are a function of step and mark."""
     draw = random.Random(f"{step} {mark}")
     files = {name: draw.randbytes(200 + 100 * number) for number, name in enumerate(FILES)}
     return checkpoint_folders.publish(output_dir, step, files, {"mark": mark}, limit=limit)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether it is what `publish` writes for its step and one of the marks; does not rely on the hashes in the manifest."""
-    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Whether the folder holds what `publish` writes for its step and one of the marks. The manifest is not
+    read."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     for mark in (0, 1):
         draw = random.Random(f"{folder.name.rpartition('-')[2]} {mark}")
         wanted = {name: draw.randbytes(200 + 100 * number) for number, name in enumerate(FILES)}
-        if {**wanted, checkpoint_folders.MANIFEST: there.get(checkpoint_folders.MANIFEST)} == there:
+        manifest = contents.get(checkpoint_folders.MANIFEST)
+        if {**wanted, checkpoint_folders.MANIFEST: manifest} == contents:
             return True
     return False
 
@@ -47,13 +51,13 @@ def is_whole(folder: Path) -> bool:
 
 
 def die_at(moment: int, work: Callable[[], object]) -> bool:
-    """Do the work in a child process that is killed before its `moment`-th call to the file system; False if it got to the end.
+    """Do the work in a child process that is killed before its `moment`-th call to the file system.
 
-    Each write has a second moment, when half of it is done.
+    Returns False if the work ended before. Each write has a second moment, when half of it is done.
     """
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # a test that fails is better than one that hangs
+        signal.alarm(60)  # a child that hangs must end too
         left = itertools.count(moment, -1)
 
         def counted(name: str, call: Any) -> Any:
@@ -76,7 +80,7 @@ def die_at(moment: int, work: Callable[[], object]) -> bool:
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(code)  # and not on into the parent's work
+            os._exit(code)  # the child must not go on with the parent's work
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL):
@@ -87,7 +91,8 @@ def die_at(moment: int, work: Callable[[], object]) -> bool:
 def kills(
     folder: Path, prepare: Callable[[Path], object], work: Callable[[Path], object]
 ) -> Iterator[tuple[int, Path]]:
-    """(moment, output folder) for every moment at which the work on what was prepared can be cut short."""
+    """(moment, output folder) for every moment at which the work can be killed. Each moment gets a prepared
+    folder."""
     template = folder / "template"
     template.mkdir(parents=True)
     prepare(template)
@@ -101,7 +106,8 @@ def kills(
 
 
 def after_a_kill(output_dir: Path, keep: int) -> list[str]:
-    """What is wrong once a process has died in the middle of saving: with what is found, and with what the next run makes of the rest."""
+    """One phrase for each problem after a process has died while saving: of `latest`, of the sweep, of the
+    next save."""
     wrong = []
     try:
         found = checkpoint_folders.choose("latest", output_dir)
@@ -131,9 +137,11 @@ def after_a_kill(output_dir: Path, keep: int) -> list[str]:
 
 
 def kill_everywhere(folder: Path, *, keeps: tuple[int, ...] = (1, 2, 3)) -> dict[str, int]:
-    """Kill saving (a new step, and one that is there with other content) and sweeping at each call, with so many checkpoints kept.
+    """Kill saving and sweeping at each call to the file system, for each number of checkpoints that are kept.
 
-    `kill_points` and, of these, `violations`: no whole checkpoint was there, `latest` did not find it, or the next run could not go on.
+    A new step is saved, and an existing one with other content. Returns `kill_points` and `violations`. A
+    violation is a kill point after which no whole checkpoint existed, `latest` did not find it, or the next
+    run could not go on.
     """
     points, violations = 0, 0
     for keep, what in itertools.product(keeps, ("new", "again", "sweep")):
@@ -205,9 +213,10 @@ DAMAGES: dict[str, Damage] = {
 
 
 def damage_newest(folder: Path, *, count: int = 200, seed: int = 0) -> dict[str, int]:
-    """Damage one file of the newest of two checkpoints, `count` times, over all files and kinds.
+    """Damage one file of the newest of two checkpoints, `count` times, over all files and kinds of damage.
 
-    `damaged`; of these `detected` by name; and `damaged_skipped`: `latest` chose the one before and gave the reason.
+    Returns `damaged`, `detected` (the damaged file was named), and `damaged_skipped` (`latest` chose the
+    older checkpoint and gave the reason).
     """
     detected, skipped = 0, 0
     template = folder / "template"
@@ -223,7 +232,7 @@ def damage_newest(folder: Path, *, count: int = 200, seed: int = 0) -> dict[str,
         path = output_dir / "checkpoint-2" / name
         before = path.read_bytes()
         DAMAGES[kind](path, draw)
-        if path.exists() and path.read_bytes() == before:  # zeros where there were zeros
+        if path.exists() and path.read_bytes() == before:  # for example zeros written over zeros
             raise RuntimeError(f"{kind} of {name} did nothing")
         problems = checkpoint_folders.verify(path.parent)
         detected += any(name in problem for problem in problems)

@@ -1,8 +1,11 @@
-"""Run a script of the product with a fault built in: `python -m tests.faults.inject '{"slow": 0.1, "kill": [2, 1]}' SCRIPT words...`
+"""Run a script of the product with a fault built in.
 
-Faults: `slow`: seconds added to every micro-step. `kill`, `raise`, `hang`, `leave`, `nan`, `memory`: [step, rank], counted from 1 and 0: in that
-step of that process it is killed, raises, sleeps for ever, exits with 0, gets a loss that is not a number, runs out of memory. The product has
-no hooks for this; its functions are replaced from outside.
+    python -m tests.faults.inject '{"slow": 0.1, "kill": [2, 1]}' SCRIPT words...
+
+`slow` is seconds added to every micro-step. The other faults take [step, rank], counted from 1 and 0. In that
+step the process of that rank is killed (`kill`), raises (`raise`), sleeps for ever (`hang`), exits with 0
+(`leave`), gets a loss that is not a number (`nan`), or runs out of memory (`memory`). The product has no
+hooks for this: its functions are replaced from outside.
 """
 
 import json

@@ -1,7 +1,9 @@
-"""Faults under whole runs, counted: processes killed, stopped, hung and lost, in one process and several, through the real launchers.
+"""Counts of faults under whole runs: processes killed, stopped, hung and lost, alone and under the real
+launchers.
 
-Every result is compared with an unbroken run of the same program on the same machine; no hash is stored. A trainer takes seconds to import
-what it needs, so runs of one process are forked from this one, which has imported it.
+Every result is compared with an unbroken run of the same program on the same machine; no hash is stored. A
+trainer takes seconds to import what it needs, so runs of one process are forked from this one, which has
+imported it.
 """
 
 import contextlib
@@ -46,7 +48,8 @@ LIMIT = 120.0  # seconds that anything here may take
 
 
 class World:
-    """A tiny base, photos and a set of class images, and the words that train on them. Everything that could differ is turned on."""
+    """A tiny base, photos, class images, and the words that train on them. All that could make runs differ is
+    on."""
 
     def __init__(self, folder: Path):
         torch.set_num_threads(1)
@@ -57,10 +60,13 @@ class World:
 
     def words(self, out: Path, *, steps: int, world: int = 1, every: int = 2) -> list[str]:
         """One step takes four micro-batches, on however many processes."""
-        words = f"""--pretrained_model_name_or_path {self.base} --instance_data_dir {self.photos} --output_dir {out} --resolution 64 --seed 1
-            --train_batch_size 1 --gradient_accumulation_steps {4 // world} --max_train_steps {steps} --checkpointing_steps {every}
-            --train_text_encoder --lora_dropout 0.1 --with_prior_preservation --class_data_dir {self.folder / "class"} --num_class_images 3
-            --class_inference_steps 2 --lr_scheduler linear --lr_warmup_steps 2 --report_to none --num_threads 1 --peer_timeout 10"""
+        words = f"""--pretrained_model_name_or_path {self.base} --instance_data_dir {self.photos}
+            --output_dir {out} --resolution 64 --seed 1 --train_batch_size 1
+            --gradient_accumulation_steps {4 // world} --max_train_steps {steps}
+            --checkpointing_steps {every} --train_text_encoder --lora_dropout 0.1
+            --with_prior_preservation --class_data_dir {self.folder / "class"} --num_class_images 3
+            --class_inference_steps 2 --lr_scheduler linear --lr_warmup_steps 2 --report_to none
+            --num_threads 1 --peer_timeout 10"""
         return [*words.split(), "--instance_prompt", "a photo of sks dog", "--class_prompt", "a photo of dog"]
 
     def command(
@@ -119,7 +125,7 @@ class World:
 
 
 def end_all(process: subprocess.Popen) -> None:
-    """Kill what is left of a launcher's processes; torchrun's workers are in sessions of their own."""
+    """Kill the remaining processes of a launcher, and its workers, which have sessions of their own."""
     for pid in [*children(process.pid), process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -137,7 +143,7 @@ def children(pid: int) -> list[int]:
 
 
 def workers(pid: int) -> list[int]:
-    """The training processes under a launcher, by rank: those whose command line has the script and that are no launcher."""
+    """The training processes under a launcher, by rank: those that run the script and are no launcher."""
     found = []
     for child in [pid, *children(pid)]:
         with contextlib.suppress(OSError):
@@ -155,7 +161,8 @@ def workers(pid: int) -> list[int]:
 
 
 def forked(work: Callable[[], object], log: Path) -> int:
-    """The process id of a child that does `work`, as a trainer of its own: its SystemExit is its exit status."""
+    """Fork a child that does `work` as a script would. Returns its process id. Its SystemExit is its exit
+    status."""
     child = os.fork()
     if child:
         return child
@@ -190,7 +197,7 @@ def train_forked(words: Sequence[str], log: Path, faults: dict[str, Any] | None 
 
 
 def ended(child: int, limit: float = LIMIT) -> int:
-    """Exit status of a forked child. Raises TimeoutError, and kills it, if it takes longer than `limit` seconds."""
+    """Exit status of a forked child. After `limit` seconds the child is killed and TimeoutError raised."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -238,7 +245,8 @@ def exact_worlds(
     sizes: Sequence[int] = (1, 2, 4),
     resumes: Sequence[tuple[int, int]] = ((1, 2), (2, 4), (4, 1)),
 ) -> dict[str, Any]:
-    """The same run on so many processes, and resumed on others after three steps; `controls`: another seed gives another hash."""
+    """The same run on 1, 2 and 4 processes, and resumed on another number of them. A control has another
+    seed."""
     steps, found = 4, {}
     launcher = {2: "torchrun", 4: "accelerate"}
 
@@ -271,7 +279,8 @@ def exact_worlds(
 
 
 def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float = 0.3) -> dict[str, Any]:
-    """Faults at random moments of one long run, on one process or two as chance has it, each followed by a restart, until it is done."""
+    """Faults at random moments of one long run, on one process or two at random, each followed by a
+    restart."""
     draw, every, steps = random.Random(seed), 3, 5 * faults
     whole, out = world.folder / "chaos-whole", world.folder / "chaos"
     if code := ended(
@@ -317,7 +326,8 @@ def chaos(world: World, *, faults: int = 40, seed: int = 0, share_of_two: float 
         ranks = workers(pid) if launcher else [pid]
         if len(ranks) != size or steps_done(out) < reach:
             raise RuntimeError(
-                f"the run to strike was not there: {ranks}, steps {before}, {steps_done(out)}, {reach}\n{log.read_text()[-3000:]}"
+                f"the run ended before its fault: {ranks}, steps {before}, {steps_done(out)}, {reach}\n"
+                f"{log.read_text()[-3000:]}"
             )
         for victim in {"kill all": ranks, "kill one": [draw.choice(ranks)], "terminate": [pid]}[kind]:
             os.kill(victim, signal.SIGKILL if kind.startswith("kill") else signal.SIGTERM)
@@ -352,7 +362,9 @@ def adapter(out: Path) -> bytes:
 
 
 def seconds_to_stop(world: World, *, times: int = 5) -> dict[str, Any]:
-    """SIGTERM, SIGINT and SIGUSR1 to a run of one process: seconds until it has ended, its last step saved and its status as documented."""
+    """SIGTERM, SIGINT and SIGUSR1 to a run of one process: seconds until it has ended.
+
+    A stop is right if the last step is saved and the exit status is the documented one."""
     seconds, right = [], 0
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     for turn in range(times):
@@ -407,7 +419,8 @@ def launcher_stopped(world: World) -> dict[str, Any]:
 
 
 def launcher_killed(world: World) -> dict[str, Any]:
-    """SIGKILL to `accelerate launch` with one process, which hears nothing of it: it saves and ends, and the folder is free."""
+    """SIGKILL to `accelerate launch` with one process, which gets no signal. The process must save and
+    end."""
     out = world.folder / "launcher-killed"
     command = world.command(
         world.words(out, steps=500, every=500), launcher="accelerate", faults={"slow": 0.05}
@@ -435,7 +448,9 @@ def launcher_killed(world: World) -> dict[str, Any]:
 
 
 def peers_lost(world: World, kinds: Sequence[str] = ("kill", "raise", "leave", "hang")) -> dict[str, Any]:
-    """A process of two is killed, raises, leaves with exit status 0, or hangs: the job ends with its name, and the other one's last step stays."""
+    """One process of two is killed, raises, exits with 0, or hangs.
+
+    The job must end and name the process, and the other one's last step must be saved."""
     found = {}
     for kind in kinds:
         out = world.folder / f"peer-{kind}"
@@ -451,7 +466,8 @@ def peers_lost(world: World, kinds: Sequence[str] = ("kill", "raise", "leave", "
 
 
 def not_a_number_on_one(world: World) -> dict[str, Any]:
-    """A loss that is not a number on one process of two stops both before the step is applied, with the picture named."""
+    """A loss that is not a number on one process of two. Both must stop before the step, and name the
+    picture."""
     out = world.folder / "nan"
     code, log, _ = world.run(
         world.words(out, steps=6, every=50, world=2), launcher="torchrun", world=2, faults={"nan": [4, 1]}
@@ -468,7 +484,9 @@ def not_a_number_on_one(world: World) -> dict[str, Any]:
 
 
 def disk_full(world: World) -> dict[str, Any]:
-    """Files may not grow past 20 kB, as on a full disk: checkpoints fail with a message and the run goes on; the final adapter fails it."""
+    """Files may not grow past 20 kB, as on a full disk.
+
+    A failed checkpoint is a message, and the run goes on. A failed adapter ends it with status 1."""
     out, log = world.folder / "full", world.folder / "full.log"
 
     def work() -> None:
@@ -507,7 +525,8 @@ def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
     draw = random.Random(0)
 
     def words(folder: Path) -> list[str]:
-        line = f"--pretrained_model_name_or_path {world.base} --class_data_dir {folder} --num_class_images 12 --sample_batch_size 2 --num_threads 1"
+        line = f"""--pretrained_model_name_or_path {world.base} --class_data_dir {folder}
+            --num_class_images 12 --sample_batch_size 2 --num_threads 1"""
         return [*line.split(), "--class_prompt", "a photo of dog", "--class_inference_steps", "2"]
 
     def make(folder: Path, die_after: int | None) -> int:
