@@ -1,8 +1,8 @@
-"""Latents: the VAE's posterior of pictures, and its scale.
+"""The VAE: photos to the posterior of their latents, and the scale of latents.
 
-What is kept of a picture is mean and standard deviation, not a sample: each visit still draws from the
-posterior, as training without a cache would. A base without a VAE works on the pixels themselves: a posterior
-without spread.
+The cache holds mean and standard deviation of a photo's latents, not a sample, so that every use of the photo
+draws another sample, as in training without a cache. A base without a VAE works on pixels: its posterior has
+no spread.
 """
 
 import dataclasses
@@ -24,8 +24,11 @@ class Posterior:
 
 
 def normalized(config: Mapping[str, Any] | None, latents: torch.Tensor) -> torch.Tensor:
-    """The VAE's latents as the UNet knows them: times the scaling factor, or by mean and deviation of each
-    channel where the VAE states them. `config` is the VAE's; None for a base without one."""
+    """Latents of the VAE in the scale of the UNet: times the scaling factor, or by mean and standard
+    deviation of each channel where the VAE's config has them.
+
+    `config` is the VAE's; None for a base without one.
+    """
     if config is None:
         return latents
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -49,13 +52,17 @@ def denormalized(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: torch.nn.Module | None, pixel_values: torch.Tensor) -> Posterior:
-    """The posterior of [B, 3, H, W] pixels in [-1, 1], one picture at a time: the same numbers whatever else
-    is in the batch."""
+    """The posterior of [B, 3, H, W] pixels in [-1, 1].
+
+    Pictures are encoded one at a time, so that the result does not depend on the others in the batch.
+    """
     if vae is None:
         return Posterior(pixel_values, torch.zeros_like(pixel_values))
-    # strides choose among a convolution's ways to compute, which differ in their last bits
-    dists = [
+    # contiguous: a convolution's algorithm, and so the last bits, depend on the strides
+    posteriors = [
         vae.encode(pixels.contiguous()[None].to(vae.device, vae.dtype)).latent_dist  # type: ignore[operator,union-attr]
         for pixels in pixel_values
     ]
-    return Posterior(torch.cat([d.mean for d in dists]).float(), torch.cat([d.std for d in dists]).float())
+    mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+    std = torch.cat([posterior.std for posterior in posteriors]).float()
+    return Posterior(mean, std)

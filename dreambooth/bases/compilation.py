@@ -1,4 +1,4 @@
-"""The UNet's blocks compiled, one by one, by torch.compile: fewer and larger kernels for a GPU, the same
+"""Compiles the UNet's blocks one by one with torch.compile: fewer and larger kernels on a GPU, the same
 weights and names."""
 
 import contextlib
@@ -10,13 +10,14 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from dreambooth.errors import UserError, reason_of
 
-# Blocks of one class share compiled code as far as their shapes agree; torch gives up, without a word, after
-# 8 different ones.
+# Blocks of one class share compiled code if their shapes agree. By default torch silently stops compiling
+# after 8 shapes.
 _MOST_SHAPES = 128
 
 
 def check(device: torch.device) -> None:
-    """Raise UserError if nothing can be compiled for this device: a small function is tried."""
+    """Raise UserError if nothing can be compiled for this device. A small function is compiled and run to
+    find out."""
     try:
         x = torch.ones(64, device=device, requires_grad=True)
         torch.compile(lambda x: (x * 2).sin())(x).sum().backward()
@@ -28,12 +29,12 @@ def check(device: torch.device) -> None:
 
 
 def compile_blocks(unet: torch.nn.Module) -> int:
-    """Compile every residual and transformer block in place, for fixed shapes; how many. The work is done in
-    the first step.
+    """Compile every residual and transformer block in place, for fixed shapes. Returns how many.
 
-    Blocks alike but for their place are compiled once for each shape; what is between blocks stays as it
-    is."""
-    import torch._dynamo  # seconds, and nothing else needs it
+    Compilation itself happens in the first step, once for all blocks with the same code and shapes. Layers
+    between the blocks are not compiled.
+    """
+    import torch._dynamo  # imported late, because it takes seconds
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     torch._dynamo.config.accumulated_recompile_limit = max(
@@ -47,8 +48,8 @@ def compile_blocks(unet: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def eager(*, wanted: bool) -> Iterator[None]:
-    """Within the block nothing is compiled, if `wanted`: pictures have other shapes, and adapters put on and
-    off."""
+    """Runs the block without compiled code, if `wanted`: pictures have other shapes than training, and
+    adapters come and go."""
     if not wanted:
         yield
         return

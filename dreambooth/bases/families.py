@@ -302,7 +302,8 @@ def max_tokens(base: Base, text: TextOptions | None = None) -> int:
     wanted = text.tokenizer_max_length if text else None
     if wanted is not None and wanted > limit:
         raise UserError(
-            f"--tokenizer_max_length must be at most {limit}, the limit of tokenizer and text encoder; got {wanted}"
+            f"--tokenizer_max_length must be at most {limit}, the limit of tokenizer and text encoder; got "
+            f"{wanted}"
         )
     return wanted or limit
 

@@ -43,7 +43,10 @@ def no_index(folder: Path, name: str) -> str:
     instead."""
     names = sorted(path.name for path in folder.iterdir())
     held = ", ".join(shown(n) for n in names[:5]) or "nothing"
-    message = f"{BASE_FLAG}: {shown(name)} is not a diffusers pipeline folder: it has no model_index.json; it holds {held}"
+    message = (
+        f"{BASE_FLAG}: {shown(name)} is not a diffusers pipeline folder: it has no model_index.json; it "
+        f"holds {held}"
+    )
     if (folder.absolute().parent / "model_index.json").is_file():
         return f"{message}. It is one part of a base: name the folder above it"
     if "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
@@ -51,7 +54,10 @@ def no_index(folder: Path, name: str) -> str:
             f"{message}. That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
         )
     if any(n.endswith((".safetensors", *_OBJECT_FILES)) for n in names):
-        return f"{message}. Convert a single-file base with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        return (
+            f"{message}. Convert a single-file base with "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     return message
 
 
@@ -128,7 +134,8 @@ def _check_variant(folder: Path, name: str, parts: Iterable[str], variant: str) 
     ]
     if lacking:
         raise UserError(
-            f"--variant: {shown(name)} has no {variant} weights of {', '.join(lacking)}; leave it out, or fetch them"
+            f"--variant: {shown(name)} has no {variant} weights of {', '.join(lacking)}; leave it out, or "
+            "fetch them"
         )
 
 
@@ -177,7 +184,8 @@ def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
         # unused parts may be of any library: some bases name a module of diffusers for them
         elif library is not None and library not in _LIBRARIES and part not in _NEVER_LOADED:
             problems.append(
-                f"model_index.json: {shortened(part)} comes from {shortened(library)}; only diffusers and transformers are loaded"
+                f"model_index.json: {shortened(part)} comes from {shortened(library)}; only diffusers and "
+                "transformers are loaded"
             )
         elif part in classes and kind != classes[part]:
             problems.append(f"model_index.json: {part} is a {shortened(kind)}; it must be a {classes[part]}")
@@ -216,7 +224,8 @@ def _wrong_kinds(
         blocks = configs["vae"].get("block_out_channels")
         if not isinstance(blocks, list) or not blocks or not all(map(_is_number, blocks)) or len(blocks) > 10:
             problems.append(
-                f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of whole numbers"
+                f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of "
+                "whole numbers"
             )
     values = [(part, field, configs[part].get(field)) for part, field in required]
 
@@ -267,7 +276,8 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     if "vae" in configs and unet["in_channels"] != configs["vae"]["latent_channels"]:
         channels = f"{unet['in_channels']} channels and its VAE gives {configs['vae']['latent_channels']}"
         problems.append(
-            f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for inpainting"
+            f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for "
+            "inpainting"
         )
     if "vae" not in configs and unet["in_channels"] != 3:
         problems.append(
@@ -310,7 +320,8 @@ def weight_files(
     names = sorted(path.name for path in part_folder.iterdir())
     if objects := [n for n in names if n.endswith(_OBJECT_FILES)]:
         raise UserError(
-            f"{flag}: {shown(part_folder)} has its weights in {shown(objects[0])} only, serialized Python objects, "
+            f"{flag}: {shown(part_folder)} has its weights in {shown(objects[0])} only, serialized Python "
+            "objects, "
             "which can carry code and are not loaded. If you trust it, load it once with diffusers and "
             "save_pretrained(FOLDER, safe_serialization=True)"
         )

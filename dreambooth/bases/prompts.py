@@ -1,7 +1,6 @@
-"""Prompts: checked, tokenised and encoded into what the UNet is told.
+"""Prompts: checked, tokenized and encoded to prompt embeddings.
 
-Each family has its own way from words to conditions; the functions here are those ways, and `families.py`
-says which is whose.
+Each family encodes prompts in its own way, by one of the functions `encode_*`; `families.FAMILIES` names it.
 """
 
 import dataclasses
@@ -13,155 +12,167 @@ from transformers import PreTrainedTokenizerBase
 
 from dreambooth.errors import UserError, shown
 
-_MOST_ON_DEVICE = 64  # prompts: with Stable Diffusion XL's in float32 some 40 MB
-_LONGEST_PROMPT = 20_000  # characters: far more than fits, and little enough to find the words that do not
+# Prompts whose embeddings stay on the device: some 40 MB with Stable Diffusion XL's in float32.
+_MOST_ON_DEVICE = 64
+# Characters. Far more than any encoder takes, but few enough to tokenize for the message of `check`.
+_LONGEST_PROMPT = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeds:
-    """What the UNet is told of some prompts: [prompts, tokens, width], and for Stable Diffusion XL one vector
-    each, [prompts, pooled width]."""
+    """Embeddings of prompts, as the UNet takes them."""
 
     embeds: torch.Tensor
+    """[prompts, tokens, width]"""
     pooled: torch.Tensor | None = None
+    """[prompts, pooled width], for Stable Diffusion XL only."""
 
-    def rows(self, index: Sequence[int]) -> "PromptEmbeds":
-        """The conditions of the prompts at these places, in this order."""
-        places = torch.tensor(index, device=self.embeds.device)
-        return PromptEmbeds(self.embeds[places], None if self.pooled is None else self.pooled[places])
+    def rows(self, indices: Sequence[int]) -> "PromptEmbeds":
+        """The rows at `indices`, in this order."""
+        index = torch.tensor(indices, device=self.embeds.device)
+        return PromptEmbeds(self.embeds[index], None if self.pooled is None else self.pooled[index])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "PromptEmbeds":
-        return PromptEmbeds(
-            self.embeds.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
-        )
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return PromptEmbeds(self.embeds.to(device, dtype), pooled)
 
     def added_cond_kwargs(self, time_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids` are float32 [rows, 6]."""
         return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": time_ids}
 
 
-def stack(conditions: Sequence[PromptEmbeds]) -> PromptEmbeds:
-    """The prompts of all of them, one after another."""
-    pooled = [c.pooled for c in conditions if c.pooled is not None]
-    return PromptEmbeds(torch.cat([c.embeds for c in conditions]), torch.cat(pooled) if pooled else None)
+def stack(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """The rows of all parts, one after another."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return PromptEmbeds(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptCache:
-    """PromptEmbeds of prompts that were encoded once; `read` gives those of one."""
+    """Embeddings of prompts that were encoded once; `read` returns those of one prompt."""
 
     read: Callable[[str], PromptEmbeds]
 
     def of(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """The embeddings of these prompts, one row each."""
         return stack([self.read(prompt) for prompt in prompts])
 
 
 def prompt_cache(
     read: Callable[[str], PromptEmbeds], prompts: Sequence[str], device: torch.device
 ) -> PromptCache:
-    """The conditions of `prompts`: few wait on the device, many are read where they lie at each visit."""
+    """A cache of `prompts`. A few are kept on the device; if there are many, each use calls `read`."""
     if len(prompts) > _MOST_ON_DEVICE:
         return PromptCache(read)
-    held = {prompt: read(prompt).to(device) for prompt in prompts}
-    return PromptCache(held.__getitem__)
+    on_device = {prompt: read(prompt).to(device) for prompt in prompts}
+    return PromptCache(on_device.__getitem__)
 
 
 @dataclasses.dataclass
 class TextParts:
-    """Tokenizers and text encoders of a base, the encoders by the name that they have in its folder and in
-    adapter files."""
+    """Tokenizers and text encoders of a base, and how they encode prompts."""
 
     encode: Callable[["TextParts", Sequence[str]], PromptEmbeds]
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     encoders: dict[str, Any]
+    """By folder of the base, which is also the name of the component in adapter files."""
     max_tokens: int
+    """Tokens of a padded prompt."""
     attention_mask: bool = False
+    """Whether padding is masked in the encoders."""
     clip_skip: int = 0
+    """How many of the last layers are skipped."""
     zeros_for_empty: bool = False
-    """Whether the empty prompt is zeros, as Stable Diffusion XL was trained."""
+    """Whether the embeddings of the empty prompt are zeros, as in the training of Stable Diffusion XL."""
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The conditions of `prompts`; gradients flow if an encoder is trained."""
+        """The embeddings of `prompts`, with gradients if an encoder is trained."""
         return self.encode(self, prompts)
 
     def encode_all(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> PromptCache:
-        """All `prompts` encoded, each alone: its last bits do not depend on which others there are. `check`
-        is called before each."""
+        """Encode all `prompts`. `check` is called before each.
+
+        Each prompt is encoded alone, so that its last bits do not depend on the other prompts.
+        """
         device = next(iter(self.encoders.values())).device
-        found = {}
+        embeds = {}
         for prompt in dict.fromkeys(prompts):
             check()
-            found[prompt] = self([prompt]).to(torch.device("cpu"))
-        return prompt_cache(found.__getitem__, list(found), device)
+            embeds[prompt] = self([prompt]).to(torch.device("cpu"))
+        return prompt_cache(embeds.__getitem__, list(embeds), device)
 
-    def ids(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask) of the tokenizer at `number`, each [prompts, max_tokens]."""
-        read = as_read(self.encode, prompts)
-        found = self.tokenizers[number](
-            read, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+    def tokenize(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, attention_mask) by the tokenizer at index `number`, each [prompts, max_tokens]."""
+        tokens = self.tokenizers[number](
+            prepared(self.encode, prompts),
+            padding="max_length",
+            max_length=self.max_tokens,
+            truncation=True,
+            return_tensors="pt",
         )
-        return found.input_ids, found.attention_mask
+        return tokens.input_ids, tokens.attention_mask
 
-    def tokens(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ids` on the device of their encoder."""
+    def tokenize_on_device(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tokenize`, with the tensors on the device of the encoder at index `number`."""
         encoder = list(self.encoders.values())[number]
-        ids, mask = self.ids(number, prompts)
-        return ids.to(encoder.device), mask.to(encoder.device)
+        input_ids, attention_mask = self.tokenize(number, prompts)
+        return input_ids.to(encoder.device), attention_mask.to(encoder.device)
 
 
-def as_read(
+def prepared(
     encode: Callable[["TextParts", Sequence[str]], PromptEmbeds], prompts: Sequence[str]
 ) -> list[str]:
-    """Prompts as they come to the tokenizer: for DeepFloyd IF in lower case and trimmed, as its pipeline has
-    them."""
+    """Prompts as the tokenizer takes them. DeepFloyd IF's are stripped and lower case, as in its pipeline."""
     return [prompt.lower().strip() for prompt in prompts] if encode is encode_t5 else list(prompts)
 
 
 def encode_clip(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
-    """Stable Diffusion 1.x and 2.x: CLIP's last hidden state, or an earlier one, after its final norm."""
+    """Stable Diffusion 1.x and 2.x: the last hidden state of CLIP, or an earlier one after the final norm."""
     (encoder,) = text.encoders.values()
-    ids, mask = text.tokens(0, prompts)
+    input_ids, attention_mask = text.tokenize_on_device(0, prompts)
     is_masked = text.attention_mask or getattr(encoder.config, "use_attention_mask", False)
+    mask = attention_mask if is_masked else None
     if not text.clip_skip:
-        return PromptEmbeds(encoder(ids, attention_mask=mask if is_masked else None)[0])
-    hidden = encoder(ids, attention_mask=mask if is_masked else None, output_hidden_states=True).hidden_states
-    norm = getattr(
-        encoder, "text_model", encoder
-    ).final_layer_norm  # older transformers keep it one level down
-    return PromptEmbeds(norm(hidden[-(text.clip_skip + 1)]))
+        return PromptEmbeds(encoder(input_ids, attention_mask=mask)[0])
+    hidden_states = encoder(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    # in older transformers the norm is one level down
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return PromptEmbeds(norm(hidden_states[-(text.clip_skip + 1)]))
 
 
 def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
-    """Stable Diffusion XL: the last hidden states but one of both CLIPs, side by side, and the second's
-    projection of the whole prompt."""
-    embeds, pooled = [], None
+    """Stable Diffusion XL: the second to last hidden states of both CLIPs, concatenated, and the pooled
+    embedding of the second."""
+    states, pooled = [], None
     for number, encoder in enumerate(text.encoders.values()):
-        ids, mask = text.tokens(number, prompts)
-        out = encoder(ids, attention_mask=mask if text.attention_mask else None, output_hidden_states=True)
-        embeds.append(out.hidden_states[-(text.clip_skip + 2)])
-        pooled = out[0]  # the last encoder's stays
+        input_ids, attention_mask = text.tokenize_on_device(number, prompts)
+        mask = attention_mask if text.attention_mask else None
+        output = encoder(input_ids, attention_mask=mask, output_hidden_states=True)
+        states.append(output.hidden_states[-(text.clip_skip + 2)])
+        pooled = output[0]  # of the last encoder, in the end
     assert pooled is not None
-    found = PromptEmbeds(torch.cat(embeds, dim=-1), pooled)
-    if not text.zeros_for_empty or all(prompts):
-        return found
-    kept = torch.tensor([float(prompt != "") for prompt in prompts], device=pooled.device, dtype=pooled.dtype)
-    return PromptEmbeds(found.embeds * kept[:, None, None], pooled * kept[:, None])
+    embeds = torch.cat(states, dim=-1)
+    if text.zeros_for_empty and not all(prompts):
+        factors = [float(prompt != "") for prompt in prompts]
+        factor = torch.tensor(factors, device=pooled.device, dtype=pooled.dtype)
+        embeds, pooled = embeds * factor[:, None, None], pooled * factor[:, None]
+    return PromptEmbeds(embeds, pooled)
 
 
 def encode_t5(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
-    """DeepFloyd IF: T5's last hidden state, padding masked."""
+    """DeepFloyd IF: the last hidden state of T5, with padding masked."""
     (encoder,) = text.encoders.values()
-    ids, mask = text.tokens(0, prompts)
-    return PromptEmbeds(encoder(ids, attention_mask=mask)[0])
+    input_ids, attention_mask = text.tokenize_on_device(0, prompts)
+    return PromptEmbeds(encoder(input_ids, attention_mask=attention_mask)[0])
 
 
 def _shortened(text: str) -> str:
-    """A text that may hold a whole prompt, as it may stand in a message."""
+    """A text of any length, possibly a whole prompt, for use in a message."""
     return shown(text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}")
 
 
 def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> str:
-    """The end of the prompt that does not fit into `limit` tokens, "" if all of it does."""
+    """The end of the prompt that does not fit into `limit` tokens; "" if all of it fits."""
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     return str(tokenizer.decode(ids[limit - tokenizer.num_special_tokens_to_add() :])).strip()
 
@@ -169,15 +180,18 @@ def words_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> st
 def check(
     tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, str | None], limit: int
 ) -> None:
-    """Raise UserError naming flag and words for every prompt that would be cut off, or is no text. `prompts`
-    are by what names them."""
+    """Raise UserError, with one line per fault, if a prompt is over `limit` tokens or is no text.
+
+    `prompts` has them by the flag or file that a message names; None and "" are skipped.
+    """
     problems = []
     for flag, prompt in prompts.items():
         if not prompt:
             continue
         if len(prompt) > _LONGEST_PROMPT:
             problems.append(
-                f"{_shortened(flag)} has {len(prompt):,} characters; only {limit} tokens, about as many words, are read. Make it shorter"
+                f"{_shortened(flag)} has {len(prompt):,} characters; "
+                f"only {limit} tokens, about as many words, are read. Make it shorter"
             )
             continue
         try:
@@ -188,7 +202,8 @@ def check(
         cut = max((words_cut(tokenizer, prompt, limit) for tokenizer in tokenizers), key=len)
         if cut:
             problems.append(
-                f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: {_shortened(repr(cut))}. Make it shorter"
+                f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: "
+                f"{_shortened(repr(cut))}. Make it shorter"
             )
     if problems:
         raise UserError("\n".join(problems))

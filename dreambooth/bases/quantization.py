@@ -1,12 +1,11 @@
-"""The UNet's frozen layers in 8 bits (torchao) or 4 (bitsandbytes' nf4, arXiv 2305.14314): a fraction of the
-memory, another result.
+"""The UNet's frozen layers in 8 bits (torchao) or 4 bits (bitsandbytes' nf4, QLoRA, arXiv 2305.14314), to
+save memory.
 
-All linear layers of the attention blocks are kept so; convolutions, norms and embeddings are not, nor is what
-is trained. The packages turn weights into few bits and back. Their own layers are not used: torchao's keeps a
-dense copy of each weight for the backward pass, which is the memory that was saved; bitsandbytes' takes its
-precision from its first input, and on some CPUs, once it has drawn a picture, it passes no gradient on. Here
-a weight is dense while its product is computed, forward and again backward, and nothing dense is kept between
-them.
+All linear layers of the attention blocks are quantized; convolutions, norms, embeddings and trained layers
+are not. The packages only convert weights. Their own linear layers are not used: torchao's keeps a dense copy
+of the weight for the backward pass, which undoes the saving; bitsandbytes' takes its precision from its first
+input, and on some CPUs passes no gradients after it has drawn a picture. The layer here makes the dense
+weight for each product, in the forward and again in the backward pass, and keeps nothing dense in between.
 """
 
 from typing import Any
@@ -18,30 +17,30 @@ from torch import Tensor, nn
 from dreambooth.errors import UserError, type_and_reason
 from dreambooth.options.speed import SpeedOptions
 
-# The others turn the weight itself: BOFT and HRA compute with it dense in every call and keep that, and OFT's
-# pictures are drawn with it.
+# The other kinds rotate the weight itself and need it dense: BOFT and HRA in every call, OFT to draw
+# pictures.
 _ADAPTERS = ("lora", "loha", "lokr")
 _BLOCK = 64  # weights that share a scale in nf4
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer in few bits. `weight` is a dense copy, made at each reading: what is written into
-    it is lost."""
+    """A frozen linear layer with a quantized weight. Reading `weight` makes a dense copy: writing to it has
+    no effect."""
 
     rows: Any
-    """int8: torchao's tensor."""
+    """int8: torchao's quantized tensor."""
     packed: Tensor
-    """nf4: two weights a byte."""
+    """nf4: two weights per byte."""
     scales: Tensor
 
     def __init__(self, layer: nn.Linear, kind: str):
-        nn.Module.__init__(self)  # nn.Linear's would draw a weight
+        nn.Module.__init__(self)  # nn.Linear's __init__ would make a weight
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         self.weight_dtype = layer.weight.dtype
         if kind == "int8":
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            # the settings of torch's compiler are everybody's
+            # not the global settings of torch's compiler
             quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
             self.rows = layer.weight
         else:
@@ -54,7 +53,7 @@ class QuantizedLinear(nn.Linear):
             self.register_buffer("scales", state.absmax)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the bits stand for, [out_features, in_features]."""
+        """The dequantized weight, [out_features, in_features]."""
         if hasattr(self, "rows"):
             return self.rows.dequantize(dtype)
         from bitsandbytes import functional
@@ -70,7 +69,7 @@ class QuantizedLinear(nn.Linear):
         return self.dense(self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # as it is done for other linear layers
+        if torch.is_autocast_enabled(x.device.type):  # as autocast does for nn.Linear
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Product.apply(x, self)
 
@@ -88,35 +87,35 @@ class _Product(torch.autograd.Function):
 
 
 def check(speed: SpeedOptions, adapter: str, device: torch.device) -> None:
-    """Raise UserError if --quantize_base does not go with --adapter or --compile, or not on this device: a
-    small layer is tried there."""
+    """Raise UserError if --quantize_base does not work with --adapter, with --compile or on this device.
+
+    A small layer is run on the device to find out.
+    """
     kind = speed.quantize_base
     if kind is None:
         return
-    if (
-        speed.compile
-    ):  # the compiler finds the same dense weight in both passes and keeps it from one to the other
+    flag = f"--quantize_base {kind}"
+    if speed.compile:
+        # The compiler sees the same dense weight in both passes and keeps it from one to the other.
         raise UserError(
-            f"--quantize_base {kind}: --compile would keep every layer whole for the backward pass; leave one out"
+            f"{flag}: --compile would keep every layer whole for the backward pass; leave one out"
         )
     if adapter not in _ADAPTERS:
+        kinds = ", ".join(_ADAPTERS)
         raise UserError(
-            f"--quantize_base {kind}: --adapter {adapter} needs the weights whole; take {', '.join(_ADAPTERS)}, or leave one out"
+            f"{flag}: --adapter {adapter} needs the weights whole; take {kinds}, or leave one out"
         )
     try:
+        layer = nn.Linear(_BLOCK, _BLOCK, device=device).requires_grad_(False)
         x = torch.ones(2, _BLOCK, device=device, requires_grad=True)
-        QuantizedLinear(nn.Linear(_BLOCK, _BLOCK, device=device).requires_grad_(False), kind)(
-            x
-        ).sum().backward()
-    except Exception as error:  # whatever the package raises where it lacks something
+        QuantizedLinear(layer, kind)(x).sum().backward()
+    except Exception as error:  # the packages raise anything where they lack something
         reason = type_and_reason(error)
-        raise UserError(
-            f"--quantize_base {kind} does not work on this device ({device.type}): {reason}"
-        ) from None
+        raise UserError(f"{flag} does not work on this device ({device.type}): {reason}") from None
 
 
 def linear_layers(unet: nn.Module) -> list[str]:
-    """Names of the linear layers of its attention blocks."""
+    """Names of the linear layers in the attention blocks."""
     return [
         name
         for name, layer in unet.named_modules()
@@ -125,8 +124,10 @@ def linear_layers(unet: nn.Module) -> list[str]:
 
 
 def quantize(unet: nn.Module, kind: str, device: torch.device) -> int:
-    """Put `unet` on `device` with the linear layers of its attention blocks in few bits; how many. They are
-    moved one at a time, so that the device never holds the dense model."""
+    """Move `unet` to `device` and quantize the linear layers of its attention blocks. Returns how many.
+
+    They are moved one at a time, so that the device never holds the dense model.
+    """
     names = linear_layers(unet)
     for name in names:
         layer: Any = unet.get_submodule(name)

@@ -43,7 +43,8 @@ def sampler_of(flag: str | None, base: Base) -> str:
     """
     if flag == "dpm" and base.is_edm:
         raise UserError(
-            "--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base"
+            "--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give "
+            "base"
         )
     return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
 
@@ -65,7 +66,8 @@ def _dpm_solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
     except NotImplementedError as error:
         reason = shown(" ".join(str(error).split())[:200])
         raise UserError(
-            f"the multistep DPM solver cannot draw with this base's scheduler ({reason}); give --class_scheduler base"
+            f"the multistep DPM solver cannot draw with this base's scheduler ({reason}); give "
+            "--class_scheduler base"
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""Row numbers -> latents and prompts: from photos encoded once, or from photos loaded ahead by worker processes and encoded at each visit."""
+"""Rows to latents and prompts: from encoded photos, or from photos that workers load and the VAE encodes at
+each use."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dreambooth.bases import autoencoder
+from dreambooth.bases.autoencoder import Posterior
 from dreambooth.data import photos, sampling_order
 from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
@@ -15,21 +17,23 @@ from dreambooth.data.photos import Photo
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The photos of one half of a batch and a prompt for each. `purpose` ("instance" or "class") separates its random draws from the other
-    half's; `random_flip` mirrors half of the visits, `caption_dropout` is the share of them with the empty prompt."""
+    """The photos of one half of a batch, instance or class, with a prompt for each."""
 
     purpose: str
+    """"instance" or "class". It is part of the seed of every draw, so that the halves draw independently."""
     photos: list[photos.Photo]
     prompts: list[str]
     random_flip: bool = False
+    """Whether each use is mirrored with probability 1/2."""
     caption_dropout: float = 0.0
+    """Probability of the empty prompt."""
 
     def distinct_prompts(self) -> list[str]:
-        """Every prompt that a visit may have, once, in order of first use."""
+        """Every prompt that a row may have, once, in order of first use."""
         return list(dict.fromkeys([*self.prompts, *([""] if self.caption_dropout else [])]))
 
     def pictures(self) -> list[tuple[Photo, bool]]:
-        """Every (photo, whether mirrored) that a visit may have."""
+        """Every (photo, whether mirrored) that a row may have."""
         return [
             (photo, is_mirrored)
             for photo in self.photos
@@ -39,7 +43,8 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What Stable Diffusion XL is told of a picture, in pixels: its size before resizing, and where in the resized picture the crop begins."""
+    """A photo's original size and the corner of its crop, in pixels: Stable Diffusion XL's size
+    conditioning."""
 
     height: int
     width: int
@@ -49,13 +54,14 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: its step, its slot within the step, its rows, and source by source the posterior of [sources * rows] latents, with a
-    prompt and a frame for each."""
+    """One forward pass. Posterior, prompts and frames have the rows of the first source, then those of the
+    second."""
 
     step: int
     slot: int
+    """Number of the micro-batch within the step, over all processes."""
     rows: range
-    posterior: autoencoder.Posterior
+    posterior: Posterior
     prompts: list[str]
     frames: list[Frame]
 
@@ -66,12 +72,14 @@ class MicroBatch:
 
 
 class PhotoRows(torch.utils.data.Dataset):
-    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped for that row."""
+    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped for that
+    row."""
 
     def __init__(self, sources: list[Source], seed: int, crops: Crops):
         self.sources, self.seed, self.crops = sources, seed, crops
 
     def photo(self, source: Source, row: int) -> int:
+        """Index of the photo of this row."""
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
 
     def is_mirrored(self, source: Source, row: int) -> bool:
@@ -85,7 +93,7 @@ class PhotoRows(torch.utils.data.Dataset):
         return "" if is_dropped else source.prompts[self.photo(source, row)]
 
     def corner(self, source: Source, row: int) -> Corner:
-        """(left, top) of the crop, in the resized and possibly mirrored picture."""
+        """(left, top) of the crop in the resized, possibly mirrored photo."""
         size = source.photos[self.photo(source, row)].size
         if self.crops.center_crop:
             return self.crops.middle_corner(size)
@@ -141,31 +149,31 @@ def micro_batches(
     world: int,
     workers: int = 0,
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches of all `steps`, in order: of photos that are `encoded`, else loaded by `workers` and encoded by `vae`."""
-    mine = sampling_order.my_slots(slots, rank=rank, world=world)
+    """This process's micro-batches of all `steps`, in order.
+
+    With `encoded` they are cut from encoded photos. Without, `workers` processes load photos, and `vae`
+    encodes them.
+    """
     order = [
         (step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size))
         for step in steps
-        for slot in mine
+        for slot in sampling_order.my_slots(slots, rank=rank, world=world)
     ]
     if encoded is not None:
-        posteriors = _looked_up(dataset, encoded, [rows for _, _, rows in order])
+        posteriors = _cached_posteriors(dataset, encoded, [rows for _, _, rows in order])
     else:
-        posteriors = _encoded(dataset, vae, [rows for _, _, rows in order], workers)
+        posteriors = _fresh_posteriors(dataset, vae, [rows for _, _, rows in order], workers)
     for (step, slot, rows), posterior in zip(order, posteriors, strict=True):
-        visits = [(source, row) for source in dataset.sources for row in rows]
-        prompts = [dataset.prompt(source, row) for source, row in visits]
-        yield MicroBatch(
-            step, slot, rows, posterior, prompts, [dataset.frame(source, row) for source, row in visits]
-        )
+        samples = [(source, row) for source in dataset.sources for row in rows]
+        prompts = [dataset.prompt(source, row) for source, row in samples]
+        frames = [dataset.frame(source, row) for source, row in samples]
+        yield MicroBatch(step, slot, rows, posterior, prompts, frames)
 
 
-def _looked_up(
-    dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]
-) -> Iterator[autoencoder.Posterior]:
-    """Each visit's crop of what was encoded once."""
+def _cached_posteriors(dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]) -> Iterator[Posterior]:
+    """The posteriors of each micro-batch, cut from encoded photos."""
     for rows in order:
-        found = [
+        posteriors = [
             encoded.posterior(
                 source.photos[dataset.photo(source, row)],
                 dataset.corner(source, row),
@@ -174,22 +182,22 @@ def _looked_up(
             for source in dataset.sources
             for row in rows
         ]
-        yield autoencoder.Posterior(torch.cat([f.mean for f in found]), torch.cat([f.std for f in found]))
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        std = torch.cat([posterior.std for posterior in posteriors])
+        yield Posterior(mean, std)
 
 
-def _encoded(
+def _fresh_posteriors(
     dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int
-) -> Iterator[autoencoder.Posterior]:
-    """Each visit in its own crop, encoded as it comes."""
+) -> Iterator[Posterior]:
+    """The posteriors of each micro-batch, encoded now from freshly loaded photos."""
     loader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[list(rows) for rows in order],  # type: ignore[arg-type]
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-    for pixels in loader:
-        by_source = pixels.transpose(0, 1).flatten(
-            0, 1
-        )  # [rows, sources, ...] -> [sources * rows, 3, resolution, resolution]
+    for pixel_values in loader:  # [rows, sources, 3, resolution, resolution]
+        by_source = pixel_values.transpose(0, 1).flatten(0, 1)  # [sources * rows, 3, ...]
         posterior = autoencoder.encode(vae, by_source)
-        yield autoencoder.Posterior(posterior.mean.cpu(), posterior.std.cpu())
+        yield Posterior(posterior.mean.cpu(), posterior.std.cpu())

@@ -1,7 +1,8 @@
 """Captions that lie beside the photos: in metadata.jsonl or metadata.csv, or in a .txt file for each.
 
-The first two are the layout of the datasets package's imagefolder, the last that of kohya's scripts. They are files that somebody else
-wrote: every fault of theirs is told in one message before anything slow, each with its line.
+The first two are the layout of the datasets package's imagefolder, the last that of kohya's scripts. They are
+files that somebody else wrote: every fault of theirs is told in one message before anything slow, each with
+its line.
 """
 
 import csv
@@ -26,7 +27,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """What a metadata file holds: columns in order, (line number, cells) of every good line, and what is wrong with the others."""
+    """What a metadata file holds: columns in order, (line number, cells) of every good line, and what is
+    wrong with the others."""
 
     columns: list[str]
     rows: list[tuple[int, Mapping[str, Any]]]
@@ -34,7 +36,8 @@ class _Table:
 
 
 def name_column(instance: InstanceOptions) -> str:
-    """The column of a metadata file that names the pictures. The datasets package calls it `file_name` there, and `image` once it is loaded."""
+    """The column of a metadata file that names the pictures. The datasets package calls it `file_name` there,
+    and `image` once it is loaded."""
     return "file_name" if instance.image_column == "image" else instance.image_column
 
 
@@ -42,18 +45,20 @@ def check_columns(instance: InstanceOptions) -> None:
     """Raise UserError if captions are to come from the column that names the pictures."""
     if instance.caption_column == name_column(instance):
         raise UserError(
-            f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give the one with their captions"
+            f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give "
+            "the one with their captions"
         )
 
 
 def read(
     folder: Path, flag: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
-    """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions without --caption_column.
+    """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions
+    without --caption_column.
 
-    A picture that is left out has an empty caption or no .txt file, and is to get --instance_prompt. Captions have no line breaks and no
-    other control characters. `flag` named the folder. Raises UserError, a line for each problem, if the captions cannot be read, are not
-    text, or are of other pictures than these.
+    A picture that is left out has an empty caption or no .txt file, and is to get --instance_prompt. Captions
+    have no line breaks and no other control characters. `flag` named the folder. Raises UserError, a line for
+    each problem, if the captions cannot be read, are not text, or are of other pictures than these.
     """
     metadata = [name for name in METADATA if os.path.lexists(folder / name)]
     texts = {name: text for name in names if os.path.lexists(folder / (text := Path(name).stem + ".txt"))}
@@ -70,7 +75,10 @@ def read(
             [f"no .txt file lies beside {few(without)}: trained with --instance_prompt"] if without else []
         )
     else:
-        looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {shown(Path(names[0]).stem if names else 'photo')}.txt"
+        looked_for = (
+            f"{' or '.join(METADATA)} or a .txt file beside each photo, as in "
+            f"{shown(Path(names[0]).stem if names else 'photo')}.txt"
+        )
         raise UserError(
             f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}"
         )
@@ -80,7 +88,8 @@ def read(
         raise UserError("\n".join([f"{flag}: {problem}" for problem in problems[:_MOST_PROBLEMS]] + tail))
     if empty := [name for name in names if captions.get(name) == ""]:
         notes.append(
-            f"{len(empty)} of {len(names)} photos have an empty caption and are trained with --instance_prompt: {few(empty)}"
+            f"{len(empty)} of {len(names)} photos have an empty caption and are trained with "
+            f"--instance_prompt: {few(empty)}"
         )
     return {name: captions[name] for name in names if captions.get(name)}, notes
 
@@ -130,7 +139,8 @@ def _from_metadata(
         problems.append(f"{file} names pictures that are not in {shown(folder)}: {few(elsewhere)}")
     if unnamed := [name for name in names if name not in first]:
         problems.append(
-            f"{file} does not name {few(unnamed)}; give each a line, with an empty caption for --instance_prompt"
+            f"{file} does not name {few(unnamed)}; give each a line, with an empty caption for "
+            "--instance_prompt"
         )
     return captions, problems
 
@@ -141,7 +151,10 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
     if not isinstance(name, str):
         return f"is {shortened(name)}, which is not text"
     if "/" in name or name in (".", "..") or ("\\" in name and name not in wanted):
-        return f"is {shortened(name)}; only pictures directly in the folder are taken: move it there, and give its bare name"
+        return (
+            f"is {shortened(name)}; only pictures directly in the folder are taken: move it there, and give "
+            "its bare name"
+        )
     return None
 
 
@@ -181,18 +194,21 @@ def _unread_note(
             table = _table(folder, file, instance)
         except UserError as error:  # no reason to stop: nothing of it is needed
             return [
-                f"captions may lie beside the photos ({file}: {error}); they are not read without --caption_column"
+                f"captions may lie beside the photos ({file}: {error}); they are not read without "
+                "--caption_column"
             ]
         with_text = [
             column for column in table.columns if column != name_column(instance) and _is_text(table, column)
         ]
         if with_text:
             return [
-                f"captions lie beside the photos ({file}); --caption_column {shortened(with_text[0])} reads them"
+                f"captions lie beside the photos ({file}); --caption_column {shortened(with_text[0])} reads "
+                "them"
             ]
     if texts and not metadata:
         return [
-            "captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"
+            "captions lie beside the photos (.txt files); --caption_column text reads them, as would any "
+            "other word there"
         ]
     return []
 
@@ -231,7 +247,8 @@ def _json_lines(text: str) -> _Table:
             cells = None
         if not isinstance(cells, dict):
             problems.append(
-                f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: {shortened(line.strip())}'
+                f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: '
+                f"{shortened(line.strip())}"
             )
             continue
         columns |= dict.fromkeys(cells)
@@ -254,7 +271,8 @@ def _comma_separated(text: str) -> _Table:
                     problems.append(f"has several columns of one name: {few(columns, 20)}")
             elif len(cells) > len(columns):
                 problems.append(
-                    f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption with a comma needs quotes"
+                    f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns; a caption "
+                    "with a comma needs quotes"
                 )
             else:
                 rows.append((reader.line_num, dict(zip(columns, cells, strict=False))))
@@ -264,7 +282,8 @@ def _comma_separated(text: str) -> _Table:
 
 
 def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
-    """The text of a file in the folder. Raises UserError, without the file's name, if it lies elsewhere or is no text."""
+    """The text of a file in the folder. Raises UserError, without the file's name, if it lies elsewhere or is
+    no text."""
     path = folder / file
     try:
         info = path.stat()
@@ -272,7 +291,8 @@ def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
             raise UserError("not a regular file")
         if not instance.follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks"
+                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
+                "--follow_symlinks"
             )
         with path.open("rb") as stream:
             data = stream.read(_LARGEST + 1)

@@ -1,7 +1,8 @@
-"""What decoding found of pictures, kept between starts: a file with the same bytes is hashed again, not decoded again.
+"""The cache of decoded photos' properties: a photo with the same bytes is hashed at the next start, but not
+decoded.
 
-One file in the folder of encodings. It says nothing of where a picture lies, and it lifts no limit: whoever asks compares sizes with the limits
-of now. What was found by another version of Pillow, or by other code here, does not count.
+It is one file in the folder of the encoding cache. It holds no paths. Size limits are checked by the caller.
+Results of another version of Pillow or of this code are not used.
 """
 
 import dataclasses
@@ -16,50 +17,54 @@ from dreambooth.errors import shown
 from dreambooth.files import atomic
 
 NAME = "photos.json"
-_LAYOUT = 1  # of the file, and of what decoding a picture means
+_LAYOUT = 1  # version of the file and of the decoding in photos.py
 _LARGEST = 256 * 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What decoding a file found: (width, height) upright, SHA-256 of the pixels, remarks for the user."""
+class Decoded:
+    """What decoding a photo yields, apart from its pixels."""
 
     size: tuple[int, int]
+    """(width, height) of the upright photo, in pixels."""
     pixels_sha256: str
     remarks: tuple[str, ...]
+    """Templates of notes for the user."""
 
 
-class SeenPhotos:
-    """`of` and `add` go by the SHA-256 of a picture's file. A folder without such a file, or with a damaged one, has seen nothing."""
+class DecodeCache:
+    """`Decoded` by the SHA-256 of a photo's file. Without a usable file in `folder` the cache is empty."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
-        self.pictures = _read(self.path)
-        self.has_more = False
+        self.decoded = _read(self.path)
+        self.is_changed = False
 
-    def of(self, sha256: str) -> Seen | None:
-        return self.pictures.get(sha256)
+    def of(self, sha256: str) -> Decoded | None:
+        return self.decoded.get(sha256)
 
-    def add(self, sha256: str, seen: Seen) -> None:
-        self.pictures[sha256] = seen
-        self.has_more = True
+    def add(self, sha256: str, decoded: Decoded) -> None:
+        self.decoded[sha256] = decoded
+        self.is_changed = True
 
     def save(self) -> list[str]:
-        """Write the file, if there is anything new; what to tell the user if that fails."""
-        if not self.has_more:
+        """Write the file if anything was added, together with what other runs added meanwhile. Returns
+        warnings for the user."""
+        if not self.is_changed:
             return []
         table = {
-            sha256: [list(seen.size), seen.pixels_sha256, list(seen.remarks)]
-            for sha256, seen in (_read(self.path) | self.pictures).items()
+            sha256: [list(photo.size), photo.pixels_sha256, list(photo.remarks)]
+            for sha256, photo in (_read(self.path) | self.decoded).items()
         }
         content = {"layout": _LAYOUT, "pillow": PIL.__version__, "sha256": _digest(table), "pictures": table}
         try:
             atomic.write(self.path, json.dumps(content, separators=(",", ":")).encode())
         except OSError as error:
             return [
-                f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes these pictures again"
+                f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes "
+                "these pictures again"
             ]
-        self.has_more = False
+        self.is_changed = False
         return []
 
 
@@ -67,20 +72,18 @@ def _digest(table: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Seen]:
-    """What the file holds; nothing if it is missing, damaged, or of another version: then every picture is decoded."""
+def _read(path: Path) -> dict[str, Decoded]:
+    """The content of the file; {} if it is missing, damaged or of another version, so that every photo is
+    decoded."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return {}
         content = json.loads(path.read_bytes())
-        if (content["layout"], content["pillow"], content["sha256"]) != (
-            _LAYOUT,
-            PIL.__version__,
-            _digest(content["pictures"]),
-        ):
+        expected = (_LAYOUT, PIL.__version__, _digest(content["pictures"]))
+        if (content["layout"], content["pillow"], content["sha256"]) != expected:
             return {}
         return {
-            sha256: Seen((size[0], size[1]), pixels, tuple(remarks))
+            sha256: Decoded((size[0], size[1]), pixels, tuple(remarks))
             for sha256, (size, pixels, remarks) in content["pictures"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):

@@ -1,9 +1,11 @@
-"""The cache of VAE latents and prompt embeddings: in memory, or in a folder with one safetensors file per entry.
+"""The cache of VAE latents and prompt embeddings: in memory, or in a folder with one safetensors file per
+entry.
 
-The name of an entry is a hash of everything that determines its numbers. If any of that changes, the name changes, and
-the old entry is not used. Names contain no paths, so folders may be moved and shared between runs. Each file holds a
-hash of its name and tensors, which is checked at every reading. A damaged file counts as missing until training starts.
-If the disk is full, or a file may not be read, the entry is kept in memory for this run.
+The name of an entry is a hash of everything that determines its numbers. If any of that changes, the name
+changes, and the old entry is not used. Names contain no paths, so folders may be moved and shared between
+runs. Each file holds a hash of its name and tensors, which is checked at every reading. A damaged file counts
+as missing until training starts. If the disk is full, or a file may not be read, the entry is kept in memory
+for this run.
 """
 
 import dataclasses
@@ -69,7 +71,8 @@ def name_of(kind: str, content: Mapping[str, Any]) -> str:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove unfinished files of dead runs and return their names. Recent ones stay: another run may be writing them."""
+    """Remove unfinished files of dead runs and return their names. Recent ones stay: another run may be
+    writing them."""
     removed = []
     for path in sorted(folder.iterdir()) if os.access(folder, os.R_OK) else ():
         try:
@@ -138,7 +141,8 @@ class EncodingCache:
         self.in_memory[entry.name] = tensors
 
     def read(self, entry: Entry) -> Tensors:
-        """The tensors of a cached entry. Raises Stop if its file was damaged or removed after `has` checked it."""
+        """The tensors of a cached entry. Raises Stop if its file was damaged or removed after `has` checked
+        it."""
         if entry.name in self.in_memory:
             return self.in_memory[entry.name]
         try:

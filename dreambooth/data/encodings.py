@@ -1,8 +1,9 @@
 """Encodes photos to latents and prompts to embeddings, through the encoding cache.
 
-The name of a cache entry is a hash of contents: the photo's bytes, its encoded box, the weights that encode it, and what
-changes last bits. Where random crops differ, the whole resized photo is encoded, and crops are cut from its latents.
-Models are loaded only for missing entries, and freed afterwards. Processes that share a folder share the work.
+The name of a cache entry is a hash of contents: the photo's bytes, its encoded box, the weights that encode
+it, and what changes last bits. Where random crops differ, the whole resized photo is encoded, and crops are
+cut from its latents. Models are loaded only for missing entries, and freed afterwards. Processes that share a
+folder share the work.
 """
 
 import dataclasses
@@ -62,7 +63,8 @@ class EncodedPhotos:
     def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> Posterior:
         """The posterior of the crop at `corner`, [1, channels, height, width] on the CPU.
 
-        Where crops vary, the corner is a multiple of the VAE's stride. Raises Stop if the cache has been damaged.
+        Where crops vary, the corner is a multiple of the VAE's stride. Raises Stop if the cache has been
+        damaged.
         """
         box = self.crops.encoded_box(photo.size, corner)
         tensors = self.cache.read(self.entries[Part(photo, is_mirrored, box)])
@@ -84,8 +86,8 @@ def encode_photos(
 ) -> EncodedPhotos:
     """Encode every (photo, whether mirrored) of `pictures` that is not cached.
 
-    `check` is called before each entry is looked up and before each is encoded. Raises UserError if a photo has changed
-    since it was checked, or if the VAE changed while it was read.
+    `check` is called before each entry is looked up and before each is encoded. Raises UserError if a photo
+    has changed since it was checked, or if the VAE changed while it was read.
     """
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
@@ -119,7 +121,8 @@ def encode_photos(
 def _entry_of(
     part: Part, crops: Crops, channels: int, *, vae: str | None, last_bits: Mapping[str, Any]
 ) -> Entry:
-    """The cache entry of a part's latents. `vae` is the digest of the VAE, `last_bits` what changes last bits."""
+    """The cache entry of a part's latents. `vae` is the digest of the VAE, `last_bits` what changes last
+    bits."""
     left, top, right, bottom = part.box
     content = {
         # the same file may have other pixels with another decoder
@@ -148,10 +151,11 @@ def encode_prompts(
     peers: Peers,
     check: Check,
 ) -> PromptCache:
-    """Encode every prompt of `wanted` that is not cached, with encoders in `dtype` that are loaded if there is one.
+    """Encode every prompt of `wanted` that is not cached, with encoders in `dtype` that are loaded if there
+    is one.
 
-    `text` has no encoders. `check` is called before each entry is looked up and before each is encoded. Raises
-    UserError if an encoder changed while it was read.
+    `text` has no encoders. `check` is called before each entry is looked up and before each is encoded.
+    Raises UserError if an encoder changed while it was read.
     """
     # Name the entry of every prompt.
     distinct = list(dict.fromkeys(wanted))
@@ -169,7 +173,7 @@ def encode_prompts(
     }
     entries: dict[str, Entry] = {}
     for prompt in distinct:
-        tokens = [[ids.tolist() for ids in text.ids(n, [prompt])] for n in range(len(text.tokenizers))]
+        tokens = [[ids.tolist() for ids in text.tokenize(n, [prompt])] for n in range(len(text.tokenizers))]
         name = name_of("prompt", {"text": prompt, "tokens": tokens, **common})
         entries[prompt] = Entry(name, shapes)
     prompt_of = {entry: prompt for prompt, entry in entries.items()}
@@ -213,8 +217,8 @@ def _fill(
 ) -> None:
     """Call `encode` for the entries that are not cached.
 
-    In memory, every process encodes all of them. In a folder, each process encodes its share, and afterwards whatever
-    it still lacks: nodes may have no folder in common, and files may be damaged or the disk full.
+    In memory, every process encodes all of them. In a folder, each process encodes its share, and afterwards
+    whatever it still lacks: nodes may have no folder in common, and files may be damaged or the disk full.
     """
 
     def encode_missing(entries: Sequence[Entry]) -> None:

@@ -1,7 +1,9 @@
-"""Where the photos of the subject lie: a folder of the user's, or a data set of the hub, whose pictures are written into a folder once.
+"""Where the photos of the subject lie: a folder of the user's, or a data set of the hub, whose pictures are
+written into a folder once.
 
-Training reads folders of pictures only. A data set's pictures are stored as they came, byte for byte, in the cache, with a metadata.jsonl
-that holds their captions; so it is checked, and counts as the same or another, as any folder.
+Training reads folders of pictures only. A data set's pictures are stored as they came, byte for byte, in the
+cache, with a metadata.jsonl that holds their captions; so it is checked, and counts as the same or another,
+as any folder.
 """
 
 import dataclasses
@@ -38,9 +40,11 @@ class PhotoSet:
 
 
 def find(instance: InstanceOptions) -> PhotoSet:
-    """The folder of the subject's photos. A data set of the hub is downloaded, or found in the cache; its `train` split is taken.
+    """The folder of the subject's photos. A data set of the hub is downloaded, or found in the cache; its
+    `train` split is taken.
 
-    Raises UserError if the data set cannot be had, or lacks the columns asked for. The pictures of a user's own folder are not looked at.
+    Raises UserError if the data set cannot be had, or lacks the columns asked for. The pictures of a user's
+    own folder are not looked at.
     """
     if instance.dataset_name is None:
         assert instance.instance_data_dir is not None
@@ -52,7 +56,8 @@ def find(instance: InstanceOptions) -> PhotoSet:
         found = PhotoSet(folder, _FLAG)
     if instance.dataset_config_name is not None:
         raise UserError(
-            f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of yours: leave it out"
+            f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of "
+            "yours: leave it out"
         )
     return found
 
@@ -96,7 +101,8 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         )
     except Exception as error:  # the package's own, and those of files, the network, Parquet and archives: all say why it cannot be had
         raise UserError(
-            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: {type_and_reason(error)}"
+            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: "
+            f"{type_and_reason(error)}"
         ) from None
     notes = _check_columns(dataset, Image, instance)
     wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
@@ -116,7 +122,8 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
             _write_once(folder, rows, instance)
     except OSError as error:
         raise UserError(
-            f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: {error.strerror or error}"
+            f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: "
+            f"{error.strerror or error}"
         ) from None
     return PhotoSet(folder, _FLAG, notes)
 
@@ -134,21 +141,27 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
         ("--caption_column", instance.caption_column, texts, "text"),
     ):
         if column is not None and column not in fitting:
-            there = f"those with {what}: {few(fitting, 20) or 'none'}; all its columns: {few(list(kinds), 20) or 'none'}"
+            there = (
+                f"those with {what}: {few(fitting, 20) or 'none'}; all its columns: "
+                f"{few(list(kinds), 20) or 'none'}"
+            )
             problems.append(
-                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {what}; {there}"
+                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {what}; "
+                f"{there}"
             )
     if problems:
         raise UserError("\n".join(problems))
     if instance.caption_column is None and texts:
         return (
-            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column {shortened(texts[0])} takes it as captions",
+            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column "
+            f"{shortened(texts[0])} takes it as captions",
         )
     return ()
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
-    """Write pictures and captions beside `folder`, and rename: it is there whole, or not at all. Processes that come together take turns."""
+    """Write pictures and captions beside `folder`, and rename: it is there whole, or not at all. Processes
+    that come together take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
         if folder.is_dir():
@@ -203,13 +216,15 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
             return
         except Exception as error:  # of Arrow, as many kinds as there are ways to break a file
             raise UserError(
-                f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name another --cache_dir"
+                f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name "
+                "another --cache_dir"
             ) from None
         yield row
 
 
 def _bytes(cell: Any) -> bytes:
-    """A picture's file, from a cell that is not decoded: {"bytes": the file or None, "path": where it lies otherwise}."""
+    """A picture's file, from a cell that is not decoded: {"bytes": the file or None, "path": where it lies
+    otherwise}."""
     if not isinstance(cell, Mapping):
         raise UserError("there is no picture")
     if cell.get("bytes") is not None:
@@ -243,5 +258,6 @@ def _suffix(data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
     raise UserError(
-        f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with {ascii(data[:8])[1:]}"
+        f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with "
+        f"{ascii(data[:8])[1:]}"
     )

@@ -1,7 +1,7 @@
 """A folder of pictures -> checked, upright RGB images of one size.
 
-`check_folder` decodes every picture that is new before any model is loaded and reports all problems at once. Pictures are taken in the order of
-their names, so that a run does not depend on the file system.
+`check_folder` decodes every picture that is new before any model is loaded and reports all problems at once.
+Pictures are taken in the order of their names, so that a run does not depend on the file system.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from dreambooth.data import captions
-from dreambooth.data.decode_cache import Seen, SeenPhotos
+from dreambooth.data.decode_cache import DecodeCache, Decoded
 from dreambooth.errors import UserError, few, shown
 
 FORMATS = {
@@ -74,7 +74,8 @@ _LONG = f"more than {ODD_ASPECT} times as long as wide, so that a square crop sh
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """A picture that was decoded once and found good. Size is (width, height) in pixels, upright; the hashes are of file and of pixels."""
+    """A picture that was decoded once and found good. Size is (width, height) in pixels, upright; the hashes
+    are of file and of pixels."""
 
     path: Path
     size: tuple[int, int]
@@ -97,12 +98,14 @@ def check_folder(
     max_pixels: int = MAX_PIXELS,
     allow_odd_photos: bool = False,
     follow_symlinks: bool = False,
-    known: SeenPhotos | None = None,
+    known: DecodeCache | None = None,
 ) -> Folder:
-    """Decode every picture in `folder`, named by `flag` on the command line, that is not `known`; what is found becomes so.
+    """Decode every picture in `folder`, named by `flag` on the command line, that is not `known`; what is
+    found becomes so.
 
-    Raises UserError if the folder is missing or has no picture, or with one line for every picture that cannot be used: it is damaged, over
-    `max_pixels`, smaller than `allow_odd_photos` lifts, or lies elsewhere and `follow_symlinks` does not say that it may.
+    Raises UserError if the folder is missing or has no picture, or with one line for every picture that
+    cannot be used: it is damaged, over `max_pixels`, smaller than `allow_odd_photos` lifts, or lies elsewhere
+    and `follow_symlinks` does not say that it may.
     """
     folder = Path(folder)
     names = _names(folder, flag)
@@ -144,7 +147,8 @@ def check_folder(
 
 
 def check_disjoint(instance: Folder, classes: Folder) -> None:
-    """Raise UserError, naming them, if photos of the subject are among the class images: those are to show what the subject is not."""
+    """Raise UserError, naming them, if photos of the subject are among the class images: those are to show
+    what the subject is not."""
     subjects = {photo.pixels_sha256: photo.path for photo in instance.photos}
     twice = [
         (subjects[photo.pixels_sha256], photo.path)
@@ -155,7 +159,8 @@ def check_disjoint(instance: Folder, classes: Folder) -> None:
         pairs = "; ".join(f"{shown(theirs)} is {shown(mine.name)}" for mine, theirs in twice[:3])
         more = f"; and {len(twice) - 3} more" if len(twice) > 3 else ""
         raise UserError(
-            f"--class_data_dir: {len(twice)} of the class images are photos of the subject: {pairs}{more}. Remove them there"
+            f"--class_data_dir: {len(twice)} of the class images are photos of the subject: {pairs}{more}. "
+            "Remove them there"
         )
 
 
@@ -185,7 +190,8 @@ def _duplicates(photos: list[Photo]) -> list[str]:
         other = first.setdefault(photo.pixels_sha256, photo)
         if other is not photo:
             notes.append(
-                f"{shown(photo.path.name)} and {shown(other.path.name)} have the same pixels: that picture counts twice"
+                f"{shown(photo.path.name)} and {shown(other.path.name)} have the same pixels: that picture "
+                "counts twice"
             )
     return notes
 
@@ -196,7 +202,7 @@ def _check(
     max_pixels: int,
     allow_odd_photos: bool,
     follow_symlinks: bool,
-    known: SeenPhotos | None,
+    known: DecodeCache | None,
 ) -> tuple[Photo, list[str]]:
     path = folder / name
     try:
@@ -205,7 +211,8 @@ def _check(
             raise UserError("not a regular file")
         if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give --follow_symlinks"
+                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
+                "--follow_symlinks"
             )
         if info.st_size == 0:
             raise UserError("the file is empty")
@@ -227,7 +234,7 @@ def _check(
     return Photo(path, seen.size, digest, seen.pixels_sha256), remarks
 
 
-def _seen(path: Path, digest: str, max_pixels: int, known: SeenPhotos | None) -> Seen:
+def _seen(path: Path, digest: str, max_pixels: int, known: DecodeCache | None) -> Decoded:
     """What decoding finds, or has found of the same bytes; the limits of now hold for either."""
     found = known.of(digest) if known else None
     if found is not None and found.size[0] * found.size[1] <= max_pixels and set(found.remarks) <= _REMARKS:
@@ -235,19 +242,21 @@ def _seen(path: Path, digest: str, max_pixels: int, known: SeenPhotos | None) ->
     image, remarks = _decode(path, max_pixels)
     width, height = image.size
     pixels = hashlib.sha256(f"{width} {height} ".encode() + image.tobytes()).hexdigest()
-    found = Seen(image.size, pixels, tuple(remarks))
+    found = Decoded(image.size, pixels, tuple(remarks))
     if known:
         known.add(digest, found)
     return found
 
 
 def load(path: Path) -> Image.Image:
-    """The picture, upright and sRGB; transparent parts over white, 16-bit grey scaled to 8. Raises UserError if it cannot be used."""
+    """The picture, upright and sRGB; transparent parts over white, 16-bit grey scaled to 8. Raises UserError
+    if it cannot be used."""
     return _decode(path, max_pixels=None)[0]
 
 
 def load_checked(photo: Photo) -> Image.Image:
-    """The same picture as when it was checked. Raises UserError, naming the file, if it is another one by now, or cannot be unpacked."""
+    """The same picture as when it was checked. Raises UserError, naming the file, if it is another one by
+    now, or cannot be unpacked."""
     try:
         data = photo.path.read_bytes()
     except OSError as error:
@@ -263,7 +272,8 @@ def load_checked(photo: Photo) -> Image.Image:
 def _decode(
     path: Path, max_pixels: int | None, data: BinaryIO | None = None
 ) -> tuple[Image.Image, list[str]]:
-    """(the picture as `load` gives it, remarks), of the file or of its bytes. Without `max_pixels` Pillow's own limit holds, which is higher."""
+    """(the picture as `load` gives it, remarks), of the file or of its bytes. Without `max_pixels` Pillow's
+    own limit holds, which is higher."""
     formats = tuple(sorted(set(FORMATS.values())))
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -273,7 +283,8 @@ def _decode(
             with Image.open(path if data is None else data, formats=formats) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise UserError(f"{image.width} x {image.height} is over {max_pixels:,} pixels{_SMALLER}")
-                # the second picture of an MPO file, which many phones write as .jpg, is a preview; a TIFF may have pages
+                # the second picture of an MPO file, which many phones write as .jpg, is a preview; a TIFF may
+                # have pages
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format not in ("TIFF", "MPO"):
                     raise UserError(f"animated, {frames} frames; save the one that you want as a picture")
@@ -339,7 +350,8 @@ def _to_rgb(image: Image.Image, profile: bytes | None, remark: Callable[[str], N
 
 
 def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """The colours that the profile means, in sRGB. Many phones write Display P3, whose numbers mean stronger colours."""
+    """The colours that the profile means, in sRGB. Many phones write Display P3, whose numbers mean stronger
+    colours."""
     own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if own.profile.xcolor_space.strip() not in ("RGB", "CMYK", "GRAY"):
         raise ValueError("a profile of no picture")

@@ -1,9 +1,10 @@
-"""Which sample, crop, noise and timestep at which step: pure functions of the seed.
+"""The order of samples: which photo, crop, noise and timestep at which step, as pure functions of the seed.
 
-A *row* numbers the instance samples of a run, 0, 1, 2, ... without end. Step s has `slots` micro-batches of `batch_size` rows each;
-slot j runs on process j % world, so the rows of a step are the same however many processes share them, and a resumed run goes on with
-exactly the rows that an unbroken one would have come to. Every draw has a CPU generator of its own, seeded by a hash of (seed, purpose,
-row): torch's CPU generator uses only the low 32 bits of a seed, so sums and shifts of seed and row would collide.
+A *row* numbers the instance samples of a run: 0, 1, 2, ... without end. Step s has `slots` micro-batches of
+`batch_size` rows each. Slot j runs on process j % world, so that the rows of a step are the same for any
+number of processes. A resumed run continues with the rows that an uninterrupted one would use. Every draw has
+its own CPU generator, seeded by a hash of (seed, purpose, row). Sums or shifts of seed and row would collide,
+because torch's CPU generator uses only the low 32 bits of a seed.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch
 
 
 def key(seed: int, *what: str | int) -> int:
-    """A 63-bit number that depends on the seed and on every word of `what`."""
+    """A 63-bit number that depends on the seed and on all of `what`."""
     return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:8], "big") >> 1
 
 
@@ -22,13 +23,14 @@ def generator(seed: int, *what: str | int) -> torch.Generator:
 
 
 def rows_of_slot(step: int, slot: int, *, slots: int, batch_size: int) -> range:
-    """The rows of one micro-batch. `slots` = gradient accumulation x processes; `batch_size` is per process."""
+    """The rows of one micro-batch. `slots` is gradient accumulation steps x processes, `batch_size` per
+    process."""
     start = (step * slots + slot) * batch_size
     return range(start, start + batch_size)
 
 
 def my_slots(slots: int, *, rank: int, world: int) -> range:
-    """The slots of a step that run on this process, in the order they run."""
+    """The slots of a step that this process runs, in order."""
     return range(rank, slots, world)
 
 
@@ -38,14 +40,18 @@ def _order(seed: int, purpose: str, turn: int, count: int) -> list[int]:
 
 
 def image_of_row(seed: int, purpose: str, row: int, count: int) -> int:
-    """Index in 0..count-1 of the image at this row: one random order of all images after another, no short last batch."""
+    """Index of the photo of this row, in 0..count-1.
+
+    Every `count` rows are a random order of all photos: there is no short last batch.
+    """
     return _order(seed, purpose, row // count, count)[row % count]
 
 
-def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], grid: int = 1) -> tuple[int, int]:
-    """(left, top) of a random crop, multiples of `grid`; `room` is how many pixels it can move to the right and down."""
+def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], stride: int = 1) -> tuple[int, int]:
+    """(left, top) of a random crop, multiples of `stride`. `room` is how many pixels it can move right and
+    down."""
     draw = generator(seed, "crop", purpose, row)
-    return tuple(grid * int(torch.randint(limit // grid + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
+    return tuple(stride * int(torch.randint(limit // stride + 1, (), generator=draw)) for limit in room)  # type: ignore[return-value]
 
 
 def chance(seed: int, purpose: str, row: int) -> float:
@@ -54,12 +60,15 @@ def chance(seed: int, purpose: str, row: int) -> float:
 
 
 def noise_of_rows(seed: int, purpose: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal [rows, *shape] in float32, one generator a row: a batch draw could not be split over processes."""
+    """Standard normal noise, float32 [rows, *shape].
+
+    Each row has its own generator, so that any number of processes can share a batch.
+    """
     return torch.stack([torch.randn(shape, generator=generator(seed, purpose, row)) for row in rows])
 
 
 def timesteps_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps: int) -> torch.Tensor:
-    """Noise levels, uniform in 0..num_train_timesteps-1, int64 [rows]."""
+    """Timesteps, uniform in 0..num_train_timesteps-1, int64 [rows]."""
     return torch.stack(
         [torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, row)) for row in rows]
     )

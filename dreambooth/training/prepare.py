@@ -20,7 +20,7 @@ from dreambooth.bases import families, loading
 from dreambooth.data import captions, class_images, encoding_cache, photo_sets, photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
-from dreambooth.data.decode_cache import SeenPhotos
+from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, checkpoint_folders, locks
 from dreambooth.options.command_line import as_table
@@ -55,7 +55,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
     # input
     encoded_dir = Path(options.speed.encoded_dir or Path(options.run.output_dir) / "encoded")
-    decoded = SeenPhotos(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
+    decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
     subject = check_photos(options.instance, decoded, peers)
     checked = check_base(options, subject, peers)
     flag_notes = [*options.notes(), *hub.notes(options.reports)]
@@ -149,7 +149,7 @@ class Subject:
         return Source("instance", self.photos, prompts, random_flip=flip, caption_dropout=dropout)
 
 
-def check_photos(options: InstanceOptions, decoded: SeenPhotos | None, peers: Peers) -> Subject:
+def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: Peers) -> Subject:
     """Decode and check instance photos and captions. `decoded` are the photos that earlier runs decoded."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
@@ -163,7 +163,7 @@ def check_photos(options: InstanceOptions, decoded: SeenPhotos | None, peers: Pe
 
 
 def _check_folder(
-    options: InstanceOptions, folder: str, flag: str, decoded: SeenPhotos | None, *, allow_odd_photos: bool
+    options: InstanceOptions, folder: str, flag: str, decoded: DecodeCache | None, *, allow_odd_photos: bool
 ) -> photos.Folder:
     return photos.check_folder(
         folder,
@@ -361,7 +361,7 @@ def name_run(
 
 
 def make_class_images(
-    run: NamedRun, subject: Subject, decoded: SeenPhotos | None, peers: Peers, watch: Watch
+    run: NamedRun, subject: Subject, decoded: DecodeCache | None, peers: Peers, watch: Watch
 ) -> Source:
     """Generate missing class images, and check all. Raises UserError if an instance photo is among them."""
     prior, instance, base = run.options.prior, run.options.instance, run.base

@@ -22,7 +22,7 @@ import train_dreambooth_lora as train
 from dreambooth.bases import autoencoder, families, loading, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
-from dreambooth.data.decode_cache import SeenPhotos
+from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.data.encoding_cache import EncodingCache, Entry
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, checkpoint_folders
@@ -909,7 +909,7 @@ def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(
 
 
 def check(folder: Path, kept: Path, **limits: Any) -> photos.Folder:
-    known = SeenPhotos(kept)
+    known = DecodeCache(kept)
     found = photos.check_folder(folder, FLAG, known=known, **limits)
     assert known.save() == []
     return found
@@ -940,7 +940,7 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
     ]
     for given, said in limits:
         messages = []
-        for known in (SeenPhotos(tmp_path), None):
+        for known in (DecodeCache(tmp_path), None):
             with pytest.raises(UserError, match=said) as refusal:
                 photos.check_folder(folder, FLAG, known=known, **given)
             messages.append(str(refusal.value))
@@ -973,7 +973,7 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
         }
         path.write_text(content[how])
     work.decoded.clear()
-    known = SeenPhotos(tmp_path)
+    known = DecodeCache(tmp_path)
     assert photos.check_folder(folder, FLAG, known=known) == first
     assert len(work.decoded) == 2
     assert len(known.save()) == (how == "a folder")  # it cannot be written, which is said
