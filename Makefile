@@ -19,19 +19,29 @@ $(VENV)/installed: requirements.txt pyproject.toml
 # The whole story: class images, training, pictures with and without the adapter, scores.
 demo: $(VENV)/installed
 	rm -rf $(RUN)
-	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)/class_images --num_threads $(THREADS)
-	$(BIN)/python infer.py --config configs/demo_subject.yaml --adapter $(RUN) --output_dir $(RUN)/subject --num_threads $(THREADS)
-	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) --output_dir $(RUN)/class --num_threads $(THREADS)
-	$(BIN)/python -m picturebook.score --subject picturebook/subjects/dog --pictures $(RUN)/subject --class_pictures $(RUN)/class --output $(RUN)/scores.json
-	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors   contact sheet: $(RUN)/subject/contact_sheet.png   scores: $(RUN)/scores.json"
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py \
+	  --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)/class_images --num_threads $(THREADS)
+	$(BIN)/python infer.py --config configs/demo_subject.yaml --adapter $(RUN) \
+	  --output_dir $(RUN)/subject --num_threads $(THREADS)
+	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) \
+	  --output_dir $(RUN)/class --num_threads $(THREADS)
+	$(BIN)/python -m picturebook.score --subject picturebook/subjects/dog \
+	  --pictures $(RUN)/subject --class_pictures $(RUN)/class --output $(RUN)/scores.json
+	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors"
+	@echo "contact sheet: $(RUN)/subject/contact_sheet.png   scores: $(RUN)/scores.json"
 
 # A second subject, trained apart, and pictures with either adapter and with both.
 two_subjects: $(VENV)/installed
 	test -f $(RUN)/pytorch_lora_weights.safetensors || $(MAKE) demo
 	rm -rf runs/two_subjects
-	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py --config configs/demo.yaml --instance_data_dir picturebook/subjects/cat --instance_prompt "a photo of a qwe cat" --class_prompt "a photo of a cat" --class_data_dir runs/two_subjects/class_images --output_dir runs/two_subjects/cat --num_threads $(THREADS)
-	$(BIN)/python infer.py --config configs/two_subjects.yaml --output_dir runs/two_subjects/pictures --num_threads $(THREADS)
-	$(BIN)/python -m picturebook.score_sets --pictures runs/two_subjects/pictures --subjects picturebook/subjects/dog picturebook/subjects/cat --output runs/two_subjects/scores.json
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py \
+	  --config configs/demo.yaml --instance_data_dir picturebook/subjects/cat \
+	  --instance_prompt "a photo of a qwe cat" --class_prompt "a photo of a cat" \
+	  --class_data_dir runs/two_subjects/class_images --output_dir runs/two_subjects/cat --num_threads $(THREADS)
+	$(BIN)/python infer.py --config configs/two_subjects.yaml --output_dir runs/two_subjects/pictures \
+	  --num_threads $(THREADS)
+	$(BIN)/python -m picturebook.score_sets --pictures runs/two_subjects/pictures \
+	  --subjects picturebook/subjects/dog picturebook/subjects/cat --output runs/two_subjects/scores.json
 
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -47,14 +57,17 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the table of docs/exactness.md.
+# Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the table of
+# docs/exactness.md.
 faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks.faults
 
-# Speed and memory (hours): benchmarks/results/speed.json and the tables of docs/speed.md. `make speed REFERENCE=train_dreambooth_lora.py`
-# measures that copy of diffusers' example in turn; TORCHVISION is the folder of the torchvision that it needs.
+# Speed and memory (hours): benchmarks/results/speed.json and the tables of docs/speed.md.
+# `make speed REFERENCE=train_dreambooth_lora.py` measures that copy of diffusers' example in turn; TORCHVISION is
+# the folder of the torchvision that it needs.
 speed: $(VENV)/installed
-	$(BIN)/python -m benchmarks.speed $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(TORCHVISION),--reference_path $(TORCHVISION))
+	$(BIN)/python -m benchmarks.speed $(if $(REFERENCE),--reference $(REFERENCE)) \
+	  $(if $(TORCHVISION),--reference_path $(TORCHVISION))
 
 # Train the embedded base anew (hours), and measure it (minutes).
 base: $(VENV)/installed

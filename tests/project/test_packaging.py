@@ -78,8 +78,9 @@ def test_four_commands_answer_help_in_an_empty_folder(installed, tmp_path):
 @pytest.mark.trains
 def test_the_demo_trains_in_an_empty_folder(installed, tmp_path):
     """The recipe, the embedded base and its photos are found in the installed copy."""
-    words = "--config configs/demo.yaml --max_train_steps 1 --no_with_prior_preservation --output_dir adapter"
-    result = run_command(installed, tmp_path, "dreambooth-train", *words.split(), "--report_to=none")
+    words = "--config configs/demo.yaml --max_train_steps 1 --train_batch_size 1 --no_with_prior_preservation"
+    words += " --output_dir adapter --report_to none --num_threads 1"
+    result = run_command(installed, tmp_path, "dreambooth-train", *words.split())
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 

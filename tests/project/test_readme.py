@@ -60,10 +60,9 @@ def notebook_cells() -> list[str]:
 
 
 def make_recipe(target: str) -> list[str]:
-    result = subprocess.run(
-        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+    """The commands of a target. One thread each: two in each of several workers would wait for one another."""
+    words = ["make", "--dry-run", "--always-make", "THREADS=1", target]
+    return joined_lines(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
