@@ -27,6 +27,9 @@ from transformers import (
     T5EncoderModel,
 )
 
+from dreambooth.adapters import inject
+from dreambooth.adapters.inject import Component
+from dreambooth.options.adapter import AdapterOptions
 from picturebook.tokenizer import build_tokenizer
 
 
@@ -217,3 +220,18 @@ def make_photos(folder: Path, count: int = 3, size: tuple[int, int] = (64, 64), 
             folder / f"photo-{number}.png"
         )
     return folder
+
+
+def inject_lora(
+    name: str,
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float,
+    targets: tuple[str, ...],
+    seed: int,
+) -> Component:
+    """`inject.inject` of plain LoRA."""
+    options = AdapterOptions(rank=rank, lora_alpha=alpha, lora_dropout=dropout)
+    return inject.inject(name, model, options, targets, seed=seed)

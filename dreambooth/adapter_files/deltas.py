@@ -1,7 +1,9 @@
-"""The arithmetic of adapters: what each kind adds to a layer's weight, and the exact or best way from one kind or rank to another.
+"""The arithmetic of adapters: the update dW of each kind, and conversions between kinds and ranks, exact or
+nearest.
 
-Scales are worked into the tensors: nothing here knows an alpha. Layers are Linear, with weights [out, in], and Conv2d, [out, in, kh, kw];
-a kernel's two sizes are always there for a convolution and never for a Linear.
+Tensors contain their scale: no function here takes an alpha. Weights of a Linear are [out, in], those of a
+Conv2d [out, in, kh, kw]. In the shapes below `(, kh, kw)` stands for the two sizes of the kernel, which a
+convolution always has and a Linear never.
 """
 
 import dataclasses
@@ -29,7 +31,10 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoHa:
-    """dW = (w1a @ w1b) * (w2a @ w2b), entry by entry (FedPara, arXiv 2108.06098). With a core t, of a convolution, a @ b is a Tucker product."""
+    """dW = (w1a @ w1b) * (w2a @ w2b), entry by entry (FedPara, arXiv 2108.06098).
+
+    A convolution may have cores t1 and t2; then each a @ b is a Tucker product with its core.
+    """
 
     w1a: Tensor  # [out, rank]; with a core [rank, out]
     w1b: Tensor  # [rank, in(, kh, kw)]; with a core [rank, in]
@@ -46,7 +51,8 @@ class LoHa:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoKr:
-    """dW = kron(w1, w2), out = l * k and in = m * n (LyCORIS, arXiv 2309.14859). Each of the two is dense or a product."""
+    """dW = kron(w1, w2), with out = l * k and in = m * n (LyCORIS, arXiv 2309.14859). Each factor is dense or
+    a product."""
 
     w1: Tensor | None = None  # [l, m], or
     w1a: Tensor | None = None  # [l, rank] and
@@ -59,7 +65,7 @@ class LoKr:
 
     @property
     def rank(self) -> int | None:
-        """That of the second factor, or of the first; None if both are dense."""
+        """The rank of the second factor, else of the first; None if both are dense."""
         return next((pair.shape[0] for pair in (self.w2b, self.w1b) if pair is not None), None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -71,9 +77,25 @@ Module = Lora | LoHa | LoKr
 
 
 def kind(module: Module) -> str:
-    """lora, loha or lokr; with a magnitude dora, doha or dokr, as LyCORIS has it."""
+    """lora, loha or lokr; with a magnitude dora, doha or dokr, as LyCORIS calls them."""
     name = {Lora: "lora", LoHa: "loha", LoKr: "lokr"}[type(module)]
     return name if module.magnitude is None else name.replace("l", "d", 1)
+
+
+def factors_by_name(module: LoHa | LoKr) -> dict[str, Tensor | None]:
+    """Its tensors but the magnitude, by the names that peft and LyCORIS share: w1a of a LoHa is hada_w1_a."""
+    prefix = "hada" if isinstance(module, LoHa) else "lokr"
+    return {
+        "_".join([prefix, field.name[:2], *field.name[2:]]): getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.name != "magnitude"
+    }
+
+
+def to(module: Module, device: torch.device) -> Module:
+    """The module with its tensors on the device."""
+    tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+    return dataclasses.replace(module, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 def ndim(module: Module) -> int:
@@ -94,26 +116,27 @@ def shape(module: Module) -> tuple[int, ...]:
 
 def _product_shape(a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[int, ...]:
     if a is None or b is None:
-        raise ValueError("a factor of a LoKr is neither whole nor a product")
+        raise ValueError("a factor of a LoKr is neither dense nor a product")
     return (a.shape[0], *b.shape[1:]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
 
 
-def _dense(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
-    if whole is not None:
-        return whole
+def _dense(dense: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
+    """`dense`, or the product of a, b and, if there is one, the core."""
+    if dense is not None:
+        return dense
     if a is None or b is None:
-        raise ValueError("a factor of a LoKr is neither whole nor a product")
-    columns, rows = _columns_and_rows(a, b, core)
+        raise ValueError("a factor of a LoKr is neither dense nor a product")
+    columns, rows = columns_and_rows(a, b, core)
     return (columns @ rows.flatten(1)).reshape(columns.shape[0], *rows.shape[1:])
 
 
-def _columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A product's [out, rank] and [rank, in(, kh, kw)], the core, if there is one, taken into the latter."""
+def columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A product as [out, rank] and [rank, in(, kh, kw)]. A core becomes part of the second."""
     return (a, b) if core is None else (a.T, torch.einsum("ijkl,jr->irkl", core, b))
 
 
 def delta(module: Module) -> Tensor:
-    """dW of the layer, dense, in the shape of its weight. A magnitude is left out: see `adapted`."""
+    """dW, dense, in the shape of the layer's weight. Without the magnitude, which `adapted` applies."""
     if isinstance(module, Lora):
         return (module.up.flatten(1) @ module.down.flatten(1)).reshape(-1, *module.down.shape[1:])
     if isinstance(module, LoHa):
@@ -125,7 +148,7 @@ def delta(module: Module) -> Tensor:
 
 
 def norm(module: Module) -> float:
-    """Frobenius norm of dW; of LoRA and LoKr without making it."""
+    """Frobenius norm of dW; for LoRA and LoKr computed without a dense dW."""
     if isinstance(module, Lora):
         up, down = module.up.flatten(1).double(), module.down.flatten(1).double()
         return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
@@ -136,7 +159,8 @@ def norm(module: Module) -> float:
 
 
 def adapted(module: Module, weight: Tensor) -> Tensor:
-    """The layer's weight with the adapter in it: W + dW, and with a magnitude each output's row scaled to its length."""
+    """The layer's weight with the adapter in it: W + dW. With a magnitude, each output's row is then scaled
+    to its length."""
     changed = weight + delta(module)
     if module.magnitude is None:
         return changed
@@ -145,48 +169,59 @@ def adapted(module: Module, weight: Tensor) -> Tensor:
 
 
 def as_lora(module: Module) -> Lora:
-    """The same dW as a LoRA, exactly.
-
-    LoHa of ranks r and s: rank r * s, rows and columns are products of one of each (Khatri-Rao). LoKr: the singular values and vectors of a
-    Kronecker product are the products of the factors' own, so rank(w1) * rank(w2) from two small decompositions. Never over the layer's width.
-    """
+    """The LoRA with the same dW and the same magnitude, exactly: of the smallest of its rank, the outputs and
+    the inputs."""
     if isinstance(module, Lora):
         return module
     if isinstance(module, LoHa):
         outputs, *inner = shape(module)
         if module.rank * module.w2b.shape[0] >= (largest := min(outputs, math.prod(inner))):
-            # the products would be larger than dW itself: many gigabytes of a wide convolution, for ranks that dW cannot have
+            # the Khatri-Rao products of a wide convolution would be larger than dW (gigabytes), for ranks
+            # that dW cannot have
             return dataclasses.replace(extract(delta(module), largest)[0], magnitude=module.magnitude)
-        columns1, rows1 = _columns_and_rows(module.w1a, module.w1b, module.t1)
-        columns2, rows2 = _columns_and_rows(module.w2a, module.w2b, module.t2)
-        down = (rows1[:, None] * rows2[None]).flatten(0, 1)
-        up = (columns1[:, :, None] * columns2[:, None, :]).flatten(1)
-    else:
-        # in float64, or the rounding of a product a @ b would look like more ranks
-        tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-        first, second = LoKr(
-            **{name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
-        ).factors()
-        (u1, s1, v1), (u2, s2, v2) = (
-            torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second)
-        )
-        values = torch.outer(s1, s2).flatten()
-        order = values.argsort(descending=True, stable=True)
-        kept = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
-        i, j = kept // len(s2), kept % len(s2)
-        roots = values[kept].sqrt()
-        up = ((u1[:, None, i] * u2[None, :, j]).flatten(0, 1) * roots).float()  # [l * k, rank]
-        rows = v2[j].reshape(len(j), *second.shape[1:])  # [rank, n(, kh, kw)]
-        down = v1[i].reshape(len(i), -1, *[1] * (rows.ndim - 1)) * rows[:, None]  # [rank, m, n(, kh, kw)]
-        down = (down.flatten(1, 2) * roots.reshape(-1, *[1] * (rows.ndim - 1))).float()
+    up, down = _khatri_rao(module) if isinstance(module, LoHa) else _kronecker(module)
     lora = Lora(down, up.reshape(*up.shape, *[1] * (down.ndim - 2)), module.magnitude)
     return shrink(lora, min(up.shape[0], math.prod(down.shape[1:])))[0]
 
 
-def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
-    """(the LoRA of at most `rank` nearest to this one, the share of dW's squared entries that it keeps).
+def _khatri_rao(module: LoHa) -> tuple[Tensor, Tensor]:
+    """(up, down) of a LoHa of ranks r and s, of rank r * s: each row and column is the product of one of each
+    half."""
+    columns1, rows1 = columns_and_rows(module.w1a, module.w1b, module.t1)
+    columns2, rows2 = columns_and_rows(module.w2a, module.w2b, module.t2)
+    down = (rows1[:, None] * rows2[None]).flatten(0, 1)
+    return (columns1[:, :, None] * columns2[:, None, :]).flatten(1), down
 
-    The best there is (Eckart and Young), without a dense dW: two thin QRs and the SVD of a core of rank x rank.
+
+def _kronecker(module: LoKr) -> tuple[Tensor, Tensor]:
+    """(up, down) of a LoKr, of rank(w1) * rank(w2), from the singular value decompositions of w1 and w2.
+
+    Singular values and vectors of a Kronecker product are the products of those of its factors.
+    """
+    # in float64: in float32 the rounding of a product a @ b would look like more ranks
+    tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+    doubles = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+    first, second = LoKr(**doubles).factors()
+    (u1, s1, v1), (u2, s2, v2) = (
+        torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second)
+    )
+    # the products of singular values, largest first, without those that are zero but for rounding
+    values = torch.outer(s1, s2).flatten()
+    order = values.argsort(descending=True, stable=True)
+    kept = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
+    i, j = kept // len(s2), kept % len(s2)
+    roots = values[kept].sqrt()
+    up = ((u1[:, None, i] * u2[None, :, j]).flatten(0, 1) * roots).float()  # [l * k, rank]
+    rows = v2[j].reshape(len(j), *second.shape[1:])  # [rank, n(, kh, kw)]
+    down = v1[i].reshape(len(i), -1, *[1] * (rows.ndim - 1)) * rows[:, None]  # [rank, m, n(, kh, kw)]
+    down = (down.flatten(1, 2) * roots.reshape(-1, *[1] * (rows.ndim - 1))).float()
+    return up, down
+
+
+def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
+    """(the nearest LoRA of at most `rank`, the share of dW's squared entries that it keeps).
+
+    The optimum (Eckart and Young), without a dense dW: two thin QRs and the SVD of a core of rank x rank.
     """
     if rank >= lora.rank:
         return lora, 1.0
@@ -203,12 +238,13 @@ def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
 
 
 def _shaped(down: Tensor, up: Tensor, inner: Sequence[int], magnitude: Tensor | None = None) -> Lora:
-    """`inner`: the layer's inputs and kernel."""
+    """The LoRA of two matrices. `inner`: the layer's inputs and kernel sizes."""
     return Lora(down.reshape(-1, *inner), up.reshape(*up.shape, *[1] * (len(inner) - 1)), magnitude)
 
 
 def pad(lora: Lora, rank: int) -> Lora:
-    """The same dW with a larger rank, filled up with zeros. Raises ValueError if the rank is smaller."""
+    """The same dW with a larger rank, padded with zeros. Raises ValueError if `rank` is smaller than the
+    LoRA's."""
     if rank < lora.rank:
         raise ValueError(f"a LoRA of rank {lora.rank} cannot be filled up to {rank}")
     more = rank - lora.rank
@@ -218,7 +254,10 @@ def pad(lora: Lora, rank: int) -> Lora:
 
 
 def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
-    """The LoRA whose dW is the weighted sum of theirs, exactly; its rank is the sum of ranks. Raises ValueError for DoRA, which does not add up."""
+    """The LoRA whose dW is the weighted sum of the given ones, exactly; its rank is the sum of ranks.
+
+    Raises ValueError for DoRA: magnitudes cannot be added.
+    """
     if any(lora.magnitude is not None for lora in loras):
         raise ValueError("the magnitudes of DoRA do not add up")
     up = torch.cat([lora.up * weight for lora, weight in zip(loras, weights, strict=True)], dim=1)
@@ -226,10 +265,10 @@ def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
 
 
 def extract(dense: Tensor, rank: int) -> tuple[Lora, float]:
-    """(the LoRA of at most `rank` nearest to a dense dW, the share of its squared entries that it keeps).
+    """(the LoRA of at most `rank` nearest to a dense dW, the share of dW's squared entries that it keeps).
 
-    Through the eigenvectors of dW's smaller Gram matrix, in float64: as good as a singular value decomposition, and on
-    wide layers several times faster.
+    From the eigenvectors of dW's smaller Gram matrix, in float64: as exact as a singular value decomposition,
+    and several times faster on wide layers.
     """
     flat = dense.flatten(1).double()  # [out, in * kh * kw]
     is_wide = flat.shape[0] <= flat.shape[1]
@@ -237,13 +276,11 @@ def extract(dense: Tensor, rank: int) -> tuple[Lora, float]:
     rank = min(rank, side.shape[0])
     squares, vectors = torch.linalg.eigh(side @ side.T)  # ascending
     vectors = vectors[:, -rank:].flip(1)
-    others = vectors.T @ side  # [rank, other side]: its rows are as long as dW's singular values
-    roots = others.norm(dim=1).sqrt()
-    vectors, others = (
-        vectors * roots,
-        others / roots.clamp_min(1e-30)[:, None],
-    )  # halves of one size: float16 keeps more of both
+    projected = vectors.T @ side  # [rank, other side]: the lengths of its rows are dW's singular values
+    # the root of each singular value goes into each half: float16 keeps most digits of halves of one size
+    roots = projected.norm(dim=1).sqrt()
+    vectors, projected = vectors * roots, projected / roots.clamp_min(1e-30)[:, None]
     total = float(squares.sum())
     kept = float(squares[-rank:].sum()) / total if total > 0 else 1.0
-    up, down = (vectors, others) if is_wide else (others.T, vectors.T)
+    up, down = (vectors, projected) if is_wide else (projected.T, vectors.T)
     return _shaped(down.float(), up.float(), dense.shape[1:]), min(max(kept, 0.0), 1.0)

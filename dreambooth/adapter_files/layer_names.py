@@ -1,69 +1,128 @@
-"""What the layers of a base are called in files of every layout: diffusers' names, peft's, kohya's and Stability's own.
+"""Names of a base's layers in files of every layout: diffusers', peft's, kohya's and Stability's.
 
-From a key to its layer the way is a table of the layers that there are, never a guess at where a name with underscores has its dots.
+kohya's keys replace dots by underscores. They are resolved by looking them up among the base's layers, never
+by guessing where the dots were.
+
+The layers of text encoders begin with `text_model.` in some files, and in the models of some versions of
+transformers. Inside this project they have no prefix: `plain` removes it from whatever is read, `stored` and
+`with_prefix` add it to whatever is written or looked up in a model.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 
-from dreambooth.adapter_files.adapter import COMPONENTS, Family, Layers, Shape
+from dreambooth.bases.folders import KohyaFamily
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+Shape = tuple[int, ...]
+Layers = Mapping[str, Mapping[str, Shape]]  # component -> layer -> shape of its weight
+
+TEXT_PREFIX = "text_model."
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
 
-class Base:
+# ---- the prefix of text encoders
+
+
+def plain(name: str) -> str:
+    """A layer's name, or a key, without the prefix of text encoders."""
+    return name.removeprefix(TEXT_PREFIX)
+
+
+def plain_layers(layers: Layers) -> dict[str, dict[str, Shape]]:
+    """The same layers by plain names."""
+    return {
+        component: {plain(name): tuple(shape) for name, shape in shapes.items()}
+        for component, shapes in layers.items()
+    }
+
+
+def with_prefix(path: str, prefix: str) -> str:
+    """A text encoder's layer behind `prefix`, `text_model.` or nothing. `text_projection` lies beside
+    `text_model`, so it gets none."""
+    return path if path.startswith("text_projection") else f"{prefix}{path}"
+
+
+def stored(component: str, name: str) -> str:
+    """A plain name as adapter files have it: older libraries and other programs know the layers of text
+    encoders only with the prefix."""
+    return name if component == "unet" else with_prefix(name, TEXT_PREFIX)
+
+
+def live_prefix(model: object) -> str:
+    """The prefix of a model's layers in the installed version of its library: `text_model.` or nothing."""
+    return TEXT_PREFIX if hasattr(model, "text_model") else ""
+
+
+def installed_text_prefixes() -> dict[str, str]:
+    """`live_prefix` of each text encoder, asked of models without weights."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # seconds
+
+    with torch.device("meta"):
+        models = {
+            "text_encoder": CLIPTextModel(CLIPTextConfig(num_hidden_layers=1)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1)),
+        }
+    return {component: live_prefix(model) for component, model in models.items()}
+
+
+# ---- from a key to a layer
+
+
+class LayerNames:
     """The layers that an adapter may be for, under every name that they have in files."""
 
-    def __init__(self, modules: Layers) -> None:
+    def __init__(self, layers: Layers) -> None:
         self.layers: dict[str, dict[str, Shape]] = {}
-        self.kohya: dict[str, tuple[str, str]] = {}
+        self.kohya: dict[str, tuple[str, str]] = {}  # kohya's name -> (component, layer)
+        by_plain_name = plain_layers(layers)
         for component in COMPONENTS:
-            own = {
-                name.removeprefix("text_model."): tuple(shape)
-                for name, shape in modules.get(component, {}).items()
-            }
             # embeddings have two dimensions as well, and are looked up, not multiplied
-            layers = {
+            shapes = {
                 name: shape
-                for name, shape in own.items()
+                for name, shape in by_plain_name.get(component, {}).items()
                 if len(shape) in (2, 4) and not name.endswith(_EMBEDDINGS)
             }
-            if not layers:
-                continue
-            self.layers[component] = layers
-            depth = depth_of(layers)
-            for name in layers:
-                if component == "unet":
-                    names = {f"lora_unet_{flat(name)}", f"lora_unet_{flat(sgm_name(name, depth))}"}
-                else:
-                    prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
-                    names = {
-                        f"{prefix}{form}{flat(name)}" for prefix in prefixes for form in ("", "text_model_")
-                    }
-                self.kohya |= dict.fromkeys(names, (component, name))
+            if shapes:
+                self.layers[component] = shapes
+                depth = depth_of(shapes)
+                for name in shapes:
+                    self.kohya |= dict.fromkeys(_kohya_names(component, name, depth), (component, name))
 
     def place(self, stem: str, component: str) -> tuple[str, str] | None:
-        """(component, module) of a key without its last part; None if there is no such layer. Raises ValueError if it could be two."""
+        """(component, layer) of a key without its last part; None if there is no such layer.
+
+        `component` is "" where nothing but the key says it. Raises ValueError, naming the components, if it
+        could be a layer of two.
+        """
         if stem in self.kohya:
             return self.kohya[stem]
         component, stem = _parted(stem, component)
-        holders = [
-            name for name in ([component] if component else self.layers) if stem in self.layers.get(name, {})
-        ]
+        candidates = [component] if component else self.layers
+        holders = [name for name in candidates if stem in self.layers.get(name, {})]
         if len(holders) > 1:
             raise ValueError(" and ".join(holders))
         return (holders[0], stem) if holders else None
 
 
+def _kohya_names(component: str, name: str, depth: int) -> set[str]:
+    """Every spelling of a layer in kohya's files. `depth` as in `sgm_name`."""
+    if component == "unet":
+        return {f"lora_unet_{flat(name)}", f"lora_unet_{flat(sgm_name(name, depth))}"}
+    prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
+    return {f"{prefix}{form}{flat(name)}" for prefix in prefixes for form in ("", flat(TEXT_PREFIX))}
+
+
 def _parted(stem: str, component: str) -> tuple[str, str]:
-    """(component, "" if the key does not say it, module) of a key in diffusers' or peft's names."""
-    stem = stem.replace(".base_layer", "")  # of an adapter that was put over another one
+    """(component, "" if the key does not say it, layer) of a key in diffusers' or peft's names."""
+    stem = stem.replace(".base_layer", "")  # of an adapter that was trained on top of another one
     head, _, rest = stem.partition(".")
-    if head == "diffusion_model" and component in ("", "unet"):  # what other programs call the UNet
+    if head == "diffusion_model" and component in ("", "unet"):  # the UNet's name in other programs
         return "unet", rest
     if not component and head in COMPONENTS:
         component, stem = head, rest
-    return component, stem.removeprefix("base_model.model.").removeprefix("text_model.")
+    return component, plain(stem.removeprefix("base_model.model."))
 
 
 _RAW_PREFIXES = {
@@ -82,10 +141,11 @@ _TOPS = {
 }
 
 
-def own_place(stem: str, component: str) -> tuple[str, str] | None:
-    """`Base.place` for a file without a base: (component, module) as far as the key itself tells; kohya's names stay as they are."""
-    if found := next((own for prefix, own in _RAW_PREFIXES.items() if stem.startswith(prefix)), None):
-        return found, stem
+def place_by_key(stem: str, component: str) -> tuple[str, str] | None:
+    """`LayerNames.place` without a base: what the key alone says. kohya's names stay as they are."""
+    for prefix, owner in _RAW_PREFIXES.items():
+        if stem.startswith(prefix):
+            return owner, stem
     component, stem = _parted(stem, component)
     holders = (component,) if component else _TOPS.get(stem.partition(".")[0], ())
     if len(holders) > 1:
@@ -93,14 +153,24 @@ def own_place(stem: str, component: str) -> tuple[str, str] | None:
     return (holders[0], stem) if holders and stem else None
 
 
-def with_prefix(path: str, prefix: str) -> str:
-    """A text encoder's module behind `prefix`, `text_model.` or nothing; the projection of its output lies beside `text_model`, not in it."""
-    return path if path.startswith("text_projection") else f"{prefix}{path}"
-
-
 def is_raw(path: str) -> bool:
-    """Whether a module has kohya's name, of which only a base tells where its dots were."""
+    """Whether it is a name of kohya's, whose dots only a base's layers can restore."""
     return "." not in path and path.startswith(tuple(_RAW_PREFIXES))
+
+
+def absent_layers(
+    component: str, targets: Iterable[str], layers: Iterable[str], present: Container[str]
+) -> str:
+    """The end of a message about layers whose names end with one of `targets` and that are not `present`; ""
+    if there are none."""
+    ends = tuple(f".{target}" for target in targets)
+    expected = {name for name in layers if f".{name}".endswith(ends)} if ends else set()
+    absent = sorted(name for name in expected if name not in present)
+    if not absent:
+        return ""
+    return (
+        f"{len(absent)} of the {len(expected)} layers of {component} that it was trained on, e.g. {absent[0]}"
+    )
 
 
 def flat(name: str) -> str:
@@ -108,11 +178,10 @@ def flat(name: str) -> str:
 
 
 def depth_of(unet: Iterable[str]) -> int:
-    """Resnets in a down block of the UNet with these layers, by which Stability's names count."""
-    return 1 + max(
-        [int(found[1]) for name in unet if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))],
-        default=1,
-    )
+    """Number of resnets in a down block of the UNet with these layers. Stability's numbering of blocks
+    depends on it."""
+    matches = (re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name) for name in unet)
+    return 1 + max([int(match[1]) for match in matches if match], default=1)
 
 
 _SGM_LAYERS = {
@@ -135,16 +204,17 @@ _SGM_RESNET = {
 
 
 def sgm_name(name: str, depth: int) -> str:
-    """A UNet's module as Stability's own code names it, and kohya's scripts for Stable Diffusion XL. `depth`: resnets in a down block."""
+    """A UNet's layer as Stability's code names it, and kohya's scripts for Stable Diffusion XL. `depth`:
+    resnets in a down block."""
     if name in _SGM_LAYERS:
         return _SGM_LAYERS[name]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(?:(mid)_block|(down|up)_blocks\.(\d+))\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
         name,
     )
-    if not found:
+    if not match:
         return name
-    is_mid, side, block, part, index, rest = found.groups()
+    is_mid, side, block, part, index, rest = match.groups()
     tail = _SGM_RESNET.get(rest, rest) if part == "resnets" else rest
     if is_mid:
         return f"{_SGM_LAYERS[f'mid_block.{part}.{index}']}.{tail}"
@@ -153,10 +223,11 @@ def sgm_name(name: str, depth: int) -> str:
         return f"input_blocks.{start + depth + 1}.0.op"
     if part == "upsamplers":
         return f"output_blocks.{start + depth}.2.conv"
-    first = (
-        f"input_blocks.{start + int(index) + 1}" if side == "down" else f"output_blocks.{start + int(index)}"
-    )
-    return f"{first}.{0 if part == 'resnets' else 1}.{tail}"
+    half, number = ("input", start + int(index) + 1) if side == "down" else ("output", start + int(index))
+    return f"{half}_blocks.{number}.{0 if part == 'resnets' else 1}.{tail}"
+
+
+# ---- the tensors of a layer
 
 
 # End of a key -> which tensor of a module it is.
@@ -182,9 +253,11 @@ _ENDS |= {
 _OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# What else such a key may belong to.
+# Pattern of a key that is not read here -> what it belongs to.
 FOREIGN = {
-    r"\.(oft_R\.weight|boft_[Rs]|hra_u)$": "OFT, BOFT or HRA, which turn weights; `bake` works it into a base, and infer.py draws with it",
+    r"\.(oft_R\.weight|boft_[Rs]|hra_u)$": (
+        "OFT, BOFT or HRA, which turn weights; `bake` works it into a base, and infer.py draws with it"
+    ),
     r"oft_|\.oft\b": "OFT, which no two programs store alike",
     r"boft_": "BOFT, which no two programs store alike",
     r"\bhra_": "HRA, which peft alone knows",
@@ -195,33 +268,36 @@ FOREIGN = {
     r"\.bias$": "a trained bias",
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
     r"^(transformer|double_blocks|lora_transformer)": "a transformer (Stable Diffusion 3, Flux), not a UNet",
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint, not an adapter",
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": (
+        "a whole checkpoint, not an adapter"
+    ),
 }
 
 
 _NAMED = re.compile(
-    r"(?P<start>.+\.)(?:(?P<plain>lora_[AB])\.(?P<one>[\w-]+)\.weight|(?P<other>lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?P<two>[\w-]+)(?:\.weight)?)"
+    r"(?P<start>.+\.)"
+    r"(?:(?P<plain>lora_[AB])\.(?P<one>[\w-]+)\.weight"
+    r"|(?P<other>lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?P<two>[\w-]+)(?:\.weight)?)"
 )
 
 
 def without_name(keys: Iterable[str]) -> dict[str, str]:
-    """Each key without the name that peft gave its adapter, where one and the same stands in all of them; else each as it is."""
-    found = {key: _NAMED.fullmatch(key) for key in keys}
-    names = {(match["one"] or match["two"]) if match else None for match in found.values()}
-    if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` has none
-        return {key: key for key in found}
+    """By key: the key without the name of peft's adapter, if all have the same one; else the key itself."""
+    matches = {key: _NAMED.fullmatch(key) for key in keys}
+    names = {(match["one"] or match["two"]) if match else None for match in matches.values()}
+    if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` contains no name
+        return {key: key for key in matches}
     return {
         key: f"{m['start']}{m['plain']}.weight" if m["plain"] else f"{m['start']}{m['other']}"
-        for key, m in found.items()
+        for key, m in matches.items()
         if m
     }
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """(what stands for the module, which of its tensors); None for a key of no known layout."""
-    key = re.sub(
-        r"\.default(_\d+)?(?=(\.weight)?$)", "", key
-    )  # peft's name of the adapter, where it was not taken off
+    """(the key's part that names the layer, which of its tensors); None for a key of no known layout."""
+    # peft's name of the adapter, which some programs leave in
+    key = re.sub(r"\.default(_\d+)?(?=(\.weight)?$)", "", key)
     if old := _OLD_PROCESSOR.fullmatch(key):
         names = _OLD_TEXT if old[1].endswith("self_attn") else _OLD_UNET
         return f"{old[1]}.{names.get(old[2], old[2])}", old[3]
@@ -238,8 +314,9 @@ KOHYA_PREFIXES = {
 XL_DEPTH = 2  # resnets in a down block of every Stable Diffusion XL
 
 
-def kohya_path(component: str, path: str, family: Family, depth: int) -> str:
-    """What stands after the prefix for a module in kohya's files. `depth` as in `sgm_name`."""
-    if component == "unet":
-        return flat(sgm_name(path, depth) if family == "sdxl" else path)
-    return flat(path if path.startswith("text_projection") else f"text_model.{path}")
+def kohya_stem(component: str, path: str, family: KohyaFamily, depth: int) -> str:
+    """A layer's name in kohya's files. `depth` as in `sgm_name`. Raises KeyError if the family has no such
+    component."""
+    is_sgm = component == "unet" and family == "sdxl"
+    name = sgm_name(path, depth) if is_sgm else stored(component, path)
+    return KOHYA_PREFIXES[family][component] + flat(name)

@@ -1,54 +1,74 @@
-"""How an adapter is stored: one safetensors file that plain diffusers loads. `attach.read` reads it, and those of other programs.
+"""This project's layout of an adapter file: one safetensors file that plain diffusers loads. `reading.read`
+reads it.
 
-Keys are peft's with the component in front. The text encoder's always have `text_model.`, whatever transformers calls its modules: older
-stacks and other programs know no other spelling. Metadata holds, per component, the few stable fields of its LoraConfig, and a block of our
-own about the training run. No local paths, nothing in an order that varies: the same adapter gives the same bytes.
+Keys are peft's with the component in front; names of layers are those of `layer_names.stored`. The metadata
+holds, for each component, the stable fields of its configuration, and a block about the training run. The
+same adapter always gives the same bytes: no local paths, no times, sorted keys.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from dreambooth.adapter_files import layer_names
 from dreambooth.files import safetensors_files
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # the same adapter under kohya's keys
-_TEXT_PREFIX = "text_model."
 
 
 def pack(
-    state: dict[str, dict[str, torch.Tensor]], configs: dict[str, dict[str, object]], info: dict[str, Any]
+    state: Mapping[str, Mapping[str, torch.Tensor]],
+    configs: Mapping[str, Mapping[str, object]],
+    info: Mapping[str, Any],
 ) -> bytes:
-    """The bytes of an adapter file: `state` and `configs` by component name, `info` about the run.
+    """The bytes of an adapter file. `state`: tensors by component and peft's key; `configs`: fields by
+    component; `info`: about the run.
 
-    Raises ValueError if a tensor is not finite: such an adapter draws black pictures and must not replace a good one.
+    Raises ValueError if a tensor is not finite: such an adapter draws black pictures and must not replace a
+    good one.
     """
     tensors: dict[str, torch.Tensor] = {}
     for component, adapter in state.items():
         for key, tensor in adapter.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{component}.{key} is not finite")
-            if component.startswith("text_encoder"):
-                key = _TEXT_PREFIX + key.removeprefix(_TEXT_PREFIX)
-            tensors[f"{component}.{key}"] = tensor.detach().to("cpu", torch.float32).contiguous()
-    lora = {
+            name = layer_names.stored(component, layer_names.plain(key))
+            tensors[f"{component}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
+    fields = {
         f"{component}.{field}": value
-        for component, fields in configs.items()
-        for field, value in fields.items()
+        for component, config in configs.items()
+        for field, value in config.items()
     }
-    metadata = {
+    return safetensors_files.stable_bytes(tensors, metadata(fields, info))
+
+
+def by_component(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a file as `pack` was given them: by component and peft's key, with plain names of
+    layers."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        component, _, key = name.partition(".")
+        state.setdefault(component, {})[layer_names.plain(key)] = tensor
+    return state
+
+
+def metadata(fields: Mapping[str, object], info: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file: the fields of its configuration, by `component.field`, and `info` about the
+    run."""
+    return {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps(lora, sort_keys=True),
-        "dreambooth": json.dumps(info, sort_keys=True),
+        "lora_adapter_metadata": json.dumps(dict(fields), sort_keys=True),
+        "dreambooth": json.dumps(dict(info), sort_keys=True),
     }
-    return safetensors_files.stable_bytes(tensors, metadata)
 
 
-def recorded(metadata: dict[str, str]) -> dict[str, Any]:
-    """What `pack` was given as `info`; {} for a file of another program, or one that says nonsense there."""
+def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The `info` that `pack` was given; {} for a file of another program, or if it is not a JSON table."""
     try:
-        found = json.loads(metadata.get("dreambooth", "{}"))
+        info = json.loads(metadata.get("dreambooth", "{}"))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return info if isinstance(info, dict) else {}

@@ -1,6 +1,8 @@
-"""What peft's configuration of an adapter says, in the file's metadata or in a file beside it: scales, and which layers there must be.
+"""peft's configuration of an adapter, from a file's metadata or a file beside it: its scales, and the layers
+that it must have.
 
-Whoever made the file wrote it: nothing of it goes into another package's constructor, and no pattern is run.
+The configuration is untrusted input: no value is passed to a constructor of another package, and no pattern
+is run as a regular expression.
 """
 
 import dataclasses
@@ -11,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.adapter_files.adapter import COMPONENTS, Shape
 from dreambooth.adapter_files.deltas import Module
+from dreambooth.adapter_files.layer_names import COMPONENTS, Shape, absent_layers, plain
 from dreambooth.errors import UserError, reason_of, shown
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What peft's configuration of a component says about scales, and which layers there must be."""
+class AdapterConfig:
+    """The fields of one component's configuration that are used here. `targets`: ends of names of the layers
+    that there must be."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -36,9 +39,10 @@ class Settings:
 
 
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that is `path` or its end, as peft matches them; a pattern with ^ must be all of it."""
+    """The value of the first pattern that equals `path` or its end, as peft matches them. A pattern with ^
+    must equal the whole path."""
     for pattern, value in patterns.items():
-        name = pattern.lstrip("^").removeprefix("text_model.")
+        name = plain(pattern.lstrip("^"))
         if path == name or (not pattern.startswith("^") and path.endswith(f".{name}")):
             return value
     return default
@@ -49,51 +53,55 @@ _SCALES = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rsl
 
 def of_file(
     where: str, beside: Path | None, metadata: Mapping[str, str], components: set[str]
-) -> dict[str, Settings]:
-    """Settings for each component that the file's `metadata`, or peft's file `beside` it, says something about.
+) -> dict[str, AdapterConfig]:
+    """The configuration of each component that the file's `metadata`, or peft's file `beside` it, describes.
 
-    Raises UserError if they are damaged, or describe a part that is not among `components`: half an adapter, or scales that nobody would apply.
+    Raises UserError if it is damaged, or describes a part that is not among `components`: then half of the
+    adapter is missing, or there are scales that would not be applied.
     """
     if beside:
-        try:
-            info = beside.stat()
-            if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-                raise UserError(f"{shown(beside)} is not a regular file")
-            if info.st_size > 4 * 2**20:
-                raise UserError(f"{shown(beside)}: {info.st_size:,} bytes are no settings of an adapter")
-            text = beside.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{shown(beside)} cannot be read ({reason_of(error)})") from None
-        fields = _json_table(shown(beside), text)
-        return {component: _settings(shown(beside), fields) for component in components}
-    content = _json_table(
-        f"{where}: its metadata about the LoRA", metadata.get("lora_adapter_metadata", "{}")
-    )
+        fields = _json_table(shown(beside), _text_of(beside))
+        return {component: _config(shown(beside), fields) for component in components}
+    text = metadata.get("lora_adapter_metadata", "{}")
+    content = _json_table(f"{where}: its metadata about the LoRA", text)
     parts: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
         owner, _, field = name.rpartition(".")
         parts.setdefault(owner, {})[field] = value
-    if (
-        parts.keys() == {""} and len(components) == 1
-    ):  # `save_lora_adapter` of diffusers' models: neither keys nor fields say the component
+    # `save_lora_adapter` of diffusers' models: neither keys nor fields name the component
+    if parts.keys() == {""} and len(components) == 1:
         parts = {next(iter(components)): parts[""]}
     for owner, fields in parts.items():
-        if owner in COMPONENTS and owner not in components:
-            raise UserError(
-                f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole"
-            )
-        if owner not in components and (
-            scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]
-        ):
-            of = " and ".join(sorted(components))
-            raise UserError(
-                f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of {of}: its scale is in doubt"
-            )
+        if owner not in components:
+            _check_needless(where, owner, fields, components)
     return {
-        owner: _settings(f"{where}: its metadata about {owner}", fields)
+        owner: _config(f"{where}: its metadata about {owner}", fields)
         for owner, fields in parts.items()
         if owner in components
     }
+
+
+def _text_of(path: Path) -> str:
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"{shown(path)} is not a regular file")
+        if info.st_size > 4 * 2**20:
+            raise UserError(f"{shown(path)}: {info.st_size:,} bytes are no settings of an adapter")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(path)} cannot be read ({reason_of(error)})") from None
+
+
+def _check_needless(where: str, owner: str, fields: Mapping[str, Any], components: set[str]) -> None:
+    """Raise UserError if the fields of a component without tensors show that the adapter is not whole."""
+    if owner in COMPONENTS:
+        raise UserError(f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole")
+    if scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]:
+        raise UserError(
+            f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of"
+            f" {' and '.join(sorted(components))}: its scale is in doubt"
+        )
 
 
 def _json_table(what: str, text: str) -> dict[str, Any]:
@@ -108,42 +116,27 @@ def _json_table(what: str, text: str) -> dict[str, Any]:
 
 _KINDS = ("LORA", "LOHA", "LOKR")
 _MOST_PATTERNS = 5_000  # more than there are layers; every layer is compared with each
-# Settings of peft under which tensors mean something else. Any value but false, none and empty is refused.
+# Fields of peft under which tensors mean something else. Any value but false, none and empty is refused.
 _CHANGE_MEANING = (
-    *(
-        "fan_in_fan_out",
-        "lora_bias",
-        "modules_to_save",
-        "use_qalora",
-        "layer_replication",
-        "alora_invocation_tokens",
-        "arrow_config",
-    ),
-    *("kasa_config", "use_bdlora", "trainable_token_indices", "target_parameters"),
+    *("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora", "trainable_token_indices"),
+    "target_parameters",
 )
-_INITS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "lycoris",
-)  # others change the base's own weights
+# other initializations change the base's weights
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lycoris")
 
 
 def _is_rank(value: object) -> bool:
-    return (
-        type(value) is int and 0 < value <= 10**6
-    )  # LoKr's may be larger than any layer: then its factors are dense
+    # LoKr's may be larger than any layer: then its factors are dense
+    return type(value) is int and 0 < value <= 10**6
 
 
 def is_alpha(value: object) -> bool:
-    """Whether it may stand for a scale in a file."""
+    """Whether a file's alpha is a number that can be used."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) <= 1e6
 
 
-def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
+def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
     def wrong(name: str, rule: str) -> UserError:
         return UserError(f"{where} has {name} = {ascii(fields[name])[:80]}; it must be {rule}")
 
@@ -168,49 +161,52 @@ def _settings(where: str, fields: Mapping[str, Any]) -> Settings:
                 raise wrong(name, rule)
             values[field] = fields[name]
         pattern = fields.get(f"{field}_pattern") or {}
-        if (
-            not isinstance(pattern, dict)
-            or len(pattern) > _MOST_PATTERNS
-            or not all(is_right(value) for value in pattern.values())
-        ):
+        is_table = isinstance(pattern, dict) and len(pattern) <= _MOST_PATTERNS
+        if not is_table or not all(is_right(value) for value in pattern.values()):
             raise wrong(f"{field}_pattern", f"a table of at most {_MOST_PATTERNS:,} names, each with {rule}")
-        plain = {re.sub(r"\\\.", ".", key).removesuffix("$"): value for key, value in pattern.items()}
-        if odd := [key for key in plain if not re.fullmatch(r"\^?[\w.-]+", key)]:
-            raise UserError(
-                f"{where} has the pattern {ascii(odd[0])[:80]} in {field}_pattern; only names of layers are read"
-            )
-        values[f"{field}_pattern"] = plain
+        values[f"{field}_pattern"] = _names_alone(where, f"{field}_pattern", pattern)
     for name in ("use_rslora", "use_dora"):
         if not isinstance(fields.get(name, False), bool):
             raise wrong(name, "true or false")
+        values[name] = fields.get(name, False)
+    return AdapterConfig(**values, targets=_targets(fields))
+
+
+def _names_alone(where: str, field: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """The pattern with escaped dots as dots. Raises UserError if a key is more than a name, which would have
+    to be run as a pattern."""
+    names = {re.sub(r"\\\.", ".", key).removesuffix("$"): value for key, value in pattern.items()}
+    if odd := [name for name in names if not re.fullmatch(r"\^?[\w.-]+", name)]:
+        raise UserError(
+            f"{where} has the pattern {ascii(odd[0])[:80]} in {field}; only names of layers are read"
+        )
+    return names
+
+
+def _targets(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `target_modules`; () where it is a pattern, or where other fields exclude some of the
+    layers."""
     targets = fields.get("target_modules")
-    narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
-    # a pattern that somebody wrote is not run
-    listed = (
-        targets
-        if isinstance(targets, list) and all(isinstance(target, str) for target in targets) and not narrowed
-        else []
-    )
-    names = tuple(target.removeprefix("text_model.") for target in listed)
-    return Settings(
-        **values,
-        use_rslora=fields.get("use_rslora", False),
-        use_dora=fields.get("use_dora", False),
-        targets=names,
-    )
+    is_narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
+    if is_narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        return ()
+    return tuple(plain(name) for name in targets)
 
 
 def check_whole(
-    where: str, component: str, config: Settings, found: Mapping[str, Module], layers: Mapping[str, Shape]
+    where: str,
+    component: str,
+    config: AdapterConfig,
+    modules: Mapping[str, Module],
+    layers: Mapping[str, Shape],
 ) -> None:
-    """Raise UserError unless all of the base's layers that the settings name are among those found, and DoRA where they say so."""
-    ends = tuple(f".{target}" for target in config.targets)
-    expected = {path for path in layers if f".{path}".endswith(ends)} if ends else set()
-    if lacking := sorted(expected - found.keys()):
-        of = f"{len(lacking)} of the {len(expected)} layers of {component} that it was trained on"
-        raise UserError(f"{where} lacks {of}, e.g. {lacking[0]}; the adapter is not whole")
-    plain = sorted(path for path, module in found.items() if module.magnitude is None)
-    if config.use_dora and plain:
+    """Raise UserError if one of the base's layers that the configuration names has no module, or if DoRA
+    lacks a magnitude."""
+    if absent := absent_layers(component, config.targets, layers, modules):
+        raise UserError(f"{where} lacks {absent}; the adapter is not whole")
+    plain_modules = sorted(path for path, module in modules.items() if module.magnitude is None)
+    if config.use_dora and plain_modules:
         raise UserError(
-            f"{where} is of DoRA and has no magnitudes for {len(plain)} layers of {component}, e.g. {plain[0]}; the adapter is not whole"
+            f"{where} is of DoRA and has no magnitudes for {len(plain_modules)} layers of {component},"
+            f" e.g. {plain_modules[0]}; the adapter is not whole"
         )

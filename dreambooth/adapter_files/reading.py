@@ -1,11 +1,14 @@
-"""Adapters of every common layout, read into one form: ours, peft's, diffusers' new and old keys, kohya's and LyCORIS'.
+"""Adapters read from files of every common layout: this project's, peft's, diffusers' new and old keys,
+kohya's and LyCORIS'.
 
-What a module is, its keys tell, each for itself. A file is taken whole or not at all: a key that is not understood is an error, since whoever
-skips it draws another adapter's pictures.
+The keys of each module decide its kind. A file is read as a whole or refused: an unknown key is an error,
+since without its tensor the adapter would draw other pictures.
 """
 
 import collections
 import dataclasses
+import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,166 +18,243 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth.adapter_files import layer_names, native, peft_config
-from dreambooth.adapter_files.adapter import COMPONENTS, Adapter, Layers, Shape
+from dreambooth.adapter_files import layer_names, native, peft_config, rotations
+from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
-from dreambooth.adapter_files.layer_names import Base
-from dreambooth.adapter_files.peft_config import Settings
+from dreambooth.adapter_files.layer_names import COMPONENTS, LayerNames, Layers, Shape
+from dreambooth.adapter_files.peft_config import AdapterConfig
+from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import safetensors_files
+from dreambooth.files.safetensors_files import Header
+
+AnyAdapter = Adapter | Rotations
+# some programs store alpha as float64 or as a whole number
+_LIMITS = dataclasses.replace(
+    safetensors_files.ADAPTER, dtypes=safetensors_files.ADAPTER.dtypes | {"F64", "I64", "I32"}
+)
 
 
-def read(path: Path, modules: Layers | None = None) -> Adapter:
-    """The adapter in a file, in the folder of a run, in one saved by peft, or in a pair of those (`unet/`, `text_encoder/`).
+def read(path: Path, layers: Layers | None = None) -> AnyAdapter:
+    """The adapter of any kind in a file, in the folder of a run, in one saved by peft, or in a pair of those
+    (`unet/`, `text_encoder/`).
 
-    `modules` are the layers of the base: shapes of weights by component and module, as `families.Base.layers` gives them. Without them the file is
-    taken at its word: its layers are those of the base, a layer in kohya's spelling keeps that as its name (`adapter_names.is_raw`), and kernels
-    that LoHa and LoKr leave out stay flattened into the inputs.
-    Raises UserError if there is none, if it is damaged or incomplete, has keys of no known layout, or does not fit this base.
+    `layers` are those of the base, as `families.Base.layers` returns them. OFT, BOFT and HRA are only read
+    with a base, and not from peft's folders. Raises UserError as `read_additive` does.
     """
-    base = None if modules is None else Base(modules)
-    parts: list[Adapter] = []
-    for file in _files(path):
-        part = _read_file(file, base)
-        if twice := [
-            component
-            for component in part.components
-            if any(component in other.components for other in parts)
-        ]:
-            raise UserError(f"{shown(path)}: two of its files are for {twice[0]}")
-        parts.append(part)
-    components = {
-        name: part.components[name] for name in COMPONENTS for part in parts if name in part.components
-    }
-    metadata = {field: text for part in parts for field, text in part.metadata.items()}
-    return Adapter(
-        components, metadata, {name: scales for part in parts for name, scales in part.scales.items()}
-    )
+    files = _files(path)
+    is_peft_folder = files[0].path not in (path, path / native.ADAPTER_NAME)
+    if layers is not None and not is_peft_folder and rotations.has_keys(files[0].header):
+        return rotations.read(files[0].path, files[0].header, layers)
+    return _joined(path, files, layers)
+
+
+def read_additive(path: Path, layers: Layers | None = None) -> Adapter:
+    """`read` for LoRA, DoRA, LoHa and LoKr only.
+
+    Without `layers` the layers are those that the file names, each with the sizes of its tensors: a layer in
+    kohya's spelling keeps that as its name (`layer_names.is_raw`), and kernels that LoHa and LoKr flatten
+    stay flattened into the inputs. Raises UserError if there is no adapter, if it is damaged or not whole, if
+    it has keys of no known layout, or if it does not fit the base.
+    """
+    return _joined(path, _files(path), layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """How pictures name an adapter: the ends of its path, and a hash of its files."""
+
+    label: str
+    sha256: str
+
+
+def identity(path: Path) -> Identity:
+    """The identity of the adapter in a file or folder that `read` takes. Raises UserError if a file cannot be
+    read."""
+    run_file = path / native.ADAPTER_NAME
+    place = run_file if path.is_dir() and run_file.exists() else path
+    files = [place]
+    if not place.is_file():
+        files = sorted(p for p in place.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
+    hashes = []
+    try:
+        for file in files:
+            with file.open("rb") as opened:
+                hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
+    absolute = place.absolute()
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return Identity(f"{absolute.parent.name}/{absolute.name}", sha256)
+
+
+# ---- files
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
+    """One file of an adapter."""
+
     path: Path
-    component: str = ""  # what the folder around it says it is for
+    component: str = ""  # that of the folder around it, if it has such a name
     config: Path | None = None  # peft's, beside it
+
+    @functools.cached_property
+    def header(self) -> Header:
+        return safetensors_files.read(self.path, _LIMITS)
 
 
 _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _files(path: Path) -> list[_File]:
+    """The files of the adapter at `path`, one or more. Raises UserError if there are none."""
     try:
         if not path.is_dir():
             if not path.exists():
                 raise UserError(f"{shown(path)}: there is no such file")
             if path.suffix != ".safetensors":
                 raise UserError(
-                    f"{shown(path)} is not a .safetensors file; other formats can carry code and are not loaded"
+                    f"{shown(path)} is not a .safetensors file;"
+                    " other formats can carry code and are not loaded"
                 )
             return [_peft_file(path) if path.name == _PEFT_NAME else _File(path)]
-        if (whole := path / native.ADAPTER_NAME).exists():
-            return [_File(whole)]
-        if (path / _PEFT_CONFIG).exists() or (path / _PEFT_NAME).exists():
+        if (run_file := path / native.ADAPTER_NAME).exists():
+            return [_File(run_file)]
+        if _is_peft_folder(path):
             return [_peft_file(path / _PEFT_NAME)]
-        parts = [
-            path / name
-            for name in COMPONENTS
-            if (path / name / _PEFT_CONFIG).exists() or (path / name / _PEFT_NAME).exists()
-        ]
-        if parts:
+        if parts := [path / name for name in COMPONENTS if _is_peft_folder(path / name)]:
             return [_peft_file(part / _PEFT_NAME) for part in parts]
-        held = (
-            ", ".join(shown(name) for name in sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        )
+        names = sorted(entry.name for entry in path.iterdir())[:5]
     except OSError as error:  # a name that is too long, for one
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     raise UserError(
-        f"{shown(path)}: no adapter is in this folder, which holds {held}; name the .safetensors file itself"
+        f"{shown(path)}: no adapter is in this folder,"
+        f" which holds {', '.join(map(shown, names)) or 'nothing'};"
+        " name the .safetensors file itself"
     )
+
+
+def _is_peft_folder(folder: Path) -> bool:
+    return (folder / _PEFT_CONFIG).exists() or (folder / _PEFT_NAME).exists()
 
 
 def _peft_file(path: Path) -> _File:
+    folder, config = path.parent, path.with_name(_PEFT_CONFIG)
     if not path.exists():
         raise UserError(
-            f"{shown(path.parent)} has {_PEFT_CONFIG} and no {_PEFT_NAME}; other formats can carry code and are not loaded"
+            f"{shown(folder)} has {_PEFT_CONFIG} and no {_PEFT_NAME};"
+            " other formats can carry code and are not loaded"
         )
-    config = path.with_name(_PEFT_CONFIG)
-    return _File(
-        path, path.parent.name if path.parent.name in COMPONENTS else "", config if config.exists() else None
-    )
+    component = folder.name if folder.name in COMPONENTS else ""
+    return _File(path, component, config if config.exists() else None)
 
 
-def _read_file(file: _File, base: Base | None) -> Adapter:
-    where = shown(file.path)
-    limits = safetensors_files.ADAPTER
-    # some programs store alpha as a whole number
-    header = safetensors_files.read(
-        file.path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"})
-    )
+def _joined(path: Path, files: list[_File], layers: Layers | None) -> Adapter:
+    """The adapter in all the files of `path`."""
+    names = None if layers is None else LayerNames(layers)
+    parts: list[Adapter] = []
+    for file in files:
+        part = _read_file(file, names)
+        for component in part.components:
+            if any(component in other.components for other in parts):
+                raise UserError(f"{shown(path)}: two of its files are for {component}")
+        parts.append(part)
+    components = {
+        name: part.components[name] for name in COMPONENTS for part in parts if name in part.components
+    }
+    metadata = {field: text for part in parts for field, text in part.metadata.items()}
+    scales = {name: by_layer for part in parts for name, by_layer in part.scales.items()}
+    return Adapter(components, metadata, scales)
+
+
+Place = tuple[str, str]  # component and layer
+Split = tuple[str, str]  # the key's part that names the layer, which of its tensors
+
+
+def _read_file(file: _File, names: LayerNames | None) -> Adapter:
+    where, header = shown(file.path), file.header
     if not header.shapes:
         raise UserError(f"{where}: the adapter is empty")
     splits = _splits(where, header.shapes)
-    base = base or _own_base(where, header.shapes, splits, file.component)
-    places = _places(where, header.shapes, splits, file.component, base)
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    names = names or _names_in_file(where, header.shapes, splits, file.component)
+    places = _places(where, header.shapes, splits, file.component, names)
+    tensors = _tensors(file.path, places, splits)
+    configs = peft_config.of_file(
+        where, file.config, header.metadata, {component for component, _ in tensors}
+    )
+    hint = _other_family(header.shapes, names)
+    components: dict[str, dict[str, Module]] = {}
+    scales: dict[str, dict[str, float]] = {}
+    for (component, path), parts in sorted(tensors.items()):
+        config = configs.get(component, AdapterConfig())
+        shape = names.layers[component][path]
+        reader = _Reader(f"{where}: {component}.{path}", shape, path, config, hint)
+        module = components.setdefault(component, {})[path] = reader.module(parts)
+        scales.setdefault(component, {})[path] = reader.scale(parts, module.rank)
+        results = [tensor for tensor in vars(module).values() if isinstance(tensor, Tensor)]
+        if not all(torch.isfinite(tensor).all() for tensor in results):
+            raise UserError(f"{where}: {component}.{path} is not finite once its scale is worked in")
+    for component, config in configs.items():
+        peft_config.check_whole(where, component, config, components[component], names.layers[component])
+    return Adapter(components, header.metadata, scales)
+
+
+def _tensors(
+    path: Path, places: Mapping[str, Place], splits: Mapping[str, Split]
+) -> dict[Place, dict[str, Tensor]]:
+    """The file's tensors, float32, by place and part. Raises UserError if one is not finite, or is there
+    twice."""
+    where = shown(path)
+    tensors: dict[Place, dict[str, Tensor]] = {}
     try:
-        with safe_open(file.path, framework="pt") as opened:
-            for key, (component, path, part) in places.items():
+        with safe_open(path, framework="pt") as opened:
+            for key, place in places.items():
+                part = splits[key][1]
                 tensor = opened.get_tensor(key)
                 if part != "alpha" and not tensor.is_floating_point():
                     raise UserError(f"{where}: {key} holds whole numbers; the adapter is broken")
                 tensor = tensor.float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
-                found = parts.setdefault((component, path), {})
-                if part in found:
+                parts = tensors.setdefault(place, {})
+                if part in parts:
                     raise UserError(
-                        f"{where}: the {part} of {component}.{path} is there twice, in two spellings"
+                        f"{where}: the {part} of {'.'.join(place)} is there twice, in two spellings"
                     )
-                found[part] = tensor
+                parts[part] = tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
-    configs = peft_config.of_file(where, file.config, header.metadata, {component for component, _ in parts})
-    guess = _other_family(header.shapes, base)
-    components: dict[str, dict[str, Module]] = {}
-    scales: dict[str, dict[str, float]] = {}
-    for (component, path), tensors in sorted(parts.items()):
-        shape = base.layers[component][path]
-        reader = _Reader(
-            f"{where}: {component}.{path}", shape, path, configs.get(component, Settings()), guess
-        )
-        module = components.setdefault(component, {})[path] = reader.module(tensors)
-        scales.setdefault(component, {})[path] = reader.scale(tensors, module.rank)
-        if not all(
-            torch.isfinite(tensor).all() for tensor in vars(module).values() if isinstance(tensor, Tensor)
-        ):
-            raise UserError(f"{where}: {component}.{path} is not finite once its scale is worked in")
-    for component, config in configs.items():
-        peft_config.check_whole(where, component, config, components[component], base.layers[component])
-    return Adapter(components, header.metadata, scales)
+    return tensors
 
 
-def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
-    """(what stands for the module, which of its tensors) for each key. Raises UserError if one is of no known layout."""
-    # a key with a `*` is of another program's embedding, whatever it ends in
+# ---- from keys to layers
+
+
+def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
+    """The split of each key. Raises UserError if one is of no known layout."""
+    # a key with a `*` is of another program's embedding, whatever its end
     splits = {
-        key: None if "*" in key else layer_names.split(plain)
-        for key, plain in layer_names.without_name(shapes).items()
+        key: None if "*" in key else layer_names.split(name)
+        for key, name in layer_names.without_name(shapes).items()
     }
-    if unknown := sorted(key for key, found in splits.items() if found is None):
-        foreign = layer_names.FOREIGN.items()
-        what = next(
-            (f": {text}" for pattern, text in foreign if any(re.search(pattern, key) for key in unknown)), ""
+    if unknown := sorted(key for key, split in splits.items() if split is None):
+        hints = (
+            f": {text}"
+            for pattern, text in layer_names.FOREIGN.items()
+            if any(re.search(pattern, key) for key in unknown)
         )
         raise UserError(
-            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is read here, e.g. {unknown[0]}{what}"
+            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is read here,"
+            f" e.g. {unknown[0]}{next(hints, '')}"
         )
-    return {key: found for key, found in splits.items() if found is not None}
+    return {key: split for key, split in splits.items() if split is not None}
 
 
 def _placed(
-    where: str, key: str, place: Callable[[str, str], tuple[str, str] | None], stem: str, component: str
-) -> tuple[str, str] | None:
+    where: str, key: str, place: Callable[[str, str], Place | None], stem: str, component: str
+) -> Place | None:
+    """`place` of the stem, with a UserError for its ValueError."""
     try:
         return place(stem, component)
     except ValueError as error:
@@ -183,37 +263,39 @@ def _placed(
         ) from None
 
 
-def _own_base(
-    where: str, shapes: Mapping[str, Shape], splits: Mapping[str, tuple[str, str]], component: str
-) -> Base:
-    """A base of exactly the layers that the file speaks of, each of the size that its tensors are for."""
-    modules: dict[tuple[str, str], dict[str, Shape]] = collections.defaultdict(dict)
-    raw: dict[str, tuple[str, str]] = {}
+def _names_in_file(
+    where: str, shapes: Mapping[str, Shape], splits: Mapping[str, Split], component: str
+) -> LayerNames:
+    """The layers that the file names, each with the sizes of its tensors: in place of a base's."""
+    modules: dict[Place, dict[str, Shape]] = collections.defaultdict(dict)
+    raw: dict[str, Place] = {}
     for key, (stem, part) in splits.items():
-        place = _placed(where, key, layer_names.own_place, stem, component)
+        place = _placed(where, key, layer_names.place_by_key, stem, component)
         if place is None:
             raise UserError(
-                f"{where}: {key} does not say what part of a base it is for: unet, text_encoder or text_encoder_2"
+                f"{where}: {key} does not say what part of a base it is for: unet,"
+                " text_encoder or text_encoder_2"
             )
         modules[place][part] = shapes[key]
         if layer_names.is_raw(place[1]):
             raw[stem] = place
     layers: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for (owner, path), parts in modules.items():
-        shape = _own_shape(parts)
+        shape = _shape_from(parts)
         if len(shape) not in (2, 4):
             has = ", ".join(f"{part} {parts[part]}" for part in sorted(parts))
             raise UserError(
-                f"{where}: {owner}.{path} has only {has}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
+                f"{where}: {owner}.{path} has only {has}; that is no whole LoRA, LoHa or LoKr,"
+                " the adapter is not whole"
             )
         layers[owner][path] = shape
-    base = Base(layers)
-    base.kohya |= raw
-    return base
+    names = LayerNames(layers)
+    names.kohya |= raw
+    return names
 
 
-def _own_shape(parts: Mapping[str, Shape]) -> Shape:
-    """The weight of the layer that tensors of these shapes are for; () if they are for none."""
+def _shape_from(parts: Mapping[str, Shape]) -> Shape:
+    """The shape of the layer's weight, from the shapes of a module's tensors; () if they make no module."""
 
     def product(a: str, b: str, core: str) -> Shape:
         if core in parts:
@@ -233,79 +315,83 @@ def _own_shape(parts: Mapping[str, Shape]) -> Shape:
 
 
 def _places(
-    where: str, shapes: Mapping[str, Shape], splits: Mapping[str, tuple[str, str]], component: str, base: Base
-) -> dict[str, tuple[str, str, str]]:
-    """(component, module, tensor) for each key. Raises UserError if one has no place."""
-    places: dict[str, tuple[str, str, str]] = {}
+    where: str,
+    shapes: Mapping[str, Shape],
+    splits: Mapping[str, Split],
+    component: str,
+    names: LayerNames,
+) -> dict[str, Place]:
+    """The place of each key. Raises UserError if one has none."""
+    places: dict[str, Place] = {}
     homeless = []
-    for key, (stem, part) in splits.items():
-        place = _placed(where, key, base.place, stem, component)
+    for key, (stem, _) in splits.items():
+        place = _placed(where, key, names.place, stem, component)
         if place is None:
             homeless.append(key)
         else:
-            places[key] = (*place, part)
+            places[key] = place
     if homeless:
-        absent = [
-            name
-            for name in COMPONENTS
-            if name not in base.layers and any(_speaks_of(key, name) for key in homeless)
-        ]
-        also = (
-            f": it has no {absent[0]}"
-            if absent
-            else _other_family(shapes, base) or "; the adapter is for another base"
-        )
+        absent = [name for name in COMPONENTS if name not in names.layers]
+        hints = [f": it has no {name}" for name in absent if any(_is_for(key, name) for key in homeless)]
+        hint = hints[0] if hints else _other_family(shapes, names) or "; the adapter is for another base"
         raise UserError(
-            f"{where}: {len(homeless)} of {len(splits)} keys are for no layer of this base, e.g. {min(homeless)}{also}"
+            f"{where}: {len(homeless)} of {len(splits)} keys are for no layer of this base,"
+            f" e.g. {min(homeless)}{hint}"
         )
     return places
 
 
-def _speaks_of(key: str, component: str) -> bool:
+def _is_for(key: str, component: str) -> bool:
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
     return key.startswith((f"{component}.", prefixes[component]))
 
 
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+_CROSS_ATTENTION = re.compile(
+    r"attn2[._](?:processor\.)?to_[kv]\b|attn2_to_[kv]\.|attn2\.processor\.to_[kv]_lora"
+)
 
 
-def _other_family(shapes: Mapping[str, Shape], base: Base) -> str:
-    """What the width of the text that the UNet reads tells: the end of a message if the adapter's is another than the base's, else nothing."""
-    is_cross = re.compile(
-        r"attn2[._](?:processor\.)?to_[kv]\b|attn2_to_[kv]\.|attn2\.processor\.to_[kv]_lora"
-    )
-    own = {
-        shape[1] for name, shape in base.layers.get("unet", {}).items() if re.search(r"attn2\.to_k$", name)
+def _other_family(shapes: Mapping[str, Shape], names: LayerNames) -> str:
+    """The end of a message if the adapter's UNet reads text of another width than the base's, else ""."""
+    base_widths = {
+        shape[1] for name, shape in names.layers.get("unet", {}).items() if name.endswith("attn2.to_k")
     }
-    found = set()
     modules: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for key, shape in shapes.items():
-        if is_cross.search(key) and (found_split := layer_names.split(key)) and len(shape) > 1:
-            modules[found_split[0]][found_split[1]] = shape
+        if _CROSS_ATTENTION.search(key) and len(shape) > 1 and (split := layer_names.split(key)):
+            modules[split[0]][split[1]] = shape
+    widths = set()
     for parts in modules.values():
         first, second = (parts.get(f"lokr_w{n}", parts.get(f"lokr_w{n}_b")) for n in (1, 2))
-        if plain := parts.get("down", parts.get("hada_w1_b")):
-            found.add(plain[1])
+        if rows := parts.get("down", parts.get("hada_w1_b")):
+            widths.add(rows[1])
         elif first and second:
-            found.add(first[1] * second[1])
-    if len(own) != 1 or len(found) != 1 or own == found:
+            widths.add(first[1] * second[1])
+    if len(base_widths) != 1 or len(widths) != 1 or base_widths == widths:
         return ""
-    (width,), (theirs,) = own, found
-    names = [f"{_FAMILIES[w]}'s {w}" if w in _FAMILIES else str(w) for w in (theirs, width)]
+    both = (widths.pop(), base_widths.pop())
+    texts = [f"{_FAMILIES[width]}'s {width}" if width in _FAMILIES else str(width) for width in both]
     return (
-        f"; the adapter is for another base: its UNet reads text {names[0]} wide, and this one's {names[1]}"
+        f"; the adapter is for another base: its UNet reads text {texts[0]} wide, and this one's {texts[1]}"
     )
+
+
+# ---- from tensors to modules
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Makes one module of its tensors. `shape` is that of the layer's weight in the base, `guess` the end of a message when it does not fit."""
+    """Makes a module from its tensors, given by part, and checks their shapes.
+
+    `shape` is that of the layer's weight. `hint` is the end of the message for tensors that do not fit.
+    """
 
     where: str
     shape: Shape
     path: str
-    config: Settings
-    guess: str
+    config: AdapterConfig
+    hint: str
 
     def module(self, tensors: Mapping[str, Tensor]) -> Module:
         parts = tensors.keys() - {"alpha", "dora_scale", "magnitude"}
@@ -317,7 +403,8 @@ class _Reader:
             module = self.lokr(tensors)
         else:
             raise UserError(
-                f"{self.where} has only {', '.join(sorted(tensors))}; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
+                f"{self.where} has only {', '.join(sorted(tensors))};"
+                " that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
             )
         return dataclasses.replace(module, magnitude=self.magnitude(tensors))
 
@@ -330,24 +417,24 @@ class _Reader:
             return Lora(self.fit(tensors, "down", rank, inputs, *kernel), up)
         # LyCORIS' Tucker form of a convolution: its core goes into `down`
         core = self.fit(tensors, "mid", rank, rank, *kernel)
-        down = torch.einsum(
-            "ij...,jr->ir...", core, self.fit(tensors, "down", rank, inputs, *ones).flatten(1)
-        )
-        return Lora(down, up)
+        down = self.fit(tensors, "down", rank, inputs, *ones).flatten(1)
+        return Lora(torch.einsum("ij...,jr->ir...", core, down), up)
 
     def loha(self, tensors: Mapping[str, Tensor]) -> LoHa:
         outputs, inputs, *kernel = self.shape
-        found: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         for n in (1, 2):
-            rank = _rows(tensors[f"hada_w{n}_b"])
+            a, b, core = f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}"
+            rank = _rows(tensors[b])
             if "hada_t1" in tensors:
-                found[f"w{n}a"] = self.fit(tensors, f"hada_w{n}_a", rank, outputs)
-                found[f"w{n}b"] = self.fit(tensors, f"hada_w{n}_b", rank, inputs)
-                found[f"t{n}"] = self.fit(tensors, f"hada_t{n}", rank, rank, *kernel)
+                parts[f"w{n}a"] = self.fit(tensors, a, rank, outputs)
+                parts[f"w{n}b"] = self.fit(tensors, b, rank, inputs)
+                parts[f"t{n}"] = self.fit(tensors, core, rank, rank, *kernel)
             else:
-                found[f"w{n}a"] = self.fit(tensors, f"hada_w{n}_a", outputs, rank)
-                found[f"w{n}b"] = self.fit(tensors, f"hada_w{n}_b", rank, inputs, *kernel)
-        return LoHa(**found | {"w1a": found["w1a"] * self.scale(tensors, _rows(tensors["hada_w1_b"]))})
+                parts[f"w{n}a"] = self.fit(tensors, a, outputs, rank)
+                parts[f"w{n}b"] = self.fit(tensors, b, rank, inputs, *kernel)
+        parts["w1a"] = parts["w1a"] * self.scale(tensors, _rows(tensors["hada_w1_b"]))
+        return LoHa(**parts)
 
     def lokr(self, tensors: Mapping[str, Tensor]) -> LoKr:
         outputs, inputs, *kernel = self.shape
@@ -355,81 +442,81 @@ class _Reader:
             _rows(tensors[name]) if name in tensors else None for name in ("lokr_w1_b", "lokr_w2_b")
         )
         scale = self.scale(tensors, rank2 if rank2 is not None else rank1)
+        # the sizes of the first factor decide those of the second
         upper, lower = ("lokr_w1", "lokr_w1") if rank1 is None else ("lokr_w1_a", "lokr_w1_b")
         rows, columns = _rows(tensors[upper]), tensors[lower].shape[1] if tensors[lower].ndim > 1 else 0
         if not rows or not columns or outputs % rows or inputs % columns:
             raise self.misfit(upper, tensors[upper], "of a size that divides the layer's")
         k, n = outputs // rows, inputs // columns
-        found: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         if rank1 is None:
-            found["w1"] = self.fit(tensors, "lokr_w1", rows, columns) * scale
+            parts["w1"] = self.fit(tensors, "lokr_w1", rows, columns) * scale
         else:
-            found["w1a"] = self.fit(tensors, "lokr_w1_a", rows, rank1) * scale
-            found["w1b"] = self.fit(tensors, "lokr_w1_b", rank1, columns)
+            parts["w1a"] = self.fit(tensors, "lokr_w1_a", rows, rank1) * scale
+            parts["w1b"] = self.fit(tensors, "lokr_w1_b", rank1, columns)
         if rank2 is None:
-            found["w2"] = self.fit(tensors, "lokr_w2", k, n, *kernel)
+            parts["w2"] = self.fit(tensors, "lokr_w2", k, n, *kernel)
         elif "lokr_t2" in tensors:
-            found["w2a"] = self.fit(tensors, "lokr_w2_a", rank2, k)
-            found["w2b"] = self.fit(tensors, "lokr_w2_b", rank2, n)
-            found["t2"] = self.fit(tensors, "lokr_t2", rank2, rank2, *kernel)
+            parts["w2a"] = self.fit(tensors, "lokr_w2_a", rank2, k)
+            parts["w2b"] = self.fit(tensors, "lokr_w2_b", rank2, n)
+            parts["t2"] = self.fit(tensors, "lokr_t2", rank2, rank2, *kernel)
         else:
-            found["w2a"] = self.fit(tensors, "lokr_w2_a", k, rank2)
-            found["w2b"] = self.fit(tensors, "lokr_w2_b", rank2, n, *kernel)
-        return LoKr(**found)
+            parts["w2a"] = self.fit(tensors, "lokr_w2_a", k, rank2)
+            parts["w2b"] = self.fit(tensors, "lokr_w2_b", rank2, n, *kernel)
+        return LoKr(**parts)
 
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """[out], or None without one."""
         outputs, ones = self.shape[0], (1,) * (len(self.shape) - 2)
-        given = [name for name in ("dora_scale", "magnitude") if name in tensors]
-        if not given:
+        spellings = [name for name in ("dora_scale", "magnitude") if name in tensors]
+        if not spellings:
             return None
-        if len(given) > 1:
+        if len(spellings) > 1:
             raise UserError(f"{self.where} has its magnitude twice, in two spellings")
-        tensor = tensors[given[0]]
-        # peft's of a convolution has its outputs second; LyCORIS' with a 1 in front has one length for each input, which is another method
-        forms = (
-            {(outputs,), (1, outputs, *ones)}
-            if given[0] == "magnitude"
-            else {(outputs,), (outputs, 1, *ones)}
-        )
-        if tuple(tensor.shape) not in forms:
-            by_input = given[0] == "dora_scale" and tensor.ndim > 1 and tensor.shape[0] == 1
-            also = (
-                ": lengths of inputs (LyCORIS before wd_on_out) are not supported" if by_input else self.guess
+        is_peft = spellings[0] == "magnitude"
+        tensor = tensors[spellings[0]]
+        # peft's of a convolution is [1, out, 1, 1], LyCORIS' [out, 1, 1, 1]
+        shape = (1, outputs, *ones) if is_peft else (outputs, 1, *ones)
+        if tuple(tensor.shape) not in ((outputs,), shape):
+            # LyCORIS' with a 1 in front has one length for each input: another method
+            by_input = not is_peft and tensor.ndim > 1 and tensor.shape[0] == 1
+            hint = (
+                ": lengths of inputs (LyCORIS before wd_on_out) are not supported" if by_input else self.hint
             )
             raise UserError(
-                f"{self.where}: its magnitude of shape {tuple(tensor.shape)} is not one length for each of {outputs} outputs{also}"
+                f"{self.where}: its magnitude of shape {tuple(tensor.shape)}"
+                f" is not one length for each of {outputs} outputs{hint}"
             )
         return tensor.flatten()
 
     def scale(self, tensors: Mapping[str, Tensor], rank: int | None) -> float:
-        """What dW is multiplied by: from the module's own alpha, else from peft's configuration, else 1."""
-        said = self.config.rank_of(self.path)
+        """The factor of dW: from the module's alpha, else from peft's configuration, else 1."""
+        config_rank = self.config.rank_of(self.path)
         if "alpha" in tensors:
-            if tensors["alpha"].numel() != 1 or not peft_config.is_alpha(own := tensors["alpha"].item()):
+            if tensors["alpha"].numel() != 1 or not peft_config.is_alpha(alpha := tensors["alpha"].item()):
                 raise UserError(f"{self.where}: its alpha must be one number other than 0, up to a million")
-            # without any rank, LyCORIS, ComfyUI and A1111 all take no notice of it
-            return own / rank if rank else 1.0
-        if rank and said and said != rank:
-            raise UserError(f"{self.where} has rank {rank}, and its metadata says {said}")
-        alpha, divisor = self.config.alpha_of(self.path), said or rank
-        if divisor is None or (alpha is None and not self.config.use_rslora):
+            return alpha / rank if rank else 1.0  # LyCORIS, ComfyUI and A1111 ignore an alpha without a rank
+        if rank and config_rank and config_rank != rank:
+            raise UserError(f"{self.where} has rank {rank}, and its metadata says {config_rank}")
+        config_alpha, divisor = self.config.alpha_of(self.path), config_rank or rank
+        if divisor is None or (config_alpha is None and not self.config.use_rslora):
             return 1.0
-        alpha = divisor if alpha is None else alpha
-        return alpha / (math.sqrt(divisor) if self.config.use_rslora else divisor)
+        config_alpha = divisor if config_alpha is None else config_alpha
+        return config_alpha / (math.sqrt(divisor) if self.config.use_rslora else divisor)
 
     def fit(self, tensors: Mapping[str, Tensor], name: str, *expected: int) -> Tensor:
-        """The tensor in the expected shape, which a kernel of 1x1, left out or written out, and a flattened kernel come to as well."""
+        """The tensor in the expected shape. A flattened kernel is unflattened; a kernel of 1x1 may be written
+        or left out."""
         tensor = tensors[name]
-        found = tuple(tensor.shape)
         flattened = (expected[0], math.prod(expected[1:]))
-        if found in (expected, flattened, (*flattened, 1, 1)) or (found == (*expected, 1, 1)):
+        if tuple(tensor.shape) in (expected, (*expected, 1, 1), flattened, (*flattened, 1, 1)):
             return tensor.reshape(expected)
         raise self.misfit(name, tensor, f"of shape {expected}")
 
     def misfit(self, name: str, tensor: Tensor, expected: str) -> UserError:
-        also = self.guess or "; the adapter is for another base, or broken"
         return UserError(
-            f"{self.where}: its {name} has shape {tuple(tensor.shape)}; for this layer of {self.shape} it must be {expected}{also}"
+            f"{self.where}: its {name} has shape {tuple(tensor.shape)}; for this layer of {self.shape}"
+            f" it must be {expected}{self.hint or '; the adapter is for another base, or broken'}"
         )
 
 

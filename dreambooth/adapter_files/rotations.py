@@ -1,41 +1,52 @@
 """Adapters that turn a layer's weight instead of adding to it: OFT, BOFT and HRA, in files with peft's keys.
 
-No two programs store these alike, and peft's own layers for them cannot be stacked: HRA's takes the base's weight and leaves out whatever is
-put on in between. So they are never put on a live model: peft computes the turned weight of one layer at a time, on a copy, and that is what
-takes the weight's place (`attach.Stack`).
+No two programs store these alike, and peft's layers for them cannot be stacked: HRA's takes the base's weight
+and leaves out any adapter between. So they are never put on a live model. peft computes the turned weight of
+one layer at a time, on a copy, and `adapters.apply` or `bake` puts that in place of the weight.
 """
 
-import contextlib
-import copy
 import dataclasses
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import BOFTConfig, HRAConfig, OFTConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.boft import layer as boft_layer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth.adapter_files.formats import COMPONENTS, Layers
+from dreambooth.adapter_files import layer_names
+from dreambooth.adapter_files.adapter import Row
+from dreambooth.adapter_files.layer_names import COMPONENTS, Layers, Shape
 from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import safetensors_files
+from dreambooth.files.safetensors_files import Header
 
-_TEXT_PREFIX = "text_model."
+Fields = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
-    """One kind: its tensors in a layer, those of peft's settings that change what they mean (with a test), and peft's settings made of both."""
+class _Field:
+    """One field of peft's configuration that changes what the tensors mean."""
+
+    rule: str
+    is_right: Callable[[Any], bool]
+    default: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _RotationKind:
+    """One kind: its tensors in a layer, its fields, and functions of both.
+
+    `problem` says why tensors of these shapes, with these fields, cannot turn a weight of that shape; "" if
+    they can. `config` is peft's. `size` is the side of a block, or the number of reflections.
+    """
 
     parts: tuple[str, ...]
-    fields: Mapping[str, tuple[str, Callable[[Any], bool], Any]]  # name -> (rule, test, default)
-    problem: Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...], Mapping[str, Any]], str]
-    config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Any]
+    fields: Mapping[str, _Field]
+    problem: Callable[[Mapping[str, Shape], Shape, Fields], str]
+    config: Callable[[Mapping[str, Tensor], Fields], Any]
     size: Callable[[Mapping[str, Tensor]], int]
 
 
@@ -43,203 +54,284 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _block_of(elements: int) -> int:
-    """The side of a skew-symmetric block with so many entries over its diagonal."""
+def _is_small_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e3
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 100
+
+
+def _side_of(elements: int) -> int:
+    """The side of a skew-symmetric block with so many entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
-def _oft_problem(
-    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
-) -> str:
+def _oft_side(tensors: Mapping[str, Tensor]) -> int:
+    return _side_of(tensors["oft_R.weight"].shape[1])
+
+
+def _oft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
     shape = shapes["oft_R.weight"]
     if math.prod(weight[2:]) > 1:
         return "peft's OFT of a kernel larger than 1 x 1 is none: it adds up patches that overlap"
-    if len(shape) != 2 or _block_of(shape[1]) * (_block_of(shape[1]) - 1) != 2 * shape[1]:
+    if len(shape) != 2 or _side_of(shape[1]) * (_side_of(shape[1]) - 1) != 2 * shape[1]:
         return f"its oft_R has shape {shape}, which is no set of rotations"
-    blocks, rest = divmod(weight[1], _block_of(shape[1]))
+    blocks, rest = divmod(weight[1], _side_of(shape[1]))
     if rest or shape[0] != (1 if fields["block_share"] else blocks):
-        return f"its oft_R has shape {shape}, which does not turn {weight[1]} inputs; the adapter is for another base, or broken"
+        return (
+            f"its oft_R has shape {shape}, which does not turn {weight[1]} inputs;"
+            " the adapter is for another base, or broken"
+        )
     return ""
 
 
-def _boft_problem(
-    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
-) -> str:
+def _boft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
     factors, blocks, *sides = shapes["boft_R"] if len(shapes["boft_R"]) == 4 else (0, 0, 0)
     inputs = math.prod(weight[1:])
     if factors > 1:
-        return f"{factors} butterfly factors need peft's CUDA extension, which is not used here; train with boft_n_butterfly_factor 1"
+        return (
+            f"{factors} butterfly factors need peft's CUDA extension, which is not used here;"
+            " train with boft_n_butterfly_factor 1"
+        )
     scales = (weight[0], 1) if len(weight) == 2 else (1, weight[0])
     if len(sides) != 2 or sides[0] != sides[1] or blocks * sides[0] != inputs or shapes["boft_s"] != scales:
-        found = f"boft_R of shape {shapes['boft_R']} and boft_s of shape {shapes['boft_s']}"
-        return f"it has {found}, which do not turn {inputs} inputs and scale {weight[0]} outputs; the adapter is for another base, or broken"
+        return (
+            f"it has boft_R of shape {shapes['boft_R']} and boft_s of shape {shapes['boft_s']},"
+            " which do not turn"
+            f" {inputs} inputs and scale {weight[0]} outputs; the adapter is for another base, or broken"
+        )
     return ""
 
 
-def _hra_problem(
-    shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], fields: Mapping[str, Any]
-) -> str:
+def _hra_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
     shape, inputs = shapes["hra_u"], math.prod(weight[1:])
     if len(shape) != 2 or shape[0] != inputs or not 0 < shape[1] <= 4096:
-        return f"its hra_u has shape {shape}, which does not reflect {inputs} inputs; the adapter is for another base, or broken"
+        return (
+            f"its hra_u has shape {shape}, which does not reflect {inputs} inputs;"
+            " the adapter is for another base, or broken"
+        )
     return ""
 
 
-def _oft_config(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> OFTConfig:
-    return OFTConfig(r=0, oft_block_size=_block_of(tensors["oft_R.weight"].shape[1]), **fields)
+# peft is imported late: it takes seconds, and reading a file does not need it
 
 
+def _oft_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
+    from peft import OFTConfig
+
+    return OFTConfig(r=0, oft_block_size=_oft_side(tensors), **fields)
+
+
+def _boft_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
+    from peft import BOFTConfig
+
+    return BOFTConfig(boft_block_size=tensors["boft_R"].shape[-1])
+
+
+def _hra_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
+    from peft import HRAConfig
+
+    return HRAConfig(r=tensors["hra_u"].shape[1], **fields)
+
+
+_FLAG = "true or false"
 _KINDS = {
-    "OFT": _Kind(
+    "OFT": _RotationKind(
         ("oft_R.weight",),
         {
-            "coft": ("true or false", _is_flag, False),
-            "eps": (
-                "a number over 0",
-                lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1e3,
-                6e-5,
-            ),
-            "block_share": ("true or false", _is_flag, False),
-            "use_cayley_neumann": ("true or false", _is_flag, True),
-            "num_cayley_neumann_terms": (
-                "a whole number from 1 to 100",
-                lambda v: type(v) is int and 1 <= v <= 100,
-                5,
-            ),
+            "coft": _Field(_FLAG, _is_flag, False),
+            "eps": _Field("a number over 0", _is_small_positive, 6e-5),
+            "block_share": _Field(_FLAG, _is_flag, False),
+            "use_cayley_neumann": _Field(_FLAG, _is_flag, True),
+            "num_cayley_neumann_terms": _Field("a whole number from 1 to 100", _is_count, 5),
         },
         _oft_problem,
         _oft_config,
-        lambda tensors: _block_of(tensors["oft_R.weight"].shape[1]),
+        _oft_side,
     ),
-    "BOFT": _Kind(
-        ("boft_R", "boft_s"),
-        {},
-        _boft_problem,
-        lambda tensors, fields: BOFTConfig(boft_block_size=tensors["boft_R"].shape[-1]),
-        lambda tensors: tensors["boft_R"].shape[-1],
+    "BOFT": _RotationKind(
+        ("boft_R", "boft_s"), {}, _boft_problem, _boft_config, lambda tensors: tensors["boft_R"].shape[-1]
     ),
-    "HRA": _Kind(
+    "HRA": _RotationKind(
         ("hra_u",),
-        {"apply_GS": ("true or false", _is_flag, False)},
+        {"apply_GS": _Field(_FLAG, _is_flag, False)},
         _hra_problem,
-        lambda tensors, fields: HRAConfig(r=tensors["hra_u"].shape[1], **fields),
+        _hra_config,
         lambda tensors: tensors["hra_u"].shape[1],
     ),
 }
-# Settings under which such a file means something else. Any value but false, none and empty is refused.
+# Fields of peft under which tensors mean something else. Any value but false, none and empty is refused.
 _CHANGE_MEANING = ("fan_in_fan_out", "modules_to_save", "exclude_modules", "layers_to_transform")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotations:
-    """What such a file holds: tensors by component, module (without `text_model.`) and part; per component its kind and settings."""
+    """An adapter of OFT, BOFT or HRA: tensors by component, layer and part; `settings`: by component, its
+    kind and peft's fields.
+
+    Has the interface of `adapter.Adapter`.
+    """
 
     components: dict[str, dict[str, dict[str, Tensor]]]
     settings: dict[str, tuple[str, dict[str, Any]]]
     metadata: dict[str, str]
+
+    is_additive: ClassVar[bool] = False
+    size_title: ClassVar[str] = "side of blocks, or reflections"
+    scales: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """oft, boft, hra: those that occur, in alphabetical order."""
         return tuple(sorted({kind.lower() for kind, _ in self.settings.values()}))
 
-    def size(self, component: str, module: str) -> int:
-        """The side of OFT's and BOFT's blocks; the number of HRA's reflections."""
-        return _KINDS[self.settings[component][0]].size(self.components[component][module])
+    def rows(self) -> list[Row]:
+        """One row for each component."""
+        rows = []
+        for component, modules in self.components.items():
+            kind, _ = self.settings[component]
+            sizes = tuple(_KINDS[kind].size(tensors) for tensors in modules.values())
+            rows.append(Row(component, kind.lower(), sizes))
+        return rows
 
-    def turned(self, component: str, module: str, layer: torch.nn.Module) -> Tensor:
-        """The weight of `layer` as the adapter turns it, in float32, in its shape and on its device. The layer itself stays as it is."""
+    def norms(self) -> dict[str, dict[str, float]]:
+        """{}: without a base there is no update to measure."""
+        return {}
+
+    def update(self, component: str, layer: str, weight: Tensor) -> Tensor:
+        """`adapted` less `weight`."""
+        return self.adapted(component, layer, weight) - weight
+
+    def adapted(self, component: str, layer: str, weight: Tensor) -> Tensor:
+        """The layer's weight, float32, as the adapter turns it: in its shape and on its device. `weight`
+        itself does not change.
+
+        Raises UserError if the installed version of peft has other tensors for this kind.
+        """
+        from peft import inject_adapter_in_model, set_peft_model_state_dict  # seconds
+
+        from dreambooth.adapter_files import peft_internals
+
         kind, fields = self.settings[component]
-        tensors = self.components[component][module]
-        scratch = torch.nn.ModuleDict({"layer": copy.deepcopy(layer).float()})
+        tensors = self.components[component][layer]
+        # peft turns a weight by merging the adapter into a layer: here into a copy of the layer, alone in a
+        # model
+        copy = peft_internals.stand_in(weight.shape)
+        copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        model = torch.nn.ModuleDict({"layer": copy})
         config = _KINDS[kind].config(tensors, fields)
         config.target_modules, config.inference_mode = {"layer"}, True
-        with torch.random.fork_rng(devices=[]), _quiet():
-            inject_adapter_in_model(config, scratch, "turning")
-        expected = {
-            key for key in scratch.state_dict() if key.partition(".")[2].startswith(f"{kind.lower()}_")
-        }
-        result = set_peft_model_state_dict(
-            scratch, {f"layer.{part}": tensor for part, tensor in tensors.items()}, "turning"
-        )
+        with torch.random.fork_rng(devices=[]), peft_internals.without_boft_extension():
+            inject_adapter_in_model(config, model, "turning")
+        prefix = f"{kind.lower()}_"
+        expected = {key for key in model.state_dict() if key.partition(".")[2].startswith(prefix)}
+        state = {f"layer.{part}": tensor for part, tensor in tensors.items()}
+        result = set_peft_model_state_dict(model, state, "turning")
         if result.unexpected_keys or expected & set(result.missing_keys):
             raise UserError(
-                f"{component}.{module}: this version of peft has other tensors for {kind}: {', '.join(sorted(expected))}"
+                f"{component}.{layer}: this version of peft has other tensors for {kind}:"
+                f" {', '.join(sorted(expected))}"
             )
+        turned: Any = model["layer"]
         with torch.no_grad():
-            scratch["layer"].merge()  # type: ignore[operator]
-        return scratch["layer"].get_base_layer().weight.detach()  # type: ignore[operator,union-attr]
+            turned.merge()
+        return turned.get_base_layer().weight.detach()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """peft would try to build its CUDA extension for every layer of BOFT, and complain of each failure."""
-    before = boft_layer._FBD_CUDA
-    boft_layer._FBD_CUDA = False  # None is "not tried yet"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings that came from the tensors themselves
-            yield
-    finally:
-        boft_layer._FBD_CUDA = before
+# ---- reading
 
 
-def is_one(path: Path) -> bool:
-    """Whether a file's keys are of OFT, BOFT or HRA. Raises UserError if it is no whole safetensors file."""
-    limits = safetensors_files.ADAPTER
-    header = safetensors_files.read(
-        path, dataclasses.replace(limits, dtypes=limits.dtypes | {"F64", "I64", "I32"})
-    )
+def has_keys(header: Header) -> bool:
+    """Whether any of a file's keys is of OFT, BOFT or HRA."""
     return any(_split(key) for key in header.shapes)
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
-    """(what stands for the module, kind, part); None for another key."""
-    ends = ((kind, part) for kind, own in _KINDS.items() for part in own.parts)
-    return next(
-        ((key[: -len(part) - 1], kind, part) for kind, part in ends if key.endswith(f".{part}")), None
+    """(the key's part that names the layer, kind, part); None for a key of no such kind."""
+    for kind, record in _KINDS.items():
+        for part in record.parts:
+            if key.endswith(f".{part}"):
+                return key[: -len(part) - 1], kind, part
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What a key of the file stands for."""
+
+    component: str
+    layer: str
+    kind: str
+    part: str
+
+
+def read(path: Path, header: Header, layers: Layers) -> Rotations:
+    """The adapter in a file whose header `has_keys`; `layers` are the base's: shapes of weights by component
+    and layer.
+
+    Raises UserError if the file is damaged or not whole, if its metadata lacks peft's fields or has wrong
+    ones, or if it does not fit the base.
+    """
+    where = shown(path)
+    _check_dtypes(where, header)
+    places = {key: _place(where, key) for key in header.shapes}
+    content = _content(where, header.metadata)
+    settings = {
+        component: _settings(where, component, content)
+        for component in sorted({place.component for place in places.values()})
+    }
+    components = _tensors(path, places, settings)
+    rotations = Rotations(components, settings, header.metadata)
+    _check(where, rotations, content, layers)
+    return rotations
+
+
+def _check_dtypes(where: str, header: Header) -> None:
+    """Raise UserError for a dtype that `reading` allows only for the alphas of other kinds."""
+    allowed = safetensors_files.ADAPTER.dtypes
+    for key, (dtype, _) in header.places.items():
+        if dtype not in allowed:
+            rule = f"{key} has dtype {dtype!r}; it must be one of {', '.join(sorted(allowed))}"
+            raise UserError(f"{where}: not a whole safetensors file ({rule})")
+
+
+def _place(where: str, key: str) -> _Place:
+    if parts := _split(key):
+        stem, kind, part = parts
+        component, _, layer = stem.partition(".")
+        if component in COMPONENTS:
+            return _Place(component, layer_names.plain(layer), kind, part)
+    raise UserError(
+        f"{where}: the key {key} is none of an OFT, BOFT or HRA adapter as peft has them (unet.*,"
+        " text_encoder.*)"
     )
 
 
-def read(path: Path, layers: Layers) -> Rotations:
-    """The adapter in a file of which `is_one` is true; `layers` are the base's: shapes of weights by component and module.
-
-    Raises UserError if it is damaged or incomplete, if its metadata lacks or garbles peft's settings, or if it does not fit this base.
-    """
+def _tensors(
+    path: Path, places: Mapping[str, _Place], settings: Mapping[str, tuple[str, Any]]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The file's tensors, float32, by component, layer and part."""
     where = shown(path)
-    header = safetensors_files.read(path, safetensors_files.ADAPTER)
-    places: dict[str, tuple[str, str, str, str]] = {}
-    for key in header.shapes:
-        found = _split(key)
-        component, _, module = found[0].partition(".") if found else ("", "", "")
-        if not found or component not in COMPONENTS:
-            raise UserError(
-                f"{where}: the key {key} is none of an OFT, BOFT or HRA adapter as peft has them (unet.*, text_encoder.*)"
-            )
-        places[key] = (component, module.removeprefix(_TEXT_PREFIX), found[1], found[2])
-    settings = {
-        component: _settings(where, component, header.metadata)
-        for component in sorted({place[0] for place in places.values()})
-    }
     components: dict[str, dict[str, dict[str, Tensor]]] = {
         name: {} for name in COMPONENTS if name in settings
     }
     try:
         with safe_open(path, framework="pt") as file:
-            for key, (component, module, kind, part) in sorted(places.items()):
-                if kind != settings[component][0]:
+            for key, place in sorted(places.items()):
+                kind, _ = settings[place.component]
+                if place.kind != kind:
                     raise UserError(
-                        f"{where}: {key} is of {kind}, and its metadata says that {component} has {settings[component][0]}"
+                        f"{where}: {key} is of {place.kind}, and its metadata says that {place.component} has"
+                        f" {kind}"
                     )
                 tensor = file.get_tensor(key).float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
-                components[component].setdefault(module, {})[part] = tensor
+                components[place.component].setdefault(place.layer, {})[place.part] = tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
-    rotations = Rotations(components, settings, header.metadata)
-    _check(where, rotations, layers)
-    return rotations
+    return components
 
 
 def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -252,68 +344,52 @@ def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     return content
 
 
-def _settings(where: str, component: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """(kind, what peft's settings for it take from a file): each value tested, none passed on unseen."""
-    content = _content(where, metadata)
-    fields = {
-        key.removeprefix(f"{component}."): value
-        for key, value in content.items()
-        if key.startswith(f"{component}.")
-    }
+def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(kind, its fields of peft's configuration): every value is tested, and no other is passed on."""
+    prefix = f"{component}."
+    fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
 
     def wrong(name: str, rule: str) -> UserError:
-        return UserError(
-            f"{where}: its metadata has {component}.{name} = {ascii(fields.get(name))[:80]}; it must be {rule}"
-        )
+        value = ascii(fields.get(name))[:80]
+        return UserError(f"{where}: its metadata has {component}.{name} = {value}; it must be {rule}")
 
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise wrong(
-            "peft_type",
-            f"one of {', '.join(_KINDS)}: without peft's settings nobody knows what such tensors mean",
-        )
+        rule = f"one of {', '.join(_KINDS)}: without peft's settings nobody knows what such tensors mean"
+        raise wrong("peft_type", rule)
     for name in _CHANGE_MEANING:
         if fields.get(name):
             raise wrong(name, "left out: such adapters are not supported")
     if fields.get("bias", "none") != "none":
         raise wrong("bias", "none: trained biases are not supported")
-    known = {}
-    for name, (rule, is_right, default) in _KINDS[kind].fields.items():
-        known[name] = fields.get(name, default)
-        if not is_right(known[name]):
-            raise wrong(name, rule)
-    return kind, known
+    values = {}
+    for name, field in _KINDS[kind].fields.items():
+        values[name] = fields.get(name, field.default)
+        if not field.is_right(values[name]):
+            raise wrong(name, field.rule)
+    return kind, values
 
 
-def _check(where: str, rotations: Rotations, layers: Layers) -> None:
-    """Raise UserError unless every layer of the base that is named can be turned so, and none that was trained is lacking."""
-    content = _content(where, rotations.metadata)
+def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers: Layers) -> None:
+    """Raise UserError unless the adapter can turn every layer that it names, and has all layers that it was
+    trained on."""
+    by_plain_name = layer_names.plain_layers(layers)
     for component, modules in rotations.components.items():
         kind, fields = rotations.settings[component]
-        own = {
-            name.removeprefix(_TEXT_PREFIX): tuple(shape)
-            for name, shape in layers.get(component, {}).items()
-            if len(shape) in (2, 4)
-        }
         if component not in layers:
             raise UserError(f"{where}: the adapter has a {component}, and this base has none")
-        for module, tensors in modules.items():
-            place = f"{where}: {component}.{module}"
-            if module not in own:
+        weights = {name: shape for name, shape in by_plain_name[component].items() if len(shape) in (2, 4)}
+        for layer, tensors in modules.items():
+            place = f"{where}: {component}.{layer}"
+            if layer not in weights:
                 raise UserError(f"{place} is no layer of this base; the adapter is for another base")
-            if lacking := set(_KINDS[kind].parts) - tensors.keys():
-                raise UserError(f"{place} lacks its {', '.join(sorted(lacking))}; the adapter is not whole")
-            if problem := _KINDS[kind].problem(
-                {part: tuple(tensor.shape) for part, tensor in tensors.items()}, own[module], fields
-            ):
+            if missing := set(_KINDS[kind].parts) - tensors.keys():
+                raise UserError(f"{place} lacks its {', '.join(sorted(missing))}; the adapter is not whole")
+            shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+            if problem := _KINDS[kind].problem(shapes, weights[layer], fields):
                 raise UserError(f"{place}: {problem}")
         targets = content.get(f"{component}.target_modules")
-        ends = (
-            tuple(f".{t.removeprefix(_TEXT_PREFIX)}" for t in targets if isinstance(t, str))
-            if isinstance(targets, list)
-            else ()
-        )
-        expected = {name for name in own if f".{name}".endswith(ends)} if ends else set()
-        if absent := sorted(expected - modules.keys()):
-            of = f"{len(absent)} of the {len(expected)} layers of {component} that it was trained on"
-            raise UserError(f"{where} lacks {of}, e.g. {absent[0]}; the adapter is not whole")
+        names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
+        ends = [layer_names.plain(name) for name in names]
+        if absent := layer_names.absent_layers(component, ends, weights, modules):
+            raise UserError(f"{where} lacks {absent}; the adapter is not whole")

@@ -1,23 +1,28 @@
-"""LoHa and LoKr in training, without the dense update: what peft computes, from small products and with little kept for backward.
+"""LoHa and LoKr in training without the dense update: peft's outputs from small products, with little kept
+for backward.
 
-peft makes the update of a LoHa or LoKr layer as a matrix of the layer's own size, [out, in(, kh, kw)], in every forward, applies it beside the
-layer and keeps it for backward. Both kinds have an identity that makes it a chain of small layers:
+peft makes the update of a LoHa or LoKr layer as a matrix of the layer's size, [out, in(, kh, kw)], in every
+forward, applies it beside the layer and keeps it for backward. An identity makes each kind a chain of small
+layers:
 
-    LoHa   ((w1a @ w1b) * (w2a @ w2b)) x = B (A x), where A [r * r, in] and B [out, r * r] are Khatri-Rao products of the halves
-    LoKr   kron(w1, w2) x: w2 on each of the in1 groups of in2 channels, then w1 across the groups; where w2 = w2a @ w2b, w2b, w1, w2a
+    LoHa   ((w1a @ w1b) * (w2a @ w2b)) x = B (A x)
+           A [r * r, in] and B [out, r * r] are Khatri-Rao products of the halves
+    LoKr   kron(w1, w2) x: w2 on each of the in1 groups of in2 channels, then w1 across the groups;
+           if w2 = w2a @ w2b: w2b, then w1, then w2a
 
-A convolution's kernel belongs to the link that has the input channels, with stride, padding and dilation; the other links are 1x1. Nothing
-between the links is kept: backward has the layer's input and the adapter's own tensors, and computes the rest again.
+A convolution's kernel, stride, padding and dilation belong to the link with the input channels; the other
+links are 1x1. Nothing between the links is kept: backward has the layer's input and the adapter's tensors,
+and recomputes the rest.
 
-A chain is taken where it multiplies less than SAVING times as often as the dense update. Otherwise (LoHa of a large rank on a narrow layer,
-LoKr on a prime width) the update is dense as in peft, but made again in backward instead of kept; that takes up to an eighth longer.
+A chain is used where it needs less than SAVING times the multiplications of the dense update. Otherwise (LoHa
+of a large rank on a narrow layer, LoKr on a prime width) the update is dense as in peft, but rebuilt in
+backward instead of kept; that takes up to an eighth longer.
 """
 
 import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,68 +31,86 @@ from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
 from torch import Tensor
 
-# Measured forward and backward, Linear of 192 to 1280 and 3x3 of 128 and 320, ranks 2 to 20: chain and dense update take equally long where the
-# chain multiplies 0.75 to 1 times as often, as its products are small and many.
+from dreambooth.adapter_files.deltas import columns_and_rows
+
+# Measured forward and backward, Linear of 192 to 1280 and 3x3 of 128 and 320, ranks 2 to 20: chain and dense
+# update take the same time where the chain needs 0.75 to 1 times the multiplications, as its products are
+# small and many.
 SAVING = 0.75
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding and dilation
 
 
-def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") -> list[str]:
-    """Have the LoHa and LoKr layers of `model` compute this adapter's update without a dense matrix; the names of these layers.
+class _FactoredLayer:
+    """The forward of peft's LoHa and LoKr layers for one adapter alone. Goes before peft's class in the bases
+    of `_CLASSES`."""
 
-    Outputs and gradients are peft's to rounding. The parameters stay peft's own, so files, merging, deleting and unloading are as before; a
-    second call changes nothing. A layer goes back to peft's forward by itself for whatever is not this adapter alone: others active on the same
-    layer, merged or disabled adapters, and training with a rank_dropout or module_dropout that is not 0.
+    factored_adapter: str
 
-    Two differences can be seen. In training peft draws a random number per layer and forward, even with a module_dropout of 0, and leaves the
-    adapter of the layer out should it be exactly 0; this draws none, so what draws after it gets other numbers of the same seed. And for a LoHa
-    with cores (use_effective_conv2d) the gradients of w1_a and w2_a are the derivatives; peft 0.21.2 takes the other factor's core for them.
-
-    Left as they are: convolutions in groups or with padding in words ("same"), Conv1d, and subclasses of peft's layers.
-    """
-    changed = []
-    for name, layer in model.named_modules():
-        if (
-            type(layer) not in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d)
-            or adapter_name not in layer.scaling
-        ):  # type: ignore[operator]
-            continue
-        base: Any = layer.get_base_layer()  # type: ignore[operator]
-        if isinstance(base, torch.nn.Conv2d) and (base.groups != 1 or isinstance(base.padding, str)):
-            continue
-        layer.factored_adapter = adapter_name  # type: ignore[assignment]
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
-        changed.append(name)
-    return changed
-
-
-def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = self.factored_adapter
-    here = [
-        active for active in self.active_adapters if active in self.scaling
-    ]  # the model may have active ones that this layer has not
-    if (
-        here != [name]
-        or self.disable_adapters
-        or self.merged
-        or not self.cast_input_dtype_enabled
-        or _drops(self, name)
-    ):
-        return type(self).forward(self, x, *args, **kwargs)
-    result = self.base_layer(x, *args, **kwargs)
-    chain = _loha_chain(self, name, x) if isinstance(self, loha.LoHaLayer) else _lokr_chain(self, name)
-    return (result + _Update.apply(chain, x, *chain.factors)).to(x.dtype)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.factored_adapter
+        # the model may have active adapters that this layer has not
+        active = [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        is_alone = active == [name] and not self.disable_adapters and not self.merged
+        if not is_alone or not self.cast_input_dtype_enabled or _drops(self, name):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        result = self.base_layer(x, *args, **kwargs)
+        chain = _loha_chain(self, name, x) if isinstance(self, loha.LoHaLayer) else _lokr_chain(self, name)
+        return (result + _ChainUpdate.apply(chain, x, *chain.factors)).to(x.dtype)
 
 
 def _drops(layer: Any, name: str) -> bool:
     return layer.training and bool(layer.rank_dropout[name] or layer.module_dropout[name])
 
 
+# peft's class -> the same with the forward above
+_CLASSES: dict[type, type] = {
+    cls: type(f"Factored{cls.__name__}", (_FactoredLayer, cls), {"__module__": __name__})
+    for cls in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d)
+}
+
+
+def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") -> list[str]:
+    """Make the LoHa and LoKr layers of `model` compute this adapter's update without a dense matrix. Returns
+    the names of these layers.
+
+    Outputs and gradients are peft's to rounding. Parameters stay peft's, so files, merging, deleting and
+    unloading are as before; a second call changes nothing. A layer uses peft's forward for anything but this
+    adapter alone: other adapters active on it, merged or disabled adapters, and training with a rank_dropout
+    or module_dropout other than 0.
+
+    Two differences show. In training peft draws a random number for each layer and forward, even with a
+    module_dropout of 0, and leaves the adapter out if it is exactly 0; this draws none, so later draws of the
+    same seed differ. And for a LoHa with cores (use_effective_conv2d) the gradients of w1_a and w2_a are the
+    derivatives; peft 0.21.2 takes the other factor's core for them.
+
+    Not changed: convolutions in groups or with padding in words ("same"), Conv1d, and other subclasses of
+    peft's layers.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        is_peft = type(layer) in _CLASSES or isinstance(layer, _FactoredLayer)
+        if not is_peft or adapter_name not in layer.scaling:  # type: ignore[operator]
+            continue
+        base: Any = layer.get_base_layer()  # type: ignore[operator]
+        if isinstance(base, torch.nn.Conv2d) and (base.groups != 1 or isinstance(base.padding, str)):
+            continue
+        # a class, as a function on the instance would be a reference cycle, freed only by the garbage
+        # collector
+        layer.__class__ = _CLASSES.get(type(layer), type(layer))
+        layer.factored_adapter = adapter_name  # type: ignore[assignment]
+        names.append(name)
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class _Link:
-    """One layer of a chain. Channels are [groups, changed, inner], and the same weight changes all groups and inner ones. With a geometry it is a
-    convolution, weight [to, from, kh, kw] and inner 1; without, it sees one token or pixel at a time, weight [to, from]."""
+    """One layer of a chain. Its channels are [groups, changed, inner], and one weight changes all groups and
+    inner ones.
+
+    With a geometry it is a convolution with weight [to, from, kh, kw] and inner 1; without, it sees one token
+    or pixel at a time, with weight [to, from].
+    """
 
     groups: int = 1
     inner: int = 1
@@ -96,7 +119,7 @@ class _Link:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """An update: links that follow each other, the adapter's tensors, and what makes the links' weights of them."""
+    """An update: consecutive links, the adapter's tensors, and the function from these to the weights."""
 
     links: list[_Link]
     factors: list[Tensor]
@@ -115,7 +138,7 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
     def halves(
         w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        return (*_columns_and_rows(w1a, w1b, t1), *_columns_and_rows(w2a, w2b, t2))
+        return (*columns_and_rows(w1a, w1b, t1), *columns_and_rows(w2a, w2b, t2))
 
     def khatri_rao(*factors: Tensor) -> list[Tensor]:
         columns1, rows1, columns2, rows2 = halves(*factors)
@@ -127,34 +150,28 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
         product = ((columns1 * scale) @ rows1.flatten(1)) * (columns2 @ rows2.flatten(1))
         return [_kernel(product.reshape(shape), geometry)]
 
-    rank, out, into = (
-        factors[1].shape[0],
-        shape[0],
-        math.prod(shape[1:]),
-    )  # w1b is [rank, in], with a core or without
+    rank = factors[1].shape[0]  # w1b is [rank, in], with a core or without
+    out, into = shape[0], math.prod(shape[1:])
     tokens = x.numel() // shape[1]
-    # making the dense update takes two products of the rank: as much as 2 * rank tokens
+    # building the dense update takes two products of the rank: as many multiplications as 2 * rank tokens
     if rank**2 * (into + out) * tokens < SAVING * out * into * (tokens + 2 * rank):
         return _Chain([_Link(geometry=geometry), _Link()], factors, khatri_rao, len(shape) == 4)
     return _Chain([_Link(geometry=geometry)], factors, dense, len(shape) == 4)
 
 
 def _lokr_chain(layer: Any, name: str) -> _Chain:
-    first = [
-        getattr(layer, part)[name]
-        for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
-        if name in getattr(layer, part)
-    ]
-    second = [
-        getattr(layer, part)[name]
-        for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-        if name in getattr(layer, part)
-    ]
+    first_parts = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
+    second_parts = ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    first = [getattr(layer, part)[name] for part in first_parts if name in getattr(layer, part)]
+    second = [getattr(layer, part)[name] for part in second_parts if name in getattr(layer, part)]
     scale = layer.scaling[name]
     base = layer.get_base_layer()
     shape, geometry = base.weight.shape, _geometry(base)
     out1, in1 = first[0].shape[0], first[-1].shape[1]
     out2, in2 = shape[0] // out1, shape[1] // in1
+
+    # each takes the adapter's tensors, `first` and `second`, and returns the weights of one list of links
+    # below
 
     def split(factors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(w1 with the scale, the tensors of w2)."""
@@ -162,52 +179,46 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
         return mixing * scale, factors[len(first) :]
 
     def in_three(*factors: Tensor) -> list[Tensor]:
-        mixing, others = split(factors)
-        columns, rows = _columns_and_rows(*others)
+        mixing, second_factors = split(factors)
+        columns, rows = columns_and_rows(*second_factors)
         return [_kernel(rows.reshape(-1, in2, *shape[2:]), geometry), mixing, columns]
 
-    def whole(others: tuple[Tensor, ...]) -> Tensor:
+    def dense_second(second_factors: tuple[Tensor, ...]) -> Tensor:
         """w2, [out2, in2(, kh, kw)]."""
-        if len(others) == 1:
-            return others[0]
-        columns, rows = _columns_and_rows(*others)
+        if len(second_factors) == 1:
+            return second_factors[0]
+        columns, rows = columns_and_rows(*second_factors)
         return (columns @ rows.flatten(1)).reshape(out2, in2, *shape[2:])
 
     def in_two(*factors: Tensor) -> list[Tensor]:
-        mixing, others = split(factors)
-        return [_kernel(whole(others), geometry), mixing]
+        mixing, second_factors = split(factors)
+        return [_kernel(dense_second(second_factors), geometry), mixing]
 
     def in_two_mixed_first(*factors: Tensor) -> list[Tensor]:
         return in_two(*factors)[::-1]
 
     def dense(*factors: Tensor) -> list[Tensor]:
-        mixing, others = split(factors)
-        product = torch.kron(mixing.reshape(out1, in1, *[1] * (len(shape) - 2)), whole(others).contiguous())
-        return [_kernel(product, geometry)]
+        mixing, second_factors = split(factors)
+        mixing = mixing.reshape(out1, in1, *[1] * (len(shape) - 2))
+        return [_kernel(torch.kron(mixing, dense_second(second_factors).contiguous()), geometry)]
 
     size = math.prod(shape[2:])  # of the kernel
-    grouped = [_Link(groups=in1, geometry=geometry), _Link(inner=out2)]
-    # by multiplications per token
-    ways: list[tuple[float, list[_Link], Callable[..., list[Tensor]]]] = [
-        (SAVING * math.prod(shape), [_Link(geometry=geometry)], dense),
-        (shape[1] * size * out2 + in1 * shape[0], grouped, in_two),
-        (
-            out1 * shape[1] + in2 * size * shape[0],
-            [_Link(inner=in2), _Link(groups=out1, geometry=geometry)],
-            in_two_mixed_first,
-        ),
+    conv = _Link(geometry=geometry)
+    grouped_conv = _Link(groups=in1, geometry=geometry)
+    mixed_conv = _Link(groups=out1, geometry=geometry)
+    # (multiplications for each token, links, weights)
+    candidates: list[tuple[float, list[_Link], Callable[..., list[Tensor]]]] = [
+        (SAVING * math.prod(shape), [conv], dense),
+        (shape[1] * size * out2 + in1 * shape[0], [grouped_conv, _Link(inner=out2)], in_two),
+        (out1 * shape[1] + in2 * size * shape[0], [_Link(inner=in2), mixed_conv], in_two_mixed_first),
     ]
     if len(second) > 1:
         rank = second[1].shape[0]  # w2b is [rank, in2(* kh * kw)], with a core or without
-        links = [_Link(groups=in1, geometry=geometry), _Link(inner=rank), _Link(groups=out1)]
-        ways.append((shape[1] * size * rank + out1 * in1 * rank + rank * shape[0], links, in_three))
-    _, links, weights = min(ways, key=lambda way: way[0])
+        links = [grouped_conv, _Link(inner=rank), _Link(groups=out1)]
+        multiplications = shape[1] * size * rank + out1 * in1 * rank + rank * shape[0]
+        candidates.append((multiplications, links, in_three))
+    _, links, weights = min(candidates, key=lambda candidate: candidate[0])
     return _Chain(links, first + second, weights, len(shape) == 4)
-
-
-def _columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A product's [out, rank] and [rank, in(, kh, kw)]: the core, if there is one, is taken into the latter."""
-    return (a, b) if core is None else (a.T, torch.einsum("ijkl,jr->irkl", core, b))
 
 
 def _geometry(base: Any) -> Geometry | None:
@@ -223,12 +234,13 @@ def _kernel(weight: Tensor, geometry: Geometry | None) -> Tensor:
     return weight if geometry is not None else weight.flatten(1)
 
 
-class _Update(torch.autograd.Function):
-    """What a chain makes of x. Keeps x and the adapter's tensors, which are there anyway."""
+class _ChainUpdate(torch.autograd.Function):
+    """The chain's output for x. Keeps x and the adapter's tensors for backward, which exist in any case."""
 
     @staticmethod
     def forward(ctx: Any, chain: _Chain, x: Tensor, *factors: Tensor) -> Tensor:
-        # the precision that peft has: autocast's for the product of the factors, and with it for the input; else the adapter's
+        # peft's precision: the product of the factors and the input have autocast's dtype, or without
+        # autocast the adapter's
         device = x.device.type
         ctx.autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if ctx.autocasts else factors[0].dtype
@@ -247,32 +259,36 @@ class _Update(torch.autograd.Function):
         chain: _Chain = ctx.chain
         _, x_needed, *needed = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False) if ctx.autocasts else contextlib.nullcontext():
+            # forward again: weights of the links, with a graph back to the factors, and the input of each
+            # link
             with torch.enable_grad():
                 leaves = [
                     factor.detach().requires_grad_(need) for factor, need in zip(factors, needed, strict=True)
                 ]
                 weights = [weight.to(ctx.dtype) for weight in chain.weights(*leaves)]
             values = [weight.detach() for weight in weights]
-            inputs = [x.to(ctx.dtype)]  # of each link
+            inputs = [x.to(ctx.dtype)]
             for link, value in zip(chain.links[:-1], values, strict=False):
                 inputs.append(_through(link, value, inputs[-1], chain.is_image))
+            # backward through the links, last to first
             trained: list[Tensor] = []
-            their_gradients: list[Tensor] = []
-            for place, link in reversed(list(enumerate(chain.links))):
-                wanted = (x_needed or place > 0, weights[place].requires_grad)
-                before, of_weight = _back(link, values[place], inputs.pop(), gradient, chain.is_image, wanted)
+            weight_gradients: list[Tensor] = []
+            for index, link in reversed(list(enumerate(chain.links))):
+                wanted = (x_needed or index > 0, weights[index].requires_grad)
+                before, of_weight = _back(link, values[index], inputs.pop(), gradient, chain.is_image, wanted)
                 if of_weight is not None:
-                    trained.append(weights[place])
-                    their_gradients.append(of_weight)
-                gradient = before  # type: ignore[assignment]  # None only where nobody asks
+                    trained.append(weights[index])
+                    weight_gradients.append(of_weight)
+                gradient = before  # type: ignore[assignment]  # None only where it is not needed
+            # from the weights of the links to the factors
             wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(
-                torch.autograd.grad(trained, wanted_leaves, their_gradients) if wanted_leaves else ()
+            factor_gradients = iter(
+                torch.autograd.grad(trained, wanted_leaves, weight_gradients) if wanted_leaves else ()
             )
         return (
             None,
             gradient.to(x.dtype) if x_needed else None,
-            *(next(found) if need else None for need in needed),
+            *(next(factor_gradients) if need else None for need in needed),
         )
 
 
@@ -285,71 +301,60 @@ def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
         return _through(link, weight, x.permute(0, 2, 3, 1), False).permute(0, 3, 1, 2)
     rows = _rows(link, weight.shape[1], x, is_image)
     if rows.shape[2] == 1:
-        made = F.linear(rows.squeeze(2), weight)
+        output = F.linear(rows.squeeze(2), weight)
     else:
-        made = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows)
+        output = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows)
     channels = link.groups * weight.shape[0] * link.inner
-    return (
-        made.reshape(x.shape[0], channels, *x.shape[2:])
-        if is_image
-        else made.reshape(*x.shape[:-1], channels)
-    )
+    shape = (x.shape[0], channels, *x.shape[2:]) if is_image else (*x.shape[:-1], channels)
+    return output.reshape(shape)
 
 
 def _back(
     link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the link's input and of its weight, those that are wanted, from that of its output."""
+    """The gradients of the link's input and of its weight, from that of its output; None for each that is not
+    `wanted`."""
     if link.geometry is not None:
         stride, padding, dilation = link.geometry
-        repeated = weight.repeat(link.groups, 1, 1, 1)
+        kernels = weight.repeat(link.groups, 1, 1, 1)
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient,
-            x,
-            repeated,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            (0, 0),
-            link.groups,
-            (*wanted, False),
+            *(gradient, x, kernels, None, stride, padding, dilation),
+            *(False, (0, 0), link.groups, (*wanted, False)),  # not transposed, no output padding, no bias
         )
         return of_x, of_weight.reshape(link.groups, *weight.shape).sum(0) if wanted[1] else None
     if is_image and _pixels_first(x):
-        of_x, of_weight = _back(
-            link, weight, x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), False, wanted
-        )
+        x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
+        of_x, of_weight = _back(link, weight, x, gradient, False, wanted)
         return of_x.permute(0, 3, 1, 2) if of_x is not None else None, of_weight
-    came = _rows(link, weight.shape[1], x, is_image)  # [rows, from, inner]
-    went = _rows(link, weight.shape[0], gradient, is_image)  # [rows, to, inner]
+    inputs = _rows(link, weight.shape[1], x, is_image)  # [rows, from, inner]
+    outputs = _rows(link, weight.shape[0], gradient, is_image)  # gradients, [rows, to, inner]
     of_x = of_weight = None
-    if came.shape[2] == 1:
-        came, went = came.squeeze(2), went.squeeze(2)
+    if inputs.shape[2] == 1:
+        inputs, outputs = inputs.squeeze(2), outputs.squeeze(2)
         if wanted[0]:
-            of_x = (went @ weight).reshape(x.shape)
+            of_x = (outputs @ weight).reshape(x.shape)
         if wanted[1]:
-            of_weight = went.T @ came
+            of_weight = outputs.T @ inputs
         return of_x, of_weight
     if wanted[0]:
-        of_x = torch.bmm(weight.T.expand(went.shape[0], -1, -1), went).reshape(x.shape)
+        of_x = torch.bmm(weight.T.expand(outputs.shape[0], -1, -1), outputs).reshape(x.shape)
     if wanted[1]:
-        _, to, inner = went.shape
+        _, to, inner = outputs.shape
         if to * weight.shape[1] <= inner * (to + weight.shape[1]):
-            of_weight = torch.bmm(went, came.mT).sum(0)
-        else:  # one weight per row would be more than the rows themselves
-            of_weight = went.transpose(0, 1).flatten(1) @ came.transpose(0, 1).flatten(1).T
+            of_weight = torch.bmm(outputs, inputs.mT).sum(0)
+        else:  # one weight for each row would be larger than the rows
+            of_weight = outputs.transpose(0, 1).flatten(1) @ inputs.transpose(0, 1).flatten(1).T
     return of_x, of_weight
 
 
 def _pixels_first(x: Tensor) -> bool:
-    """Whether an image's channels lie beside each other (channels_last)."""
+    """Whether the channels of a pixel are adjacent in memory (channels_last)."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _rows(link: _Link, channels: int, x: Tensor, is_image: bool) -> Tensor:
-    """x as [rows, channels, inner]: a token's groups are rows, an image's pixels are inner ones too."""
+    """x as [rows, channels, inner]. The groups of a token are rows; the pixels of an image belong to the
+    inner ones."""
     if is_image:
         return x.reshape(x.shape[0] * link.groups, channels, -1)
     return x.reshape(-1, channels, link.inner)

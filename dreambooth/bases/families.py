@@ -9,7 +9,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 from diffusers import (
@@ -22,7 +22,7 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dreambooth.bases import folders, prompts
-from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
+from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import digests
@@ -31,8 +31,6 @@ from dreambooth.options.training import BaseOptions, TextOptions
 # Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks
 # training images.
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
-
-KohyaFamily = Literal["sd1", "sd2", "sdxl"]
 
 
 @dataclasses.dataclass(frozen=True)

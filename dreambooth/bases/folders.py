@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dreambooth.errors import UserError, shortened, shown
 from dreambooth.files import digests, safetensors_files
@@ -20,6 +20,7 @@ from dreambooth.options.training import BaseOptions
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 _LARGEST_JSON = 16 * 2**20
+KohyaFamily = Literal["sd1", "sd2", "sdxl"]  # the versions by which kohya's files name layers
 _LIBRARIES = {"diffusers", "transformers"}
 _NEVER_LOADED = {"safety_checker", "watermarker", "feature_extractor", "image_encoder"}
 _OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")

@@ -1,6 +1,7 @@
-"""Which adapters are drawn with, at which weights: the words of --adapter and --adapter_weights, and files of named sets.
+"""Which adapters infer.py draws with, and at which weights: from --adapter and --adapter_weights, or from a
+file of named sets.
 
-Imports no torch; nothing here opens an adapter.
+Imports no torch, and opens no adapter.
 """
 
 import dataclasses
@@ -12,49 +13,56 @@ from typing import Any
 
 from dreambooth.errors import UserError, reason_of, shown
 
-LARGEST_WEIGHT = 100  # of an adapter; nothing of the picture is left far below it
+LARGEST_WEIGHT = 100  # of an adapter; far below it nothing is left of the picture
 _LARGEST_FILE = 2**20
 _FIELDS = ("adapters", "prompts", "weights")
 _FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """One adapter of a set. `name` is what the user calls it in weights; `factors` are those of parts of the models, by part."""
+class WeightedAdapter:
+    """One adapter of a set. `name` is its name in --adapter_weights; `factors` multiply the weight in parts
+    of the models."""
 
     path: Path
     weight: float
     name: str
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def weights(self, factor: float = 1.0) -> dict[str, float]:
-        """The weight by part, "" being all others; `factor` is that of a sweep."""
-        return {"": self.weight * factor} | {
-            part: self.weight * factor * own for part, own in self.factors.items()
-        }
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight by part of the models; "" stands for all other parts."""
+        return {"": self.weight} | {part: self.weight * factor for part, factor in self.factors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSet:
-    """Adapters that are worn together. `where` names it in messages; without `prompts` it is drawn with all."""
+    """Adapters that draw together. `where` names the set in messages. A set without `prompts` is drawn with
+    those of all sets."""
 
     name: str
     where: str
-    choices: tuple[Choice, ...]
+    adapters: tuple[WeightedAdapter, ...]
     prompts: tuple[str, ...] = ()
+
+    def scaled(self, factor: float) -> "AdapterSet":
+        """The set with every weight times `factor`."""
+        adapters = (dataclasses.replace(a, weight=a.weight * factor) for a in self.adapters)
+        return dataclasses.replace(self, adapters=tuple(adapters))
 
 
 def of(adapter: Sequence[str], adapter_weights: Sequence[str], adapters_file: str | None) -> list[AdapterSet]:
-    """The sets of these three flags of infer.py, [] without any. Raises UserError if a flag or the file is wrong."""
+    """The sets of these three flags of infer.py, [] without any. Raises UserError if a flag or the file is
+    wrong."""
     if adapters_file:
         return _read(Path(adapters_file))
     if not adapter:
         return []
-    choices = _choices("--adapter", adapter, "--adapter_weights", adapter_weights)
-    return [AdapterSet("adapter", "--adapter", choices)]
+    adapters = _weighted_adapters("--adapter", adapter, "--adapter_weights", adapter_weights)
+    return [AdapterSet("adapter", "--adapter", adapters)]
 
 
-def _weight(text: str) -> float | None:
+def _number(text: str) -> float | None:
     """None if it is no number."""
     try:
         return float(text)
@@ -63,16 +71,22 @@ def _weight(text: str) -> float | None:
 
 
 def split(word: str, where: str) -> tuple[Path, float]:
-    """(file or folder, weight) of `FILE[:weight]`; what there is under the whole word wins. Raises UserError if the weight is none."""
+    """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. If a file has the whole word as its name, it is
+    that file.
+
+    Raises UserError if the weight is no number, or too large.
+    """
     head, _, tail = word.rpartition(":")
     if not head or _exists(word) or "/" in tail:
         return Path(word), 1.0
-    weight = _weight(tail)
+    weight = _number(tail)
     if weight is None and not _exists(head):
-        return Path(word), 1.0  # whoever opens it says that it is not there
+        return Path(word), 1.0  # opening it will fail with a message of its own
     if weight is None or not abs(weight) <= LARGEST_WEIGHT:
         raise UserError(
-            f"{where}: the weight of {shown(head)} must be a number from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}, got {tail!r}"
+            f"{where}: the weight of {shown(head)} must be a number from -{LARGEST_WEIGHT} to"
+            f" {LARGEST_WEIGHT},"
+            f" got {tail!r}"
         )
     return Path(head), weight
 
@@ -84,72 +98,75 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _choices(where: str, words: Sequence[str], flag: str, weights: Sequence[str]) -> tuple[Choice, ...]:
-    choices: list[Choice] = []
+def _weighted_adapters(
+    where: str, words: Sequence[str], flag: str, weights: Sequence[str]
+) -> tuple[WeightedAdapter, ...]:
+    """The adapters of one set. `where` and `flag` name in messages where `words` and `weights` come from."""
+    adapters: list[WeightedAdapter] = []
     for word in words:
         path, weight = split(word, where)
-        if any(path == choice.path for choice in choices):
+        if any(path == adapter.path for adapter in adapters):
             raise UserError(
                 f"{where}: {shown(path)} is named twice; name it once, with the sum of the weights"
             )
-        name = base = _name(path)
+        name = stem = _name(path)
         number = 2
-        while any(name == choice.name for choice in choices):
-            name, number = f"{base}-{number}", number + 1
-        choices.append(Choice(path, weight, name))
-    return tuple(
-        dataclasses.replace(choice, factors=_factors(choice.name, flag, weights, choices))
-        for choice in choices
-    )
+        while any(name == adapter.name for adapter in adapters):
+            name, number = f"{stem}-{number}", number + 1
+        adapters.append(WeightedAdapter(path, weight, name))
+    names = [adapter.name for adapter in adapters]
+    factors = [_factors(name, flag, weights, names) for name in names]
+    return tuple(dataclasses.replace(a, factors=f) for a, f in zip(adapters, factors, strict=True))
 
 
 def _name(path: Path) -> str:
-    """That of the file, or of the folder around it where every run's file has the same."""
-    own = path.absolute()
-    own = own.parent if own.stem in _FILES_OF_RUNS else own
-    return re.sub(r"[^\w.-]+", "_", own.name.removesuffix(".safetensors")) or "adapter"
+    """The file's name, or that of its folder if every run's file has the same name."""
+    path = path.absolute()
+    path = path.parent if path.stem in _FILES_OF_RUNS else path
+    return re.sub(r"[^\w.-]+", "_", path.name.removesuffix(".safetensors")) or "adapter"
 
 
-def _factors(name: str, flag: str, words: Sequence[str], choices: Sequence[Choice]) -> dict[str, float]:
-    """The factors for the adapter `name`: those without a name, and over them its own."""
-    found: dict[str, dict[str, float]] = {"": {}, name: {}}
+def _factors(name: str, flag: str, words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """The factors of the adapter `name`, by part: first those for all adapters, then its own, which replace
+    them."""
+    by_owner: dict[str, dict[str, float]] = {"": {}, name: {}}
     for word in words:
-        owner, colon, rest = word.rpartition(":")
-        if colon and owner not in [choice.name for choice in choices]:
-            raise UserError(
-                f"{flag}: no adapter is called {owner!r}; there are {', '.join(choice.name for choice in choices)}"
-            )
-        table = {}
-        for entry in rest.split(","):
-            part, _, number = entry.partition("=")
-            factor = _weight(number)
-            if (
-                not re.fullmatch(r"\w+(\.\w+)*", part.strip())
-                or factor is None
-                or not abs(factor) <= LARGEST_WEIGHT
-            ):
-                raise UserError(
-                    f"{flag} must be PART=NUMBER with commas between, as unet=0.8,unet.up_blocks=1.2, got {entry!r}"
-                )
-            table[part.strip()] = factor
-        if owner in found:
-            found[owner] |= table
-    return found[""] | found[name]
+        owner, colon, text = word.rpartition(":")
+        if colon and owner not in names:
+            raise UserError(f"{flag}: no adapter is called {owner!r}; there are {', '.join(names)}")
+        factors = dict(_factor(flag, entry) for entry in text.split(","))
+        by_owner.setdefault(owner, {}).update(factors)
+    return by_owner[""] | by_owner[name]
+
+
+def _factor(flag: str, entry: str) -> tuple[str, float]:
+    """(part, factor) of `PART=NUMBER`."""
+    part, _, text = entry.partition("=")
+    factor = _number(text)
+    is_part = re.fullmatch(r"\w+(\.\w+)*", part.strip())
+    if not is_part or factor is None or not abs(factor) <= LARGEST_WEIGHT:
+        raise UserError(
+            f"{flag} must be PART=NUMBER with commas between, as unet=0.8,unet.up_blocks=1.2, got {entry!r}"
+        )
+    return part.strip(), factor
 
 
 def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if a part that has a factor is none of the base's: `layers` are its modules by component."""
-    places = set(layers)
+    """Raise UserError if a part with a factor is none of the base's. `layers` have plain names."""
+    parts = set(layers)
     for component, modules in layers.items():
         for module in modules:
-            words = f"{component}.{module.removeprefix('text_model.')}".split(".")
-            places |= {".".join(words[:n]) for n in range(2, len(words) + 1)}
+            words = f"{component}.{module}".split(".")
+            parts |= {".".join(words[:n]) for n in range(2, len(words) + 1)}
     for one in sets:
-        for part in dict.fromkeys(part for choice in one.choices for part in choice.factors):
-            if part not in places:
-                near = difflib.get_close_matches(part, sorted(places), n=3) or sorted(layers)
+        for part in dict.fromkeys(part for adapter in one.adapters for part in adapter.factors):
+            if part not in parts:
+                near = difflib.get_close_matches(part, sorted(parts), n=3) or sorted(layers)
                 flag = "--adapter_weights" if one.where == "--adapter" else f"{one.where}: weights"
                 raise UserError(f"{flag}: this base has no {part}; there are {', '.join(near)}")
+
+
+# ---- files of sets
 
 
 def _read(path: Path) -> list[AdapterSet]:
@@ -166,50 +183,55 @@ def _read(path: Path) -> list[AdapterSet]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
+    # ValueError: a date that does not exist; TypeError: a list as a key
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"
         )
-    names = (
-        [key.value for key, _ in root.value] if root else []
-    )  # YAML itself would take the last of two in silence
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{where}: the set {shown(str(twice)[:80])} is there twice")
-    for key, node in root.value if root else []:
-        fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if twice := next((field for field in fields if fields.count(field) > 1), None):
-            raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(twice)[:80])!r} twice")
+    _check_no_key_twice(where, root)
     return [
         _set(f"{where}: set {shown(str(name)[:80])}", str(name), value) for name, value in content.items()
     ]
 
 
+def _check_no_key_twice(where: str, root: Any) -> None:
+    """Raise UserError if a set, or a field of a set, is there twice: YAML itself would silently take the
+    last."""
+    import yaml
+
+    def twice(names: list[Any]) -> Any:
+        return next((name for name in names if names.count(name) > 1), None)
+
+    if name := twice([key.value for key, _ in root.value]):
+        raise UserError(f"{where}: the set {shown(str(name)[:80])} is there twice")
+    for key, node in root.value:
+        fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if field := twice(fields):
+            raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(field)[:80])!r} twice")
+
+
 def _set(where: str, name: str, value: Any) -> AdapterSet:
+    """The set of one entry of the file: a table, or its list of adapters alone."""
     table = value if isinstance(value, dict) else {"adapters": value}
     for key in table:
         if key not in _FIELDS:
             near = difflib.get_close_matches(str(key)[:80], _FIELDS, n=1)
-            raise UserError(
-                f"{where} has {shown(str(key)[:80])!r}; "
-                + (f"did you mean {near[0]}?" if near else f"it may have {', '.join(_FIELDS)}")
-            )
-    texts = {}
-    for key in _FIELDS:
-        found = table.get(key) if table.get(key) is not None else []
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(
-            isinstance(item, str) and item.strip() and "\0" not in item for item in found
-        ):
-            raise UserError(f"{where}: {key} must be a text or a list of texts, got {ascii(found)[:80]}")
-        texts[key] = found
+            hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(_FIELDS)}"
+            raise UserError(f"{where} has {shown(str(key)[:80])!r}; {hint}")
+    texts = {key: _texts(f"{where}: {key}", table.get(key)) for key in _FIELDS}
     if texts["weights"] and not texts["adapters"]:
         raise UserError(f"{where} has weights and no adapters")
-    choices = _choices(where, texts["adapters"], f"{where}: weights", texts["weights"])
-    return AdapterSet(name, where, choices, tuple(texts["prompts"]))
+    adapters = _weighted_adapters(where, texts["adapters"], f"{where}: weights", texts["weights"])
+    return AdapterSet(name, where, adapters, tuple(texts["prompts"]))
+
+
+def _texts(where: str, value: Any) -> list[str]:
+    """A field's value as a list of texts: None is none, a text is one."""
+    items = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(
+        isinstance(item, str) and item.strip() and "\0" not in item for item in items
+    ):
+        raise UserError(f"{where} must be a text or a list of texts, got {ascii(items)[:80]}")
+    return items

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import AutoConfig
 
+from dreambooth.adapter_files import layer_names
 from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.options.adapter import AdapterOptions
@@ -29,8 +30,8 @@ def target_modules(
 ) -> tuple[str, ...]:
     """The ends of the names of the component's layers that get an adapter, as peft's `target_modules`.
 
-    `shapes` are those of the component's layers, without `text_model.` in front. The last layers of a text
-    encoder are left out where the UNet never sees their output (Stable Diffusion XL's first encoder,
+    `shapes` are those of the component's layers, by plain name. The last layers of a text encoder
+    are left out where the UNet never sees their output (Stable Diffusion XL's first encoder,
     --clip_skip).
     """
     if component == "unet":
@@ -45,9 +46,8 @@ def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptio
     Text encoders are among the components with --train_text_encoder, if the base's family trains them.
     """
     targets = {}
-    for component, file_shapes in base.layers().items():
+    for component, shapes in layer_names.plain_layers(base.layers()).items():
         if component == "unet" or (text.train_text_encoder and base.family.trains_text):
-            shapes = {layer.removeprefix("text_model."): shape for layer, shape in file_shapes.items()}
             modules = target_modules(base, component, adapter, text, shapes)
             targets[component] = Targets(shapes, inject.layers_at(modules, shapes))
     return targets

@@ -126,14 +126,7 @@ def _tensors(content: Content, name: str) -> dict[str, torch.Tensor]:
 
 def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
     """The adapter's tensors by component and by peft's key."""
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in _tensors(content, native.ADAPTER_NAME).items():
-        component, _, key = name.partition(".")
-        # which adapter_files.pack puts in front
-        state.setdefault(component, {})[
-            key.removeprefix("text_model.") if component.startswith("text_encoder") else key
-        ] = tensor
-    return state
+    return native.by_component(_tensors(content, native.ADAPTER_NAME))
 
 
 def _checked_numbers(

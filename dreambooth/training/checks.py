@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 from transformers import PreTrainedTokenizerBase
 
-from dreambooth.adapter_files import formats
+from dreambooth.adapter_files import native, reading, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
@@ -171,13 +171,13 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
         return InitAdapter({}, None, [])
     path = Path(adapter.init_adapter)
     try:
-        file = formats.read(path, base.layers())
+        file = reading.read_additive(path, base.layers())
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from None
     kind = "dora" if adapter.use_dora else adapter.adapter
     if (kinds := list(file.kinds)) != [kind]:
         raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {kind}")
-    state = _peft_state(file)
+    state = native.by_component(load(writing.write_native(file, {})))
     if adapter.adapter == "lora" and not adapter.rank_pattern:
         _check_ranks(path, state, adapter)
     for component, targets in adapter_targets.trained_layers(base, adapter, text).items():
@@ -218,16 +218,6 @@ def _digest(state: AdapterState) -> str:
         for key, tensor in sorted(state[component].items()):
             digest.update(f"{component}.{key}".encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _peft_state(adapter: formats.Adapter) -> AdapterState:
-    """The tensors by component and by peft's key, as `Component.load_state_dict` takes them."""
-    state: AdapterState = {}
-    for name, tensor in load(formats.write_native(adapter, {})).items():
-        component, _, key = name.partition(".")
-        key = key.removeprefix("text_model.") if component != "unet" else key
-        state.setdefault(component, {})[key] = tensor
-    return state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dreambooth.adapter_files import reading
 from dreambooth.adapters import apply
 from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
@@ -93,9 +94,9 @@ class ValidationPictures:
         # Freed text encoders are not needed: the prompts are encoded already.
         models = self._models()
         stack = apply.Stack(models)
-        stack.add("saved", apply.part(apply.read(adapter_file, self.layers), tuple(models)))
+        stack.add("saved", apply.part(reading.read(adapter_file, self.layers), tuple(models)))
         # Nothing can be added to quantized weights.
-        with stack.worn({"saved": 1.0}, "auto" if self.speed.quantize_base is None else "no"):
+        with stack.activated({"saved": 1.0}, "auto" if self.speed.quantize_base is None else "no"):
             return self._draw(pipeline, *embeds)
 
     def _models(self) -> dict[str, Any]:

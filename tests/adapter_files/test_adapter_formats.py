@@ -29,9 +29,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth.adapter_files import deltas, formats, layer_names, native
+from dreambooth.adapter_files import deltas, layer_names, native, reading, tables, writing
+from dreambooth.adapter_files.adapter import Adapter, to_lora
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
-from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import folders
 from dreambooth.errors import UserError
 from dreambooth.files import safetensors_files
@@ -93,7 +94,7 @@ def loaded(tiny_base) -> Models:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base) -> formats.Layers:
+def base(tiny_base) -> Layers:
     """From the headers of the base's files, as the scripts have it, before anything is loaded."""
     shapes = {part: folders.weight_shapes(tiny_base, part, None) for part in ("unet", "text_encoder")}
     return {
@@ -208,13 +209,13 @@ def expect_same_outputs(loaded: Models, models: Models, data: bytes, tmp_path: P
 
 def rewritten(adapter: Adapter, layout: str) -> bytes:
     return (
-        formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sd1", {})
+        writing.write_native(adapter, {}) if layout == "native" else writing.write_kohya(adapter, "sd1", {})
     )
 
 
-def read_bytes(data: bytes, path: Path, base: formats.Layers) -> Adapter:
+def read_bytes(data: bytes, path: Path, base: Layers) -> Adapter:
     path.write_bytes(data)
-    return formats.read(path, base)
+    return reading.read_additive(path, base)
 
 
 # ---- every kind in every layout
@@ -225,7 +226,7 @@ def read_bytes(data: bytes, path: Path, base: formats.Layers) -> Adapter:
 def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
     """From peft's own file, written in our layout and in kohya's, read again: each layer adds what peft computes for it."""
     models = adapted(kind)
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), base)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
     expect_same_deltas(adapter, models)
     for layout in ("native", "kohya"):
         again = read_bytes(rewritten(adapter, layout), tmp_path / f"{layout}.safetensors", base)
@@ -237,7 +238,7 @@ def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_one_component_alone_is_an_adapter(component, layout, adapted, base, tmp_path):
     models = {component: adapted("loha")[component]}
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), base)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
     expect_same_deltas(read_bytes(rewritten(adapter, layout), tmp_path / "again.safetensors", base), models)
 
 
@@ -246,7 +247,7 @@ def test_one_component_alone_is_an_adapter(component, layout, adapted, base, tmp
 def test_any_kind_becomes_the_same_lora(kind, adapted, base, tmp_path):
     """LoHa and LoKr too, with or without a core, to the last bits of float32."""
     models = adapted(kind)
-    lora, kept = formats.to_lora(formats.read(peft_file(tmp_path / "peft.safetensors", models), base))
+    lora, kept = to_lora(reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base))
     assert lora.kinds == ("lora",)
     assert set(kept.values()) == {1.0}
     expect_same_deltas(lora, models)
@@ -257,8 +258,8 @@ def test_any_kind_becomes_the_same_lora(kind, adapted, base, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, base, tmp_path):
     models = adapted(kind)
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), base)
-    again = read_bytes(formats.write_kohya(adapter, "sd1", {}, dtype), tmp_path / "half.safetensors", base)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
+    again = read_bytes(writing.write_kohya(adapter, "sd1", {}, dtype), tmp_path / "half.safetensors", base)
     for component, modules in adapter.components.items():
         for path, module in modules.items():
             wanted = deltas.delta(module)
@@ -275,29 +276,29 @@ def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, bas
 @pytest.mark.parametrize("kind", LORAS)
 def test_plain_diffusers_loads_lora_from_both_layouts(kind, layout, adapted, loaded, base, tmp_path):
     """Mixed ranks and alphas included, which diffusers gets wrong from kohya's files as they usually are."""
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
     expect_same_outputs(loaded, adapted(kind), rewritten(adapter, layout), tmp_path)
 
 
 def test_plain_diffusers_loads_dora_from_our_layout(adapted, loaded, base, tmp_path):
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted("dora")), base)
-    expect_same_outputs(loaded, adapted("dora"), formats.write_native(adapter, {}), tmp_path)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("dora")), base)
+    expect_same_outputs(loaded, adapted("dora"), writing.write_native(adapter, {}), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("kind", LYCORIS)
 def test_plain_diffusers_loads_loha_and_lokr_as_lora(kind, layout, adapted, loaded, base, tmp_path):
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
-    expect_same_outputs(loaded, adapted(kind), rewritten(formats.to_lora(adapter)[0], layout), tmp_path)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    expect_same_outputs(loaded, adapted(kind), rewritten(to_lora(adapter)[0], layout), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("lokr")])
 def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, tmp_path):
     """The metadata make peft cut every factor as the file has it."""
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
-    (tmp_path / "native.safetensors").write_bytes(formats.write_native(adapter, {}))
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    (tmp_path / "native.safetensors").write_bytes(writing.write_native(adapter, {}))
     unet = copy.deepcopy(loaded["unet"])
     unet.load_lora_adapter(tmp_path / "native.safetensors", prefix="unet", use_safetensors=True)
     found, _ = outputs(unet, loaded["text_encoder"])
@@ -308,8 +309,8 @@ def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LYCORIS)
 def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, base, tmp_path):
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
-    (tmp_path / "native.safetensors").write_bytes(data := formats.write_native(adapter, {}))
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    (tmp_path / "native.safetensors").write_bytes(data := writing.write_native(adapter, {}))
     (size,) = torch.frombuffer(bytearray(data[:8]), dtype=torch.int64)
     fields = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["lora_adapter_metadata"])
     for component, model in loaded.items():
@@ -343,8 +344,8 @@ def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_
     from lycoris.functional import locon, loha, lokr
 
     models = adapted(kind)
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), base)
-    tensors = load(formats.write_kohya(adapter, "sd1", {}))
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
+    tensors = load(writing.write_kohya(adapter, "sd1", {}))
     stems = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
     for (component, path), layer in tuner_layers(models).items():
         stem = stems[component] + path.replace(".", "_")
@@ -380,9 +381,9 @@ def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_
 
 
 def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapted, base, tmp_path):
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted("mixed ranks")), base)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("mixed ranks")), base)
     tensors = load(
-        data := formats.write_kohya(
+        data := writing.write_kohya(
             adapter, "sd2", {"resolution": 768, "seed": 5, "prediction_type": "v_prediction"}
         )
     )
@@ -396,7 +397,7 @@ def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapted, base, tmp
             float(t) for key, t in tensors.items() if key.startswith(prefix) and key.endswith("alpha")
         } == {rank}
     (tmp_path / "kohya.safetensors").write_bytes(data)
-    metadata = formats.read(tmp_path / "kohya.safetensors", base).metadata
+    metadata = reading.read_additive(tmp_path / "kohya.safetensors", base).metadata
     assert {key: value for key, value in metadata.items() if key.startswith("ss_")} == {
         "ss_network_module": "networks.lora",
         "ss_network_dim": "6",
@@ -420,7 +421,7 @@ def test_the_same_adapter_gives_the_same_bytes(layout, adapted, base, tmp_path):
             tmp_path / f"{n}.safetensors",
             {"b": "1", "a": "2"} if n else {"a": "2", "b": "1"},
         )
-        files.append(rewritten(formats.read(tmp_path / f"{n}.safetensors", base), layout))
+        files.append(rewritten(reading.read_additive(tmp_path / f"{n}.safetensors", base), layout))
     assert files[0] == files[1]
     assert str(tmp_path).encode() not in files[0]
 
@@ -471,7 +472,7 @@ def test_spellings_without_metadata_are_read_with_scale_one(layout, text_model, 
     if layout == "peft, named":  # the name of the adapter was left in
         state = {key.replace(".weight", ".default_0.weight"): tensor for key, tensor in state.items()}
     save_file(state if layout.startswith("peft") else in_layout(state, layout), tmp_path / "a.safetensors")
-    expect_same_deltas(formats.read(tmp_path / "a.safetensors", base), models)
+    expect_same_deltas(reading.read_additive(tmp_path / "a.safetensors", base), models)
 
 
 def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, base, tmp_path):
@@ -481,7 +482,7 @@ def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, bas
         key.removeprefix("unet."): tensor for key, tensor in in_layout(peft_state(unet), "processors").items()
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", base)
+    adapter = reading.read_additive(tmp_path / "a.safetensors", base)
     assert list(adapter.components) == ["unet"]
     assert len(adapter.components["unet"]) == len(tuner_layers(unet))
 
@@ -504,10 +505,12 @@ def test_folders_saved_by_peft_are_read(kind, adapted, loaded, base, tmp_path):
             {key: t.contiguous().clone() for key, t in state.items()},
             tmp_path / "out" / component / "adapter_model.safetensors",
         )
-    expect_same_deltas(formats.read(tmp_path / "out", base), models)
+    expect_same_deltas(reading.read_additive(tmp_path / "out", base), models)
     for component in loaded:
         (tmp_path / "out" / component).rename(tmp_path / f"my_{component}")
-        expect_same_deltas(formats.read(tmp_path / f"my_{component}", base), {component: models[component]})
+        expect_same_deltas(
+            reading.read_additive(tmp_path / f"my_{component}", base), {component: models[component]}
+        )
 
 
 def test_patterns_of_whole_names_are_read_as_peft_reads_them(adapted, base, tmp_path):
@@ -517,7 +520,7 @@ def test_patterns_of_whole_names_are_read_as_peft_reads_them(adapted, base, tmp_
     patterns = {"^to_k": 60.0, f"^{path}": 3.0, "to_k": 12.0}
     fields = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": patterns}
     save_file(peft_state(models), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
-    modules = formats.read(tmp_path / "a.safetensors", base).components["unet"]
+    modules = reading.read_additive(tmp_path / "a.safetensors", base).components["unet"]
     layers = tuner_layers(models)
     for name, scale in (
         (path, 0.75),
@@ -534,7 +537,7 @@ def test_a_file_of_one_model_alone_has_its_alpha_without_a_prefix(adapted, base,
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
     model.save_lora_adapter(tmp_path)  # type: ignore[operator]
     assert not any(key.startswith("unet.") for key in load((tmp_path / native.ADAPTER_NAME).read_bytes()))
-    expect_same_deltas(formats.read(tmp_path, base), {"unet": adapted("mixed ranks")["unet"]})
+    expect_same_deltas(reading.read_additive(tmp_path, base), {"unet": adapted("mixed ranks")["unet"]})
 
 
 @pytest.mark.slow
@@ -550,13 +553,13 @@ def test_any_one_name_of_the_adapter_in_all_keys_is_taken_off(name, kind, adapte
     assert all(f".{name}" in key for key in tensors)
     save_file(tensors, tmp_path / "a.safetensors")
     save_file(peft_state(models), tmp_path / "b.safetensors")
-    found, wanted = (formats.read(tmp_path / f"{file}.safetensors", base) for file in "ab")
-    assert formats.write_kohya(found, "sd1", {}) == formats.write_kohya(wanted, "sd1", {})
+    found, wanted = (reading.read_additive(tmp_path / f"{file}.safetensors", base) for file in "ab")
+    assert writing.write_kohya(found, "sd1", {}) == writing.write_kohya(wanted, "sd1", {})
     (key, tensor) = next(iter(tensors.items()))
     other = {k: t for k, t in tensors.items() if k != key} | {key.replace(f".{name}", ".another"): tensor}
     save_file(other, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="belong to no kind of adapter"):
-        formats.read(tmp_path / "a.safetensors", base)
+        reading.read_additive(tmp_path / "a.safetensors", base)
 
 
 def test_the_unet_is_diffusion_model_in_files_of_other_programs(adapted, base, tmp_path):
@@ -566,8 +569,8 @@ def test_the_unet_is_diffusion_model_in_files_of_other_programs(adapted, base, t
     }
     save_file(tensors, tmp_path / "a.safetensors")
     with_base, without = (
-        formats.read(tmp_path / "a.safetensors", base),
-        formats.read(tmp_path / "a.safetensors"),
+        reading.read_additive(tmp_path / "a.safetensors", base),
+        reading.read_additive(tmp_path / "a.safetensors"),
     )
     assert (
         with_base.components["unet"].keys()
@@ -578,7 +581,7 @@ def test_the_unet_is_diffusion_model_in_files_of_other_programs(adapted, base, t
 
 def test_a_run_folder_is_read_by_its_adapter(adapted, base, tmp_path):
     peft_file(tmp_path / native.ADAPTER_NAME, adapted("lora"))
-    expect_same_deltas(formats.read(tmp_path, base), adapted("lora"))
+    expect_same_deltas(reading.read_additive(tmp_path, base), adapted("lora"))
 
 
 @pytest.mark.slow
@@ -599,12 +602,10 @@ def test_kohya_files_are_read_with_their_alphas(text_model, te, alpha_dtype, ada
         layer = tuner_layers(models)[component, module]
         tensors[f"{stem}.alpha"] = torch.tensor(layer.lora_alpha["default"]).to(alpha_dtype)  # type: ignore[union-attr,index]
     save_file(tensors, tmp_path / "kohya.safetensors")
-    expect_same_deltas(formats.read(tmp_path / "kohya.safetensors", base), models)
+    expect_same_deltas(reading.read_additive(tmp_path / "kohya.safetensors", base), models)
 
 
-def one_layer(
-    base: formats.Layers, path: str = "down_blocks.1.resnets.0.conv1"
-) -> tuple[str, tuple[int, ...]]:
+def one_layer(base: Layers, path: str = "down_blocks.1.resnets.0.conv1") -> tuple[str, tuple[int, ...]]:
     return "lora_unet_" + path.replace(".", "_"), tuple(base["unet"][path])
 
 
@@ -621,7 +622,7 @@ def test_a_locon_with_a_core_is_read_as_the_lora_that_it_is(base, tmp_path):
         "alpha": torch.tensor(1.5),
     }
     save_file({f"{stem}.{name}": t for name, t in tensors.items()}, tmp_path / "a.safetensors")
-    (module,) = formats.read(tmp_path / "a.safetensors", base).components["unet"].values()
+    (module,) = reading.read_additive(tmp_path / "a.safetensors", base).components["unet"].values()
     wanted = locon.diff_weight(down, up, mid, gamma=0.5)
     assert isinstance(module, Lora)
     assert (deltas.delta(module) - wanted).norm() <= 1e-6 * wanted.norm()
@@ -646,13 +647,13 @@ def test_lycoris_own_modules_are_read_with_their_magnitudes(kind, loaded, base, 
         {f"{stem}.{name}": t.detach().clone() for name, t in module.custom_state_dict().items()},
         tmp_path / "a.safetensors",
     )
-    adapter = formats.read(tmp_path / "a.safetensors", base)
+    adapter = reading.read_additive(tmp_path / "a.safetensors", base)
     assert adapter.kinds == ({"lora": "dora", "loha": "doha", "lokr": "dokr"}[kind],)
     with torch.no_grad():
         wanted = module.get_merged_weight(shape=layer.weight.shape)[0]
     for again in (
         adapter,
-        formats.to_lora(adapter)[0],
+        to_lora(adapter)[0],
         read_bytes(rewritten(adapter, "kohya"), tmp_path / "b.safetensors", base),
     ):
         (found,) = again.components["unet"].values()
@@ -662,20 +663,20 @@ def test_lycoris_own_modules_are_read_with_their_magnitudes(kind, loaded, base, 
 def test_modules_of_different_kinds_stand_in_one_file(adapted, base, tmp_path):
     """Each module is what its own keys say; peft's layout, with one configuration for all, is refused for it."""
     parts = [
-        formats.read(peft_file(tmp_path / "a.safetensors", adapted(kind)), base)
+        reading.read_additive(peft_file(tmp_path / "a.safetensors", adapted(kind)), base)
         for kind in ("locon", "loha", "lokr")
     ]
     paths = sorted(parts[0].components["unet"])
     mixed = Adapter(
         {"unet": {path: parts[n % 3].components["unet"][path] for n, path in enumerate(paths)}}, {}
     )
-    again = read_bytes(formats.write_kohya(mixed, "sd1", {}), tmp_path / "b.safetensors", base)
+    again = read_bytes(writing.write_kohya(mixed, "sd1", {}), tmp_path / "b.safetensors", base)
     assert again.kinds == ("loha", "lokr", "lora")
     for path, module in mixed.components["unet"].items():
         assert torch.allclose(deltas.delta(again.components["unet"][path]), deltas.delta(module), atol=1e-6)
-    assert "loha" in formats.table(again)
+    assert "loha" in tables.table(again)
     with pytest.raises(UserError, match="unet has loha and lokr and lora"):
-        formats.write_native(mixed, {})
+        writing.write_native(mixed, {})
 
 
 # ---- Stable Diffusion XL
@@ -788,14 +789,14 @@ def test_plain_diffusers_loads_an_xl_adapter(layout, xl, tmp_path):
         )
         for name, model in xl.items()
     }
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", models), xl_layers(xl))
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), xl_layers(xl))
     assert list(adapter.components) == ["unet", "text_encoder", "text_encoder_2"]
     assert len(adapter.components["text_encoder_2"]) == 9
     data = (
-        formats.write_native(adapter, {}) if layout == "native" else formats.write_kohya(adapter, "sdxl", {})
+        writing.write_native(adapter, {}) if layout == "native" else writing.write_kohya(adapter, "sdxl", {})
     )
     (tmp_path / "a.safetensors").write_bytes(data)
-    again = formats.read(tmp_path / "a.safetensors", xl_layers(xl))
+    again = reading.read_additive(tmp_path / "a.safetensors", xl_layers(xl))
     for component, modules in adapter.components.items():
         assert again.components[component].keys() == modules.keys()
         for path, module in modules.items():
@@ -842,13 +843,15 @@ def test_an_xl_file_with_diffusers_names_is_read_too(xl, tmp_path):
             },
             tmp_path / "a.safetensors",
         )
-        assert list(formats.read(tmp_path / "a.safetensors", xl_layers(xl)).components["unet"]) == [path]
+        assert list(reading.read_additive(tmp_path / "a.safetensors", xl_layers(xl)).components["unet"]) == [
+            path
+        ]
 
 
 def test_a_second_text_encoder_is_no_part_of_stable_diffusion_1(xl):
     modules = {"text_projection": Lora(torch.ones(1, 24), torch.ones(24, 1))}
     with pytest.raises(UserError, match="text_encoder_2, and sd1 has none"):
-        formats.write_kohya(Adapter({"text_encoder_2": dict(modules)}, {}), "sd1", {})
+        writing.write_kohya(Adapter({"text_encoder_2": dict(modules)}, {}), "sd1", {})
 
 
 # ---- refusals
@@ -932,7 +935,7 @@ REFUSALS = {
 def test_a_file_is_taken_whole_or_refused_in_one_line(case, lora_tensors, base, tmp_path):
     save_file(broken(case, lora_tensors), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=REFUSALS[case]) as caught:
-        formats.read(tmp_path / "a.safetensors", base)
+        reading.read_additive(tmp_path / "a.safetensors", base)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
 
@@ -940,21 +943,21 @@ def test_a_file_is_taken_whole_or_refused_in_one_line(case, lora_tensors, base, 
 def test_a_file_without_tensors_is_no_adapter(base, tmp_path):
     save_file({}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="the adapter is empty"):
-        formats.read(tmp_path / "a.safetensors", base)
+        reading.read_additive(tmp_path / "a.safetensors", base)
     with pytest.raises(UserError, match="the adapter is empty"):
-        formats.write_native(Adapter({}, {}), {})
+        writing.write_native(Adapter({}, {}), {})
 
 
 def test_a_folder_without_an_adapter_says_what_it_holds(base, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"no adapter is in this folder, which holds notes\.txt"):
-        formats.read(tmp_path, base)
+        reading.read_additive(tmp_path, base)
     with pytest.raises(UserError, match="there is no such file"):
-        formats.read(tmp_path / "absent.safetensors", base)
+        reading.read_additive(tmp_path / "absent.safetensors", base)
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config\.json and no adapter_model\.safetensors"):
-        formats.read(tmp_path, base)
+        reading.read_additive(tmp_path, base)
 
 
 METADATA = {
@@ -993,18 +996,18 @@ def test_metadata_that_change_the_meaning_are_refused(case, lora_tensors, base, 
     text, message = METADATA[case]
     save_file(lora_tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
     with pytest.raises(UserError, match=message):
-        formats.read(tmp_path / "a.safetensors", base)
+        reading.read_additive(tmp_path / "a.safetensors", base)
 
 
 def test_values_that_half_precision_cannot_hold_are_not_written():
     adapter = Adapter({"unet": {"conv_in": Lora(torch.full((1, 4), 1e6), torch.ones(4, 1))}}, {})
     with pytest.raises(UserError, match="not finite in float16"):
-        formats.write_kohya(adapter, "sd1", {}, torch.float16)
+        writing.write_kohya(adapter, "sd1", {}, torch.float16)
 
 
 def test_damaged_files_are_refused_or_read_and_never_crash(adapted, base, tmp_path):
     """A hundred files with bytes changed, mostly in the header, which names and measures everything."""
-    source = formats.read(peft_file(tmp_path / "peft.safetensors", adapted("lokr cp")), base)
+    source = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("lokr cp")), base)
     whole = [rewritten(source, layout) for layout in ("native", "kohya")]
     draw = random.Random(0)
     outcomes = {True: 0, False: 0}
@@ -1021,13 +1024,13 @@ def test_damaged_files_are_refused_or_read_and_never_crash(adapted, base, tmp_pa
         (tmp_path / "damaged.safetensors").write_bytes(data)
         message = ""
         try:
-            formats.read(tmp_path / "damaged.safetensors", base)
+            reading.read_additive(tmp_path / "damaged.safetensors", base)
         except UserError as error:
             message = str(error)
         assert "\n" not in message
         outcomes[not message] += 1
     assert outcomes[False] > 60  # most damage is found, and not because everything is refused:
-    assert formats.read(peft_file(tmp_path / "peft.safetensors", adapted("lora")), base)
+    assert reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("lora")), base)
 
 
 # ---- arithmetic
@@ -1135,16 +1138,16 @@ def test_a_module_that_does_nothing_becomes_a_lora_that_does_nothing():
 def test_sides_are_divided_as_peft_divides_them():
     for width in (1, 7, 12, 320, 640, 768, 1024, 1280, 2816, 5120):
         for factor in (-1, 1, 4, 5, 8, 16, 100):
-            assert formats.divided(width, factor) == factorization(width, factor)[0]
+            assert writing.divided(width, factor) == factorization(width, factor)[0]
 
 
 def test_a_shrunk_adapter_says_what_it_keeps(adapted, base, tmp_path):
-    adapter = formats.read(peft_file(tmp_path / "peft.safetensors", adapted("loha")), base)
-    small, kept = formats.to_lora(adapter, rank=2)
+    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("loha")), base)
+    small, kept = to_lora(adapter, rank=2)
     assert {module.rank for modules in small.components.values() for module in modules.values()} == {2}
     assert all(0.3 < share < 1 for share in kept.values())
     expected = len(tuner_layers({"unet": adapted("loha")["unet"]}))
-    assert formats.table(small).splitlines()[1].split() == ["unet", "lora", str(expected), "2"]
+    assert tables.table(small).splitlines()[1].split() == ["unet", "lora", str(expected), "2"]
 
 
 def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_path):
@@ -1158,14 +1161,14 @@ def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_
         )
         return path
 
-    assert formats.read(written(1.0, r=2), base)
+    assert reading.read_additive(written(1.0, r=2), base)
     with pytest.raises(UserError, match="not finite once its scale is worked in"):
-        formats.read(written(1e35, r=2, lora_alpha=1e6), base)
+        reading.read_additive(written(1e35, r=2, lora_alpha=1e6), base)
     with pytest.raises(UserError, match="at most 5,000 names"):
-        formats.read(written(1.0, r=2, rank_pattern={f"layer{n}": 2 for n in range(5001)}), base)
+        reading.read_additive(written(1.0, r=2, rank_pattern={f"layer{n}": 2 for n in range(5001)}), base)
     folder = tmp_path / "peft"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(written(1.0).read_bytes())
     os.mkfifo(folder / "adapter_config.json")
     with pytest.raises(UserError, match="is not a regular file"):
-        formats.read(folder, base)
+        reading.read_additive(folder, base)

@@ -15,10 +15,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextModel
 
-from dreambooth.adapter_files import native
+from dreambooth.adapter_files import native, reading
 from dreambooth.adapter_files.deltas import Lora
-from dreambooth.adapter_files.formats import Layers
-from dreambooth.adapters import apply
+from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.adapters import inject as adapters
 from dreambooth.adapters.inject import Component
 from dreambooth.bases import families
@@ -66,7 +65,7 @@ def other_base(tmp_path_factory) -> Path:
 
 def inject(models: Models, rank: int = 4, seed: int = 7, dropout: float = 0.0) -> list[Component]:
     return [
-        adapters.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed)
+        tiny.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed)
         for name, model in models.items()
     ]
 
@@ -262,7 +261,7 @@ def test_a_unet_alone_makes_a_file_without_text_encoder_keys(models, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_what_is_read_is_what_was_packed(dtype, tiny_base, layers, tmp_path):
     components = trained(inject(load_models(tiny_base, dtype), rank=8))
-    adapter = apply.read(written(tmp_path, components), layers)
+    adapter = reading.read(written(tmp_path, components), layers)
     assert tuple(adapter.components) == NAMES
     for component in components:
         found: dict[str, torch.Tensor] = {}
@@ -289,7 +288,7 @@ def test_metadata_has_the_stable_fields_in_sorted_order_and_no_path(models, laye
     """Readers build a LoraConfig from it: an unknown field breaks old ones, and peft's own dump has the user's folder in it."""
     components = inject(models, rank=8, dropout=0.25)
     path = written(tmp_path, components)
-    metadata = apply.read(path, layers).metadata
+    metadata = reading.read(path, layers).metadata
     assert set(metadata) == {"format", "lora_adapter_metadata", "dreambooth"}
     assert metadata["format"] == "pt"
     fields = {
@@ -454,7 +453,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
 def test_a_file_that_is_no_whole_adapter_is_refused_by_name(what, reason, models, layers, tmp_path):
     path = unreadable(tmp_path, models, what)
     with pytest.raises(UserError) as refused:
-        apply.read(path, layers)
+        reading.read(path, layers)
     assert str(refused.value).startswith(f"{path}: ")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -520,7 +519,7 @@ def test_an_adapter_of_a_base_with_other_text_is_refused_with_both_widths(
 ):
     path = written(tmp_path, inject({name: models[name]}))
     with pytest.raises(UserError) as refused:
-        apply.read(path, families.find(BaseOptions(str(other_base))).layers())
+        reading.read(path, families.find(BaseOptions(str(other_base))).layers())
     assert str(refused.value).startswith(f"{path}: {name}.")
     assert reason in str(refused.value)
 
@@ -576,7 +575,7 @@ def test_an_adapter_with_a_part_that_has_no_place_is_refused(change, reason, mod
     change(state)
     save_file(state, path)
     with pytest.raises(UserError) as refused:
-        apply.read(path, layers)
+        reading.read(path, layers)
     assert str(refused.value).startswith(f"{path}: ")
     assert reason in str(refused.value)
 

@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.kept import XL_UNET
 from dreambooth.adapters import inject
+from tests import tiny
 
 
 @pytest.mark.slow
@@ -31,7 +32,7 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_unets(config, whole, 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         assert sum(p.numel() for p in unet.parameters()) == whole
-        component = inject.inject_lora("unet", unet, rank=4, dropout=0.0, targets=inject.UNET_TARGETS, seed=0)
+        component = tiny.inject_lora("unet", unet, rank=4, dropout=0.0, targets=inject.UNET_TARGETS, seed=0)
     assert sum(p.numel() for _, p in component.named_parameters()) == trained
     assert all(p.is_meta for p in unet.parameters())
 
@@ -61,7 +62,7 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_text_encoders(kind, l
     counts = []
     for unused in (0, 1):
         with torch.device("meta"):
-            component = inject.inject_lora(
+            component = tiny.inject_lora(
                 "text_encoder",
                 kind(config),
                 rank=4,

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from benchmarks import kept
-from dreambooth.adapter_files import native
+from dreambooth.adapter_files import native, reading
 from dreambooth.adapters import apply, inject
 from dreambooth.bases import quantization
 from dreambooth.errors import UserError
@@ -185,10 +185,10 @@ def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(
     question = torch.randn(1, 4, 8, 8, generator=generator), 5, torch.randn(1, 7, 32, generator=generator)
     models = {"unet": drawn}
     stack = apply.Stack(models)
-    stack.add("saved", apply.read(path, apply.layers_of(models)))
+    stack.add("saved", reading.read(path, apply.layers_of(models)))
     with torch.no_grad():
         base, expected = drawn(*question).sample, trained(*question).sample
-        with stack.worn({"saved": 1.0}, "no"):
+        with stack.activated({"saved": 1.0}, "no"):
             torch.testing.assert_close(drawn(*question).sample, expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 1e-3
 

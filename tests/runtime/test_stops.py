@@ -11,7 +11,7 @@ import torch
 
 import generate_class_images
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import formats, native
+from dreambooth.adapter_files import native, reading
 from dreambooth.bases import autoencoder, pipelines
 from dreambooth.data import class_images
 from dreambooth.files import atomic, pictures
@@ -69,7 +69,7 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(
         "pid": 0,
         "host": "",
     }
-    assert native.recorded(formats.read(tmp_path).metadata)["steps"] == 3
+    assert native.recorded(reading.read_additive(tmp_path).metadata)["steps"] == 3
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
     assert status(tmp_path)["state"] == "finished"

@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 
 import infer
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import native
-from dreambooth.adapters import apply, inject
+from dreambooth.adapter_files import native, reading
+from dreambooth.adapters import inject
 from dreambooth.bases import families, loading, pipelines
 from dreambooth.data import class_images, photos
 from dreambooth.data.crops import Crops
@@ -35,6 +35,7 @@ from dreambooth.options import training
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
+from tests import tiny
 from tests.data.test_photos import BAD as BAD_PICTURES
 from tests.data.test_photos import encoded, noise
 
@@ -1201,7 +1202,7 @@ def good_adapter(tiny_base, tmp_path_factory) -> Path:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    component = inject.inject_lora("unet", unet, rank=4, dropout=0, targets=inject.UNET_TARGETS, seed=0)
+    component = tiny.inject_lora("unet", unet, rank=4, dropout=0, targets=inject.UNET_TARGETS, seed=0)
     path = tmp_path_factory.mktemp("adapter") / "good.safetensors"
     path.write_bytes(native.pack({"unet": component.state_dict()}, {"unet": inject.metadata(component)}, {}))
     return path
@@ -1382,7 +1383,7 @@ def test_files_of_other_programs_that_are_good_are_read(tiny_base, good_adapter,
         layers_pattern=None,
         runtime_config={},
     )(path)
-    ours, theirs = (apply.read(file, layers).components["unet"] for file in (good_adapter, path))
+    ours, theirs = (reading.read(file, layers).components["unet"] for file in (good_adapter, path))
     assert ours.keys() == theirs.keys()
     assert all(
         torch.equal(vars(ours[name])[factor], vars(theirs[name])[factor])
@@ -1398,7 +1399,7 @@ def test_expressions_for_targets_are_not_run(tiny_base, good_adapter, tmp_path):
         path = tmp_path / "adapter.safetensors"
         shutil.copy(good_adapter, path)
         of(kept, target_modules=expression)(path)
-        assert apply.read(path, layers).components.keys() == {"unet"}
+        assert reading.read(path, layers).components.keys() == {"unet"}
 
 
 # --- fuzz
@@ -1509,7 +1510,7 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
         return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
     found = outcomes(
-        count, data, "adapter.safetensors", tmp_path, lambda path: apply.read(path, layers), mutate
+        count, data, "adapter.safetensors", tmp_path, lambda path: reading.read(path, layers), mutate
     )
     assert found["refused"] > count // 2
 

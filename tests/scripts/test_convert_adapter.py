@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import convert_adapter
-from dreambooth.adapter_files import deltas, formats
+from dreambooth.adapter_files import deltas, reading, writing
 from dreambooth.adapter_files import native as adapter_files
+from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
-from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.adapters import apply
 from dreambooth.bases import families
 from dreambooth.errors import UserError
@@ -91,15 +92,15 @@ def native(adapted, layers, tmp_path_factory) -> Callable[[str], Path]:
     def of_kind(kind: str) -> Path:
         path = folder / f"{kind.replace(' ', '_')}.safetensors"
         if not path.exists():
-            adapter = formats.read(peft_file(folder / "peft.safetensors", adapted(kind)), layers)
-            path.write_bytes(formats.write_native(adapter, INFO))
+            adapter = reading.read_additive(peft_file(folder / "peft.safetensors", adapted(kind)), layers)
+            path.write_bytes(writing.write_native(adapter, INFO))
         return path
 
     return of_kind
 
 
 @pytest.fixture(scope="module")
-def layers(tiny_base) -> formats.Layers:
+def layers(tiny_base) -> Layers:
     return families.find(BaseOptions(str(tiny_base))).layers()
 
 
@@ -115,10 +116,10 @@ def xl_adapter(loaded_xl, tiny_xl, tmp_path_factory) -> Path:
         n: with_adapter(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=3, target_modules=targets[n]))
         for n, model in loaded_xl.items()
     }
-    adapter = formats.read(
+    adapter = reading.read_additive(
         peft_file(folder / "peft.safetensors", models), families.find(BaseOptions(str(tiny_xl))).layers()
     )
-    (folder / "xl.safetensors").write_bytes(formats.write_native(adapter, INFO))
+    (folder / "xl.safetensors").write_bytes(writing.write_native(adapter, INFO))
     return folder / "xl.safetensors"
 
 
@@ -183,8 +184,8 @@ def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_ba
         "--pretrained_model_name_or_path",
         tiny_base,
     )
-    plain = formats.read(tmp_path / "k.safetensors")
-    whole = formats.read(native(kind), layers)
+    plain = reading.read_additive(tmp_path / "k.safetensors")
+    whole = reading.read_additive(native(kind), layers)
     assert all(path.startswith("lora_") for modules in plain.components.values() for path in modules)
     for component, modules in whole.components.items():
         norms = [
@@ -199,7 +200,7 @@ def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_ba
 
 def test_norms_are_those_of_the_dense_update(native, layers):
     for kind in ("locon", "loha cp", "lokr cp", "lokr dense"):
-        for modules in formats.read(native(kind), layers).components.values():
+        for modules in reading.read_additive(native(kind), layers).components.values():
             for module in modules.values():
                 assert deltas.norm(module) == pytest.approx(float(deltas.delta(module).norm()), rel=1e-5)
                 assert deltas.shape(module) == deltas.delta(module).shape
@@ -218,7 +219,7 @@ def test_kohya_and_back_gives_the_same_bytes(kind, native, tiny_base, adapted, l
     )
     run("convert", tmp_path / "b.safetensors", "--to", "kohya", "--output", tmp_path / "c.safetensors", *base)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
-    adapter = formats.read(tmp_path / "b.safetensors", layers)
+    adapter = reading.read_additive(tmp_path / "b.safetensors", layers)
     expect_same_deltas(adapter, adapted(kind))
     assert adapter_files.recorded(adapter.metadata) == INFO | {"prediction_type": "epsilon"}
 
@@ -233,7 +234,10 @@ def test_an_xl_adapter_goes_to_kohya_and_back(xl_adapter, tiny_xl, tmp_path):
         "convert", tmp_path / "k.safetensors", "--to", "native", "--output", tmp_path / "n.safetensors", *base
     )
     own = families.find(BaseOptions(str(tiny_xl))).layers()
-    expect_close(formats.read(tmp_path / "n.safetensors", own), all_deltas(formats.read(xl_adapter, own)))
+    expect_close(
+        reading.read_additive(tmp_path / "n.safetensors", own),
+        all_deltas(reading.read_additive(xl_adapter, own)),
+    )
 
 
 @pytest.mark.slow
@@ -242,11 +246,11 @@ def test_loha_and_lokr_become_the_same_lora(kind, native, adapted, layers, tiny_
     words = ("convert", native(kind), "--to", "lora", "--pretrained_model_name_or_path", tiny_base)
     run(*words, "--output", tmp_path / "a.safetensors")
     assert "is kept" not in capsys.readouterr().out  # all of it
-    adapter = formats.read(tmp_path / "a.safetensors", layers)
+    adapter = reading.read_additive(tmp_path / "a.safetensors", layers)
     assert adapter.kinds == ("lora",)
     expect_same_deltas(adapter, adapted(kind))
     run(*words, "--output", tmp_path / "b.safetensors", "--rank", 2)
-    small = formats.read(tmp_path / "b.safetensors", layers)
+    small = reading.read_additive(tmp_path / "b.safetensors", layers)
     assert {module.rank for modules in small.components.values() for module in modules.values()} == {2}
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if "is kept" in line)
     for component, modules in adapter.components.items():
@@ -286,7 +290,7 @@ def test_peft_loads_the_folders_that_are_made_for_it(kind, native, adapted, load
 def test_peft_loads_the_text_encoders_of_xl_too(xl_adapter, loaded_xl, tiny_xl, tmp_path):
     run("convert", xl_adapter, "--to", "peft", "--output", tmp_path / "peft")
     own = families.find(BaseOptions(str(tiny_xl))).layers()
-    wanted = formats.read(xl_adapter, own)
+    wanted = reading.read_additive(xl_adapter, own)
     for name, model in loaded_xl.items():
         merged = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft" / name).merge_and_unload()
         before, after = (dict(m.named_parameters()) for m in (model, merged))
@@ -310,10 +314,10 @@ def test_the_family_is_told_by_the_width_of_the_text(width, te, name, tmp_path):
         "unet": {layer: Lora(torch.ones(1, width), torch.ones(640, 1))},
         "text_encoder": {"encoder.layers.0.self_attn.q_proj": Lora(torch.ones(1, 8), torch.ones(8, 1))},
     }
-    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(writing.write_native(Adapter(modules, {}), {}))
     run("convert", tmp_path / "a.safetensors", "--to", "kohya", "--output", tmp_path / "k.safetensors")
     assert any(key.startswith(te) for key in load_file(tmp_path / "k.safetensors"))
-    assert formats.read(tmp_path / "k.safetensors").metadata["ss_base_model_version"] == name
+    assert reading.read_additive(tmp_path / "k.safetensors").metadata["ss_base_model_version"] == name
 
 
 def test_half_precision_halves_the_file(native, tiny_base, tmp_path):
@@ -342,17 +346,17 @@ def test_merging_adds_weighted_updates(native, layers, tiny_base, tmp_path):
     run("merge", *words, "--output", tmp_path / "m.safetensors", "--pretrained_model_name_or_path", tiny_base)
     wanted: dict[str, torch.Tensor] = {}
     for kind, weight in uses:
-        for name, delta in all_deltas(formats.read(native(kind), layers)).items():
+        for name, delta in all_deltas(reading.read_additive(native(kind), layers)).items():
             wanted[name] = wanted.get(name, 0) + weight * delta
-    merged = formats.read(tmp_path / "m.safetensors", layers)
+    merged = reading.read_additive(tmp_path / "m.safetensors", layers)
     expect_close(merged, wanted)
     assert adapter_files.recorded(merged.metadata) == INFO
 
 
 def test_merging_to_a_rank_is_the_best_of_that_rank(native, layers, tmp_path, capsys):
     run("merge", native("lora"), f"{native('rslora')}:2", "--rank", 3, "--output", tmp_path / "m.safetensors")
-    one, other = (all_deltas(formats.read(native(kind), layers)) for kind in ("lora", "rslora"))
-    small = formats.read(tmp_path / "m.safetensors", layers)
+    one, other = (all_deltas(reading.read_additive(native(kind), layers)) for kind in ("lora", "rslora"))
+    small = reading.read_additive(tmp_path / "m.safetensors", layers)
     squares = {"unet": [0.0, 0.0], "text_encoder": [0.0, 0.0]}
     for name, delta in all_deltas(small).items():
         whole = one[name] + 2 * other[name]
@@ -382,7 +386,9 @@ def test_resizing_is_the_optimal_truncation(kind, native, layers, tiny_base, tmp
         "--pretrained_model_name_or_path",
         tiny_base,
     )
-    small, whole = (formats.read(path, layers) for path in (tmp_path / "r.safetensors", native(kind)))
+    small, whole = (
+        reading.read_additive(path, layers) for path in (tmp_path / "r.safetensors", native(kind))
+    )
     wanted = all_deltas(whole)
     for name, delta in all_deltas(small).items():
         values = torch.linalg.svdvals(wanted[name].flatten(1).double())
@@ -407,8 +413,8 @@ def test_extracting_finds_the_low_rank_update_that_was_baked_in(native, layers, 
     run("bake", native("lora"), *base, "--merge_to", tmp_path / "tuned")
     run("extract", tmp_path / "tuned", *base, "--rank", 4, "--output", tmp_path / "e.safetensors")
     expect_close(
-        formats.read(tmp_path / "e.safetensors", layers),
-        all_deltas(formats.read(native("lora"), layers)),
+        reading.read_additive(tmp_path / "e.safetensors", layers),
+        all_deltas(reading.read_additive(native("lora"), layers)),
         2e-5,
     )
     out = capsys.readouterr().out
@@ -434,13 +440,13 @@ def test_extracting_says_what_its_layers_leave_out(native, layers, tiny_base, tm
             "--output",
             tmp_path / "e.safetensors",
         )
-        found[preset] = formats.read(tmp_path / "e.safetensors", layers)
+        found[preset] = reading.read_additive(tmp_path / "e.safetensors", layers)
         share = next(
             line
             for line in capsys.readouterr().out.splitlines()
             if line.startswith("unet: ") and "what differs" in line
         )
-        wanted = all_deltas(formats.read(native("locon"), layers))
+        wanted = all_deltas(reading.read_additive(native("locon"), layers))
         total, own = (
             sum(float(wanted[n].square().sum()) for n in names if n.startswith("unet"))
             for names in (wanted, all_deltas(found[preset]))
@@ -448,7 +454,7 @@ def test_extracting_says_what_its_layers_leave_out(native, layers, tiny_base, tm
         assert float(share.split()[1].rstrip("%")) / 100 == pytest.approx(own / total, abs=1e-5)
     sizes = [len(all_deltas(adapter)) for adapter in found.values()]
     assert sizes == sorted(set(sizes))
-    whole = all_deltas(formats.read(native("locon"), layers))
+    whole = all_deltas(reading.read_additive(native("locon"), layers))
     expect_close(found["full"], {n: whole[n] for n in all_deltas(found["full"])}, 2e-5)
 
 
@@ -511,15 +517,13 @@ def test_several_baked_adapters_add_up_dora_too(native, tiny_base, tmp_path):
     expect_same_pictures(tmp_path / "baked", tiny_base, [(native("dora"), 1.0), (native("lora"), -0.4)])
 
 
-def expect_weights_of_infer(
-    baked: Path, base: Path, layers: formats.Layers, adapter: Path, weight: float
-) -> None:
+def expect_weights_of_infer(baked: Path, base: Path, layers: Layers, adapter: Path, weight: float) -> None:
     """The new base has the weights that infer.py draws with when it works the adapter in."""
     pipeline, found = open_pipeline(base), open_pipeline(baked)
     models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     changed = 0
     before = {name: model.state_dict() for name, model in copy.deepcopy(models).items()}
-    with apply.fused(models, [(apply.read(adapter, layers), weight)]):
+    with apply.fused(models, [(reading.read(adapter, layers), weight)]):
         for name, model in models.items():
             own = getattr(found, name).state_dict()
             for key, tensor in model.state_dict().items():
@@ -572,10 +576,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_a_baked_base_is_the_base_but_for_its_weights(adapted, layers, tiny_base, tmp_path):
     """The same keys and files; parts without an adapter, tokenizers and whatever else byte for byte; the same bytes again."""
-    adapter = formats.read(
+    adapter = reading.read_additive(
         peft_file(tmp_path / "peft.safetensors", {"unet": adapted("lora")["unet"]}), layers
     )
-    (tmp_path / "a.safetensors").write_bytes(formats.write_native(adapter, {}))
+    (tmp_path / "a.safetensors").write_bytes(writing.write_native(adapter, {}))
     for name in ("one", "two"):
         run(
             "bake",
@@ -680,7 +684,7 @@ def test_a_value_too_large_for_half_precision_is_refused_and_leaves_nothing(tiny
     modules: Modules = {
         "unet": {"conv_in": Lora(torch.full((1, 4, 3, 3), 300.0), torch.full((32, 1, 1, 1), 300.0))}
     }
-    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(writing.write_native(Adapter(modules, {}), {}))
     words = (
         "bake",
         tmp_path / "a.safetensors",
@@ -818,7 +822,7 @@ def test_dora_is_not_merged(native, tmp_path):
 
 def test_an_exact_lora_of_any_rank_is_written_and_read(tmp_path):
     modules: Modules = {"unet": {"x.to_k": Lora(torch.ones(600, 8), torch.ones(8, 600))}}
-    (tmp_path / "a.safetensors").write_bytes(formats.write_native(Adapter(modules, {}), {}))
+    (tmp_path / "a.safetensors").write_bytes(writing.write_native(Adapter(modules, {}), {}))
     run(
         "merge",
         tmp_path / "a.safetensors",
@@ -826,7 +830,7 @@ def test_an_exact_lora_of_any_rank_is_written_and_read(tmp_path):
         "--output",
         tmp_path / "m.safetensors",
     )
-    found = formats.read(tmp_path / "m.safetensors")
+    found = reading.read_additive(tmp_path / "m.safetensors")
     assert found.components["unet"]["x.to_k"].rank == 1200
     expect_close(found, {"unet.x.to_k": torch.full((8, 8), 1800.0)})
 
@@ -949,9 +953,10 @@ def test_files_and_weights_are_told_apart_as_infer_does(native, layers, tmp_path
     monkeypatch.chdir(tmp_path)
     Path("a:2.safetensors").write_bytes(native("lora").read_bytes())
     run("merge", "a:2.safetensors", "a:2.safetensors:-0.5", "--output", "m.safetensors")
-    whole = all_deltas(formats.read(native("lora"), layers))
+    whole = all_deltas(reading.read_additive(native("lora"), layers))
     expect_close(
-        formats.read(Path("m.safetensors"), layers), {name: 0.5 * delta for name, delta in whole.items()}
+        reading.read_additive(Path("m.safetensors"), layers),
+        {name: 0.5 * delta for name, delta in whole.items()},
     )
 
 

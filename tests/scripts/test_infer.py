@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import infer
-from dreambooth.adapter_files import deltas, formats
+from dreambooth.adapter_files import deltas, reading, writing
+from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
-from dreambooth.adapter_files.formats import Adapter
+from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.adapters import apply
+from dreambooth.adapters.variants import Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.errors import UserError
 from dreambooth.files import pictures
@@ -91,7 +93,7 @@ def lokr(shape: Shape, draw: torch.Generator) -> LoKr:
 KINDS: dict[str, Make] = {"lora": lora, "dora": dora, "loha": loha, "doha": doha, "lokr": lokr}
 
 
-def adapter_of(layers: formats.Layers, make: Make, ends: tuple[str, ...] = WIDE, seed: int = 0) -> Adapter:
+def adapter_of(layers: Layers, make: Make, ends: tuple[str, ...] = WIDE, seed: int = 0) -> Adapter:
     """An adapter of random tensors on all layers with these ends, text encoders included."""
     draw = torch.Generator().manual_seed(seed)
     components = {}
@@ -112,7 +114,7 @@ def mixed(shape: Shape, draw: torch.Generator) -> deltas.Module:
 
 
 @pytest.fixture(scope="module")
-def layers(tiny_base) -> formats.Layers:
+def layers(tiny_base) -> Layers:
     return families.find(BaseOptions(str(tiny_base))).layers()
 
 
@@ -261,16 +263,16 @@ def test_weight_0_and_taking_off_leave_the_base_bit_for_bit(how, pipeline, layer
     for number, make in enumerate(KINDS.values()):
         stack.add(f"a{number}", adapter_of(layers, make, seed=number))
     weights = dict.fromkeys(stack.adapters, 0.7)
-    with stack.worn(weights, how):
+    with stack.activated(weights, how):
         first = outputs(pipeline)
     assert torch.equal(outputs(pipeline), before)
-    with stack.worn(dict.fromkeys(weights, 0.0), how):
+    with stack.activated(dict.fromkeys(weights, 0.0), how):
         assert torch.equal(outputs(pipeline), before)
-    with stack.worn({"a1": {"": 0.0, "unet.up_blocks": 0.0}}, how):
+    with stack.activated({"a1": {"": 0.0, "unet.up_blocks": 0.0}}, how):
         assert torch.equal(outputs(pipeline), before)
-    with stack.worn({"a0": 1.0}, how):
+    with stack.activated({"a0": 1.0}, how):
         assert not torch.equal(outputs(pipeline), before)
-    with stack.worn(weights, how):
+    with stack.activated(weights, how):
         assert torch.equal(outputs(pipeline), first)  # swapped to and fro: the same bits
 
 
@@ -279,7 +281,7 @@ def test_an_error_within_leaves_the_base_as_it_was(pipeline, layers):
     stack = apply.Stack(models_of(pipeline))
     stack.add("a", adapter_of(layers, loha))
     for how in ("yes", "no"):
-        with pytest.raises(KeyError), stack.worn({"a": 1.0}, how):
+        with pytest.raises(KeyError), stack.activated({"a": 1.0}, how):
             raise KeyError
         assert torch.equal(outputs(pipeline), before)
 
@@ -296,7 +298,7 @@ def test_fused_equals_live(pipeline, layers):
     }
     found = []
     for how in ("yes", "no"):
-        with stack.worn(weights, how):
+        with stack.activated(weights, how):
             found.append(outputs(pipeline))
     expect_close(found[0], found[1])
 
@@ -323,7 +325,7 @@ def test_dora_keeps_lengths_that_are_close_to_the_bases_in_bfloat16(path, pipeli
     stack.add("near", Adapter({"unet": {path: near}}, {}))
     with torch.no_grad():
         plain = layer(x).float()
-        with stack.worn({"near": 50.0}, "no"):  # far enough from the base for bfloat16 to show it
+        with stack.activated({"near": 50.0}, "no"):  # far enough from the base for bfloat16 to show it
             found = unet.get_submodule(path)(x).float() - plain
     bias = layer.bias.float().reshape(-1, *[1] * (weight.ndim - 2)) if layer.bias is not None else 0
     wanted = 50 * 0.003 * (plain - bias)
@@ -343,7 +345,7 @@ def test_the_projection_of_a_text_encoder_wears_an_adapter(how, tiny_xl):
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
     stack = apply.Stack({"text_encoder_2": model})
     stack.add("projecting", adapter)
-    with stack.worn({"projecting": 0.5}, how), torch.no_grad():
+    with stack.activated({"projecting": 0.5}, how), torch.no_grad():
         found = model.text_projection(x)
     expect_close(
         found, x @ (weight + 0.5 * deltas.delta(adapter.components["text_encoder_2"]["text_projection"])).T
@@ -370,7 +372,7 @@ def test_blocks_have_weights_of_their_own(pipeline, layers):
     stack = apply.Stack(models_of(pipeline))
     stack.add("a", adapter)
     for how in ("yes", "no"):
-        with stack.worn({"a": parts}, how):
+        with stack.activated({"a": parts}, how):
             expect_close(outputs(pipeline), expected)
 
 
@@ -440,8 +442,8 @@ def test_adapters_that_turn_weights_are_what_peft_makes_of_them(name, pipeline, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stack = apply.Stack(models_of(pipeline))
-        stack.add("turned", apply.read(path, layers))
-        with stack.worn({"turned": 1.0}, "auto"):
+        stack.add("turned", reading.read(path, layers))
+        with stack.activated({"turned": 1.0}, "auto"):
             expect_close(outputs(pipeline), expected, 3e-6)
     assert torch.equal(outputs(pipeline), before)
     assert (expected - before).norm() > 1e-3
@@ -451,14 +453,14 @@ def test_adapters_that_turn_weights_are_what_peft_makes_of_them(name, pipeline, 
 def test_a_turned_weight_and_an_update_add_up(pipeline, layers, tmp_path):
     path = rotation_file(copy.deepcopy(pipeline), "hra", tmp_path / "turned.safetensors")
     stack = apply.Stack(models_of(pipeline))
-    stack.add("turned", apply.read(path, layers))
+    stack.add("turned", reading.read(path, layers))
     stack.add("dora", adapter_of(layers, dora))
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = pipeline.unet.get_submodule(name)
     before = layer.weight.detach().clone()
-    with stack.worn({"turned": 1.0}):
+    with stack.activated({"turned": 1.0}):
         turned = layer.weight.detach().clone()
-    with stack.worn({"turned": 1.0, "dora": 0.5}):
+    with stack.activated({"turned": 1.0, "dora": 0.5}):
         found = layer.weight.detach().clone()
     update = deltas.adapted(stack.adapters["dora"].components["unet"][name], before) - before  # type: ignore[arg-type]
     assert torch.allclose(found, turned + 0.5 * update, atol=1e-6)
@@ -474,7 +476,7 @@ def test_two_butterfly_factors_are_refused(layers, tmp_path):
         {"lora_adapter_metadata": json.dumps({"unet.peft_type": "BOFT"})},
     )
     with pytest.raises(UserError, match="2 butterfly factors need peft's CUDA extension"):
-        apply.read(path, layers)
+        reading.read(path, layers)
 
 
 # --- words: files, weights, sets
@@ -513,9 +515,14 @@ def test_factors_are_for_all_or_for_one_by_name(tmp_path):
     ]
     words += ["--adapter_weights", "unet=0.8,text_encoder=0", "my_cat:unet=2,unet.up_blocks=3"]
     (found,) = sets_of(words)
-    assert [(choice.name, choice.weight) for choice in found.choices] == [("dog", 0.5), ("my_cat", 1.0)]
-    assert found.choices[0].weights() == {"": 0.5, "unet": 0.4, "text_encoder": 0.0}
-    assert found.choices[1].weights(0.5) == {"": 0.5, "unet": 1.0, "text_encoder": 0.0, "unet.up_blocks": 1.5}
+    assert [(choice.name, choice.weight) for choice in found.adapters] == [("dog", 0.5), ("my_cat", 1.0)]
+    assert found.adapters[0].weights == {"": 0.5, "unet": 0.4, "text_encoder": 0.0}
+    assert found.scaled(0.5).adapters[1].weights == {
+        "": 0.5,
+        "unet": 1.0,
+        "text_encoder": 0.0,
+        "unet.up_blocks": 1.5,
+    }
 
 
 def test_a_key_that_is_twice_in_a_set_is_refused(tmp_path):
@@ -541,12 +548,12 @@ def test_sets_come_from_a_file(tmp_path):
     )
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
     dog, plain, cat = sets_of(words)
-    assert [(str(choice.path), choice.weight) for choice in dog.choices] == [
+    assert [(str(choice.path), choice.weight) for choice in dog.adapters] == [
         ("my_dog", 1.0),
         ("style.safetensors", 0.6),
     ]
-    assert (dog.prompts, plain.choices, cat.name, cat.prompts) == ((), (), "2", ("a cat",))
-    assert cat.choices[0].weights() == {"": 1.0, "unet": 0.5}
+    assert (dog.prompts, plain.adapters, cat.name, cat.prompts) == ((), (), "2", ("a cat",))
+    assert cat.adapters[0].weights == {"": 1.0, "unet": 0.5}
 
 
 # --- the script
@@ -557,13 +564,13 @@ def files(layers, loaded, tmp_path_factory) -> Path:
     """Adapter files of several kinds and layouts."""
     folder = tmp_path_factory.mktemp("adapters")
     plain = adapter_of(layers, lora, ATTENTION)
-    (folder / "lora.safetensors").write_bytes(formats.write_native(plain, {}))
-    (folder / "kohya.safetensors").write_bytes(formats.write_kohya(plain, "sd1", {}))
+    (folder / "lora.safetensors").write_bytes(writing.write_native(plain, {}))
+    (folder / "kohya.safetensors").write_bytes(writing.write_kohya(plain, "sd1", {}))
     for kind in ("dora", "loha"):
         (folder / f"{kind}.safetensors").write_bytes(
-            formats.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1})
+            writing.write_native(adapter_of(layers, KINDS[kind], ATTENTION), {"clip_skip": 1})
         )
-    (folder / "mixed.safetensors").write_bytes(formats.write_kohya(adapter_of(layers, mixed), "sd1", {}))
+    (folder / "mixed.safetensors").write_bytes(writing.write_kohya(adapter_of(layers, mixed), "sd1", {}))
     rotation_file(copy.deepcopy(loaded), "oft", folder / "oft.safetensors")
     return folder
 
@@ -608,7 +615,7 @@ def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(tiny_base, files,
     records = run(
         tiny_base, tmp_path / "ours", "--adapter", path, "--fuse", "no", "--seeds", "3", "--clip_skip", "0"
     )
-    own = by_hand(loaded, [(apply.read(Path(path), layers), lambda place: 1.0)])  # type: ignore[list-item]
+    own = by_hand(loaded, [(reading.read(Path(path), layers), lambda place: 1.0)])  # type: ignore[list-item]
     expected = own(["a dog"], num_inference_steps=2, generator=[torch.Generator().manual_seed(3)]).images[0]
     found = np.asarray(Image.open(tmp_path / "ours" / records[0]["file"])).astype(int)
     assert np.abs(found - np.asarray(expected)).max() <= 1
@@ -731,7 +738,7 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
     adapter = adapter_of(base.layers(), mixed)
     assert adapter.components.keys() == {"unet", "text_encoder", "text_encoder_2"}
     path = tmp_path / "xl.safetensors"
-    path.write_bytes(formats.write_kohya(adapter, "sdxl", {}, depth=1))
+    path.write_bytes(writing.write_kohya(adapter, "sdxl", {}, depth=1))
     plain = run(tiny_xl, tmp_path / "plain")
     found = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -743,10 +750,10 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
     pipeline = pipelines.load_pipeline(base, torch.float32, torch.device("cpu"))
     models = {part: getattr(pipeline, part) for part in adapter.components}
     stack = apply.Stack(models)
-    stack.add("xl", apply.read(path, base.layers()))
+    stack.add("xl", reading.read(path, base.layers()))
     found_embeds, found_pooled = [], []
     for how in ("yes", "no"):
-        with stack.worn({"xl": 1.0}, how), torch.no_grad():
+        with stack.activated({"xl": 1.0}, how), torch.no_grad():
             told = pipelines.text_of(pipeline, base)(["a dog"])
         assert told.pooled is not None
         found_embeds.append(told.embeds)
@@ -758,7 +765,7 @@ def test_both_text_encoders_of_xl_wear_adapters(tiny_xl, tmp_path):
 def test_adapters_of_two_bases_are_refused(tiny_base, tiny_xl, files, tmp_path):
     other = tmp_path / "xl.safetensors"
     adapter = adapter_of(families.find(BaseOptions(str(tiny_xl))).layers(), lora, ATTENTION)
-    other.write_bytes(formats.write_native(adapter, {}))
+    other.write_bytes(writing.write_native(adapter, {}))
     with pytest.raises(UserError, match=r"--adapter: .*xl\.safetensors.*base"):
         run(tiny_base, tmp_path / "out", "--adapter", str(files / "lora.safetensors"), str(other))
     assert not (tmp_path / "out").exists()
@@ -799,16 +806,16 @@ def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, la
     """The second of two processes draws none of the first set: its layers must lie one in another as if it had."""
     wide = {kind: adapter_of(layers, KINDS[kind]) for kind in ("loha", "lokr")}
     for kind, adapter in wide.items():
-        (tmp_path / f"{kind}.safetensors").write_bytes(formats.write_native(adapter, {}))
+        (tmp_path / f"{kind}.safetensors").write_bytes(writing.write_native(adapter, {}))
     sets = f"one: [{tmp_path}/loha.safetensors]\ntwo: [{tmp_path}/lokr.safetensors, {tmp_path}/loha.safetensors]\n"
     (tmp_path / "sets.yaml").write_text(sets)
     words = ["--adapters_file", str(tmp_path / "sets.yaml"), "--mixed_precision", "bf16"]
     (_, second) = run(tiny_base, tmp_path / "alone", *words)
     draw_all = infer.draw_all
 
-    def as_second(options, pipeline, base, arms, adapters, _, watch):
+    def as_second(options, pipeline, base, columns, loaded, _, watch):
         peers: Any = SimpleNamespace(world=2, rank=1, is_main=True)
-        return draw_all(options, pipeline, base, arms, adapters, peers, watch)
+        return draw_all(options, pipeline, base, columns, loaded, peers, watch)
 
     monkeypatch.setattr(infer, "draw_all", as_second)
     monkeypatch.setattr(infer, "collect", lambda *_: None)  # of pictures that the first would have drawn
@@ -834,7 +841,7 @@ def test_the_sheet_is_that_of_the_pictures_at_full_size_and_holds_none_of_them(s
         return contact_sheet(rows, *args)
 
     monkeypatch.setattr(pictures, "contact_sheet", watched)
-    infer.collect(options, [infer.Arm("base", None, 0.0, 0, (("a dog", 1), ("a dog", 2)))], records)
+    infer.collect(options, [Variant("base", None, 0, (("a dog", 1), ("a dog", 2)))], records)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "contact_sheet.png")), np.asarray(wanted))
     assert all(max(own) <= 160 for own in held)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import formats, native
+from dreambooth.adapter_files import native, reading
 from dreambooth.bases import families
 from dreambooth.errors import UserError
 from dreambooth.files import safetensors_files
@@ -43,7 +43,7 @@ REAL_PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth"
 
 def fill(path: Path, scale: float = 0.3) -> Path:
     """Give an adapter file updates large enough to see."""
-    state, metadata = load_file(path), formats.read(path).metadata
+    state, metadata = load_file(path), reading.read_additive(path).metadata
     generator = torch.Generator().manual_seed(0)
     state = {
         key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor

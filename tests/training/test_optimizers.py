@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dreambooth.adapters import inject
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
 from dreambooth.options.training import OPTIMIZERS, OptimizerOptions
 from dreambooth.training import checkpoints, optimizers
 from dreambooth.training.optimizers import Group
+from tests import tiny
 from tests.adapters.test_adapters import TARGETS, Models, load_models, packed
 from tests.training.test_checkpoints import rewrite
 
@@ -64,7 +64,7 @@ class Run:
     ):
         models = copy.deepcopy(loaded)
         self.components = [
-            inject.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed)
+            tiny.inject_lora(n, models[n], rank=rank, dropout=0.0, targets=TARGETS[n], seed=seed)
             for n in models
         ]
         self.alpha = alpha  # what the adapter file has its lora_B multiplied by

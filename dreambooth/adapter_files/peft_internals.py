@@ -1,0 +1,107 @@
+"""Everything here that relies on parts of peft 0.21.2 and diffusers 0.42.1 that are not their public
+interface.
+
+Read this module first when either of them is updated. Weights are reached through `unmerged_weight`,
+`cache_store` and `cache_pop`, variants of LoRA through `set_variant`; the warnings that are silenced are
+matched by their text.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.boft import layer as boft_layer
+from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+def stand_in(shape: Sequence[int]) -> nn.Module:
+    """A Linear or Conv2d of that weight's shape, without a bias, on the meta device: peft only looks at its
+    class and sizes."""
+    outputs, inputs, *kernel = shape
+    if kernel:
+        return nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=False, device="meta")
+    return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+
+def tuners(model: nn.Module) -> dict[str, Any]:
+    """peft's layers on a model, by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def add_layers(model: nn.Module, config: Any, name: str, keys: Iterable[str]) -> None:
+    """Put peft's layers of the adapter `name` on the layers of these keys. Their tensors are on the meta
+    device, to be replaced."""
+    with warnings.catch_warnings():
+        # several adapters on one model are intended; and the keys name the layers, whatever names in the
+        # config match
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
+        state: Any = dict.fromkeys(keys)
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=state)
+    # diffusers' enable_lora, disable_lora, delete_adapters and others refuse a model without this mark
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def without_boft_extension() -> Iterator[None]:
+    """Keep peft from building its CUDA extension for every BOFT layer, and from warning of each failure and
+    of derived settings."""
+    before = boft_layer._FBD_CUDA
+    boft_layer._FBD_CUDA = False  # None would mean "not tried yet"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        boft_layer._FBD_CUDA = before
+
+
+# ---- variants of LoRA
+
+
+def set_variant(layer: Any, name: str, variant: Any) -> None:
+    """Have the adapter `name` of a LoRA layer computed by `variant`.
+
+    peft calls its methods forward, merge_safe, merge_unsafe, unmerge and supports_lora_conversion, with the
+    layer and the adapter's name.
+    """
+    layer.lora_variant[name] = variant
+
+
+def set_magnitude(layer: Any, name: str, magnitude: nn.Parameter) -> None:
+    """Give the adapter `name` of a LoRA layer a magnitude where peft keeps it, so that its state dict is
+    complete."""
+    holder_class = DoraLinearLayer if magnitude.ndim == 1 else DoraConv2dLayer
+    holder = holder_class(fan_in_fan_out=False)
+    holder.weight = magnitude
+    layer.use_dora[name] = True
+    layer.lora_magnitude_vector[name] = holder
+
+
+@contextlib.contextmanager
+def unmerged_weight(layer: Any) -> Iterator[Tensor]:
+    """The weight of a LoRA layer's base without what LoRA has merged into it."""
+    with layer._unmerged_base_weight() as weight:
+        yield weight
+
+
+def cache_store(layer: Any, name: str, added: Tensor) -> None:
+    """Keep what the adapter `name` has added to a layer's weight until `cache_pop`."""
+    layer._cache_store(f"{name}-added", added)
+
+
+def cache_pop(layer: Any, name: str) -> Tensor:
+    tensor: Tensor = layer._cache_pop(f"{name}-added")
+    return tensor
+
+
+def forward_without_bias(layer: Any, x: Tensor) -> Tensor:
+    """A Linear's or Conv2d's output without its bias."""
+    if isinstance(layer, nn.Linear):
+        return torch.nn.functional.linear(x, layer.weight)
+    return layer._conv_forward(x, layer.weight, None)

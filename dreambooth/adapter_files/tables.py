@@ -1,0 +1,73 @@
+"""Text about an adapter for people: tables of its modules, scales and norms, and its metadata."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+from dreambooth.adapter_files.reading import AnyAdapter
+from dreambooth.errors import shown
+
+_BLOCK = re.compile(r"((?:down|up)_blocks[._]\d+|mid_block|(?:input|output)_blocks_\d+|middle_block)[._]")
+
+
+def table(adapter: AnyAdapter) -> str:
+    """One line for each component and kind: modules, and their sizes with how often each occurs."""
+    lines = [f"{'component':<16} {'kind':<6} {'modules':>8}  {adapter.size_title}"]
+    for row in adapter.rows():
+        counts = sorted(Counter(row.sizes).items(), key=lambda item: item[0] or 0)
+        sizes = [
+            ("dense" if size is None else f"{size}") + f" ({count}x)" * (len(counts) > 1)
+            for size, count in counts
+        ]
+        lines.append(f"{row.component:<16} {row.kind:<6} {len(row.sizes):>8}  {', '.join(sizes)}")
+    return "\n".join(lines)
+
+
+def report(adapter: AnyAdapter) -> str:
+    """`table`; of what adds to weights, also its scales and norms; the metadata."""
+    sections = [table(adapter)]
+    if adapter.is_additive:
+        sections += [_scales(adapter.scales), _norms(adapter)]
+    return "\n\n".join([*sections, _metadata(adapter.metadata)])
+
+
+def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:
+    """What the file multiplies each update by, most frequent first."""
+    lines = [f"{'component':<16} scale"]
+    for component, by_layer in scales.items():
+        counts = Counter(f"{scale:.6g}" for scale in by_layer.values()).most_common(6)
+        texts = [scale + f" ({count}x)" * (len(counts) > 1) for scale, count in counts]
+        lines.append(f"{component:<16} {', '.join(texts)}")
+    return "\n".join(lines)
+
+
+def _norms(adapter: AnyAdapter) -> str:
+    """Frobenius norms of the update, scales worked in, by block of the UNet and by text encoder."""
+    blocks: dict[str, list[float]] = defaultdict(list)
+    for component, norms in adapter.norms().items():
+        for layer, norm in norms.items():
+            blocks[_block(component, layer)].append(norm)
+    lines = [f"{'block':<24} {'layers':>6} {'norm of the update':>20} {'largest of a layer':>20}"]
+    for name, of_block in blocks.items():
+        total = sum(norm * norm for norm in of_block) ** 0.5
+        lines.append(f"{name:<24} {len(of_block):>6} {total:>20.6g} {max(of_block):>20.6g}")
+    if any(kind.startswith("d") for kind in adapter.kinds):
+        lines.append("(without the lengths of rows that DoRA has as well)")
+    return "\n".join(lines)
+
+
+def _block(component: str, layer: str) -> str:
+    if component != "unet":
+        return component
+    match = _BLOCK.search(f"{layer}.")
+    return f"unet {match[1]}" if match else "unet, other"
+
+
+def _metadata(metadata: Mapping[str, str]) -> str:
+    if not metadata:
+        return "no metadata"
+    lines = ["metadata"]
+    for name, text in sorted(metadata.items()):
+        cut = text if len(text) <= 300 else f"{text[:300]} ... ({len(text)} characters)"
+        lines.append(f"  {shown(name)}: {shown(cut)}")
+    return "\n".join(lines)
