@@ -181,7 +181,7 @@ def write_kohya(adapter: Path, base: families.Base, *, resolution: int, seed: in
     info = {"resolution": resolution, "seed": seed, "prediction_type": base.prediction_type}
     assert base.kohya_family is not None  # checked with the flags
     layers = base.layers()
-    content, depth = reading.read(adapter, layers), layer_names.depth_of(layers["unet"])
+    content, depth = reading.read_additive(adapter, layers), layer_names.depth_of(layers["unet"])
     data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
     path = adapter.with_name(native.KOHYA_NAME)
     try:
