@@ -10,13 +10,18 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
 
 import train_dreambooth_lora as train
+from dreambooth.adapter_files.layer_names import Layers
+from dreambooth.bases import families
+from dreambooth.options.training import BaseOptions
 from tests import tiny
 from tests.running import run_train
 
@@ -118,3 +123,20 @@ def no_models(monkeypatch):
     for name in ("load_encoders", "load_vae", "load_unet"):
         monkeypatch.setattr(loading, name, refuse)
     monkeypatch.setattr(pipelines, "load_pipeline", refuse)
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_base) -> Layers:
+    return families.find(BaseOptions(str(tiny_base))).layers()
+
+
+@pytest.fixture
+def pipeline(base_pipeline) -> StableDiffusionPipeline:
+    return copy.deepcopy(base_pipeline)
+
+
+@pytest.fixture(scope="module")
+def base_pipeline(tiny_base) -> StableDiffusionPipeline:
+    found = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    found.set_progress_bar_config(disable=True)
+    return found

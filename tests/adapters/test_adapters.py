@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, load_file, save_file
-from transformers import CLIPTextModel
 
 from dreambooth.adapter_files import native, reading
 from dreambooth.adapter_files.deltas import Lora
@@ -25,20 +24,11 @@ from dreambooth.errors import UserError
 from dreambooth.files import atomic
 from dreambooth.options.training import BaseOptions
 from tests import tiny
+from tests.live_adapters import INFO, TARGETS, Models, inject, load_models, packed, trained
 
 ROOT = Path(__file__).parent.parent.parent
-TARGETS = {"unet": adapters.UNET_TARGETS, "text_encoder": adapters.TEXT_ENCODER_TARGETS}
 NAMES = tuple(TARGETS)
-INFO = {"steps": 3, "seed": 5, "instance_prompt": "a photo of sks dog"}
-
-Models = dict[str, torch.nn.Module]
 State = dict[str, torch.Tensor]
-
-
-def load_models(base: Path, dtype: torch.dtype = torch.float32) -> Models:
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
-    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
-    return {"unet": unet.eval(), "text_encoder": text_encoder.eval()}
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +53,6 @@ def other_base(tmp_path_factory) -> Path:
     return tiny.build_pipeline(tmp_path_factory.mktemp("other"), text_width=48)
 
 
-def inject(models: Models, rank: int = 4, seed: int = 7, dropout: float = 0.0) -> list[Component]:
-    return [
-        tiny.inject_lora(name, model, rank=rank, dropout=dropout, targets=TARGETS[name], seed=seed)
-        for name, model in models.items()
-    ]
-
-
-def trained(components: list[Component]) -> list[Component]:
-    """The same after some training: B is no longer zero."""
-    draw = torch.Generator().manual_seed(1)
-    for component in components:
-        for name, parameter in component.named_parameters():
-            if "lora_B" in name:
-                parameter.data = 0.05 * torch.randn(parameter.shape, generator=draw)
-    return components
-
-
 def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """What text encoder and UNet give for fixed inputs, the UNet's text apart from the text encoder's."""
     draw = torch.Generator().manual_seed(2)
@@ -91,13 +64,6 @@ def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, tor
             "unet": models["unet"](latents, torch.tensor([10, 700]), text).sample,
             "text_encoder": models["text_encoder"](tokens)[0],
         }
-
-
-def packed(components: list[Component]) -> bytes:
-    state = {component.name: component.state_dict() for component in components}
-    return native.pack(
-        state, {component.name: adapters.metadata(component) for component in components}, INFO
-    )
 
 
 def written(folder: Path, components: list[Component]) -> Path:

@@ -31,6 +31,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
 from tests import tiny
+from tests.plain_diffusers import PROMPT, plain_clip
 from tests.running import digest, main_on_two_processes, run_train, train_words
 
 BASES = {"sd": "tiny_base", "v": "tiny_v_base", "xl": "tiny_xl", "edm": "tiny_edm", "if": "tiny_if"}
@@ -43,7 +44,6 @@ WORDS = {
     "edm": "--output_kohya_format",
     "if": "--resolution 16",
 }
-PROMPT = "a photo of sks dog"
 
 
 @dataclasses.dataclass
@@ -305,13 +305,6 @@ def test_dropped_captions_are_zeros_for_xl_and_the_empty_prompt_elsewhere(
     )
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     assert torch.allclose(told[1]["embeds"], plain_clip(pipeline, 0, ""), atol=1e-6)
-
-
-def plain_clip(pipeline: Any, skip: int, prompt: str) -> torch.Tensor:
-    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    with torch.no_grad():
-        hidden = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states
-        return pipeline.text_encoder.final_layer_norm(hidden[-(skip + 1)])
 
 
 # --- loading and flags

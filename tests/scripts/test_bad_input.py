@@ -36,8 +36,8 @@ from dreambooth.options.command_line import fail, parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
 from tests import tiny
-from tests.data.test_photos import BAD as BAD_PICTURES
-from tests.data.test_photos import encoded, noise
+from tests.data.bad_pictures import BAD as BAD_PICTURES
+from tests.data.bad_pictures import encoded, noise
 
 ESCAPE = "\x1b[2J"
 

@@ -19,7 +19,7 @@ from dreambooth.bases import families, loading
 from dreambooth.errors import UserError
 from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.runtime.stops import Stop
-from tests.bases.test_families import PROMPT, plain_clip
+from tests.plain_diffusers import PROMPT, plain_clip
 from tests.running import digest, metrics, run_train
 
 

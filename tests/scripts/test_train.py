@@ -1,11 +1,8 @@
-"""The real entry points, end to end, on tiny pipelines."""
+"""train_dreambooth_lora.py, end to end, on tiny pipelines."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,22 +11,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import native, reading
-from dreambooth.bases import families
+from dreambooth.adapter_files import native
 from dreambooth.errors import UserError
-from dreambooth.files import safetensors_files
 from dreambooth.options.command_line import parse
-from dreambooth.options.pictures import ClassImageOptions, InferOptions
-from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.options.pictures import InferOptions
+from dreambooth.options.training import TrainOptions
 from dreambooth.training import objectives
 from tests import tiny
 from tests.running import (
-    ROOT,
     adapter_after,
-    as_main,
     digest,
     main_on_two_processes,
     metrics,
@@ -37,41 +29,7 @@ from tests.running import (
     run_train,
     train_words,
 )
-
-REAL_PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth"
-
-
-def fill(path: Path, scale: float = 0.3) -> Path:
-    """Give an adapter file updates large enough to see."""
-    state, metadata = load_file(path), reading.read_additive(path).metadata
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        key: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in key else tensor
-        for key, tensor in state.items()
-    }
-    path.write_bytes(safetensors_files.stable_bytes(state, metadata))
-    return path
-
-
-def fill_copy(run: Path, folder: Path) -> Path:
-    """A copy of a run's adapter with updates large enough to see."""
-    path = folder / "filled.safetensors"
-    path.write_bytes((run / native.ADAPTER_NAME).read_bytes())
-    return fill(path)
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_base, photos_dir, tmp_path_factory) -> Path:
-    """A whole run: class images, both adapters, checkpoints, validation."""
-    out = tmp_path_factory.mktemp("trained")
-    words = prior_words(
-        out / "class", "--train_text_encoder", "--max_train_steps", "6", "--checkpointing_steps", "2"
-    )
-    run_train(
-        tiny_base, photos_dir, out, *words, "--validation_prompt", "a dog", "--num_validation_images", "1"
-    )
-    return out
-
+from tests.scripts.drawing import fill_copy
 
 # --- training
 
@@ -549,297 +507,3 @@ def test_tensorboard_gets_scalars(tiny_base, photos_dir, tmp_path):
     events = EventAccumulator(str(tmp_path / "logs" / "dreambooth-lora"))
     events.Reload()
     assert {"loss", "lr"} <= set(events.Tags()["scalars"])
-
-
-# --- bad input, before any model is loaded
-
-
-def spoil(folder: Path, kind: str) -> Path:
-    if kind == "missing":
-        return folder / "nowhere"
-    if kind == "empty":
-        folder.mkdir()
-        return folder
-    tiny.make_photos(folder, 1)
-    if kind == "truncated":
-        whole = (folder / "photo-0.png").read_bytes()
-        (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    if kind == "text":
-        (folder / "note.jpg").write_text("not a picture")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [("missing", "no folder"), ("empty", "it is empty"), ("truncated", "cut.png"), ("text", "note.jpg")],
-)
-def test_bad_photo_folders_are_refused_at_the_door(tiny_base, tmp_path, no_models, kind, said):
-    with pytest.raises(UserError, match=said):
-        run_train(tiny_base, spoil(tmp_path / "photos", kind), tmp_path / "out")
-
-
-@pytest.mark.trains
-def test_hidden_files_are_skipped_with_a_note(tiny_base, photos_dir, tmp_path, capsys):
-    photos = tiny.make_photos(tmp_path / "photos", 1)
-    (photos / ".DS_Store").write_text("junk")
-    run_train(tiny_base, photos, tmp_path / "out", "--max_train_steps", "1")
-    assert "skipped 1 hidden" in capsys.readouterr().out
-
-
-def test_long_prompts_are_refused_with_the_words_cut_off(tiny_base, photos_dir, tmp_path, no_models):
-    prompt = "a photo of sks dog " + "in the snow " * 25 + "wearing a yellow scarf"
-    with pytest.raises(
-        UserError, match=r"--instance_prompt is longer than 77 tokens.*wearing a yellow scarf"
-    ):
-        run_train(tiny_base, photos_dir, tmp_path, "--instance_prompt", prompt)
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda path: path, "there is no folder"),
-        (lambda path: (path.mkdir(), path)[1], "no model_index.json"),
-        (
-            lambda path: (
-                path.mkdir(),
-                (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-                path,
-            )[2],
-            "is a FluxPipeline",
-        ),
-        (lambda path: (path.write_text("x"), path)[1], "single file"),
-        (
-            lambda path: (
-                path.mkdir(),
-                (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'),
-                path,
-            )[2],
-            "lacks the folders",
-        ),
-    ],
-)
-def test_bad_base_folders_are_refused_at_the_door(photos_dir, tmp_path, no_models, make, said):
-    with pytest.raises(UserError, match=said):
-        run_train(make(tmp_path / "base"), photos_dir, tmp_path / "out")
-
-
-def test_parts_of_two_bases_are_refused(tiny_base, photos_dir, tmp_path, no_models):
-    mixed = tmp_path / "mixed"
-    shutil.copytree(tiny_base, mixed)
-    config = json.loads((mixed / "text_encoder" / "config.json").read_text())
-    (mixed / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
-    with pytest.raises(UserError, match="two different bases"):
-        run_train(mixed, photos_dir, tmp_path / "out")
-
-
-def test_fp16_on_a_cpu_is_refused(tiny_base, photos_dir, tmp_path, no_models):
-    with pytest.raises(UserError, match="fp16 does not work on a CPU"):
-        run_train(tiny_base, photos_dir, tmp_path, "--mixed_precision", "fp16")
-
-
-@pytest.mark.parametrize("script", ["train_dreambooth_lora.py", "generate_class_images.py", "infer.py"])
-def test_mistakes_end_with_status_2_and_one_message(script, tmp_path):
-    """As a process has it: no traceback, nothing written."""
-    words = {
-        "train_dreambooth_lora.py": [
-            "--instance_data_dir",
-            str(tmp_path / "none"),
-            "--instance_prompt",
-            "x",
-            "--output_dir",
-            str(tmp_path / "o"),
-        ],
-        "generate_class_images.py": ["--class_data_dir", str(tmp_path / "c"), "--class_prompt", "a dog"],
-        "infer.py": [
-            "--prompt",
-            "a dog",
-            "--adapter",
-            str(tmp_path / "none.safetensors"),
-            "--output_dir",
-            str(tmp_path / "o"),
-        ],
-    }[script]
-    status, errors = as_main(script, "--pretrained_model_name_or_path", str(tmp_path / "nobase"), *words)
-    assert status == 2
-    assert "Traceback" not in errors
-    assert errors.startswith("error: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- class images
-
-
-def class_words(base: Path, folder: Path, *more: str) -> list[str]:
-    words = f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 5 --class_inference_steps 2 --sample_batch_size 2"
-    return [*words.split(), "--class_prompt", "a photo of dog", *more]
-
-
-def make_class_images(base: Path, folder: Path, *more: str) -> dict[str, str]:
-    """Hash of every picture, by name."""
-    generate_class_images.main(parse(ClassImageOptions, "", class_words(base, folder, *more)))
-    return {path.name: digest(path) for path in sorted(folder.glob("*.png"))}
-
-
-@pytest.mark.slow
-def test_class_images_are_the_same_after_an_interruption(tiny_base, tmp_path, monkeypatch):
-    from dreambooth.bases import pipelines
-
-    whole = make_class_images(tiny_base, tmp_path / "whole")
-    assert len(set(whole.values())) == 5
-    real, calls = pipelines.draw, []
-
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(pipelines, "draw", dies)
-    with pytest.raises(KeyboardInterrupt):
-        make_class_images(tiny_base, tmp_path / "cut")
-    monkeypatch.undo()
-    assert len(list((tmp_path / "cut").glob("*.png"))) == 2
-    assert make_class_images(tiny_base, tmp_path / "cut") == whole
-
-
-@pytest.mark.slow
-def test_class_images_are_the_same_from_two_processes(tiny_base, tmp_path):
-    alone = make_class_images(tiny_base, tmp_path / "alone", "--num_threads", "1")
-    words = class_words(tiny_base, tmp_path / "both", "--num_threads", "1")
-    main_on_two_processes(generate_class_images.main, parse(ClassImageOptions, "", words))
-    assert {path.name: digest(path) for path in sorted((tmp_path / "both").glob("*.png"))} == alone
-    assert not list((tmp_path / "both").glob(".class-*"))
-
-
-@pytest.mark.trains
-def test_training_makes_the_class_images_that_the_script_makes(trained, tiny_base, tmp_path):
-    by_script = make_class_images(tiny_base, tmp_path / "class", "--num_class_images", "3", "--seed", "1")
-    assert by_script == {path.name: digest(path) for path in sorted((trained / "class").glob("*.png"))}
-
-
-def test_class_folder_of_other_settings_is_refused(tiny_base, tiny_v_base, tmp_path):
-    make_class_images(tiny_base, tmp_path / "class")
-    for base, more, said in (
-        (tiny_base, ["--class_prompt", "a cat"], "prompt"),
-        (tiny_base, ["--seed", "3"], "seed"),
-        (tiny_v_base, [], "base"),
-    ):
-        with pytest.raises(UserError, match=said):
-            make_class_images(base, tmp_path / "class", *more)
-
-
-# --- infer
-
-
-@pytest.mark.slow
-def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tiny_base, tmp_path):
-    words = (
-        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --batch_size 1 --prompt".split()
-    )
-    infer.main(
-        parse(
-            InferOptions,
-            "",
-            [*words, "a dog", "a cat", "--seeds", "3", "4", "--output_dir", str(tmp_path / "many")],
-        )
-    )
-    infer.main(
-        parse(InferOptions, "", [*words, "a cat", "--seeds", "4", "--output_dir", str(tmp_path / "one")])
-    )
-    records = json.loads((tmp_path / "many" / "images.json").read_text())
-    assert [(record["prompt"], record["seed"]) for record in records] == [
-        ("a dog", 3),
-        ("a dog", 4),
-        ("a cat", 3),
-        ("a cat", 4),
-    ]
-    picture = Image.open(tmp_path / "many" / records[3]["file"])
-    assert json.loads(picture.info["dreambooth"])["prompt"] == "a cat"
-    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "one" / "00000_4.png")))
-    assert Image.open(tmp_path / "many" / "contact_sheet.png").width > 2 * 160
-
-
-@pytest.mark.trains
-def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, tmp_path):
-    path = fill_copy(trained, tmp_path)
-    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / 'both'} --compare"
-    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
-    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --output_dir {tmp_path / 'base'}"
-    infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
-    records = json.loads((tmp_path / "both" / "images.json").read_text())
-    base, adapted = (np.asarray(Image.open(tmp_path / "both" / record["file"])) for record in records)
-    assert [record["adapter"] for record in records] == [None, f"{tmp_path.name}/filled.safetensors"]
-    assert np.array_equal(base, np.asarray(Image.open(tmp_path / "base" / "00000_0.png")))
-    assert not np.array_equal(base, adapted)
-
-
-def test_prompts_come_from_a_file(tiny_base, tmp_path):
-    (tmp_path / "prompts.txt").write_text("# two\na dog\n\na cat in the snow\n")
-    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
-    infer.main(parse(InferOptions, "", words.split()))
-    assert [record["prompt"] for record in json.loads((tmp_path / "out" / "images.json").read_text())] == [
-        "a dog",
-        "a cat in the snow",
-    ]
-
-
-@pytest.mark.trains
-def test_adapter_of_another_base_is_refused(trained, tmp_path):
-    other = tiny.build_pipeline(tmp_path / "other", text_width=48)
-    words = f"--pretrained_model_name_or_path {other} --adapter {trained} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(UserError, match="another base"):
-        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
-
-
-@pytest.mark.slow
-def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_path):
-    prompts = ["../../etc/passwd", 'a "dog"\nSteps: 1', "\x1b[31mred"]
-    words = (
-        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'}"
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        infer.main(parse(InferOptions, "", [*words.split(), "--prompt", *prompts]))
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".lock", "00000_0.png", "00001_0.png", "00002_0.png", "images.json", "contact_sheet.png"}
-
-
-# --- real photos
-
-
-@pytest.mark.trains
-@pytest.mark.skipif(not (REAL_PHOTOS / "dog3").is_dir(), reason=f"the real photos are not at {REAL_PHOTOS}")
-@pytest.mark.parametrize("base", ["tiny", "picturebook"])
-def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
-    """Class images, dual LoRA, pictures: on a Stable-Diffusion-shaped random base, and on the embedded one at its own resolution."""
-    folder = tiny_base if base == "tiny" else ROOT / "picturebook" / "model"
-    words = prior_words(
-        tmp_path / "class", "--train_text_encoder", "--max_train_steps", "3", "--num_class_images", "2"
-    )
-    adapter = run_train(folder, REAL_PHOTOS / "dog3", tmp_path / "run", *words)
-    infer_words = f"--pretrained_model_name_or_path {folder} --adapter {adapter} --output_dir {tmp_path / 'out'} --num_inference_steps 2 --compare"
-    infer.main(parse(InferOptions, "", [*infer_words.split(), "--prompt", "a photo of sks dog"]))
-    assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 2
-    losses = [record["loss"] for record in metrics(tmp_path / "run")]
-    assert all(np.isfinite(losses))
-
-
-@pytest.mark.trains
-def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, tiny_base):
-    from safetensors import safe_open
-
-    with safe_open(trained / native.ADAPTER_NAME, framework="pt") as file:
-        metadata = file.metadata()
-    said = native.recorded(metadata)
-    base = families.find(BaseOptions(str(tiny_base)))
-    assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (
-        tiny_base.name,
-        base.fingerprint(),
-        6,
-        1,
-    )
-    assert set(said["versions"]) == {"torch", "diffusers", "transformers", "peft"}
-    assert not any(
-        str(folder) in json.dumps(metadata)
-        for folder in (tiny_base.parent, trained, Path.home())
-        if str(folder) != "/"
-    )

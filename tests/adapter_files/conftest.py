@@ -1,0 +1,44 @@
+"""Fixtures of this folder."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from dreambooth.adapter_files.layer_names import Layers
+from dreambooth.bases import folders
+from tests.adapter_files.files_made import KINDS, Models, with_adapter
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base) -> Models:
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    text_encoder = CLIPTextModel.from_pretrained(tiny_base, subfolder="text_encoder")
+    return {"unet": unet.eval(), "text_encoder": text_encoder.eval()}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base) -> Layers:
+    """From the headers of the base's files, as the scripts have it, before anything is loaded."""
+    shapes = {part: folders.weight_shapes(tiny_base, part, None) for part in ("unet", "text_encoder")}
+    return {
+        part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")}
+        for part, own in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def adapted(loaded) -> Callable[[str], Models]:
+    """Models with an adapter of a kind by peft, every tensor of it random; one pair for each kind."""
+    made: dict[str, Models] = {}
+
+    def of_kind(kind: str) -> Models:
+        if kind not in made:
+            made[kind] = {
+                name: with_adapter(copy.deepcopy(model), KINDS[kind](name)) for name, model in loaded.items()
+            }
+        return made[kind]
+
+    return of_kind
