@@ -1,8 +1,15 @@
-"""Checkpoints as folders: published whole or not at all, checked by hash, removed only once a newer one has been checked.
+"""Checkpoints as folders: written whole or not at all, checked by hash, removed only after a newer one was
+checked.
 
-A checkpoint is written into `.tmp-step-<step>-*`, every file flushed, `manifest.json` last, and renamed to `checkpoint-<step>`. The manifest
-names every file with size and SHA-256, and carries a hash of itself. There is no pointer to the newest: it is the highest step whose hashes
-hold. This module knows bytes and names; what they mean is checkpoints.py's. It imports no torch.
+A checkpoint is written into `.tmp-step-<step>-*`, `manifest.json` last; every file is flushed, and the folder
+is renamed to `checkpoint-<step>`. The manifest lists each file with its size and SHA-256, and has a hash of
+itself. No file names the newest checkpoint: it is the one with the highest step whose hashes are right.
+
+This module does not use `atomic.new_folder`, because it promises more: the names are flushed too, a
+checkpoint is read back before an older one is removed, and one that already has the name is moved aside and
+comes back after an error.
+
+The meaning of the files is in training/checkpoints.py. This module imports no torch.
 """
 
 import contextlib
@@ -24,8 +31,9 @@ from dreambooth.files import atomic
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _FLAG = "--resume_from_checkpoint"
-# Only the first kind may contain the word: other programs take every such name for a finished checkpoint. The second is one that was
-# good when a run wrote the same step anew; until its successor stands it counts.
+# Only finished checkpoints have "checkpoint" in their names, since other programs go by it. The second kind
+# is a good checkpoint that was moved aside while the same step was written again: it counts until the new one
+# is finished.
 _NAME = re.compile(r"(?:checkpoint|\.replaced-step)-(0|[1-9][0-9]*)")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,19 +41,20 @@ _LARGEST_MANIFEST = 2**22  # bytes
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; the older ones are as they were. The message names the reason, the bytes needed and those free."""
+    """A checkpoint could not be written; older ones are unchanged. The message has the reason, the bytes
+    needed and the bytes free."""
 
 
 class PruneFailed(SaveFailed):
-    """The checkpoint is safe, but one that it makes superfluous could not be removed."""
+    """The checkpoint is written, but an older one could not be removed."""
 
 
-class _Damaged(Exception):
-    """What is wrong with a checkpoint, in words."""
+class _DamagedCheckpoint(Exception):
+    """The message says what is wrong with the checkpoint."""
 
 
-class Choice(NamedTuple):
-    """The checkpoint to go on from, None for a new run, and a line for each newer one that was passed over."""
+class ChosenCheckpoint(NamedTuple):
+    """The checkpoint to resume from, None for a new run, and a line for each newer one that is damaged."""
 
     folder: Path | None
     skipped: list[str]
@@ -53,12 +62,12 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """A checkpoint in memory; `files` are the very bytes whose hashes were compared."""
+    """A checkpoint in memory. `files` holds the bytes whose hashes were compared, by name."""
 
     folder: Path
     step: int
     identity: dict[str, Any]
-    fingerprint: str  # SHA-256 of the manifest: two checkpoints that share it are the same in every byte
+    fingerprint: str  # SHA-256 of the manifest: two checkpoints with the same one are equal in every byte
     files: dict[str, bytes]
 
 
@@ -66,70 +75,76 @@ class Content:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything that is called a checkpoint, oldest first; whether it is a whole one, `verify` tells."""
+    """(step, path) of everything with a checkpoint's name, oldest first, damaged ones included."""
     try:
         paths = list(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError as error:
         raise UserError(f"--output_dir: {output_dir} cannot be read ({error.strerror})") from None
-    found = [(int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))]
-    return sorted(found, key=lambda item: (item[0], item[1].name.startswith("checkpoint"), item[1]))
+    checkpoints = [(int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    return sorted(checkpoints, key=lambda item: (item[0], item[1].name.startswith("checkpoint"), item[1]))
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint; empty if every byte is as it was written and nothing is missing or added."""
+    """The problems of a checkpoint: [] if every byte is as it was written, and no file is missing or
+    added."""
     return _examine(folder, keep=False)[1]
 
 
 def read(folder: Path) -> Content:
-    """A checkpoint's bytes, each file read once. Raises UserError if anything is wrong with it."""
+    """A checkpoint with its bytes; each file is read once. Raises UserError if the checkpoint has a
+    problem."""
     content, problems = _examine(folder, keep=True)
     if content is None or problems:
         raise UserError(f"{_FLAG}: {folder} cannot be used: {'; '.join(problems)}")
     return content
 
 
-def choose(resume_from: str, output_dir: Path) -> Choice:
-    """The checkpoint that `--resume_from_checkpoint` means: for `latest` and `auto` the newest whole one. A bare name is one of the run's own.
+def choose(resume_from: str, output_dir: Path) -> ChosenCheckpoint:
+    """The checkpoint that --resume_from_checkpoint names: the newest whole one for `latest` and `auto`, else
+    a name in `output_dir` or a path.
 
-    Raises UserError, with the reasons, if there are checkpoints and none is whole, or if the one that is named does not exist or is damaged.
+    Raises UserError if there are checkpoints and all are damaged, or if the named one does not exist or is
+    damaged.
     """
-    there = list_checkpoints(output_dir)
+    checkpoints = list_checkpoints(output_dir)
     if resume_from in ("latest", "auto"):
         skipped: list[str] = []
-        for _, folder in reversed(there):
+        for _, folder in reversed(checkpoints):
             problems = verify(folder)
             if not problems:
-                return Choice(folder, skipped)
+                return ChosenCheckpoint(folder, skipped)
             skipped.append(f"{folder.name}: {'; '.join(problems)}")
         if skipped:
             reasons = "".join(f"\n  {line}" for line in skipped)
             advice = "Name another checkpoint, or move these away to start a new run"
             raise UserError(
-                f"{_FLAG} {resume_from}: {output_dir} has {len(there)} checkpoint(s) and none is whole:{reasons}\n{advice}"
+                f"{_FLAG} {resume_from}: {output_dir} has {len(checkpoints)} checkpoint(s) and none is whole:"
+                f"{reasons}\n{advice}"
             )
-        return Choice(None, [])
-    own, elsewhere = output_dir / resume_from, Path(resume_from)
-    folder = own if os.path.lexists(own) else elsewhere
+        return ChosenCheckpoint(None, [])
+    folder = output_dir / resume_from
     if not os.path.lexists(folder):
-        shown = ", ".join(path.name for _, path in there) or "none"
-        raise UserError(f"{_FLAG}: no checkpoint {resume_from!r}; {output_dir} has: {shown}")
+        folder = Path(resume_from)
+    if not os.path.lexists(folder):
+        names = ", ".join(path.name for _, path in checkpoints) or "none"
+        raise UserError(f"{_FLAG}: no checkpoint {resume_from!r}; {output_dir} has: {names}")
     if problems := verify(folder):
         raise UserError(f"{_FLAG}: {folder} cannot be used: {'; '.join(problems)}")
-    return Choice(folder, [])
+    return ChosenCheckpoint(folder, [])
 
 
 def size(folder: Path) -> int:
-    """Bytes that a checkpoint takes."""
+    """The size of a checkpoint in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _examine(folder: Path, *, keep: bool) -> tuple[Content | None, list[str]]:
-    """(the checkpoint, with its bytes if `keep`; everything that is wrong with it)."""
+    """(the checkpoint, with its bytes if `keep`; its problems)."""
     try:
         names = _names(folder)
         data, _ = _read_plain(folder / MANIFEST, _LARGEST_MANIFEST)
         manifest = _parse_manifest(data)
-    except _Damaged as damage:
+    except _DamagedCheckpoint as damage:
         return None, [str(damage)]
     problems = []
     match = _NAME.fullmatch(folder.absolute().name)
@@ -141,11 +156,11 @@ def _examine(folder: Path, *, keep: bool) -> tuple[Content | None, list[str]]:
     for name, expected in sorted(listed.items()):
         try:
             if name not in names:
-                raise _Damaged(f"{name} is missing")
-            files[name], found = _read_plain(folder / name, expected["size"], exactly=True, keep=keep)
-            if found != expected["sha256"]:
-                raise _Damaged(f"{name} is not as it was written (its SHA-256 differs)")
-        except _Damaged as damage:
+                raise _DamagedCheckpoint(f"{name} is missing")
+            files[name], sha256 = _read_plain(folder / name, expected["size"], exactly=True, keep=keep)
+            if sha256 != expected["sha256"]:
+                raise _DamagedCheckpoint(f"{name} is not as it was written (its SHA-256 differs)")
+        except _DamagedCheckpoint as damage:
             problems.append(str(damage))
     content = Content(
         folder,
@@ -158,36 +173,45 @@ def _examine(folder: Path, *, keep: bool) -> tuple[Content | None, list[str]]:
 
 
 def _names(folder: Path) -> set[str]:
-    """The names in what should be a checkpoint's folder. Raises _Damaged if it is none, or has no manifest, with the likeliest reason."""
+    """The names of the files in a checkpoint's folder. Raises _DamagedCheckpoint if it is no folder or has no
+    manifest."""
     if folder.is_symlink():
-        raise _Damaged(f"it is a symbolic link; name the folder itself, {os.path.realpath(folder)}")
+        raise _DamagedCheckpoint(f"it is a symbolic link; name the folder itself, {os.path.realpath(folder)}")
     try:
         names = set(os.listdir(folder))
     except OSError as error:
-        raise _Damaged(f"it cannot be read as a folder ({error.strerror})") from None
+        raise _DamagedCheckpoint(f"it cannot be read as a folder ({error.strerror})") from None
     if MANIFEST in names:
         return names
     if "optimizer.bin" in names or any(re.fullmatch(r"random_states_[0-9]+\.pkl", name) for name in names):
-        reason = "it was written by accelerate, as in diffusers' script of this name; its optimizer is in a form that can carry code and is not read"
+        reason = (
+            "it was written by accelerate, as in diffusers' script of this name; its optimizer is in a form "
+            "that can carry code and is not read"
+        )
         if "pytorch_lora_weights.safetensors" in names:
             reason += f"; --init_adapter {folder} starts a new run from its LoRA"
-        raise _Damaged(reason)
-    raise _Damaged(f"it has no {MANIFEST}, so it is not a checkpoint of this program or was never finished")
+        raise _DamagedCheckpoint(reason)
+    raise _DamagedCheckpoint(
+        f"it has no {MANIFEST}, so it is not a checkpoint of this program or was never finished"
+    )
 
 
 def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = True) -> tuple[bytes, str]:
-    """(the bytes of a regular file if `keep`, their SHA-256). Raises _Damaged if it is no such file, or not of the size that is expected."""
+    """(the bytes of the file if `keep`, else b""; their SHA-256).
+
+    Raises _DamagedCheckpoint if it is no regular file, or has more than `most` bytes, or fewer if `exactly`.
+    """
     name = path.name
     try:
         # a link is not followed, and a named pipe does not block
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise _Damaged(f"{name} is not a regular file")
-            if found.st_size > most or (exactly and found.st_size < most):
-                raise _Damaged(
-                    f"{name} has {found.st_size:,} bytes instead of {'' if exactly else 'at most '}{most:,}"
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode):
+                raise _DamagedCheckpoint(f"{name} is not a regular file")
+            if info.st_size > most or (exactly and info.st_size < most):
+                raise _DamagedCheckpoint(
+                    f"{name} has {info.st_size:,} bytes instead of {'' if exactly else 'at most '}{most:,}"
                 )
             with open(descriptor, "rb", closefd=False) as file:
                 if not keep:
@@ -196,7 +220,7 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _Damaged(
+        raise _DamagedCheckpoint(
             f"{name} is a symbolic link"
             if error.errno == errno.ELOOP
             else f"{name} cannot be read ({error.strerror})"
@@ -205,9 +229,8 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
-    """The manifest's bytes. Its hash of itself tells a damaged manifest from another one."""
-    seal = hashlib.sha256(_json(body)).hexdigest()
-    return _json({**body, "sha256_of_the_rest": seal})
+    """The bytes of a manifest, with a hash of itself: so damage shows even where it leaves valid JSON."""
+    return _json({**body, "sha256_of_the_rest": hashlib.sha256(_json(body)).hexdigest()})
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -215,20 +238,23 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _parse_manifest(data: bytes) -> dict[str, Any]:
-    """Raises _Damaged unless the bytes are those that `_sealed` gives for a manifest of this format."""
+    """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` gives the same bytes for
+    it."""
     try:
         body = json.loads(data)
         if not isinstance(body, dict) or "format_version" not in body:
-            raise _Damaged(f"{MANIFEST} is damaged")
+            raise _DamagedCheckpoint(f"{MANIFEST} is damaged")
         version = body["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise _Damaged(f"{MANIFEST} is of format {version}; this program reads up to {FORMAT_VERSION}")
+            raise _DamagedCheckpoint(
+                f"{MANIFEST} is of format {version}; this program reads up to {FORMAT_VERSION}"
+            )
         body.pop("sha256_of_the_rest", None)
-        whole = version == FORMAT_VERSION and _sealed(body) == data
+        is_whole = version == FORMAT_VERSION and _sealed(body) == data
     except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise _Damaged(f"{MANIFEST} is damaged")
+        is_whole = False
+    if not is_whole:
+        raise _DamagedCheckpoint(f"{MANIFEST} is damaged")
     step, identity, files = body.get("step"), body.get("identity"), body.get("files")
     if (
         type(step) is not int
@@ -237,7 +263,7 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
         or not isinstance(files, dict)
         or not files
     ):
-        raise _Damaged(f"{MANIFEST} lacks step, identity or files")
+        raise _DamagedCheckpoint(f"{MANIFEST} lacks step, identity or files")
     for name, entry in files.items():
         plain = (
             isinstance(entry, dict)
@@ -246,7 +272,7 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
             and _is_sha256(entry.get("sha256"))
         )
         if not plain or not _PLAIN.fullmatch(name) or name == MANIFEST:
-            raise _Damaged(f"{MANIFEST} has an entry {name!r} that is none")
+            raise _DamagedCheckpoint(f"{MANIFEST} has an entry {name!r} that is none")
     return body
 
 
@@ -260,16 +286,18 @@ def _is_sha256(value: object) -> bool:
 def publish(
     output_dir: Path, step: int, files: dict[str, bytes], identity: dict[str, Any], *, limit: int | None
 ) -> Path:
-    """Make `checkpoint-<step>` of the files, then remove whole ones beyond the newest `limit`; None keeps all. Nothing is done twice: a
-    checkpoint that is there already, the same in every byte, stays.
+    """Write `checkpoint-<step>` and return its path; then remove whole checkpoints beyond the newest `limit`,
+    None for no limit.
 
-    Raises SaveFailed if the disk does not take it: the older ones, and one of the same step, are then as they were.
+    A checkpoint of the same step with the same bytes is left as it is. Raises SaveFailed if the checkpoint
+    cannot be written: older ones, and one of the same step, are then unchanged. Raises PruneFailed if only
+    the removal failed.
     """
     target = output_dir / f"checkpoint-{step}"
     table = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
-    # to JSON and back first: what is read later must give the same bytes, whatever kind of keys and sequences came in
+    # through JSON first: keys and sequences of other types would give other bytes when the manifest is read
     body = json.loads(
         json.dumps({"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table})
     )
@@ -282,7 +310,8 @@ def publish(
         needed = sum(map(len, files.values())) + len(manifest)
         room = f"it needs {needed:,} bytes, {output_dir} has {_free_bytes(output_dir)} free"
         raise SaveFailed(
-            f"{target.name} could not be saved: {error.strerror or error}; {room}. Older checkpoints are as they were"
+            f"{target.name} could not be saved: {error.strerror or error}; {room}. "
+            "Older checkpoints are as they were"
         ) from error
     try:
         _prune(target, step, limit)
@@ -294,10 +323,11 @@ def publish(
 
 
 def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) -> None:
-    """Write, flush, rename, check. Raises OSError, with everything as before, if that fails.
+    """Write, flush, rename and verify a checkpoint. Raises OSError if that fails; everything is then as it
+    was.
 
-    What has the name already is never written over: a whole checkpoint counts, under its other name, until this one stands; a damaged one
-    is kept for inspection.
+    What already has the name is moved aside: with `keep_old` to a name that still counts as a checkpoint,
+    else, being damaged, to one that does not.
     """
     output_dir = target.parent
     temporary = output_dir / f".tmp-step-{step}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -311,7 +341,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         atomic.flush(temporary)
         if os.path.lexists(target):
             if keep_old and os.path.lexists(replaced):
-                _remove(replaced, step)  # its successor stands; it was left by a run that died
+                _remove(replaced, step)  # left by a run that died after its new checkpoint was finished
             aside = replaced if keep_old else _unused(output_dir / f".bad-step-{step}")
             os.rename(target, aside)
             moved = aside
@@ -325,14 +355,14 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             os.rename(target, temporary)
         if moved is not None:
             os.rename(moved, target)
-        shutil.rmtree(
-            temporary, ignore_errors=True
-        )  # the first error counts; what cannot be removed is swept by the next run
+        # the first error is reported; what cannot be removed now is swept by the next run
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _prune(target: Path, step: int, limit: int | None) -> None:
-    """Remove what the whole checkpoint `target` makes superfluous. A damaged one neither counts nor is removed."""
+    """Remove the checkpoints that `target`, which is whole, replaces. Damaged ones do not count and are not
+    removed."""
     replaced = target.with_name(f".replaced-step-{step}")
     if os.path.lexists(replaced):
         _remove(replaced, step)
@@ -340,7 +370,7 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
         return
     good = {step}
     for other_step, folder in reversed(list_checkpoints(target.parent)):
-        # those of later steps are of a run that got further and was gone back on from: this one is no successor of theirs
+        # later steps belong to a run that got further before this one resumed from an earlier step: they stay
         if folder == target or other_step > step or verify(folder):
             continue
         if other_step in good or len(good) >= limit:
@@ -350,22 +380,24 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
 
 
 def _remove(folder: Path, step: int) -> None:
-    """Take the name away first: half a folder must not be called a checkpoint."""
+    """Remove a checkpoint. It is renamed first: a folder that is half removed must not have a checkpoint's
+    name."""
     trash = folder.with_name(f".trash-step-{step}-{os.getpid()}-{secrets.token_hex(4)}")
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def sweep(output_dir: Path) -> list[str]:
-    """Remove what processes that died left half written or half removed, and return its names. Only for the run that holds the folder's lock.
+    """Remove what processes that died left half written or half removed; return the names. The caller must
+    hold the folder's lock.
 
     Raises UserError if something cannot be removed.
     """
     swept = []
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
         match = re.fullmatch(r"\.replaced-step-([0-9]+)", path.name)
-        succeeded = match is not None and not verify(output_dir / f"checkpoint-{match[1]}")
-        if succeeded or atomic.target_of(path.name) or path.name.startswith((".tmp-step-", ".trash-")):
+        is_replaced = match is not None and not verify(output_dir / f"checkpoint-{match[1]}")
+        if is_replaced or atomic.target_of(path.name) or path.name.startswith((".tmp-step-", ".trash-")):
             try:
                 if match is not None:
                     _remove(path, int(match[1]))
@@ -382,7 +414,7 @@ def sweep(output_dir: Path) -> list[str]:
 
 
 def _unused(path: Path) -> Path:
-    """The path itself, else with the first number behind it under which there is nothing."""
+    """`path` if nothing has that name, else `path-2`, `path-3`, ..."""
     number, unused = 1, path
     while os.path.lexists(unused):
         number += 1
@@ -394,11 +426,15 @@ def _unused(path: Path) -> Path:
 
 
 def room_note(output_dir: Path, last_size: int) -> str | None:
-    """A warning if the disk may not take the next checkpoint, for which half as much again as the last one's bytes should be free."""
-    with contextlib.suppress(OSError):  # a disk that cannot be asked will tell when it is written to
+    """A warning if less than 1.5 times the size of the last checkpoint is free on the disk; None
+    otherwise."""
+    with contextlib.suppress(OSError):  # the error comes again when the checkpoint is written
         free = shutil.disk_usage(output_dir).free
         if free < 1.5 * last_size:
-            return f"{output_dir} has {free:,} bytes free; the last checkpoint took {last_size:,}, the next may not fit. Make room"
+            return (
+                f"{output_dir} has {free:,} bytes free; the last checkpoint took {last_size:,}, the next may "
+                "not fit. Make room"
+            )
     return None
 
 

@@ -1,4 +1,4 @@
-"""One process at work in a folder."""
+"""A lock on a folder: one process at a time works in it."""
 
 import contextlib
 import errno
@@ -18,50 +18,52 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> Iterator[list[str]]:
-    """Keep others out of `folder` until the block ends or the process dies. Gives notes for the user.
+    """Hold the lock of `folder`, which `flag` names, until the block ends or the process dies. Yields notes
+    for the user.
 
-    If another process is at work there, `wait` is called with its name, once a second until it is gone. Raises UserError, naming flag and
-    owner, if there is no `wait`.
+    If another process holds it, `wait` is called once a second with that process's name. Without `wait`,
+    raises UserError.
     """
     descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         notes = []
         while True:
             try:
-                # lockf, not flock: forked loader workers inherit the latter, and would hold it for seconds after the run was killed
+                # not flock, which forked loader workers inherit and hold for seconds after the run was killed
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     notes.append(
-                        f"{folder} cannot be locked ({error.strerror}): take care that nothing else writes there"
+                        f"{folder} cannot be locked ({error.strerror}): "
+                        "take care that nothing else writes there"
                     )
                     break
-            owner = _owner(descriptor)
+            name = _owner(descriptor)
             if wait is None:
                 raise UserError(
-                    f"{flag}: another run is at work in {folder}: {owner}. Wait for it, stop it, or name another folder"
+                    f"{flag}: another run is at work in {folder}: {name}. "
+                    "Wait for it, stop it, or name another folder"
                 )
-            wait(owner)
+            wait(name)
             time.sleep(1)
-        me = {
+        owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": sys.argv,
         }
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield notes
     finally:
-        os.close(
-            descriptor
-        )  # and with it the lock; the file stays, since removing it could pull it from under the next owner
+        # this ends the lock; the file stays, because a process that waits may have it open already
+        os.close(descriptor)
 
 
 def _owner(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 65536, 0))
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (ValueError, KeyError, TypeError):  # it holds the lock, and has not written who it is yet
+    except (ValueError, KeyError, TypeError):  # it holds the lock and has not written its name yet
         return "a process that has only just started"

@@ -1,7 +1,9 @@
-"""Safetensors files: the header, checked before any library reads the file; and bytes that do not vary from run to run.
+"""Safetensors files: headers are checked before the library reads a file, and files are written with stable
+bytes.
 
-A header is a promise about sizes that whoever sent the file wrote. The safetensors library refuses broken ones, but takes a million empty
-tensors (20 seconds), the same key twice and any name; and a file that is no safetensors at all is told apart here by its first bytes.
+A file may come from anyone. The safetensors library refuses broken headers, but it takes a million empty
+tensors (20 seconds), the same key twice and any name. Files of other formats are recognized by their first
+bytes, for a message that helps. This module imports torch only to write.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ _BITS = (
     | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
     | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
 )
-# `string_to_param.*` is of an embedding that lies in a bundle; whoever reads the file says what it is
+# the star is for `string_to_param.*`, a textual inversion in a bundle, which has a message of its own later
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
 _LONGEST_KEY = 512
 _MAGIC = {
@@ -42,7 +44,8 @@ _MAGIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a file may be at most, and which dtypes it may have."""
+    """The largest header, number of tensors and file that are read, the dtypes, and whether tensors may be
+    empty."""
 
     header_bytes: int
     tensors: int
@@ -58,7 +61,8 @@ ADAPTER = Limits(
     dtypes=frozenset({"F32", "F16", "BF16"}),
     empty_tensors=False,
 )
-# A base is large and may have indices or masks; what its parts need is known by whoever loads it.
+# A base is large and may have indices or masks. Whether a part has the tensors it needs is checked when it is
+# loaded.
 BASE = Limits(
     header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtypes=frozenset(_BITS), empty_tensors=True
 )
@@ -66,19 +70,20 @@ BASE = Limits(
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Shapes by key in the file's order, its metadata, and by key the dtype and the byte of the file at which the values begin."""
+    """What a file says of its tensors, by key in the file's order."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
-    places: dict[str, tuple[str, int]]
+    places: dict[str, tuple[str, int]]  # dtype, and the byte of the file at which the values begin
 
 
 class _Broken(Exception):
-    """Why a header cannot be read."""
+    """The message says what is wrong with the file."""
 
 
 def read(path: Path, limits: Limits) -> Header:
-    """The header of the file. Raises UserError, naming file and reason, unless it describes exactly the bytes that follow, within `limits`."""
+    """The header of a file. Raises UserError unless it is within `limits` and describes exactly the bytes
+    that follow."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
@@ -90,11 +95,12 @@ def read(path: Path, limits: Limits) -> Header:
             if info.st_size < 8:
                 raise _Broken(f"it has {info.st_size} bytes; it was not written to its end")
             (size,) = struct.unpack("<Q", start[:8])
-            if (known := _what_it_is(start)) and (size > info.st_size - 8 or start[8:9] != b"{"):
-                raise _Broken(f"it is {known}")
+            if (other_format := _other_format(start)) and (size > info.st_size - 8 or start[8:9] != b"{"):
+                raise _Broken(f"it is {other_format}")
             if size > info.st_size - 8:
                 raise _Broken(
-                    f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: cut off, or no safetensors file"
+                    f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: "
+                    "cut off, or no safetensors file"
                 )
             if size > limits.header_bytes:
                 raise _Broken(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
@@ -109,18 +115,21 @@ def read(path: Path, limits: Limits) -> Header:
         ) from None
 
 
-def _what_it_is(start: bytes) -> str:
+def _other_format(start: bytes) -> str:
+    """The format of a file by its first bytes, if it is one that people mistake for safetensors; else ""."""
     return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def _json(header: bytes) -> dict[str, Any]:
+    """The header's content. Raises _Broken if it is no JSON object, or has a key twice."""
+
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "a key"
             raise _Broken(f"{shown(twice)} stands twice in its header")
-        return found
+        return content
 
     try:
         content = json.loads(header.decode("utf-8"), object_pairs_hook=table)
@@ -132,52 +141,58 @@ def _json(header: bytes) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
+    """The header from its JSON. The values begin at byte `start` of the file and have `body` bytes.
+
+    Raises _Broken if an entry is wrong, or if the entries overlap, leave gaps, or do not fill the body.
+    """
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Broken("its metadata is not a table of texts")
     if len(content) > limits.tensors:
         raise _Broken(f"{len(content):,} tensors are more than {limits.tensors:,}")
-    shapes, ends, places = {}, [], {}
-    for key, entry in content.items():
-        if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
-            raise _Broken(f"the key {key[:80]!a} is not a name of a tensor")
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise _Broken(f"{key} lacks dtype, shape or place") from None
-        numbers = (*shape, begin, end)
-        if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
-            raise _Broken(f"{key} has a shape or place that cannot be")
-        if not isinstance(dtype, str) or dtype not in limits.dtypes:
-            raise _Broken(
-                f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {', '.join(sorted(limits.dtypes))}"
-            )
-        if 0 in shape and not limits.empty_tensors:
-            raise _Broken(f"{key} has no values: shape {shape}")
-        if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
-            raise _Broken(
-                f"{key} of shape {shape} and dtype {dtype} does not fill its place of {end - begin} bytes"
-            )
-        shapes[key] = shape
-        places[key] = dtype, start + begin
-        ends.append((begin, end, key))
+    entries = {key: _entry(key, value, limits) for key, value in content.items()}
     reached = 0
-    for begin, end, key in sorted(ends):
+    for begin, end, key in sorted((begin, end, key) for key, (_, _, begin, end) in entries.items()):
         if begin != reached:
-            raise _Broken(
-                f"{key} {'overlaps with' if begin < reached else 'leaves a gap after'} the tensor before it"
-            )
+            fault = "overlaps with" if begin < reached else "leaves a gap after"
+            raise _Broken(f"{key} {fault} the tensor before it")
         reached = end
     if reached != body:
-        raise _Broken(
-            f"its tensors have {reached:,} bytes and {body:,} follow the header: {'cut off' if body < reached else 'bytes left over'}"
-        )
-    return Header(shapes, metadata, places)
+        fault = "cut off" if body < reached else "bytes left over"
+        raise _Broken(f"its tensors have {reached:,} bytes and {body:,} follow the header: {fault}")
+    return Header(
+        {key: shape for key, (_, shape, _, _) in entries.items()},
+        metadata,
+        {key: (dtype, start + begin) for key, (dtype, _, begin, _) in entries.items()},
+    )
+
+
+def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of a tensor, begin and end in bytes after the header. Raises _Broken."""
+    if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
+        raise _Broken(f"the key {key[:80]!a} is not a name of a tensor")
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _Broken(f"{key} lacks dtype, shape or place") from None
+    numbers = (*shape, begin, end)
+    if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
+        raise _Broken(f"{key} has a shape or place that cannot be")
+    if not isinstance(dtype, str) or dtype not in limits.dtypes:
+        known = ", ".join(sorted(limits.dtypes))
+        raise _Broken(f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {known}")
+    if 0 in shape and not limits.empty_tensors:
+        raise _Broken(f"{key} has no values: shape {shape}")
+    if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
+        size = end - begin
+        raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its place of {size} bytes")
+    return dtype, shape, begin, end
 
 
 def stable_bytes(tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with sorted keys. The library's own order of the metadata varies from run to run."""
-    from safetensors.torch import save  # imports torch, and --help needs this module
+    """The bytes of a file with sorted keys. In those of the library the order of the metadata varies from run
+    to run."""
+    from safetensors.torch import save  # imports torch, for which --help must not wait
 
     data = save(dict(sorted(tensors.items())), metadata)
     (size,) = struct.unpack("<Q", data[:8])
