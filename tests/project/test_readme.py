@@ -60,7 +60,7 @@ def notebook_cells() -> list[str]:
 
 
 def make_recipe(target: str) -> list[str]:
-    """The commands of a target. One thread each: two in each of several workers would wait for one another."""
+    """The commands of a target, on one thread each: tests run side by side, and threads would wait."""
     words = ["make", "--dry-run", "--always-make", "THREADS=1", target]
     return joined_lines(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
@@ -258,7 +258,9 @@ def test_the_architecture_page_names_every_package_and_no_other():
     assert named == {path.parent.name for path in (ROOT / "dreambooth").glob("*/__init__.py")}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in DOCS)]
+)
 def test_files_and_links_of_a_page_exist(page):
     text = (ROOT / page).read_text()
     folder = (ROOT / page).parent
