@@ -1,12 +1,13 @@
 """What several test files share: a tiny base of each kind and a folder of photos, built once a session, without a network."""
 
+import functools
 import gc
+import inspect
 import os
 import signal
 
 # Before torch is imported: what these tests promise, they promise of a CPU, whether or not the machine has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -25,6 +26,8 @@ from dreambooth.options.training import BaseOptions
 from tests import tiny
 from tests.running import run_train
 
+# tyro looks for the help of every flag in the source of the options, anew for each command line.
+inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
 torch.set_num_threads(1)  # the same last bits on any machine
 # A shell that runs the tests in its background leaves SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -75,11 +75,13 @@ def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    at_work, ended = os.pipe()  # every process but the first holds one end open for as long as it lives
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(count):
             child = os.fork()
             if child == 0:
+                os.close(at_work if rank else ended)
                 try:
                     job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
                     os.environ.update({name: str(value) for name, value in job.items()})
@@ -89,8 +91,12 @@ def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
                 except BaseException:
                     traceback.print_exc()
                 finally:
+                    if rank == 0:
+                        os.read(at_work, 1)  # the others meet here, some of them perhaps only now
                     os._exit(0)
             children.append(child)
+        os.close(at_work)
+        os.close(ended)
         for child in children:
             os.waitpid(child, 0)
         paths = [Path(folder, str(rank)) for rank in range(count)]

@@ -75,6 +75,7 @@ def test_the_writer_writes_what_older_libraries_were_shown(name, trained, folder
     assert all(reader["adapters"][name]["sha256"] == now["sha256"] for reader in RECORD["readers"]), AGAIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FILES)
 def test_the_base_is_the_one_that_older_libraries_were_shown(family, trained, folder):
     hashes, drawn = base_hashes(folder / family), draw(family, models_of(load(folder / family)))

@@ -63,6 +63,7 @@ def in_layout(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_model", ["", "text_model."])
 @pytest.mark.parametrize("layout", ["peft", "peft, named", "diffusers", "processors"])
 def test_spellings_without_metadata_are_read_with_scale_one(layout, text_model, loaded, base, tmp_path):

@@ -61,6 +61,7 @@ def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
         expect_same_deltas(again, models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_one_component_alone_is_an_adapter(component, layout, adapted, base, tmp_path):
@@ -107,6 +108,7 @@ def test_plain_diffusers_loads_lora_from_both_layouts(kind, layout, adapted, loa
     expect_same_outputs(loaded, adapted(kind), rewritten(adapter, layout), tmp_path)
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_dora_from_our_layout(adapted, loaded, base, tmp_path):
     adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("dora")), base)
     expect_same_outputs(loaded, adapted("dora"), writing.write_native(adapter, {}), tmp_path)
@@ -164,6 +166,7 @@ def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, ba
         }
 
 
+@pytest.mark.slow
 @needs_lycoris
 @pytest.mark.parametrize("kind", KINDS)
 def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_path):

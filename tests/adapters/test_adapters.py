@@ -310,6 +310,7 @@ def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, model
     assert digest(str(tiny_base)) == hashlib.sha256(packed(components)).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_that_is_not_finite_is_never_packed(name, value, models):
@@ -399,6 +400,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -520,6 +522,7 @@ def of_a_norm(state: State) -> None:
     state["unet.conv_norm_out.lora_A.weight"] = torch.zeros(4, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

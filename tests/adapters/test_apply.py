@@ -74,6 +74,7 @@ def test_kinds_on_the_same_layers_add_up_at_their_weights_in_any_order(pipeline,
         expect_close(outputs(own), expected)
 
 
+@pytest.mark.slow
 def test_attaching_adds_to_what_is_active_and_says_nothing(pipeline, layers, capfd):
     adapters = [adapter_of(layers, mixed, seed=seed) for seed in (1, 2)]
     with warnings.catch_warnings():

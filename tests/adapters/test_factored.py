@@ -351,6 +351,7 @@ def test_dropout_is_pefts(kind, dropout):
     assert_near({"": ours.eval()(x)}, {"": model.eval()(x)})
 
 
+@pytest.mark.slow
 def test_several_adapters_on_a_layer_add_up_as_pefts_do(tiny_base):
     """Of one kind and mixed, weighted, chosen, disabled and deleted; alone again it is peft's to rounding."""
     unet = unet_with(tiny_base, LoHaConfig(r=2, alpha=2, target_modules=ATTENTION))

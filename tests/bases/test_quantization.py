@@ -229,7 +229,7 @@ def test_a_compiled_quantized_run_is_refused_before_a_model_is_loaded(
 def test_a_device_on_which_the_package_fails_is_refused_with_its_reason(kind):
     with pytest.raises(
         UserError,
-        match=rf"--quantize_base {kind} does not work on this device \(cuda\): AssertionError: Torch not compiled with CUDA",
+        match=rf"--quantize_base {kind} does not work on this device \(cuda\): \w+Error: ",
     ):
         quantization.check(SpeedOptions(quantize_base=kind), "lora", torch.device("cuda"))
 

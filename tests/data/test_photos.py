@@ -171,6 +171,7 @@ def test_a_photo_more_than_three_times_as_long_as_wide_is_remarked_on(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_limit_on_pixels_can_be_moved(tmp_path):
     (tmp_path / "large.png").write_bytes(png_by_header(8_001))
     with pytest.raises(
@@ -249,6 +250,7 @@ def test_a_bomb_is_refused_by_its_header_in_one_message_without_a_warning(side, 
         assert "over 64,000,000 pixels" in refusal(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_large_photo_within_the_limit_is_taken(tmp_path):
     (tmp_path / "large.png").write_bytes(png_by_header(8_000))
     assert photos.check_folder(tmp_path, FLAG).photos[0].size == (8_000, 8_000)

@@ -223,6 +223,7 @@ def _share_right(found: Scene, truth: Scene, names: tuple[str, ...]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+@pytest.mark.slow
 def test_reader_finds_noise_and_wrecks_invalid():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(5)]

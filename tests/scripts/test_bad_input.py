@@ -1219,10 +1219,10 @@ def as_a_script(script: Any, kind: type, words: list[str]) -> None:
 def check_refused(row: str, script: Any, kind: type, words: list[str], out: Path, capsys) -> None:
     """One message, status 2. Nothing may be left in the output folder."""
     capsys.readouterr()
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(SystemExit) as stopped:
         as_a_script(script, kind, words)
-    took = time.monotonic() - started
+    took = time.process_time() - started
     message = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "Traceback" not in message
@@ -1455,7 +1455,7 @@ def outcomes(
         case = folder / str(number)
         case.mkdir()
         (case / name).write_bytes(mutate(data, random.Random(f"{name} {number}")))
-        started = time.monotonic()
+        started = time.process_time()
         try:
             use(case / name)
             found["accepted"] += 1
@@ -1465,7 +1465,7 @@ def outcomes(
             if stopped.code != 2:
                 raise
             found["refused"] += 1
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
     return found
 
 

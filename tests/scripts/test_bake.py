@@ -71,6 +71,7 @@ def test_a_baked_base_draws_what_base_and_adapter_draw(kind, native, tiny_base, 
     expect_same_pictures(tmp_path / "baked", tiny_base, [(plain, weight)])
 
 
+@pytest.mark.slow
 def test_a_baked_xl_draws_what_base_and_adapter_draw(xl_adapter, tiny_xl, tmp_path):
     run("bake", xl_adapter, "--pretrained_model_name_or_path", tiny_xl, "--merge_to", tmp_path / "baked")
     expect_same_pictures(tmp_path / "baked", tiny_xl, [(xl_adapter, 1.0)])

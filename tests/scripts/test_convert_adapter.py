@@ -78,6 +78,7 @@ def test_inspect_reads_kohyas_names_without_a_base(kind, native, layers, tiny_ba
     assert "unet down_blocks_1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_dense_update(native, layers):
     for kind in ("locon", "loha cp", "lokr cp", "lokr dense"):
         for modules in reading.read_additive(native(kind), layers).components.values():
@@ -104,6 +105,7 @@ def test_kohya_and_back_gives_the_same_bytes(kind, native, tiny_base, adapted, l
     assert adapter_files.recorded(adapter.metadata) == INFO | {"prediction_type": "epsilon"}
 
 
+@pytest.mark.slow
 def test_an_xl_adapter_goes_to_kohya_and_back(xl_adapter, tiny_xl, tmp_path):
     """Of a make with other names than the usual Stable Diffusion XL has: one resnet in a block, not two."""
     base = ("--pretrained_model_name_or_path", tiny_xl)
@@ -167,6 +169,7 @@ def test_peft_loads_the_folders_that_are_made_for_it(kind, native, adapted, load
     run("inspect", tmp_path / "peft")  # and it is read again
 
 
+@pytest.mark.slow
 def test_peft_loads_the_text_encoders_of_xl_too(xl_adapter, loaded_xl, tiny_xl, tmp_path):
     run("convert", xl_adapter, "--to", "peft", "--output", tmp_path / "peft")
     own = families.find(BaseOptions(str(tiny_xl))).layers()
@@ -254,6 +257,7 @@ def test_merging_to_a_rank_is_the_best_of_that_rank(native, layers, tmp_path, ca
         assert f"{component}: {kept / total:.4%} of the update's energy is kept" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["locon", "dora", "lokr dense"])
 def test_resizing_is_the_optimal_truncation(kind, native, layers, tiny_base, tmp_path):
     run(

@@ -165,6 +165,7 @@ def test_a_kohya_file_draws_what_the_native_file_draws(tiny_base, files, tmp_pat
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_dora_on_the_text_encoder_draws_as_its_arithmetic_says(
     tiny_base, files, layers, base_pipeline, tmp_path
 ):
@@ -256,6 +257,7 @@ def test_sets_are_swapped_without_loading_the_base_again(tiny_base, files, tmp_p
     assert "note: the sets are drawn with different clip_skip" in said
 
 
+@pytest.mark.slow
 def test_parts_have_factors_on_the_command_line(tiny_base, files, tmp_path):
     path = str(files / "mixed.safetensors")
     base = run(tiny_base, tmp_path / "base")

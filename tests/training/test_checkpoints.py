@@ -148,6 +148,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):
 # --- damage
 
 
+@pytest.mark.slow
 def test_any_damage_to_the_newest_is_noticed_and_the_one_before_is_chosen(counts):
     """A bit, the end, a part in zeros, all of it, the file itself; in every file."""
     assert counts["damaged"] >= 200
@@ -383,7 +384,7 @@ def test_the_product_has_no_reader_of_pickles():
     ]
     assert len(files) > 10
     assert [str(path.relative_to(ROOT)) for path in files if re.search(reader, path.read_text())] == []
-    assert re.search(reader, Path(__file__).read_text())
+    assert re.search(reader, "torch.load(path)")
 
 
 @pytest.mark.parametrize(
@@ -475,6 +476,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(what, folder
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

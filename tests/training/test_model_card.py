@@ -203,6 +203,7 @@ def test_the_card_says_whether_the_text_encoder_was_trained():
     assert "The text encoder was trained too." in card(train_text_encoder=True)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_card_draws_with_the_adapter(tiny_base, tmp_path, monkeypatch):
     base = tmp_path / "base"
     base.symlink_to(tiny_base)

@@ -92,6 +92,7 @@ def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_
     assert_same(second.everything(), first.everything())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_adamw_from_before_there_were_others_is_taken(loaded, tmp_path):
     first, second, other = (
         Run(loaded, "adamw"),
@@ -270,6 +271,7 @@ def test_a_checkpoint_of_more_than_is_trained_now_is_refused(name, loaded, tmp_p
 # --- the average
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_after_a_look_at_the_adapter_training_goes_on_from_the_same_bits(name, loaded):
     run = Run(loaded, name)

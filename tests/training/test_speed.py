@@ -95,6 +95,7 @@ def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_p
     assert (tmp_path / "compiled" / "image_0.png").exists()
 
 
+@pytest.mark.slow
 def test_every_block_is_compiled_and_the_names_of_its_weights_stay(tiny_base):
     from diffusers import UNet2DConditionModel
 
