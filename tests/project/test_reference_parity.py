@@ -1,6 +1,6 @@
 """Command lines of diffusers' DreamBooth-LoRA scripts work here unchanged.
 
-docs/reference-parity.md says which test holds each flag and each defect; what other files test is not repeated here.
+docs/reference-parity.md names the test of each flag and each defect; tests of other files are not repeated.
 """
 
 import importlib.util
