@@ -1,4 +1,4 @@
-"""Folders of checkpoints: there is a whole one whatever goes wrong while the next is written."""
+"""Folders of checkpoints: an intact one is left whatever goes wrong in the next save."""
 
 import collections
 import errno
@@ -54,7 +54,7 @@ def test_a_lower_limit_removes_several_at_once(tmp_path):
     ("damaged", "limit", "kept"), [({4}, 2, {4, 6, 8}), ({4, 6}, 2, {2, 4, 6, 8}), ({2, 6}, 1, {2, 6, 8})]
 )
 def test_a_damaged_checkpoint_neither_counts_nor_is_removed(damaged, limit, kept, tmp_path):
-    """It is left to be looked at, and is no reason to remove a whole one."""
+    """It is left to be examined, and does not count toward the limit."""
     for step in (2, 4, 6):
         small(tmp_path, step)
     for step in damaged:
@@ -82,7 +82,7 @@ def test_pruning_touches_nothing_that_is_no_checkpoint(tmp_path):
 
 
 def test_the_same_checkpoint_is_not_written_twice(tmp_path):
-    """A run that goes on from an older checkpoint comes by the newer ones again, and they are the same in every byte."""
+    """A run resumed from an older checkpoint writes the newer ones again, the same in every byte."""
     folder = small(tmp_path, 2)
     before = {name: (folder / name).stat().st_mtime_ns for name in FILES} | {"": folder.stat().st_ino}
     assert small(tmp_path, 2) == folder
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_an_overwritten_run_is_replaced(tmp_path):
 
 
 def test_the_same_files_of_another_run_are_replaced_too(tmp_path):
-    """What run it was is compared when it goes on."""
+    """On resume the recorded runs are compared."""
     for run in ("one", "other"):
         folder = checkpoints.save(tmp_path, 2, b"adapter", {}, STATE, limit=None, identity={"run": run})
     assert checkpoint_folders.read(folder).identity == {"run": "other"}
@@ -121,7 +121,7 @@ def test_whatever_has_the_name_of_a_checkpoint_is_moved_not_lost(make, tmp_path)
 
 
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
-    """While it is written its folder's name has no "checkpoint" in it: other programs take every such name for a finished one."""
+    """Its folder's name has no "checkpoint" in it: other programs take every such name for a finished one."""
     small(tmp_path, 2)
     seen: list[set[str]] = []
     flush = os.fsync
@@ -149,9 +149,9 @@ def test_a_missing_folder_has_no_checkpoints(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_its_name_says_so(tmp_path, monkeypatch):
-    """Files, then the manifest that vouches for them, then their folder, then the name, then the folder with the name, then the rest goes.
+    """Files, their manifest, their folder, the rename, the folder above, and then the removals.
 
-    Another order would hold against a kill, and not against a power cut.
+    Another order would withstand a kill, but not a power cut.
     """
     small(tmp_path, 2)
     done: list[tuple[str, ...]] = []
@@ -210,7 +210,7 @@ def test_a_file_that_takes_several_writes_is_whole(tmp_path, monkeypatch):
 def test_a_disk_that_does_not_take_a_checkpoint_leaves_the_older_ones_and_nothing_else(
     step, call, number, tmp_path, monkeypatch
 ):
-    """Even where it would have replaced one, and where the limit would have removed one: the last whole checkpoint is never removed."""
+    """The last intact one is never removed, even if the save replaces one or the limit removes one."""
     for older in (2, 4):
         small(tmp_path, older)
     with monkeypatch.context() as patch:
@@ -250,7 +250,7 @@ def test_ctrl_c_while_saving_leaves_the_older_ones_and_nothing_else(step, call, 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6], ids=["again", "new"])
 def test_one_error_of_the_disk_at_any_call_costs_no_whole_checkpoint(step, tmp_path, monkeypatch):
-    """The save says so or was done; the newest whole one is found; the next save works."""
+    """The save fails or was done; the newest intact one is found; the next save works."""
     failures: collections.Counter[str] = collections.Counter()
     for moment in itertools.count():
         output_dir = tmp_path / str(moment)
@@ -291,7 +291,7 @@ def test_one_error_of_the_disk_at_any_call_costs_no_whole_checkpoint(step, tmp_p
 
 
 def test_what_reads_back_damaged_is_no_reason_to_remove_an_older_one(tmp_path, monkeypatch):
-    """Some disks take everything and keep something else."""
+    """Some disks accept every byte and keep others."""
     small(tmp_path, 2)
     small(tmp_path, 4)
     write = os.write
@@ -318,7 +318,7 @@ def test_an_older_one_that_cannot_be_removed_is_no_lost_save(tmp_path, monkeypat
 
 
 def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
-    """Half as much again as the last checkpoint took must be free."""
+    """1.5 times the size of the last checkpoint must be free."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1500, 1500))
     assert checkpoint_folders.room_note(tmp_path, 1000) is None
@@ -331,7 +331,10 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_whenever_the_process_is_killed_there_is_a_whole_checkpoint_and_it_is_found(counts):
-    """Before each call to the file system and in the middle of each write, keeping 1, 2 and 3: saving a new step, one that is there, sweeping."""
+    """Kills before each call to the file system and in the middle of each write, keeping 1, 2 and 3.
+
+    The process saves a new step, saves one that exists, or sweeps.
+    """
     assert counts["kill_points"] >= 100
     assert counts["violations"] == 0
 
@@ -408,7 +411,7 @@ def test_the_newest_whole_one_is_chosen_and_each_newer_one_named_with_its_reason
 
 @pytest.mark.parametrize("word", ["latest", "auto"])
 def test_where_every_checkpoint_is_damaged_no_new_run_starts(word, tmp_path):
-    """It would write over what may still be saved, and nobody would notice."""
+    """It would overwrite, without a word, what may still be repaired."""
     for step in (2, 4):
         change(small(tmp_path, step) / "state.json")
     with pytest.raises(UserError) as refused:
@@ -447,7 +450,7 @@ def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
 
 
 def test_a_bare_name_means_the_run_s_own_checkpoint(tmp_path, monkeypatch):
-    """Not one that happens to lie in the folder where the command was typed."""
+    """Not one in the working folder."""
     (tmp_path / "out").mkdir()
     small(tmp_path, 4)
     own = small(tmp_path / "out", 4, mark=1)
@@ -475,7 +478,7 @@ def test_an_unknown_name_where_there_is_none_says_so(tmp_path):
 
 @pytest.mark.parametrize("named", ["checkpoint-500", "latest", "auto"])
 def test_a_checkpoint_of_the_reference_script_is_refused_with_what_can_be_done(named, tmp_path):
-    """Its optimizer is a pickle, and its state cannot go on exactly; its adapter can be used."""
+    """Its optimizer state is a pickle, and a resume would not be exact; its adapter can be used."""
     theirs = tmp_path / "checkpoint-500"
     theirs.mkdir()
     for name in ("pytorch_lora_weights.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):

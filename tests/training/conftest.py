@@ -40,7 +40,7 @@ def folder(run, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, int]:
-    """What the fault report counts; in a process without torch, which forks faster."""
+    """The counts of the fault report; from a process without torch, which forks faster."""
     words = [sys.executable, "-m", "tests.faults.checkpoint_faults"]
     return json.loads(
         subprocess.run(
@@ -51,7 +51,7 @@ def counts() -> dict[str, int]:
 
 @pytest.fixture
 def connected(monkeypatch, tmp_path):
-    """The library online, logged in nowhere, in a home of its own, and not waiting between its tries."""
+    """The library online, without a login, with an empty home, and not waiting between its tries."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that only the real hub speaks
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
@@ -75,7 +75,7 @@ def server(connected, monkeypatch):
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """The output folder of a run, with much that is nobody's business."""
+    """The output folder of a run, with much that must not be uploaded."""
     folder = tmp_path / "dog-lora"
     for name in (
         *UPLOADED,

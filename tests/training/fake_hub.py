@@ -42,7 +42,7 @@ class Request:
 
 
 class Hub:
-    """A hub in memory. `faults` maps a part of a path to the status that requests with it get, with the caller's token in the answer."""
+    """A hub in memory. `faults` maps parts of paths to statuses of answers, which repeat the token."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -157,17 +157,17 @@ class Hub:
         return 200, info | {"cardData": self.cards.get(name)}
 
     def how(self, files: dict[str, bytes], path: str) -> dict[str, Any]:
-        """The way a file goes up: large formats beside the commit, as on the real hub. `oid` is that of the same file there."""
+        """How a file is uploaded: large formats beside the commit. `oid` is the stored file's."""
         is_large = path.endswith(".safetensors")
-        found: dict[str, Any] = {
+        answer: dict[str, Any] = {
             "path": path,
             "uploadMode": "lfs" if is_large else "regular",
             "shouldIgnore": path in self.ignored,
         }
         if path in files:
             git = hashlib.sha1(b"blob %d\0" % len(files[path]) + files[path]).hexdigest()
-            found["oid"] = hashlib.sha256(files[path]).hexdigest() if is_large else git
-        return found
+            answer["oid"] = hashlib.sha256(files[path]).hexdigest() if is_large else git
+        return answer
 
 
 def reports(**values: Any) -> ReportOptions:

@@ -53,7 +53,10 @@ def flags(optimizer: str, **more: Any) -> OptimizerOptions:
 
 
 class Run:
-    """Adapters on fresh models, a group for each, and steps with made-up gradients, of one sign more often than not: Prodigy's estimate grows."""
+    """Adapters on fresh models, a group for each, and steps with made-up gradients.
+
+    Most gradients are of one sign, so that Prodigy's estimate grows.
+    """
 
     def __init__(
         self, loaded: Models, optimizer: str, *, rank: int = 4, seed: int = 7, alpha: float = 1.0, **more: Any
@@ -104,7 +107,7 @@ class Run:
         checkpoints.restore(checkpoint_folders.read(folder), self.components, self.optimizer)
 
     def everything(self) -> dict[str, Any]:
-        """All that the next step depends on, copied."""
+        """Copies of all that the next step depends on."""
         found: dict[str, Any] = {name: parameter.detach().clone() for name, parameter in self.named}
         for group in self.optimizer.param_groups:
             found |= {f"{group['name']} {key}": value for key, value in group.items() if key not in NOT_READ}

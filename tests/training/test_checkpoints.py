@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, and what does not fit is refused before anything is changed."""
+"""Checkpoints: what was saved is restored; what does not fit is refused before anything is changed."""
 
 import collections
 import hashlib
@@ -70,7 +70,7 @@ def test_the_steps_after_a_restore_are_those_of_an_unbroken_run(run, loaded, tmp
 
 
 def test_moments_count(run, loaded):
-    """The control of the test above: with the adapter alone the next step is another one."""
+    """The control of the test above: the adapter alone gives another next step."""
     other = Run(loaded, seed=8)
     for component, saved in zip(other.components, run.components, strict=True):
         component.load_state_dict(saved.state_dict())
@@ -80,7 +80,7 @@ def test_moments_count(run, loaded):
 
 
 def test_training_on_does_not_change_a_checkpoint(run, loaded, tmp_path):
-    """What was read from a file must not be the file."""
+    """Tensors that were read must not map the file."""
     folder = run.save(tmp_path, 2)
     before = {name: (folder / name).read_bytes() for name in FILES}
     other = Run(loaded, seed=8)
@@ -150,7 +150,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):
 
 @pytest.mark.slow
 def test_any_damage_to_the_newest_is_noticed_and_the_one_before_is_chosen(counts):
-    """A bit, the end, a part in zeros, all of it, the file itself; in every file."""
+    """A flipped bit, a missing end, a part in zeros, an empty file, no file; for every file."""
     assert counts["damaged"] >= 200
     assert counts["detected"] == counts["damaged_skipped"] == counts["damaged"]
 
@@ -168,13 +168,13 @@ def make_extra_folder(folder: Path) -> None:
 
 
 def make_link(folder: Path) -> None:
-    """To the very bytes that belong there: what it points to can change later."""
+    """Even a link to the right bytes: its target can change later."""
     (folder / "state.json").rename(folder.parent / "elsewhere.json")
     (folder / "state.json").symlink_to(folder.parent / "elsewhere.json")
 
 
 def make_pipe(folder: Path) -> None:
-    """Reading one would wait for ever."""
+    """Reading a pipe would wait for ever."""
     (folder / "state.json").unlink()
     os.mkfifo(folder / "state.json")
 
@@ -221,7 +221,7 @@ def test_every_problem_is_named_at_once(tmp_path):
 
 
 def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path):
-    """It would go on from a step that it is not of."""
+    """The run would be resumed at a wrong step."""
     folder = small(tmp_path, 2)
     for name in ("checkpoint-4", "my_best"):
         folder = folder.rename(tmp_path / name)
@@ -229,7 +229,7 @@ def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path):
 
 
 def test_a_link_to_a_checkpoint_is_refused_with_its_target(tmp_path):
-    """Pruning must not take away what lies elsewhere."""
+    """Pruning must not remove files elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     folder = small(tmp_path / "elsewhere", 2)
     (tmp_path / "checkpoint-2").symlink_to(folder)
@@ -239,7 +239,7 @@ def test_a_link_to_a_checkpoint_is_refused_with_its_target(tmp_path):
 
 
 def sealed(**changes: Any) -> Callable[[bytes], bytes]:
-    """The manifest with other values and a hash of itself that holds."""
+    """The manifest with other values and a correct hash of itself."""
 
     def with_changes(data: bytes) -> bytes:
         body = {**json.loads(data), **changes}
@@ -298,7 +298,7 @@ def test_a_manifest_is_as_it_was_written_and_well_formed(what, tmp_path):
 
 
 def test_what_was_checked_is_what_is_loaded(run, folder, loaded, monkeypatch):
-    """Each file is read once: one that is exchanged after its hash was compared cannot come in."""
+    """Each file is read once: replacing it after its hash was compared has no effect."""
     wanted, opened, real = run.tensors(), collections.Counter[str](), os.open
 
     def count(path: Any, *rest: Any, **named: Any) -> int:
@@ -318,7 +318,7 @@ def test_what_was_checked_is_what_is_loaded(run, folder, loaded, monkeypatch):
 
 
 class Trap:
-    """Unpickled, it leaves a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -329,7 +329,7 @@ class Trap:
 
 @pytest.mark.slow
 def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
-    """Under any name: as a file too many, in the place of one, and in the place of one with hashes that hold."""
+    """Under any name: as an extra file, in place of another, and in place of another with correct hashes."""
     marker = tmp_path / "marker"
     trap = pickle.dumps(Trap(marker))
     pickle.loads(trap)
@@ -372,7 +372,7 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(folder, loaded, tmp_path):
 
 
 def test_the_product_has_no_reader_of_pickles():
-    """Nor any of the functions, of torch and accelerate, that are one inside."""
+    """Nor calls of torch's and accelerate's functions that unpickle."""
     reader = r"pickle|torch\.load|(import|from)\s+(marshal|shelve|dill|joblib)|\.load_state\("
     files = [
         *ROOT.glob("*.py"),
@@ -464,7 +464,7 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], ob
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(what, folder, loaded):
-    """Half of a checkpoint would train on from a state that no run was ever in."""
+    """Half of a checkpoint would be a state that no run was ever in."""
     DAMAGE[what](folder)
     other = Run(loaded, seed=8)
     other.step(9)

@@ -1,6 +1,6 @@
-"""The upload: only what is meant to be seen leaves the machine, and a failed upload neither loses anything nor looks like success.
+"""The upload: nothing private leaves the machine; a failed upload is an error and loses nothing.
 
-A hub of our own listens on the loopback device and speaks the part of the protocol that the library uses.
+A hub in this process listens on the loopback device and answers the requests that the library makes.
 """
 
 import os

@@ -24,7 +24,7 @@ def front_of(text: str) -> dict[str, Any]:
 
 
 def block_of(text: str, language: str) -> str:
-    """A code block as Markdown reads it: up to a fence that is as long or longer, and may be indented by three."""
+    """A code block as Markdown reads it: up to a fence as long or longer, indented by at most three."""
     found = re.search(rf"^(`{{3,}}){language}\n(.*?)\n {{0,3}}\1`*$", text, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[2]
@@ -72,7 +72,8 @@ def test_what_users_typed_is_text_in_the_card_and_nothing_more(text):
     assert [table[name] for name in ("instance_prompt", "validation_prompt", "class_prompt")] == [text] * 3
     compile(block_of(hostile, "python"), "card", "exec")
     assert repr(text) in block_of(hostile, "python")
-    # what is left is prose: as many lines as ever, each beginning as ever, no tag, and no code, link or emphasis that is not ours
+    # The rest is prose: the same number of lines, with the same beginnings; no tag; no code, link or emphasis
+    # but the card's own.
     prose, expected = prose_of(hostile), prose_of(plain)
     assert [line[:12] for line in prose.splitlines()] == [line[:12] for line in expected.splitlines()]
     assert "<" not in prose

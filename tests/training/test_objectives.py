@@ -1,4 +1,4 @@
-"""One training step against the same step written out from the papers' equations: losses and gradients of every family."""
+"""Losses and gradients of a training step equal those of the papers' equations, for every family."""
 
 import contextlib
 import dataclasses
@@ -46,10 +46,13 @@ def pictures(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def a_training(base: Path, pictures: Path, out: Path, words: str) -> Iterator[Training]:
-    """A run before its first step; its B matrices are filled, so that both factors of every layer have a gradient. With this seed there is much
-    noise and little among the first rows."""
-    common = f"--pretrained_model_name_or_path {base} --instance_data_dir {pictures / 'instance'} --class_data_dir {pictures / 'class'}"
-    common += f" --num_class_images 3 --prior_loss_weight {PRIOR_WEIGHT} --output_dir {out} --seed 68 --report_to none --train_batch_size 2"
+    """A run before its first step. With B filled, both factors of every layer have a gradient.
+
+    The first rows of this seed have high and low noise.
+    """
+    common = f"--pretrained_model_name_or_path {base} --output_dir {out} --seed 68 --report_to none"
+    common += f" --instance_data_dir {pictures / 'instance'} --class_data_dir {pictures / 'class'}"
+    common += f" --num_class_images 3 --prior_loss_weight {PRIOR_WEIGHT} --train_batch_size 2"
     common += " --cache_latents off"  # crops at any pixel, and the VAE stays
     named = ["--caption_column", "text", "--instance_prompt", "unused", "--class_prompt", CLASS_PROMPT]
     options = parse(TrainOptions, "", [*common.split(), *words.split(), *named])
@@ -78,7 +81,7 @@ def text_of(base: families.Base, options: TextOptions) -> TextParts:
 
 @dataclasses.dataclass
 class Given:
-    """What a step is about, found without the code under test: one entry for each row, instance rows first."""
+    """The inputs of a step, made without the code under test: an entry for each row, instance rows first."""
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -91,7 +94,7 @@ class Given:
 def given(training: Training, rows: range, offset: float = 0.0) -> Given:
     """Pictures are opened, cropped and encoded here; the random numbers are those that belong to the rows."""
     side, vae = training.dataset.crops.resolution, training.frozen.parts.vae
-    found: list[tuple[Any, ...]] = []
+    entries: list[tuple[Any, ...]] = []
     for source in training.sources:
 
         def noise_of(
@@ -134,23 +137,28 @@ def given(training: Training, rows: range, offset: float = 0.0) -> Given:
             noise = noise_of("noise", row, shape)
             if offset:
                 noise = noise + offset * noise_of("noise-offset", row, (shape[0], 1, 1))
-            level = sampling_order.timesteps_of_rows(
+            index = sampling_order.timesteps_of_rows(
                 training.seed, f"{source.purpose}-timestep", range(row, row + 1), 1000
             )
             prompt = CAPTIONS[path.name] if source.purpose == "instance" else CLASS_PROMPT
-            found.append((latents, noise, level, prompt, [image.height, image.width, top, left, side, side]))
-    latents, noise, timestep_indices = (torch.cat([row[place] for row in found]) for place in range(3))
-    return Given(latents, noise, timestep_indices, [row[3] for row in found], [row[4] for row in found])
+            entries.append(
+                (latents, noise, index, prompt, [image.height, image.width, top, left, side, side])
+            )
+    latents, noise, timestep_indices = (torch.cat([row[place] for row in entries]) for place in range(3))
+    return Given(latents, noise, timestep_indices, [row[3] for row in entries], [row[4] for row in entries])
 
 
 def plain_conditions(
     text: Any, family: str, question: Given
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-    """(embeddings, what Stable Diffusion XL is told besides), by the encoders themselves. A frozen encoder gets each prompt alone, a trained one
-    all that differ: the same batches as in training, for the same last bits."""
+    """(prompt embeddings, Stable Diffusion XL's added conditions), by the encoders themselves.
+
+    A frozen encoder gets each prompt alone and a trained one all distinct prompts, as in training: the same
+    batches give the same last bits.
+    """
     encoders, distinct = list(text.encoders.values()), list(dict.fromkeys(question.prompts))
     is_trained = any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
-    found: list[tuple[torch.Tensor, ...]] = []
+    outputs: list[tuple[torch.Tensor, ...]] = []
     for prompts in [distinct] if is_trained else [[prompt] for prompt in distinct]:
         words = [prompt.lower().strip() for prompt in prompts] if family == "if" else prompts
         tokens = [
@@ -158,20 +166,20 @@ def plain_conditions(
             for t in text.tokenizers
         ]
         if family == "if":
-            found.append(
+            outputs.append(
                 (encoders[0](tokens[0].input_ids, attention_mask=tokens[0].attention_mask).last_hidden_state,)
             )
         elif family == "sd":
-            found.append((encoders[0](tokens[0].input_ids).last_hidden_state,))
+            outputs.append((encoders[0](tokens[0].input_ids).last_hidden_state,))
         else:
             outs = [
                 encoder(own.input_ids, output_hidden_states=True)
                 for encoder, own in zip(encoders, tokens, strict=True)
             ]
-            found.append((torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds))
+            outputs.append((torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds))
     embeds, *pooled = (
         torch.cat(parts)[[distinct.index(prompt) for prompt in question.prompts]]
-        for parts in zip(*found, strict=True)
+        for parts in zip(*outputs, strict=True)
     )
     return embeds, {
         "text_embeds": pooled[0],
@@ -180,14 +188,17 @@ def plain_conditions(
 
 
 def plain_step(
-    training: Training, text: Any, question: Given, *, way: str, gamma: float | None, prior: bool
+    training: Training, text: Any, question: Given, *, objective: str, gamma: float | None, prior: bool
 ) -> torch.Tensor:
-    """DreamBooth's loss for one batch (arXiv 2208.12242, eq. 2). `way` is epsilon, v_prediction, sigma (EDM's loss, Stable Diffusion's network)
-    or edm (arXiv 2206.00364, table 1)."""
+    """DreamBooth's loss for one batch (arXiv 2208.12242, eq. 2).
+
+    `objective` is epsilon, v_prediction, edm (arXiv 2206.00364, table 1), or sigma: EDM's loss of an epsilon
+    UNet.
+    """
     unet, x0, noise = training.frozen.parts.unet, question.latents, question.noise
     config = dict(training.frozen.parts.noise_scheduler.config)
     column = (-1, 1, 1, 1)
-    if way == "edm":
+    if objective == "edm":
         low, high = config["sigma_min"] ** (1 / 7), config["sigma_max"] ** (1 / 7)
         sigma = (high + question.timestep_indices.double() / 1000 * (low - high)).pow(7).float()
         c_skip, c_out, c_in = (
@@ -204,21 +215,21 @@ def plain_step(
         )
     else:
         fields = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
-        times = 999 - question.timestep_indices if way == "sigma" else question.timestep_indices
+        times = 999 - question.timestep_indices if objective == "sigma" else question.timestep_indices
         abar = DDPMScheduler(**fields).alphas_cumprod[times]  # type: ignore[attr-defined]
         model_input = abar.sqrt().view(column) * x0 + (1 - abar).sqrt().view(column) * noise
         target = (
             noise
-            if way != "v_prediction"
+            if objective != "v_prediction"
             else abar.sqrt().view(column) * noise - (1 - abar).sqrt().view(column) * x0
         )
         snr = abar / (1 - abar)
         weights = (
             torch.ones_like(snr)
             if gamma is None
-            else snr.clamp(max=gamma) / (snr + 1 if way == "v_prediction" else snr)
+            else snr.clamp(max=gamma) / (snr + 1 if objective == "v_prediction" else snr)
         )
-        if way == "sigma":
+        if objective == "sigma":
             sigma = ((1 - abar) / abar).sqrt()
             noisy = x0 + sigma.view(column) * noise
             model_input, target, weights = noisy / (sigma**2 + 1).sqrt().view(column), x0, 1 / sigma**2
@@ -229,7 +240,7 @@ def plain_step(
     ).sample
     if training.frozen.parts.family.key == "if":
         output = output[:, :3]
-    if way in ("edm", "sigma"):
+    if objective in ("edm", "sigma"):
         output = c_skip.view(column) * noisy + c_out.view(column) * output
     losses = ((output - target) ** 2).mean(dim=(1, 2, 3)) * weights
     return losses[:2].mean() + PRIOR_WEIGHT * losses[2:].mean() if prior else losses.mean()
@@ -237,22 +248,22 @@ def plain_step(
 
 def gradients(training: Training) -> torch.Tensor:
     """All of them in one row; the parameters have none afterwards."""
-    found = []
+    parts = []
     for component in training.trainables.components:
         for name, parameter in component.named_parameters():
             assert parameter.grad is not None, name
-            found.append(parameter.grad.flatten())
+            parts.append(parameter.grad.flatten())
             parameter.grad = None
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest, as a share of the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
-# name: (base, way, flags)
-WAYS = {
+# name: (base, objective, flags)
+OBJECTIVES = {
     "sd": ("tiny_base", "epsilon", ""),
     "sd with text": ("tiny_base", "epsilon", "--train_text_encoder"),
     "v": ("tiny_v_base", "v_prediction", ""),
@@ -264,7 +275,7 @@ WAYS = {
     "if": ("tiny_if", "epsilon", "--resolution 16"),
 }
 PRIOR = "--with_prior_preservation"
-CASES = [(name, more) for name in WAYS for more in ("", PRIOR)]
+CASES = [(name, more) for name in OBJECTIVES for more in ("", PRIOR)]
 CASES += [
     (name, more) for name in ("sd", "v", "xl", "if") for more in ("--snr_gamma 5", f"--snr_gamma 5 {PRIOR}")
 ]
@@ -274,8 +285,11 @@ CASES += [(name, f"--noise_offset 0.3 {PRIOR}") for name in ("sd", "v", "xl", "x
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), CASES)
 def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
-    """Loss and gradients, over two micro-batches of two. Wrong weights, and prompts or sizes of other pictures, give others."""
-    base, way, words = WAYS[name]
+    """Loss and gradients, over two micro-batches of two.
+
+    The control: wrong weights, and prompts or sizes of other pictures, give other gradients.
+    """
+    base, objective, words = OBJECTIVES[name]
     gamma, offset, prior = 5.0 if "snr" in more else None, 0.3 if "offset" in more else 0.0, PRIOR in more
     size = "" if "--resolution" in words else "--resolution 64"
     with a_training(request.getfixturevalue(base), pictures, tmp_path, f"{words} {size} {more}") as training:
@@ -292,39 +306,44 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
         )
         for batch in batches:
             loss = training.micro_step(batch)["loss"]
-            found = gradients(training)
+            actual_gradients = gradients(training)
             question = given(training, batch.rows, offset)
 
             def plain(question: Given = question, **other: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 expected = plain_step(
-                    training, text, question, **{"way": way, "gamma": gamma, "prior": prior, **other}
+                    training,
+                    text,
+                    question,
+                    **{"objective": objective, "gamma": gamma, "prior": prior, **other},
                 )
                 expected.backward()
                 return expected.detach(), gradients(training)
 
             expected, expected_gradients = plain()
             assert loss == pytest.approx(expected.item(), rel=1e-6)
-            assert difference(found, expected_gradients) < 1e-6
+            assert difference(actual_gradients, expected_gradients) < 1e-6
             if batch.step > 0:
                 continue
             assert (
-                difference(found, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1])
+                difference(
+                    actual_gradients, plain(dataclasses.replace(question, prompts=question.prompts[::-1]))[1]
+                )
                 > 0.01
             )
             if training.frozen.parts.family.key == "sdxl":
                 assert (
                     difference(
-                        found,
+                        actual_gradients,
                         plain(dataclasses.replace(question, sizes=question.sizes[1:] + question.sizes[:1]))[
                             1
                         ],
                     )
                     > 0.01
                 )
-            if way in ("epsilon", "v_prediction"):
-                assert difference(found, plain(gamma=2.0 if gamma else 5.0)[1]) > 0.01
+            if objective in ("epsilon", "v_prediction"):
+                assert difference(actual_gradients, plain(gamma=2.0 if gamma else 5.0)[1]) > 0.01
             if prior:
-                assert difference(found, plain(prior=False)[1]) > 0.01
+                assert difference(actual_gradients, plain(prior=False)[1]) > 0.01
 
 
 ZERO_SNR = {
@@ -337,7 +356,7 @@ ZERO_SNR = {
 
 @pytest.mark.parametrize(("prediction_type", "more"), [("epsilon", 0), ("v_prediction", 1)])
 def test_min_snr_weights_follow_the_paper_and_know_no_signal_at_all(prediction_type, more):
-    """At the last timestep of a schedule with zero terminal SNR the noise is all there is: counted once, the velocity not at all."""
+    """At the last timestep of a schedule with zero terminal SNR it is 1 for epsilon and 0 for velocity."""
     scheduler = DDPMScheduler(prediction_type=prediction_type, **ZERO_SNR)
     timesteps = torch.tensor([0, 10, 250, 300, 700, 998, 999])
     *others, last = objectives.min_snr_weights(scheduler, timesteps, 5.0).tolist()
@@ -374,7 +393,7 @@ def test_edm_loss_of_a_noise_predictor_is_that_of_the_noise():
 
 @pytest.mark.parametrize("kind", [EDMEulerScheduler, EulerDiscreteScheduler])
 def test_a_perfect_velocity_gives_the_clean_picture(kind):
-    """With --prediction_type v_prediction, EDM-style too: v = alpha * noise - sigma * picture, of the picture scaled to unit variance."""
+    """With --prediction_type v_prediction, EDM too: v = alpha * noise - sigma * picture, at unit variance."""
     scheduler = kind(prediction_type="v_prediction")
     timestep_indices = torch.tensor([3, 500, 990])
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))

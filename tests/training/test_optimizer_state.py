@@ -38,7 +38,7 @@ def test_the_state_of_one_optimizer_is_refused_by_another(own, theirs, loaded, t
 
 
 def assert_refused(run: Run, folder: Path, reason: str) -> None:
-    """With one line, and nothing is changed."""
+    """The message has one line, and nothing is changed."""
     run.step(9, factor=1e-3)
     before = run.everything()
     with pytest.raises(UserError) as refused:
@@ -177,7 +177,7 @@ def test_numbers_that_the_program_cannot_have_written_are_refused(name, what, lo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, tmp_path):
-    """Each field of a parameter missing, of another shape and of another dtype; a field, a parameter too many; a parameter missing."""
+    """A field missing, of another shape or dtype; a field or a parameter too many; a parameter missing."""
     first, second = Run(loaded, name, rank=64), Run(loaded, name, rank=64, seed=8)
     first.step(1)
     folder = first.save(tmp_path, 1)
@@ -211,7 +211,7 @@ def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", SCHEDULE_FREE])
 def test_parameters_beside_the_adapter_are_all_there_and_fit(name, loaded, tmp_path):
-    """Of one component some are not enough; none is right for AdamW, whose adapter has them, and not for the schedule-free optimizer."""
+    """A component has all or none. AdamW needs none: the adapter has them. Schedule-free AdamW needs all."""
     first, second = Run(loaded, name, alpha=2.0), Run(loaded, name, alpha=2.0, seed=8)
     first.step(1)
     folder = first.save(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""Optimizers: each takes the steps that it promises, and after a resume the very steps that it would have taken."""
+"""Optimizers: each takes the steps of its papers, and after a resume the same steps as without a break."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one_bit_for_bit(name, more
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_the_optimizer_s_state_counts(name, loaded, tmp_path):
-    """The control of the test above: every number has changed, and with the parameters alone the next step is another one."""
+    """The control of the test above: all numbers have changed; parameters alone give another next step."""
     first, second = Run(loaded, name), Run(loaded, name)
     first.steps(1, 3)
     before, after = (optimizers.state_numbers(run.optimizer, run.names)["groups"] for run in (second, first))
@@ -155,14 +155,13 @@ def test_each_group_has_its_learning_rate_and_weight_decay(name, loaded):
 
 @pytest.mark.parametrize("name", EACH)
 def test_weight_decay_is_decoupled_in_each_group(name):
-    """Without a gradient a parameter shrinks by rate x decay in a step, and one without decay stays."""
+    """A parameter without a gradient shrinks by rate x decay in a step; one without decay stays."""
     decayed, kept = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     optimizer = optimizers.make(flags(name), [Group("a", [decayed], 0.1, 0.5), Group("b", [kept], 0.1, 0.0)])
     for parameter in (decayed, kept):
         parameter.grad = torch.zeros(4, 4)
-    if (
-        name == "prodigy"
-    ):  # it does nothing where nothing has a gradient, and decays by its estimate, here still 1e-6 x the bias correction
+    if name == "prodigy":
+        # It does nothing without any gradient, and decays by its estimate: here 1e-6 x the bias correction.
         kept.grad = torch.full((4, 4), 1e-30)
         expected = 1 - 1e-6 * 0.1 * (1 - 0.999) ** 0.5 / (1 - 0.9) * 0.5
     elif name == "schedule-free":
@@ -294,7 +293,7 @@ def test_after_a_look_at_the_adapter_training_goes_on_from_the_same_bits(name, l
 
 @pytest.mark.parametrize("name", [SCHEDULE_FREE])
 def test_what_the_schedule_free_adapter_has_is_the_average_of_the_points(name, loaded):
-    """With an even rate, of all of them alike; a dropped group keeps it."""
+    """At a constant rate all points weigh alike; a dropped group keeps the average."""
     run = Run(loaded, name)
     points: dict[str, list[torch.Tensor]] = {key: [] for key, _ in run.named}
     for number in range(1, 6):

@@ -1,4 +1,4 @@
-"""One run per output folder: who may work in it, and what may change when a run goes on."""
+"""One run per output folder: the lock on it, and what may change when a run is resumed."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_one_named(
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free_at_once(tmp_path):
-    """Even while a child that it forked, as a loader worker is, lives on."""
+    """Even while a child that it forked, such as a loader worker, still runs."""
     ready, done = os.pipe()
     owner = os.fork()
     if owner == 0:
@@ -148,7 +148,7 @@ REFUSED = {
 def test_another_run_in_the_folder_is_refused_with_the_difference(
     finished, tiny_base, photos_dir, no_models, what, resumed
 ):
-    """Before any model loads; what is there stays as it is."""
+    """Before any model is loaded; the folder stays as it is."""
     before = files(finished)
     words, difference = REFUSED[what]
     more = ["--resume_from_checkpoint", "latest"] if resumed else []
@@ -200,7 +200,10 @@ FREE = [
 def test_more_steps_and_what_leaves_the_old_ones_as_they_were_may_change(
     finished, tiny_base, photos_dir, plain_run, tmp_path
 ):
-    """Interval and limit of checkpoints, loader workers, gradient checkpointing, validation, the time limit: the bytes are an unbroken run's."""
+    """The bytes are an unbroken run's.
+
+    Interval and limit of checkpoints, loader workers, gradient checkpointing, validation, time limit differ.
+    """
     more = [
         *FREE,
         "--validation_prompt",
@@ -252,7 +255,7 @@ def test_another_thread_count_is_said(finished, tiny_base, photos_dir, tmp_path,
 def test_a_record_of_a_setting_that_is_gone_is_said_and_the_run_goes_on(
     finished, tiny_base, photos_dir, tmp_path, capsys, monkeypatch
 ):
-    """Older checkpoints name the version of layers for CPUs that there are no more."""
+    """Older checkpoints record the version of layers for CPUs that were removed."""
     real = checkpoints.read_state
 
     def read_state(checkpoint: checkpoint_folders.Content) -> dict[str, Any]:
@@ -339,7 +342,7 @@ def test_a_mistake_beside_overwrite_removes_nothing(finished, tiny_base, tmp_pat
 
 @pytest.mark.trains
 def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_path):
-    """The same command line again would cut its metrics and, stopped early, put an unfinished adapter in place of the finished one."""
+    """The same command line would cut its metrics and, stopped early, overwrite the finished adapter."""
     words = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
     run_train(tiny_base, photos_dir, tmp_path, *words)
     before = files(tmp_path)
@@ -360,7 +363,7 @@ def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_p
 def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_drew(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
-    """Killed before its first checkpoint: the same command line, asked to resume, must not be refused for a seed nobody gave."""
+    """A run killed before its first checkpoint is not refused for the seed that it drew."""
     words = train_words(
         tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"
     )
@@ -378,7 +381,7 @@ def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_dr
 @pytest.mark.parametrize("now", ["fixed", "pixels", "latents"])
 @pytest.mark.parametrize("other_pictures", [False, True])
 def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, other_pictures):
-    """Whether or not pictures have changed. A run of before this was written down cut pixels; where all crops are fixed there is nothing to cut."""
+    """Whether or not pictures have changed. Older versions cut pixels and recorded nothing."""
     given = parse(TrainOptions, "", train_words(tmp_path, tmp_path, tmp_path))
     flags = as_table(resolve(given, "sd", seed=0, mixed_precision="no"))
 
@@ -398,7 +401,8 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
         del before["flags"]["crops"]
     differences = run_folder.differences(before, after)
     differs = now != "fixed" and was != "fixed" and now != (was or "pixels")
-    said = f"random crops were cut from {was or 'pixels'} and are cut from {now}: --cache_latents off cuts pixels, any other latents"
+    said = f"random crops were cut from {was or 'pixels'} and are cut from {now}: "
+    said += "--cache_latents off cuts pixels, any other latents"
     assert [each.phrase for each in differences if not each.is_of_data] == [said] * differs
     assert any(each.is_of_data for each in differences) == other_pictures
 
@@ -420,7 +424,7 @@ def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_i
 
 @pytest.mark.trains
 def test_what_was_for_one_start_only_is_not_in_run_yaml(tiny_base, photos_dir, tmp_path):
-    """Else reading it back would wipe the run, or refuse to go on with it."""
+    """Otherwise --config run.yaml would remove the run, or refuse to resume it."""
     run_train(
         tiny_base, photos_dir, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1", "--overwrite"
     )
@@ -457,7 +461,7 @@ def test_later_checkpoints_outlive_a_run_that_goes_on_from_an_earlier_one(
 
 
 def test_checkpoints_that_no_run_accounts_for_are_not_mixed_with_new_ones(tiny_base, photos_dir, tmp_path):
-    """As in a folder that the reference script has written to."""
+    """They may be the reference script's."""
     (tmp_path / "checkpoint-500").mkdir()
     with pytest.raises(UserError, match=r"checkpoint-500 and no run\.json of its run"):
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
@@ -477,7 +481,7 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
 
 @pytest.mark.trains
 def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir, tmp_path):
-    """Without a step taken it is that adapter; and it is not where a run from nothing starts."""
+    """At a learning rate of 0 it stays that adapter, which is not what a new run starts from."""
     started = run_train(
         tiny_base,
         photos_dir,

@@ -1,4 +1,4 @@
-"""Text encoders: what is read from them, which of their layers are trained, how long, and when they are freed."""
+"""Text encoders: which outputs are used, which layers are trained, for how long, and when they are freed."""
 
 import dataclasses
 import gc
@@ -36,7 +36,7 @@ def text_parts(base: Path, skip: int) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("skip", [0, 1, 2])
 def test_clip_skip_takes_an_earlier_hidden_state(tiny_base, tiny_xl, skip):
-    """After the final norm for Stable Diffusion; without, and one further from the end, for XL. As diffusers' pipelines do."""
+    """As in diffusers: after the final norm for Stable Diffusion; for XL before it, one layer earlier."""
     with torch.no_grad():
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
         assert torch.allclose(
@@ -145,7 +145,7 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
 def test_the_text_encoder_stops_and_is_freed_and_resumes_across_the_stop(
     request, photos_dir, tmp_path, monkeypatch, base, more
 ):
-    """After half the steps: with checkpoints before, at and after, and with a scale that the file has worked in."""
+    """After half the steps: with checkpoints before, at and after; with a scale worked into the file."""
     folder = request.getfixturevalue(base)
     words = [
         "--train_text_encoder",
