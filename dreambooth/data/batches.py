@@ -66,7 +66,8 @@ class MicroBatch:
     frames: list[Frame]
 
     def time_ids(self, resolution: int) -> torch.Tensor:
-        """Stable Diffusion XL's sizes of each row, float32 [rows, 6]: original height and width, crop top and left, target height and width."""
+        """Stable Diffusion XL's sizes of each row, float32 [rows, 6]: original height and width, crop top and
+        left, target height and width."""
         sizes = [(f.height, f.width, f.top, f.left, resolution, resolution) for f in self.frames]
         return torch.tensor(sizes, dtype=torch.float32)
 
@@ -106,7 +107,8 @@ class PhotoRows(torch.utils.data.Dataset):
         return Frame(height, width, top, left)
 
     def randn(self, name: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
-        """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of other names are independent."""
+        """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of
+        other names are independent."""
         return torch.cat(
             [
                 sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{name}", rows, shape)

@@ -171,7 +171,7 @@ def _check_folder(
         max_pixels=options.max_image_pixels,
         allow_odd_photos=allow_odd_photos,
         follow_symlinks=options.follow_symlinks,
-        known=decoded,
+        cache=decoded,
     )
 
 

@@ -80,6 +80,6 @@ def encoded_photo(
 
 def check(folder: Path, kept: Path, **limits: Any) -> photos.Folder:
     known = DecodeCache(kept)
-    found = photos.check_folder(folder, FLAG, known=known, **limits)
+    found = photos.check_folder(folder, FLAG, cache=known, **limits)
     assert known.save() == []
     return found

@@ -39,7 +39,7 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
         messages = []
         for known in (DecodeCache(tmp_path), None):
             with pytest.raises(UserError, match=said) as refusal:
-                photos.check_folder(folder, FLAG, known=known, **given)
+                photos.check_folder(folder, FLAG, cache=known, **given)
             messages.append(str(refusal.value))
         assert messages[0] == messages[1]
     (folder / "photo-0.png").write_bytes((folder / "photo-0.png").read_bytes()[:-50])
@@ -71,6 +71,6 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
         path.write_text(content[how])
     work.decoded.clear()
     known = DecodeCache(tmp_path)
-    assert photos.check_folder(folder, FLAG, known=known) == first
+    assert photos.check_folder(folder, FLAG, cache=known) == first
     assert len(work.decoded) == 2
     assert len(known.save()) == (how == "a folder")  # it cannot be written, which is said
