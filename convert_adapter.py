@@ -42,7 +42,7 @@ def parse_command(words: Sequence[str]) -> Any:
     return parse(kind, text, [*given, *rest[len(files) :]])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse_command(sys.argv[1:])
     startup.begin()
 

@@ -8,7 +8,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import startup, stops
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse(ClassImageOptions, __doc__)
     startup.begin()
     folders.hash_ahead(OPTIONS.base)

@@ -6,7 +6,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.runtime import startup, stops
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse(InferOptions, __doc__)
     startup.begin()
 

@@ -10,7 +10,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse(TrainOptions, __doc__)
     startup.begin()
     folders.hash_ahead(OPTIONS.base)

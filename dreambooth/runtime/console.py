@@ -1,6 +1,8 @@
-"""The console scripts of an installed copy: each runs one of the four scripts as `python SCRIPT` does in a checkout.
+"""The console scripts of an installed copy: each runs one of the four scripts as `python SCRIPT` does in a
+checkout.
 
-pyproject.toml installs the scripts, which are at the root of a checkout, into the package `dreambooth.scripts`.
+pyproject.toml installs the scripts, which are at the root of a checkout, into the package
+`dreambooth.scripts`.
 """
 
 import runpy

@@ -84,7 +84,8 @@ def trim() -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. The copy to a GPU is asynchronous, which needs memory that cannot be swapped out."""
+    """The tensor on `device`. The copy to a GPU is asynchronous, which needs memory that cannot be swapped
+    out."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -112,7 +112,7 @@ class Peers:
             return
         codes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         stops: list[Any] = [None] * self.world
-        with self._losses_named():
+        with self._lost_processes_named():
             dist.all_gather(codes, torch.tensor([pending.exit_code if pending else 0]), group=self.step_group)
             if any(codes):
                 dist.all_gather_object(
@@ -125,22 +125,22 @@ class Peers:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[processes * n, ...] from each process's [n, ...], in the order of ranks."""
-        with self._losses_named():
+        with self._lost_processes_named():
             return self.accelerator.gather(tensor)  # type: ignore[return-value]
 
     def gather_slots(self, values: torch.Tensor) -> torch.Tensor:
-        """[slots] from each process's [micro-steps]: slot j was micro-step j // world of process j % world."""
+        """[slots] from each process's [micro-steps]; slot j is micro-step j // world of process j % world."""
         return self.gather(values[None]).transpose(0, 1).flatten()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes; the backend chooses the order of the summands."""
-        with self._losses_named():
+        with self._lost_processes_named():
             return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait until every process is here, however long that takes."""
         if self.world > 1:
-            with self._losses_named():
+            with self._lost_processes_named():
                 dist.barrier(group=self.group)
 
     def broadcast(self, value: T) -> T:
@@ -148,7 +148,7 @@ class Peers:
         if self.world == 1:
             return value
         values = [value]
-        with self._losses_named():
+        with self._lost_processes_named():
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
@@ -172,7 +172,7 @@ class Peers:
         if self.world == 1:
             return
         of_rank: list[Any] = [None] * self.world
-        with self._losses_named():
+        with self._lost_processes_named():
             dist.all_gather_object(of_rank, dict(values), group=self.group)
         different = [
             f"process {rank} has other {name}"
@@ -184,7 +184,7 @@ class Peers:
             raise UserError(f"the processes of this run do not agree with process 0: {'; '.join(different)}")
 
     @contextlib.contextmanager
-    def _losses_named(self) -> Iterator[None]:
+    def _lost_processes_named(self) -> Iterator[None]:
         """Turn the error of an exchange that failed into a Stop that names the lost processes."""
         try:
             yield

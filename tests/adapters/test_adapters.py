@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -319,63 +318,6 @@ def test_an_adapter_that_is_not_finite_is_never_packed(name, value, models):
     component.named_parameters()[-1][1].data.view(-1)[-1] = value
     with pytest.raises(ValueError, match=rf"^{name}\..*is not finite"):
         packed(components)
-
-
-# --- how the file is written
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o000, 0o666)])
-def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
-    """Temporary files have 0600; a file that a web server or a colleague cannot read is a bug."""
-    before = os.umask(umask)
-    try:
-        atomic.write(tmp_path / "file", b"data")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
-
-
-def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
-    for data in (b"old", b"", b"new" * 1000):
-        atomic.write(tmp_path / "file", data)
-        assert (tmp_path / "file").read_bytes() == data
-        assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"]
-)
-def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, error, tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"old")
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(type(error)):
-        atomic.write(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
-    """Renamed first, a power cut would leave an empty file under the good name."""
-    calls = []
-    fsync, replace = os.fsync, os.replace
-
-    def recorded_fsync(descriptor):
-        calls.append(("fsync", os.fstat(descriptor).st_size))
-        fsync(descriptor)
-
-    def recorded_replace(*names):
-        calls.append(("replace", 0))
-        replace(*names)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "replace", recorded_replace)
-    atomic.write(tmp_path / "file", b"12345")
-    assert calls[:2] == [("fsync", 5), ("replace", 0)]
 
 
 # --- which files are refused

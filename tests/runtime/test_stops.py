@@ -1,4 +1,5 @@
-"""Runs that end early: what ends them, what they leave, and that going on gives what an unbroken run gives."""
+"""Runs that end early: what ends them, what they leave, and that going on gives what an unbroken run
+gives."""
 
 import json
 import os
@@ -55,7 +56,8 @@ def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:
 def test_a_signal_ends_the_run_with_its_last_step_saved(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number
 ):
-    """Exit status 128 + n; the step that was under way is given up; the adapter is there; going on gives the same bytes."""
+    """Exit status 128 + n; the step that was under way is given up; the adapter is there; going on gives the
+    same bytes."""
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
@@ -119,7 +121,8 @@ def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(
 
 def test_a_signal_ends_the_making_of_class_images(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(class_images, "_save", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    words = f"--pretrained_model_name_or_path {tiny_base} --class_data_dir {tmp_path} --num_class_images 4 --sample_batch_size 1"
+    words = f"--pretrained_model_name_or_path {tiny_base} --class_data_dir {tmp_path} --num_class_images 4"
+    words += " --sample_batch_size 1"
     with pytest.raises(SystemExit) as stop:
         generate_class_images.main(
             parse(
