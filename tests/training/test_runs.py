@@ -143,6 +143,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "anew"])
 @pytest.mark.parametrize("what", REFUSED)
 def test_another_run_in_the_folder_is_refused_with_the_difference(
@@ -498,6 +499,7 @@ def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir
     assert any(tensor.any() for key, tensor in one.items() if "lora_B" in key)
 
 
+@pytest.mark.trains
 def test_an_adapter_of_another_kind_is_no_start(finished, tiny_base, photos_dir, tmp_path, no_models):
     with pytest.raises(UserError, match="rank 4; give the same as --rank"):
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--rank", "8")
