@@ -37,7 +37,8 @@ class PromptEmbeds:
         return PromptEmbeds(self.embeds.to(device, dtype), pooled)
 
     def added_cond_kwargs(self, time_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids` are float32 [rows, 6]."""
+        """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids`
+        are float32 [rows, 6]."""
         return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": time_ids}
 
 

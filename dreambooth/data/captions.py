@@ -1,8 +1,7 @@
-"""Captions that lie beside the photos: in metadata.jsonl or metadata.csv, or in a .txt file for each.
+"""Captions beside the photos: in metadata.jsonl or metadata.csv, or in a .txt file for each photo.
 
-The first two are the layout of the datasets package's imagefolder, the last that of kohya's scripts. They are
-files that somebody else wrote: every fault of theirs is told in one message before anything slow, each with
-its line.
+The first two are the layout of the datasets package's imagefolder, the last is that of kohya's scripts. All
+faults of these files are reported at once, each with its line, before anything slow.
 """
 
 import csv
@@ -19,30 +18,33 @@ from typing import Any
 from dreambooth.errors import UserError, few, shortened, shown
 from dreambooth.options.photos import InstanceOptions
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
-_LARGEST = 16 * 2**20  # bytes of one file
+METADATA = ("metadata.jsonl", "metadata.csv")  # the first that exists is read
+_LARGEST = 16 * 2**20  # bytes per file
 _MOST_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """What a metadata file holds: columns in order, (line number, cells) of every good line, and what is
-    wrong with the others."""
+    """The content of a metadata file."""
 
     columns: list[str]
     rows: list[tuple[int, Mapping[str, Any]]]
+    """(line number, cells by column) of every valid line."""
     problems: list[str]
+    """Faults of the other lines."""
 
 
 def name_column(instance: InstanceOptions) -> str:
-    """The column of a metadata file that names the pictures. The datasets package calls it `file_name` there,
-    and `image` once it is loaded."""
+    """The column of a metadata file that holds the file names of the photos.
+
+    The datasets package calls it `file_name` in the file, and `image` in the loaded data set.
+    """
     return "file_name" if instance.image_column == "image" else instance.image_column
 
 
 def check_columns(instance: InstanceOptions) -> None:
-    """Raise UserError if captions are to come from the column that names the pictures."""
+    """Raise UserError if --caption_column is the column of file names."""
     if instance.caption_column == name_column(instance):
         raise UserError(
             f"--caption_column: {shown(instance.caption_column)} is the column that names the pictures; give "
@@ -53,12 +55,12 @@ def check_columns(instance: InstanceOptions) -> None:
 def read(
     folder: Path, flag: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
-    """(the caption of each of the pictures `names` in `folder` that has one, notes for the user). No captions
-    without --caption_column.
+    """(captions by name of photo, notes for the user). Without --caption_column there are no captions.
 
-    A picture that is left out has an empty caption or no .txt file, and is to get --instance_prompt. Captions
-    have no line breaks and no other control characters. `flag` named the folder. Raises UserError, a line for
-    each problem, if the captions cannot be read, are not text, or are of other pictures than these.
+    `names` are the photos in `folder`, which `flag` named. A photo that the result lacks has an empty caption
+    or no .txt file; it is trained with --instance_prompt. Captions have no line breaks or other control
+    characters. Raises UserError, with one line per fault, if captions cannot be read, are not text, or belong
+    to other photos.
     """
     metadata = [name for name in METADATA if os.path.lexists(folder / name)]
     texts = {name: text for name in names if os.path.lexists(folder / (text := Path(name).stem + ".txt"))}
@@ -75,10 +77,8 @@ def read(
             [f"no .txt file lies beside {few(without)}: trained with --instance_prompt"] if without else []
         )
     else:
-        looked_for = (
-            f"{' or '.join(METADATA)} or a .txt file beside each photo, as in "
-            f"{shown(Path(names[0]).stem if names else 'photo')}.txt"
-        )
+        example = shown(Path(names[0]).stem if names else "photo")
+        looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {example}.txt"
         raise UserError(
             f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}"
         )
@@ -97,7 +97,7 @@ def read(
 def _from_metadata(
     folder: Path, file: str, names: Sequence[str], instance: InstanceOptions, caption_column: str
 ) -> tuple[dict[str, str], list[str]]:
-    """({picture: caption or ""}, problems)."""
+    """({photo: caption or ""}, problems) from a metadata file."""
     try:
         table = _table(folder, file, instance)
     except UserError as error:
@@ -106,14 +106,14 @@ def _from_metadata(
     problems = [f"{file} {problem}" for problem in table.problems]
     if not table.columns:
         return {}, problems or [f"{file} is empty"]
-    there = f"its columns are {few(table.columns, 20)}"
+    columns = f"its columns are {few(table.columns, 20)}"
     if caption_column not in table.columns:
-        problems.append(f"{file} has no column {shortened(caption_column)} (--caption_column); {there}")
+        problems.append(f"{file} has no column {shortened(caption_column)} (--caption_column); {columns}")
     if name_of not in table.columns:
         flag = " (--image_column)" if instance.image_column != "image" else ""
         return {}, [
             *problems,
-            f"{file} has no column {shortened(name_of)}{flag} with the names of the pictures; {there}",
+            f"{file} has no column {shortened(name_of)}{flag} with the names of the pictures; {columns}",
         ]
     wanted, elsewhere = set(names), []
     first: dict[str, int] = {}  # the line that names a picture
@@ -146,6 +146,7 @@ def _from_metadata(
 
 
 def _fault_of_name(name: object, wanted: set[str]) -> str | None:
+    """What is wrong with the name of a photo in a metadata file; `wanted` are the names in the folder."""
     if name is None or name == "":
         return "is missing"
     if not isinstance(name, str):
@@ -161,9 +162,8 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
 def _fault_of_caption(caption: object) -> str | None:
     if not isinstance(caption, str):
         return f"is {shortened(caption)}, which is not text"
-    if "\0" in caption or any(
-        "\ud800" <= c <= "\udfff" for c in caption
-    ):  # half of a pair, which JSON can spell and no tokenizer takes
+    # halves of surrogate pairs: JSON can spell them, and no tokenizer takes them
+    if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):
         return f"holds what is no character: {shortened(caption)}"
     return None
 
@@ -171,7 +171,7 @@ def _fault_of_caption(caption: object) -> str | None:
 def _from_texts(
     folder: Path, texts: Mapping[str, str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
-    """({picture: caption or ""}, problems) from the .txt file of each picture."""
+    """({photo: caption or ""}, problems) from the .txt file of each photo."""
     captions, problems = {}, []
     for name, file in texts.items():
         try:
@@ -188,11 +188,11 @@ def _from_texts(
 def _unread_note(
     folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceOptions
 ) -> list[str]:
-    """What to say of captions that are not asked for."""
+    """A note on captions that exist but are not read without --caption_column."""
     for file in metadata[:1]:
         try:
             table = _table(folder, file, instance)
-        except UserError as error:  # no reason to stop: nothing of it is needed
+        except UserError as error:  # no reason to stop, since the file is not needed
             return [
                 f"captions may lie beside the photos ({file}: {error}); they are not read without "
                 "--caption_column"
@@ -214,17 +214,17 @@ def _unread_note(
 
 
 def _is_text(table: _Table, column: str) -> bool:
-    found = [cells[column] for _, cells in table.rows if cells.get(column) is not None]
-    return bool(found) and all(isinstance(value, str) for value in found)
+    """Whether all cells of a column are text."""
+    values = [cells[column] for _, cells in table.rows if cells.get(column) is not None]
+    return bool(values) and all(isinstance(value, str) for value in values)
 
 
 def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
+    """A note on caption files besides the first metadata file, which are not read."""
     others = [*metadata[1:], *([".txt files"] if texts else [])]
-    return (
-        [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"]
-        if others
-        else []
-    )
+    if not others:
+        return []
+    return [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"]
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:
@@ -236,9 +236,8 @@ def _json_lines(text: str) -> _Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Mapping[str, Any]]] = []
     problems = []
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # splitlines would also break at signs that may stand within a caption
+    # not splitlines, which would also split at characters that a caption may hold
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -282,12 +281,11 @@ def _comma_separated(text: str) -> _Table:
 
 
 def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
-    """The text of a file in the folder. Raises UserError, without the file's name, if it lies elsewhere or is
-    no text."""
+    """The text of a file in the folder. Raises UserError, without the file's name, if it cannot be used."""
     path = folder / file
     try:
         info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device would wait for ever
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device could wait forever
             raise UserError("not a regular file")
         if not instance.follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(

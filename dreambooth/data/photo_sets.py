@@ -1,9 +1,8 @@
-"""Where the photos of the subject lie: a folder of the user's, or a data set of the hub, whose pictures are
-written into a folder once.
+"""Finds the photos of the subject: in a folder of the user, or in a data set of the hub.
 
-Training reads folders of pictures only. A data set's pictures are stored as they came, byte for byte, in the
-cache, with a metadata.jsonl that holds their captions; so it is checked, and counts as the same or another,
-as any folder.
+Training reads folders only. The photos of a data set are written to a folder in the cache once, with
+unchanged bytes, and with a metadata.jsonl for their captions. From then on that folder is treated as any
+other.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ _FLAG = "--dataset_name"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _LARGEST_PICTURE = 512 * 2**20  # bytes
 _MOST_PROBLEMS = 20
-_LAYOUT = 1  # of the folders in the cache: another one is written anew
+_LAYOUT = 1  # version of the folders in the cache: another version is written anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +39,28 @@ class PhotoSet:
 
 
 def find(instance: InstanceOptions) -> PhotoSet:
-    """The folder of the subject's photos. A data set of the hub is downloaded, or found in the cache; its
-    `train` split is taken.
+    """The folder of the subject's photos. A data set's `train` split is downloaded, or taken from the cache.
 
-    Raises UserError if the data set cannot be had, or lacks the columns asked for. The pictures of a user's
-    own folder are not looked at.
+    Raises UserError if the data set cannot be read or lacks a column. The photos themselves are not checked.
     """
     if instance.dataset_name is None:
         assert instance.instance_data_dir is not None
-        found = PhotoSet(Path(instance.instance_data_dir), "--instance_data_dir")
+        photo_set = PhotoSet(Path(instance.instance_data_dir), "--instance_data_dir")
     else:
-        folder = _own_folder(instance.dataset_name)
+        folder = _local_folder(instance.dataset_name)
         if folder is None:
             return _of_hub(instance.dataset_name, instance)
-        found = PhotoSet(folder, _FLAG)
+        photo_set = PhotoSet(folder, _FLAG)
     if instance.dataset_config_name is not None:
         raise UserError(
-            f"--dataset_config_name is for a data set of the hub; {shown(found.folder)} is a folder of "
+            f"--dataset_config_name is for a data set of the hub; {shown(photo_set.folder)} is a folder of "
             "yours: leave it out"
         )
-    return found
+    return photo_set
 
 
-def _own_folder(name: str) -> Path | None:
-    """The folder `name`, or its `train` if the photos are there; None if there is no such folder."""
+def _local_folder(name: str) -> Path | None:
+    """The folder `name`, or its `train` if `name` itself holds no photos; None if there is no such folder."""
     folder = Path(name)
     try:
         if not folder.is_dir():
@@ -84,9 +81,9 @@ def _holds_photos(folder: Path) -> bool:
 
 
 def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
-    if not _HUB_ID.fullmatch(
-        name
-    ):  # "imagefolder" and the like would have the package take every picture of the working directory
+    """The photos of a data set of the hub, in a folder of the cache. Raises UserError as `find` does."""
+    # a name like "imagefolder" would make the package read all pictures of the working directory
+    if not _HUB_ID.fullmatch(name):
         raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and a hub id is of the form OWNER/NAME")
     try:
         from datasets import Image, config, load_dataset
@@ -99,7 +96,8 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         dataset = load_dataset(
             name, instance.dataset_config_name, split="train", cache_dir=instance.cache_dir
         )
-    except Exception as error:  # the package's own, and those of files, the network, Parquet and archives: all say why it cannot be had
+    # errors of the package, of files, the network, Parquet and archives: all have a useful message
+    except Exception as error:
         raise UserError(
             f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: "
             f"{type_and_reason(error)}"
@@ -107,7 +105,7 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
     notes = _check_columns(dataset, Image, instance)
     wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
     rows = dataset.select_columns(wanted).cast_column(instance.image_column, Image(decode=False))
-    what = [
+    content = [
         _LAYOUT,
         name,
         instance.dataset_config_name,
@@ -116,7 +114,7 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         instance.caption_column,
     ]
     root = Path(instance.cache_dir or config.HF_DATASETS_CACHE) / "dreambooth-photos"
-    folder = root / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    folder = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     try:
         if not folder.is_dir():
             _write_once(folder, rows, instance)
@@ -129,25 +127,23 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
 
 
 def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) -> tuple[str, ...]:
-    """Notes. Raises UserError unless there are the columns of pictures and of captions."""
+    """Notes for the user. Raises UserError if the columns of photos or captions are missing."""
     kinds = dict(dataset.features)
     pictures = [column for column, kind in kinds.items() if isinstance(kind, image_kind)]
     texts = [
         column for column, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
     problems = []
-    for flag, column, fitting, what in (
+    for flag, column, suitable, kind in (
         ("--image_column", instance.image_column, pictures, "pictures"),
         ("--caption_column", instance.caption_column, texts, "text"),
     ):
-        if column is not None and column not in fitting:
-            there = (
-                f"those with {what}: {few(fitting, 20) or 'none'}; all its columns: "
-                f"{few(list(kinds), 20) or 'none'}"
-            )
+        if column is not None and column not in suitable:
+            columns = f"those with {kind}: {few(suitable, 20) or 'none'}"
+            columns += f"; all its columns: {few(list(kinds), 20) or 'none'}"
             problems.append(
-                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {what}; "
-                f"{there}"
+                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {kind}; "
+                f"{columns}"
             )
     if problems:
         raise UserError("\n".join(problems))
@@ -160,26 +156,28 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
-    """Write pictures and captions beside `folder`, and rename: it is there whole, or not at all. Processes
-    that come together take turns."""
+    """Write photos and captions to `folder`, whole or not at all. Processes that start together take
+    turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
         if folder.is_dir():
             return
         if not unlocked:
             for path in folder.parent.iterdir():
-                if atomic.target_of(path.name):  # left by a process that died: any other would hold the lock
+                # a dead process left it: a living one would hold the lock
+                if atomic.target_of(path.name):
                     shutil.rmtree(path)
         try:
             with atomic.new_folder(folder) as temporary:
                 _write(temporary, rows, instance)
         except OSError:
-            # without a lock another process may have been first, with the same pictures
+            # where locks do not work, another process may have written the same photos first
             if not folder.is_dir():
                 raise
 
 
 def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
+    """Write photos and captions into `folder`. Raises UserError, with one line per faulty row."""
     problems, lines = [], []
     for number, row in enumerate(_each(rows)):
         try:
@@ -214,7 +212,7 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
             row = next(remaining)
         except StopIteration:
             return
-        except Exception as error:  # of Arrow, as many kinds as there are ways to break a file
+        except Exception as error:  # for damaged files Arrow raises anything
             raise UserError(
                 f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name "
                 "another --cache_dir"
@@ -223,29 +221,28 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _bytes(cell: Any) -> bytes:
-    """A picture's file, from a cell that is not decoded: {"bytes": the file or None, "path": where it lies
-    otherwise}."""
+    """The bytes of a photo's file, from a cell that is not decoded: {"bytes": the file or None, "path": its
+    path}."""
     if not isinstance(cell, Mapping):
         raise UserError("there is no picture")
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    where = cell.get("path")
-    if not isinstance(where, str):
+    path = cell.get("path")
+    if not isinstance(path, str):
         raise UserError("there is no picture")
     try:
-        info = os.stat(where)
-        if (
-            not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE
-        ):  # a data set may name any path, a device's too
-            raise UserError(f"{shortened(where)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
-        return Path(where).read_bytes()
+        info = os.stat(path)
+        # a data set may name any path, even that of a device
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE:
+            raise UserError(f"{shortened(path)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the picture {shortened(where)} cannot be read: {reason}") from None
+        raise UserError(f"the picture {shortened(path)} cannot be read: {reason}") from None
 
 
 def _suffix(data: bytes) -> str:
-    """The file's own format, by its first bytes, whatever the data set calls it."""
+    """The suffix of a photo's format, from its first bytes."""
     for start, suffix in (
         (b"\x89PNG\r\n\x1a\n", ".png"),
         (b"\xff\xd8\xff", ".jpg"),
