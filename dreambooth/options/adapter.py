@@ -1,7 +1,4 @@
-"""The flags about what is trained: the kind of adapter, its size, and the layers that get one.
-
-Imports no torch: `--help` and every message about a wrong flag come at once.
-"""
+"""The flags of the adapter: its kind, its size, and the layers that get one. Imports no torch."""
 
 import dataclasses
 import functools
@@ -12,8 +9,8 @@ from typing import Literal
 
 from dreambooth.options.rules import at_least, is_default, named, require
 
-# Flags that only some kinds have.
-_OWN = {
+# Flags that only work with some kinds.
+_KINDS_OF_FLAG = {
     "use_dora": ("lora",),
     "use_rslora": ("lora",),
     "lora_dropout": ("lora",),
@@ -119,12 +116,11 @@ class AdapterOptions:
             layers = None if given is None else _words(given)
             is_list = layers is None or (bool(layers) and all(map(_is_name, layers)))
             require(is_list, f"--{name} must be names of layers with commas between, got {given!r}")
-        # a wrong pattern is noted here, once
-        _ = self.ranks, self.learning_rates
+        _ = self.ranks, self.learning_rates  # both check their pattern when they are first read
         self._check_kind()
 
     def _check_kind(self) -> None:
-        for name, kinds in _OWN.items():
+        for name, kinds in _KINDS_OF_FLAG.items():
             owners = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
             require(
                 is_default(self, name) or self.adapter in kinds,
@@ -144,19 +140,19 @@ class AdapterOptions:
                 require(
                     value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}"
                 )
-        # peft rotates patches of the picture one by one where a kernel is larger than 1 x 1, and adds them up: not the identity at the start
-        fits = self.adapter != "oft" or self.target_preset != "full"
+        # For kernels larger than 1 x 1, peft's OFT is not the identity at the start: it sums rotated patches.
         require(
-            fits,
-            "--target_preset full has 3 x 3 convolutions, which --adapter oft cannot rotate; use attn_ff, or --adapter boft",
+            self.adapter != "oft" or self.target_preset != "full",
+            "--target_preset full has 3 x 3 convolutions, which --adapter oft cannot rotate; "
+            "use attn_ff, or --adapter boft",
         )
 
     def unet_layers(self) -> tuple[str, ...] | None:
-        """--lora_layers as names."""
+        """The names in --lora_layers; None without it."""
         return None if self.lora_layers is None else _words(self.lora_layers)
 
     def text_layers(self) -> tuple[str, ...] | None:
-        """--text_encoder_layers as names."""
+        """The names in --text_encoder_layers; None without it."""
         return None if self.text_encoder_layers is None else _words(self.text_encoder_layers)
 
     @functools.cached_property

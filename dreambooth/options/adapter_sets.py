@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, reason_of, shown
+from dreambooth.errors import UserError, shown
+from dreambooth.options import yaml_files
 
 LARGEST_WEIGHT = 100  # of an adapter; far below it nothing is left of the picture
-_LARGEST_FILE = 2**20
 _FIELDS = ("adapters", "prompts", "weights")
 _FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")
 
@@ -63,7 +63,7 @@ def of(adapter: Sequence[str], adapter_weights: Sequence[str], adapters_file: st
 
 
 def _number(text: str) -> float | None:
-    """None if it is no number."""
+    """The number; None if the text is not one."""
     try:
         return float(text)
     except ValueError:
@@ -84,9 +84,8 @@ def split(word: str, where: str) -> tuple[Path, float]:
         return Path(word), 1.0  # opening it will fail with a message of its own
     if weight is None or not abs(weight) <= LARGEST_WEIGHT:
         raise UserError(
-            f"{where}: the weight of {shown(head)} must be a number from -{LARGEST_WEIGHT} to"
-            f" {LARGEST_WEIGHT},"
-            f" got {tail!r}"
+            f"{where}: the weight of {shown(head)} must be a number "
+            f"from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}, got {tail!r}"
         )
     return Path(head), weight
 
@@ -170,22 +169,8 @@ def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, An
 
 
 def _read(path: Path) -> list[AdapterSet]:
-    import yaml
-
     where = f"--adapters_file {shown(path)}"
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{where}: not a regular file")  # reading a pipe would wait for ever
-        if path.is_file() and path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{where}: {path.stat().st_size:,} bytes are no table of sets")
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror or error}") from None
-    # ValueError: a date that does not exist; TypeError: a list as a key
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
+    content, root = yaml_files.load(path, where, "sets")
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"

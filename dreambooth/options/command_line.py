@@ -1,6 +1,6 @@
-"""Words -> options: the command line, --config files, and the one message for what is wrong with them.
+"""Options from a command line and --config files. Every broken rule is reported in one message.
 
-Imports no torch: `--help` and every message about a wrong flag come at once.
+Imports no torch: --help and messages about wrong flags are printed at once.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from dreambooth.errors import UserError, printable, reason_of, shown
-from dreambooth.options import help_page, shipped_files
+from dreambooth.errors import UserError, printable, shown
+from dreambooth.options import help_page, shipped_files, yaml_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
 Options = TypeVar("Options")
 _FLAT = (tyro.conf.OmitArgPrefixes,)
-# tyro takes dashes and underscores in the names of flags as the same
+# For tyro, dashes and underscores in the names of flags are the same.
 _HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
 
 
 def parse(kind: type[Options], description: str, words: Sequence[str] | None = None) -> Options:
-    """The options on the command line, or in `words`. The words in a --config file come before those on the command line.
+    """The options on the command line, or in `words`. A flag on the command line overrides --config files.
 
     Exits with status 2 and one message if a flag is unknown, missing or wrong, and with 0 after --help.
     """
@@ -39,7 +39,7 @@ def parse(kind: type[Options], description: str, words: Sequence[str] | None = N
     except UserError as error:
         fail(error)
     saved = shipped_files.located(saved)
-    rest = _joined(kind, rest)
+    rest = _with_repeated_flags_joined(kind, rest)
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):
         options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True)
     if broken:
@@ -49,26 +49,26 @@ def parse(kind: type[Options], description: str, words: Sequence[str] | None = N
 
 @contextlib.contextmanager
 def _escaped_errors(words: Sequence[str]) -> Iterator[None]:
-    """tyro's messages repeat what was typed: where that has escapes in it, they are spelled out."""
+    """tyro's messages quote the words; control characters in them are printed as escapes."""
     if all(word.isprintable() for word in words):
         yield
         return
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             yield
     finally:
-        sys.stderr.write(printable(said.getvalue()))
+        sys.stderr.write(printable(messages.getvalue()))
 
 
 def fail(error: Exception | str) -> NoReturn:
-    """Print one message, of a line for each problem, and leave with status 2."""
+    """Print a message, with a line for each problem, and exit with status 2."""
     print(f"error: {printable(str(error))}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
 
 
 def fields_of(kind: type) -> dict[str, dataclasses.Field]:
-    """Every flag of an options class, those of its groups included, by name."""
+    """Every flag of an options class and of its groups, by name."""
     table: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
         group = group_of(field)
@@ -77,7 +77,7 @@ def fields_of(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
-    """(words saved in the files named by --config, the other words)."""
+    """(words of the files that --config names, the other words)."""
     saved: list[str] = []
     rest: list[str] = []
     pending = iter(words)
@@ -94,53 +94,34 @@ def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
     return saved, rest
 
 
-def _joined(kind: type, words: list[str]) -> list[str]:
-    """The words, flags that take several values and stand there more than once brought together: `--adapter A --adapter B` is `--adapter A B`."""
-    several = {f"--{name}" for name, field in fields_of(kind).items() if get_origin(field.type) is tuple}
-    values: dict[str, list[str]] = {}
-    others: list[str] = []
-    current: list[str] = others
+def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:
+    """The words, with all values of a flag that takes several after it: `--adapter A --adapter B` becomes
+    `--adapter A B`."""
+    flags = fields_of(kind).items()
+    takes_several = {f"--{name}" for name, field in flags if get_origin(field.type) is tuple}
+    values_of: dict[str, list[str]] = {}
+    rest: list[str] = []
+    current = rest
     for word in words:
         flag, is_joined, value = word.partition("=")
-        if flag in several:
-            current = values.setdefault(flag, [])
+        if flag in takes_several:
+            current = values_of.setdefault(flag, [])
             current += [value] if is_joined else []
         elif word.startswith("--"):
-            current = others
+            current = rest
             current.append(word)
         else:
             current.append(word)
-    return [*others, *(word for flag, found in values.items() for word in (flag, *found))]
-
-
-_LARGEST_CONFIG = 2**20
-
-
-def _word(key: object) -> str:
-    """A key of a file, as it may stand in a message."""
-    return shown(str(key)[:80])
+    return [*rest, *(word for flag, values in values_of.items() for word in (flag, *values))]
 
 
 def config_words(kind: type, path: Path) -> list[str]:
-    """The command line that a YAML file of `flag: value` lines stands for; `null` leaves the default."""
-    import yaml
+    """The words of a command line that are saved in a YAML file of `flag: value` lines.
 
+    `null` leaves the default. Raises UserError if the file is not such a table, or a flag is unknown.
+    """
     where = f"--config {shown(path)}"
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{where}: not a regular file")  # reading a pipe would wait for ever
-        if path.is_file() and path.stat().st_size > _LARGEST_CONFIG:
-            raise UserError(f"{where}: {path.stat().st_size:,} bytes are no table of flags")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror or error}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # ValueError: a date that cannot be; TypeError: a list as a key
-        raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
+    content, _ = yaml_files.load(path, where, "flags")
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
     known = fields_of(kind)
@@ -148,32 +129,31 @@ def config_words(kind: type, path: Path) -> list[str]:
     for key, value in content.items():
         if key not in known:
             near = difflib.get_close_matches(str(key)[:80], known, n=1)
-            raise UserError(
-                f"{where}: no flag '{_word(key)}'" + (f"; did you mean '{near[0]}'?" if near else "")
-            )
-        if value is None:
-            continue
-        if isinstance(value, bool) and known[key].type is bool:
-            words.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, bool) and known[key].type is BooleanWord:
-            words.append(f"--{key}={value}")
-        elif isinstance(
-            value, bool
-        ):  # YAML reads a bare `no` as false; for a flag with choices it is the word that was written
-            words.append(f"--{key}={'yes' if value else 'no'}")
-        elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-            raise UserError(f"{where}: '{key}' must be a value or a list of values")
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            raise UserError(f"{where}: '{key}' must be a value or a list, got a table")
-        else:
-            words.append(f"--{key}={value}")  # one word, so that a value may begin with a minus
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{where}: no flag '{shown(str(key)[:80])}'{hint}")
+        if value is not None:
+            words += _words_of(key, value, known[key].type, where)
     return words
 
 
+def _words_of(name: str, value: Any, kind: Any, where: str) -> list[str]:
+    """The words for one flag of a file: `kind` is the type of the flag, `value` is what YAML read."""
+    if isinstance(value, bool):
+        if kind is bool:
+            return [f"--{name}" if value else f"--no_{name}"]
+        # YAML reads a bare `no` as false; a flag with choices gets the word back.
+        return [f"--{name}={value if kind is BooleanWord else 'yes' if value else 'no'}"]
+    if isinstance(value, dict):
+        raise UserError(f"{where}: '{name}' must be a value or a list, got a table")
+    if not isinstance(value, list):
+        return [f"--{name}={value}"]  # one word: a value may begin with a minus
+    if any(isinstance(item, dict | list) for item in value):
+        raise UserError(f"{where}: '{name}' must be a value or a list of values")
+    return [f"--{name}", *map(str, value)]
+
+
 def as_table(options: Any) -> dict[str, Any]:
-    """All flags and their values, flat, without those that are None: what --config reads back."""
+    """All flags that are not None and their values, in one table: the content of a --config file."""
     table: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -190,7 +170,7 @@ def without_token(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def yaml_text(table: dict[str, Any]) -> str:
-    """Flags and their values in the form that --config reads."""
+    """The text of a --config file with these flags and values."""
     import yaml
 
     return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)

@@ -1,7 +1,4 @@
-"""Every flag of convert_adapter.py, command by command.
-
-Imports no torch: `--help` and every message about a wrong flag come at once.
-"""
+"""The options of convert_adapter.py, one class for each command. Imports no torch."""
 
 import dataclasses
 from typing import Literal
@@ -30,13 +27,13 @@ class KnownBase:
     def __post_init__(self) -> None:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
         for name in ("revision", "variant"):
-            without = self.pretrained_model_name_or_path is None and getattr(self, name) is not None
-            require(not without, f"--{name} only works with --pretrained_model_name_or_path")
+            is_alone = self.pretrained_model_name_or_path is None and getattr(self, name) is not None
+            require(not is_alone, f"--{name} only works with --pretrained_model_name_or_path")
         if self.pretrained_model_name_or_path is not None:
             self.model()
 
     def model(self) -> BaseOptions | None:
-        """The base as the other scripts have it; None if there is none."""
+        """The base as an option group of the other scripts; None if it is not given."""
         name = self.pretrained_model_name_or_path
         return None if name is None else BaseOptions(name, revision=self.revision, variant=self.variant)
 
@@ -56,12 +53,12 @@ class NeededBase:
         self.model()
 
     def model(self) -> BaseOptions:
-        """The base as the other scripts have it."""
+        """The base as an option group of the other scripts."""
         return BaseOptions(self.pretrained_model_name_or_path, revision=self.revision, variant=self.variant)
 
 
-def _check_adapters(words: tuple[str, ...], least: int) -> None:
-    require(len(words) >= least, f"--adapter: give {least} files or more, got {len(words)}")
+def _check_adapters(words: tuple[str, ...], minimum: int) -> None:
+    require(len(words) >= minimum, f"--adapter: give {minimum} files or more, got {len(words)}")
     for word in words:
         named("adapter", word)
         try:
@@ -213,16 +210,20 @@ class BakeOptions:
         named("merge_to", self.merge_to)
 
 
-# Command -> (its flags, the flag that words right after it stand for, what it does).
+# Command: (its options, the flag that takes the words right after the command, its description).
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "inspect": (
         InspectOptions,
         "adapter",
-        "Show what an adapter holds: kinds, ranks, scales, norms, metadata; and whether it fits a base.",
+        "Show what an adapter holds (kinds, ranks, scales, norms, metadata) and whether it fits a base.",
     ),
     "convert": (ConvertOptions, "adapter", "Write an adapter in another layout."),
-    "merge": (MergeOptions, "adapter", "Make one LoRA of several adapters, with weights."),
-    "resize": (ResizeOptions, "adapter", "Make a LoRA of a smaller rank."),
-    "extract": (ExtractOptions, "tuned", "Make a LoRA of what fine-tuning has changed in a base."),
-    "bake": (BakeOptions, "adapter", "Work adapters into a base: a folder that needs no adapter."),
+    "merge": (MergeOptions, "adapter", "Merge several adapters into one LoRA, with weights."),
+    "resize": (ResizeOptions, "adapter", "Reduce the rank of a LoRA."),
+    "extract": (ExtractOptions, "tuned", "Extract a LoRA from a fine-tuned base."),
+    "bake": (
+        BakeOptions,
+        "adapter",
+        "Add adapters to the weights of a base, and write a base that needs no adapter.",
+    ),
 }

@@ -1,7 +1,8 @@
 """The page that --help prints: the flags of an options class, group by group.
 
-The docstring of a group is its heading, and the docstring under a field is the help text of its flag. An options class may name the flags
-that most people use in `COMMON_FLAGS`: --help shows those, --help_all shows every flag. Imports no torch.
+The docstring of a group is its heading, and the docstring under a field is the help text of its flag. An
+options class may name the flags that most people use in `COMMON_FLAGS`: --help shows those, --help_all shows
+every flag. Imports no torch.
 """
 
 import ast
@@ -45,19 +46,19 @@ def page(kind: type, program: str, description: str, *, is_full: bool) -> str:
 
 
 def _flags_of(kind: type, heading: str) -> Iterator[tuple[str, dataclasses.Field, str]]:
-    """(heading, field, help text) of every flag: the groups before the class's own flags, these, the groups after."""
+    """(heading, field, help text) of every flag, in groups. The class's own flags are one group."""
     texts = _field_docstrings(kind)
-    own: list[dataclasses.Field] = []
+    flags: list[dataclasses.Field] = []
     later: list[type] = []
     for field in dataclasses.fields(kind):
         group = group_of(field)
         if group is None:
-            own.append(field)
-        elif own:
+            flags.append(field)
+        elif flags:
             later.append(group)
         else:
             yield from _flags_of(group, _heading(group))
-    yield from ((heading, field, texts[field.name]) for field in own)
+    yield from ((heading, field, texts[field.name]) for field in flags)
     for group in later:
         yield from _flags_of(group, _heading(group))
 
@@ -98,7 +99,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    """The default as the help text's end; none for switches, and where the text explains what happens without the flag."""
+    """The end of the help text: " (default: 4)". Empty for switches and None, which the text explains."""
     if field.default is dataclasses.MISSING:
         return " (required)"
     values = field.default if isinstance(field.default, tuple) else (field.default,)
@@ -107,7 +108,9 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    """Lines of at most `width` columns, the second and later ones indented. The text's own line breaks are joined."""
+    """Lines of at most `width` columns; the first is indented as the text is, the others by `indent`.
+
+    Line breaks in the text are ignored."""
     start = len(text) - len(text.lstrip())
     return textwrap.wrap(
         " ".join(text.split()),

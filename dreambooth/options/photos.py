@@ -1,9 +1,9 @@
-"""The flags about pictures: the photos of the subject, and class images for prior preservation. Imports no torch."""
+"""The flags of instance photos, and of class images for prior preservation. Imports no torch."""
 
 import dataclasses
 from typing import Literal
 
-from dreambooth.options.rules import at_least, named, require
+from dreambooth.options.rules import at_least, named, require, require_side
 
 
 @dataclasses.dataclass
@@ -55,26 +55,26 @@ class InstanceOptions:
     """Accept links to pictures outside the folder."""
 
     def __post_init__(self) -> None:
-        side = self.resolution
+        require_side("resolution", self.resolution)
         require(
-            side is None or (side > 0 and side % 8 == 0),
-            f"--resolution must be a positive multiple of 8, got {side}",
+            self.resolution is None or self.resolution <= 8192,
+            f"--resolution must be at most 8192, got {self.resolution}",
         )
-        require(side is None or side <= 8192, f"--resolution must be at most 8192, got {side}")
         at_least(self, 0, "dataloader_num_workers")
         at_least(self, 1, "repeats")
         require(
             0 <= self.caption_dropout <= 1,
             f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}",
         )
-        one = (self.instance_data_dir is None) != (self.dataset_name is None)
-        require(one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
+        is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
+        require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
             named(name, getattr(self, name))
-        fits = 4096 <= self.max_image_pixels <= 178_000_000
+        # Pillow itself refuses pictures of more than 178 million pixels.
         require(
-            fits, f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}"
-        )  # where Pillow itself gives up
+            4096 <= self.max_image_pixels <= 178_000_000,
+            f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}",
+        )
         named("instance_data_dir", self.instance_data_dir)
         require(
             self.instance_prompt.strip() != "",

@@ -1,7 +1,4 @@
-"""Every flag of the scripts that make pictures: generate_class_images.py and infer.py.
-
-Imports no torch: `--help` and every message about a wrong flag come at once.
-"""
+"""The options of the scripts that draw pictures: generate_class_images.py and infer.py. Imports no torch."""
 
 import dataclasses
 import math
@@ -108,12 +105,14 @@ class InferOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
         at_least(self, 0, "guidance_scale", "clip_skip")
-        one = bool(self.prompt) != bool(self.prompts_file)  # sets in a file may have prompts of their own
+        # The sets of --adapters_file may have prompts.
+        may_have_none = self.adapters_file is not None
+        sources = bool(self.prompt) + bool(self.prompts_file)
         require(
-            one or (self.adapters_file is not None and not self.prompt and not self.prompts_file),
+            sources == 1 or (sources == 0 and may_have_none),
             "give either --prompt or --prompts_file",
         )
-        require(all(p.strip() for p in self.prompt), "--prompt must not be empty")
+        require(all(prompt.strip() for prompt in self.prompt), "--prompt must not be empty")
         require(
             bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds),
             f"--seeds must be numbers from 0 on, got {self.seeds}",
@@ -128,26 +127,28 @@ class InferOptions:
         require(has_adapters or self.sweep is None, "--sweep needs an --adapter whose weight it changes")
         require(
             has_adapters or self.fuse == "auto",
-            "--fuse needs an --adapter to work into the weights, or to leave beside them",
+            "--fuse needs an --adapter that is fused, or not fused, with the weights",
         )
-        weights = "--adapter_weights needs --adapter; in --adapters_file a set has `weights` of its own"
-        require(bool(self.adapter) or not self.adapter_weights, weights)
+        require(
+            bool(self.adapter) or not self.adapter_weights,
+            "--adapter_weights needs --adapter; a set in --adapters_file has its own `weights`",
+        )
         self.factors()
         require_side("resolution", self.resolution)
 
     def factors(self) -> tuple[float, ...]:
-        """The numbers of --sweep; 1 alone without it."""
+        """The numbers of --sweep; (1.0,) without it."""
         if self.sweep is None:
             return (1.0,)
-        found = []
+        factors = []
         for word in self.sweep.split(","):
             try:
-                found.append(float(word))
+                factors.append(float(word))
             except ValueError:
-                found.append(math.nan)
-        good = all(abs(number) <= LARGEST_WEIGHT for number in found) and len(set(found)) == len(found)
+                factors.append(math.nan)
         require(
-            good,
-            f"--sweep must be different numbers from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT} with commas between, got {self.sweep!r}",
+            all(abs(factor) <= LARGEST_WEIGHT for factor in factors) and len(set(factors)) == len(factors),
+            f"--sweep must be different numbers from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT} "
+            f"with commas between, got {self.sweep!r}",
         )
-        return tuple(found)
+        return tuple(factors)

@@ -1,14 +1,15 @@
-"""Training options without open defaults: the type that everything after the checks of a run takes.
+"""Training options with every default filled in: what a run works with once its input is checked.
 
-Some defaults depend on the base's family (see `TrainOptions`), others on the machine or on an earlier run of the same output folder.
-Imports no torch.
+Some defaults depend on the base's family, others on the machine, on an earlier run in the same output folder,
+or on the class images that exist. Imports no torch.
 """
 
 import dataclasses
 from typing import Any, Literal, TypeVar
 
+from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.photos import InstanceOptions, PriorOptions
-from dreambooth.options.training import OptimizerOptions, RunOptions, TrainOptions
+from dreambooth.options.training import RunOptions, TrainOptions
 
 Group = TypeVar("Group")
 

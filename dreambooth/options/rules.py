@@ -1,6 +1,6 @@
-"""The rules that flags must keep: checked where a group of flags is made, all that are broken told in one message.
+"""Rules that flags must keep. A group of flags checks its rules when it is made.
 
-Imports no torch: `--help` and every message about a wrong flag come at once.
+Imports no torch: --help and messages about wrong flags are printed at once.
 """
 
 import contextlib
@@ -13,18 +13,19 @@ from typing import Annotated, Any
 
 import tyro
 
-EXIT_USAGE = 2  # wrong flags or bad input, found before any slow work
+EXIT_USAGE = 2  # wrong flags or bad input, reported before any slow work
 
 # A boolean flag that takes the word True or False, as the reference script's Prodigy flags do.
 BooleanWord = Annotated[bool, tyro.conf.FlagConversionOff]
 
-# The rules broken so far while a command line is read; None outside of that.
+# Messages of rules broken so far, while a command line is read; None at other times.
 _broken: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("broken", default=None)
 
 
 @contextlib.contextmanager
 def broken_rules() -> Iterator[list[str]]:
-    """Within the block, a group that breaks a rule adds a line to this list and goes on: all wrong flags come in one message."""
+    """Within the block, `require` adds its message to this list instead of raising: one message then reports
+    every wrong flag."""
     broken: list[str] = []
     token = _broken.set(broken)
     try:
@@ -34,7 +35,7 @@ def broken_rules() -> Iterator[list[str]]:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError unless `condition`; within `broken_rules` note it down."""
+    """Raise ValueError unless `condition` holds. Within `broken_rules` the message is added to its list."""
     if condition:
         return
     broken = _broken.get()
@@ -44,7 +45,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def named(flag: str, value: str | None) -> None:
-    """A file, folder or hub id. "" would be the folder that the script is started in."""
+    """Require the name of a file or folder, or a hub id. "" would mean the working folder."""
     require(
         value is None or (value.strip() != "" and "\0" not in value),
         f"--{flag} must be the name of a file or folder, got {value!r}",
@@ -52,6 +53,7 @@ def named(flag: str, value: str | None) -> None:
 
 
 def at_least(group: Any, minimum: float, *names: str) -> None:
+    """Require finite numbers of at least `minimum` in these fields of a group; None is allowed."""
     for name in names:
         value = getattr(group, name)
         if value is not None:
@@ -70,13 +72,15 @@ def is_default(group: Any, name: str) -> bool:
     return getattr(group, name) == type(group).__dataclass_fields__[name].default
 
 
-def require_package(wanted: bool, flag: str, package: str, install: str) -> None:
-    if wanted:
-        found = importlib.util.find_spec(package) is not None
-        require(found, f"{flag} needs the {package} package, which is not installed: {install}")
+def require_package(is_needed: bool, flag: str, package: str, install: str) -> None:
+    """Require that a package is installed if `is_needed`; `install` is the command that installs it."""
+    if is_needed:
+        is_installed = importlib.util.find_spec(package) is not None
+        require(is_installed, f"{flag} needs the {package} package, which is not installed: {install}")
 
 
 def require_side(name: str, value: int | None) -> None:
+    """Require a side in pixels that is a multiple of 8; None is allowed."""
     require(
         value is None or (value > 0 and value % 8 == 0),
         f"--{name} must be a positive multiple of 8, got {value}",

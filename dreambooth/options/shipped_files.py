@@ -1,7 +1,7 @@
 """Files that come with the program: the embedded base, its photos and the recipes.
 
-A checkout has `picturebook/` and `configs/` at its root. An installed copy has `picturebook/` beside `dreambooth/`, and
-`configs/` beside the scripts.
+A checkout has `picturebook/` and `configs/` at its root. An installed copy has `picturebook/` beside
+`dreambooth/`, and `configs/` beside the scripts.
 """
 
 import os
@@ -20,9 +20,9 @@ _FLAGS = (
 
 
 def located(words: Iterable[str]) -> list[str]:
-    """The words, in which `picturebook/...` and `configs/...` are full paths where the working folder has no such file.
+    """The words; `picturebook/...` and `configs/...` are made absolute if no such file is there.
 
-    Only values of flags that are read from are looked up.
+    Only the values of flags that name an input are replaced.
     """
     result: list[str] = []
     for word in words:

@@ -1,4 +1,4 @@
-"""The flags on speed and memory: what is kept, where, and in how many bits. Imports no torch."""
+"""The flags of speed and memory. Imports no torch."""
 
 import dataclasses
 from typing import Literal

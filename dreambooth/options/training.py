@@ -1,9 +1,11 @@
-"""Every flag of the training script: its meaning, its default and its checks.
+"""The options of the training script: every flag's default, help text and checks.
 
-Groups of flags are dataclasses; the docstring under a field is its help text, and a group is what functions take. Names and defaults are
-those of Hugging Face diffusers' `train_dreambooth_lora.py` and its sibling for Stable Diffusion XL, so their command lines work here
-unchanged. Where the two have different defaults the flag's is None, and `resolved.resolve` fills in that of the base's family.
-This module imports no torch: `--help` and every message about a wrong flag come at once.
+A group of flags is a dataclass. Its docstring is the heading in --help, and the docstring under a field is
+the flag's help text. Names and defaults are those of Hugging Face diffusers' `train_dreambooth_lora.py` and
+`train_dreambooth_lora_sdxl.py`, so their command lines work here unchanged. Where the two scripts have
+different defaults, the default here is None, and `resolved.resolve` fills in that of the base's family.
+
+Imports no torch: --help and messages about wrong flags are printed at once.
 """
 
 import dataclasses
@@ -15,22 +17,19 @@ from typing import ClassVar, Literal, Self
 
 from dreambooth.errors import shown
 from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.photos import InstanceOptions, PriorOptions
-from dreambooth.options.rules import BooleanWord, at_least, is_default, named, require, require_package
+from dreambooth.options.rules import at_least, is_default, named, require, require_package
 from dreambooth.options.speed import SpeedOptions
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")
-
-# Flags that say nothing without another one.
+# Flags that have no effect without another flag.
 _OF_VALIDATION = (
-    "num_validation_images",
-    "validation_epochs",
-    "validation_steps",
-    "validation_scheduler",
+    *("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler"),
     "skip_final_inference",
 )
 _OF_PRIOR = ("class_data_dir", "class_prompt", "prior_loss_weight", "class_seed")
 _OF_GENERATION = ("num_class_images", "class_guidance_scale", "class_inference_steps", "class_scheduler")
+_OF_TEXT_ADAPTER = ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers")
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 
 
@@ -86,108 +85,14 @@ class TextOptions:
     def __post_init__(self) -> None:
         at_least(self, 3, "tokenizer_max_length")
         at_least(self, 0, "clip_skip")
-        share = self.train_text_encoder_frac
+        fraction = self.train_text_encoder_frac
         require(
-            0 < share <= 1,
-            f"--train_text_encoder_frac must be over 0 and at most 1, got {share}; leave out --train_text_encoder to train none",
+            0 < fraction <= 1,
+            f"--train_text_encoder_frac must be over 0 and at most 1, got {fraction}; "
+            "without --train_text_encoder the text encoder is not trained",
         )
         both = self.train_text_encoder and self.pre_compute_text_embeddings
         require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
-
-
-@dataclasses.dataclass
-class OptimizerOptions:
-    """Optimizer and learning rate."""
-
-    learning_rate: float | None = None
-    """Learning rate. Default: 5e-4; 1e-4 for Stable Diffusion XL; 1 with Prodigy."""
-    text_encoder_lr: float | None = None
-    """Learning rate of the text encoder. Default: --learning_rate; 5e-6 for Stable Diffusion XL. Prodigy
-    always uses --learning_rate."""
-    scale_lr: bool = False
-    """Multiply the learning rates by gradient accumulation steps x batch size x processes."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "constant"
-    """Learning-rate schedule."""
-    lr_warmup_steps: int = 500
-    """Steps over which the learning rate rises from 0. `constant` has no warm-up."""
-    lr_num_cycles: int = 1
-    """Number of cycles of cosine_with_restarts."""
-    lr_power: float = 1.0
-    """Exponent of the polynomial schedule."""
-    optimizer: str = "adamw"
-    """adamw, adamw8bit (bitsandbytes package), prodigy (prodigyopt package), adafactor or schedule-free
-    (schedulefree package)."""
-    use_8bit_adam: bool = False
-    """The same as --optimizer adamw8bit."""
-    adam_beta1: float = 0.9
-    """Decay rate of Adam's first moment."""
-    adam_beta2: float = 0.999
-    """Decay rate of Adam's second moment."""
-    adam_weight_decay: float | None = None
-    """Decoupled weight decay of the UNet's adapter, with every optimizer. Default: 1e-2; 1e-4 for Stable
-    Diffusion XL."""
-    adam_weight_decay_text_encoder: float | None = None
-    """Decoupled weight decay of the text encoder's adapter. Default: --adam_weight_decay; 1e-3 for Stable
-    Diffusion XL."""
-    adam_epsilon: float = 1e-8
-    """Added to Adam's denominator."""
-    prodigy_beta3: float | None = None
-    """Decay rate of Prodigy's step size estimate. Default: the square root of --adam_beta2."""
-    prodigy_decouple: BooleanWord = True
-    """Prodigy decouples weight decay, as AdamW does."""
-    prodigy_use_bias_correction: BooleanWord = True
-    """Prodigy corrects the bias of its moments, as Adam does."""
-    prodigy_safeguard_warmup: BooleanWord = True
-    """Prodigy leaves the learning rate out of its step size estimate during warm-up."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm, over UNet and text encoder together; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        at_least(
-            self, 0, "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm"
-        )
-        at_least(self, 0, "text_encoder_lr", "adam_weight_decay_text_encoder")
-        at_least(self, 1, "lr_num_cycles")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        # without it the first step divides zero by zero: LoRA's A has no gradient while B is zero
-        require(
-            0 < self.adam_epsilon < float("inf"), f"--adam_epsilon must be over 0, got {self.adam_epsilon}"
-        )
-        beta3 = self.prodigy_beta3
-        require(beta3 is None or 0 <= beta3 < 1, f"--prodigy_beta3 must be in [0, 1), got {beta3}")
-        self._check_optimizer()
-
-    def _check_optimizer(self) -> None:
-        self.optimizer = self.optimizer.lower()
-        known = self.optimizer in OPTIMIZERS
-        require(known, f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {shown(self.optimizer)}")
-        if self.use_8bit_adam:
-            fits = self.optimizer in ("adamw", "adamw8bit")
-            require(
-                fits,
-                f"--use_8bit_adam is --optimizer adamw8bit; it cannot be used with --optimizer {shown(self.optimizer)}",
-            )
-            self.optimizer = "adamw8bit"
-        flag = "--use_8bit_adam" if self.use_8bit_adam else f"--optimizer {self.optimizer}"
-        for name, package, extra in (
-            ("adamw8bit", "bitsandbytes", "bitsandbytes"),
-            ("prodigy", "prodigyopt", "prodigy"),
-            ("schedule-free", "schedulefree", "schedule-free"),
-        ):
-            require_package(self.optimizer == name, flag, package, f"pip install '.[{extra}]'")
-        if self.optimizer == "schedule-free":
-            fits = self.lr_scheduler in ("constant", "constant_with_warmup")
-            require(
-                fits,
-                f"--lr_scheduler must be constant or constant_with_warmup with --optimizer schedule-free, got {self.lr_scheduler}",
-            )
-            require(
-                self.adam_beta1 > 0,
-                f"--adam_beta1 must be over 0 with --optimizer schedule-free, got {self.adam_beta1}",
-            )
 
 
 @dataclasses.dataclass
@@ -385,96 +290,91 @@ class TrainOptions:
     reports: ReportOptions = dataclasses.field(default_factory=ReportOptions)
 
     def __post_init__(self) -> None:
-        one_rate = self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values())
         require(
-            one_rate,
-            "--lr_pattern: --optimizer prodigy has one step size for all parts; only a rate of 0 can be given to one",
+            self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values()),
+            "--lr_pattern: --optimizer prodigy has one step size for all parts; "
+            "the only learning rate that a part can be given is 0",
         )
-        for name in (
-            "text_encoder_rank",
-            "text_encoder_alpha",
-            "text_encoder_dropout",
-            "text_encoder_layers",
-        ):
-            given = getattr(self.adapter, name)
-            require(given is None or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
-        prior = self.prior
+        for name in _OF_TEXT_ADAPTER:
+            is_given = getattr(self.adapter, name) is not None
+            require(not is_given or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
+        self._check_folders()
+
+    def _check_folders(self) -> None:
+        if not self.prior.with_prior_preservation:
+            return
         folders = [
             os.path.realpath(folder)
-            for folder in (self.instance.instance_data_dir, prior.class_data_dir)
+            for folder in (self.instance.instance_data_dir, self.prior.class_data_dir)
             if folder and "\0" not in folder
         ]
-        same = prior.with_prior_preservation and len(folders) == 2 and folders[0] == folders[1]
         require(
-            not same,
-            f"--class_data_dir and --instance_data_dir must be two folders, got {shown(prior.class_data_dir)} for both",
+            len(folders) < 2 or folders[0] != folders[1],
+            "--class_data_dir and --instance_data_dir must be two folders, "
+            f"got {shown(self.prior.class_data_dir)} for both",
         )
 
     def notes(self) -> list[str]:
-        """What is odd about the flags but no error."""
+        """Notes on flags that are allowed but probably a mistake."""
         notes = []
-        prior = self.prior
+        prior, instance = self.prior, self.instance
         if (
             prior.with_prior_preservation
             and prior.class_prompt
-            and prior.class_prompt.strip() == self.instance.instance_prompt.strip()
+            and prior.class_prompt.strip() == instance.instance_prompt.strip()
         ):
             notes.append(
-                "--class_prompt equals --instance_prompt: the subject has no word of its own, and the class is pulled both ways."
+                "--class_prompt equals --instance_prompt: the subject has no word of its own, "
+                "and instance photos and class images train the same prompt."
             )
-        for group, names, has_it, needed in (
-            (
-                self.optimization,
-                ("text_encoder_lr", "adam_weight_decay_text_encoder"),
-                self.text.train_text_encoder,
-                "--train_text_encoder",
-            ),
-            (self.text, ("train_text_encoder_frac",), self.text.train_text_encoder, "--train_text_encoder"),
-            (
-                self.validation,
-                _OF_VALIDATION,
-                self.validation.validation_prompt is not None,
-                "--validation_prompt",
-            ),
-            (prior, _OF_PRIOR, prior.with_prior_preservation, "--with_prior_preservation"),
-            (
-                prior.generation,
-                _OF_GENERATION,
-                prior.with_prior_preservation,
-                "--with_prior_preservation",
-            ),
-            (self.optimization, _OF_PRODIGY, self.optimization.optimizer == "prodigy", "--optimizer prodigy"),
-            (
-                self.instance,
-                ("cache_dir", "dataset_config_name"),
-                self.instance.dataset_name is not None,
-                "--dataset_name",
-            ),
-        ):
-            for name in names:
-                if not has_it and not is_default(group, name):
-                    notes.append(f"You need not use --{name} without {needed}.")
-        other_rate = self.optimization.text_encoder_lr not in (None, self.optimization.learning_rate or 1.0)
-        if self.optimization.optimizer == "prodigy" and self.text.train_text_encoder and other_rate:
-            notes.append(
-                "Prodigy has one step size for all: the text encoder is trained with --learning_rate, not --text_encoder_lr."
+        return [*notes, *self._flags_without_effect(), *self._optimizer_notes()]
+
+    def _flags_without_effect(self) -> list[str]:
+        """A note for every flag that was given without the flag that it needs."""
+        trains_text = self.text.train_text_encoder, "--train_text_encoder"
+        draws = self.validation.validation_prompt is not None, "--validation_prompt"
+        uses_prior = self.prior.with_prior_preservation, "--with_prior_preservation"
+        is_prodigy = self.optimization.optimizer == "prodigy", "--optimizer prodigy"
+        is_data_set = self.instance.dataset_name is not None, "--dataset_name"
+        return [
+            f"You need not use --{name} without {needed}."
+            for group, names, (is_given, needed) in (
+                (self.optimization, ("text_encoder_lr", "adam_weight_decay_text_encoder"), trains_text),
+                (self.text, ("train_text_encoder_frac",), trains_text),
+                (self.validation, _OF_VALIDATION, draws),
+                (self.prior, _OF_PRIOR, uses_prior),
+                (self.prior.generation, _OF_GENERATION, uses_prior),
+                (self.optimization, _OF_PRODIGY, is_prodigy),
+                (self.instance, ("cache_dir", "dataset_config_name"), is_data_set),
             )
-        if self.optimization.optimizer == "adafactor":
+            for name in names
+            if not is_given and not is_default(group, name)
+        ]
+
+    def _optimizer_notes(self) -> list[str]:
+        notes, optimizer = [], self.optimization
+        rate = optimizer.learning_rate or 1.0
+        is_prodigy = optimizer.optimizer == "prodigy"
+        if is_prodigy and self.text.train_text_encoder and optimizer.text_encoder_lr not in (None, rate):
             notes.append(
-                "Adafactor has moments of its own: --adam_beta1, --adam_beta2 and --adam_epsilon are those of the other optimizers."
+                "Prodigy has one step size for all parameters: "
+                "the text encoder is trained with --learning_rate, not --text_encoder_lr."
             )
-        if self.optimization.optimizer == "prodigy" and (self.optimization.learning_rate or 1.0) <= 0.1:
+        if optimizer.optimizer == "adafactor":
+            notes.append("Adafactor does not use --adam_beta1, --adam_beta2 and --adam_epsilon.")
+        if is_prodigy and rate <= 0.1:
             notes.append(
-                f"--learning_rate {self.optimization.learning_rate} is small for Prodigy, which multiplies its own step size by it; 1 is usual"
+                f"--learning_rate {optimizer.learning_rate} is small for Prodigy, "
+                "which multiplies its own step size by it; 1 is usual"
             )
         return notes
 
     def text_steps(self, max_steps: int) -> int:
-        """Steps of a run of `max_steps` after which the text encoder is trained no more."""
+        """Steps in which the text encoder is trained, of a run of `max_steps`."""
         return max(1, round(self.text.train_text_encoder_frac * max_steps))
 
     def without_once(self) -> Self:
-        """The options less those that hold for one start of the run only."""
+        """The options without the flags that apply to one start of the run only."""
         run = dataclasses.replace(
             self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1
         )

@@ -42,7 +42,7 @@ REQUIRED = object()
 BARE = None  # a flag without a value
 
 
-# Every flag of diffusers' train_dreambooth_lora.py: its default, a word that may follow it, and the value that the word stands for.
+# Every flag of diffusers' train_dreambooth_lora.py: its default, a word that may follow it, and its value.
 REFERENCE: dict[str, tuple[Any, str | None, Any]] = {
     "pretrained_model_name_or_path": (REQUIRED, "other", "other"),
     "revision": (None, "main", "main"),

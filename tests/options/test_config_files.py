@@ -1,4 +1,4 @@
-"""Files of flags: read as the command line is, and written so that they give the same options; --help at once."""
+"""Files of flags are read like the command line, and are written so that they give the same options."""
 
 import json
 import os
@@ -45,7 +45,10 @@ def saved(folder: Path, text: str) -> list[str]:
 
 
 def test_config_file_stands_for_the_words_in_it(tmp_path):
-    text = "pretrained_model_name_or_path: base\ninstance_data_dir: photos\ninstance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
+    text = (
+        "pretrained_model_name_or_path: base\ninstance_data_dir: photos\n"
+        "instance_prompt: a photo of sks dog\nrank: 8\nmax_grad_norm: 0.5\n"
+    )
     found = command_line.parse(TrainOptions, "train", saved(tmp_path, text))
     assert found == command_line.parse(
         TrainOptions, "train", [*TRAIN, "--rank", "8", "--max_grad_norm", "0.5"]

@@ -1,4 +1,4 @@
-"""What --help prints: the flags that people use, in groups with headings in words; --help_all prints every flag."""
+"""--help prints the flags that people use, in groups with headings in words; --help_all prints every flag."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Flags: those of the reference script with its defaults, and one clear message and status 2 for every mistake."""
+"""Flags: those of the reference script with its defaults; one message and status 2 for every mistake."""
 
 import importlib.util
 import os

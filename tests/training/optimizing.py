@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth.files import checkpoint_folders
-from dreambooth.options.training import OPTIMIZERS, OptimizerOptions
+from dreambooth.options.optimizer import OPTIMIZERS, OptimizerOptions
 from dreambooth.training import checkpoints, optimizers
 from dreambooth.training.optimizers import Group
 from tests import tiny

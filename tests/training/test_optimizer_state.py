@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 
 from dreambooth.errors import UserError
-from dreambooth.options.training import OPTIMIZERS
+from dreambooth.options.optimizer import OPTIMIZERS
 from tests.checkpointing import rewrite
 from tests.training.optimizing import EACH, PRODIGY, SCHEDULE_FREE, Run, assert_same, needs
 
