@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 from accelerate.state import AcceleratorState
 
@@ -175,69 +176,52 @@ def test_every_documented_command_is_known():
                 assert make_recipe(words[1])
 
 
+def programs_of(target: str) -> list[list[str]]:
+    """The words of the target's commands that train, draw or score."""
+    programs = (*SCRIPTS, "picturebook.score", "picturebook.score_sets")
+    return [words for line in make_recipe(target) if set(programs) & set(words := shlex.split(line))]
+
+
+def run_scorer(module: Any, words: list[str]) -> dict[str, Any]:
+    """Run `python -m module` in this process."""
+    arguments = words[words.index(module.__name__) + 1 :]
+    return module.main(tyro.cli(module.Options, args=arguments, use_underscores=True))
+
+
 @pytest.mark.trains
-def test_make_demo_runs_from_class_images_to_scores(tmp_path, monkeypatch):
-    """The demo's own command lines on the embedded base, with fewer steps, pictures and seeds."""
-    commands = [
-        shlex.split(line)
-        for line in make_recipe("demo")
-        if any(name in line for name in (*SCRIPTS, "picturebook.score"))
-    ]
-    assert len(commands) == 4
-    monkeypatch.chdir(tmp_path)
+def test_make_demo_and_then_make_two_subjects_run_from_class_images_to_scores(tmp_path, monkeypatch):
+    """Their own command lines on the embedded base, with fewer steps, pictures and seeds."""
     for name in ("configs", "picturebook"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for words in commands[:3]:
+    monkeypatch.chdir(tmp_path)
+
+    *runs, scoring = programs_of("demo")
+    assert [SCRIPTS.keys() & set(words) for words in runs] == [
+        {"train_dreambooth_lora.py"},
+        {"infer.py"},
+        {"infer.py"},
+    ]
+    for words in runs:
         run_script(words)
-    arguments = dict(zip(commands[3][3::2], commands[3][4::2], strict=True))
-    options = score.Options(
-        Path(arguments["--subject"]),
-        Path(arguments["--pictures"]),
-        Path(arguments["--class_pictures"]),
-        Path(arguments["--output"]),
-    )
-    scores = score.main(options)
+    scores = run_scorer(score, scoring)
     assert scores["subject prompts, adapter"]["pictures"] == 16
     assert scores["class prompts, base"]["pictures"] == 2
-    demo = tmp_path / "runs" / "demo"
     for name in (
-        "pytorch_lora_weights.safetensors",
-        "scores.json",
-        "subject/contact_sheet.png",
-        "class/contact_sheet.png",
+        *("pytorch_lora_weights.safetensors", "scores.json"),
+        *("subject/contact_sheet.png", "class/contact_sheet.png"),
     ):
-        assert (demo / name).is_file(), name
+        assert (tmp_path / "runs" / "demo" / name).is_file(), name
 
-
-@pytest.mark.trains
-def test_make_two_subjects_runs_from_training_to_scores(tmp_path, monkeypatch):
-    """Its own command lines on the embedded base, made short; the demo's adapter is made here as well."""
-    commands = [
-        shlex.split(line)
-        for line in make_recipe("two_subjects")
-        if any(name in line for name in (*SCRIPTS, "picturebook.score_sets"))
-    ]
-    assert [
-        next(word for word in words if word in (*SCRIPTS, "picturebook.score_sets")) for words in commands
-    ][-3:] == [
-        "train_dreambooth_lora.py",
-        "infer.py",
-        "picturebook.score_sets",
-    ]
-    monkeypatch.chdir(tmp_path)
-    for name in ("configs", "picturebook"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    demo = [shlex.split(line) for line in make_recipe("demo") if "train_dreambooth_lora.py" in line]
-    for words in (*demo, *commands[-3:-1]):
+    # the target makes the demo first where its adapter is missing
+    *runs, scoring = programs_of("two_subjects")[-3:]
+    assert [SCRIPTS.keys() & set(words) for words in runs] == [{"train_dreambooth_lora.py"}, {"infer.py"}]
+    for words in runs:
         run_script(words)
-    words = commands[-1]
-    subjects = tuple(Path(word) for word in words[words.index("--subjects") + 1 : words.index("--output")])
-    output = Path(words[words.index("--output") + 1])
-    scores = score_sets.main(score_sets.Options(Path(words[words.index("--pictures") + 1]), subjects, output))
-    assert list(scores) == ["base", "the dog", "the cat", "both"]
-    assert all(values["pictures"] == 4 for of_set in scores.values() for values in of_set.values())
-    assert output.is_file()
-    assert (tmp_path / "runs" / "two_subjects" / "pictures" / "contact_sheet.png").is_file()
+    sets = run_scorer(score_sets, scoring)
+    assert list(sets) == ["base", "the dog", "the cat", "both"]
+    assert all(values["pictures"] == 4 for of_set in sets.values() for values in of_set.values())
+    for name in ("scores.json", "pictures/contact_sheet.png"):
+        assert (tmp_path / "runs" / "two_subjects" / name).is_file(), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
