@@ -91,7 +91,8 @@ def test_ranks_of_exact_loras_are_products():
 
 
 def test_no_step_of_an_exact_lora_is_larger_than_the_layer(monkeypatch):
-    """A LoHa of rank 64 on a wide convolution has 4096 products of ranks; written out, each with its kernel, they are gigabytes."""
+    """A LoHa of rank 64 on a wide convolution has 4096 products of ranks; written out, each with its kernel,
+    they are gigabytes."""
     draw = torch.Generator().manual_seed(0)
     sizes: list[int] = []
     for name in ("qr", "svd", "eigh"):

@@ -1,7 +1,8 @@
 """Adapter files of today are read right by the libraries of earlier years.
 
-Those cannot be installed beside today's. What they drew with our files was recorded once (tests/fixtures/make_older_readers.py says how, and how
-to do it again): here the same files are written anew, and must be the ones that were shown to them.
+Those cannot be installed beside today's. What they drew with our files was recorded once
+(tests/fixtures/make_older_readers.py says how, and how to do it again): here the same files are written anew,
+and must be the ones that were shown to them.
 """
 
 import json

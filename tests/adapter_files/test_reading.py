@@ -84,7 +84,8 @@ def test_spellings_without_metadata_are_read_with_scale_one(layout, text_model, 
 
 
 def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, base, tmp_path):
-    """`unet.save_attn_procs` once wrote them so; diffusers of today loads nothing from such a file, in silence."""
+    """`unet.save_attn_procs` once wrote them so; diffusers of today loads nothing from such a file, in
+    silence."""
     unet = {"unet": adapted("lora")["unet"]}
     tensors = {
         key.removeprefix("unet."): tensor for key, tensor in in_layout(peft_state(unet), "processors").items()
@@ -98,7 +99,8 @@ def test_keys_without_a_component_find_the_one_that_has_such_layers(adapted, bas
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha cp", "lokr dense"])
 def test_folders_saved_by_peft_are_read(kind, adapted, loaded, base, tmp_path):
-    """The pair that peft's examples write, and each of the two alone, which nothing but its layers tells apart."""
+    """The pair that peft's examples write, and each of the two alone, which nothing but its layers tells
+    apart."""
     models = adapted(kind)
     for component, model in loaded.items():
         wrapped = PeftModel(copy.deepcopy(model), KINDS[kind](component))
@@ -122,7 +124,8 @@ def test_folders_saved_by_peft_are_read(kind, adapted, loaded, base, tmp_path):
 
 
 def test_patterns_of_whole_names_are_read_as_peft_reads_them(adapted, base, tmp_path):
-    """As diffusers writes them for a file that it loaded: ^ and the whole name; the first that fits is the one."""
+    """As diffusers writes them for a file that it loaded: ^ and the whole name; the first that fits is the
+    one."""
     models = {"unet": adapted("lora")["unet"]}
     path = SOME.removeprefix("unet.")
     patterns = {"^to_k": 60.0, f"^{path}": 3.0, "to_k": 12.0}
@@ -269,7 +272,7 @@ def test_lycoris_own_modules_are_read_with_their_magnitudes(kind, loaded, base, 
 
 
 def test_modules_of_different_kinds_stand_in_one_file(adapted, base, tmp_path):
-    """Each module is what its own keys say; peft's layout, with one configuration for all, is refused for it."""
+    """The keys of each module decide its kind. peft's layout has one configuration for all and is refused."""
     parts = [
         reading.read_additive(peft_file(tmp_path / "a.safetensors", adapted(kind)), base)
         for kind in ("locon", "loha", "lokr")

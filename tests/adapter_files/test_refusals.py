@@ -77,7 +77,9 @@ REFUSALS = {
     "twice": "there twice, in two spellings",
     "two kinds": "is no whole LoRA, LoHa or LoKr",
     "other rank": r"its up has shape \(64, 3\); for this layer of \(64, 32\) it must be of shape \(64, 4\)",
-    "stable diffusion 2": "another base: its UNet reads text Stable Diffusion 2.x's 1024 wide, and this one's 32",
+    "stable diffusion 2": (
+        "another base: its UNet reads text Stable Diffusion 2.x's 1024 wide, and this one's 32"
+    ),
     "alpha 0": "alpha must be one number other than 0, up to a million",
     "magnitude of inputs": "lengths of inputs",
     "whole numbers": "whole numbers",

@@ -51,7 +51,8 @@ def expect_same_outputs(loaded: Models, models: Models, data: bytes, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
-    """From peft's own file, written in our layout and in kohya's, read again: each layer adds what peft computes for it."""
+    """From peft's own file, written in our layout and in kohya's, read again: each layer adds what peft
+    computes for it."""
     models = adapted(kind)
     adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
     expect_same_deltas(adapter, models)

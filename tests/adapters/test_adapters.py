@@ -1,4 +1,4 @@
-"""Adapters: what is put on the models, how it is stored, and that plain diffusers loads it as it was trained."""
+"""Adapters on models, their files, and plain diffusers, which loads them as they were trained."""
 
 import copy
 import hashlib
@@ -102,7 +102,8 @@ def test_a_is_drawn_with_standard_deviation_one_over_rank_and_b_is_zero(rank, mo
 
 
 def test_every_attention_projection_gets_an_adapter_and_nothing_else_does(models):
-    """Dual LoRA: 4 layers in each of 2 attentions in each transformer block, 4 in each layer of the text encoder."""
+    """Dual LoRA: 4 layers in each of 2 attentions in each transformer block, 4 in each layer of the text
+    encoder."""
     modules = {
         name: {
             key
@@ -250,7 +251,8 @@ def test_a_component_takes_what_another_gives(loaded):
 
 
 def test_metadata_has_the_stable_fields_in_sorted_order_and_no_path(models, layers, tmp_path):
-    """Readers build a LoraConfig from it: an unknown field breaks old ones, and peft's own dump has the user's folder in it."""
+    """Readers build a LoraConfig from it: an unknown field breaks old ones, and peft's own dump has the
+    user's folder in it."""
     components = inject(models, rank=8, dropout=0.25)
     path = written(tmp_path, components)
     metadata = reading.read(path, layers).metadata
@@ -294,7 +296,10 @@ def digest(base: str) -> str:
 def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, models):
     components = trained(inject(models))
     assert packed(components) == packed(components)
-    code = "import sys, torch; from tests import conftest; from tests.adapters import test_adapters; print(test_adapters.digest(sys.argv[1]))"
+    code = (
+        "import sys, torch; from tests import conftest; from tests.adapters import test_adapters;"
+        " print(test_adapters.digest(sys.argv[1]))"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny_base)],
@@ -420,7 +425,8 @@ def test_another_rank_is_refused(loaded):
         ("unet", "the adapter is for another base: its UNet reads text 32 wide, and this one's 48"),
         (
             "text_encoder",
-            "has shape (32, 4); for this layer of (48, 48) it must be of shape (48, 4); the adapter is for another base, or broken",
+            "has shape (32, 4); for this layer of (48, 48) it must be of shape (48, 4);"
+            " the adapter is for another base, or broken",
         ),
     ],
 )
@@ -474,13 +480,15 @@ def of_a_norm(state: State) -> None:
         (flattened, "the adapter is for another base, or broken"),
         (
             of_a_missing_layer,
-            "no layer of this base, e.g. text_encoder.text_model.encoder.layers.7.self_attn.q_proj.lora_A.weight",
+            "no layer of this base, e.g."
+            " text_encoder.text_model.encoder.layers.7.self_attn.q_proj.lora_A.weight",
         ),
         (of_a_norm, "no layer of this base, e.g. unet.conv_norm_out.lora_A.weight"),
     ],
 )
 def test_an_adapter_with_a_part_that_has_no_place_is_refused(change, reason, models, layers, tmp_path):
-    """diffusers would draw on without it, stop with a traceback, or, given A without B, multiply by memory as it was found."""
+    """diffusers would draw on without it, stop with a traceback, or, given A without B, multiply by memory as
+    it was found."""
     path = written(tmp_path, trained(inject(models)))
     state = load(path.read_bytes())
     change(state)

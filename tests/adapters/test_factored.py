@@ -1,4 +1,5 @@
-"""LoHa and LoKr without a dense update: peft's outputs and gradients, from less; and peft itself wherever it is not that one adapter."""
+"""LoHa and LoKr without a dense update: peft's outputs and gradients, from less; and peft itself wherever it
+is not that one adapter."""
 
 import copy
 import json
@@ -100,7 +101,8 @@ def input_of(layer: nn.Module, channels_last: bool = False) -> torch.Tensor:
 
 
 def answers(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output, the gradient of the input and those of all parameters that have one, for a fixed gradient of the output."""
+    """The output, the gradient of the input and those of all parameters that have one, for a fixed gradient
+    of the output."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     output = model(x)
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output.dtype))
@@ -136,7 +138,8 @@ def assert_near(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_outputs_and_gradients_are_pefts(layer, kind):
-    """For ranks that leave the factors apart and ranks that make them dense, and both orders of an image in memory."""
+    """For ranks that leave the factors apart and ranks that make them dense, and both orders of an image in
+    memory."""
     for rank in (1, 2, 4, 100) if kind != "loha" else (1, 2, 4, 9):
         model = adapted(LAYERS[layer](), KINDS[kind](rank))
         ours = factored(model)
@@ -169,7 +172,8 @@ class DenseLoHa(Holder):
 
 @pytest.mark.parametrize("layer", ["1x1", "3x3, stride, padding", "3x3, dilation", "odd 3x3"])
 def test_gradients_of_a_loha_with_cores_are_the_derivatives(layer):
-    """Those of dense arithmetic. peft's own are not, for w1_a and w2_a: its backward contracts them with the other factor's core."""
+    """Those of dense arithmetic. peft's own are not, for w1_a and w2_a: its backward contracts them with the
+    other factor's core."""
     for rank in (2, 7):
         model = adapted(
             LAYERS[layer](),
@@ -221,8 +225,10 @@ def test_nothing_is_kept_for_backward_but_the_input_and_parameters(layer, kind):
     ids=["loha 4", "loha 32", "lokr 4", "lokr 8 by 8", "lokr whole by 8"],
 )
 def test_an_update_multiplies_less_often_than_pefts(layer, config, most):
-    """As a share of peft's; where no chain is shorter, its own count and the second making of the dense update."""
-    # the counter takes the gradient of a weight of a convolution in groups for one without groups, so the truth is lower
+    """As a share of peft's; where no chain is shorter, its own count and the second making of the dense
+    update."""
+    # the counter takes the gradient of a weight of a convolution in groups for one without groups, so the
+    # truth is lower
     counts = []
     for network in (
         copy.deepcopy(layer).requires_grad_(False),
@@ -415,7 +421,8 @@ def test_unloading_gives_the_base_back(tiny_base, kind):
 @pytest.mark.parametrize("kind", ["loha", "lokr -1", "lokr 8"])
 @pytest.mark.parametrize("layer", ["linear", "1x1", "3x3, stride, padding"])
 def test_half_precision_is_as_near_as_pefts(layer, kind):
-    """Autocast to bfloat16 over a float32 base, and a bfloat16 base with a float32 adapter, in whose precision the update is then computed."""
+    """Autocast to bfloat16 over a float32 base, and a bfloat16 base with a float32 adapter, in whose
+    precision the update is then computed."""
     model = adapted(LAYERS[layer](), KINDS[kind](2))
     ours, x = factored(model), input_of(model.layer.get_base_layer())
     exact = answers(copy.deepcopy(model), x)

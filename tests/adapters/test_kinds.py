@@ -1,4 +1,5 @@
-"""Kinds of adapters in training: what each adds, where, how much, and that every promise of a run holds for each."""
+"""Kinds of adapters in training: what each adds, where, how much, and that every promise of a run holds for
+each."""
 
 import hashlib
 import json
@@ -484,7 +485,8 @@ def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(
         monkeypatch.setattr(loading, name, None)  # found before a model is loaded
     with pytest.raises(
         UserError,
-        match=r"--init_adapter: .*wide has 48 layers of unet and this run trains 32.*give the same --target_preset",
+        match=r"--init_adapter: .*wide has 48 layers of unet and this run trains 32.*"
+        r"give the same --target_preset",
     ):
         run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", str(tmp_path / "wide"))
     with pytest.raises(

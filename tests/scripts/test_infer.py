@@ -100,7 +100,8 @@ def test_fusing_needs_an_adapter(how, capsys):
 def test_sets_come_from_a_file(tmp_path):
     path = tmp_path / "sets.yaml"
     path.write_text(
-        "dog: [my_dog, style.safetensors:0.6]\nplain: []\n2: {adapters: my_cat, prompts: a cat, weights: [unet=0.5]}\n"
+        "dog: [my_dog, style.safetensors:0.6]\nplain: []\n2:"
+        " {adapters: my_cat, prompts: a cat, weights: [unet=0.5]}\n"
     )
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
     dog, plain, cat = sets_of(words)
@@ -221,7 +222,8 @@ def test_a_sweep_is_a_row_of_weights_from_the_base_on(tiny_base, files, tmp_path
 @pytest.mark.slow
 def test_sets_are_swapped_without_loading_the_base_again(tiny_base, files, tmp_path, monkeypatch, capsys):
     (tmp_path / "sets.yaml").write_text(
-        f"one: [{files}/lora.safetensors]\ntwo: [{files}/loha.safetensors:0.5]\nturned: [{files}/oft.safetensors]\n"
+        f"one: [{files}/lora.safetensors]\ntwo: [{files}/loha.safetensors:0.5]\nturned:"
+        f" [{files}/oft.safetensors]\n"
         f"again:\n  adapters: {files}/lora.safetensors\n  prompts: [a dog, a cat]\nplain: []\n"
     )
     loads = []
@@ -363,11 +365,13 @@ def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, layers, tmp_path, monkeypatch):
-    """The second of two processes draws none of the first set: its layers must lie one in another as if it had."""
+    """The second of two processes draws none of the first set: its layers must lie one in another as if it
+    had."""
     wide = {kind: adapter_of(layers, KINDS[kind]) for kind in ("loha", "lokr")}
     for kind, adapter in wide.items():
         (tmp_path / f"{kind}.safetensors").write_bytes(writing.write_native(adapter, {}))
-    sets = f"one: [{tmp_path}/loha.safetensors]\ntwo: [{tmp_path}/lokr.safetensors, {tmp_path}/loha.safetensors]\n"
+    loha, lokr = (f"{tmp_path}/{kind}.safetensors" for kind in wide)
+    sets = f"one: [{loha}]\ntwo: [{lokr}, {loha}]\n"
     (tmp_path / "sets.yaml").write_text(sets)
     words = ["--adapters_file", str(tmp_path / "sets.yaml"), "--mixed_precision", "bf16"]
     (_, second) = run(tiny_base, tmp_path / "alone", *words)
