@@ -335,10 +335,12 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
     moved: Path | None = None
     placed = False
     try:
+        # the files, under a name that is no checkpoint's
         os.mkdir(temporary)
         for name, data in files.items():
             atomic.write_new(temporary / name, data)
         atomic.flush(temporary)
+        # the name
         if os.path.lexists(target):
             if keep_old and os.path.lexists(replaced):
                 _remove(replaced, step)  # left by a run that died after its new checkpoint was finished
@@ -348,9 +350,11 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         os.rename(temporary, target)
         placed = True
         atomic.flush(output_dir)
+        # read back
         if problems := verify(target):
             raise OSError(errno.EIO, f"what was written reads back damaged: {'; '.join(problems)}")
     except BaseException:
+        # undo the renames, the last one first
         if placed:
             os.rename(target, temporary)
         if moved is not None:

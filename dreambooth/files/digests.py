@@ -1,5 +1,4 @@
-"""SHA-256 of large files, computed once in a process while a file is unchanged, also if several threads need
-it."""
+"""SHA-256 of large files, computed once in a process for as long as a file is unchanged."""
 
 import hashlib
 import threading
@@ -14,8 +13,10 @@ _lock = threading.Lock()
 
 
 def of(path: Path) -> bytes:
-    """The SHA-256 of the file. A thread waits if another one computes it. Raises OSError if the file cannot
-    be read."""
+    """The SHA-256 of the file. If another thread is computing it, this one waits for the result.
+
+    Raises OSError if the file cannot be read.
+    """
     info = path.stat()
     key = (path.absolute(), info.st_ino, info.st_size, info.st_mtime_ns)
     with _lock:
