@@ -102,7 +102,8 @@ def latest(output_dir: Path) -> Path | None:
 
 
 def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes | None]) -> None:
-    """The same checkpoint with another file, or without it, and hashes that hold: as a mistake of the program would write it."""
+    """The same checkpoint with another file, or without it, and hashes that hold: as a mistake of the program
+    would write it."""
     content = checkpoint_folders.read(folder)
     files = dict(content.files)
     changed = change(files.pop(name))

@@ -1,4 +1,5 @@
-"""What several test files share: a tiny base of each kind and a folder of photos, built once a session, without a network."""
+"""What several test files share: a tiny base of each kind and a folder of photos, built once a session,
+without a network."""
 
 import functools
 import gc
@@ -6,7 +7,8 @@ import inspect
 import os
 import signal
 
-# Before torch is imported: what these tests promise, they promise of a CPU, whether or not the machine has a GPU.
+# Before torch is imported: what these tests promise, they promise of a CPU, whether or not the machine has a
+# GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -34,7 +36,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported lives as long as the process: each run here collects garbage twice, and need not visit it."""
+    """What was imported lives as long as the process: each run here collects garbage twice, and need not
+    visit it."""
     gc.collect()
     gc.freeze()
 

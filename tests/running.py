@@ -26,7 +26,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def train_words(base: Path, photos: Path, out: Path, *more: str) -> list[str]:
-    words = f"--pretrained_model_name_or_path {base} --instance_data_dir {photos} --output_dir {out} --resolution 64 --train_batch_size 1"
+    words = (
+        f"--pretrained_model_name_or_path {base} --instance_data_dir {photos} --output_dir {out} "
+        "--resolution 64 --train_batch_size 1"
+    )
     return [
         *words.split(),
         "--instance_prompt",
@@ -53,7 +56,10 @@ def adapter_after(run: Path, step: int) -> Path:
 
 
 def prior_words(folder: Path, *more: str) -> list[str]:
-    words = f"--with_prior_preservation --class_data_dir {folder} --num_class_images 3 --class_inference_steps 2 --sample_batch_size 2"
+    words = (
+        f"--with_prior_preservation --class_data_dir {folder} --num_class_images 3 "
+        "--class_inference_steps 2 --sample_batch_size 2"
+    )
     return [*words.split(), "--class_prompt", "a photo of dog", *more]
 
 
@@ -70,7 +76,8 @@ def metrics(out: Path) -> list[dict]:
 def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
     """What `work` returns in each of `count` processes of one job, by rank; None where it raised.
 
-    The processes are forked from this one, which has imported what they need. The real launchers are tried in tests/faults.
+    The processes are forked from this one, which has imported what they need. The real launchers are tried in
+    tests/faults.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,7 +111,8 @@ def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
 
 
 def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any]:
-    """As `on_processes`, for work that takes the peers; `Stop: ...` or `UserError: ...` where it raised one."""
+    """As `on_processes`, for work that takes the peers; `Stop: ...` or `UserError: ...` where it raised
+    one."""
 
     def joined() -> Any:
         try:
@@ -126,7 +134,8 @@ def main_on_two_processes(main: Callable[[Any], None], options: Any) -> None:
 
 
 def as_main(script: str, *words: str) -> tuple[int, str]:
-    """(exit status, standard error) of a script run as `python SCRIPT words...`, in a process forked from this one."""
+    """(exit status, standard error) of a script run as `python SCRIPT words...`, in a process forked from
+    this one."""
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,5 @@
-"""Tiny random pipelines with the parts and shapes of each family, built locally in a second, and small photo folders."""
+"""Tiny random pipelines with the parts and shapes of each family, built locally in a second, and small photo
+folders."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def build_vae() -> AutoencoderKL:
 def build_pipeline(
     folder: Path, *, prediction_type: str = "epsilon", text_width: int = 32, max_tokens: int = 77
 ) -> Path:
-    """Save a Stable Diffusion 1.5 in miniature (2.x with `v_prediction`): 8x VAE, cross attention at two levels, 77 tokens."""
+    """Save a Stable Diffusion 1.5 in miniature (2.x with `v_prediction`): 8x VAE, cross attention at two
+    levels, 77 tokens."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = max_tokens
@@ -100,8 +102,9 @@ def build_pipeline(
 
 
 def build_xl(folder: Path, *, edm: bool = False) -> Path:
-    """Save a Stable Diffusion XL in miniature: two tokenizers and text encoders, a vector for the whole prompt, sizes and crops as numbers; with
-    `edm` as Playground 2.5, whose scheduler is EDM's and whose latents have a mean and deviation."""
+    """Save a Stable Diffusion XL in miniature: two tokenizers and text encoders, a vector for the whole
+    prompt, sizes and crops as numbers; with `edm` as Playground 2.5, whose scheduler is EDM's and whose
+    latents have a mean and deviation."""
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer()
     tokenizer_2.pad_token = "!"  # as the second of Stable Diffusion XL
@@ -147,7 +150,8 @@ def build_xl(folder: Path, *, edm: bool = False) -> Path:
 
 
 def build_if(folder: Path) -> Path:
-    """Save a DeepFloyd IF, first stage, in miniature: pixels for latents, T5, added key and value projections, learned variance."""
+    """Save a DeepFloyd IF, first stage, in miniature: pixels for latents, T5, added key and value
+    projections, learned variance."""
     torch.manual_seed(0)
     words = [
         "<pad>",

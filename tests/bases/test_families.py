@@ -1,4 +1,5 @@
-"""Every family through the real entry points on tiny pipelines: trained, resumed, drawn by plain diffusers; and the flags that they differ in."""
+"""Every family through the real entry points on tiny pipelines: trained, resumed, drawn by plain diffusers;
+and the flags that they differ in."""
 
 import dataclasses
 import json
@@ -36,7 +37,10 @@ from tests.running import digest, main_on_two_processes, run_train, train_words
 
 BASES = {"sd": "tiny_base", "v": "tiny_v_base", "xl": "tiny_xl", "edm": "tiny_edm", "if": "tiny_if"}
 STEPS = "--max_train_steps 3 --checkpointing_steps 2 --learning_rate 0.03"
-XL_WORDS = "--train_text_encoder --text_encoder_lr 0.02 --lora_dropout 0.1 --random_flip --caption_column text --caption_dropout 0.3"
+XL_WORDS = (
+    "--train_text_encoder --text_encoder_lr 0.02 --lora_dropout 0.1 --random_flip --caption_column "
+    "text --caption_dropout 0.3"
+)
 WORDS = {
     "sd": "--train_text_encoder --output_kohya_format",
     "v": "--clip_skip 1 --lora_alpha 8 --output_kohya_format",
@@ -126,7 +130,9 @@ def plain_picture(run: Run, pipeline: Any, seed: int, steps: int) -> np.ndarray:
     words: dict[str, Any] = {"prompt": PROMPT}
     if (
         run.kind == "v"
-    ):  # by hand: with the newest transformers diffusers' own clip_skip fails, and it skips nothing for the empty prompt
+        # by hand: with the newest transformers diffusers' own clip_skip fails, and it skips nothing for
+        # the empty prompt
+    ):
         words = {
             "prompt_embeds": plain_clip(pipeline, 1, PROMPT),
             "negative_prompt_embeds": plain_clip(pipeline, 1, ""),
@@ -141,7 +147,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def ours(run: Run, out: Path, seed: int, steps: int, *more: str) -> np.ndarray:
-    words = f"--pretrained_model_name_or_path {run.base} --output_dir {out} --num_inference_steps {steps} --seeds {seed}"
+    words = (
+        f"--pretrained_model_name_or_path {run.base} --output_dir {out} --num_inference_steps {steps} "
+        f"--seeds {seed}"
+    )
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", PROMPT, *more]))
     return pixels(out / f"00000_{seed}.png")
 
@@ -151,7 +160,8 @@ def ours(run: Run, out: Path, seed: int, steps: int, *more: str) -> np.ndarray:
 
 @pytest.mark.trains
 def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
-    """Three steps are two and one more: with dropout, flips, dropped captions, accumulation, both text encoders where they can be trained."""
+    """Three steps are two and one more: with dropout, flips, dropped captions, accumulation, both text
+    encoders where they can be trained."""
     assert {path.name for path in run.out.glob("**/*.png")} == {"image_0.png", "step-000002-00.png"}
     resumed = run_train(
         run.base, run.photos, tmp_path, *run.words, "--resume_from_checkpoint", str(run.out / "checkpoint-2")
@@ -162,7 +172,8 @@ def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
 
 @pytest.mark.trains
 def test_plain_diffusers_draws_what_infer_draws(run, tmp_path):
-    """To one of 255 levels: the layout of the weights in memory is another. From the kohya file too, and from one without metadata."""
+    """To one of 255 levels: the layout of the weights in memory is another. From the kohya file too, and from
+    one without metadata."""
     drawn = ours(run, tmp_path / "out", 5, 4, "--adapter", str(run.adapter))
     without = plain_picture(run, plain_pipeline(run), 5, 4)
     assert np.abs(drawn - without).max() > 20
@@ -221,7 +232,8 @@ def told(monkeypatch) -> list[dict[str, Any]]:
 def test_size_and_crop_of_each_picture_arrive_with_its_pixels(
     tiny_xl, two_sizes, tmp_path, monkeypatch, told, crop
 ):
-    """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown; of one encoded whole, on its grid."""
+    """Photos of two sizes and class images, mirrored or not: the crop is that of the picture as it is shown;
+    of one encoded whole, on its grid."""
     encoded: list[torch.Tensor] = []
     real, grid = autoencoder.encode, 1 if crop else 8
 
@@ -231,7 +243,10 @@ def test_size_and_crop_of_each_picture_arrive_with_its_pixels(
 
     monkeypatch.setattr(autoencoder, "encode", encode)
     tiny.make_photos(tmp_path / "class", 3, (64, 72), seed=2)
-    words = f"--with_prior_preservation --class_data_dir {tmp_path / 'class'} --num_class_images 3 --train_batch_size 2 --max_train_steps 3"
+    words = (
+        f"--with_prior_preservation --class_data_dir {tmp_path / 'class'} --num_class_images 3 "
+        "--train_batch_size 2 --max_train_steps 3"
+    )
     run_train(
         tiny_xl,
         two_sizes,
@@ -381,7 +396,10 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latent_channels": 16}))
     with pytest.raises(
         UserError,
-        match=r"--pretrained_vae_model_name_or_path: .* has latents of 16 channels at 1/8; the base has 4 channels at 1/8",
+        match=(
+            r"--pretrained_vae_model_name_or_path: .* has latents of 16 channels at 1/8; the base has "
+            r"4 channels at 1/8"
+        ),
     ):
         run_train(
             tiny_base,
@@ -394,7 +412,8 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
 
 @pytest.mark.trains
 def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos_dir, tmp_path):
-    """The two have the same weights, and schedulers that differ in this alone: adapter, validation and pictures are the same."""
+    """The two have the same weights, and schedulers that differ in this alone: adapter, validation and
+    pictures are the same."""
     words, override = (
         ["--max_train_steps", "2", "--validation_prompt", "a dog", "--num_validation_images", "1"],
         ["--prediction_type", "v_prediction"],
@@ -416,7 +435,10 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
 
 @pytest.mark.trains
 def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
-    words = "--max_train_steps 5 --validation_steps 2 --num_validation_images 1 --validation_scheduler DDPMScheduler --skip_final_inference"
+    words = (
+        "--max_train_steps 5 --validation_steps 2 --num_validation_images 1 --validation_scheduler "
+        "DDPMScheduler --skip_final_inference"
+    )
     run_train(
         tiny_base,
         photos_dir,

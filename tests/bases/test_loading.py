@@ -61,7 +61,8 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same(model: Any, other: Any) -> None:
-    """Parameters and buffers, bit for bit, their layout in memory and what is one tensor under two names; and the configuration."""
+    """Parameters and buffers, bit for bit, their layout in memory and what is one tensor under two names; and
+    the configuration."""
     found, wanted = tensors(model), tensors(other)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -105,7 +106,8 @@ def asked(part: str, model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("base", "part", "kind"), MODELS)
 def test_every_model_is_bit_for_bit_that_of_from_pretrained(request, base, part, kind, dtype):
-    """T5's `wo` in float32 beside float16 too; and so are its answers. Nothing asks for a gradient, and nothing is at an odd address."""
+    """T5's `wo` in float32 beside float16 too; and so are its answers. Nothing asks for a gradient, and
+    nothing is at an odd address."""
     folder = request.getfixturevalue(base)
     before = torch.get_default_dtype()
     model, other = ours(folder, part, kind, dtype), theirs(folder, part, kind, dtype)
@@ -196,7 +198,8 @@ def test_the_attention_of_older_vaes_is_found_under_its_old_names(tiny_base, tmp
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 @pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
 def test_text_encoders_of_older_and_newer_libraries_are_the_same(tiny_xl, tmp_path, kind, prefix):
-    """With text_model. before their keys and without, with the numbers of positions, and with the rest of the CLIP that they were part of."""
+    """With text_model. before their keys and without, with the numbers of positions, and with the rest of the
+    CLIP that they were part of."""
     part = "text_encoder" if kind is CLIPTextModel else "text_encoder_2"
 
     def older(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -284,7 +287,10 @@ def test_the_message_names_flag_part_and_base(tiny_base, tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"--pretrained_model_name_or_path: unet of .*base cannot be loaded: its weights .* lack conv_out.bias",
+        match=(
+            r"--pretrained_model_name_or_path: unet of .*base cannot be loaded: its weights .* lack "
+            r"conv_out.bias"
+        ),
     ):
         loading.load_unet(families.find(BaseOptions(str(folder))), torch.float32, CPU)
 
@@ -314,11 +320,13 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def load(part):
     files = folders.weight_files(folder, part, None)
-    return loading.load_model(UNet2DConditionModel, folder / part, files, dtype=torch.bfloat16, device=torch.device("cpu"), channels_last=True)
+    place = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "channels_last": True}
+    return loading.load_model(UNet2DConditionModel, folder / part, files, **place)
 load("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = load("large")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, sum(p.nbytes for p in model.parameters()))
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown, sum(p.nbytes for p in model.parameters()))
 """
 
 

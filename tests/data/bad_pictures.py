@@ -29,7 +29,8 @@ def animation(kind: str) -> bytes:
 
 
 def png_by_header(side: int) -> bytes:
-    """A whole 1-bit PNG of side x side pixels: a few kilobytes that unpack to megabytes, and to gigabytes as RGB floats."""
+    """A whole 1-bit PNG of side x side pixels: a few kilobytes that unpack to megabytes, and to gigabytes as
+    RGB floats."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -46,7 +47,8 @@ def damaged_png() -> bytes:
 
 
 def text_bomb() -> bytes:
-    """Fifty megabytes of text in a chunk of as many kilobytes: Pillow raises ValueError for it, not OSError."""
+    """Fifty megabytes of text in a chunk of as many kilobytes: Pillow raises ValueError for it, not
+    OSError."""
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 50_000_000, zip=True)
     return encoded(noise(), "PNG", pnginfo=info)

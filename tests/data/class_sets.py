@@ -29,7 +29,8 @@ class Interrupted(Exception):
 
 
 class Painter:
-    """Draws noise instead of a prompt. As with a real base, a picture depends on its seed and, in its last bits, on the whole batch."""
+    """Draws noise instead of a prompt. As with a real base, a picture depends on its seed and, in its last
+    bits, on the whole batch."""
 
     def __init__(self, *, fail_after: int | None = None):
         self.fail_after = fail_after

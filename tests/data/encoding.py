@@ -30,7 +30,8 @@ ON_DISK = ["--cache_latents", "disk", "--encoded_dir"]
 
 @dataclasses.dataclass
 class Work:
-    """What was done: sizes of the pictures encoded, prompts encoded, parts loaded, files of pictures decoded."""
+    """What was done: sizes of the pictures encoded, prompts encoded, parts loaded, files of pictures
+    decoded."""
 
     pictures: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     prompts: list[str] = dataclasses.field(default_factory=list)

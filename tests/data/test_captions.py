@@ -58,7 +58,10 @@ def test_metadata_jsonl_gives_each_picture_its_caption(folder):
 
 
 def test_metadata_csv_gives_each_picture_its_caption(folder):
-    body = 'file_name,label,text\r\na.png,1,a sks dog on grass\r\n\r\nb.png,2,"a sks dog, asleep"\r\nc.jpg,3,ein sks Hund im Gebüsch\r\n'
+    body = (
+        'file_name,label,text\r\na.png,1,a sks dog on grass\r\n\r\nb.png,2,"a sks dog, '
+        'asleep"\r\nc.jpg,3,ein sks Hund im Gebüsch\r\n'
+    )
     (folder / "metadata.csv").write_text(body, encoding="utf-8", newline="")
     assert read(folder) == (TEXTS, [])
 
@@ -349,7 +352,10 @@ def test_captions_that_are_not_asked_for_are_not_read_and_a_note_says_how_to(fol
     assert read(folder, caption_column=None) == ({}, [])
     (folder / "a.txt").write_text("x")
     assert read(folder, caption_column=None)[1] == [
-        "captions lie beside the photos (.txt files); --caption_column text reads them, as would any other word there"
+        (
+            "captions lie beside the photos (.txt files); --caption_column text reads them, as would "
+            "any other word there"
+        )
     ]
     (folder / "metadata.csv").write_text("file_name,caption\na.png,x\n")
     assert read(folder, caption_column=None)[1] == [
@@ -372,5 +378,8 @@ def test_unreadable_captions_that_are_not_asked_for_stop_nothing(folder):
     found, notes = read(folder, caption_column=None)
     assert found == {}
     assert notes == [
-        "captions may lie beside the photos (metadata.jsonl: not a regular file); they are not read without --caption_column"
+        (
+            "captions may lie beside the photos (metadata.jsonl: not a regular file); they are not "
+            "read without --caption_column"
+        )
     ]

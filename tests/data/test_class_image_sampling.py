@@ -96,7 +96,10 @@ def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
 
 
 def class_words(base: Path, folder: Path, *more: str) -> ClassImageOptions:
-    words = f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 2 --sample_batch_size 2 --resolution 16"
+    words = (
+        f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 2 "
+        "--sample_batch_size 2 --resolution 16"
+    )
     return parse(ClassImageOptions, "", [*words.split(), "--class_prompt", "a dog", *more])
 
 
@@ -156,7 +159,8 @@ def test_the_solver_takes_25_steps_and_bases_that_it_is_not_made_for_their_own_5
 def test_each_family_draws_with_the_solver_and_with_its_own_sampler(
     kind, kinds, tmp_path, request, monkeypatch
 ):
-    """What the sampler is told of the base stays: what it predicts, and its noise levels. The text encoders are gone by then."""
+    """What the sampler is told of the base stays: what it predicts, and its noise levels. The text encoders
+    are gone by then."""
     real, seen = pipelines.draw, []
 
     def draw(pipeline: Any, *conditions: Any, **flags: Any) -> list[Image.Image]:
@@ -191,7 +195,10 @@ def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm
     """Its noise levels are others than the solver's."""
     with pytest.raises(
         UserError,
-        match=r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, or give base$",
+        match=(
+            r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, "
+            r"or give base$"
+        ),
     ):
         generate_class_images.main(class_words(tiny_edm, tmp_path / "set", "--class_scheduler", "dpm"))
     with pytest.raises(UserError, match=r"^--class_scheduler dpm: "):

@@ -1,4 +1,5 @@
-"""Class images: the same set on any number of processes and after any interruption, and nobody else's pictures are touched."""
+"""Class images: the same set on any number of processes and after any interruption, and nobody else's
+pictures are touched."""
 
 import dataclasses
 import hashlib
@@ -379,7 +380,8 @@ def test_a_picture_under_our_name_that_is_not_ours_is_refused_not_overwritten(tm
 
 
 def test_pictures_of_an_interrupted_run_whose_manifest_is_gone_are_refused(tmp_path):
-    """Nothing says any more which prompt they show; counted in, two prompts would be trained on as one class."""
+    """Nothing says any more which prompt they show; counted in, two prompts would be trained on as one
+    class."""
     with pytest.raises(Interrupted):
         fill(tmp_path, 10, Painter(fail_after=1))
     (tmp_path / "manifest.json").unlink()

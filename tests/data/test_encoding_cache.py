@@ -257,7 +257,10 @@ def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, mon
         assert cache.has(entry)
         assert cache.read(entry)["mean"].tolist() == [0, 0]
     assert (entries_in(tmp_path), cache.damaged) == (before, [])
-    said = "latents-a.safetensors cannot be read (Permission denied): what it and others like it may hold is encoded anew, and kept in memory"
+    said = (
+        "latents-a.safetensors cannot be read (Permission denied): what it and others like it may "
+        "hold is encoded anew, and kept in memory"
+    )
     assert len(told) == 1
     assert said in told[0]
 
@@ -304,7 +307,8 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
     said = capsys.readouterr().out
     assert (
         said.count(
-            f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): what is encoded from here on"
+            f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): what "
+            "is encoded from here on"
         )
         == 1
     )

@@ -1,4 +1,5 @@
-"""What is encoded once: found again by its content, and made anew where anything it follows from has changed."""
+"""What is encoded once: found again by its content, and made anew where anything it follows from has
+changed."""
 
 import gc
 import json
@@ -189,7 +190,8 @@ def test_weights_are_hashed_once_in_a_process_and_anew_when_they_change(tiny_bas
 def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(
     request, mine, tmp_path, base, more
 ):
-    """Wherever crops are fixed; and random ones of a base in pixels, which has no grid. With class images, and prompts on disk."""
+    """Wherever crops are fixed; and random ones of a base in pixels, which has no grid. With class images,
+    and prompts on disk."""
     common = [
         *prior_words(tmp_path / "class"),
         "--max_train_steps",
@@ -218,7 +220,10 @@ def test_random_crops_resume_and_do_not_depend_on_where_they_are_kept(tiny_base,
     resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
     on_disk = run_train(tiny_base, mine, tmp_path / "disk", *common, "--cache_latents", "disk", *resume)
     assert digest(whole) == digest(on_disk)
-    said = "random crops were cut from latents and are cut from pixels: --cache_latents off cuts pixels, any other latents"
+    said = (
+        "random crops were cut from latents and are cut from pixels: --cache_latents off cuts "
+        "pixels, any other latents"
+    )
     with pytest.raises(UserError, match=said):
         run_train(tiny_base, mine, tmp_path / "off", *common, "--cache_latents", "off", *resume)
     with pytest.raises(UserError, match=said):

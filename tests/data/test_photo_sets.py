@@ -79,9 +79,9 @@ def test_a_data_set_name_that_is_neither_folder_nor_hub_id_is_refused_without_th
 def test_a_hub_id_without_the_datasets_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     said = set_refusal(dataset_name="me/dog")
-    assert (
-        said
-        == "--dataset_name: there is no folder me/dog, and for a hub id the datasets package is needed: pip install '.[datasets]'"
+    assert said == (
+        "--dataset_name: there is no folder me/dog, and for a hub id the datasets package is "
+        "needed: pip install '.[datasets]'"
     )
 
 
@@ -107,7 +107,8 @@ class Text:
 
 
 class Rows:
-    """What the package's load_dataset gives: rows whose pictures are {"bytes", "path"} once they are not to be decoded."""
+    """What the package's load_dataset gives: rows whose pictures are {"bytes", "path"} once they are not to
+    be decoded."""
 
     def __init__(self, features: dict[str, Any], rows: list[dict[str, Any]], fingerprint: str = "1"):
         self.features, self.rows, self._fingerprint = features, rows, fingerprint
@@ -196,9 +197,14 @@ def test_another_revision_configuration_or_column_is_another_folder(hub):
     hub.rows.features |= {"photo": Picture(), "long": Text()}
     for row in hub.rows.rows:
         row |= {"photo": row["image"], "long": row["text"]}
-    found = {photo_sets.find(wanted(dataset_name="me/dog", **flags)).folder for flags in (
-        {}, {"caption_column": "text"}, {"caption_column": "long"}, {"image_column": "photo"}, {"dataset_config_name": "small"}
-    )}  # fmt: skip
+    choices: list[dict[str, str]] = [
+        {},
+        {"caption_column": "text"},
+        {"caption_column": "long"},
+        {"image_column": "photo"},
+        {"dataset_config_name": "small"},
+    ]
+    found = {photo_sets.find(wanted(dataset_name="me/dog", **flags)).folder for flags in choices}
     hub.rows._fingerprint = "2"
     assert len(found | {photo_sets.find(wanted(dataset_name="me/dog")).folder}) == 6
 
@@ -234,8 +240,14 @@ def test_text_of_the_hub_that_is_not_asked_for_is_told(hub):
 def test_wrong_columns_name_the_columns_that_there_are(hub):
     said = set_refusal(dataset_name="me/dog", image_column="img", caption_column="label").split("\n")
     assert said == [
-        "--image_column: me/dog has no column img with pictures; those with pictures: image; all its columns: image, text, label",
-        "--caption_column: me/dog has no column label with text; those with text: text; all its columns: image, text, label",
+        (
+            "--image_column: me/dog has no column img with pictures; those with pictures: image; all "
+            "its columns: image, text, label"
+        ),
+        (
+            "--caption_column: me/dog has no column label with text; those with text: text; all its "
+            "columns: image, text, label"
+        ),
     ]
     assert "those with pictures: image" in set_refusal(dataset_name="me/dog", image_column="text")
 

@@ -142,7 +142,8 @@ def test_pictures_become_rgb_over_white(image, settings, expected, tmp_path):
 
 
 def display_p3() -> bytes:
-    """The profile that many phones write: sRGB's curve and white, stronger primaries. Matrix and curve of a v2 ICC file."""
+    """The profile that many phones write: sRGB's curve and white, stronger primaries. Matrix and curve of a
+    v2 ICC file."""
 
     def fixed(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))
@@ -174,7 +175,8 @@ def display_p3() -> bytes:
 
 
 def test_colours_of_a_profile_become_srgb(tmp_path):
-    """A phone's green of 200 is stronger than sRGB's: read as plain numbers it would be trained on too pale."""
+    """A phone's green of 200 is stronger than sRGB's: read as plain numbers it would be trained on too
+    pale."""
     for name, profile in (
         ("plain", None),
         ("srgb", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),

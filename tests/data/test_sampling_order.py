@@ -1,4 +1,5 @@
-"""Which sample, noise, timestep and crop at which step: functions of seed, purpose and row, and of nothing else."""
+"""Which sample, noise, timestep and crop at which step: functions of seed, purpose and row, and of nothing
+else."""
 
 import itertools
 from typing import Any
@@ -76,7 +77,8 @@ def test_seeds_that_share_their_low_32_bits_differ():
 
 
 def test_no_two_rows_of_a_long_run_share_a_generator():
-    """Seed + row would give row 1 of seed 0 what row 0 of seed 1 gets; torch reads the low 32 bits of a key."""
+    """Seed + row would give row 1 of seed 0 what row 0 of seed 1 gets; torch reads the low 32 bits of a
+    key."""
     keys = [order.key(seed, "noise", row) for seed in range(10) for row in range(1000)]
     assert len({key % 2**32 for key in keys}) == len(keys)
     assert max(keys) > 2**62
@@ -111,7 +113,8 @@ def test_processes_together_see_the_same_rows_however_many_they_are(world):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_slots_taken_in_turn_are_in_order(world):
-    """The n-th micro-batches of all processes, rank by rank, are the next slots: gradients gathered so are added in one order always."""
+    """The n-th micro-batches of all processes, rank by rank, are the next slots: gradients gathered so are
+    added in one order always."""
     turns = zip(*(order.my_slots(4, rank=rank, world=world) for rank in range(world)), strict=True)
     assert list(itertools.chain.from_iterable(turns)) == [0, 1, 2, 3]
 

@@ -2,9 +2,9 @@
 checkpoint.
 
 `python -m tests.faults.checkpoint_faults` prints the counts as its last line;
-tests/files/test_checkpoint_folders.py asserts them. The module imports no torch, so that a child is forked in a
-moment. Data that the kernel has taken survives SIGKILL. Only a power cut would show the order of the flushes,
-which has a test of its own.
+tests/files/test_checkpoint_folders.py asserts them. The module imports no torch, so that a child is forked in
+a moment. Data that the kernel has taken survives SIGKILL. Only a power cut would show the order of the
+flushes, which has a test of its own.
 """
 
 import itertools

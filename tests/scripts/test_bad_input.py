@@ -1,4 +1,5 @@
-"""Bad input of every kind meets one clear message and exit status 2, before a model is loaded and before anything is written."""
+"""Bad input of every kind meets one clear message and exit status 2, before a model is loaded and before
+anything is written."""
 
 import dataclasses
 import io
@@ -44,7 +45,8 @@ ESCAPE = "\x1b[2J"
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """One kind of bad input: `make` spoils what it is given and returns words to add to the command line; the message has `said` in it."""
+    """One kind of bad input: `make` spoils what it is given and returns words to add to the command line; the
+    message has `said` in it."""
 
     group: str
     make: Callable[..., Any]
@@ -1448,7 +1450,8 @@ def assert_not_executed(folder: Path) -> None:
 def outcomes(
     count: int, data: bytes, name: str, folder: Path, use: Callable[[Path], object], mutate=mutated
 ) -> dict[str, int]:
-    """How many of `count` mutations were accepted and refused. Anything but UserError or status 2 fails the test."""
+    """How many of `count` mutations were accepted and refused. Anything but UserError or status 2 fails the
+    test."""
     found = {"accepted": 0, "refused": 0}
     for number in range(count):
         TALLY["fuzzed_files"] += 1
@@ -1503,7 +1506,8 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
     (size,) = struct.unpack("<Q", data[:8])
 
     def mutate(data: bytes, draw: random.Random) -> bytes:
-        """Three times in four within the header, which is a small part of the file, with its length put right."""
+        """Three times in four within the header, which is a small part of the file, with its length put
+        right."""
         if draw.random() < 0.25:
             return mutated(data, draw)
         header = mutated(data[8 : 8 + size], draw)
@@ -1516,7 +1520,10 @@ def test_fuzz_adapters(kind, count, tiny_base, good_adapter, tmp_path):
 
 
 def test_fuzz_configs(tmp_path):
-    text = b"rank: 8\nlearning_rate: 1e-4\ninstance_prompt: 'a photo of sks dog'\nseed: null\ncenter_crop: true\nvalidation_epochs: 3\n"
+    text = (
+        b"rank: 8\nlearning_rate: 1e-4\ninstance_prompt: 'a photo of sks dog'\nseed: "
+        b"null\ncenter_crop: true\nvalidation_epochs: 3\n"
+    )
     words = ["--pretrained_model_name_or_path", "b", "--instance_data_dir", "p", "--instance_prompt", "x"]
     found = outcomes(
         80,

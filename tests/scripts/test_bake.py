@@ -142,7 +142,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_baked_base_is_the_base_but_for_its_weights(adapted, layers, tiny_base, tmp_path):
-    """The same keys and files; parts without an adapter, tokenizers and whatever else byte for byte; the same bytes again."""
+    """The same keys and files; parts without an adapter, tokenizers and whatever else byte for byte; the same
+    bytes again."""
     adapter = reading.read_additive(
         peft_file(tmp_path / "peft.safetensors", {"unet": adapted("lora")["unet"]}), layers
     )
@@ -181,8 +182,8 @@ def test_a_baked_base_is_the_base_but_for_its_weights(adapted, layers, tiny_base
 
 @pytest.fixture(scope="module")
 def odd_base(tiny_base, tmp_path_factory) -> Path:
-    """The base as the hub has many: float16 as a variant, the UNet in several files, keys with `text_model.`, older files beside it, links, a part
-    that is named and not there."""
+    """The base as the hub has many: float16 as a variant, the UNet in several files, keys with `text_model.`,
+    older files beside it, links, a part that is named and not there."""
     folder = tmp_path_factory.mktemp("odd") / "base"
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None, dtype=torch.float16)
     pipeline.save_pretrained(folder, variant="fp16", max_shard_size="300KB")

@@ -243,7 +243,8 @@ def test_two_wrong_flags_are_two_lines(capsys):
 
 
 def test_files_and_weights_are_told_apart_as_infer_does(native, layers, tmp_path, monkeypatch, capsys):
-    """What infer.py refuses is refused in the same words, and what is a file as it stands has the weight 1."""
+    """What infer.py refuses is refused in the same words, and what is a file as it stands has the weight
+    1."""
     from dreambooth.options import adapter_sets
 
     for weight in ("1000", "nan"):
@@ -278,7 +279,10 @@ def test_the_script_answers_mistakes_without_its_slow_imports(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'none.safetensors'}: there is no such file\n"
-    code = "import sys; sys.argv = ['convert_adapter.py', '--help']; import runpy\ntry: runpy.run_path('convert_adapter.py', run_name='__main__')\n"
+    code = (
+        "import sys; sys.argv = ['convert_adapter.py', '--help']; import runpy\ntry: "
+        "runpy.run_path('convert_adapter.py', run_name='__main__')\n"
+    )
     code += "except SystemExit as e: assert e.code == 0 and 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment

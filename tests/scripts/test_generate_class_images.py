@@ -14,7 +14,10 @@ from tests.running import digest, main_on_two_processes
 
 
 def class_words(base: Path, folder: Path, *more: str) -> list[str]:
-    words = f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 5 --class_inference_steps 2 --sample_batch_size 2"
+    words = (
+        f"--pretrained_model_name_or_path {base} --class_data_dir {folder} --num_class_images 5 "
+        "--class_inference_steps 2 --sample_batch_size 2"
+    )
     return [*words.split(), "--class_prompt", "a photo of dog", *more]
 
 

@@ -57,9 +57,15 @@ def test_pictures_carry_their_settings_and_do_not_depend_on_their_neighbours(tin
 @pytest.mark.trains
 def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, tmp_path):
     path = fill_copy(trained, tmp_path)
-    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / 'both'} --compare"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 "
+        f"--output_dir {tmp_path / 'both'} --compare"
+    )
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
-    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --output_dir {tmp_path / 'base'}"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 2 --output_dir "
+        f"{tmp_path / 'base'}"
+    )
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
     records = json.loads((tmp_path / "both" / "images.json").read_text())
     base, adapted = (np.asarray(Image.open(tmp_path / "both" / record["file"])) for record in records)
@@ -70,7 +76,10 @@ def test_compare_draws_base_and_adapter_from_the_same_noise(trained, tiny_base, 
 
 def test_prompts_come_from_a_file(tiny_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("# two\na dog\n\na cat in the snow\n")
-    words = f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir {tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --num_inference_steps 1 --output_dir "
+        f"{tmp_path / 'out'} --prompts_file {tmp_path}/prompts.txt"
+    )
     infer.main(parse(InferOptions, "", words.split()))
     assert [record["prompt"] for record in json.loads((tmp_path / "out" / "images.json").read_text())] == [
         "a dog",
@@ -105,13 +114,17 @@ def test_odd_prompts_cannot_leave_the_folder_or_break_the_sheet(tiny_base, tmp_p
 @pytest.mark.skipif(not (REAL_PHOTOS / "dog3").is_dir(), reason=f"the real photos are not at {REAL_PHOTOS}")
 @pytest.mark.parametrize("base", ["tiny", "picturebook"])
 def test_real_photos_train_end_to_end(base, tiny_base, tmp_path):
-    """Class images, dual LoRA, pictures: on a Stable-Diffusion-shaped random base, and on the embedded one at its own resolution."""
+    """Class images, dual LoRA, pictures: on a Stable-Diffusion-shaped random base, and on the embedded one at
+    its own resolution."""
     folder = tiny_base if base == "tiny" else ROOT / "picturebook" / "model"
     words = prior_words(
         tmp_path / "class", "--train_text_encoder", "--max_train_steps", "3", "--num_class_images", "2"
     )
     adapter = run_train(folder, REAL_PHOTOS / "dog3", tmp_path / "run", *words)
-    infer_words = f"--pretrained_model_name_or_path {folder} --adapter {adapter} --output_dir {tmp_path / 'out'} --num_inference_steps 2 --compare"
+    infer_words = (
+        f"--pretrained_model_name_or_path {folder} --adapter {adapter} --output_dir "
+        f"{tmp_path / 'out'} --num_inference_steps 2 --compare"
+    )
     infer.main(parse(InferOptions, "", [*infer_words.split(), "--prompt", "a photo of sks dog"]))
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 2
     losses = [record["loss"] for record in metrics(tmp_path / "run")]

@@ -77,11 +77,15 @@ def test_training_moves_both_adapters(trained):
 
 @pytest.mark.trains
 def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
-    """The adapter file loads with `load_lora_weights`, and the picture is the same but for rounding: on a CPU infer.py computes by oneDNN."""
+    """The adapter file loads with `load_lora_weights`, and the picture is the same but for rounding: on a CPU
+    infer.py computes by oneDNN."""
     from diffusers import StableDiffusionPipeline
 
     path = fill_copy(trained, tmp_path)
-    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --output_dir {tmp_path / 'out'} --num_inference_steps 3"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --output_dir "
+        f"{tmp_path / 'out'} --num_inference_steps 3"
+    )
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a photo of sks dog", "--seeds", "5"]))
     ours = np.asarray(Image.open(tmp_path / "out" / "00000_5.png"))
 
@@ -99,7 +103,8 @@ def test_plain_diffusers_draws_what_infer_draws(trained, tiny_base, tmp_path):
 
 @pytest.mark.trains
 def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp_path):
-    """Step 0 of every run is the base itself: with no update the adapted picture is the base's, bit for bit."""
+    """Step 0 of every run is the base itself: with no update the adapted picture is the base's, bit for
+    bit."""
     adapter = run_train(
         tiny_base,
         photos_dir,
@@ -110,7 +115,10 @@ def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp
         "0",
         "--train_text_encoder",
     )
-    words = f"--pretrained_model_name_or_path {tiny_base} --adapter {adapter} --compare --output_dir {tmp_path / 'out'} --num_inference_steps 2"
+    words = (
+        f"--pretrained_model_name_or_path {tiny_base} --adapter {adapter} --compare --output_dir "
+        f"{tmp_path / 'out'} --num_inference_steps 2"
+    )
     infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
     records = json.loads((tmp_path / "out" / "images.json").read_text())
     base, adapted = (np.asarray(Image.open(tmp_path / "out" / record["file"])) for record in records)
@@ -120,7 +128,8 @@ def test_zero_learning_rate_leaves_the_base_as_it_was(tiny_base, photos_dir, tmp
 @pytest.mark.trains
 @pytest.mark.parametrize("photo_size", [(64, 64), (90, 64)], ids=["fixed crop", "random crop"])
 def test_resumed_run_equals_uninterrupted_run(tiny_base, tmp_path, photo_size):
-    """6 steps, and 4 (checkpoint at 3) resumed to 6: the same bytes; with dropout, accumulation, prior preservation, text encoder."""
+    """6 steps, and 4 (checkpoint at 3) resumed to 6: the same bytes; with dropout, accumulation, prior
+    preservation, text encoder."""
     photos = tiny.make_photos(tmp_path / "photos", 5, photo_size)
     words = [
         *prior_words(tmp_path / "class"),
@@ -249,7 +258,8 @@ def test_prior_weight_zero_equals_no_prior(tiny_base, photos_dir, tmp_path):
     )
     first, second = load_file(alone), load_file(weighted)
     differences = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
-    # another batch has other last bits, and Adam makes whole steps of those where a gradient is next to nothing
+    # another batch has other last bits, and Adam makes whole steps of those where a gradient is next to
+    # nothing
     assert (differences < 1e-6).float().mean() > 0.99
 
 
@@ -314,7 +324,10 @@ def test_run_yaml_repeats_the_run(tiny_base, photos_dir, tmp_path):
 
 @pytest.mark.trains
 def test_scale_lr_and_schedule_set_the_rate_of_each_step(tiny_base, photos_dir, tmp_path):
-    words = "--max_train_steps 4 --learning_rate 0.001 --scale_lr --gradient_accumulation_steps 2 --lr_scheduler linear --lr_warmup_steps 2"
+    words = (
+        "--max_train_steps 4 --learning_rate 0.001 --scale_lr --gradient_accumulation_steps 2 "
+        "--lr_scheduler linear --lr_warmup_steps 2"
+    )
     run_train(tiny_base, photos_dir, tmp_path, *words.split())
     assert [record["lr"] for record in metrics(tmp_path)] == pytest.approx([0, 0.001, 0.002, 0.001])
 
@@ -428,7 +441,10 @@ def test_adapters_in_the_reference_scripts_spelling_are_read(trained, tiny_base,
     save_file(renamed, theirs, {"format": "pt"})
     pictures = []
     for path in (ours, theirs):
-        words = f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 --output_dir {tmp_path / path.stem}"
+        words = (
+            f"--pretrained_model_name_or_path {tiny_base} --adapter {path} --num_inference_steps 2 "
+            f"--output_dir {tmp_path / path.stem}"
+        )
         infer.main(parse(InferOptions, "", [*words.split(), "--prompt", "a dog"]))
         pictures.append(np.asarray(Image.open(tmp_path / path.stem / "00000_0.png")))
     assert np.array_equal(pictures[0], pictures[1])
@@ -445,7 +461,10 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_models_load(
             parse(
                 InferOptions,
                 "",
-                f"--pretrained_model_name_or_path {tiny_base} --prompt dog --output_dir {tmp_path / 'file'}".split(),
+                (
+                    f"--pretrained_model_name_or_path {tiny_base} --prompt dog --output_dir "
+                    f"{tmp_path / 'file'}"
+                ).split(),
             )
         )
 
@@ -461,7 +480,8 @@ def test_processes_that_cannot_see_each_other_are_refused(tiny_base, photos_dir,
 def test_loss_that_is_not_finite_stops_the_run(
     tiny_base, photos_dir, plain_run, tmp_path, monkeypatch, capsys
 ):
-    """No step is taken with it, the step before it is saved, the picture is named, and the exit status is 1."""
+    """No step is taken with it, the step before it is saved, the picture is named, and the exit status is
+    1."""
     real = train.denoising_losses
     calls = []
 

@@ -67,8 +67,8 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
 @pytest.mark.trains
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
-    """Traced and differentiated by torch.compile. The C++ compiler, which takes minutes for all blocks, is tried
-    by the check that a run begins with."""
+    """Traced and differentiated by torch.compile. The C++ compiler, which takes minutes for all blocks, is
+    tried by the check that a run begins with."""
     compile_blocks, counts = compilation.compile_blocks, []
     monkeypatch.setattr(compilation, "compile_blocks", lambda unet: counts.append(compile_blocks(unet)))
     compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -89,7 +89,8 @@ def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_p
     assert counts[0] > 5
     assert plain.keys() == compiled.keys()
     for key, tensor in plain.items():
-        # Adam's first steps are all of one size: where a gradient is next to nothing, rounding turns their sign
+        # Adam's first steps are all of one size: where a gradient is next to nothing, rounding turns their
+        # sign
         assert torch.nn.functional.cosine_similarity(tensor.flatten(), compiled[key].flatten(), dim=0) > 0.99
     assert "--compile" in capsys.readouterr().out  # on a CPU it does not pay, which is said
     assert (tmp_path / "compiled" / "image_0.png").exists()
@@ -118,6 +119,9 @@ def test_a_compiler_that_is_missing_is_told_before_anything_slow(
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(
         UserError,
-        match=r"^--compile does not work here: no C\+\+ compiler was found; install a C\+\+ compiler, or leave it out$",
+        match=(
+            r"^--compile does not work here: no C\+\+ compiler was found; install a C\+\+ compiler, "
+            r"or leave it out$"
+        ),
     ):
         run_train(tiny_base, photos_dir, tmp_path, "--compile")
