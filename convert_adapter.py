@@ -1,9 +1,8 @@
-"""Adapter files: look into them, convert, merge and resize them, extract one from a fine-tuned base, bake
-some into a base.
+"""Adapter files: inspect, convert, merge and resize them; extract one from a fine-tuned base; bake
+them into a base.
 
-Files may stand right after the command: `convert_adapter.py convert FILE --to kohya --output NEW`, or go by
-the flag --adapter.
-"""
+Files may follow the command, as in `convert_adapter.py convert FILE --to kohya --output NEW`, or the
+flag --adapter."""
 
 import itertools
 import sys

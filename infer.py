@@ -1,6 +1,6 @@
-"""Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files with
-their settings inside, and a contact sheet. Launch with `accelerate launch` to share the work among processes:
-the pictures are the same on any number of them."""
+"""Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files that
+contain their settings, and a contact sheet. Launch with `accelerate launch` to share the work among
+processes: the pictures are the same on any number of them."""
 
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions

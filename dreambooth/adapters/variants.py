@@ -1,5 +1,5 @@
-"""What infer.py draws: sets of adapters, read and checked, times the factors of --sweep, times prompts and
-seeds."""
+"""The variants that infer.py draws: each set of adapters, times each factor of --sweep, with its prompts and
+seeds. Reading of the adapters, checks, and the table of what was read."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from dreambooth.options.training import TextOptions
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter that has been read. `key` is its name on the models, `clip_skip` that of its training or of
-    the flag."""
+    """An adapter that has been read. `key` is its name on the models. `clip_skip` is the flag's, else that of
+    its training."""
 
     key: str
     adapter: AnyAdapter
@@ -35,8 +35,8 @@ Loaded = Mapping[Path, LoadedAdapter]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One column of the contact sheet: a set of adapters at its final weights, or None for the base alone;
-    (prompt, seed) of every picture."""
+    """One column of the contact sheet. `set` has its final weights; None is the base alone. `jobs` are the
+    (prompt, seed) of its pictures."""
 
     label: str
     set: AdapterSet | None
