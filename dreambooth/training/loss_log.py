@@ -12,6 +12,11 @@ from dreambooth.training import metrics, optimizers
 from dreambooth.training.trainables import Trainables
 
 
+def steps_between_readings(device: torch.device) -> int:
+    """After how many steps losses are read: reading waits for a GPU, which has nothing to do meanwhile."""
+    return 10 if device.type == "cuda" else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
     """What one optimizer step leaves for the log. `step` counts from 0.
@@ -45,7 +50,7 @@ class LossLog:
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
         self.dataset, self.slots, self.batch_size = dataset, slots, batch_size
         can_skip = optimizers.can_skip_on_device(self.optimizer) and not self.scaler.is_enabled()
-        self.steps_between_readings = 10 if trainables.device.type == "cuda" and can_skip else 1
+        self.steps_between_readings = steps_between_readings(trainables.device) if can_skip else 1
         # 1 from the first step on whose numbers are not finite
         self.nonfinite = torch.zeros((), device=trainables.device)
         self.completed = 0

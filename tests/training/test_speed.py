@@ -12,6 +12,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.bases import compilation
 from dreambooth.errors import UserError
+from dreambooth.training import loss_log
 from tests.running import adapter_after, digest, metrics, run_train
 
 
@@ -20,7 +21,7 @@ def test_losses_read_late_are_the_same_and_so_is_the_adapter(
     tiny_base, photos_dir, plain_run, tmp_path, monkeypatch
 ):
     words = ["--max_train_steps", "8", "--checkpointing_steps", "5"]
-    monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
+    monkeypatch.setattr(loss_log, "steps_between_readings", lambda device: 3)
     late = digest(run_train(tiny_base, photos_dir, tmp_path / "late", *words))
     assert late == digest(adapter_after(plain_run, 8))
     one, other = (
@@ -49,7 +50,7 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
         return loss, pieces
 
     monkeypatch.setattr(train, "dreambooth_loss", spoiled)
-    monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
+    monkeypatch.setattr(loss_log, "steps_between_readings", lambda device: 3)
     with pytest.raises(SystemExit) as exit_:
         run_train(tiny_base, photos_dir, tmp_path / "late", *words)
     assert exit_.value.code == 1
