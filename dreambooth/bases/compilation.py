@@ -48,8 +48,7 @@ def compile_blocks(unet: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def eager(*, wanted: bool) -> Iterator[None]:
-    """Runs the block without compiled code, if `wanted`: pictures have other shapes than training, and
-    adapters come and go."""
+    """Runs the block without compiled code if `wanted`, for drawing: shapes differ, adapters are changed."""
     if not wanted:
         yield
         return

@@ -30,23 +30,23 @@ _OTHER_SCRIPTS = {
 }
 
 
-def unknown_class(name: str, found: object, known: Sequence[str]) -> str:
+def unknown_class(name: str, pipeline: object, known: Sequence[str]) -> str:
     """The message for a base whose pipeline class is not one of `known`."""
-    script = _OTHER_SCRIPTS.get(found) if isinstance(found, str) else None
+    script = _OTHER_SCRIPTS.get(pipeline) if isinstance(pipeline, str) else None
     advice = f"; diffusers' {script} trains it" if script else ""
     return (
-        f"{BASE_FLAG}: {shown(name)} is a {shortened(found)}; this version trains {', '.join(known)}{advice}"
+        f"{BASE_FLAG}: {shown(name)} is a {shortened(pipeline)}; "
+        f"this version trains {', '.join(known)}{advice}"
     )
 
 
 def no_index(folder: Path, name: str) -> str:
-    """The message for a folder without model_index.json: what the folder probably is, and what to give
-    instead."""
+    """The message for a folder without model_index.json, with what the folder may be instead."""
     names = sorted(path.name for path in folder.iterdir())
-    held = ", ".join(shown(n) for n in names[:5]) or "nothing"
+    content = ", ".join(shown(n) for n in names[:5]) or "nothing"
     message = (
-        f"{BASE_FLAG}: {shown(name)} is not a diffusers pipeline folder: it has no model_index.json; it "
-        f"holds {held}"
+        f"{BASE_FLAG}: {shown(name)} is not a diffusers pipeline folder: "
+        f"it has no model_index.json; it holds {content}"
     )
     if (folder.absolute().parent / "model_index.json").is_file():
         return f"{message}. It is one part of a base: name the folder above it"
@@ -269,9 +269,9 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
         # the pooled embedding, and six embedded numbers: original size, crop corner, target size
         projection = configs["text_encoder_2"].get("projection_dim", 512)
         added = projection + 6 * unet.get("addition_time_embed_dim", 256)
-        if (wanted := unet.get("projection_class_embeddings_input_dim", 2816)) != added:
+        if (taken := unet.get("projection_class_embeddings_input_dim", 2816)) != added:
             problems.append(
-                f"the UNet of {shown(name)} takes {wanted} numbers of text and size and gets {added}: "
+                f"the UNet of {shown(name)} takes {taken} numbers of text and size and gets {added}: "
                 "parts of two different bases"
             )
     if "vae" in configs and unet["in_channels"] != configs["vae"]["latent_channels"]:

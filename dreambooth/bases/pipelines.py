@@ -1,4 +1,4 @@
-"""Pipelines: made of a base's parts or loaded from disk, and what they draw."""
+"""Pipelines from parts in memory or from disk, and the pictures that they draw."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -
 
 
 def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
-    """A pipeline from disk with the base's own scheduler and no safety checker. Raises UserError if that
+    """A pipeline from disk with the base's own scheduler and no safety checker. Raises UserError if loading
     fails.
 
     With float16, a VAE whose config says that it overflows is loaded in float32.

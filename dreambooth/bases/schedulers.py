@@ -23,10 +23,9 @@ def load_scheduler(base: Base, *, edm: bool = False) -> Any:
 
 
 def sampler(noise_scheduler: Any, *, has_vae: bool, wanted: str | None) -> Any:
-    """The scheduler that draws validation pictures: that of --validation_scheduler, which is `wanted`.
+    """The scheduler that draws validation pictures. `wanted` is --validation_scheduler.
 
-    The default is DPM-Solver++, or DDPM for a base without VAE. An EDM base is always drawn with its own
-    scheduler.
+    The default is DPM-Solver++, or DDPM for a base without VAE. An EDM base keeps its own scheduler.
     """
     config = noise_scheduler.config
     if isinstance(noise_scheduler, EDMEulerScheduler):
@@ -50,8 +49,7 @@ def sampler_of(flag: str | None, base: Base) -> str:
 
 
 def class_sampler(base_scheduler: Any, wanted: str) -> Any:
-    """The scheduler that draws class images: DPM-Solver++ if `wanted` is "dpm", the base's own if it is
-    "base"."""
+    """The scheduler that draws class images: DPM-Solver++ if `wanted` is "dpm", the base's own if "base"."""
     return _dpm_solver(base_scheduler.config) if wanted == "dpm" else base_scheduler
 
 
@@ -72,6 +70,5 @@ def _dpm_solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
 
 
 def fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:
-    """Settings that stop a sampler from using a learned variance: training updates the noise prediction
-    only."""
+    """Settings that make a sampler ignore a learned variance: training updates the noise prediction only."""
     return {"variance_type": "fixed_small"} if "learned" in str(config.get("variance_type", "")) else {}

@@ -1,5 +1,4 @@
-"""Rows to latents and prompts: from encoded photos, or from photos that workers load and the VAE encodes at
-each use."""
+"""Rows to latents and prompts: cut from encoded photos, or encoded anew at each use."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -43,8 +42,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A photo's original size and the corner of its crop, in pixels: Stable Diffusion XL's size
-    conditioning."""
+    """Stable Diffusion XL's size conditioning of a photo: original size and corner of the crop, in pixels."""
 
     height: int
     width: int
@@ -54,8 +52,7 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass. Posterior, prompts and frames have the rows of the first source, then those of the
-    second."""
+    """One forward pass. Its rows are those of the first source, followed by those of the second."""
 
     step: int
     slot: int
@@ -73,8 +70,7 @@ class MicroBatch:
 
 
 class PhotoRows(torch.utils.data.Dataset):
-    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped for that
-    row."""
+    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped."""
 
     def __init__(self, sources: list[Source], seed: int, crops: Crops):
         self.sources, self.seed, self.crops = sources, seed, crops

@@ -75,8 +75,11 @@ class Crops:
         return left, top, left + self.resolution, top + self.resolution
 
     def encoded_box(self, size: Size, corner: Corner) -> Box:
-        """The box that is encoded for the crop at `corner`: the crop itself where crops are fixed, else the
-        whole photo up to its last full latent, or a part of a very long photo."""
+        """The box that is encoded for the crop at `corner`.
+
+        It is the crop itself where crops are fixed, else the whole photo up to its last full latent, or a
+        part of a very long photo.
+        """
         if self.is_fixed(size):
             return self.square(self.middle_corner(size))
         sides = zip(self.resized_size(size), corner, strict=True)
@@ -84,8 +87,10 @@ class Crops:
         return left, top, right, bottom
 
     def _range(self, length: int, start: int) -> tuple[int, int]:
-        """(begin, end) of the encoded range of one side that contains the crop which begins at `start`.
-        Ranges overlap by the length of a crop, so that each crop lies in one of them."""
+        """(begin, end) of the encoded range of one side for a crop that begins at `start`.
+
+        Ranges overlap by the length of a crop, so that every crop lies within one range.
+        """
         crop = self.latent_side * self.stride
         step = (_LONGEST_BOX - 1) * crop
         begin = start // step * step
@@ -98,8 +103,8 @@ class Crops:
         return list(dict.fromkeys(self.encoded_box(size, (left, top)) for left in lefts for top in tops))
 
     def pixel_values(self, image: Image.Image, box: Box, *, is_mirrored: bool = False) -> torch.Tensor:
-        """Float32 [3, height, width] in [-1, 1] of `box`, after the image was resized and, if wanted,
-        mirrored."""
+        """Float32 [3, height, width] in [-1, 1]: the image resized, mirrored if `is_mirrored`, cut to
+        `box`."""
         image = image.resize(self.resized_size(image.size), INTERPOLATIONS[self.interpolation])
         if is_mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,8 +1,7 @@
-"""The cache of decoded photos' properties: a photo with the same bytes is hashed at the next start, but not
-decoded.
+"""The cache of decoded photos: a photo with the same bytes is hashed at the next start, but not decoded.
 
-It is one file in the folder of the encoding cache. It holds no paths. Size limits are checked by the caller.
-Results of another version of Pillow or of this code are not used.
+It is one file in the folder of the encoding cache, without paths and pixels. Size limits are checked by the
+caller. Results of another version of Pillow or of this code are not used.
 """
 
 import dataclasses
@@ -48,8 +47,10 @@ class DecodeCache:
         self.is_changed = True
 
     def save(self) -> list[str]:
-        """Write the file if anything was added, together with what other runs added meanwhile. Returns
-        warnings for the user."""
+        """Write the file, merged with what other runs have added to it. Returns warnings for the user.
+
+        Without new photos nothing is written.
+        """
         if not self.is_changed:
             return []
         table = {
@@ -73,8 +74,7 @@ def _digest(table: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Decoded]:
-    """The content of the file; {} if it is missing, damaged or of another version, so that every photo is
-    decoded."""
+    """The content of the file; {} if it is missing, damaged or of another version."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return {}

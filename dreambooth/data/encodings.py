@@ -84,7 +84,8 @@ def encode_photos(
     peers: Peers,
     check: Check,
 ) -> EncodedPhotos:
-    """Encode every (photo, whether mirrored) of `pictures` that is not cached.
+    """The latents of every (photo, whether mirrored) of `pictures`. The VAE is loaded only if a part is not
+    cached.
 
     `check` is called before each entry is looked up and before each is encoded. Raises UserError if a photo
     has changed since it was checked, or if the VAE changed while it was read.
@@ -121,8 +122,10 @@ def encode_photos(
 def _entry_of(
     part: Part, crops: Crops, channels: int, *, vae: str | None, last_bits: Mapping[str, Any]
 ) -> Entry:
-    """The cache entry of a part's latents. `vae` is the digest of the VAE, `last_bits` what changes last
-    bits."""
+    """The cache entry of a part's latents.
+
+    `vae` is the digest of the VAE's files, `last_bits` what changes the last bits of the result.
+    """
     left, top, right, bottom = part.box
     content = {
         # the same file may have other pixels with another decoder
@@ -151,8 +154,8 @@ def encode_prompts(
     peers: Peers,
     check: Check,
 ) -> PromptCache:
-    """Encode every prompt of `wanted` that is not cached, with encoders in `dtype` that are loaded if there
-    is one.
+    """The embeddings of all `wanted` prompts. The encoders are loaded, in `dtype`, only if a prompt is not
+    cached.
 
     `text` has no encoders. `check` is called before each entry is looked up and before each is encoded.
     Raises UserError if an encoder changed while it was read.

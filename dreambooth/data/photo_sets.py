@@ -156,8 +156,7 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
-    """Write photos and captions to `folder`, whole or not at all. Processes that start together take
-    turns."""
+    """Write photos and captions to `folder`, whole or not at all. Concurrent processes take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
         if folder.is_dir():
@@ -221,8 +220,7 @@ def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _bytes(cell: Any) -> bytes:
-    """The bytes of a photo's file, from a cell that is not decoded: {"bytes": the file or None, "path": its
-    path}."""
+    """A photo's file from a cell of the form {"bytes": the file or None, "path": its path}."""
     if not isinstance(cell, Mapping):
         raise UserError("there is no picture")
     if cell.get("bytes") is not None:

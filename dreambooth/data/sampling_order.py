@@ -13,13 +13,13 @@ import hashlib
 import torch
 
 
-def key(seed: int, *what: str | int) -> int:
-    """A 63-bit number that depends on the seed and on all of `what`."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:8], "big") >> 1
+def key(seed: int, *purpose: str | int) -> int:
+    """A 63-bit number that depends on the seed and on all words of `purpose`."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:8], "big") >> 1
 
 
-def generator(seed: int, *what: str | int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(key(seed, *what))
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(key(seed, *purpose))
 
 
 def rows_of_slot(step: int, slot: int, *, slots: int, batch_size: int) -> range:
