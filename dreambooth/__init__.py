@@ -1,9 +1,10 @@
-"""What the DreamBooth scripts share."""
+"""What the four scripts share, and the settings of the libraries they import."""
 
 import os
 
-# Set before the libraries are imported, and only where the user has not: their import-time remarks (about a missing torchvision, which
-# nothing here needs) and forks of the tokenizers would drown what a run has to say; code that comes with a base is never run.
+# The libraries read these when they are imported; values that the user has set win. At import the libraries
+# warn about packages that nothing here needs (torchvision), and tokenizers about forked processes: that would
+# hide the run's own messages. Code that comes with a base is never run.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""How much memory a run takes, and what --offload moves out of the device's."""
+"""Readings of memory, and activations that --offload moves off the GPU."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
 
 
 def test_a_gpu_is_read_phase_by_phase(monkeypatch):
-    """The peak is that since the last reading."""
+    """Peaks count from the last reading."""
     sizes = {"memory_allocated": 1, "max_memory_allocated": 3, "max_memory_reserved": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size * 2**30)
@@ -98,7 +98,7 @@ def test_offloaded_tensors_are_copies_with_their_strides_and_weights_stay():
 @pytest.mark.trains
 @pytest.mark.parametrize("words", ["--gradient_checkpointing", "--mixed_precision bf16", "--use_dora"])
 def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp_path, monkeypatch):
-    """As far as it can be seen on a CPU, where what is kept is copied from the same memory."""
+    """On a CPU this shows the bytes only: activations are copied within the same memory."""
     monkeypatch.setattr(memory, "check_offload", lambda offload, device: None)
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", "--max_train_steps", "2", *words.split())
     moved = run_train(

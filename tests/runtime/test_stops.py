@@ -1,5 +1,4 @@
-"""Runs that end early: what ends them, what they leave, and that going on gives what an unbroken run
-gives."""
+"""Runs that end early: what ends them, what they leave, and that a resumed run equals an unbroken one."""
 
 import json
 import os
@@ -56,8 +55,8 @@ def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:
 def test_a_signal_ends_the_run_with_its_last_step_saved(
     tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number
 ):
-    """Exit status 128 + n; the step that was under way is given up; the adapter is there; going on gives the
-    same bytes."""
+    """The status is 128 + n, the current step is dropped, the adapter is written; resumed, it has the same
+    bytes."""
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
@@ -89,7 +88,7 @@ def test_signals_belong_to_their_owner_again_after_a_run(tiny_base, photos_dir, 
 def test_a_signal_while_class_images_are_made_stops_between_two_sampling_steps(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
-    """What is made stays; the next run completes the set, which is that of a run without a stop."""
+    """Finished pictures stay; the next run completes the set, which equals that of an unbroken run."""
     real, calls = pipelines._after_each_step, []
 
     def counting(check):
@@ -172,7 +171,7 @@ def test_a_signal_in_a_validation_saves_the_step_before_it(
 
 
 def test_the_second_signal_ends_the_process_at_once():
-    """A second or more after the first: launchers send the same request several times over."""
+    """If it comes a second or more after the first: launchers repeat their signal within a second."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
