@@ -1,9 +1,8 @@
-"""Everything here that relies on parts of peft 0.21.2 and diffusers 0.42.1 that are not their public
-interface.
+"""The only module that uses private parts of peft (0.21.2), and of diffusers (0.42.1) where it meets peft.
 
-Read this module first when either of them is updated. Weights are reached through `unmerged_weight`,
-`cache_store` and `cache_pop`, variants of LoRA through `set_variant`; the warnings that are silenced are
-matched by their text.
+Read this module first when either of them is updated. It relies on: a LoRA layer's variants, its base weight
+without merged adapters and its cache; BOFT's flag for the CUDA extension; the text of two warnings; the mark
+of diffusers' models that have adapters.
 """
 
 import contextlib
