@@ -29,7 +29,7 @@ def parse_command(words: Sequence[str]) -> Any:
     """The options of the command that the first word is. Exits with status 2 and one message if it is none,
     or its flags are wrong."""
     name, *rest = words or [""]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "--help_all"):
         lines = "\n".join(f"  {command:<9} {text}" for command, (_, _, text) in COMMANDS.items())
         print(f"{__doc__}\n\ncommands (each has its own --help):\n{lines}")
         raise SystemExit(0)
@@ -38,7 +38,7 @@ def parse_command(words: Sequence[str]) -> Any:
     kind, flag, text = COMMANDS[name]
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     given = [f"--{flag}", *files] if files else []
-    return parse(kind, text, [*given, *rest[len(files) :]])
+    return parse(kind, text, [*given, *rest[len(files) :]], command=name)
 
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py

@@ -71,7 +71,7 @@ def _number(text: str) -> float | None:
 
 
 def split(word: str, where: str) -> tuple[Path, float]:
-    """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. If a file has the whole word as its name, it is
+    """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. If a file has the full word as its name, it is
     that file.
 
     Raises UserError if the weight is no number, or too large.

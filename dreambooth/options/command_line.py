@@ -24,15 +24,19 @@ _FLAT = (tyro.conf.OmitArgPrefixes,)
 _HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
 
 
-def parse(kind: type[Options], description: str, words: Sequence[str] | None = None) -> Options:
+def parse(
+    kind: type[Options], description: str, words: Sequence[str] | None = None, *, command: str = ""
+) -> Options:
     """The options on the command line, or in `words`. A flag on the command line overrides --config files.
 
+    `description` and `command`, the word before the flags, are for --help.
     Exits with status 2 and one message if a flag is unknown, missing or wrong, and with 0 after --help.
     """
     typed = list(sys.argv[1:] if words is None else words)
     for word in typed:
         if word in _HELP:
-            print(help_page.page(kind, Path(sys.argv[0]).name, description, is_full=_HELP[word]))
+            program = f"{Path(sys.argv[0]).name} {command}".rstrip()
+            print(help_page.page(kind, program, description, is_full=_HELP[word]))
             raise SystemExit(0)
     try:
         saved, rest = _take_config(kind, shipped_files.located(typed))

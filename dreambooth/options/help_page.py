@@ -46,7 +46,7 @@ def page(kind: type, program: str, description: str, *, is_full: bool) -> str:
 
 
 def _flags_of(kind: type, heading: str) -> Iterator[tuple[str, dataclasses.Field, str]]:
-    """(heading, field, help text) of every flag, in groups. The class's own flags are one group."""
+    """(heading, field, help text) of every flag, in groups. The flags of the class itself are one group."""
     texts = _field_docstrings(kind)
     flags: list[dataclasses.Field] = []
     later: list[type] = []
