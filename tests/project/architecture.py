@@ -93,12 +93,12 @@ def long_functions(limit: int = LONGEST_FUNCTION) -> list[str]:
 
 
 def long_lines(limit: int = LONGEST_LINE) -> list[str]:
-    """Lines of more than `limit` columns in the product and in the tests."""
+    """Lines of more than `limit` columns in the product and in the tests; `type: ignore` does not count."""
     return [
         f"{path.relative_to(ROOT)}:{number}"
         for path in (*sources(), *sorted((ROOT / "tests").rglob("*.py")))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > limit
+        if len(line.partition("  # type: ignore")[0]) > limit
     ]
 
 
