@@ -428,7 +428,7 @@ def test_without_a_cache_the_vae_stays_and_a_trained_text_encoder_always(
                 train.Training,
                 "step",
                 lambda self, *args, held=held: held.append(
-                    [p for p in ("vae", "text") if getattr(self.parts, p)]
+                    [p for p in ("vae", "text") if getattr(self.frozen.parts, p)]
                 ),
             )
             run_train(

@@ -128,7 +128,9 @@ def text_encoders_freed(monkeypatch) -> list[bool]:
     def predict(self, *args):
         gc.collect()
         freed.append(
-            self.parts.text is None and bool(encoders) and all(encoder() is None for encoder in encoders)
+            self.frozen.parts.text is None
+            and bool(encoders)
+            and all(encoder() is None for encoder in encoders)
         )
         return real_predict(self, *args)
 
