@@ -112,21 +112,17 @@ def _name_ends(shapes: adapter_targets.Shapes) -> list[str]:
 
 
 def check_prompts(
-    options: TrainOptions,
+    prompts_by_flag: Mapping[str, str | None],
+    captions: Mapping[str, str],
+    text: TextOptions,
     base: families.Base,
     tokenizers: Sequence[PreTrainedTokenizerBase],
-    captions: Mapping[str, str],
 ) -> list[str]:
     """Whether prompts fit into the text encoder.
 
     `captions` are by file name. A caption that does not fit is cut off, with a note.
     """
-    prompts_by_flag = {
-        "--instance_prompt": options.instance.instance_prompt,
-        "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
-        "--validation_prompt": options.validation.validation_prompt,
-    }
-    limit = families.max_tokens(base, options.text)
+    limit = families.max_tokens(base, text)
     prompts.check(tokenizers, prompts_by_flag, limit)
     # Captions are many, and often somebody else's.
     cut = [

@@ -31,7 +31,7 @@ from dreambooth.options.resolved import (
     resolution_of,
     resolve,
 )
-from dreambooth.options.training import TrainOptions, pictures_of_pass
+from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
@@ -49,12 +49,13 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     """
     # processes
     trackers, notes = metrics.trackers(options.reports.report_to)
-    peers = join_processes(options, watch, trackers)
+    peers = join_processes(options.run, options.reports, watch, trackers)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    repository = peers.on_main(lambda: hub.check(options.reports, Path(options.run.output_dir)))
+    output_dir = Path(options.run.output_dir)
+    repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
-    encoded_dir = Path(options.speed.encoded_dir or Path(options.run.output_dir) / "encoded")
+    encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
     decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
     subject = check_photos(options.instance, decoded, peers)
     checked = check_base(options, subject, peers)
@@ -71,22 +72,18 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = claim_folder(options, cache, peers, stack)
+    claim = claim_folder(options.run, cache, peers, stack)
     run = name_run(options, subject, checked, cache, claim, peers)
     instance = subject.source(options.instance)
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
     first_step = claim.state.get("step", 0)
-    status = stack.enter_context(
-        run_folder.recorded(Path(options.run.output_dir), first_step, is_main=peers.is_main)
-    )
+    status = stack.enter_context(run_folder.recorded(output_dir, first_step, is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
 
     # class images
-    sources = [instance]
-    if run.class_images is not None:
-        sources.append(make_class_images(run, subject, decoded, peers, watch))
+    sources = [instance, *make_class_images(run, subject, decoded, peers, watch)]
     if decoded and cache.mode == "disk" and peers.is_main:
         for warning in decoded.save():
             peers.say(f"warning: {warning}")
@@ -112,13 +109,12 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
 
 
-def join_processes(options: TrainOptions, watch: Watch, trackers: list[str]) -> Peers:
+def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, trackers: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
-    run = options.run
     processes.adopt_local_rank(run.local_rank)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    logging_dir = Path(run.output_dir) / options.reports.logging_dir
+    logging_dir = Path(run.output_dir) / reports.logging_dir
     return processes.join(
         watch,
         peer_timeout=run.peer_timeout,
@@ -191,7 +187,13 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     base = families.find(options.base)
     checks.check_base(options, base)
     tokenizers = loading.load_tokenizers(base)
-    prompt_notes = checks.check_prompts(options, base, tokenizers, subject.captions)
+    class_prompt = options.prior.class_prompt if options.prior.with_prior_preservation else None
+    prompts = {
+        "--instance_prompt": options.instance.instance_prompt,
+        "--class_prompt": class_prompt,
+        "--validation_prompt": options.validation.validation_prompt,
+    }
+    prompt_notes = checks.check_prompts(prompts, subject.captions, options.text, base, tokenizers)
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
@@ -216,24 +218,22 @@ class Claim:
         )
 
 
-def claim_folder(
-    options: TrainOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack
-) -> Claim:
+def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack) -> Claim:
     """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from."""
-    resume_from, folder = options.run.resume_from_checkpoint, Path(options.run.output_dir)
+    resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
     atomic.make_output_folder(folder, "--output_dir")
     if cache.mode == "disk":
         atomic.make_output_folder(cache.folder, "--encoded_dir")
         if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):
-            names = ", ".join(swept)
-            peers.say(
-                f"note: removed what runs that died left half written in {shown(cache.folder)}: {names}"
-            )
+            place, names = shown(cache.folder), ", ".join(swept)
+            peers.say(f"note: removed what runs that died left half written in {place}: {names}")
     peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
     if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder)):
         peers.say(f"note: removed what a run that died left half done: {', '.join(swept)}")
-    place = peers.on_main(lambda: find_checkpoint(resume_from, folder, peers)) if resume_from else None
-    checkpoint = checkpoint_folders.read(place) if place else None
+    checkpoint_folder = (
+        peers.on_main(lambda: find_checkpoint(resume_from, folder, peers)) if resume_from else None
+    )
+    checkpoint = checkpoint_folders.read(checkpoint_folder) if checkpoint_folder else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
     identity = peers.on_main(lambda: run_folder.read_identity(folder)) if resume_from else None
     seeds = [state.get("seed"), identity["flags"].get("seed") if identity else None]
@@ -258,6 +258,14 @@ def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> i
     return peers.broadcast(random.SystemRandom().randrange(2**31))
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassImages:
+    """Which class images a run trains on, and how missing ones are generated."""
+
+    options: ResolvedPriorOptions
+    settings: class_images.ClassImageSettings
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedRun:
     """A run whose options are all known, and all that its record (`run_folder.identity`) is made of."""
@@ -271,7 +279,8 @@ class NamedRun:
     claim: Claim
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
-    class_images: class_images.ClassImageSettings | None
+    class_images: ClassImages | None
+    """None without prior preservation."""
     slots: int
     max_steps: int
     environment: dict[str, Any]
@@ -332,7 +341,10 @@ def name_run(
     )
     peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
-    settings = class_images.settings_of(prior, base, fingerprint, accelerator.device) if prior else None
+    generated = None
+    if prior:
+        settings = class_images.settings_of(prior, base, fingerprint, accelerator.device)
+        generated = ClassImages(prior, settings)
     counts = [len(subject.photos), *([prior.generation.num_class_images] if prior else [])]
     pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
@@ -351,7 +363,7 @@ def name_run(
         claim=claim,
         crops=crops,
         crops_are_cut_from="latents" if has_latents else "pixels",
-        class_images=settings,
+        class_images=generated,
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
         environment=run_folder.environment_of(
@@ -362,16 +374,19 @@ def name_run(
 
 def make_class_images(
     run: NamedRun, subject: Subject, decoded: DecodeCache | None, peers: Peers, watch: Watch
-) -> Source:
-    """Generate missing class images, and check all. Raises UserError if an instance photo is among them."""
-    prior, instance, base = run.options.prior, run.options.instance, run.base
-    assert isinstance(prior, ResolvedPriorOptions)
-    assert run.class_images is not None
+) -> list[Source]:
+    """The class images, checked, with missing ones generated; no source without prior preservation.
+
+    Raises UserError if an instance photo is among them.
+    """
+    if run.class_images is None:
+        return []
+    prior, instance, base = run.class_images.options, run.options.instance, run.base
     folder, count = prior.class_data_dir, prior.generation.num_class_images
-    class_images.make(Path(folder), run.class_images, count, base, peers, watch)
+    class_images.make(Path(folder), run.class_images.settings, count, base, peers, watch)
     # a tiny base draws pictures that would be odd photos
     allow_odd = instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE
     checked = _check_folder(instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd)
     photos.check_disjoint(subject.checked, checked)
     pictures = checked.photos[:count]
-    return Source("class", pictures, [prior.class_prompt] * len(pictures))
+    return [Source("class", pictures, [prior.class_prompt] * len(pictures))]
