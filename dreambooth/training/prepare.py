@@ -38,8 +38,6 @@ from dreambooth.runtime.stops import Watch, memory_errors_explained
 from dreambooth.training import adapter_targets, checkpoints, checks, hub, metrics, run_folder
 from dreambooth.training.start import Start
 
-_WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
-
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
     """Everything that a run needs before its models are loaded; None for --dry_run, whose table is printed.
@@ -59,11 +57,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
     subject = check_photos(options.instance, decoded, peers)
     checked = check_base(options, subject, peers)
-    flag_notes = [*options.notes(), *hub.notes(options.reports)]
-    peers.say_notes(
-        [*flag_notes, *subject.notes, *checked.notes, *notes]
-        + [*checked.init_adapter.notes, *device_notes, *processes.notes()]
-    )
+    peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
+    peers.say_notes([*checked.init_adapter.notes, *device_notes, *processes.notes()])
     if options.adapter.dry_run:
         if peers.is_main:
             print(adapter_targets.table(checked.base, options.adapter, options.text))
@@ -78,15 +73,13 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
-    first_step = claim.state.get("step", 0)
-    status = stack.enter_context(run_folder.recorded(output_dir, first_step, is_main=peers.is_main))
+    status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
 
     # class images
     sources = [instance, *make_class_images(run, subject, decoded, peers, watch)]
-    if decoded and cache.mode == "disk" and peers.is_main:
-        for warning in decoded.save():
-            peers.say(f"warning: {warning}")
+    if decoded and cache.mode == "disk":
+        _save_decoded(decoded, peers)
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
 
@@ -95,7 +88,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         peers=peers,
         base=checked.base,
         tokenizers=checked.tokenizers,
-        weight_dtype=_WEIGHT_DTYPES[run.options.run.mixed_precision],
         sources=sources,
         crops=run.crops,
         cache=cache,
@@ -211,6 +203,10 @@ class Claim:
     """Seeds of that checkpoint, and of the run that the folder holds."""
 
     @property
+    def first_step(self) -> int:
+        return self.state.get("step", 0)
+
+    @property
     def continues_folder(self) -> bool:
         """Whether the checkpoint lies in the output folder itself."""
         return (
@@ -230,12 +226,12 @@ def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: cont
     peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
     if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder)):
         peers.say(f"note: removed what a run that died left half done: {', '.join(swept)}")
-    checkpoint_folder = (
-        peers.on_main(lambda: find_checkpoint(resume_from, folder, peers)) if resume_from else None
-    )
-    checkpoint = checkpoint_folders.read(checkpoint_folder) if checkpoint_folder else None
+    if resume_from is None:
+        return Claim(folder, None, {}, [])
+    source = peers.on_main(lambda: find_checkpoint(resume_from, folder, peers))
+    checkpoint = checkpoint_folders.read(source) if source else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
-    identity = peers.on_main(lambda: run_folder.read_identity(folder)) if resume_from else None
+    identity = peers.on_main(lambda: run_folder.read_identity(folder))
     seeds = [state.get("seed"), identity["flags"].get("seed") if identity else None]
     return Claim(folder, checkpoint, state, seeds)
 
@@ -390,3 +386,9 @@ def make_class_images(
     photos.check_disjoint(subject.checked, checked)
     pictures = checked.photos[:count]
     return [Source("class", pictures, [prior.class_prompt] * len(pictures))]
+
+
+def _save_decoded(decoded: DecodeCache, peers: Peers) -> None:
+    if peers.is_main:
+        for warning in decoded.save():
+            peers.say(f"warning: {warning}")

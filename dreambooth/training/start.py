@@ -26,8 +26,6 @@ class Start:
     peers: Peers
     base: families.Base
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
-    weight_dtype: torch.dtype
-    """Dtype of the frozen models."""
     sources: list[Source]
     """Instance photos, then class images."""
     crops: Crops
@@ -46,6 +44,12 @@ class Start:
     """What changes last bits: device, library versions, threads."""
     repository: str | None
     """OWNER/NAME on the hub that the result is uploaded to; None for no upload."""
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the frozen models."""
+        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        return dtypes.get(self.options.run.mixed_precision, torch.float32)
 
     @property
     def output_dir(self) -> Path:
