@@ -115,7 +115,7 @@ def test_a_resumed_quantized_run_equals_an_unbroken_one(
     kind, words, tiny_base, photos_dir, tmp_path, monkeypatch
 ):
     """The unbroken one draws pictures on its way, and with the finished file."""
-    monkeypatch.setattr(validation, "_STEPS", 2)
+    monkeypatch.setattr(validation, "_INFERENCE_STEPS", 2)
     words = [
         *words.split(),
         "--quantize_base",
