@@ -89,7 +89,7 @@ def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(
     known: set[str] = set()
 
     def watched(self, total):
-        for component in self.components:
+        for component in self.trainables.components:
             known.update(name for name, _ in component.named_parameters())
             learning.update(
                 name for name, p in component.named_parameters() if p.grad is not None and p.grad.any()
