@@ -1,4 +1,4 @@
-"""Which layers of a base get an adapter: in training, in --dry_run and in `convert_adapter.py extract`."""
+"""Which layers of a base get an adapter, in training and in --dry_run."""
 
 import dataclasses
 from collections.abc import Mapping
