@@ -1,5 +1,6 @@
 """What the four scripts share, and the settings of the libraries they import."""
 
+import logging
 import os
 
 # The libraries read these when they are imported; values that the user has set win. At import the libraries
@@ -9,3 +10,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+# peft imports torchao wherever it is installed, and torchao then warns about kernels that this torch cannot load.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
