@@ -10,6 +10,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
-# peft imports torchao wherever it is installed, and torchao then warns about kernels that this torch cannot load.
+# peft imports torchao wherever it is installed. torchao then warns about kernels that this torch cannot load.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
