@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import stops
 from tests import tiny
 from tests.faults import inject
+from tests.running import as_main, on_processes
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "train_dreambooth_lora.py")
@@ -72,7 +74,7 @@ class World:
     def command(
         self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None
     ) -> list[str]:
-        """A command line for `launcher`: python, torchrun or accelerate."""
+        """A command line for `launcher`: torchrun or accelerate."""
         script = ["-m", "tests.faults.inject", json.dumps(faults), SCRIPT] if faults else [SCRIPT]
         self.port += 1
         if launcher == "torchrun":
@@ -85,7 +87,7 @@ class World:
                 "--master_port",
                 str(self.port),
             ]
-        elif launcher == "accelerate":
+        else:
             config = "cpu.yaml" if world == 1 else "cpu_processes.yaml"
             front = [
                 sys.executable,
@@ -95,8 +97,6 @@ class World:
                 str(ROOT / "configs/accelerate" / config),
             ]
             front += ["--num_processes", str(world), "--main_process_port", str(self.port)]
-        else:
-            front = [sys.executable]
         return [*front, *script, *words]
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
@@ -173,10 +173,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
             stops.SIGNALS
         ):  # a shell ignores SIGINT for what it runs in the background, and a trainer respects that
             signal.signal(number, signal.SIG_DFL)
-        descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # pytest has put others there
+        print_to(log)
         AcceleratorState._reset_state(reset_partial_state=True)
         work()
         code = 0
@@ -186,6 +183,25 @@ def forked(work: Callable[[], object], log: Path) -> int:
         print(f"{type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(code)
+
+
+def print_to(log: Path) -> None:
+    """From now on this process prints to the end of `log`."""
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # pytest has put others there
+
+
+def train_on_forked_processes(words: list[str], log: Path, count: int) -> int:
+    """0 if all processes of one job have trained, else 1."""
+
+    def work() -> bool:
+        print_to(log)
+        train.main(parse(TrainOptions, "", words))
+        return True
+
+    return 0 if on_processes(work, count) == [True] * count else 1
 
 
 def train_forked(words: Sequence[str], log: Path, faults: dict[str, Any] | None = None) -> int:
@@ -244,20 +260,23 @@ def exact_worlds(
     *,
     sizes: Sequence[int] = (1, 2, 4),
     resumes: Sequence[tuple[int, int]] = ((1, 2), (2, 4), (4, 1)),
+    launchers: Mapping[int, str] = MappingProxyType({2: "torchrun", 4: "accelerate"}),
 ) -> dict[str, Any]:
     """The same run on 1, 2 and 4 processes, and resumed on another number of them. A control has another
-    seed."""
+    seed. Processes without a launcher of their number are forked from this one."""
     steps, found = 4, {}
-    launcher = {2: "torchrun", 4: "accelerate"}
 
     def go(name: str, size: int, *more: str) -> str:
         words = [*world.words(world.folder / name, steps=steps, world=size), *more]
-        if size == 1:
-            file = world.folder / f"{name}.log"
+        file = world.folder / f"{name}.log"
+        if size in launchers:
+            code, log, _ = world.run(words, launcher=launchers[size], world=size)
+        elif size == 1:
             code = ended(train_forked(words, file))
             log = file.read_text()
         else:
-            code, log, _ = world.run(words, launcher=launcher[size], world=size)
+            code = train_on_forked_processes(words, file, size)
+            log = file.read_text()
         if code:
             raise RuntimeError(f"{name} ended with {code}:\n{log[-3000:]}")
         if f"training on {size} process" not in log:
@@ -509,10 +528,11 @@ def disk_full(world: World) -> dict[str, Any]:
 def two_runs(world: World) -> dict[str, Any]:
     """A second run in the folder of one that is at work is refused; the first one goes on unharmed."""
     out, log = world.folder / "two", world.folder / "two.log"
-    first = train_forked(world.words(out, steps=60, every=60), log, {"slow": 0.02})
+    words = world.words(out, steps=20, every=20)
+    first = train_forked(words, log, {"slow": 0.05})
     wait_for_step(out, 2, alive=lambda: is_running(first))
-    code, said, _ = world.run(world.words(out, steps=60, every=60), launcher="python")
-    unharmed = ended(first) == 0 and steps_done(out) == 60
+    code, said = as_main("train_dreambooth_lora.py", *words)
+    unharmed = ended(first) == 0 and steps_done(out) == 20
     return {
         "second_run_refused": code == 2
         and f"another run is at work in {out}: process {first}" in said
