@@ -26,8 +26,11 @@ from dreambooth.runtime import startup, stops
 
 
 def parse_command(words: Sequence[str]) -> Any:
-    """The options of the command that the first word is. Exits with status 2 and one message if it is none,
-    or its flags are wrong."""
+    """The options of a command; the first of `words` is its name.
+
+    Exits with status 2 and one message if there is no such command or a flag is wrong, and with 0 after
+    --help.
+    """
     name, *rest = words or [""]
     if name in ("-h", "--help", "--help_all"):
         lines = "\n".join(f"  {command:<9} {text}" for command, (_, _, text) in COMMANDS.items())
@@ -65,19 +68,19 @@ _GIVE_BASE = "give --pretrained_model_name_or_path"
 
 
 def main(options: Any) -> None:
-    """Run the command whose options these are. Nothing is left half written.
+    """Run the command that `options` belong to. Output files are written whole or not at all.
 
-    Raises UserError, and SystemExit if a signal or a full disk ends it.
+    Raises UserError for a user's mistake, SystemExit if a signal or a full disk ends the command.
     """
     with stops.stoppable():
-        _RUN[type(options)](options)
+        _COMMAND_OF[type(options)](options)
 
 
 # ---- reading
 
 
 def _base(options: KnownBase | NeededBase) -> Any:
-    """The base on disk, checked; None if none is given."""
+    """The base on disk, a checked `families.Base`; None if no base is given. Raises UserError."""
     model = options.model()
     if model is None:
         return None
@@ -87,28 +90,30 @@ def _base(options: KnownBase | NeededBase) -> Any:
 
 
 def _read_named(path: str, base: Any) -> Adapter:
-    """An adapter to convert: every module has the name and the shape that it has in a base.
+    """The adapter in a file or folder; each module has the name and the shape of its layer in the base.
 
-    Raises UserError as `reading.read_additive`, and without a base if a name or a shape is unknown without
-    one.
+    Raises UserError as `reading.read_additive` does, or if a name or shape is known with a base only and no
+    base is given.
     """
     adapter = reading.read_additive(Path(path), base.layers() if base else None)
     if base:
         return adapter
-    modules = {(part, name): m for part, of_part in adapter.components.items() for name, m in of_part.items()}
+    modules = {
+        (component, name): module
+        for component, by_name in adapter.components.items()
+        for name, module in by_name.items()
+    }
     for _, name in modules:
         if layer_names.is_raw(name):
             raise UserError(
-                f"{shown(path)}: {name} is a name in kohya's layout,"
-                " which only the base's own layers tell where"
-                f" to part; {_GIVE_BASE}"
+                f"{shown(path)}: {name} is a name in kohya's layout, which is resolved by the base's layers;"
+                f" {_GIVE_BASE}"
             )
     for (component, name), module in modules.items():
         if not isinstance(module, Lora):
             raise UserError(
-                f"{shown(path)}: {component}.{name} is a {deltas.kind(module)},"
-                " which does not say the size of its"
-                f" layer's kernel; {_GIVE_BASE}"
+                f"{shown(path)}: {component}.{name} is a {deltas.kind(module)}, which has no kernel size;"
+                f" {_GIVE_BASE}"
             )
     return adapter
 
@@ -122,11 +127,14 @@ def _weighted(words: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def _new_file(output: str, inputs: Sequence[str]) -> Path:
-    """The file to write; its folder is made. Raises UserError if it is one of the `inputs`."""
+    """The path of the file to write; its folder is made.
+
+    Raises UserError if it is a folder, one of the `inputs`, or cannot be written.
+    """
     path = Path(output)
     try:
-        for given in inputs:
-            source = Path(given)
+        for name in inputs:
+            source = Path(name)
             sources = [source, source / native.ADAPTER_NAME] if source.is_dir() else [source]
             if path.exists() and any(file.exists() and path.samefile(file) for file in sources):
                 raise UserError(f"--output: {shown(output)} is the adapter that is read; name another file")
@@ -139,7 +147,10 @@ def _new_file(output: str, inputs: Sequence[str]) -> Path:
 
 
 def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
-    """The folder to make. Raises UserError unless it is new or empty, and lies in none of the `inputs`."""
+    """The path of the folder to write, which is not made yet; `flag` gave its `name`.
+
+    Raises UserError unless it is new or empty, and outside of the `inputs`.
+    """
     path = Path(name)
     try:
         if path.exists() and not path.is_dir():
@@ -169,7 +180,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all of the files, by their paths in the folder, or none."""
+    """Write all files, or none. Their keys are paths in the folder."""
     try:
         atomic.write_folder(folder, files)
     except OSError as error:
@@ -178,14 +189,14 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
-    """Write a LoRA in this project's layout and print its table."""
+    """Write a LoRA in the native layout, and print its table."""
     data = writing.write_native(adapter, native.recorded(adapter.metadata), DTYPES[dtype])
     print(tables.table(adapter))
     _write(path, data)
 
 
 def _print_kept(kept: Mapping[str, float]) -> None:
-    """Print the share of the squared update that is kept, by component."""
+    """Print the kept share of the update's energy (its squared Frobenius norm), by component."""
     for component, share in kept.items():
         print(f"{component}: {share:.4%} of the update's energy is kept")
 
@@ -232,8 +243,10 @@ def convert(options: ConvertOptions) -> None:
 
 
 def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
-    """The model version by which kohya's layout names the adapter's layers. Raises UserError if it is
-    unknown, or has no such names."""
+    """The model version, which decides the names in kohya's layout.
+
+    Raises UserError if the version is unknown, or kohya's layout has no names for it.
+    """
     if base and base.kohya_family is None:
         raise UserError(f"--to kohya: {base.family.name} has no names in kohya's layout")
     if "text_encoder_2" in adapter.components:
@@ -247,14 +260,14 @@ def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
     widths = {deltas.shape(module)[1] for name, module in unet.items() if re.search(r"attn2\.to_[kv]$", name)}
     if len(widths) != 1 or not widths <= by_width.keys():
         raise UserError(
-            f"{shown(path)}: its layers do not tell whether it is for Stable Diffusion 1, 2 or XL;"
+            f"{shown(path)}: its layers do not show which version it is for (Stable Diffusion 1, 2 or XL);"
             f" {_GIVE_BASE}"
         )
     return by_width[widths.pop()]
 
 
 def merge(options: MergeOptions) -> None:
-    """Write one LoRA of several adapters."""
+    """Merge several adapters into one LoRA."""
     named = _weighted(options.adapter)
     path = _new_file(options.output, [name for name, _ in named])
     base = _base(options.base)
@@ -276,7 +289,7 @@ def resize(options: ResizeOptions) -> None:
 
 def extract(options: ExtractOptions) -> None:
     """Write a LoRA of the difference between a fine-tuned base and the base."""
-    from dreambooth.adapters import inject  # these bring peft and diffusers
+    from dreambooth.adapters import inject  # these import peft and diffusers, which takes seconds
     from dreambooth.bases import families
     from dreambooth.options.adapter import AdapterOptions
     from dreambooth.options.training import BaseOptions
@@ -300,7 +313,7 @@ def extract(options: ExtractOptions) -> None:
     extraction = base_weights.extract(base.folder, tuned.folder, options.base.variant, targets, options.rank)
     for part, share in extraction.covered.items():
         print(
-            f"{part}: {share:.4%} of what differs lies in the layers of --target_preset"
+            f"{part}: {share:.4%} of the difference is in the layers of --target_preset"
             f" {options.target_preset}"
         )
     _print_kept(extraction.kept)
@@ -317,8 +330,8 @@ def bake(options: BakeOptions) -> None:
         adapter = reading.read(Path(name), layers)
         if not adapter.is_additive and weight != 1:
             raise UserError(
-                f"--adapter: {shown(name)} is {', '.join(adapter.kinds).upper()}, which turns weights:"
-                f" its own can be 1 only, got {weight:g}"
+                f"--adapter: {shown(name)} is {', '.join(adapter.kinds).upper()}, which rotates weights:"
+                f" its own weight must be 1, got {weight:g}"
             )
         print(f"{shown(name)}, weight {weight:g}", tables.table(adapter), sep="\n")
         adapters.append((adapter, weight))
@@ -332,7 +345,7 @@ def bake(options: BakeOptions) -> None:
     print(f"wrote {shown(folder)}")
 
 
-_RUN: dict[type, Any] = {
+_COMMAND_OF: dict[type, Any] = {
     InspectOptions: inspect,
     ConvertOptions: convert,
     MergeOptions: merge,

@@ -24,27 +24,28 @@ from dreambooth.runtime.stops import Watch
 
 
 def main(options: ClassImageOptions) -> None:
-    """Make the missing class images. Raises UserError if the folder holds another set.
+    """Draw the missing class images. Raises UserError if the folder holds another set.
 
-    A signal raises SystemExit; finished pictures stay, and the next start makes the others.
+    A signal raises SystemExit; finished pictures stay, and the next start draws the others.
     """
-    with stops.stoppable(advice="started again, it goes on where it was") as watch:
+    with stops.stoppable(advice="the next start draws the missing pictures") as watch:
         generate(options, watch)
 
 
 def generate(options: ClassImageOptions, watch: Watch) -> None:
+    """`main` without its handling of signals."""
     # processes
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
-    state = peers.accelerator
+    accelerator = peers.accelerator
     for note in processes.notes():
         print(f"note: {note}")
 
     # base, prompt and settings
     folder = Path(options.class_data_dir)
     generation = class_images.continued(options.generation, class_images.made_with(folder))
-    peers.on_main(lambda: families.find(options.base).folder)  # so that one process alone downloads
+    peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
     prompts.check(
         loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
@@ -56,12 +57,12 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         side=options.resolution or base.default_resolution,
         base=base,
         fingerprint=base.fingerprint(),
-        device=state.device,
+        device=accelerator.device,
     )
 
     # pictures
     class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
-    if state.is_main_process:
+    if accelerator.is_main_process:
         print(f"{folder} holds {generation.num_class_images} class images")
 
 

@@ -1,6 +1,6 @@
-"""Draw pictures with adapters, or without: sets of adapters x weights x prompts x seeds -> PNG files that
-contain their settings, and a contact sheet. Launch with `accelerate launch` to share the work among
-processes: the pictures are the same on any number of them."""
+"""Draw pictures with adapters, or with the base alone: sets of adapters x weights x prompts x seeds -> PNG
+files that contain their settings, and a contact sheet. Launch with `accelerate launch` to share the work
+among processes: any number of processes draws the same pictures."""
 
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
@@ -34,7 +34,7 @@ from dreambooth.runtime.stops import Watch
 
 
 def read_prompts(options: InferOptions) -> list[str]:
-    """The prompts of --prompt or --prompts_file. Raises UserError if the file cannot be read or has none."""
+    """The prompts of --prompt or --prompts_file. Raises UserError if the file cannot be read or is empty."""
     if not options.prompts_file:
         return list(options.prompt)
     try:
@@ -49,8 +49,10 @@ def read_prompts(options: InferOptions) -> list[str]:
 
 
 def main(options: InferOptions) -> None:
-    """Draw and save every picture, `images.json` and `contact_sheet.png`. Raises SystemExit if a signal ends
-    it."""
+    """Draw and save every picture, then write `images.json` and `contact_sheet.png`.
+
+    Raises UserError for a user's mistake, SystemExit if a signal ends the program.
+    """
     with stops.stoppable(advice="images.json is written at the end, and was not") as watch:
         infer(options, watch)
 
@@ -67,16 +69,16 @@ def infer(options: InferOptions, watch: Watch) -> None:
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     # what to draw
-    words = read_prompts(options)
+    prompts = read_prompts(options)
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
     loaded = variants.read_adapters(sets, base, options.clip_skip)
-    columns = variants.plan(options, sets, loaded, words)
+    columns = variants.plan(options, sets, loaded, prompts)
     variants.check(options, columns, loaded, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
-    # where to
+    # the output folder
     output_dir = Path(options.output_dir)
     atomic.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
@@ -84,7 +86,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
             print(f"note: {note}")
         if peers.is_main:
             print(variants.table(columns, loaded, options.fuse, dtype), end="")
-            for name in ("images.json", "contact_sheet.png"):  # of pictures that will be overwritten
+            # an earlier list and sheet, whose pictures will be overwritten
+            for name in ("images.json", "contact_sheet.png"):
                 (output_dir / name).unlink(missing_ok=True)
         peers.barrier()
         # draw
@@ -110,25 +113,26 @@ def draw_all(
     """Draw and save this process's share of the pictures. Returns the records of all pictures, as images.json
     lists them.
 
-    The last bits of a picture depend on the pictures in its batch. So the chunks of --batch_size are fixed by
-    number: chunk c is drawn by process c % processes.
+    `columns` are the variants to draw; each is a column of the contact sheet. A variant's pictures are drawn
+    in chunks of --batch_size. The last bits of a picture depend on the other pictures of its chunk, so the
+    chunks are the same on any number of processes: process c % processes draws chunk c.
     """
     stack = apply.Stack({part: getattr(pipeline, part) for part in ("unet", *base.family.text)})
     for adapter in loaded.values():
         stack.add(adapter.key, adapter.adapter)
-    # on every process, also for variants that it does not draw: last bits must not depend on what a process
-    # has drawn before
+    # every process attaches the adapters of all variants: last bits must not depend on which variants a
+    # process draws
     stack.attach_all((variant.weights(loaded) for variant in columns), options.fuse)
     records: list[dict[str, Any]] = []
     chunk_number = 0
     count = sum(len(variant.jobs) for variant in columns)
     with tqdm(total=count, desc="pictures", unit="image", disable=not peers.is_main) as bar:
         for variant in columns:
-            new = _records(options, variant, loaded, len(records))
-            records += new
+            variant_records = _records(options, variant, loaded, len(records))
+            records += variant_records
             # this process's chunks
-            size = options.batch_size
-            chunks = [new[first : first + size] for first in range(0, len(new), size)]
+            firsts = range(0, len(variant_records), options.batch_size)
+            chunks = [variant_records[first : first + options.batch_size] for first in firsts]
             chunks_here = [c for n, c in enumerate(chunks, chunk_number) if n % peers.world == peers.rank]
             chunk_number += len(chunks)
             if not chunks_here:
@@ -136,8 +140,8 @@ def draw_all(
             # draw them with the variant's adapters
             with stack.activated(variant.weights(loaded), options.fuse), torch.no_grad():
                 text = pipelines.text_of(pipeline, base, clip_skip=variant.clip_skip)
-                words = [record["prompt"] for chunk in chunks_here for record in chunk]
-                prompt_cache = text.encode_all([*words, options.negative_prompt], watch.check)
+                prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
+                prompt_cache = text.encode_all([*prompts, options.negative_prompt], watch.check)
                 for chunk in chunks_here:
                     _draw(options, pipeline, prompt_cache, chunk, watch)
                     bar.update(min(len(chunk) * peers.world, count - bar.n))
@@ -147,7 +151,7 @@ def draw_all(
 def _records(
     options: InferOptions, variant: Variant, loaded: Loaded, first_number: int
 ) -> list[dict[str, Any]]:
-    """File name and settings of each picture of a variant."""
+    """File name, prompt, seed and settings of each picture of a variant; the first has `first_number`."""
     suffix = "_base" if loaded and not variant.set else ""
     settings = _settings(options, variant, loaded)
     return [
@@ -182,7 +186,7 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
 def _draw(
     options: InferOptions, pipeline: Any, prompt_cache: PromptCache, chunk: list[dict[str, Any]], watch: Watch
 ) -> None:
-    """Draw the pictures of these records together, and save each."""
+    """Draw the pictures of the records in `chunk` in one batch, and save each."""
     images = pipelines.draw(
         pipeline,
         prompt_cache.of([record["prompt"] for record in chunk]),
@@ -199,8 +203,8 @@ def _draw(
 
 
 def collect(options: InferOptions, columns: Sequence[Variant], records: list[dict[str, Any]]) -> None:
-    """Write images.json and the contact sheet: a row for each prompt, and for each seed a column for each
-    variant."""
+    """Write the records as images.json, and the contact sheet: a row for each prompt, and for each seed a
+    column for each variant."""
     folder = Path(options.output_dir)
     thumbnails: dict[tuple[int, str, int], Image.Image] = {}
     remaining = iter(records)
@@ -209,12 +213,13 @@ def collect(options: InferOptions, columns: Sequence[Variant], records: list[dic
             with Image.open(folder / next(remaining)["file"]) as image:
                 # scaled at once: thousands of pictures at full size are gigabytes
                 thumbnails[number, prompt, seed] = pictures.scaled(image.convert("RGB"), pictures.THUMBNAIL)
-    places = [(number, seed) for seed in options.seeds for number in range(len(columns))]
+    sheet_columns = [(number, seed) for seed in options.seeds for number in range(len(columns))]
     rows = [
-        (prompt, [thumbnails.get((number, prompt, seed)) for number, seed in places])
+        (prompt, [thumbnails.get((number, prompt, seed)) for number, seed in sheet_columns])
         for prompt in dict.fromkeys(prompt for variant in columns for prompt, _ in variant.jobs)
     ]
-    headings = [f"seed {seed}" + f" {columns[number].label}" * (len(columns) > 1) for number, seed in places]
+    labels = [f" {variant.label}" if len(columns) > 1 else "" for variant in columns]
+    headings = [f"seed {seed}{labels[number]}" for number, seed in sheet_columns]
     atomic.write(folder / "contact_sheet.png", pictures.png(pictures.contact_sheet(rows, headings)))
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
     atomic.write(folder / "images.json", text.encode())

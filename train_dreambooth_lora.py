@@ -41,7 +41,7 @@ from dreambooth.training.validation import ValidationPictures
 def denoising_losses(
     model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error of each row, times the row's weight, float32 [B]."""
+    """Mean squared error of each row, float32 [B], times `weights` [B] if they are given."""
     losses = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
     return losses if weights is None else losses * weights
 
@@ -49,9 +49,10 @@ def denoising_losses(
 def dreambooth_loss(
     losses: torch.Tensor, *, sources: int, prior_loss_weight: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss to minimise, its parts by name), from the losses of instance rows and then as many class rows.
+    """(loss to minimise, its parts by name), from the losses of all rows. All results are scalars.
 
-    Instance and class rows are averaged separately (DreamBooth, arXiv 2208.12242, eq. 2).
+    With one source, `losses` are [B], of instance photos. With two they are [2B]: B instance photos, then B
+    class images. The two halves are averaged separately (DreamBooth, arXiv 2208.12242, eq. 2).
     """
     if sources == 1:
         return losses.mean(), {}
@@ -77,13 +78,13 @@ class Training:
         self.loss_log = LossLog(self.trainables, self.dataset, self.slots, options.run.train_batch_size)
         self.validation = ValidationPictures(start, frozen, self.trainables, watch.check)
         self.first_step = 0
-        self.is_between_steps = True
+        self.is_between_steps = True  # False while an optimizer step is half done and must not be saved
         self.memory: dict[str, memory.Reading] = {}  # by phase of the run
 
     # ---- one step
 
     def step(self, step: int, batches: Iterator[MicroBatch]) -> None:
-        """Optimizer step number `step`, counted from 0. Raises Stop before it if the run must end."""
+        """Take optimizer step number `step`, counted from 0. Raises Stop before it if the run must end."""
         run, gradients = self.options.run, torch.zeros(self.trainables.count, device=self.device)
         losses = []
         for _ in range(run.gradient_accumulation_steps):
@@ -91,21 +92,20 @@ class Training:
             self.gather_gradients(gradients)
         if run.gradient_sync == "ddp" and self.peers.world > 1:
             gradients = self.peers.sum(gradients)
-        by_slot = {
+        slot_losses = {
             name: self.peers.gather_slots(torch.stack([loss[name] for loss in losses])) for name in losses[0]
         }
         self.peers.sync_stop()
-        self.update(gradients, step, by_slot)
+        self.update(gradients, step, slot_losses)
 
     def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Forward and backward pass of one micro-batch. Returns the loss and its parts, detached."""
         # task: noisy latents, timesteps and target
         task = self.make_task(batch)
-        # prediction
-        # dropout takes no generator
+        # prediction; dropout takes no generator, so torch's global one is seeded
         torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))
         model_output = self.predict(task, self.frozen.encode(batch.prompts), batch)
-        if self.peers.world == 1:  # several processes stop together, once a micro-step
+        if self.peers.world == 1:  # several processes stop together, in sync_stop below
             self.watch.check()
         # loss
         losses = denoising_losses(task.prediction(model_output), task.target, task.weights)
@@ -131,7 +131,7 @@ class Training:
         return objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
 
     def predict(self, task: objectives.Task, prompt_embeds: PromptEmbeds, batch: MicroBatch) -> torch.Tensor:
-        """The UNet's output, [B, C, h, w]."""
+        """The UNet's output, [B, C, h, w], without a predicted variance."""
         unet = self.frozen.parts.unet
         prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
         time_ids = batch.time_ids(self.dataset.crops.resolution).to(self.device)
@@ -143,27 +143,27 @@ class Training:
                 prompt_embeds.embeds,
                 added_cond_kwargs=prompt_embeds.added_cond_kwargs(time_ids),
             ).sample
-        # a UNet that predicts the variance too has it in the second half of its channels
+        # the second half of the channels is the predicted variance, in a UNet that predicts it
         has_variance = unet.config.out_channels == 2 * unet.config.in_channels
         return model_output.chunk(2, dim=1)[0] if has_variance else model_output
 
     def gather_gradients(self, total: torch.Tensor) -> None:
-        """Add the micro-step's gradients of every process to `total`, [parameters], in the order of slots.
+        """Add the micro-step's gradients of every process to `total`, [count], in the order of slots.
 
-        That order does not depend on the number of processes. With --gradient_sync ddp, add the gradients of
-        this process alone: the processes are summed at the end of the step.
+        That order does not depend on the number of processes. With --gradient_sync ddp only the gradients of
+        this process are added; the sum over processes follows at the end of the step.
         """
         gradients = self.trainables.take_gradients()
         if self.options.run.gradient_sync == "ddp":
             total += gradients
         else:
-            for row in self.peers.gather(gradients[None]):  # [processes, parameters]
+            for row in self.peers.gather(gradients[None]):  # [processes, count]
                 total += row
 
     def update(self, gradients: torch.Tensor, step: int, losses: dict[str, torch.Tensor]) -> None:
-        """One optimizer step from the summed gradients, [parameters]. `losses` are by name, [slots].
+        """Take an optimizer step with the summed gradients, [count]. `losses` are [slots] each, by name.
 
-        Raises Stop before stepping if a loss or gradient is not finite. On a GPU this is decided on the
+        Raises Stop before the step if a loss or gradient is not finite. On a GPU this is decided on the
         device and read later.
         """
         trainables = self.trainables
@@ -186,7 +186,7 @@ class Training:
     # ---- all steps
 
     def train(self) -> None:
-        """All steps, and the finished adapter. If the run ends early, its last completed step is saved."""
+        """Train all steps and write the finished adapter. An early end saves the last completed step."""
         run = self.options.run
         batches = micro_batches(
             self.dataset,
@@ -211,7 +211,7 @@ class Training:
             try:
                 for step in range(self.first_step, self.max_steps):
                     if step >= self.text_steps and self.trainables.text_components():
-                        self.finish_text()  # here in a run that was stopped before it could
+                        self.finish_text()  # of a resumed run that ended between this step and finish_text
                     self.step(step, batches)
                     self.after_step(step + 1, progress)
                 progress.note_memory("training", self.max_steps)
@@ -222,11 +222,11 @@ class Training:
                 raise
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
-        """What is due after `step` steps: reading losses, freezing the text encoder, checkpoint, pictures."""
+        """Do what is due after `step` steps: read losses, freeze text encoders, save, draw."""
         ends_text = step == self.text_steps < self.max_steps and bool(self.trainables.text_components())
         is_first, is_last = step == self.first_step + 1, step == self.max_steps
         is_saved = step % self.options.run.checkpointing_steps == 0
-        # after the last step the finished adapter is drawn with instead
+        # after the last step, `draw_finished` draws instead
         is_drawn = not is_last and self.validation.is_due(step, steps_per_epoch=self.steps_per_epoch)
         if ends_text or is_saved or is_first or is_last or is_drawn or self.loss_log.is_due:
             self.loss_log.read(progress)
@@ -243,12 +243,12 @@ class Training:
 
     @torch.no_grad()
     def finish_text(self) -> None:
-        """Stop training the text encoders: encode all prompts, keep the adapters, free the models."""
+        """End the training of the text encoders: encode all prompts, keep the adapters, free the models."""
         with self.trainables.evaluating():
             self.frozen.free_text_encoders(self.watch.check)
         for component in self.trainables.drop_text_encoders():
             self.saver.keep(component)
-        self.peers.say(f"the text encoder is trained no more after step {self.text_steps}")
+        self.peers.say(f"the text encoder is not trained after step {self.text_steps}")
 
     def save_last_step(self, error: BaseException, progress: metrics.Progress) -> None:
         """Save the last completed step. Raises Stop in place of `error` if steps were skipped."""
@@ -258,11 +258,11 @@ class Training:
         self.saver.save_early_end(self.loss_log.completed, self.max_steps)
         self.loss_log.read(progress)
         if reason is not None and isinstance(error, Stop):
-            raise reason from None  # resumed, the run would fail at that step again
+            raise reason from None  # the resumed run would fail at that step again
 
 
 def assemble(start: Start, watch: Watch) -> Training:
-    """The run before its first step, with models loaded and adapters injected."""
+    """Load the models and inject the adapters. Returns the run before its first step."""
     frozen = frozen_models.load(start, watch.check)
     training = Training(start, frozen, watch)
     training.memory |= frozen.memory | {"loaded": memory.reading(training.device)}
@@ -270,7 +270,7 @@ def assemble(start: Start, watch: Watch) -> Training:
 
 
 def train(options: TrainOptions, watch: Watch) -> None:
-    """A whole run, from the check of the input to the upload of the finished adapter."""
+    """Run everything, from the check of the input to the upload of the finished adapter."""
     with contextlib.ExitStack() as stack:
         start = prepare.prepare(options, watch, stack)
         if start is None:  # --dry_run
@@ -286,8 +286,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
             training.trainables.restore(start.checkpoint)
             training.first_step = training.loss_log.completed = training.saver.saved = start.checkpoint.step
             done, steps = training.first_step, training.max_steps
-            rest = "" if done < steps else "; nothing is left to train"
-            peers.say(f"resuming from {start.checkpoint.folder} at step {done} of {steps}{rest}")
+            suffix = "" if done < steps else "; nothing is left to train"
+            peers.say(f"resuming from {start.checkpoint.folder} at step {done} of {steps}{suffix}")
         else:
             training.trainables.start_from(start.init_adapter)
         peers.check_same({"adapter weights at the start": training.saver.digest(training.first_step)})
@@ -295,7 +295,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
 
         # the loop
         started = time.monotonic()
-        watch.is_immediate = False  # from here on a signal ends the run between two passes
+        watch.is_immediate = False  # from here on a signal ends the run at the next check
         try:
             training.train()
         finally:
@@ -311,7 +311,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
 
 
 def main(options: TrainOptions) -> None:
-    """Train and save an adapter. Raises UserError for a user's mistake; SystemExit if the run ends early."""
+    """Train and save an adapter. Raises UserError for a user's mistake, SystemExit if the run ends early."""
     with stops.stoppable(options.run.max_train_minutes) as watch:
         train(options, watch)
 

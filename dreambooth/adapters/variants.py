@@ -121,7 +121,7 @@ def _check_turning(what: str, weights: Mapping[str, float], fuse: apply.Fusing) 
     """Raise UserError unless OFT, BOFT or HRA has such weights that it can be fused, and is fused."""
     for weight in weights.values():
         if weight not in (0, 1):
-            raise UserError(f"{what}, which turns weights: its own can be 0 or 1 only, got {weight:g}")
+            raise UserError(f"{what}, which rotates weights: its own weight must be 0 or 1, got {weight:g}")
     if fuse == "no":
         raise UserError(f"{what}, which is always worked into the weights; leave --fuse no out")
 

@@ -959,7 +959,7 @@ bad(
     "adapters",
     "OFT at half its weight",
     turning_with("--adapter", "FILE:0.5"),
-    "is OFT, which turns weights: its own can be 0 or 1 only, got 0.5",
+    "is OFT, which rotates weights: its own weight must be 0 or 1, got 0.5",
 )
 bad(
     "adapters",

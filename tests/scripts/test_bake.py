@@ -124,7 +124,7 @@ def test_what_turns_weights_is_shown_and_baked(name, layers, tiny_base, tmp_path
     assert re.search(rf"^unet +{name} +\d+  {8 if name == 'oft' else 4}$", shown, re.MULTILINE)
     assert "fits" in shown
     with pytest.raises(
-        UserError, match=rf"is {name.upper()}, which turns weights: its own can be 1 only, got 0\.5"
+        UserError, match=rf"is {name.upper()}, which rotates weights: its own weight must be 1, got 0\.5"
     ):
         run("bake", f"{path}:0.5", *base, "--merge_to", tmp_path / "baked")
     run("bake", path, *base, "--merge_to", tmp_path / "baked")

@@ -302,7 +302,7 @@ def test_extracting_finds_the_low_rank_update_that_was_baked_in(native, layers, 
         2e-5,
     )
     out = capsys.readouterr().out
-    assert "unet: 100.0000% of what differs lies in the layers of --target_preset attn" in out
+    assert "unet: 100.0000% of the difference is in the layers of --target_preset attn" in out
     assert "text_encoder: 100.0000% of the update's energy is kept" in out
 
 

@@ -100,12 +100,12 @@ def test_what_only_a_base_tells_is_asked_for(native, tiny_base, tmp_path):
         ),
         (
             ["convert", native("loha"), "--to", "lora"],
-            r"is a loha, which does not say the size.*; give --pretrained_model_name_or_path",
+            r"is a loha, which has no kernel size; give --pretrained_model_name_or_path",
         ),
-        (["resize", native("lokr"), "--rank", 2], r"is a lokr, which does not say"),
+        (["resize", native("lokr"), "--rank", 2], r"is a lokr, which has no kernel size"),
         (
             ["convert", native("lora"), "--to", "kohya"],
-            r"do not tell whether it is for Stable Diffusion 1, 2 or XL; give --pretrained",
+            r"do not show which version it is for .*; give --pretrained",
         ),
     ):
         with pytest.raises(UserError, match=message):
