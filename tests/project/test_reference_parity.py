@@ -228,7 +228,7 @@ def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkey
 
     spy(monkeypatch, torch.optim.AdamW, "step", note_norm)
     lengths: set[int] = set()
-    spy(monkeypatch, prompts.TextParts, "tokens", lambda result, *asked: lengths.add(result[0].shape[1]))
+    spy(monkeypatch, prompts.TextParts, "tokenize", lambda result, *asked: lengths.add(result[0].shape[1]))
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     try:
         matmul.allow_tf32 = False
