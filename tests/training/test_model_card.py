@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,6 +11,10 @@ from huggingface_hub import constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import LoraConfig, get_peft_model_state_dict
 
+from dreambooth.adapters import inject
+from dreambooth.bases import families
+from dreambooth.options import resolved
+from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import as_table, fields_of, without_token
 from dreambooth.options.training import TrainOptions
 from dreambooth.training import model_card
@@ -86,6 +90,13 @@ def test_a_hostile_name_of_the_output_folder_is_text_too(tmp_path):
     text = card(output_dir=str(tmp_path / "a\n# b\udcff<b>`"))
     assert text.encode("utf-8").count(b"\n# ") == 1
     assert "<b>" not in prose_of(text)
+
+
+def test_every_family_and_every_kind_of_adapter_has_its_entries():
+    keys = {family.key for family in families.FAMILIES.values()}
+    assert model_card._TAGS.keys() == resolved._DEFAULTS.keys() == resolved._RESOLUTIONS.keys() == keys
+    kinds = set(get_args(AdapterOptions.__annotations__["adapter"]))
+    assert model_card._KINDS.keys() == inject.KINDS.keys() == kinds
 
 
 @pytest.mark.parametrize(
