@@ -1,10 +1,9 @@
-"""Rooms, arrows and floors of the source, and the limits of its code. To print them:
+"""Packages of the source and their imports, and the limits of its code. To print them:
 
-    python -m tests.project.architecture
+    .venv/bin/python -m tests.project.architecture
 
-A room is a package of `dreambooth/`, a script, `dreambooth/errors.py`, `benchmarks` or `picturebook`. An
-arrow goes from a room to a room that it imports. A room's floor is the number of rooms in its longest
-chain of arrows down.
+As packages count those of `dreambooth/`, a script, `dreambooth/errors.py`, `benchmarks` and `picturebook`. A
+package's layer is the number of packages in its longest chain of imports, itself included.
 """
 
 import ast
@@ -14,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# From the ground up. A room imports rooms of lower levels only.
+# From the bottom up. A package imports packages of lower levels only.
 LEVELS = (
     ("errors",),
     ("options", "files"),
@@ -35,15 +34,15 @@ def sources() -> list[Path]:
     return sorted([*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))])
 
 
-def room(module: str) -> str | None:
-    """The room of a module by its dotted name; None for a module of another program."""
+def package_of(module: str) -> str | None:
+    """The package of a module by its dotted name; None for a module of another program."""
     first, *rest = module.split(".")
     if first == "dreambooth":
         return rest[0] if rest else None
     return first if any(first in level for level in LEVELS) else None
 
 
-def imports(path: Path) -> Iterator[str]:
+def imported_names(path: Path) -> Iterator[str]:
     """Dotted names of what a file imports, wherever in the file it does so."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,34 +51,34 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def arrows() -> set[tuple[str, str]]:
-    """(importing room, imported room)."""
+def imports() -> set[tuple[str, str]]:
+    """(importing package, imported package)."""
     pairs = set()
     for path in sources():
-        start = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        for end in map(room, imports(path)):
-            if start and end and start != end:
-                pairs.add((start, end))
+        importing = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for imported in map(package_of, imported_names(path)):
+            if importing and imported and importing != imported:
+                pairs.add((importing, imported))
     return pairs
 
 
-def floors(pairs: set[tuple[str, str]]) -> dict[str, int]:
-    """Floor of each room, the ground floor is 1. Raises RecursionError if there is a circle of arrows."""
+def layers(pairs: set[tuple[str, str]]) -> dict[str, int]:
+    """Layer of each package, 1 if it imports none. Raises RecursionError if imports go in a circle."""
     below: dict[str, set[str]] = {name: set() for level in LEVELS for name in level}
-    for start, end in pairs:
-        below[start].add(end)
+    for importing, imported in pairs:
+        below[importing].add(imported)
 
     @cache
-    def floor(name: str) -> int:
-        return 1 + max(map(floor, below[name]), default=0)
+    def layer(name: str) -> int:
+        return 1 + max(map(layer, below[name]), default=0)
 
-    return {name: floor(name) for name in below}
+    return {name: layer(name) for name in below}
 
 
 def upward(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The arrows that do not go to a lower level."""
+    """The imports that are not of a lower level."""
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
-    return {(start, end) for start, end in pairs if level[end] >= level[start]}
+    return {(importing, imported) for importing, imported in pairs if level[imported] >= level[importing]}
 
 
 def long_functions(limit: int = LONGEST_FUNCTION) -> list[str]:
@@ -113,13 +112,14 @@ def lines_with(word: str) -> int:
 
 
 def main() -> None:
-    """Print which room imports which, and the counts."""
-    pairs = arrows()
-    floor_of = floors(pairs)
-    for name in sorted(floor_of, key=lambda name: (-floor_of[name], name)):
-        print(f"{floor_of[name]}  {name:24}", *sorted(end for start, end in pairs if start == name))
-    print(f"{len(floor_of)} rooms, {max(floor_of.values())} floors, {len(pairs)} arrows")
-    print(f"arrows that do not go down: {sorted(upward(pairs))}")
+    """Print which package imports which, and the counts."""
+    pairs = imports()
+    layer_of = layers(pairs)
+    print("layer, package, and the packages that it imports:")
+    for name in sorted(layer_of, key=lambda name: (-layer_of[name], name)):
+        print(f"{layer_of[name]}  {name:24}", *sorted(end for start, end in pairs if start == name))
+    print(f"{len(layer_of)} packages, {max(layer_of.values())} layers, {len(pairs)} imports")
+    print(f"imports that do not go down: {sorted(upward(pairs))}")
     print(f"lines of train_dreambooth_lora.py: {train_script_lines()}")
     print(f"functions of more than {LONGEST_FUNCTION} lines: {long_functions()}")
     print(f"lines of more than {LONGEST_LINE} columns: {len(long_lines())}")

@@ -3,17 +3,17 @@
 from tests.project import architecture
 
 
-def test_rooms_import_downwards_only_and_are_few():
-    pairs = architecture.arrows()
+def test_packages_import_downwards_only_and_are_few():
+    pairs = architecture.imports()
     assert architecture.upward(pairs) == set()
-    floors = architecture.floors(pairs)
-    assert (len(floors) <= 16, max(floors.values()) <= 7, len(pairs) <= 60) == (True, True, True)
+    layers = architecture.layers(pairs)
+    assert (len(layers) <= 16, max(layers.values()) <= 7, len(pairs) <= 60) == (True, True, True)
 
 
 def test_no_product_imports_a_script_or_a_test():
     scripts = {path.stem for path in architecture.ROOT.glob("*.py")}
     for path in architecture.sources():
-        names = {name.split(".")[0] for name in architecture.imports(path)}
+        names = {name.split(".")[0] for name in architecture.imported_names(path)}
         assert not names & scripts, path
         assert "tests" not in names or path.parent.name == "benchmarks", path
 
