@@ -20,14 +20,16 @@ def shown(name: object) -> str:
 
 
 def shortened(value: object, most: int = 80) -> str:
-    """A value from a file for use within a line: text as `shown` gives it, others as ASCII; cut after `most`
-    characters."""
+    """A value from a file for use within a line, cut after `most` characters.
+
+    Text is returned as by `shown`; any other value as its repr in ASCII.
+    """
     text = value if isinstance(value, str) else ascii(value)
     return shown(text if len(text) <= most else f"{text[:most]}...")
 
 
 def few(names: Sequence[object], most: int = 5) -> str:
-    """The first `most` names, separated by commas, and the number of the others."""
+    """The first `most` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shortened, names[:most])) + more
 
@@ -44,8 +46,8 @@ def type_and_reason(error: BaseException) -> str:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """True if memory ran out. torch raises OutOfMemoryError, a RuntimeError, for GPUs, and a plain
-    RuntimeError for CPUs."""
+    """Whether the error means that memory ran out. For GPUs torch raises OutOfMemoryError, a subclass of
+    RuntimeError; for CPUs it raises a plain RuntimeError."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

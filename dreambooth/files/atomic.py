@@ -1,8 +1,8 @@
 """Files and folders that are written whole or not at all. Imports no torch.
 
-The data lies on the disk before the file or folder gets its name, so a crash leaves the old one or the new
-one, and at most a temporary beside it. After a power cut the old one may still have the name;
-checkpoint_folders.py, which must know, flushes the name as well.
+The data is flushed to the disk before the file or folder gets its name. A crash therefore leaves the old
+version or the new one, and at most a temporary file beside it. The rename is not flushed: after a power cut
+the old version may be back. checkpoint_folders.py flushes the rename too.
 """
 
 import contextlib
@@ -32,10 +32,11 @@ def write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`; it becomes `target` if the block ends well, and is removed if not.
+    """Yields a temporary folder beside `target`. At the end of the block it is renamed to `target`; if the
+    block raises, it is removed.
 
-    Raises OSError if `target` exists and is no empty folder. Files in it must be flushed by the block, see
-    `write_new` and `flush`.
+    The block must flush the files in the folder, see `write_new` and `flush`. Raises OSError if `target`
+    exists and is not an empty folder.
     """
     temporary = _temporary(target)
     try:
@@ -48,7 +49,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Make the folder with these files, by their paths in it. Raises OSError as `new_folder` does."""
+    """Make the folder with `files`, whose keys are paths in it. Raises OSError as `new_folder` does."""
     with new_folder(target) as temporary:
         for name, data in files.items():
             path = temporary / name
@@ -57,12 +58,12 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file that must not exist yet, with the mode that the umask leaves of 0666, and flush it."""
+    """Write and flush a new file, with mode 0666 less the umask. Raises FileExistsError if it exists."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]  # a call may write less than it is given
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]  # a call may write a part only
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -78,8 +79,8 @@ def flush(path: Path) -> None:
 
 
 def target_of(name: str) -> str | None:
-    """The name of the file or folder for which `name` is a temporary of this module; None if `name` is no
-    temporary."""
+    """The name of the file or folder that the temporary `name` was to become; None if `name` is not that of a
+    temporary of this module."""
     match = _TEMPORARY.fullmatch(name)
     return match and match[1]
 
@@ -90,10 +91,10 @@ def _temporary(path: Path) -> Path:
 
 
 def make_output_folder(path: Path, flag: str) -> None:
-    """Make the folder that `flag` names. Called at the start of a run: a folder that cannot be written to
-    must not cost hours of work.
+    """Make the output folder `path`, the value of `flag`, unless it exists.
 
-    Raises UserError if it cannot be made or written to.
+    Raises UserError if it cannot be made or written to. Called at the start of a run, so that the error does
+    not come after hours of work.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""Checkpoints as folders: written whole or not at all, checked by hash, removed only after a newer one was
-checked.
+"""Checkpoints as folders: written whole or not at all, and checked by hash. An old one is removed only after
+a newer one was checked.
 
 A checkpoint is written into `.tmp-step-<step>-*`, `manifest.json` last; every file is flushed, and the folder
 is renamed to `checkpoint-<step>`. The manifest lists each file with its size and SHA-256, and has a hash of
 itself. No file names the newest checkpoint: it is the one with the highest step whose hashes are right.
 
-This module does not use `atomic.new_folder`, because it promises more: the names are flushed too, a
-checkpoint is read back before an older one is removed, and one that already has the name is moved aside and
-comes back after an error.
+This module does not use `atomic.new_folder`, because it guarantees more: renames are flushed too, a
+checkpoint is read back before an older one is removed, and an older checkpoint of the same name is moved
+aside and moved back after an error.
 
 The meaning of the files is in training/checkpoints.py. This module imports no torch.
 """
@@ -31,11 +31,11 @@ from dreambooth.files import atomic
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _FLAG = "--resume_from_checkpoint"
-# Only finished checkpoints have "checkpoint" in their names, since other programs go by it. The second kind
-# is a good checkpoint that was moved aside while the same step was written again: it counts until the new one
-# is finished.
+# Only finished checkpoints have "checkpoint" in their names, since other programs look for this word. The
+# second form is a good checkpoint that was moved aside while the same step was written again: it counts as a
+# checkpoint until the new one is finished.
 _NAME = re.compile(r"(?:checkpoint|\.replaced-step)-(0|[1-9][0-9]*)")
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_MANIFEST = 2**22  # bytes
 
@@ -50,14 +50,14 @@ class PruneFailed(SaveFailed):
 
 
 class _DamagedCheckpoint(Exception):
-    """The message says what is wrong with the checkpoint."""
+    """A fault of a checkpoint. The message describes the fault."""
 
 
 class ChosenCheckpoint(NamedTuple):
-    """The checkpoint to resume from, None for a new run, and a line for each newer one that is damaged."""
+    """The checkpoint to resume from, and the damaged ones that are newer."""
 
-    folder: Path | None
-    skipped: list[str]
+    folder: Path | None  # None for a new run
+    skipped: list[str]  # a line for each damaged checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,10 @@ class Content:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything with a checkpoint's name, oldest first, damaged ones included."""
+    """(step, path) of everything with a checkpoint's name, oldest first, damaged ones included.
+
+    Raises UserError if the folder cannot be read.
+    """
     try:
         paths = list(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError as error:
@@ -151,7 +154,7 @@ def _examine(folder: Path, *, keep: bool) -> tuple[Content | None, list[str]]:
     if match is None or int(match[1]) != manifest["step"]:
         problems.append(f"its manifest is that of checkpoint-{manifest['step']}")
     listed: dict[str, dict[str, Any]] = manifest["files"]
-    problems += [f"{name!r} does not belong there" for name in sorted(names - listed.keys() - {MANIFEST})]
+    problems += [f"{name!r} is not in its manifest" for name in sorted(names - listed.keys() - {MANIFEST})]
     files: dict[str, bytes] = {}
     for name, expected in sorted(listed.items()):
         try:
@@ -199,7 +202,8 @@ def _names(folder: Path) -> set[str]:
 def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = True) -> tuple[bytes, str]:
     """(the bytes of the file if `keep`, else b""; their SHA-256).
 
-    Raises _DamagedCheckpoint if it is no regular file, or has more than `most` bytes, or fewer if `exactly`.
+    Raises _DamagedCheckpoint if it is not a regular file, has more than `most` bytes, or, with `exactly`, has
+    fewer.
     """
     name = path.name
     try:
@@ -229,7 +233,7 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
-    """The bytes of a manifest, with a hash of itself: so damage shows even where it leaves valid JSON."""
+    """The bytes of a manifest with a hash of its content. The hash shows damage that leaves valid JSON."""
     return _json({**body, "sha256_of_the_rest": hashlib.sha256(_json(body)).hexdigest()})
 
 
@@ -238,8 +242,8 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _parse_manifest(data: bytes) -> dict[str, Any]:
-    """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` gives the same bytes for
-    it."""
+    """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` turns it into `data`
+    again."""
     try:
         body = json.loads(data)
         if not isinstance(body, dict) or "format_version" not in body:
@@ -271,8 +275,8 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
             and entry["size"] >= 0
             and _is_sha256(entry.get("sha256"))
         )
-        if not plain or not _PLAIN.fullmatch(name) or name == MANIFEST:
-            raise _DamagedCheckpoint(f"{MANIFEST} has an entry {name!r} that is none")
+        if not plain or not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise _DamagedCheckpoint(f"{MANIFEST} has an invalid entry {name!r}")
     return body
 
 
@@ -286,8 +290,8 @@ def _is_sha256(value: object) -> bool:
 def publish(
     output_dir: Path, step: int, files: dict[str, bytes], identity: dict[str, Any], *, limit: int | None
 ) -> Path:
-    """Write `checkpoint-<step>` and return its path; then remove whole checkpoints beyond the newest `limit`,
-    None for no limit.
+    """Write `checkpoint-<step>`, then remove whole checkpoints beyond the newest `limit` (None: no limit).
+    Returns the path of the new one.
 
     A checkpoint of the same step with the same bytes is left as it is. Raises SaveFailed if the checkpoint
     cannot be written: older ones, and one of the same step, are then unchanged. Raises PruneFailed if only
@@ -297,7 +301,7 @@ def publish(
     table = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
-    # through JSON first: keys and sequences of other types would give other bytes when the manifest is read
+    # through JSON first: it turns keys into strings and tuples into lists, as in a manifest that was read
     body = json.loads(
         json.dumps({"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table})
     )
@@ -326,8 +330,8 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
     """Write, flush, rename and verify a checkpoint. Raises OSError if that fails; everything is then as it
     was.
 
-    What already has the name is moved aside: with `keep_old` to a name that still counts as a checkpoint,
-    else, being damaged, to one that does not.
+    An older folder with the name is moved aside. With `keep_old` it is whole, and its new name still counts
+    as a checkpoint; otherwise it is damaged, and its new name does not count.
     """
     output_dir = target.parent
     temporary = output_dir / f".tmp-step-{step}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -343,7 +347,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         # the name
         if os.path.lexists(target):
             if keep_old and os.path.lexists(replaced):
-                _remove(replaced, step)  # left by a run that died after its new checkpoint was finished
+                _remove(replaced, step)  # of a run that died after it had finished its new checkpoint
             aside = replaced if keep_old else _unused(output_dir / f".bad-step-{step}")
             os.rename(target, aside)
             moved = aside
@@ -352,14 +356,14 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         atomic.flush(output_dir)
         # read back
         if problems := verify(target):
-            raise OSError(errno.EIO, f"what was written reads back damaged: {'; '.join(problems)}")
+            raise OSError(errno.EIO, f"the checkpoint reads back damaged: {'; '.join(problems)}")
     except BaseException:
         # undo the renames, the last one first
         if placed:
             os.rename(target, temporary)
         if moved is not None:
             os.rename(moved, target)
-        # the first error is reported; what cannot be removed now is swept by the next run
+        # the first error is reported; the next run sweeps what cannot be removed now
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -372,30 +376,28 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
         _remove(replaced, step)
     if limit is None:
         return
-    good = {step}
+    kept_steps = {step}
     for other_step, folder in reversed(list_checkpoints(target.parent)):
-        # later steps belong to a run that got further before this one resumed from an earlier step: they stay
+        # later steps stay: an earlier start of this run saved them, and this start resumed from an older one
         if folder == target or other_step > step or verify(folder):
             continue
-        if other_step in good or len(good) >= limit:
+        if other_step in kept_steps or len(kept_steps) >= limit:
             _remove(folder, other_step)
         else:
-            good.add(other_step)
+            kept_steps.add(other_step)
 
 
 def _remove(folder: Path, step: int) -> None:
-    """Remove a checkpoint. It is renamed first: a folder that is half removed must not have a checkpoint's
-    name."""
+    """Remove a checkpoint. It is renamed first, so that no half-removed folder has a checkpoint's name."""
     trash = folder.with_name(f".trash-step-{step}-{os.getpid()}-{secrets.token_hex(4)}")
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def sweep(output_dir: Path) -> list[str]:
-    """Remove what processes that died left half written or half removed; return the names. The caller must
-    hold the folder's lock.
+    """Remove half-written and half-removed files of processes that died. Returns their names.
 
-    Raises UserError if something cannot be removed.
+    The caller must hold the folder's lock. Raises UserError if something cannot be removed.
     """
     swept = []
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():

@@ -1,4 +1,4 @@
-"""A lock on a folder: one process at a time works in it."""
+"""A lock on a folder, so that only one process at a time works in it."""
 
 import contextlib
 import errno
@@ -18,11 +18,11 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> Iterator[list[str]]:
-    """Hold the lock of `folder`, which `flag` names, until the block ends or the process dies. Yields notes
+    """Hold the lock of `folder`, the value of `flag`, until the block ends or the process dies. Yields notes
     for the user.
 
-    If another process holds it, `wait` is called once a second with that process's name. Without `wait`,
-    raises UserError.
+    While another process holds the lock, `wait` is called once a second with a description of that process.
+    Raises UserError if another process holds it and there is no `wait`.
     """
     descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -36,17 +36,18 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     notes.append(
                         f"{folder} cannot be locked ({error.strerror}): "
-                        "take care that nothing else writes there"
+                        "make sure that no other run writes there"
                     )
                     break
-            name = _owner(descriptor)
+            holder = _holder(descriptor)
             if wait is None:
                 raise UserError(
-                    f"{flag}: another run is at work in {folder}: {name}. "
+                    f"{flag}: another run is at work in {folder}: {holder}. "
                     "Wait for it, stop it, or name another folder"
                 )
-            wait(name)
+            wait(holder)
             time.sleep(1)
+        # describe this process in the file
         owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -57,11 +58,12 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield notes
     finally:
-        # this ends the lock; the file stays, because a process that waits may have it open already
+        # closing releases the lock; the file stays, because a waiting process may have it open
         os.close(descriptor)
 
 
-def _owner(descriptor: int) -> str:
+def _holder(descriptor: int) -> str:
+    """The process that holds the lock, in words."""
     try:
         owner = json.loads(os.pread(descriptor, 65536, 0))
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"

@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with the settings that drew it, and contact sheets."""
+"""Pictures as files: PNG with the settings of the picture, and contact sheets."""
 
 import io
 import json
@@ -15,7 +15,7 @@ _LABEL_HEIGHT, _HEADING_HEIGHT, _MARGIN = 20, 22, 6  # pixels
 def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
     """The bytes of a PNG file. `settings` are stored as JSON in one text chunk, `dreambooth`.
 
-    One chunk, and not one for each setting: so a prompt cannot forge another setting.
+    With a chunk for each setting, a prompt could forge another setting.
     """
     buffer = io.BytesIO()
     if settings is None:
@@ -29,8 +29,10 @@ def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
 
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:
-    """The picture with a longer side of `longer_side` pixels. Small pictures are enlarged without
-    smoothing."""
+    """The picture, resized so that its longer side has `longer_side` pixels.
+
+    A picture enlarged by a factor of 2 or more is not smoothed.
+    """
     scale = longer_side / max(image.size)
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
@@ -41,8 +43,10 @@ def contact_sheet(
     columns: Sequence[str] = (),
     side: int = THUMBNAIL,
 ) -> Image.Image:
-    """Labelled rows of pictures, each scaled to `side` pixels; `columns` are headings. None leaves a place
-    empty."""
+    """A sheet of pictures, their longer sides scaled to `side` pixels.
+
+    Each of `rows` is (label, pictures); None leaves a cell empty. `columns` are headings.
+    """
     font = ImageFont.load_default(13)
     top_margin = _MARGIN + (_HEADING_HEIGHT if columns else 0)
     row_height = _LABEL_HEIGHT + side + _MARGIN
@@ -55,9 +59,9 @@ def contact_sheet(
     for number, (label, images) in enumerate(rows):
         top = top_margin + number * row_height
         pen.text((_MARGIN, top + 2), _fitted(label, width - 2 * _MARGIN, font), fill="black", font=font)
-        for place, image in enumerate(images):
+        for column_number, image in enumerate(images):
             if image is not None:
-                corner = (_MARGIN + place * (side + _MARGIN), top + _LABEL_HEIGHT)
+                corner = (_MARGIN + column_number * (side + _MARGIN), top + _LABEL_HEIGHT)
                 sheet.paste(scaled(image, side), corner)
     return sheet
 

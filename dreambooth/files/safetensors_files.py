@@ -1,9 +1,9 @@
 """Safetensors files: headers are checked before the library reads a file, and files are written with stable
 bytes.
 
-A file may come from anyone. The safetensors library refuses broken headers, but it takes a million empty
-tensors (20 seconds), the same key twice and any name. Files of other formats are recognized by their first
-bytes, for a message that helps. This module imports torch only to write.
+A file may come from anyone. The safetensors library refuses broken headers, but it accepts a million empty
+tensors (which take 20 seconds), a key that appears twice, and any characters in a key. Files of other formats
+are recognized by their first bytes, for a helpful message. This module imports torch only to write.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _BITS = (
     | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
     | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
 )
-# the star is for `string_to_param.*`, a textual inversion in a bundle, which has a message of its own later
+# the star is for `string_to_param.*`, a textual inversion in a bundle: adapter_files has a message for it
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
 _LONGEST_KEY = 512
 _MAGIC = {
@@ -44,8 +44,8 @@ _MAGIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The largest header, number of tensors and file that are read, the dtypes, and whether tensors may be
-    empty."""
+    """The largest header, number of tensors and file that are accepted, their dtypes, and whether tensors may
+    be empty."""
 
     header_bytes: int
     tensors: int
@@ -70,7 +70,7 @@ BASE = Limits(
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of its tensors, by key in the file's order."""
+    """The header of a file. Tensors are listed by key, in the file's order."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
@@ -78,7 +78,7 @@ class Header:
 
 
 class _Broken(Exception):
-    """The message says what is wrong with the file."""
+    """A fault of the file. The message describes the fault."""
 
 
 def read(path: Path, limits: Limits) -> Header:
@@ -99,7 +99,7 @@ def read(path: Path, limits: Limits) -> Header:
                 raise _Broken(f"it is {other_format}")
             if size > info.st_size - 8:
                 raise _Broken(
-                    f"its header is said to have {size:,} bytes, and {info.st_size - 8:,} follow: "
+                    f"its header should have {size:,} bytes, and {info.st_size - 8:,} follow: "
                     "cut off, or no safetensors file"
                 )
             if size > limits.header_bytes:
@@ -116,8 +116,8 @@ def read(path: Path, limits: Limits) -> Header:
 
 
 def _other_format(start: bytes) -> str:
-    """The format of a file by its first bytes, if it is one that people mistake for safetensors; else ""."""
-    return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), "")
+    """The format of a file by its first bytes, if it is often mistaken for safetensors; else ""."""
+    return next((description for magic, description in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def _json(header: bytes) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _json(header: bytes) -> dict[str, Any]:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "a key"
-            raise _Broken(f"{shown(twice)} stands twice in its header")
+            raise _Broken(f"{shown(twice)} appears twice in its header")
         return content
 
     try:
@@ -141,25 +141,25 @@ def _json(header: bytes) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
-    """The header from its JSON. The values begin at byte `start` of the file and have `body` bytes.
+    """The header from its JSON. The values begin at byte `start` of the file and take `body` bytes.
 
     Raises _Broken if an entry is wrong, or if the entries overlap, leave gaps, or do not fill the body.
     """
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Broken("its metadata is not a table of texts")
+        raise _Broken("its metadata is not a table of strings")
     if len(content) > limits.tensors:
         raise _Broken(f"{len(content):,} tensors are more than {limits.tensors:,}")
     entries = {key: _entry(key, value, limits) for key, value in content.items()}
-    reached = 0
+    position = 0
     for begin, end, key in sorted((begin, end, key) for key, (_, _, begin, end) in entries.items()):
-        if begin != reached:
-            fault = "overlaps with" if begin < reached else "leaves a gap after"
+        if begin != position:
+            fault = "overlaps with" if begin < position else "leaves a gap after"
             raise _Broken(f"{key} {fault} the tensor before it")
-        reached = end
-    if reached != body:
-        fault = "cut off" if body < reached else "bytes left over"
-        raise _Broken(f"its tensors have {reached:,} bytes and {body:,} follow the header: {fault}")
+        position = end
+    if position != body:
+        fault = "cut off" if body < position else "bytes left over"
+        raise _Broken(f"its tensors have {position:,} bytes and {body:,} follow the header: {fault}")
     return Header(
         {key: shape for key, (_, shape, _, _) in entries.items()},
         metadata,
@@ -170,14 +170,14 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
 def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of a tensor, begin and end in bytes after the header. Raises _Broken."""
     if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
-        raise _Broken(f"the key {key[:80]!a} is not a name of a tensor")
+        raise _Broken(f"the key {key[:80]!a} is not a valid name of a tensor")
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _Broken(f"{key} lacks dtype, shape or place") from None
+        raise _Broken(f"{key} lacks dtype, shape or data_offsets") from None
     numbers = (*shape, begin, end)
     if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
-        raise _Broken(f"{key} has a shape or place that cannot be")
+        raise _Broken(f"{key} has an impossible shape or data_offsets")
     if not isinstance(dtype, str) or dtype not in limits.dtypes:
         known = ", ".join(sorted(limits.dtypes))
         raise _Broken(f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {known}")
@@ -185,14 +185,14 @@ def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], 
         raise _Broken(f"{key} has no values: shape {shape}")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         size = end - begin
-        raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its place of {size} bytes")
+        raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its {size} bytes")
     return dtype, shape, begin, end
 
 
 def stable_bytes(tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str]) -> bytes:
-    """The bytes of a file with sorted keys. In those of the library the order of the metadata varies from run
-    to run."""
-    from safetensors.torch import save  # imports torch, for which --help must not wait
+    """The bytes of a file with sorted keys. The library itself orders the metadata differently from run to
+    run."""
+    from safetensors.torch import save  # imports torch, which --help must not wait for
 
     data = save(dict(sorted(tensors.items())), metadata)
     (size,) = struct.unpack("<Q", data[:8])

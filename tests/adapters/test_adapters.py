@@ -352,7 +352,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
     ("what", "reason"),
     [
         ("truncated", "not a whole safetensors file (its tensors have "),
-        ("header cut", "not a whole safetensors file (its header is said to have "),
+        ("header cut", "not a whole safetensors file (its header should have "),
         ("longer than it says", "bytes left over"),
         ("text", "cut off, or no safetensors file"),
         (

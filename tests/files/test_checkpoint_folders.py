@@ -298,7 +298,7 @@ def test_what_reads_back_damaged_is_no_reason_to_remove_an_older_one(tmp_path, m
     for step in (4, 6):
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(len(data))))
-            with pytest.raises(checkpoint_folders.SaveFailed, match="what was written reads back damaged"):
+            with pytest.raises(checkpoint_folders.SaveFailed, match="the checkpoint reads back damaged"):
                 small(tmp_path, step, limit=1, mark=1)
         assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
         assert content(tmp_path / "checkpoint-4") == (4, 0)

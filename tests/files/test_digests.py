@@ -13,7 +13,7 @@ from dreambooth.runtime.stops import Stop
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests, "_digests", {})
 
 
 def test_digests_are_those_of_hashlib_and_follow_the_file(tmp_path, monkeypatch):
@@ -33,7 +33,7 @@ def test_a_digest_is_computed_once_for_all_who_ask_at_the_same_time(tmp_path, mo
         time.sleep(0.2)
         return b"digest"
 
-    monkeypatch.setattr(digests, "_computed", computed)
+    monkeypatch.setattr(digests, "_sha256", computed)
     found: list[bytes] = []
     threads = [threading.Thread(target=lambda: found.append(digests.of(tmp_path / "file"))) for _ in range(4)]
     for thread in threads:
@@ -45,13 +45,13 @@ def test_a_digest_is_computed_once_for_all_who_ask_at_the_same_time(tmp_path, mo
 
 def test_a_digest_that_was_broken_off_is_computed_anew(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"content")
-    real = digests._computed
+    real = digests._sha256
 
     def stopped(path: Path, size: int) -> bytes:
         raise Stop("stopped by SIGTERM")
 
-    monkeypatch.setattr(digests, "_computed", stopped)
+    monkeypatch.setattr(digests, "_sha256", stopped)
     with pytest.raises(Stop):
         digests.of(tmp_path / "file")
-    monkeypatch.setattr(digests, "_computed", real)
+    monkeypatch.setattr(digests, "_sha256", real)
     assert digests.of(tmp_path / "file") == hashlib.sha256(b"content").digest()

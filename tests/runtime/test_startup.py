@@ -30,7 +30,7 @@ startup.run(main, "options")
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests, "_digests", {})
 
 
 def test_imports_are_made_without_garbage_collection_and_what_they_made_is_not_looked_through_again():
@@ -63,19 +63,19 @@ def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
             thread.join()
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     weights = {path for part in parts for path in (tiny_xl / part).glob("*.safetensors")}
-    assert {path for path, *_ in digests._known} == weights
+    assert {path for path, *_ in digests._digests} == weights
     read: list[Path] = []
-    real = digests._computed
+    real = digests._sha256
 
     def noted(path: Path, size: int) -> bytes:
         read.append(path)
         return real(path, size)
 
-    monkeypatch.setattr(digests, "_computed", noted)
+    monkeypatch.setattr(digests, "_sha256", noted)
     first = families.find(BaseOptions(str(tiny_xl))).fingerprint()
     assert read
     assert not weights & set(read)
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests, "_digests", {})
     assert families.find(BaseOptions(str(tiny_xl))).fingerprint() == first
 
 

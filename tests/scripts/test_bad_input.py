@@ -619,12 +619,14 @@ header("gap between tensors", raw({K: tensor(), K2: tensor(24, 40)}, bytes(40)),
 header("sizes that overflow", raw({K: tensor(shape=(2**62, 2**62))}, bytes(16)), "cannot be")
 header("negative offsets", raw({K: tensor(-16, 0)}, bytes(16)), "cannot be")
 header("negative sides", raw({K: tensor(shape=(-2, -2))}, bytes(16)), "cannot be")
-header("no offsets", raw({K: {"dtype": "F32", "shape": [4]}}, bytes(16)), "lacks dtype, shape or place")
-header("a number for a tensor", raw({K: 7}, bytes(16)), "lacks dtype, shape or place")
+header(
+    "no offsets", raw({K: {"dtype": "F32", "shape": [4]}}, bytes(16)), "lacks dtype, shape or data_offsets"
+)
+header("a number for a tensor", raw({K: 7}, bytes(16)), "lacks dtype, shape or data_offsets")
 header(
     "shape that does not fill its place",
     raw({K: tensor(shape=(5,))}, bytes(16)),
-    "does not fill its place of 16 bytes",
+    "does not fill its 16 bytes",
 )
 header("unknown dtype", raw({K: tensor(dtype="F99")}, bytes(16)), "dtype 'F99'")
 header("dtype that is a list", raw({K: tensor(dtype=["F32"])}, bytes(16)), "dtype ['F32']")
@@ -636,7 +638,7 @@ header(
 header(
     "metadata that is no text",
     raw(ONE | {"__metadata__": {"r": 4}}, bytes(16)),
-    "metadata is not a table of texts",
+    "metadata is not a table of strings",
 )
 header("tensor without values", raw({K: tensor(0, 0, (0, 4))}), "has no values")
 header("a million tensors", million, "is over 4,194,304")
@@ -646,9 +648,11 @@ header(
 header(
     "a key twice",
     raw(f'{{"{K}": {json.dumps(tensor())}, "{K}": {json.dumps(tensor())}}}'.encode(), bytes(16)),
-    f"{K} stands twice",
+    f"{K} appears twice",
 )
-header("a path for a key", raw({"unet.lora/../../etc/x": tensor()}, bytes(16)), "is not a name of a tensor")
+header(
+    "a path for a key", raw({"unet.lora/../../etc/x": tensor()}, bytes(16)), "is not a valid name of a tensor"
+)
 header("escapes in a key", raw({f"unet.lora{ESCAPE}": tensor()}, bytes(16)), r"'unet.lora\x1b[2J'")
 header(
     "renamed zip of PyTorch",

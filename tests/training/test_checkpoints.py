@@ -189,9 +189,9 @@ def make_folder(folder: Path) -> None:
     [
         (
             lambda folder: (folder / "state\x1b[2J.json").write_text(""),
-            "'state\\x1b[2J.json' does not belong there",
+            "'state\\x1b[2J.json' is not in its manifest",
         ),
-        (make_extra_folder, "'more' does not belong there"),
+        (make_extra_folder, "'more' is not in its manifest"),
         (make_link, "state.json is a symbolic link"),
         (make_pipe, "state.json is not a regular file"),
         (make_folder, "state.json is not a regular file"),
@@ -214,7 +214,7 @@ def test_every_problem_is_named_at_once(tmp_path):
     (folder / "optimizer.safetensors").unlink()
     (folder / "more").write_text("")
     assert checkpoint_folders.verify(folder) == [
-        "'more' does not belong there",
+        "'more' is not in its manifest",
         "optimizer.safetensors is missing",
         "state.json is not as it was written (its SHA-256 differs)",
     ]
@@ -270,18 +270,18 @@ MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no files": (sealed(files={}), "lacks step, identity or files"),
     "path for a name": (
         sealed(files={"../checkpoint-1/state.json": ENTRY}),
-        "has an entry '../checkpoint-1/state.json' that is none",
+        "has an invalid entry '../checkpoint-1/state.json'",
     ),
-    "itself": (sealed(files={"manifest.json": ENTRY}), "has an entry 'manifest.json' that is none"),
+    "itself": (sealed(files={"manifest.json": ENTRY}), "has an invalid entry 'manifest.json'"),
     "size below 0": (
         sealed(files={"state.json": {**ENTRY, "size": -1}}),
-        "has an entry 'state.json' that is none",
+        "has an invalid entry 'state.json'",
     ),
     "hash of no kind": (
         sealed(files={"state.json": {**ENTRY, "sha256": "0"}}),
-        "has an entry 'state.json' that is none",
+        "has an invalid entry 'state.json'",
     ),
-    "entry of no kind": (sealed(files={"state.json": 5}), "has an entry 'state.json' that is none"),
+    "entry of no kind": (sealed(files={"state.json": 5}), "has an invalid entry 'state.json'"),
 }
 
 
