@@ -1,8 +1,8 @@
-"""The form in which adapters of every file layout are held: LoRA, LoHa or LoKr modules by component and
-layer.
+"""An adapter in memory, the same for every file layout: LoRA, LoHa or LoKr modules by component and layer.
 
-Layers have diffusers' names, without the `text_model.` of text encoders. Tensors are float32 and contain
-their scale: alpha is gone. `rotations.Rotations` has the same interface for OFT, BOFT and HRA.
+Layers have diffusers' names, without the `text_model.` of text encoders. Tensors are float32. The scale is
+multiplied into them, so there is no alpha. `rotations.Rotations` has the same interface for OFT, BOFT and
+HRA.
 """
 
 import dataclasses
@@ -20,8 +20,11 @@ from dreambooth.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The modules of one component and kind. `sizes`: their ranks, None for dense factors; or sides of
-    blocks, or reflections."""
+    """The modules of one component and kind.
+
+    `sizes` has one number for each module: its rank, None if its factors are dense. For OFT and BOFT it is
+    the side of a block, for HRA the number of reflections.
+    """
 
     component: str
     kind: str
@@ -30,19 +33,22 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Modules that add to a layer's weight. `metadata` is the file's; `scales` are those that were worked
-    into the modules."""
+    """Modules that add to a layer's weight.
+
+    `components` has the modules by component and layer. `metadata` is the file's. `scales` has, by component
+    and layer, the factors that were multiplied into the modules.
+    """
 
     components: dict[str, dict[str, Module]]
     metadata: dict[str, str]
     scales: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
-    is_additive: ClassVar[bool] = True  # can have any weight, and be put on a live model
+    is_additive: ClassVar[bool] = True  # works with any weight, and can be attached to a live model
     size_title: ClassVar[str] = "rank"
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that occur, in alphabetical order: lora, dora, loha, doha, lokr, dokr."""
+        """The kinds of the modules, in alphabetical order, of: lora, dora, loha, doha, lokr, dokr."""
         return tuple(sorted({row.kind for row in self.rows()}))
 
     def rows(self) -> list[Row]:
@@ -61,39 +67,44 @@ class Adapter:
         }
 
     def adapted(self, component: str, layer: str, weight: Tensor) -> Tensor:
-        """The layer's weight, float32, with the adapter in it."""
+        """The layer's weight with the adapter merged into it. `weight` is the base's, float32; the result has
+        its shape and device."""
         return deltas.adapted(deltas.to(self.components[component][layer], weight.device), weight)
 
     def update(self, component: str, layer: str, weight: Tensor) -> Tensor:
-        """`adapted` less `weight`; without a magnitude it is computed without the rounding of that
-        difference."""
+        """`adapted` minus `weight`. Without a magnitude it is dW itself, free of that subtraction's
+        rounding."""
         module = deltas.to(self.components[component][layer], weight.device)
         return deltas.delta(module) if module.magnitude is None else deltas.adapted(module, weight) - weight
 
 
 def to_lora(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
-    """(every module as LoRA or DoRA, share of its squared entries that each keeps, by `component.layer`).
+    """(the adapter with every module as LoRA or DoRA; by `component.layer`, the share of dW's squared entries
+    that the module keeps).
 
-    Exact without `rank`; with it, modules of larger ranks become the nearest of that rank.
+    The conversion is exact without `rank`. With it, modules of larger ranks become the nearest of that rank.
     """
     components: dict[str, dict[str, Module]] = {}
-    kept: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for component, modules in adapter.components.items():
         for path, module in modules.items():
             lora = deltas.as_lora(module)
-            lora, kept[f"{component}.{path}"] = deltas.shrink(lora, rank) if rank else (lora, 1.0)
+            lora, shares[f"{component}.{path}"] = deltas.shrink(lora, rank) if rank else (lora, 1.0)
             components.setdefault(component, {})[path] = lora
-    return Adapter(components, adapter.metadata), kept
+    return Adapter(components, adapter.metadata), shares
 
 
-def kept_shares(adapter: Adapter, kept: Mapping[str, float]) -> dict[str, float]:
-    """The share of its squared entries that each component keeps; `kept` has the shares of its modules, as
-    `to_lora` returns them."""
+def kept_shares(adapter: Adapter, module_shares: Mapping[str, float]) -> dict[str, float]:
+    """By component, the share of the squared entries of all its dW that is kept.
+
+    `adapter` is the one before the loss. `module_shares` are the shares of its modules, as `to_lora` returns
+    them.
+    """
     shares: dict[str, float] = {}
     for component, norms in adapter.norms().items():
         squares = {path: norm**2 for path, norm in norms.items()}
         total = sum(squares.values())
-        kept_total = sum(kept[f"{component}.{path}"] * square for path, square in squares.items())
+        kept_total = sum(module_shares[f"{component}.{path}"] * square for path, square in squares.items())
         shares[component] = kept_total / total if total else 1.0
     return shares
 
@@ -104,9 +115,9 @@ def kept_shares(adapter: Adapter, kept: Mapping[str, float]) -> dict[str, float]
 def merge(parts: Sequence[tuple[str, Adapter, float]]) -> Adapter:
     """The LoRA whose update of each layer is the weighted sum of the adapters' updates, exactly.
 
-    `parts` are (name for messages, adapter, weight). The rank of a layer is the sum of its ranks. The
-    metadata about the training run keeps the fields in which all files agree. Raises UserError for DoRA, and
-    if two adapters are for layers of different shapes.
+    `parts` are (name for messages, adapter, weight). The rank of a layer is the sum of its ranks in the
+    adapters. The metadata about the training run keeps the fields that have the same value in all adapters.
+    Raises UserError for DoRA, and if a layer has different shapes in two adapters.
     """
     components: dict[str, dict[str, Module]] = {}
     for component in COMPONENTS:
@@ -126,28 +137,28 @@ def merge(parts: Sequence[tuple[str, Adapter, float]]) -> Adapter:
 
 
 def _common(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fields that all have with the same value."""
-    first, *others = runs
+    """The fields that have the same value in all `runs`."""
+    first, *rest = runs
     return {
         field: value
         for field, value in first.items()
-        if all(field in other and other[field] == value for other in others)
+        if all(field in run and run[field] == value for run in rest)
     }
 
 
 def _check_add_up(layer: str, modules: Sequence[tuple[str, Module]]) -> None:
+    """Raise UserError unless the modules of one layer can be added. `modules` are (name for messages,
+    module)."""
     for name, module in modules:
         if module.magnitude is not None:
             raise UserError(
-                f"{name} is a {deltas.kind(module)}, which has lengths of rows as well (e.g. {layer}),"
-                " and lengths do"
-                " not add up; `bake` works it into a base, and `extract` makes a LoRA of that"
+                f"{name} is a {deltas.kind(module)} (e.g. {layer}), and its magnitudes cannot be added;"
+                " `bake` merges it into a base, and `extract` makes a LoRA of the result"
             )
-    (first_name, first), *others = modules
-    for name, module in others:
+    (first_name, first), *rest = modules
+    for name, module in rest:
         if deltas.shape(module) != deltas.shape(first):
             raise UserError(
                 f"the adapters are for different bases: {layer} of shape {deltas.shape(first)} in"
-                f" {first_name}"
-                f" and {deltas.shape(module)} in {name}"
+                f" {first_name} and {deltas.shape(module)} in {name}"
             )

@@ -1,8 +1,8 @@
-"""The weights of a base, tensor by tensor from its files: the difference that fine-tuning made as a LoRA, and
-adapters worked into a copy.
+"""Work on a base's weight files, tensor by tensor: `extract` makes a LoRA of what fine-tuning changed, `bake`
+merges adapters into a copy of the base.
 
-No model is built. Weights are found by their keys, so a copied folder keeps its keys, its tokenizers and
-everything else.
+No model is built. Weights are looked up by their keys, so a copied folder keeps its keys, its tokenizers and
+its other files.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import atomic
 
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
-_Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> that weight with an adapter in it
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".index.json")
+_Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> the same with an adapter merged into it
+_WEIGHT_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
 # ---- reading
@@ -41,16 +41,16 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{shown(path)}: not a whole safetensors file ({reason_of(error)})") from None
+        raise UserError(f"{shown(path)}: not a complete safetensors file ({reason_of(error)})") from None
 
 
 def _layer(key: str) -> str:
-    """The name in adapters of the layer whose weight has this key."""
+    """The layer whose weight has this key, by its name in adapters."""
     return plain(key).removesuffix(".weight")
 
 
 class _BasePart:
-    """One part of a base, open for reading, by plain keys."""
+    """The weight files of one part of a base, open for reading. Keys are plain (`layer_names.plain`)."""
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, part: str, variant: str | None) -> None:
         self.where = shown(folder / part)
@@ -60,7 +60,7 @@ class _BasePart:
         self.places = {plain(key): (file, key) for file in files for key in sorted(file.keys())}
 
     def tensor(self, key: str) -> Tensor:
-        """Raises UserError if a value is not finite."""
+        """The tensor with this plain key. Raises UserError if a value is not finite."""
         file, stored_key = self.places[key]
         tensor: Tensor = file.get_tensor(stored_key)
         if not torch.isfinite(tensor).all():
@@ -68,13 +68,16 @@ class _BasePart:
         return tensor
 
 
-# ---- the difference that fine-tuning made
+# ---- the difference between two bases
 
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """A LoRA near a difference. By component: `kept`, the share of the layers' squared difference that it
-    holds; `covered`, the share of all squared difference that lies in these layers."""
+    """A LoRA that approximates the difference between two bases.
+
+    Both shares are by component. `kept`: of the squared difference in the adapted layers, the share that the
+    LoRA holds. `covered`: of the squared difference in all weights, the share in the adapted layers.
+    """
 
     adapter: Adapter
     kept: dict[str, float]
@@ -84,11 +87,11 @@ class Extraction:
 def extract(
     base: Path, tuned: Path, variant: str | None, targets: Mapping[str, Sequence[str]], rank: int
 ) -> Extraction:
-    """The LoRA of at most `rank` nearest to tuned - base in the layers `targets`, by part of the base. Parts
-    without a difference are left out.
+    """The LoRA of at most `rank` that is nearest to tuned - base.
 
-    Raises UserError if the two bases have other shapes, if they are equal in all of these layers, or if a
-    value is not finite.
+    `targets` are the layers by part of the base. Parts without a difference are left out. Raises UserError if
+    the keys or shapes of the two bases differ, if they are equal in all `targets`, or if a value is not
+    finite.
     """
     components: dict[str, dict[str, Module]] = {}
     kept: dict[str, float] = {}
@@ -103,22 +106,25 @@ def extract(
         if total:
             covered[part] = in_layers / total
     if not components:
-        elsewhere = f"; what differs lies in other layers of {' and '.join(covered)}" if covered else ""
-        raise UserError(f"--tuned: nothing to extract{elsewhere or ': the two bases are the same'}")
+        reason = ": the two bases are the same"
+        if covered:
+            reason = f"; the bases differ in other layers of {' and '.join(covered)} only"
+        raise UserError(f"--tuned: nothing to extract{reason}")
     return Extraction(Adapter(components, {}), kept, covered)
 
 
 def _difference(
     before: _BasePart, after: _BasePart, layers: set[str], rank: int
 ) -> tuple[dict[str, Module], float, float, float]:
-    """(LoRA by layer; squared difference in the layers, in the LoRA, and in all weights)."""
+    """(LoRA by layer; squared difference in these layers; of that, what the LoRA holds; squared difference in
+    all weights)."""
     loras: dict[str, Module] = {}
     total = in_layers = held = 0.0
     for key in _common_keys(before, after):
-        one, other = before.tensor(key), after.tensor(key)
-        if not one.is_floating_point():
+        base_weight, tuned_weight = before.tensor(key), after.tensor(key)
+        if not base_weight.is_floating_point():
             continue
-        change = other.float() - one.float()
+        change = tuned_weight.float() - base_weight.float()
         square = float(change.double().square().sum())
         total += square
         if square and key.endswith(".weight") and _layer(key) in layers:
@@ -129,8 +135,8 @@ def _difference(
 
 
 def _common_keys(before: _BasePart, after: _BasePart) -> list[str]:
-    """The keys of both, in order. Raises UserError unless both have the same keys and shapes."""
-    # older files hold the numbers of positions as well
+    """The keys of both parts, sorted. Raises UserError unless both have the same keys and shapes."""
+    # older files also hold the buffer `position_ids`
     shapes, tuned = (
         {key: shape for key, shape in part.shapes.items() if not key.endswith("position_ids")}
         for part in (before, after)
@@ -143,12 +149,12 @@ def _common_keys(before: _BasePart, after: _BasePart) -> list[str]:
             for part in (before, after)
         )
         raise UserError(
-            f"--tuned: {len(unlike)} weights are of other shapes than the base's, e.g. {key}: {both}"
+            f"--tuned: {len(unlike)} weights have other shapes than the base's, e.g. {key}: {both}"
         )
     return sorted(shapes)
 
 
-# ---- adapters worked into a copy
+# ---- adapters merged into a copy
 
 
 def bake(
@@ -159,26 +165,27 @@ def bake(
     target: Path,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    """Make `target` a copy of the base in `folder` with adapters worked into its `parts`, the UNet and text
-    encoders.
+    """Write to `target` a copy of the base in `folder`, with the adapters merged into `parts` (UNet, text
+    encoders).
 
-    Returns a note for each thing of the base that the copy lacks. Weights are changed in float32 and saved in
-    their dtype, or in `dtype`. Each adapter changes the base's weight as it was, and the changes are added,
-    as in a pipeline with several adapters. Files of weights lose the variant in their names, so that plain
-    `from_pretrained` finds them. `target` appears whole or not at all. Raises UserError if a value is not
-    finite in its dtype.
+    Returns a note for each file or part of the base that the copy lacks. Weights are changed in float32 and
+    saved in `dtype`, or in their present dtype if it is None. Each adapter's change is computed from the
+    base's unchanged weight, and the changes are added, as in a pipeline with several adapters. The names of
+    weight files lose the variant, so that `from_pretrained` without a variant loads them. `target` is
+    complete or absent. Raises UserError if a value is not finite in its dtype, or if the base holds something
+    that cannot be copied.
     """
     notes: list[str] = []
     with atomic.new_folder(target) as temporary:
         for entry in sorted(folder.iterdir()):
             if entry.name.startswith("."):
-                continue  # a repository's or an editor's
+                continue  # .git, and files of editors
             if entry.name in parts:
                 notes += _bake_part(folder, entry.name, variant, adapters, temporary / entry.name, dtype)
             elif entry.is_dir():
                 _copy_folder(entry, variant, temporary / entry.name)
-            elif entry.name.endswith(_WEIGHTS):
-                notes.append(f"{entry.name} is left out: it holds the base without the adapter")
+            elif entry.name.endswith(_WEIGHT_ENDS):
+                notes.append(f"{entry.name} is not copied: it holds the base without the adapter")
             else:
                 _copy(entry, temporary / entry.name)
         notes += _remove_absent_parts(folder, temporary)
@@ -193,7 +200,8 @@ def _bake_part(
     target: Path,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    """Make `target` a copy of one part with the adapters in it; notes as `bake`."""
+    """Write to `target` a copy of one part with the adapters merged into it. Returns notes as `bake` does."""
+    # by layer: the functions that merge one adapter each, and the adapters' weights
     files = folders.weight_files(folder, part, variant)
     changes: dict[str, list[tuple[_Adapted, float]]] = {}
     for adapter, weight in adapters:
@@ -209,8 +217,8 @@ def _bake_part(
     for entry in sorted((folder / part).iterdir()):
         if entry.name.startswith(".") or entry in files or ".safetensors.index." in entry.name:
             continue
-        if entry.name.endswith(_WEIGHTS):
-            notes.append(f"{part}/{entry.name} is left out: it holds the base without the adapter")
+        if entry.name.endswith(_WEIGHT_ENDS):
+            notes.append(f"{part}/{entry.name} is not copied: it holds the base without the adapter")
         else:
             _copy(entry, target / entry.name)
     # the weights, file by file
@@ -227,7 +235,7 @@ def _bake_part(
         atomic.flush(target / name)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    # several files need an index
+    # several files, or one under another name, need an index
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     if next(iter(weight_map.values())) != f"{stem}.safetensors":
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -239,12 +247,15 @@ def _bake_part(
 def _changed(
     weight: Tensor, changes: Sequence[tuple[_Adapted, float]], dtype: torch.dtype | None, key: str
 ) -> Tensor:
-    """The weight with the adapters in it, in `dtype` or its own. Raises UserError if a value is not finite in
-    that."""
+    """The weight with the adapters merged into it, in `dtype`, or in the weight's if that is None.
+
+    Weights that are not floating point keep their dtype. Raises UserError, naming `key`, if a value is not
+    finite in the new dtype.
+    """
     new_dtype = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
     if changes:
         base = weight.float()
-        # an adapter's weight scales all of its change, lengths of rows included, as pipelines draw with it
+        # an adapter's weight scales its whole change, magnitudes included, as in `adapters.apply`
         weight = base + sum(scale * (adapted(base) - base) for adapted, scale in changes)
     weight = weight.to(new_dtype).contiguous()
     if weight.is_floating_point() and not torch.isfinite(weight).all():
@@ -254,10 +265,15 @@ def _changed(
 
 
 def _plain_name(name: str, variant: str | None) -> str:
+    """A file's name without the variant: model.fp16.safetensors is model.safetensors."""
     return name.replace(f".{variant}", "", 1) if variant else name
 
 
 def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
+    """Copy a folder and the folders in it; a weight file that exists only as `variant` loses it in its name.
+
+    Raises UserError if the variant's weights are in several files.
+    """
     target.mkdir()
     entries = {entry.name: entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     if variant and (shards := [name for name in entries if f".{variant}" in name and ".index." in name]):
@@ -268,23 +284,23 @@ def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
     for name, entry in entries.items():
         if entry.is_dir():
             _copy_folder(entry, None, target / name)
-        elif entry.name.endswith(_WEIGHTS) and (plain_name := _plain_name(name, variant)) not in entries:
-            _copy(entry, target / plain_name)  # the only weights there are
+        elif entry.name.endswith(_WEIGHT_ENDS) and (plain_name := _plain_name(name, variant)) not in entries:
+            _copy(entry, target / plain_name)  # there is no file without the variant
         else:
             _copy(entry, target / name)
 
 
 def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
-        raise UserError(f"{shown(source)} is no regular file; a base has files and folders only")
+        raise UserError(f"{shown(source)} is not a regular file; a base must hold only files and folders")
     shutil.copyfile(source, target)
     atomic.flush(target)
 
 
 def _remove_absent_parts(folder: Path, target: Path) -> list[str]:
-    """Remove from model_index.json the parts that the base has no folder for, with a note for each.
+    """Remove from model_index.json the parts that the base has no folder for. Returns a note for each.
 
-    A base from the hub comes without its safety checker and names it all the same: plain `from_pretrained`
+    A base from the hub is downloaded without its safety checker, but its index names one: `from_pretrained`
     would look for it.
     """
     path = target / "model_index.json"
@@ -297,7 +313,4 @@ def _remove_absent_parts(folder: Path, target: Path) -> list[str]:
     if absent:
         content = index | {part: [None, None] for part in absent}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [
-        f"the base has no folder {part}, and the new model_index.json does not name it any more"
-        for part in absent
-    ]
+    return [f"the base has no folder {part}: it is removed from the new model_index.json" for part in absent]

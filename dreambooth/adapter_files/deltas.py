@@ -1,9 +1,8 @@
-"""The arithmetic of adapters: the update dW of each kind, and conversions between kinds and ranks, exact or
-nearest.
+"""The arithmetic of adapters: the update dW of each kind, and conversions to LoRA and to smaller ranks.
 
-Tensors contain their scale: no function here takes an alpha. Weights of a Linear are [out, in], those of a
-Conv2d [out, in, kh, kw]. In the shapes below `(, kh, kw)` stands for the two sizes of the kernel, which a
-convolution always has and a Linear never.
+The scale is multiplied into the tensors: no function here takes an alpha. Weights of a Linear are [out, in],
+those of a Conv2d [out, in, kh, kw]. In the shapes below `(, kh, kw)` are the two sizes of the kernel, which a
+convolution has and a Linear has not.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# eq=False: two tensors have no single answer to ==
+# eq=False: == of two tensors is a tensor, not a bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +21,7 @@ class Lora:
 
     down: Tensor  # [rank, in(, kh, kw)]
     up: Tensor  # [out, rank(, 1, 1)]
-    magnitude: Tensor | None = None  # [out]: lengths that the rows of W + dW get (DoRA, arXiv 2402.09353)
+    magnitude: Tensor | None = None  # [out]: norms to which the rows of W + dW are scaled (DoRA, 2402.09353)
 
     @property
     def rank(self) -> int:
@@ -31,15 +30,15 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoHa:
-    """dW = (w1a @ w1b) * (w2a @ w2b), entry by entry (FedPara, arXiv 2108.06098).
+    """dW = (w1a @ w1b) * (w2a @ w2b), where * multiplies entry by entry (FedPara, arXiv 2108.06098).
 
-    A convolution may have cores t1 and t2; then each a @ b is a Tucker product with its core.
+    A convolution may have cores t1 and t2. Each a @ b is then a Tucker product with its core.
     """
 
     w1a: Tensor  # [out, rank]; with a core [rank, out]
     w1b: Tensor  # [rank, in(, kh, kw)]; with a core [rank, in]
-    w2a: Tensor
-    w2b: Tensor
+    w2a: Tensor  # as w1a
+    w2b: Tensor  # as w1b
     t1: Tensor | None = None  # [rank, rank, kh, kw]
     t2: Tensor | None = None
     magnitude: Tensor | None = None  # [out]
@@ -51,21 +50,23 @@ class LoHa:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoKr:
-    """dW = kron(w1, w2), with out = l * k and in = m * n (LyCORIS, arXiv 2309.14859). Each factor is dense or
-    a product."""
+    """dW = kron(w1, w2), with out = l * k and in = m * n (LyCORIS, arXiv 2309.14859).
 
-    w1: Tensor | None = None  # [l, m], or
-    w1a: Tensor | None = None  # [l, rank] and
+    Each factor is either dense or a product: w1 = w1a @ w1b, w2 = w2a @ w2b, which may have a Tucker core t2.
+    """
+
+    w1: Tensor | None = None  # [l, m]
+    w1a: Tensor | None = None  # [l, rank]
     w1b: Tensor | None = None  # [rank, m]
-    w2: Tensor | None = None  # [k, n(, kh, kw)], or
-    w2a: Tensor | None = None  # [k, rank] and; with a core [rank, k]
+    w2: Tensor | None = None  # [k, n(, kh, kw)]
+    w2a: Tensor | None = None  # [k, rank]; with a core [rank, k]
     w2b: Tensor | None = None  # [rank, n(, kh, kw)]; with a core [rank, n]
     t2: Tensor | None = None  # [rank, rank, kh, kw]
     magnitude: Tensor | None = None  # [out]
 
     @property
     def rank(self) -> int | None:
-        """The rank of the second factor, else of the first; None if both are dense."""
+        """The rank of the second factor; if that is dense, of the first; None if both are dense."""
         return next((pair.shape[0] for pair in (self.w2b, self.w1b) if pair is not None), None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,8 @@ def kind(module: Module) -> str:
 
 
 def factors_by_name(module: LoHa | LoKr) -> dict[str, Tensor | None]:
-    """Its tensors but the magnitude, by the names that peft and LyCORIS share: w1a of a LoHa is hada_w1_a."""
+    """The module's tensors except the magnitude, by the names that peft and LyCORIS share: a LoHa's w1a is
+    hada_w1_a."""
     prefix = "hada" if isinstance(module, LoHa) else "lokr"
     return {
         "_".join([prefix, field.name[:2], *field.name[2:]]): getattr(module, field.name)
@@ -99,7 +101,7 @@ def to(module: Module, device: torch.device) -> Module:
 
 
 def ndim(module: Module) -> int:
-    """Dimensions of the layer's weight: 2 for a Linear, 4 for a convolution."""
+    """Number of dimensions of the layer's weight: 2 for a Linear, 4 for a convolution."""
     return len(shape(module))
 
 
@@ -115,13 +117,14 @@ def shape(module: Module) -> tuple[int, ...]:
 
 
 def _product_shape(a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[int, ...]:
+    """Shape of the product of a, b and the core, if there is one."""
     if a is None or b is None:
         raise ValueError("a factor of a LoKr is neither dense nor a product")
     return (a.shape[0], *b.shape[1:]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
 
 
 def _dense(dense: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
-    """`dense`, or the product of a, b and, if there is one, the core."""
+    """`dense`; if it is None, the product of a, b and the core, if there is one."""
     if dense is not None:
         return dense
     if a is None or b is None:
@@ -131,12 +134,13 @@ def _dense(dense: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tenso
 
 
 def columns_and_rows(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A product as [out, rank] and [rank, in(, kh, kw)]. A core becomes part of the second."""
+    """The factors of a product as [out, rank] and [rank, in(, kh, kw)]. A core is multiplied into the
+    second."""
     return (a, b) if core is None else (a.T, torch.einsum("ijkl,jr->irkl", core, b))
 
 
 def delta(module: Module) -> Tensor:
-    """dW, dense, in the shape of the layer's weight. Without the magnitude, which `adapted` applies."""
+    """dW, dense, in the shape of the layer's weight. The magnitude is not in it; `adapted` applies that."""
     if isinstance(module, Lora):
         return (module.up.flatten(1) @ module.down.flatten(1)).reshape(-1, *module.down.shape[1:])
     if isinstance(module, LoHa):
@@ -148,7 +152,7 @@ def delta(module: Module) -> Tensor:
 
 
 def norm(module: Module) -> float:
-    """Frobenius norm of dW; for LoRA and LoKr computed without a dense dW."""
+    """Frobenius norm of dW, without the magnitude. For LoRA and LoKr no dense dW is built."""
     if isinstance(module, Lora):
         up, down = module.up.flatten(1).double(), module.down.flatten(1).double()
         return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
@@ -159,8 +163,8 @@ def norm(module: Module) -> float:
 
 
 def adapted(module: Module, weight: Tensor) -> Tensor:
-    """The layer's weight with the adapter in it: W + dW. With a magnitude, each output's row is then scaled
-    to its length."""
+    """The layer's weight with the adapter merged into it: W + dW. With a magnitude, each output's row is then
+    scaled to that norm."""
     changed = weight + delta(module)
     if module.magnitude is None:
         return changed
@@ -169,15 +173,18 @@ def adapted(module: Module, weight: Tensor) -> Tensor:
 
 
 def as_lora(module: Module) -> Lora:
-    """The LoRA with the same dW and the same magnitude, exactly: of the smallest of its rank, the outputs and
-    the inputs."""
+    """The LoRA with the same dW, exact but for rounding, and the same magnitude.
+
+    Its rank is that of the exact conversion, or out or in * kh * kw if one of these is smaller. A LoRA is
+    returned unchanged.
+    """
     if isinstance(module, Lora):
         return module
     if isinstance(module, LoHa):
         outputs, *inner = shape(module)
         if module.rank * module.w2b.shape[0] >= (largest := min(outputs, math.prod(inner))):
-            # the Khatri-Rao products of a wide convolution would be larger than dW (gigabytes), for ranks
-            # that dW cannot have
+            # dW cannot have more than this rank, and Khatri-Rao products would be larger than dW: gigabytes
+            # for a wide convolution
             return dataclasses.replace(extract(delta(module), largest)[0], magnitude=module.magnitude)
     up, down = _khatri_rao(module) if isinstance(module, LoHa) else _kronecker(module)
     lora = Lora(down, up.reshape(*up.shape, *[1] * (down.ndim - 2)), module.magnitude)
@@ -185,8 +192,11 @@ def as_lora(module: Module) -> Lora:
 
 
 def _khatri_rao(module: LoHa) -> tuple[Tensor, Tensor]:
-    """(up, down) of a LoHa of ranks r and s, of rank r * s: each row and column is the product of one of each
-    half."""
+    """(up, down) of rank r * s, for a LoHa whose two products have ranks r and s.
+
+    Each column of `up` is the entry-wise product of a column of each half, each row of `down` that of two
+    rows.
+    """
     columns1, rows1 = columns_and_rows(module.w1a, module.w1b, module.t1)
     columns2, rows2 = columns_and_rows(module.w2a, module.w2b, module.t2)
     down = (rows1[:, None] * rows2[None]).flatten(0, 1)
@@ -194,23 +204,23 @@ def _khatri_rao(module: LoHa) -> tuple[Tensor, Tensor]:
 
 
 def _kronecker(module: LoKr) -> tuple[Tensor, Tensor]:
-    """(up, down) of a LoKr, of rank(w1) * rank(w2), from the singular value decompositions of w1 and w2.
+    """(up, down) of rank(w1) * rank(w2), from the singular value decompositions of w1 and w2.
 
-    Singular values and vectors of a Kronecker product are the products of those of its factors.
+    The singular values and vectors of a Kronecker product are the Kronecker products of those of its factors.
     """
-    # in float64: in float32 the rounding of a product a @ b would look like more ranks
+    # in float64: in float32 the rounding of a product a @ b would appear as further ranks
     tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
     doubles = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
     first, second = LoKr(**doubles).factors()
     (u1, s1, v1), (u2, s2, v2) = (
         torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second)
     )
-    # the products of singular values, largest first, without those that are zero but for rounding
+    # indices of the products of singular values, largest first, without those that are only rounding
     values = torch.outer(s1, s2).flatten()
     order = values.argsort(descending=True, stable=True)
-    kept = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
-    i, j = kept // len(s2), kept % len(s2)
-    roots = values[kept].sqrt()
+    nonzero = order[values[order] > 1e-10 * values.max()] if values.max() > 0 else order[:1]
+    i, j = nonzero // len(s2), nonzero % len(s2)
+    roots = values[nonzero].sqrt()
     up = ((u1[:, None, i] * u2[None, :, j]).flatten(0, 1) * roots).float()  # [l * k, rank]
     rows = v2[j].reshape(len(j), *second.shape[1:])  # [rank, n(, kh, kw)]
     down = v1[i].reshape(len(i), -1, *[1] * (rows.ndim - 1)) * rows[:, None]  # [rank, m, n(, kh, kw)]
@@ -221,7 +231,8 @@ def _kronecker(module: LoKr) -> tuple[Tensor, Tensor]:
 def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
     """(the nearest LoRA of at most `rank`, the share of dW's squared entries that it keeps).
 
-    The optimum (Eckart and Young), without a dense dW: two thin QRs and the SVD of a core of rank x rank.
+    It is the best approximation in the Frobenius norm (Eckart and Young). No dense dW is built: two thin QR
+    decompositions and the SVD of a matrix of the LoRA's rank squared.
     """
     if rank >= lora.rank:
         return lora, 1.0
@@ -238,15 +249,15 @@ def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
 
 
 def _shaped(down: Tensor, up: Tensor, inner: Sequence[int], magnitude: Tensor | None = None) -> Lora:
-    """The LoRA of two matrices. `inner`: the layer's inputs and kernel sizes."""
+    """The LoRA of the matrices down [rank, in * kh * kw] and up [out, rank]. `inner` is (in(, kh, kw))."""
     return Lora(down.reshape(-1, *inner), up.reshape(*up.shape, *[1] * (len(inner) - 1)), magnitude)
 
 
 def pad(lora: Lora, rank: int) -> Lora:
-    """The same dW with a larger rank, padded with zeros. Raises ValueError if `rank` is smaller than the
-    LoRA's."""
+    """The LoRA with its factors padded with zeros to `rank`: dW stays the same. Raises ValueError if `rank`
+    is smaller than the LoRA's."""
     if rank < lora.rank:
-        raise ValueError(f"a LoRA of rank {lora.rank} cannot be filled up to {rank}")
+        raise ValueError(f"a LoRA of rank {lora.rank} cannot be padded to {rank}")
     more = rank - lora.rank
     down = torch.cat([lora.down, lora.down.new_zeros(more, *lora.down.shape[1:])])
     up = torch.cat([lora.up, lora.up.new_zeros(lora.up.shape[0], more, *lora.up.shape[2:])], dim=1)
@@ -254,30 +265,32 @@ def pad(lora: Lora, rank: int) -> Lora:
 
 
 def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
-    """The LoRA whose dW is the weighted sum of the given ones, exactly; its rank is the sum of ranks.
+    """The LoRA whose dW is the weighted sum of the dW of `loras`, exactly. Its rank is the sum of their
+    ranks.
 
     Raises ValueError for DoRA: magnitudes cannot be added.
     """
     if any(lora.magnitude is not None for lora in loras):
-        raise ValueError("the magnitudes of DoRA do not add up")
+        raise ValueError("the magnitudes of DoRA cannot be added")
     up = torch.cat([lora.up * weight for lora, weight in zip(loras, weights, strict=True)], dim=1)
     return Lora(torch.cat([lora.down for lora in loras]), up)
 
 
 def extract(dense: Tensor, rank: int) -> tuple[Lora, float]:
-    """(the LoRA of at most `rank` nearest to a dense dW, the share of dW's squared entries that it keeps).
+    """(the LoRA of at most `rank` that is nearest to a dense dW, the share of dW's squared entries that it
+    keeps).
 
-    From the eigenvectors of dW's smaller Gram matrix, in float64: as exact as a singular value decomposition,
-    and several times faster on wide layers.
+    It is computed in float64 from the eigenvectors of dW's smaller Gram matrix. This is several times faster
+    on wide layers than a singular value decomposition, and as exact at float32.
     """
     flat = dense.flatten(1).double()  # [out, in * kh * kw]
     is_wide = flat.shape[0] <= flat.shape[1]
-    side = flat if is_wide else flat.T
-    rank = min(rank, side.shape[0])
-    squares, vectors = torch.linalg.eigh(side @ side.T)  # ascending
+    wide = flat if is_wide else flat.T  # no more rows than columns
+    rank = min(rank, wide.shape[0])
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
     vectors = vectors[:, -rank:].flip(1)
-    projected = vectors.T @ side  # [rank, other side]: the lengths of its rows are dW's singular values
-    # the root of each singular value goes into each half: float16 keeps most digits of halves of one size
+    projected = vectors.T @ wide  # [rank, columns of `wide`]: the norms of its rows are dW's singular values
+    # each factor gets the root of each singular value: float16 keeps the most digits of equally large factors
     roots = projected.norm(dim=1).sqrt()
     vectors, projected = vectors * roots, projected / roots.clamp_min(1e-30)[:, None]
     total = float(squares.sum())

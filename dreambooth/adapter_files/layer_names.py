@@ -4,8 +4,8 @@ kohya's keys replace dots by underscores. They are resolved by looking them up a
 by guessing where the dots were.
 
 The layers of text encoders begin with `text_model.` in some files, and in the models of some versions of
-transformers. Inside this project they have no prefix: `plain` removes it from whatever is read, `stored` and
-`with_prefix` add it to whatever is written or looked up in a model.
+transformers. Inside this project they have no prefix: `plain` removes it from names that are read. `stored`
+and `with_prefix` add it to names that are written or looked up in a model.
 """
 
 import re
@@ -30,7 +30,7 @@ def plain(name: str) -> str:
 
 
 def plain_layers(layers: Layers) -> dict[str, dict[str, Shape]]:
-    """The same layers by plain names."""
+    """`layers` with plain names."""
     return {
         component: {plain(name): tuple(shape) for name, shape in shapes.items()}
         for component, shapes in layers.items()
@@ -38,26 +38,28 @@ def plain_layers(layers: Layers) -> dict[str, dict[str, Shape]]:
 
 
 def with_prefix(path: str, prefix: str) -> str:
-    """A text encoder's layer behind `prefix`, `text_model.` or nothing. `text_projection` lies beside
-    `text_model`, so it gets none."""
+    """A text encoder's layer with `prefix`, which is `text_model.` or empty. `text_projection` gets none: it
+    is not inside `text_model`."""
     return path if path.startswith("text_projection") else f"{prefix}{path}"
 
 
 def stored(component: str, name: str) -> str:
-    """A plain name as adapter files have it: older libraries and other programs know the layers of text
-    encoders only with the prefix."""
+    """A layer's name in adapter files, for its plain name: with the prefix if it is a text encoder's.
+
+    Older libraries and other programs accept these layers only with it.
+    """
     return name if component == "unet" else with_prefix(name, TEXT_PREFIX)
 
 
 def live_prefix(model: object) -> str:
-    """The prefix of a model's layers in the installed version of its library: `text_model.` or nothing."""
+    """The prefix of a model's layers in the installed version of its library: `text_model.` or ""."""
     return TEXT_PREFIX if hasattr(model, "text_model") else ""
 
 
 def installed_text_prefixes() -> dict[str, str]:
-    """`live_prefix` of each text encoder, asked of models without weights."""
+    """`live_prefix` of each text encoder, from small models without weights."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # seconds
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # takes seconds
 
     with torch.device("meta"):
         models = {
@@ -71,14 +73,17 @@ def installed_text_prefixes() -> dict[str, str]:
 
 
 class LayerNames:
-    """The layers that an adapter may be for, under every name that they have in files."""
+    """The layers that an adapter may be for, under every name that they have in files.
+
+    `layers` has them with the shapes of their weights, by component and plain name.
+    """
 
     def __init__(self, layers: Layers) -> None:
         self.layers: dict[str, dict[str, Shape]] = {}
         self.kohya: dict[str, tuple[str, str]] = {}  # kohya's name -> (component, layer)
         by_plain_name = plain_layers(layers)
         for component in COMPONENTS:
-            # embeddings have two dimensions as well, and are looked up, not multiplied
+            # embeddings also have two dimensions, but no adapter of this project is for them
             shapes = {
                 name: shape
                 for name, shape in by_plain_name.get(component, {}).items()
@@ -91,10 +96,11 @@ class LayerNames:
                     self.kohya |= dict.fromkeys(_kohya_names(component, name, depth), (component, name))
 
     def place(self, stem: str, component: str) -> tuple[str, str] | None:
-        """(component, layer) of a key without its last part; None if there is no such layer.
+        """(component, layer) for `stem`, the part of a key that names the layer; None if there is no such
+        layer.
 
-        `component` is "" where nothing but the key says it. Raises ValueError, naming the components, if it
-        could be a layer of two.
+        `component` is the file's, or "" if only the key can name it. Raises ValueError, with the names of the
+        components, if two components have such a layer.
         """
         if stem in self.kohya:
             return self.kohya[stem]
@@ -107,7 +113,7 @@ class LayerNames:
 
 
 def _kohya_names(component: str, name: str, depth: int) -> set[str]:
-    """Every spelling of a layer in kohya's files. `depth` as in `sgm_name`."""
+    """Every spelling of a layer in kohya's files. `depth`: see `sgm_name`."""
     if component == "unet":
         return {f"lora_unet_{flat(name)}", f"lora_unet_{flat(sgm_name(name, depth))}"}
     prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
@@ -115,8 +121,9 @@ def _kohya_names(component: str, name: str, depth: int) -> set[str]:
 
 
 def _parted(stem: str, component: str) -> tuple[str, str]:
-    """(component, "" if the key does not say it, layer) of a key in diffusers' or peft's names."""
-    stem = stem.replace(".base_layer", "")  # of an adapter that was trained on top of another one
+    """(component, plain layer) for a stem in diffusers' or peft's names. The component is "" if neither
+    `component` nor the stem names it."""
+    stem = stem.replace(".base_layer", "")  # in adapters that were trained on top of another one
     head, _, rest = stem.partition(".")
     if head == "diffusion_model" and component in ("", "unet"):  # the UNet's name in other programs
         return "unet", rest
@@ -142,7 +149,10 @@ _TOPS = {
 
 
 def place_by_key(stem: str, component: str) -> tuple[str, str] | None:
-    """`LayerNames.place` without a base: what the key alone says. kohya's names stay as they are."""
+    """`LayerNames.place` without a base, from the key alone. The layer of a kohya key is the stem unchanged.
+
+    None if the key does not decide the component. Raises ValueError as `LayerNames.place`.
+    """
     for prefix, owner in _RAW_PREFIXES.items():
         if stem.startswith(prefix):
             return owner, stem
@@ -154,15 +164,15 @@ def place_by_key(stem: str, component: str) -> tuple[str, str] | None:
 
 
 def is_raw(path: str) -> bool:
-    """Whether it is a name of kohya's, whose dots only a base's layers can restore."""
+    """Whether `path` is a name of kohya's, whose dots only a base's layers can restore."""
     return "." not in path and path.startswith(tuple(_RAW_PREFIXES))
 
 
 def absent_layers(
     component: str, targets: Iterable[str], layers: Iterable[str], present: Container[str]
 ) -> str:
-    """The end of a message about layers whose names end with one of `targets` and that are not `present`; ""
-    if there are none."""
+    """The end of a message about the layers that end with one of `targets` and are not in `present`; "" if
+    there are none."""
     ends = tuple(f".{target}" for target in targets)
     expected = {name for name in layers if f".{name}".endswith(ends)} if ends else set()
     absent = sorted(name for name in expected if name not in present)
@@ -174,12 +184,15 @@ def absent_layers(
 
 
 def flat(name: str) -> str:
+    """A layer's name with underscores for dots, as in kohya's keys."""
     return name.replace(".", "_")
 
 
 def depth_of(unet: Iterable[str]) -> int:
-    """Number of resnets in a down block of the UNet with these layers. Stability's numbering of blocks
-    depends on it."""
+    """Number of resnets in a down block of the UNet, from the names of its layers; 2 if there are none.
+
+    Stability's numbering of blocks depends on it.
+    """
     matches = (re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name) for name in unet)
     return 1 + max([int(match[1]) for match in matches if match], default=1)
 
@@ -204,8 +217,10 @@ _SGM_RESNET = {
 
 
 def sgm_name(name: str, depth: int) -> str:
-    """A UNet's layer as Stability's code names it, and kohya's scripts for Stable Diffusion XL. `depth`:
-    resnets in a down block."""
+    """A UNet layer's name in Stability's code, which kohya's scripts use for Stable Diffusion XL.
+
+    `depth` is the number of resnets in a down block. A name that has no other form is returned unchanged.
+    """
     if name in _SGM_LAYERS:
         return _SGM_LAYERS[name]
     match = re.fullmatch(
@@ -214,7 +229,7 @@ def sgm_name(name: str, depth: int) -> str:
     )
     if not match:
         return name
-    is_mid, side, block, part, index, rest = match.groups()
+    is_mid, direction, block, part, index, rest = match.groups()
     tail = _SGM_RESNET.get(rest, rest) if part == "resnets" else rest
     if is_mid:
         return f"{_SGM_LAYERS[f'mid_block.{part}.{index}']}.{tail}"
@@ -223,7 +238,9 @@ def sgm_name(name: str, depth: int) -> str:
         return f"input_blocks.{start + depth + 1}.0.op"
     if part == "upsamplers":
         return f"output_blocks.{start + depth}.2.conv"
-    half, number = ("input", start + int(index) + 1) if side == "down" else ("output", start + int(index))
+    half, number = (
+        ("input", start + int(index) + 1) if direction == "down" else ("output", start + int(index))
+    )
     return f"{half}_blocks.{number}.{0 if part == 'resnets' else 1}.{tail}"
 
 
@@ -253,27 +270,28 @@ _ENDS |= {
 _OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# Pattern of a key that is not read here -> what it belongs to.
+# Pattern of a key that is not read here -> the kind of adapter or file that it belongs to.
 FOREIGN = {
     r"\.(oft_R\.weight|boft_[Rs]|hra_u)$": (
-        "OFT, BOFT or HRA, which turn weights; `bake` works it into a base, and infer.py draws with it"
+        "OFT, BOFT or HRA, which rotate weights; `bake` merges it into a base, and infer.py draws with it"
     ),
-    r"oft_|\.oft\b": "OFT, which no two programs store alike",
-    r"boft_": "BOFT, which no two programs store alike",
-    r"\bhra_": "HRA, which peft alone knows",
+    r"oft_|\.oft\b": "OFT in a layout other than peft's: every program has another",
+    r"boft_": "BOFT in a layout other than peft's: every program has another",
+    r"\bhra_": "HRA in a layout other than peft's",
     r"on_input$": "IA3",
-    r"\.diff(_b)?$|\bw_norm$|\bb_norm$": "trained whole weights",
+    r"\.diff(_b)?$|\bw_norm$|\bb_norm$": "a full weight difference, not an adapter",
     r"emb_params$|string_to_param": "an embedding (textual inversion), not an adapter",
     r"lora_embedding_": "a LoRA of an embedding",
     r"\.bias$": "a trained bias",
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
     r"^(transformer|double_blocks|lora_transformer)": "a transformer (Stable Diffusion 3, Flux), not a UNet",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": (
-        "a whole checkpoint, not an adapter"
+        "a full checkpoint, not an adapter"
     ),
 }
 
 
+# A key of peft's that contains the name of an adapter.
 _NAMED = re.compile(
     r"(?P<start>.+\.)"
     r"(?:(?P<plain>lora_[AB])\.(?P<one>[\w-]+)\.weight"
@@ -282,7 +300,8 @@ _NAMED = re.compile(
 
 
 def without_name(keys: Iterable[str]) -> dict[str, str]:
-    """By key: the key without the name of peft's adapter, if all have the same one; else the key itself."""
+    """By key: the key without the adapter's name, which peft puts before its end. Unchanged if the keys do
+    not all contain the same name."""
     matches = {key: _NAMED.fullmatch(key) for key in keys}
     names = {(match["one"] or match["two"]) if match else None for match in matches.values()}
     if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` contains no name
@@ -295,8 +314,9 @@ def without_name(keys: Iterable[str]) -> dict[str, str]:
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """(the key's part that names the layer, which of its tensors); None for a key of no known layout."""
-    # peft's name of the adapter, which some programs leave in
+    """(stem: the part that names the layer; which of the layer's tensors); None for a key of no known
+    layout."""
+    # some programs leave peft's name of the adapter in the key
     key = re.sub(r"\.default(_\d+)?(?=(\.weight)?$)", "", key)
     if old := _OLD_PROCESSOR.fullmatch(key):
         names = _OLD_TEXT if old[1].endswith("self_attn") else _OLD_UNET
@@ -315,7 +335,7 @@ XL_DEPTH = 2  # resnets in a down block of every Stable Diffusion XL
 
 
 def kohya_stem(component: str, path: str, family: KohyaFamily, depth: int) -> str:
-    """A layer's name in kohya's files. `depth` as in `sgm_name`. Raises KeyError if the family has no such
+    """A layer's name in kohya's files. `depth`: see `sgm_name`. Raises KeyError if the family has no such
     component."""
     is_sgm = component == "unet" and family == "sdxl"
     name = sgm_name(path, depth) if is_sgm else stored(component, path)

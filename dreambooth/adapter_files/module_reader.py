@@ -1,4 +1,5 @@
-"""From the tensors of one layer in a file to a module of `deltas`: kind, shapes, scale and magnitude."""
+"""Makes a module of `deltas` from the tensors of one layer in a file: its kind, shapes, scale and
+magnitude."""
 
 import dataclasses
 import math
@@ -16,9 +17,10 @@ from dreambooth.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReader:
-    """Makes a module from its tensors, given by part, and checks their shapes.
+    """Makes the module of one layer from its tensors, which are given by part (`layer_names.split`).
 
-    `shape` is that of the layer's weight. `hint` is the end of the message for tensors that do not fit.
+    `where` begins messages. `shape` is that of the layer's weight, `path` the layer's plain name. `hint` ends
+    the message about tensors that do not fit. All methods raise UserError for tensors of wrong shapes.
     """
 
     where: str
@@ -28,33 +30,37 @@ class ModuleReader:
     hint: str
 
     def module(self, tensors: Mapping[str, Tensor]) -> Module:
+        """The LoRA, LoHa or LoKr of these tensors, with its magnitude. Raises UserError if they are none of
+        these."""
         parts = tensors.keys() - {"alpha", "dora_scale", "magnitude"}
         if parts in ({"down", "up"}, {"down", "up", "mid"}):
             module: Module = self.lora(tensors)
         elif parts in (_LOHA, _LOHA | {"hada_t1", "hada_t2"}):
             module = self.loha(tensors)
-        elif parts & _LOKR_FIRST in _LOKR_WAYS_FIRST and parts - _LOKR_FIRST in _LOKR_WAYS_SECOND:
+        elif parts & _LOKR_FIRST in _LOKR_FORMS_FIRST and parts - _LOKR_FIRST in _LOKR_FORMS_SECOND:
             module = self.lokr(tensors)
         else:
             raise UserError(
                 f"{self.where} has only {', '.join(sorted(tensors))};"
-                " that is no whole LoRA, LoHa or LoKr, the adapter is not whole"
+                " that is not a complete LoRA, LoHa or LoKr; the adapter is incomplete"
             )
         return dataclasses.replace(module, magnitude=self.magnitude(tensors))
 
     def lora(self, tensors: Mapping[str, Tensor]) -> Lora:
+        """The LoRA, with the scale in `up`."""
         outputs, inputs, *kernel = self.shape
         rank = _rows(tensors["down"])
         ones = [1] * len(kernel)
         up = self.fit(tensors, "up", outputs, rank, *ones) * self.scale(tensors, rank)
         if "mid" not in tensors:
             return Lora(self.fit(tensors, "down", rank, inputs, *kernel), up)
-        # LyCORIS' Tucker form of a convolution: its core goes into `down`
+        # LyCORIS' Tucker form of a convolution: the core is multiplied into `down`
         core = self.fit(tensors, "mid", rank, rank, *kernel)
         down = self.fit(tensors, "down", rank, inputs, *ones).flatten(1)
         return Lora(torch.einsum("ij...,jr->ir...", core, down), up)
 
     def loha(self, tensors: Mapping[str, Tensor]) -> LoHa:
+        """The LoHa, with the scale in `w1a`."""
         outputs, inputs, *kernel = self.shape
         parts: dict[str, Tensor] = {}
         for n in (1, 2):
@@ -71,6 +77,7 @@ class ModuleReader:
         return LoHa(**parts)
 
     def lokr(self, tensors: Mapping[str, Tensor]) -> LoKr:
+        """The LoKr, with the scale in `w1` or `w1a`."""
         outputs, inputs, *kernel = self.shape
         rank1, rank2 = (
             _rows(tensors[name]) if name in tensors else None for name in ("lokr_w1_b", "lokr_w2_b")
@@ -100,7 +107,7 @@ class ModuleReader:
         return LoKr(**parts)
 
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """[out], or None without one."""
+        """The magnitude, [out]; None if there is none."""
         outputs, ones = self.shape[0], (1,) * (len(self.shape) - 2)
         spellings = [name for name in ("dora_scale", "magnitude") if name in tensors]
         if not spellings:
@@ -109,29 +116,34 @@ class ModuleReader:
             raise UserError(f"{self.where} has its magnitude twice, in two spellings")
         is_peft = spellings[0] == "magnitude"
         tensor = tensors[spellings[0]]
-        # peft's of a convolution is [1, out, 1, 1], LyCORIS' [out, 1, 1, 1]
+        # for a convolution, peft's is [1, out, 1, 1] and LyCORIS' is [out, 1, 1, 1]
         shape = (1, outputs, *ones) if is_peft else (outputs, 1, *ones)
         if tuple(tensor.shape) not in ((outputs,), shape):
-            # LyCORIS' with a 1 in front has one length for each input: another method
+            # LyCORIS' [1, in, ...] has one norm for each input: another method
             by_input = not is_peft and tensor.ndim > 1 and tensor.shape[0] == 1
             hint = (
-                ": lengths of inputs (LyCORIS before wd_on_out) are not supported" if by_input else self.hint
+                ": magnitudes of inputs (LyCORIS without wd_on_out) are not supported"
+                if by_input
+                else self.hint
             )
             raise UserError(
                 f"{self.where}: its magnitude of shape {tuple(tensor.shape)}"
-                f" is not one length for each of {outputs} outputs{hint}"
+                f" does not have one number for each of {outputs} outputs{hint}"
             )
         return tensor.flatten()
 
     def scale(self, tensors: Mapping[str, Tensor], rank: int | None) -> float:
-        """The factor of dW: from the module's alpha, else from peft's configuration, else 1."""
+        """The factor of dW: alpha / rank from the module's alpha, else from peft's configuration, else 1.
+
+        Raises UserError if alpha is not a usable number, or if the configuration has another rank.
+        """
         config_rank = self.config.rank_of(self.path)
         if "alpha" in tensors:
             if tensors["alpha"].numel() != 1 or not peft_config.is_alpha(alpha := tensors["alpha"].item()):
                 raise UserError(f"{self.where}: its alpha must be one number other than 0, up to a million")
             return alpha / rank if rank else 1.0  # LyCORIS, ComfyUI and A1111 ignore an alpha without a rank
         if rank and config_rank and config_rank != rank:
-            raise UserError(f"{self.where} has rank {rank}, and its metadata says {config_rank}")
+            raise UserError(f"{self.where} has rank {rank}, but its metadata has {config_rank}")
         config_alpha, divisor = self.config.alpha_of(self.path), config_rank or rank
         if divisor is None or (config_alpha is None and not self.config.use_rslora):
             return 1.0
@@ -139,8 +151,8 @@ class ModuleReader:
         return config_alpha / (math.sqrt(divisor) if self.config.use_rslora else divisor)
 
     def fit(self, tensors: Mapping[str, Tensor], name: str, *expected: int) -> Tensor:
-        """The tensor in the expected shape. A flattened kernel is unflattened; a kernel of 1x1 may be written
-        or left out."""
+        """The tensor `name` in the expected shape. A flattened kernel is unflattened. A kernel of 1x1 may be
+        written or left out. Raises UserError for another shape."""
         tensor = tensors[name]
         flattened = (expected[0], math.prod(expected[1:]))
         if tuple(tensor.shape) in (expected, (*expected, 1, 1), flattened, (*flattened, 1, 1)):
@@ -148,6 +160,7 @@ class ModuleReader:
         raise self.misfit(name, tensor, f"of shape {expected}")
 
     def misfit(self, name: str, tensor: Tensor, expected: str) -> UserError:
+        """The error for a tensor that does not fit; `expected` describes the right one."""
         return UserError(
             f"{self.where}: its {name} has shape {tuple(tensor.shape)}; for this layer of {self.shape}"
             f" it must be {expected}{self.hint or '; the adapter is for another base, or broken'}"
@@ -155,13 +168,14 @@ class ModuleReader:
 
 
 def _rows(tensor: Tensor) -> int:
+    """Size of the first dimension; 0 for a single number."""
     return tensor.shape[0] if tensor.ndim else 0
 
 
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR_FIRST = {"lokr_w1", "lokr_w1_a", "lokr_w1_b"}
-_LOKR_WAYS_FIRST: tuple[set[str], ...] = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
-_LOKR_WAYS_SECOND: tuple[set[str], ...] = (
+_LOKR_FORMS_FIRST: tuple[set[str], ...] = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+_LOKR_FORMS_SECOND: tuple[set[str], ...] = (
     {"lokr_w2"},
     {"lokr_w2_a", "lokr_w2_b"},
     {"lokr_w2_a", "lokr_w2_b", "lokr_t2"},

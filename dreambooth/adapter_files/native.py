@@ -1,9 +1,9 @@
-"""This project's layout of an adapter file: one safetensors file that plain diffusers loads. `reading.read`
-reads it.
+"""This project's layout of an adapter file: one safetensors file that diffusers loads without this project.
 
-Keys are peft's with the component in front; names of layers are those of `layer_names.stored`. The metadata
-holds, for each component, the stable fields of its configuration, and a block about the training run. The
-same adapter always gives the same bytes: no local paths, no times, sorted keys.
+A key is the component, then peft's key; names of layers are those of `layer_names.stored`. The metadata holds
+the fields of each component's peft configuration that readers need, and a block about the training run. The
+same adapter always gives the same bytes: there are no local paths and no times, and keys are sorted.
+`reading.read` reads such files.
 """
 
 import json
@@ -24,11 +24,11 @@ def pack(
     configs: Mapping[str, Mapping[str, object]],
     info: Mapping[str, Any],
 ) -> bytes:
-    """The bytes of an adapter file. `state`: tensors by component and peft's key; `configs`: fields by
-    component; `info`: about the run.
+    """The bytes of an adapter file. Tensors are stored in float32.
 
-    Raises ValueError if a tensor is not finite: such an adapter draws black pictures and must not replace a
-    good one.
+    `state` has the tensors by component and peft's key, `configs` the fields of peft's configuration by
+    component. `info` is about the training run. Raises ValueError if a tensor is not finite: such an adapter
+    draws black pictures and must not replace a good one.
     """
     tensors: dict[str, torch.Tensor] = {}
     for component, adapter in state.items():
@@ -46,7 +46,7 @@ def pack(
 
 
 def by_component(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of a file as `pack` was given them: by component and peft's key, with plain names of
+    """The tensors of a file in the form of `pack`'s `state`: by component and peft's key, with plain names of
     layers."""
     state: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -56,8 +56,8 @@ def by_component(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tor
 
 
 def metadata(fields: Mapping[str, object], info: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a file: the fields of its configuration, by `component.field`, and `info` about the
-    run."""
+    """The metadata of a file. `fields` are those of peft's configuration by `component.field`; `info` is
+    about the training run."""
     return {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(dict(fields), sort_keys=True),
@@ -66,7 +66,8 @@ def metadata(fields: Mapping[str, object], info: Mapping[str, Any]) -> dict[str,
 
 
 def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The `info` that `pack` was given; {} for a file of another program, or if it is not a JSON table."""
+    """The `info` about the training run in a file's metadata; {} if there is none or it is not a JSON
+    table."""
     try:
         info = json.loads(metadata.get("dreambooth", "{}"))
     except (ValueError, RecursionError):

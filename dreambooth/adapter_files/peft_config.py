@@ -1,5 +1,5 @@
-"""peft's configuration of an adapter, from a file's metadata or a file beside it: its scales, and the layers
-that it must have.
+"""peft's configuration of an adapter, read from a file's metadata or from adapter_config.json: ranks, alphas
+and the layers that the adapter must have.
 
 The configuration is untrusted input: no value is passed to a constructor of another package, and no pattern
 is run as a regular expression.
@@ -20,8 +20,11 @@ from dreambooth.errors import UserError, reason_of, shown
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of one component's configuration that are used here. `targets`: ends of names of the layers
-    that there must be."""
+    """The fields of one component's configuration that are used here.
+
+    `rank_pattern` and `alpha_pattern` are by layer name or its end. `targets`: ends of the names of the
+    layers that the adapter must have; () if unknown.
+    """
 
     rank: int | None = None
     alpha: float | None = None
@@ -32,15 +35,17 @@ class AdapterConfig:
     use_dora: bool = False
 
     def rank_of(self, path: str) -> int | None:
+        """The rank of a layer; None if the configuration has none."""
         return _matching(self.rank_pattern, path, self.rank)
 
     def alpha_of(self, path: str) -> float | None:
+        """The alpha of a layer; None if the configuration has none."""
         return _matching(self.alpha_pattern, path, self.alpha)
 
 
 def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that equals `path` or its end, as peft matches them. A pattern with ^
-    must equal the whole path."""
+    """The value of the first pattern that equals `path` or its end, as in peft; `default` if none does. A
+    pattern that begins with ^ must equal the full path."""
     for pattern, value in patterns.items():
         name = plain(pattern.lstrip("^"))
         if path == name or (not pattern.startswith("^") and path.endswith(f".{name}")):
@@ -48,16 +53,18 @@ def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return default
 
 
-_SCALES = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_SCALE_FIELDS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def of_file(
     where: str, beside: Path | None, metadata: Mapping[str, str], components: set[str]
 ) -> dict[str, AdapterConfig]:
-    """The configuration of each component that the file's `metadata`, or peft's file `beside` it, describes.
+    """The configuration of each component.
 
-    Raises UserError if it is damaged, or describes a part that is not among `components`: then half of the
-    adapter is missing, or there are scales that would not be applied.
+    It is in `beside`, peft's adapter_config.json, or in the file's `metadata` if `beside` is None.
+    `components` are those that the file has tensors of. Raises UserError if the configuration is damaged. It
+    also does if the metadata describes another component: its tensors are missing, or scales would not be
+    applied.
     """
     if beside:
         fields = _json_table(shown(beside), _text_of(beside))
@@ -68,7 +75,7 @@ def of_file(
     for name, value in content.items():
         owner, _, field = name.rpartition(".")
         parts.setdefault(owner, {})[field] = value
-    # `save_lora_adapter` of diffusers' models: neither keys nor fields name the component
+    # files of diffusers' `save_lora_adapter`: neither keys nor fields name the component
     if parts.keys() == {""} and len(components) == 1:
         parts = {next(iter(components)): parts[""]}
     for owner, fields in parts.items():
@@ -82,29 +89,36 @@ def of_file(
 
 
 def _text_of(path: Path) -> str:
+    """The text of a file. Raises UserError if it is not a regular file, too large or not UTF-8."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
             raise UserError(f"{shown(path)} is not a regular file")
         if info.st_size > 4 * 2**20:
-            raise UserError(f"{shown(path)}: {info.st_size:,} bytes are no settings of an adapter")
+            raise UserError(
+                f"{shown(path)}: {info.st_size:,} bytes are too many for the settings of an adapter"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown(path)} cannot be read ({reason_of(error)})") from None
 
 
 def _check_needless(where: str, owner: str, fields: Mapping[str, Any], components: set[str]) -> None:
-    """Raise UserError if the fields of a component without tensors show that the adapter is not whole."""
+    """Raise UserError if the `fields` of `owner`, which has no tensors, show that the adapter is incomplete
+    or its scale unknown."""
     if owner in COMPONENTS:
-        raise UserError(f"{where} has metadata about a {owner} and no tensor of it; the adapter is not whole")
-    if scales := [f"{owner}.{field}".lstrip(".") for field in _SCALES if field in fields]:
+        raise UserError(
+            f"{where} has metadata about a {owner} but no tensor of it; the adapter is incomplete"
+        )
+    if scales := [f"{owner}.{field}".lstrip(".") for field in _SCALE_FIELDS if field in fields]:
         raise UserError(
             f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of"
-            f" {' and '.join(sorted(components))}: its scale is in doubt"
+            f" {' and '.join(sorted(components))}: the adapter's scale is uncertain"
         )
 
 
 def _json_table(what: str, text: str) -> dict[str, Any]:
+    """The table in a JSON text. Raises UserError, which begins with `what`, if it is not one."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -115,19 +129,19 @@ def _json_table(what: str, text: str) -> dict[str, Any]:
 
 
 _KINDS = ("LORA", "LOHA", "LOKR")
-_MOST_PATTERNS = 5_000  # more than there are layers; every layer is compared with each
-# Fields of peft under which tensors mean something else. Any value but false, none and empty is refused.
+_MOST_PATTERNS = 5_000  # more than any base has layers; every layer is compared with every pattern
+# Fields of peft that change what the tensors mean. Any value but false, none and empty is refused.
 _CHANGE_MEANING = (
     *("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora", "trainable_token_indices"),
     "target_parameters",
 )
-# other initializations change the base's weights
+# Values of init_lora_weights that leave the base's weights alone; other initializations change them.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lycoris")
 
 
 def _is_rank(value: object) -> bool:
-    # LoKr's may be larger than any layer: then its factors are dense
+    # LoKr's rank may be larger than any layer: its factors are then dense
     return type(value) is int and 0 < value <= 10**6
 
 
@@ -137,9 +151,13 @@ def is_alpha(value: object) -> bool:
 
 
 def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration in one component's `fields`. Raises UserError for a value that is wrong or not
+    supported."""
+
     def wrong(name: str, rule: str) -> UserError:
         return UserError(f"{where} has {name} = {ascii(fields[name])[:80]}; it must be {rule}")
 
+    # fields that are refused
     for name in _CHANGE_MEANING:
         if fields.get(name):
             raise wrong(name, "left out: such adapters are not supported")
@@ -150,11 +168,12 @@ def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
     for name in ("init_lora_weights", "init_weights"):
         if fields.get(name) not in _INITS:
             raise wrong(name, "one that leaves the base's weights alone; convert the adapter with peft first")
+    # rank and alpha, for all layers and by pattern
     values: dict[str, Any] = {}
     alpha = "lora_alpha" if "lora_alpha" in fields else "alpha"
     for name, field, rule, is_right in (
         ("r", "rank", "a whole number over 0", _is_rank),
-        (alpha, "alpha", "a number other than 0", is_alpha),
+        (alpha, "alpha", "a number other than 0, up to a million", is_alpha),
     ):
         if name in fields:
             if not is_right(fields[name]):
@@ -165,6 +184,7 @@ def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
         if not is_table or not all(is_right(value) for value in pattern.values()):
             raise wrong(f"{field}_pattern", f"a table of at most {_MOST_PATTERNS:,} names, each with {rule}")
         values[f"{field}_pattern"] = _names_alone(where, f"{field}_pattern", pattern)
+    # flags
     for name in ("use_rslora", "use_dora"):
         if not isinstance(fields.get(name, False), bool):
             raise wrong(name, "true or false")
@@ -173,19 +193,18 @@ def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _names_alone(where: str, field: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
-    """The pattern with escaped dots as dots. Raises UserError if a key is more than a name, which would have
-    to be run as a pattern."""
+    """The table `pattern` with plain dots for escaped dots in its keys. Raises UserError for a key that is a
+    regular expression and not a layer's name."""
     names = {re.sub(r"\\\.", ".", key).removesuffix("$"): value for key, value in pattern.items()}
-    if odd := [name for name in names if not re.fullmatch(r"\^?[\w.-]+", name)]:
+    if expressions := [name for name in names if not re.fullmatch(r"\^?[\w.-]+", name)]:
         raise UserError(
-            f"{where} has the pattern {ascii(odd[0])[:80]} in {field}; only names of layers are read"
+            f"{where} has the pattern {ascii(expressions[0])[:80]} in {field}; only names of layers are read"
         )
     return names
 
 
 def _targets(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names in `target_modules`; () where it is a pattern, or where other fields exclude some of the
-    layers."""
+    """The names in `target_modules`; () if it is a pattern, or if other fields exclude layers."""
     targets = fields.get("target_modules")
     is_narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
     if is_narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -200,13 +219,16 @@ def check_whole(
     modules: Mapping[str, Module],
     layers: Mapping[str, Shape],
 ) -> None:
-    """Raise UserError if one of the base's layers that the configuration names has no module, or if DoRA
-    lacks a magnitude."""
+    """Raise UserError if the adapter of a component is incomplete.
+
+    It is if one of the base's `layers` that the configuration targets has no module, or if a module of DoRA
+    has no magnitude.
+    """
     if absent := absent_layers(component, config.targets, layers, modules):
-        raise UserError(f"{where} lacks {absent}; the adapter is not whole")
+        raise UserError(f"{where} lacks {absent}; the adapter is incomplete")
     plain_modules = sorted(path for path, module in modules.items() if module.magnitude is None)
     if config.use_dora and plain_modules:
         raise UserError(
-            f"{where} is of DoRA and has no magnitudes for {len(plain_modules)} layers of {component},"
-            f" e.g. {plain_modules[0]}; the adapter is not whole"
+            f"{where} is a DoRA and has no magnitudes for {len(plain_modules)} layers of {component},"
+            f" e.g. {plain_modules[0]}; the adapter is incomplete"
         )

@@ -1,8 +1,9 @@
-"""The only module that uses private parts of peft (0.21.2), and of diffusers (0.42.1) where it meets peft.
+"""The only module that uses private parts of peft (0.21.2), and the private mark of diffusers (0.42.1) for
+models with adapters.
 
-Read this module first when either of them is updated. It relies on: a LoRA layer's variants, its base weight
-without merged adapters and its cache; BOFT's flag for the CUDA extension; the text of two warnings; the mark
-of diffusers' models that have adapters.
+Read this module first when either package is updated. It relies on: a LoRA layer's `lora_variant`,
+`_unmerged_base_weight` and cache; BOFT's `_FBD_CUDA`; the text of two warnings; `_hf_peft_config_loaded` of
+diffusers' models.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 
 def stand_in(shape: Sequence[int]) -> nn.Module:
-    """A Linear or Conv2d of that weight's shape, without a bias, on the meta device: peft only looks at its
-    class and sizes."""
+    """A Linear or Conv2d for a weight of this shape, without bias and without data (on the meta device). peft
+    reads only its class and sizes."""
     outputs, inputs, *kernel = shape
     if kernel:
         return nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=False, device="meta")
@@ -33,11 +34,13 @@ def tuners(model: nn.Module) -> dict[str, Any]:
 
 
 def add_layers(model: nn.Module, config: Any, name: str, keys: Iterable[str]) -> None:
-    """Put peft's layers of the adapter `name` on the layers of these keys. Their tensors are on the meta
-    device, to be replaced."""
+    """Put peft's layers of the adapter `name` on the layers that `keys` of a state dict name.
+
+    Their tensors are on the meta device; the caller replaces them.
+    """
     with warnings.catch_warnings():
-        # several adapters on one model are intended; and the keys name the layers, whatever names in the
-        # config match
+        # peft warns of several adapters on one model, which are intended, and of keys that do not match the
+        # config; the keys alone decide the layers here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
         state: Any = dict.fromkeys(keys)
@@ -48,8 +51,8 @@ def add_layers(model: nn.Module, config: Any, name: str, keys: Iterable[str]) ->
 
 @contextlib.contextmanager
 def without_boft_extension() -> Iterator[None]:
-    """Keep peft from building its CUDA extension for every BOFT layer, and from warning of each failure and
-    of derived settings."""
+    """Within the block peft does not try to build its CUDA extension for every BOFT layer, and warns of
+    nothing."""
     before = boft_layer._FBD_CUDA
     boft_layer._FBD_CUDA = False  # None would mean "not tried yet"
     try:
@@ -64,17 +67,16 @@ def without_boft_extension() -> Iterator[None]:
 
 
 def set_variant(layer: Any, name: str, variant: Any) -> None:
-    """Have the adapter `name` of a LoRA layer computed by `variant`.
+    """Make `variant` compute the adapter `name` of a LoRA layer.
 
-    peft calls its methods forward, merge_safe, merge_unsafe, unmerge and supports_lora_conversion, with the
-    layer and the adapter's name.
+    peft calls its methods forward, merge_safe, merge_unsafe and unmerge with the layer and the adapter's
+    name, and supports_lora_conversion.
     """
     layer.lora_variant[name] = variant
 
 
 def set_magnitude(layer: Any, name: str, magnitude: nn.Parameter) -> None:
-    """Give the adapter `name` of a LoRA layer a magnitude where peft keeps it, so that its state dict is
-    complete."""
+    """Store the magnitude of the adapter `name` where peft's state dict of the LoRA layer includes it."""
     holder_class = DoraLinearLayer if magnitude.ndim == 1 else DoraConv2dLayer
     holder = holder_class(fan_in_fan_out=False)
     holder.weight = magnitude
@@ -84,17 +86,19 @@ def set_magnitude(layer: Any, name: str, magnitude: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def unmerged_weight(layer: Any) -> Iterator[Tensor]:
-    """The weight of a LoRA layer's base without what LoRA has merged into it."""
+    """Within the block: the weight of a LoRA layer's base layer without the adapters that LoRA has merged
+    into it."""
     with layer._unmerged_base_weight() as weight:
         yield weight
 
 
 def cache_store(layer: Any, name: str, added: Tensor) -> None:
-    """Keep what the adapter `name` has added to a layer's weight until `cache_pop`."""
+    """Keep `added`, which the adapter `name` added to a layer's weight, until `cache_pop`."""
     layer._cache_store(f"{name}-added", added)
 
 
 def cache_pop(layer: Any, name: str) -> Tensor:
+    """What `cache_store` kept for the adapter `name`; it is kept no longer."""
     tensor: Tensor = layer._cache_pop(f"{name}-added")
     return tensor
 

@@ -1,8 +1,8 @@
-"""Adapters read from files of every common layout: this project's, peft's, diffusers' new and old keys,
+"""Reads adapters from files of every common layout: this project's, peft's, diffusers' new and old keys,
 kohya's and LyCORIS'.
 
-The keys of each module decide its kind. A file is read as a whole or refused: an unknown key is an error,
-since without its tensor the adapter would draw other pictures.
+The keys of each module decide its kind. A file is read completely or refused: an unknown key is an error,
+since the adapter would draw other pictures without that tensor.
 """
 
 import collections
@@ -36,11 +36,12 @@ _LIMITS = dataclasses.replace(
 
 
 def read(path: Path, layers: Layers | None = None) -> AnyAdapter:
-    """The adapter of any kind in a file, in the folder of a run, in one saved by peft, or in a pair of those
-    (`unet/`, `text_encoder/`).
+    """The adapter of any kind at `path`.
 
-    `layers` are those of the base, as `families.Base.layers` returns them. OFT, BOFT and HRA are only read
-    with a base, and not from peft's folders. Raises UserError as `read_additive` does.
+    `path` is a file, the output folder of a run, a folder saved by peft, or a folder of such folders (`unet`,
+    `text_encoder`, `text_encoder_2`). `layers` are those of the base, as `families.Base.layers` returns them.
+    OFT, BOFT and HRA need them, and are not read from peft's folders. Raises UserError as `read_additive`
+    does.
     """
     files = _files(path)
     is_peft_folder = files[0].path not in (path, path / native.ADAPTER_NAME)
@@ -50,32 +51,32 @@ def read(path: Path, layers: Layers | None = None) -> AnyAdapter:
 
 
 def read_additive(path: Path, layers: Layers | None = None) -> Adapter:
-    """`read` for LoRA, DoRA, LoHa and LoKr only.
+    """The adapter at `path`, as `read`, for LoRA, DoRA, LoHa and LoKr only.
 
-    Without `layers` the layers are those that the file names, each with the sizes of its tensors: a layer in
-    kohya's spelling keeps that as its name (`layer_names.is_raw`), and kernels that LoHa and LoKr flatten
-    stay flattened into the inputs. Raises UserError if there is no adapter, if it is damaged or not whole, if
-    it has keys of no known layout, or if it does not fit the base.
+    Without `layers` the names and shapes of layers come from the file. A layer in kohya's spelling then keeps
+    that name (`layer_names.is_raw`), and kernels that LoHa and LoKr flatten stay flattened into the inputs.
+    Raises UserError if there is no adapter, if it is damaged or incomplete, if it has keys of no known
+    layout, or if it does not fit the base.
     """
     return _joined(path, _files(path), layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """How pictures name an adapter: the ends of its path, and a hash of its files."""
+    """How pictures name an adapter: the last two parts of its path, and a hash of its files."""
 
     label: str
     sha256: str
 
 
 def identity(path: Path) -> Identity:
-    """The identity of the adapter in a file or folder that `read` takes. Raises UserError if a file cannot be
+    """The identity of the adapter at `path`, which `read` takes. Raises UserError if a file cannot be
     read."""
     run_file = path / native.ADAPTER_NAME
-    place = run_file if path.is_dir() and run_file.exists() else path
-    files = [place]
-    if not place.is_file():
-        files = sorted(p for p in place.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
+    location = run_file if path.is_dir() and run_file.exists() else path
+    files = [location]
+    if not location.is_file():
+        files = sorted(p for p in location.rglob("adapter_*") if p.suffix in (".safetensors", ".json"))
     hashes = []
     try:
         for file in files:
@@ -83,7 +84,7 @@ def identity(path: Path) -> Identity:
                 hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
-    absolute = place.absolute()
+    absolute = location.absolute()
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return Identity(f"{absolute.parent.name}/{absolute.name}", sha256)
 
@@ -96,11 +97,12 @@ class _File:
     """One file of an adapter."""
 
     path: Path
-    component: str = ""  # that of the folder around it, if it has such a name
-    config: Path | None = None  # peft's, beside it
+    component: str = ""  # the name of the file's folder, if it is a component's
+    config: Path | None = None  # peft's adapter_config.json in the same folder
 
     @functools.cached_property
     def header(self) -> Header:
+        """The file's header. Raises UserError if it is damaged."""
         return safetensors_files.read(self.path, _LIMITS)
 
 
@@ -125,8 +127,9 @@ def _files(path: Path) -> list[_File]:
             return [_peft_file(path / _PEFT_NAME)]
         if parts := [path / name for name in COMPONENTS if _is_peft_folder(path / name)]:
             return [_peft_file(part / _PEFT_NAME) for part in parts]
+        # no adapter: the first names in the folder are for the message
         names = sorted(entry.name for entry in path.iterdir())[:5]
-    except OSError as error:  # a name that is too long, for one
+    except OSError as error:  # for example, a name that is too long
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     raise UserError(
         f"{shown(path)}: no adapter is in this folder,"
@@ -140,6 +143,8 @@ def _is_peft_folder(folder: Path) -> bool:
 
 
 def _peft_file(path: Path) -> _File:
+    """peft's file of weights with its configuration, if there is one. Raises UserError if `path` is
+    absent."""
     folder, config = path.parent, path.with_name(_PEFT_CONFIG)
     if not path.exists():
         raise UserError(
@@ -151,13 +156,14 @@ def _peft_file(path: Path) -> _File:
 
 
 def _joined(path: Path, files: list[_File], layers: Layers | None) -> Adapter:
-    """The adapter in all the files of `path`."""
+    """The adapter in all `files`, which lie at `path`. Raises UserError if two files are for one
+    component."""
     names = None if layers is None else LayerNames(layers)
     parts: list[Adapter] = []
     for file in files:
         part = _read_file(file, names)
         for component in part.components:
-            if any(component in other.components for other in parts):
+            if any(component in earlier.components for earlier in parts):
                 raise UserError(f"{shown(path)}: two of its files are for {component}")
         parts.append(part)
     components = {
@@ -169,13 +175,15 @@ def _joined(path: Path, files: list[_File], layers: Layers | None) -> Adapter:
 
 
 Place = tuple[str, str]  # component and layer
-Split = tuple[str, str]  # the key's part that names the layer, which of its tensors
+Split = tuple[str, str]  # stem: the key's part that names the layer; part: which of the layer's tensors
 
 
 def _read_file(file: _File, names: LayerNames | None) -> Adapter:
+    """The adapter in one file. Without `names` of a base's layers, the layers come from the file."""
     where, header = shown(file.path), file.header
     if not header.shapes:
         raise UserError(f"{where}: the adapter is empty")
+    # the layer of each key, the tensors of each layer, and peft's configuration
     splits = _splits(where, header.shapes)
     names = names or _names_in_file(where, header.shapes, splits, file.component)
     places = _places(where, header.shapes, splits, file.component, names)
@@ -183,6 +191,7 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
     configs = peft_config.of_file(
         where, file.config, header.metadata, {component for component, _ in tensors}
     )
+    # the module of each layer
     hint = _other_family(header.shapes, names)
     components: dict[str, dict[str, Module]] = {}
     scales: dict[str, dict[str, float]] = {}
@@ -194,7 +203,7 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
         scales.setdefault(component, {})[path] = reader.scale(parts, module.rank)
         results = [tensor for tensor in vars(module).values() if isinstance(tensor, Tensor)]
         if not all(torch.isfinite(tensor).all() for tensor in results):
-            raise UserError(f"{where}: {component}.{path} is not finite once its scale is worked in")
+            raise UserError(f"{where}: {component}.{path} is not finite after multiplication by its scale")
     for component, config in configs.items():
         peft_config.check_whole(where, component, config, components[component], names.layers[component])
     return Adapter(components, header.metadata, scales)
@@ -203,7 +212,7 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
 def _tensors(
     path: Path, places: Mapping[str, Place], splits: Mapping[str, Split]
 ) -> dict[Place, dict[str, Tensor]]:
-    """The file's tensors, float32, by place and part. Raises UserError if one is not finite, or is there
+    """The file's tensors, float32, by place and part. Raises UserError if one is not finite or occurs
     twice."""
     where = shown(path)
     tensors: dict[Place, dict[str, Tensor]] = {}
@@ -213,18 +222,16 @@ def _tensors(
                 part = splits[key][1]
                 tensor = opened.get_tensor(key)
                 if part != "alpha" and not tensor.is_floating_point():
-                    raise UserError(f"{where}: {key} holds whole numbers; the adapter is broken")
+                    raise UserError(f"{where}: {key} has an integer dtype; the adapter is broken")
                 tensor = tensor.float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
                 parts = tensors.setdefault(place, {})
                 if part in parts:
-                    raise UserError(
-                        f"{where}: the {part} of {'.'.join(place)} is there twice, in two spellings"
-                    )
+                    raise UserError(f"{where}: {'.'.join(place)} has its {part} twice, in two spellings")
                 parts[part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
+        raise UserError(f"{where}: not a complete safetensors file ({reason_of(error)})") from None
     return tensors
 
 
@@ -232,8 +239,8 @@ def _tensors(
 
 
 def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
-    """The split of each key. Raises UserError if one is of no known layout."""
-    # a key with a `*` is of another program's embedding, whatever its end
+    """The split of each key. Raises UserError for a key of no known layout."""
+    # a key with a `*` belongs to another program's embedding, whatever its end
     splits = {
         key: None if "*" in key else layer_names.split(name)
         for key, name in layer_names.without_name(shapes).items()
@@ -245,7 +252,7 @@ def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
             if any(re.search(pattern, key) for key in unknown)
         )
         raise UserError(
-            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is read here,"
+            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is supported,"
             f" e.g. {unknown[0]}{next(hints, '')}"
         )
     return {key: split for key, split in splits.items() if split is not None}
@@ -254,7 +261,7 @@ def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
 def _placed(
     where: str, key: str, place: Callable[[str, str], Place | None], stem: str, component: str
 ) -> Place | None:
-    """`place` of the stem, with a UserError for its ValueError."""
+    """`place(stem, component)`. Raises UserError, naming `key`, where `place` raises ValueError."""
     try:
         return place(stem, component)
     except ValueError as error:
@@ -266,14 +273,17 @@ def _placed(
 def _names_in_file(
     where: str, shapes: Mapping[str, Shape], splits: Mapping[str, Split], component: str
 ) -> LayerNames:
-    """The layers that the file names, each with the sizes of its tensors: in place of a base's."""
+    """The layers that the file names, with shapes from its tensors; they take the place of a base's layers.
+
+    Raises UserError if a key names no component, or if the tensors of a layer make no module.
+    """
     modules: dict[Place, dict[str, Shape]] = collections.defaultdict(dict)
     raw: dict[str, Place] = {}
     for key, (stem, part) in splits.items():
         place = _placed(where, key, layer_names.place_by_key, stem, component)
         if place is None:
             raise UserError(
-                f"{where}: {key} does not say what part of a base it is for: unet,"
+                f"{where}: {key} does not name the part of a base that it is for: unet,"
                 " text_encoder or text_encoder_2"
             )
         modules[place][part] = shapes[key]
@@ -283,10 +293,10 @@ def _names_in_file(
     for (owner, path), parts in modules.items():
         shape = _shape_from(parts)
         if len(shape) not in (2, 4):
-            has = ", ".join(f"{part} {parts[part]}" for part in sorted(parts))
+            tensors = ", ".join(f"{part} {parts[part]}" for part in sorted(parts))
             raise UserError(
-                f"{where}: {owner}.{path} has only {has}; that is no whole LoRA, LoHa or LoKr,"
-                " the adapter is not whole"
+                f"{where}: {owner}.{path} has only {tensors}; that is not a complete LoRA, LoHa or LoKr;"
+                " the adapter is incomplete"
             )
         layers[owner][path] = shape
     names = LayerNames(layers)
@@ -321,27 +331,28 @@ def _places(
     component: str,
     names: LayerNames,
 ) -> dict[str, Place]:
-    """The place of each key. Raises UserError if one has none."""
+    """The place of each key. Raises UserError if a key is for no layer in `names`."""
     places: dict[str, Place] = {}
-    homeless = []
+    unplaced = []
     for key, (stem, _) in splits.items():
         place = _placed(where, key, names.place, stem, component)
         if place is None:
-            homeless.append(key)
+            unplaced.append(key)
         else:
             places[key] = place
-    if homeless:
+    if unplaced:
         absent = [name for name in COMPONENTS if name not in names.layers]
-        hints = [f": it has no {name}" for name in absent if any(_is_for(key, name) for key in homeless)]
+        hints = [f": it has no {name}" for name in absent if any(_is_for(key, name) for key in unplaced)]
         hint = hints[0] if hints else _other_family(shapes, names) or "; the adapter is for another base"
         raise UserError(
-            f"{where}: {len(homeless)} of {len(splits)} keys are for no layer of this base,"
-            f" e.g. {min(homeless)}{hint}"
+            f"{where}: {len(unplaced)} of {len(splits)} keys are for no layer of this base,"
+            f" e.g. {min(unplaced)}{hint}"
         )
     return places
 
 
 def _is_for(key: str, component: str) -> bool:
+    """Whether the key begins with a name of this component."""
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
     return key.startswith((f"{component}.", prefixes[component]))
 
@@ -353,10 +364,13 @@ _CROSS_ATTENTION = re.compile(
 
 
 def _other_family(shapes: Mapping[str, Shape], names: LayerNames) -> str:
-    """The end of a message if the adapter's UNet reads text of another width than the base's, else ""."""
+    """The end of a message if the adapter's UNet takes text embeddings of another width than the base's;
+    else ""."""
+    # the width that the base's UNet takes
     base_widths = {
         shape[1] for name, shape in names.layers.get("unet", {}).items() if name.endswith("attn2.to_k")
     }
+    # the widths in the adapter: the inputs of its modules on cross-attention's keys and values
     modules: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for key, shape in shapes.items():
         if _CROSS_ATTENTION.search(key) and len(shape) > 1 and (split := layer_names.split(key)):
@@ -371,7 +385,7 @@ def _other_family(shapes: Mapping[str, Shape], names: LayerNames) -> str:
     if len(base_widths) != 1 or len(widths) != 1 or base_widths == widths:
         return ""
     both = (widths.pop(), base_widths.pop())
-    texts = [f"{_FAMILIES[width]}'s {width}" if width in _FAMILIES else str(width) for width in both]
+    named = [f"{width} ({_FAMILIES[width]})" if width in _FAMILIES else str(width) for width in both]
     return (
-        f"; the adapter is for another base: its UNet reads text {texts[0]} wide, and this one's {texts[1]}"
+        f"; the adapter is for another base: its UNet takes text of width {named[0]}, this one's {named[1]}"
     )

@@ -1,8 +1,10 @@
-"""Adapters that turn a layer's weight instead of adding to it: OFT, BOFT and HRA, in files with peft's keys.
+"""Adapters that rotate a layer's weight instead of adding to it: OFT, BOFT and HRA, in files with peft's
+keys.
 
-No two programs store these alike, and peft's layers for them cannot be stacked: HRA's takes the base's weight
-and leaves out any adapter between. So they are never put on a live model. peft computes the turned weight of
-one layer at a time, on a copy, and `adapters.apply` or `bake` puts that in place of the weight.
+Every program stores these in another layout; only peft's is read. peft's layers for them cannot be stacked:
+HRA's takes the base's weight and ignores adapters between itself and the base. So they are never attached to
+a live model. peft computes the rotated weight of one layer at a time, on a copy, and `adapters.apply` or
+`bake` replaces the weight by it.
 """
 
 import dataclasses
@@ -28,7 +30,8 @@ Fields = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """One field of peft's configuration that changes what the tensors mean."""
+    """One field of peft's configuration that changes what the tensors mean. `rule` says in messages what it
+    must be."""
 
     rule: str
     is_right: Callable[[Any], bool]
@@ -37,10 +40,11 @@ class _Field:
 
 @dataclasses.dataclass(frozen=True)
 class _RotationKind:
-    """One kind: its tensors in a layer, its fields, and functions of both.
+    """One kind: the names of its tensors in a layer, its fields, and functions of both.
 
-    `problem` says why tensors of these shapes, with these fields, cannot turn a weight of that shape; "" if
-    they can. `config` is peft's. `size` is the side of a block, or the number of reflections.
+    `problem` returns why tensors of these shapes, with these fields, cannot rotate a weight of that shape; ""
+    if they can. `config` returns peft's configuration for the tensors of one layer. `size` returns the side
+    of a block, or the number of reflections.
     """
 
     parts: tuple[str, ...]
@@ -63,7 +67,7 @@ def _is_count(value: object) -> bool:
 
 
 def _side_of(elements: int) -> int:
-    """The side of a skew-symmetric block with so many entries above its diagonal."""
+    """The side of a skew-symmetric block with this number of entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
@@ -74,13 +78,13 @@ def _oft_side(tensors: Mapping[str, Tensor]) -> int:
 def _oft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
     shape = shapes["oft_R.weight"]
     if math.prod(weight[2:]) > 1:
-        return "peft's OFT of a kernel larger than 1 x 1 is none: it adds up patches that overlap"
+        return "OFT on a kernel larger than 1 x 1 is not supported: peft adds up overlapping patches"
     if len(shape) != 2 or _side_of(shape[1]) * (_side_of(shape[1]) - 1) != 2 * shape[1]:
         return f"its oft_R has shape {shape}, which is no set of rotations"
-    blocks, rest = divmod(weight[1], _side_of(shape[1]))
-    if rest or shape[0] != (1 if fields["block_share"] else blocks):
+    blocks, remainder = divmod(weight[1], _side_of(shape[1]))
+    if remainder or shape[0] != (1 if fields["block_share"] else blocks):
         return (
-            f"its oft_R has shape {shape}, which does not turn {weight[1]} inputs;"
+            f"its oft_R has shape {shape}, which does not rotate {weight[1]} inputs;"
             " the adapter is for another base, or broken"
         )
     return ""
@@ -98,8 +102,8 @@ def _boft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) ->
     if len(sides) != 2 or sides[0] != sides[1] or blocks * sides[0] != inputs or shapes["boft_s"] != scales:
         return (
             f"it has boft_R of shape {shapes['boft_R']} and boft_s of shape {shapes['boft_s']},"
-            " which do not turn"
-            f" {inputs} inputs and scale {weight[0]} outputs; the adapter is for another base, or broken"
+            f" which do not rotate {inputs} inputs and scale {weight[0]} outputs;"
+            " the adapter is for another base, or broken"
         )
     return ""
 
@@ -161,16 +165,16 @@ _KINDS = {
         lambda tensors: tensors["hra_u"].shape[1],
     ),
 }
-# Fields of peft under which tensors mean something else. Any value but false, none and empty is refused.
+# Fields of peft that change what the tensors mean. Any value but false, none and empty is refused.
 _CHANGE_MEANING = ("fan_in_fan_out", "modules_to_save", "exclude_modules", "layers_to_transform")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotations:
-    """An adapter of OFT, BOFT or HRA: tensors by component, layer and part; `settings`: by component, its
-    kind and peft's fields.
+    """An adapter of OFT, BOFT or HRA, with the interface of `adapter.Adapter`.
 
-    Has the interface of `adapter.Adapter`.
+    `components` has the tensors by component, layer and part. `settings` has, by component, the kind and the
+    fields of peft's configuration.
     """
 
     components: dict[str, dict[str, dict[str, Tensor]]]
@@ -183,7 +187,7 @@ class Rotations:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """oft, boft, hra: those that occur, in alphabetical order."""
+        """The kinds of the components, in alphabetical order, of: oft, boft, hra."""
         return tuple(sorted({kind.lower() for kind, _ in self.settings.values()}))
 
     def rows(self) -> list[Row]:
@@ -200,23 +204,22 @@ class Rotations:
         return {}
 
     def update(self, component: str, layer: str, weight: Tensor) -> Tensor:
-        """`adapted` less `weight`."""
+        """`adapted` minus `weight`."""
         return self.adapted(component, layer, weight) - weight
 
     def adapted(self, component: str, layer: str, weight: Tensor) -> Tensor:
-        """The layer's weight, float32, as the adapter turns it: in its shape and on its device. `weight`
-        itself does not change.
+        """The layer's weight, rotated by the adapter. `weight` is the base's, float32, and does not change;
+        the result has its shape and device.
 
         Raises UserError if the installed version of peft has other tensors for this kind.
         """
-        from peft import inject_adapter_in_model, set_peft_model_state_dict  # seconds
+        from peft import inject_adapter_in_model, set_peft_model_state_dict  # takes seconds
 
         from dreambooth.adapter_files import peft_internals
 
         kind, fields = self.settings[component]
         tensors = self.components[component][layer]
-        # peft turns a weight by merging the adapter into a layer: here into a copy of the layer, alone in a
-        # model
+        # a copy of the layer, alone in a model, with an adapter of this kind
         copy = peft_internals.stand_in(weight.shape)
         copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
         model = torch.nn.ModuleDict({"layer": copy})
@@ -224,6 +227,7 @@ class Rotations:
         config.target_modules, config.inference_mode = {"layer"}, True
         with torch.random.fork_rng(devices=[]), peft_internals.without_boft_extension():
             inject_adapter_in_model(config, model, "turning")
+        # the adapter's tensors
         prefix = f"{kind.lower()}_"
         expected = {key for key in model.state_dict() if key.partition(".")[2].startswith(prefix)}
         state = {f"layer.{part}": tensor for part, tensor in tensors.items()}
@@ -233,22 +237,24 @@ class Rotations:
                 f"{component}.{layer}: this version of peft has other tensors for {kind}:"
                 f" {', '.join(sorted(expected))}"
             )
-        turned: Any = model["layer"]
+        # peft rotates the weight by merging the adapter into the layer
+        layer_copy: Any = model["layer"]
         with torch.no_grad():
-            turned.merge()
-        return turned.get_base_layer().weight.detach()
+            layer_copy.merge()
+        return layer_copy.get_base_layer().weight.detach()
 
 
 # ---- reading
 
 
 def has_keys(header: Header) -> bool:
-    """Whether any of a file's keys is of OFT, BOFT or HRA."""
+    """Whether a file has a key of OFT, BOFT or HRA."""
     return any(_split(key) for key in header.shapes)
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
-    """(the key's part that names the layer, kind, part); None for a key of no such kind."""
+    """(stem: the part that names component and layer; kind; which of the layer's tensors); None for a key of
+    another kind."""
     for kind, record in _KINDS.items():
         for part in record.parts:
             if key.endswith(f".{part}"):
@@ -258,7 +264,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """What a key of the file stands for."""
+    """The tensor that a key of the file names."""
 
     component: str
     layer: str
@@ -267,10 +273,10 @@ class _Place:
 
 
 def read(path: Path, header: Header, layers: Layers) -> Rotations:
-    """The adapter in a file whose header `has_keys`; `layers` are the base's: shapes of weights by component
-    and layer.
+    """The adapter in a file for whose header `has_keys` is true. `layers` are the base's: shapes of weights
+    by component and layer.
 
-    Raises UserError if the file is damaged or not whole, if its metadata lacks peft's fields or has wrong
+    Raises UserError if the file is damaged or incomplete, if its metadata lacks peft's fields or has wrong
     ones, or if it does not fit the base.
     """
     where = shown(path)
@@ -293,25 +299,27 @@ def _check_dtypes(where: str, header: Header) -> None:
     for key, (dtype, _) in header.places.items():
         if dtype not in allowed:
             rule = f"{key} has dtype {dtype!r}; it must be one of {', '.join(sorted(allowed))}"
-            raise UserError(f"{where}: not a whole safetensors file ({rule})")
+            raise UserError(f"{where}: not a complete safetensors file ({rule})")
 
 
 def _place(where: str, key: str) -> _Place:
+    """The place of a key. Raises UserError if it is not one of peft's for these kinds, with a component in
+    front."""
     if parts := _split(key):
         stem, kind, part = parts
         component, _, layer = stem.partition(".")
         if component in COMPONENTS:
             return _Place(component, layer_names.plain(layer), kind, part)
     raise UserError(
-        f"{where}: the key {key} is none of an OFT, BOFT or HRA adapter as peft has them (unet.*,"
-        " text_encoder.*)"
+        f"{where}: the key {key} is not one of peft's keys (unet.*, text_encoder.*) of OFT, BOFT or HRA"
     )
 
 
 def _tensors(
     path: Path, places: Mapping[str, _Place], settings: Mapping[str, tuple[str, Any]]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """The file's tensors, float32, by component, layer and part."""
+    """The file's tensors, float32, by component, layer and part. Raises UserError if one is not finite or of
+    another kind than its component."""
     where = shown(path)
     components: dict[str, dict[str, dict[str, Tensor]]] = {
         name: {} for name in COMPONENTS if name in settings
@@ -322,19 +330,19 @@ def _tensors(
                 kind, _ = settings[place.component]
                 if place.kind != kind:
                     raise UserError(
-                        f"{where}: {key} is of {place.kind}, and its metadata says that {place.component} has"
-                        f" {kind}"
+                        f"{where}: {key} is of {place.kind}, but in its metadata {place.component} has {kind}"
                     )
                 tensor = file.get_tensor(key).float()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
                 components[place.component].setdefault(place.layer, {})[place.part] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a whole safetensors file ({reason_of(error)})") from None
+        raise UserError(f"{where}: not a complete safetensors file ({reason_of(error)})") from None
     return components
 
 
 def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The table of peft's fields in a file's metadata. Raises UserError if it is no JSON table."""
     try:
         content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
@@ -345,7 +353,10 @@ def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(kind, its fields of peft's configuration): every value is tested, and no other is passed on."""
+    """(kind, its fields of peft's configuration). Every value is checked; other fields are not passed on.
+
+    Raises UserError for a missing kind, or a value that is wrong or not supported.
+    """
     prefix = f"{component}."
     fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
 
@@ -355,7 +366,7 @@ def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[s
 
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in _KINDS:
-        rule = f"one of {', '.join(_KINDS)}: without peft's settings nobody knows what such tensors mean"
+        rule = f"one of {', '.join(_KINDS)}: without peft's settings the tensors cannot be interpreted"
         raise wrong("peft_type", rule)
     for name in _CHANGE_MEANING:
         if fields.get(name):
@@ -371,7 +382,7 @@ def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[s
 
 
 def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers: Layers) -> None:
-    """Raise UserError unless the adapter can turn every layer that it names, and has all layers that it was
+    """Raise UserError unless the adapter can rotate every layer that it names, and has all layers that it was
     trained on."""
     by_plain_name = layer_names.plain_layers(layers)
     for component, modules in rotations.components.items():
@@ -382,9 +393,9 @@ def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers:
         for layer, tensors in modules.items():
             place = f"{where}: {component}.{layer}"
             if layer not in weights:
-                raise UserError(f"{place} is no layer of this base; the adapter is for another base")
+                raise UserError(f"{place} is not a layer of this base; the adapter is for another base")
             if missing := set(_KINDS[kind].parts) - tensors.keys():
-                raise UserError(f"{place} lacks its {', '.join(sorted(missing))}; the adapter is not whole")
+                raise UserError(f"{place} lacks its {', '.join(sorted(missing))}; the adapter is incomplete")
             shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
             if problem := _KINDS[kind].problem(shapes, weights[layer], fields):
                 raise UserError(f"{place}: {problem}")
@@ -392,4 +403,4 @@ def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers:
         names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
         ends = [layer_names.plain(name) for name in names]
         if absent := layer_names.absent_layers(component, ends, weights, modules):
-            raise UserError(f"{where} lacks {absent}; the adapter is not whole")
+            raise UserError(f"{where} lacks {absent}; the adapter is incomplete")

@@ -1,4 +1,4 @@
-"""Text about an adapter for people: tables of its modules, scales and norms, and its metadata."""
+"""Reports about an adapter for the terminal: tables of its modules, scales and norms, and its metadata."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,7 +11,8 @@ _BLOCK = re.compile(r"((?:down|up)_blocks[._]\d+|mid_block|(?:input|output)_bloc
 
 
 def table(adapter: AnyAdapter) -> str:
-    """One line for each component and kind: modules, and their sizes with how often each occurs."""
+    """A title line, and a line for each component and kind: the number of modules, and their sizes with the
+    count of each."""
     lines = [f"{'component':<16} {'kind':<6} {'modules':>8}  {adapter.size_title}"]
     for row in adapter.rows():
         counts = sorted(Counter(row.sizes).items(), key=lambda item: item[0] or 0)
@@ -24,7 +25,7 @@ def table(adapter: AnyAdapter) -> str:
 
 
 def report(adapter: AnyAdapter) -> str:
-    """`table`; of what adds to weights, also its scales and norms; the metadata."""
+    """`table` and the metadata; for an additive adapter, also its scales and norms."""
     sections = [table(adapter)]
     if adapter.is_additive:
         sections += [_scales(adapter.scales), _norms(adapter)]
@@ -32,7 +33,7 @@ def report(adapter: AnyAdapter) -> str:
 
 
 def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:
-    """What the file multiplies each update by, most frequent first."""
+    """A table of the scales by component, the most frequent first, at most 6."""
     lines = [f"{'component':<16} scale"]
     for component, by_layer in scales.items():
         counts = Counter(f"{scale:.6g}" for scale in by_layer.values()).most_common(6)
@@ -42,21 +43,22 @@ def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _norms(adapter: AnyAdapter) -> str:
-    """Frobenius norms of the update, scales worked in, by block of the UNet and by text encoder."""
+    """A table of the update's Frobenius norms, with the scale, by block of the UNet and by text encoder."""
     blocks: dict[str, list[float]] = defaultdict(list)
     for component, norms in adapter.norms().items():
         for layer, norm in norms.items():
             blocks[_block(component, layer)].append(norm)
     lines = [f"{'block':<24} {'layers':>6} {'norm of the update':>20} {'largest of a layer':>20}"]
-    for name, of_block in blocks.items():
-        total = sum(norm * norm for norm in of_block) ** 0.5
-        lines.append(f"{name:<24} {len(of_block):>6} {total:>20.6g} {max(of_block):>20.6g}")
+    for name, block_norms in blocks.items():
+        total = sum(norm * norm for norm in block_norms) ** 0.5
+        lines.append(f"{name:<24} {len(block_norms):>6} {total:>20.6g} {max(block_norms):>20.6g}")
     if any(kind.startswith("d") for kind in adapter.kinds):
-        lines.append("(without the lengths of rows that DoRA has as well)")
+        lines.append("(without the magnitudes of DoRA)")
     return "\n".join(lines)
 
 
 def _block(component: str, layer: str) -> str:
+    """The name of a layer's line in the table: the UNet's block, or the text encoder."""
     if component != "unet":
         return component
     match = _BLOCK.search(f"{layer}.")
@@ -64,6 +66,7 @@ def _block(component: str, layer: str) -> str:
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:
+    """A line for each field of the metadata; long texts are cut."""
     if not metadata:
         return "no metadata"
     lines = ["metadata"]

@@ -1,4 +1,4 @@
-"""Adapters written in three layouts: this project's, kohya's (and LyCORIS'), and peft's folders.
+"""Writes adapters in three layouts: this project's, kohya's (and LyCORIS'), and peft's folders.
 
 The same adapter always gives the same bytes: keys and lists are sorted, and there are no paths and no times.
 """
@@ -23,12 +23,11 @@ from dreambooth.files import safetensors_files
 
 
 def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> bytes:
-    """The bytes of a file in the layout of `native`: peft's keys with the component in front, and stable
-    fields of peft's configuration.
+    """The bytes of a file in the layout of `native`, with tensors in `dtype` and alpha = rank.
 
-    Plain diffusers loads LoRA and DoRA from it; LoHa and LoKr are read by this project and peft. alpha = rank
-    everywhere. `info` is about the training run, without local paths. Raises UserError if a component mixes
-    kinds, which one configuration cannot describe, or if a value is not finite in `dtype`.
+    diffusers loads LoRA and DoRA from it; this project and peft also read LoHa and LoKr. `info` is about the
+    training run, without local paths. Raises UserError if the adapter is empty, if a component mixes kinds,
+    which one configuration cannot describe, or if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
@@ -42,6 +41,7 @@ def write_native(adapter: Adapter, info: Mapping[str, Any], dtype: torch.dtype =
 
 
 def _check_one_kind(component: str, modules: Mapping[str, Module]) -> None:
+    """Raise UserError unless all modules are of one kind that peft has."""
     kinds = sorted({deltas.kind(module) for module in modules.values()})
     if len(kinds) > 1 or kinds[0] in ("doha", "dokr"):
         raise UserError(
@@ -51,7 +51,8 @@ def _check_one_kind(component: str, modules: Mapping[str, Module]) -> None:
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies on the CPU in `dtype`. Raises UserError if there are none, or a value is not finite."""
+    """Copies of the tensors on the CPU in `dtype`. Raises UserError if there are none, or if a value is not
+    finite."""
     if not tensors:
         raise UserError("the adapter is empty")
     stored = {}
@@ -63,13 +64,13 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def _peft_tensors(module: Module) -> dict[str, Tensor]:
-    """A module's tensors by the end of peft's keys."""
+    """A module's tensors by the ends of peft's keys."""
     if not isinstance(module, Lora):
         return _lycoris_tensors(module)
     tensors = {"lora_A.weight": module.down, "lora_B.weight": module.up}
     if module.magnitude is not None:
         is_conv = module.down.ndim > 2
-        # `.weight`, as the parameter is called: without it peft drops a text encoder's magnitude on loading
+        # with the parameter's `.weight`: without it peft ignores a text encoder's magnitude on loading
         tensors["lora_magnitude_vector.weight"] = (
             module.magnitude.reshape(1, -1, 1, 1) if is_conv else module.magnitude
         )
@@ -77,7 +78,8 @@ def _peft_tensors(module: Module) -> dict[str, Tensor]:
 
 
 def _lycoris_tensors(module: LoHa | LoKr) -> dict[str, Tensor]:
-    """A module's tensors by the names that peft and LyCORIS share. Both flatten a product's second factor."""
+    """A module's tensors by the names that peft and LyCORIS share. Both flatten the kernel of a product's
+    second factor."""
     tensors = deltas.factors_by_name(module)
     return {
         name: tensor.flatten(1) if name.endswith("_b") else tensor
@@ -87,11 +89,12 @@ def _lycoris_tensors(module: LoHa | LoKr) -> dict[str, Tensor]:
 
 
 def _peft_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
-    """The fields of a configuration with which peft makes modules of these shapes, with every scale 1."""
+    """The fields of a configuration from which peft makes modules of these shapes, each with scale 1."""
     ranks = {path: _peft_rank(module) for path, module in modules.items()}
     counts = collections.Counter(module.rank for module in modules.values() if module.rank is not None)
-    # the most frequent rank, the largest of several; without any, one so large that all factors become dense
+    # r: the most frequent rank, the larger one in a tie; without any, a rank that makes all factors dense
     rank = max(counts, key=lambda r: (counts[r], r)) if counts else max(ranks.values())
+    # rank_pattern: the layers of other ranks
     pattern = {}
     for path, module in modules.items():
         becomes_dense = module.rank is None and rank >= ranks[path]
@@ -122,7 +125,7 @@ def _peft_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
 
 
 def _peft_rank(module: Module) -> int:
-    """The module's rank; for dense factors, the smallest rank for which peft makes them dense."""
+    """The module's rank; if its factors are dense, the smallest rank for which peft makes them dense."""
     if module.rank is not None or not isinstance(module, LoKr):
         return module.rank or 1
     first, second = module.factors()
@@ -130,8 +133,11 @@ def _peft_rank(module: Module) -> int:
 
 
 def divided(width: int, factor: int) -> int:
-    """The size of LoKr's first factor along a side of that width: `factor` if it divides the width, else the
-    width's largest divisor up to `factor` and to the width's root."""
+    """The size of LoKr's first factor along a side of the weight with this `width`.
+
+    It is `factor` if that divides the width. Else it is the width's largest divisor that is at most `factor`
+    and at most the width's square root; -1 is no limit.
+    """
     if factor > 0 and width % factor == 0:
         return factor
     limit = min(math.isqrt(width), factor if factor > 0 else width)
@@ -139,14 +145,14 @@ def divided(width: int, factor: int) -> int:
 
 
 def _decompose_factor(modules: Iterable[LoKr]) -> int:
-    """The factor with which peft divides every layer as these modules do; -1, peft's default, if there is
+    """peft's `decompose_factor` that gives every layer factors of these sizes; -1, the default, if there is
     none."""
-    sides: set[tuple[int, int]] = set()  # width of the layer, size of the first factor
+    sizes: set[tuple[int, int]] = set()  # (width of the layer, size of the first factor) on each side
     for module in modules:
         first, second = module.factors()
-        sides |= {(first.shape[side] * second.shape[side], first.shape[side]) for side in (0, 1)}
-    for factor in (-1, *sorted({size for _, size in sides})):
-        if all(divided(width, factor) == size for width, size in sides):
+        sizes |= {(first.shape[side] * second.shape[side], first.shape[side]) for side in (0, 1)}
+    for factor in (-1, *sorted({size for _, size in sizes})):
+        if all(divided(width, factor) == size for width, size in sizes):
             return factor
     return -1
 
@@ -162,19 +168,19 @@ def write_kohya(
     *,
     depth: int = layer_names.XL_DEPTH,
 ) -> bytes:
-    """The bytes of a file that kohya's scripts, LyCORIS, ComfyUI, A1111, Forge and, for LoRA, any diffusers
-    read.
+    """The bytes of a file that kohya's scripts, LyCORIS, ComfyUI, A1111 and Forge read, and diffusers if it
+    is a LoRA.
 
-    LoRA is padded with zeros to one rank for each component, alpha = rank: from mixed ranks diffusers
-    silently makes another adapter. Of `info`, resolution, seed and steps go into kohya's fields. `depth`: see
-    `layer_names.depth_of`. Raises UserError if the family has no such component, or if a value is not finite
-    in `dtype`.
+    LoRA modules are padded with zeros to one rank for each component, and alpha is that rank: diffusers makes
+    another adapter of mixed ranks without a warning. `info` is about the training run; its resolution, seed
+    and steps also go into kohya's fields. `depth`: see `layer_names.depth_of`. Raises UserError if the family
+    lacks a component of the adapter, or if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     ranks: set[int] = set()
     for component, modules in adapter.components.items():
         if component not in layer_names.KOHYA_PREFIXES[family]:
-            raise UserError(f"the adapter has a {component}, and {family} has none")
+            raise UserError(f"the adapter has a {component}, but {family} has none")
         largest = max([module.rank for module in modules.values() if isinstance(module, Lora)], default=0)
         for path, module in modules.items():
             if isinstance(module, Lora):
@@ -183,7 +189,7 @@ def write_kohya(
                 alpha = largest
             else:
                 parts = _lycoris_tensors(module)
-                alpha = module.rank or 1  # readers ignore it where both factors are dense
+                alpha = module.rank or 1  # readers ignore it if both factors are dense
             ranks.add(alpha)
             parts["alpha"] = torch.tensor(float(alpha))
             if module.magnitude is not None:
@@ -197,8 +203,10 @@ def write_kohya(
 def _kohya_metadata(
     adapter: Adapter, family: KohyaFamily, info: Mapping[str, Any], rank: int
 ) -> dict[str, str]:
-    """The fields by which kohya's scripts and A1111 recognize a file. No names and no times: they vary from
-    run to run."""
+    """The metadata by which kohya's scripts and A1111 recognize a file; `rank` is the largest.
+
+    There are no names and no times in it: they differ between runs.
+    """
     kinds = {kind.replace("d", "l", 1) for kind in adapter.kinds}
     modules = [module for part in adapter.components.values() for module in part.values()]
     arguments: dict[str, str] = {}
@@ -208,8 +216,8 @@ def _kohya_metadata(
             arguments |= {"dora_wd": "True", "wd_on_out": "True"}
     if any(deltas.ndim(module) > 2 for module in modules):
         arguments |= {"conv_dim": str(rank), "conv_alpha": str(rank)}
-    is_velocity = info.get("prediction_type") == "v_prediction"
-    versions = {"sd1": "sd_v1", "sd2": "sd_v2_v" if is_velocity else "sd_v2", "sdxl": "sdxl_base_v1-0"}
+    is_v_prediction = info.get("prediction_type") == "v_prediction"
+    versions = {"sd1": "sd_v1", "sd2": "sd_v2_v" if is_v_prediction else "sd_v2", "sdxl": "sdxl_base_v1-0"}
     metadata = {
         "ss_network_module": "networks.lora" if adapter.kinds == ("lora",) else "lycoris.kohya",
         "ss_network_dim": str(rank),
@@ -233,11 +241,11 @@ def _kohya_metadata(
 def write_peft(
     adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.dtype = torch.float32
 ) -> dict[str, bytes]:
-    """The bytes of files by their path: for each component a folder that `PeftModel.from_pretrained` takes.
+    """The bytes of files by relative path: for each component a folder for `PeftModel.from_pretrained`.
 
-    `text_prefixes`: by text encoder, the prefix of its layers in the models that the folders are for
-    (`layer_names.installed_text_prefixes`). Raises UserError as `write_native`, and if peft's configuration
-    would make a module of another shape.
+    `text_prefixes`: by text encoder, the prefix of its layers in the models that will load the folders
+    (`layer_names.installed_text_prefixes`). Raises UserError as `write_native` does, and if no configuration
+    of peft makes modules of these shapes.
     """
     files: dict[str, bytes] = {}
     for component, modules in adapter.components.items():
@@ -262,36 +270,39 @@ def write_peft(
 
 
 def _peft_state_name(name: str) -> str:
-    """The end of a key as peft's state dicts have it: without the `.weight` of magnitudes, which peft removes
-    and puts back."""
+    """The end of a key in peft's state dicts: without the `.weight` of magnitudes, which peft removes on
+    saving and adds on loading."""
     return name.removesuffix(".weight") if "magnitude" in name else name
 
 
 def _check_peft_makes(component: str, modules: Mapping[str, Module], fields: Mapping[str, Any]) -> None:
-    """Raise UserError unless peft makes modules of these shapes from the configuration: tried on layers
-    without weights."""
+    """Raise UserError unless peft makes modules of these shapes from the configuration.
+
+    It is tried on layers without data.
+    """
     from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-    from dreambooth.adapter_files import peft_internals  # both bring peft, which takes seconds
+    from dreambooth.adapter_files import peft_internals  # late: importing peft takes seconds
 
-    # a model of nothing but these layers, at their paths
+    # a model that has only these layers, at their paths
     root = torch.nn.Module()
     for path, module in modules.items():
         *parents, last = path.split(".")
-        place = root
+        parent = root
         for name in parents:
-            if not hasattr(place, name):
-                place.add_module(name, torch.nn.Module())
-            place = getattr(place, name)
-        place.add_module(last, peft_internals.stand_in(deltas.shape(module)))
+            if not hasattr(parent, name):
+                parent.add_module(name, torch.nn.Module())
+            parent = getattr(parent, name)
+        parent.add_module(last, peft_internals.stand_in(deltas.shape(module)))
     config = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}[fields["peft_type"]]
     inject_adapter_in_model(config(**fields), root, "default", low_cpu_mem_usage=True)
+    # the shapes of peft's tensors against those of the modules
     state = get_peft_model_state_dict(root, save_embedding_layers=False)
     for path, module in modules.items():
         for name, tensor in _peft_tensors(module).items():
             made = state.get(f"{path}.{_peft_state_name(name)}")
             if made is None or made.shape != tensor.shape:
                 raise UserError(
-                    f"{component}.{path}: no one configuration of peft makes its {deltas.kind(module)}"
-                    " together with the others'; use --to lora"
+                    f"{component}.{path}: one configuration of peft cannot describe its {deltas.kind(module)}"
+                    f" and those of the other layers of {component}; use --to lora"
                 )

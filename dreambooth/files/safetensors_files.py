@@ -108,10 +108,10 @@ def read(path: Path, limits: Limits) -> Header:
             content = _json(file.read(size))
         return _checked(content, 8 + size, info.st_size - 8 - size, limits)
     except _Broken as error:
-        raise UserError(f"{shown(path)}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{shown(path)}: not a complete safetensors file ({error})") from None
     except OSError as error:
         raise UserError(
-            f"{shown(path)}: not a whole safetensors file (it cannot be read: {error.strerror or error})"
+            f"{shown(path)}: not a complete safetensors file (it cannot be read: {error.strerror or error})"
         ) from None
 
 

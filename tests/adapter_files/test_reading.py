@@ -461,5 +461,5 @@ def test_an_xl_file_with_diffusers_names_is_read_too(xl, tmp_path):
 
 def test_a_second_text_encoder_is_no_part_of_stable_diffusion_1(xl):
     modules = {"text_projection": Lora(torch.ones(1, 24), torch.ones(24, 1))}
-    with pytest.raises(UserError, match="text_encoder_2, and sd1 has none"):
+    with pytest.raises(UserError, match="text_encoder_2, but sd1 has none"):
         writing.write_kohya(Adapter({"text_encoder_2": dict(modules)}, {}), "sd1", {})

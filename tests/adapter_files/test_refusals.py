@@ -66,25 +66,25 @@ def broken(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 REFUSALS = {
-    "half": rf"{SOME} has only down; that is no whole LoRA",
+    "half": rf"{SOME} has only down; that is not a complete LoRA",
     "not finite": rf"{SOME}\.lora_A\.weight has values that are not finite",
-    "unknown key": r"1 of \d+ keys belong to no kind of adapter that is read here, e\.g\. .*lora_C",
+    "unknown key": r"1 of \d+ keys belong to no kind of adapter that is supported, e\.g\. .*lora_C",
     "oft": "OFT",
     "bias": "a trained bias",
     "other component": "keys are for no layer of this base",
     "other layer": "keys are for no layer of this base",
     "second text encoder": "it has no text_encoder_2",
-    "twice": "there twice, in two spellings",
-    "two kinds": "is no whole LoRA, LoHa or LoKr",
+    "twice": r"has its \w+ twice, in two spellings",
+    "two kinds": "is not a complete LoRA, LoHa or LoKr",
     "other rank": r"its up has shape \(64, 3\); for this layer of \(64, 32\) it must be of shape \(64, 4\)",
     "stable diffusion 2": (
-        "another base: its UNet reads text Stable Diffusion 2.x's 1024 wide, and this one's 32"
+        r"another base: its UNet takes text of width 1024 \(Stable Diffusion 2\.x\), this one's 32"
     ),
     "alpha 0": "alpha must be one number other than 0, up to a million",
-    "magnitude of inputs": "lengths of inputs",
-    "whole numbers": "whole numbers",
+    "magnitude of inputs": "magnitudes of inputs",
+    "whole numbers": "integer dtype",
     "a bundled embedding": r"e\.g\. bundle_emb\.dog\.string_to_param\.\*: an embedding \(textual inversion\)",
-    "a star in a layer": r"belong to no kind of adapter that is read here, e\.g\. .*\*",
+    "a star in a layer": r"belong to no kind of adapter that is supported, e\.g\. .*\*",
 }
 
 
@@ -120,7 +120,7 @@ def test_a_folder_without_an_adapter_says_what_it_holds(base, tmp_path):
 METADATA = {
     "no JSON": ("[", "is not a JSON table"),
     "other kind": ('{"unet.peft_type": "OFT"}', "has peft_type = 'OFT'"),
-    "other rank": ('{"unet.r": 5, "unet.lora_alpha": 5}', "has rank 4, and its metadata says 5"),
+    "other rank": ('{"unet.r": 5, "unet.lora_alpha": 5}', "has rank 4, but its metadata has 5"),
     "odd alpha": (
         '{"unet.r": 4, "unet.lora_alpha": "much"}',
         "has lora_alpha = 'much'; it must be a number other than 0",
@@ -134,7 +134,7 @@ METADATA = {
     ),
     "half an adapter": (
         '{"unet.r": 4, "unet.lora_alpha": 6, "text_encoder.r": 4, "text_encoder_2.r": 4}',
-        "has metadata about a text_encoder_2 and no tensor of it; the adapter is not whole",
+        "has metadata about a text_encoder_2 but no tensor of it; the adapter is incomplete",
     ),
     "no component": (
         '{"r": 4, "lora_alpha": 6}',

@@ -351,8 +351,8 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("truncated", "not a whole safetensors file (its tensors have "),
-        ("header cut", "not a whole safetensors file (its header should have "),
+        ("truncated", "not a complete safetensors file (its tensors have "),
+        ("header cut", "not a complete safetensors file (its header should have "),
         ("longer than it says", "bytes left over"),
         ("text", "cut off, or no safetensors file"),
         (
@@ -361,7 +361,7 @@ def unreadable(tmp_path: Path, models: Models, what: str) -> Path:
         ),
         (
             "a base's weights",
-            "1 of 1 keys belong to no kind of adapter that is read here, e.g. unet.conv_in.weight",
+            "1 of 1 keys belong to no kind of adapter that is supported, e.g. unet.conv_in.weight",
         ),
     ],
 )
@@ -422,7 +422,7 @@ def test_another_rank_is_refused(loaded):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("unet", "the adapter is for another base: its UNet reads text 32 wide, and this one's 48"),
+        ("unet", "the adapter is for another base: its UNet takes text of width 32, this one's 48"),
         (
             "text_encoder",
             "has shape (32, 4); for this layer of (48, 48) it must be of shape (48, 4);"
@@ -474,8 +474,8 @@ def of_a_norm(state: State) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (without_b, "has only down; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"),
-        (without_one_a, "has only up; that is no whole LoRA, LoHa or LoKr, the adapter is not whole"),
+        (without_b, "has only down; that is not a complete LoRA, LoHa or LoKr; the adapter is incomplete"),
+        (without_one_a, "has only up; that is not a complete LoRA, LoHa or LoKr; the adapter is incomplete"),
         (of_two_ranks, "4); for this layer of (64, 64) it must be of shape (64, 5)"),
         (flattened, "the adapter is for another base, or broken"),
         (

@@ -598,7 +598,7 @@ def header(what: str, data: bytes | Callable[[], bytes], *said: str) -> None:
         "adapters",
         what,
         lambda path: path.write_bytes(data if isinstance(data, bytes) else data()),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
         *said,
     )
 
@@ -823,7 +823,7 @@ bad(
     "adapters",
     "evil pickle",
     evil,
-    "not a whole safetensors file",
+    "not a complete safetensors file",
     "serialized Python objects, which can carry code",
 )
 for suffix in (".bin", ".pt", ".ckpt"):
@@ -834,17 +834,22 @@ for suffix in (".bin", ".pt", ".ckpt"):
         f"{suffix} is not a .safetensors file; other formats can carry code",
     )
 bad("adapters", "empty", lambda path: path.write_bytes(save({}, {"format": "pt"})), "the adapter is empty")
-bad("adapters", "half of the keys", of(half), "that is no whole LoRA, LoHa or LoKr, the adapter is not whole")
+bad(
+    "adapters",
+    "half of the keys",
+    of(half),
+    "that is not a complete LoRA, LoHa or LoKr; the adapter is incomplete",
+)
 bad(
     "adapters",
     "half of the layers",
     of(half_the_layers),
     "layers of unet that it was trained on",
-    "the adapter is not whole",
+    "the adapter is incomplete",
 )
 bad("adapters", "not a number in it", of(spoiled_with(float("nan"))), "has values that are not finite")
 bad("adapters", "infinite", of(spoiled_with(float("inf"))), "has values that are not finite")
-bad("adapters", "whole numbers for weights", of(whole_numbers), "holds whole numbers; the adapter is broken")
+bad("adapters", "whole numbers for weights", of(whole_numbers), "has an integer dtype; the adapter is broken")
 bad(
     "adapters",
     "half of another program's prefix",
@@ -877,7 +882,7 @@ bad(
     "for a base of another width",
     of(widened),
     "the adapter is for another base",
-    "its UNet reads text Stable Diffusion 2.x's 1024 wide",
+    "its UNet takes text of width 1024 (Stable Diffusion 2.x)",
 )
 bad(
     "adapters",
@@ -886,7 +891,7 @@ bad(
     "its up has shape",
     "it must be of shape",
 )
-bad("adapters", "metadata of another rank", of(kept, r=8), "has rank 4, and its metadata says 8")
+bad("adapters", "metadata of another rank", of(kept, r=8), "has rank 4, but its metadata has 8")
 bad("adapters", "huge rank", of(kept, r=10**9), "has r = 1000000000; it must be a whole number over 0")
 bad(
     "adapters",
@@ -922,8 +927,8 @@ bad(
     "adapters",
     "DoRA without its lengths",
     of(kept, use_dora=True),
-    "is of DoRA and has no magnitudes",
-    "the adapter is not whole",
+    "is a DoRA and has no magnitudes",
+    "the adapter is incomplete",
 )
 bad("adapters", "LoRA with biases", of(kept, bias="all"), "has bias = 'all'; it must be none")
 bad(
@@ -993,7 +998,7 @@ bad(
     "adapters",
     "OFT that is said to be HRA",
     turning(peft_type="HRA"),
-    "is of OFT, and its metadata says that unet has HRA",
+    "is of OFT, but in its metadata unet has HRA",
 )
 bad("adapters", "OFT with odd settings", turning(coft="yes"), "unet.coft = 'yes'; it must be true or false")
 bad("adapters", "OFT with biases", turning(bias="all"), "unet.bias = 'all'; it must be none")
@@ -1001,26 +1006,26 @@ bad(
     "adapters",
     "OFT of another width",
     turning(shortened),
-    "does not turn 64 inputs; the adapter is for another base, or broken",
+    "does not rotate 64 inputs; the adapter is for another base, or broken",
 )
 bad(
     "adapters",
     "OFT that is not whole",
     turning(target_modules=["to_q"]),
     "layers of unet that it was trained on",
-    "the adapter is not whole",
+    "the adapter is incomplete",
 )
 bad(
     "adapters",
     "OFT of a layer that is not there",
     turning(prefixed("unet.other.")),
-    "is no layer of this base; the adapter is for another base",
+    "is not a layer of this base; the adapter is for another base",
 )
 bad(
     "adapters",
     "OFT among other tensors",
     turning(lambda state: state.update({K: torch.zeros(4, 4)})),
-    "is none of an OFT, BOFT or HRA adapter",
+    "is not one of peft's keys (unet.*, text_encoder.*) of OFT, BOFT or HRA",
 )
 bad(
     "adapters",

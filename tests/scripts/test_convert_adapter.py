@@ -46,7 +46,7 @@ def test_inspect_with_a_base_says_whether_it_fits(native, tiny_base, tiny_xl, ca
     out = capsys.readouterr().out
     assert f"fits {tiny_base} (Stable Diffusion 1.x / 2.x)" in out
     assert '"seed": 3' in out
-    with pytest.raises(UserError, match="its UNet reads text 32 wide, and this one's 72"):
+    with pytest.raises(UserError, match="its UNet takes text of width 32, this one's 72"):
         run("inspect", native("lora"), "--pretrained_model_name_or_path", tiny_xl)
 
 

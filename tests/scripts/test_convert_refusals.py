@@ -42,9 +42,9 @@ def damaged(case: str, source: Path, target: Path) -> Path:
 
 DAMAGED = {
     "unknown key": "belong to no kind of adapter",
-    "half": r"has only up .*the adapter is not whole",
+    "half": r"has only up .*the adapter is incomplete",
     "not finite": "values that are not finite",
-    "no component": "does not say what part of a base it is for",
+    "no component": "does not name the part of a base that it is for",
 }
 
 
@@ -115,7 +115,7 @@ def test_what_only_a_base_tells_is_asked_for(native, tiny_base, tmp_path):
 def test_dora_is_not_merged(native, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"is a dora, which has lengths of rows as well \(e\.g\. unet\..*`bake` works it into a base",
+        match=r"is a dora \(e\.g\. unet\..*magnitudes cannot be added; `bake` merges it into a base",
     ):
         run("merge", native("lora"), native("dora"), "--output", tmp_path / "m.safetensors")
 
@@ -178,7 +178,7 @@ def test_bases_of_other_shapes_or_of_no_difference_have_nothing_to_extract(tiny_
         tmp_path / "e.safetensors",
     )
     for tuned, message in (
-        (wide, r"--tuned: \d+ weights are of other shapes than the base's, e\.g\. .*32.*48"),
+        (wide, r"--tuned: \d+ weights have other shapes than the base's, e\.g\. .*32.*48"),
         (tiny_xl, "is a Stable Diffusion XL, and the base a Stable Diffusion 1"),
         (tiny_base, "nothing to extract: the two bases are the same"),
         (tmp_path, "--tuned: .* is not a diffusers pipeline folder"),
