@@ -1,4 +1,4 @@
-"""The flags of the adapter: its kind, its size, and the layers that get one. Imports no torch."""
+"""The flags of the adapter: its kind, its size, and the layers that it is put on. Imports no torch."""
 
 import dataclasses
 import functools
@@ -112,19 +112,20 @@ class AdapterOptions:
             )
         named("init_adapter", self.init_adapter)
         for name in ("lora_layers", "text_encoder_layers"):
-            given = getattr(self, name)
-            layers = None if given is None else _words(given)
+            value = getattr(self, name)
+            layers = None if value is None else _words(value)
             is_list = layers is None or (bool(layers) and all(map(_is_name, layers)))
-            require(is_list, f"--{name} must be names of layers with commas between, got {given!r}")
+            require(is_list, f"--{name} must be names of layers separated by commas, got {value!r}")
         _ = self.ranks, self.learning_rates  # both check their pattern when they are first read
         self._check_kind()
 
     def _check_kind(self) -> None:
+        """Require that flags of other kinds than --adapter are left at their defaults."""
         for name, kinds in _KINDS_OF_FLAG.items():
-            owners = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+            choices = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
             require(
                 is_default(self, name) or self.adapter in kinds,
-                f"--{name} only works with --adapter {owners}",
+                f"--{name} only works with --adapter {choices}",
             )
         factor = self.decompose_factor
         require(factor == -1 or factor >= 1, f"--decompose_factor must be -1 or at least 1, got {factor}")
@@ -132,7 +133,7 @@ class AdapterOptions:
         if self.adapter in ("oft", "boft"):
             require(
                 is_default(self, "rank") and self.text_encoder_rank is None,
-                f"--rank: --adapter {self.adapter} has none; its size is set by --{self.adapter}_block_size",
+                f"--rank does not work with --adapter {self.adapter}; give --{self.adapter}_block_size",
             )
         if self.adapter == "hra":
             for name in ("rank", "text_encoder_rank"):
@@ -168,11 +169,12 @@ class AdapterOptions:
 
 
 def _words(text: str) -> tuple[str, ...]:
+    """The words of "a, b"."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _pattern(flag: str, text: str | None, is_right: Callable[[float], bool]) -> dict[str, float]:
-    """ "a.b=1,c=2" as {"a.b": 1.0, "c": 2.0}; each entry that is malformed breaks a rule and is left out."""
+def _pattern(flag: str, text: str | None, is_valid: Callable[[float], bool]) -> dict[str, float]:
+    """{"a.b": 1.0, "c": 2.0} from "a.b=1,c=2". A malformed entry breaks a rule and is left out."""
     if text is None:
         return {}
     entries = _words(text) or ("",)
@@ -183,13 +185,13 @@ def _pattern(flag: str, text: str | None, is_right: Callable[[float], bool]) -> 
             number = float(value)
         except ValueError:
             number = math.nan
-        if _is_name(part.strip()) and math.isfinite(number) and is_right(number):
+        if _is_name(part.strip()) and math.isfinite(number) and is_valid(number):
             table[part.strip()] = number
         else:
-            require(False, f"--{flag} must be PART=NUMBER with commas between, got {entry or text!r}")
+            require(False, f"--{flag} must be PART=NUMBER, separated by commas, got {entry or text!r}")
     return table
 
 
 def _is_name(text: str) -> bool:
-    """Whether the text is words with dots between, as the name of a layer or its end."""
+    """Whether the text is words separated by dots, like the name of a layer or its end."""
     return re.fullmatch(r"\w+(\.\w+)*", text) is not None

@@ -14,15 +14,15 @@ from typing import Any
 from dreambooth.errors import UserError, shown
 from dreambooth.options import yaml_files
 
-LARGEST_WEIGHT = 100  # of an adapter; far below it nothing is left of the picture
+LARGEST_WEIGHT = 100  # of an adapter; much smaller ones already draw noise
 _FIELDS = ("adapters", "prompts", "weights")
-_FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")
+_FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")  # stems: every run's file has the same name
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightedAdapter:
-    """One adapter of a set. `name` is its name in --adapter_weights; `factors` multiply the weight in parts
-    of the models."""
+    """One adapter of a set. `name` is its name in --adapter_weights. `factors` are by part of the models;
+    each multiplies the weight in that part."""
 
     path: Path
     weight: float
@@ -37,8 +37,8 @@ class WeightedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSet:
-    """Adapters that draw together. `where` names the set in messages. A set without `prompts` is drawn with
-    those of all sets."""
+    """Adapters that are used together. `where` names the set in messages. A set without `prompts` is drawn
+    with the prompts of the command line."""
 
     name: str
     where: str
@@ -52,8 +52,8 @@ class AdapterSet:
 
 
 def of(adapter: Sequence[str], adapter_weights: Sequence[str], adapters_file: str | None) -> list[AdapterSet]:
-    """The sets of these three flags of infer.py, [] without any. Raises UserError if a flag or the file is
-    wrong."""
+    """The sets that these flags of infer.py give; [] if none is given. Raises UserError if a flag or the file
+    is wrong."""
     if adapters_file:
         return _read(Path(adapters_file))
     if not adapter:
@@ -71,10 +71,9 @@ def _number(text: str) -> float | None:
 
 
 def split(word: str, where: str) -> tuple[Path, float]:
-    """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. If a file has the full word as its name, it is
-    that file.
+    """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. A word that is the name of a file is that file.
 
-    Raises UserError if the weight is no number, or too large.
+    `where` begins the message. Raises UserError if the weight is no number, or too large.
     """
     head, _, tail = word.rpartition(":")
     if not head or _exists(word) or "/" in tail:
@@ -93,14 +92,14 @@ def split(word: str, where: str) -> tuple[Path, float]:
 def _exists(name: str) -> bool:
     try:
         return bool(name) and Path(name).exists()
-    except OSError:  # a name that is too long, for one
+    except OSError:  # for example, the name is too long
         return False
 
 
 def _weighted_adapters(
     where: str, words: Sequence[str], flag: str, weights: Sequence[str]
 ) -> tuple[WeightedAdapter, ...]:
-    """The adapters of one set. `where` and `flag` name in messages where `words` and `weights` come from."""
+    """The adapters of one set. Messages on `words` begin with `where`, those on `weights` with `flag`."""
     adapters: list[WeightedAdapter] = []
     for word in words:
         path, weight = split(word, where)
@@ -119,23 +118,22 @@ def _weighted_adapters(
 
 
 def _name(path: Path) -> str:
-    """The file's name, or that of its folder if every run's file has the same name."""
+    """The name of an adapter: that of its file, or of its folder if the file has the name that runs give."""
     path = path.absolute()
     path = path.parent if path.stem in _FILES_OF_RUNS else path
     return re.sub(r"[^\w.-]+", "_", path.name.removesuffix(".safetensors")) or "adapter"
 
 
 def _factors(name: str, flag: str, words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """The factors of the adapter `name`, by part: first those for all adapters, then its own, which replace
-    them."""
-    by_owner: dict[str, dict[str, float]] = {"": {}, name: {}}
+    """The factors of the adapter `name`, by part. Factors for this adapter replace those for all adapters."""
+    by_adapter: dict[str, dict[str, float]] = {"": {}, name: {}}  # "": for all adapters
     for word in words:
-        owner, colon, text = word.rpartition(":")
-        if colon and owner not in names:
-            raise UserError(f"{flag}: no adapter is called {owner!r}; there are {', '.join(names)}")
+        adapter, colon, text = word.rpartition(":")
+        if colon and adapter not in names:
+            raise UserError(f"{flag}: no adapter is called {adapter!r}; there are {', '.join(names)}")
         factors = dict(_factor(flag, entry) for entry in text.split(","))
-        by_owner.setdefault(owner, {}).update(factors)
-    return by_owner[""] | by_owner[name]
+        by_adapter.setdefault(adapter, {}).update(factors)
+    return by_adapter[""] | by_adapter[name]
 
 
 def _factor(flag: str, entry: str) -> tuple[str, float]:
@@ -145,23 +143,27 @@ def _factor(flag: str, entry: str) -> tuple[str, float]:
     is_part = re.fullmatch(r"\w+(\.\w+)*", part.strip())
     if not is_part or factor is None or not abs(factor) <= LARGEST_WEIGHT:
         raise UserError(
-            f"{flag} must be PART=NUMBER with commas between, as unet=0.8,unet.up_blocks=1.2, got {entry!r}"
+            f"{flag} must be PART=NUMBER, separated by commas (unet=0.8,unet.up_blocks=1.2), got {entry!r}"
         )
     return part.strip(), factor
 
 
 def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if a part with a factor is none of the base's. `layers` have plain names."""
+    """Raise UserError if a factor is for a part that the base does not have.
+
+    `layers` of the base are by component and plain name.
+    """
     parts = set(layers)
     for component, modules in layers.items():
         for module in modules:
             words = f"{component}.{module}".split(".")
             parts |= {".".join(words[:n]) for n in range(2, len(words) + 1)}
-    for one in sets:
-        for part in dict.fromkeys(part for adapter in one.adapters for part in adapter.factors):
+    for adapter_set in sets:
+        for part in dict.fromkeys(part for adapter in adapter_set.adapters for part in adapter.factors):
             if part not in parts:
                 near = difflib.get_close_matches(part, sorted(parts), n=3) or sorted(layers)
-                flag = "--adapter_weights" if one.where == "--adapter" else f"{one.where}: weights"
+                where = adapter_set.where
+                flag = "--adapter_weights" if where == "--adapter" else f"{where}: weights"
                 raise UserError(f"{flag}: this base has no {part}; there are {', '.join(near)}")
 
 
@@ -169,6 +171,7 @@ def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, An
 
 
 def _read(path: Path) -> list[AdapterSet]:
+    """The sets of --adapters_file. Raises UserError if the file is wrong."""
     where = f"--adapters_file {shown(path)}"
     content, root = yaml_files.load(path, where, "sets")
     if not isinstance(content, dict) or not content:
@@ -182,23 +185,22 @@ def _read(path: Path) -> list[AdapterSet]:
 
 
 def _check_no_key_twice(where: str, root: Any) -> None:
-    """Raise UserError if a set, or a field of a set, is there twice: YAML itself would silently take the
-    last."""
+    """Raise UserError if a set, or a field of a set, appears twice. YAML would silently take the last."""
     import yaml
 
-    def twice(names: list[Any]) -> Any:
+    def repeated(names: list[Any]) -> Any:
         return next((name for name in names if names.count(name) > 1), None)
 
-    if name := twice([key.value for key, _ in root.value]):
-        raise UserError(f"{where}: the set {shown(str(name)[:80])} is there twice")
+    if name := repeated([key.value for key, _ in root.value]):
+        raise UserError(f"{where}: the set {shown(str(name)[:80])} appears twice")
     for key, node in root.value:
         fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if field := twice(fields):
+        if field := repeated(fields):
             raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(field)[:80])!r} twice")
 
 
 def _set(where: str, name: str, value: Any) -> AdapterSet:
-    """The set of one entry of the file: a table, or its list of adapters alone."""
+    """The set of one entry of the file. `value` is a table, or the list of adapters alone."""
     table = value if isinstance(value, dict) else {"adapters": value}
     for key in table:
         if key not in _FIELDS:
@@ -213,7 +215,7 @@ def _set(where: str, name: str, value: Any) -> AdapterSet:
 
 
 def _texts(where: str, value: Any) -> list[str]:
-    """A field's value as a list of texts: None is none, a text is one."""
+    """A field's value as a list: None is [], and a text is a list of one."""
     items = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(
         isinstance(item, str) and item.strip() and "\0" not in item for item in items

@@ -27,9 +27,9 @@ _HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
 def parse(
     kind: type[Options], description: str, words: Sequence[str] | None = None, *, command: str = ""
 ) -> Options:
-    """The options on the command line, or in `words`. A flag on the command line overrides --config files.
+    """The options of class `kind`, from the command line or from `words`. A flag overrides --config files.
 
-    `description` and `command`, the word before the flags, are for --help.
+    --help prints `description`, and `command` after the name of the script.
     Exits with status 2 and one message if a flag is unknown, missing or wrong, and with 0 after --help.
     """
     typed = list(sys.argv[1:] if words is None else words)
@@ -53,7 +53,7 @@ def parse(
 
 @contextlib.contextmanager
 def _escaped_errors(words: Sequence[str]) -> Iterator[None]:
-    """tyro's messages quote the words; control characters in them are printed as escapes."""
+    """Print control characters as escapes in tyro's messages, which quote the words."""
     if all(word.isprintable() for word in words):
         yield
         return
@@ -81,7 +81,7 @@ def fields_of(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
-    """(words of the files that --config names, the other words)."""
+    """(the words of the --config files, the other words)."""
     saved: list[str] = []
     rest: list[str] = []
     pending = iter(words)
@@ -99,8 +99,8 @@ def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:
-    """The words, with all values of a flag that takes several after it: `--adapter A --adapter B` becomes
-    `--adapter A B`."""
+    """The words, with the values of a repeated flag joined: `--adapter A --adapter B` becomes
+    `--adapter A B`. Only flags that take several values are joined."""
     flags = fields_of(kind).items()
     takes_several = {f"--{name}" for name, field in flags if get_origin(field.type) is tuple}
     values_of: dict[str, list[str]] = {}
@@ -120,9 +120,10 @@ def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:
 
 
 def config_words(kind: type, path: Path) -> list[str]:
-    """The words of a command line that are saved in a YAML file of `flag: value` lines.
+    """The words of a command line with the flags of a YAML file of `flag: value` lines.
 
-    `null` leaves the default. Raises UserError if the file is not such a table, or a flag is unknown.
+    A flag with the value `null` is left out. Raises UserError if the file has another form, or a flag is
+    unknown.
     """
     where = f"--config {shown(path)}"
     content, _ = yaml_files.load(path, where, "flags")
@@ -141,7 +142,7 @@ def config_words(kind: type, path: Path) -> list[str]:
 
 
 def _words_of(name: str, value: Any, kind: Any, where: str) -> list[str]:
-    """The words for one flag of a file: `kind` is the type of the flag, `value` is what YAML read."""
+    """The words for one flag of a file. `kind` is the flag's type, and `value` is the value from YAML."""
     if isinstance(value, bool):
         if kind is bool:
             return [f"--{name}" if value else f"--no_{name}"]
@@ -157,7 +158,7 @@ def _words_of(name: str, value: Any, kind: Any, where: str) -> list[str]:
 
 
 def as_table(options: Any) -> dict[str, Any]:
-    """All flags that are not None and their values, in one table: the content of a --config file."""
+    """All flags that are not None, with their values, in one flat table as in a --config file."""
     table: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

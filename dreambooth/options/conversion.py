@@ -100,9 +100,10 @@ class ConvertOptions:
     adapter: str
     """Adapter file, the folder of a run, or a folder in peft's format. Its layout is detected."""
     to: Literal["native", "kohya", "lora", "peft"]
-    """native: the layout of this suite; diffusers loads it if it is LoRA or DoRA. kohya: for ComfyUI, A1111,
-    Forge and kohya's scripts. lora: native, with every layer as a LoRA, exact (the rank of a LoHa is squared)
-    or of --rank. peft: a folder for each part, for PeftModel.from_pretrained."""
+    """native: the layout of this suite; diffusers loads it if the adapter is LoRA or DoRA. kohya: for
+    ComfyUI, A1111, Forge and kohya's scripts. lora: the native layout, with every layer converted to a LoRA,
+    exactly (the rank of a LoHa is squared) or to --rank. peft: a folder for each component, for
+    PeftModel.from_pretrained."""
     output: str
     """File to write; with --to peft a folder, new or empty."""
     rank: int | None = None
@@ -203,7 +204,7 @@ class BakeOptions:
     merge_to: str
     """Folder for the new base, new or empty."""
     dtype: Dtype | None = None
-    """Precision of its UNet and text encoders. Default: the precision of the base."""
+    """Precision of the UNet and the text encoders. Default: the precision of the base."""
 
     def __post_init__(self) -> None:
         _check_adapters(self.adapter, 1)

@@ -105,11 +105,11 @@ class InferOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
         at_least(self, 0, "guidance_scale", "clip_skip")
-        # The sets of --adapters_file may have prompts.
-        may_have_none = self.adapters_file is not None
+        # the sets of --adapters_file may have all prompts
+        is_optional = self.adapters_file is not None
         sources = bool(self.prompt) + bool(self.prompts_file)
         require(
-            sources == 1 or (sources == 0 and may_have_none),
+            sources == 1 or (sources == 0 and is_optional),
             "give either --prompt or --prompts_file",
         )
         require(all(prompt.strip() for prompt in self.prompt), "--prompt must not be empty")
@@ -149,6 +149,6 @@ class InferOptions:
         require(
             all(abs(factor) <= LARGEST_WEIGHT for factor in factors) and len(set(factors)) == len(factors),
             f"--sweep must be different numbers from -{LARGEST_WEIGHT} to {LARGEST_WEIGHT} "
-            f"with commas between, got {self.sweep!r}",
+            f"separated by commas, got {self.sweep!r}",
         )
         return tuple(factors)

@@ -1,4 +1,4 @@
-"""Training options with every default filled in: what a run works with once its input is checked.
+"""Training options with every default filled in, as a run uses them once its input is checked.
 
 Some defaults depend on the base's family, others on the machine, on an earlier run in the same output folder,
 or on the class images that exist. Imports no torch.
@@ -81,7 +81,7 @@ def resolution_of(instance: InstanceOptions, family: str) -> int:
 
 
 def resolve_prior(prior: PriorOptions, *, class_seed: int) -> ResolvedPriorOptions:
-    """The group with the seed of the class images. Raises ValueError without a folder or a prompt."""
+    """`prior` with the seed of the class images. Raises ValueError without a folder or a prompt."""
     return _as(ResolvedPriorOptions, prior, class_seed=class_seed)
 
 
@@ -113,6 +113,7 @@ def resolve(
 def _resolve_optimizer(
     optimizer: OptimizerOptions, family: str, *, trains_text: bool
 ) -> ResolvedOptimizerOptions:
+    """The group with learning rates and weight decays filled in."""
     defaults = _DEFAULTS[family]
 
     def first(*values: float | None) -> float:
@@ -134,5 +135,5 @@ def _resolve_optimizer(
 
 def _as(kind: type[Group], group: Any, **values: Any) -> Group:
     """The option group as its subclass `kind`, with `values` filled in."""
-    given = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-    return kind(**given | values)
+    present = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    return kind(**present | values)

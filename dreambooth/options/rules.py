@@ -1,4 +1,4 @@
-"""Rules that flags must keep. A group of flags checks its rules when it is made.
+"""Rules for the values of flags. A group of flags checks its rules when it is made.
 
 Imports no torch: --help and messages about wrong flags are printed at once.
 """
@@ -24,8 +24,8 @@ _broken: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("brok
 
 @contextlib.contextmanager
 def broken_rules() -> Iterator[list[str]]:
-    """Within the block, `require` adds its message to this list instead of raising: one message then reports
-    every wrong flag."""
+    """Within the block, `require` adds its message to the yielded list instead of raising. One message can
+    then report every wrong flag."""
     broken: list[str] = []
     token = _broken.set(broken)
     try:
@@ -45,7 +45,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def named(flag: str, value: str | None) -> None:
-    """Require the name of a file or folder, or a hub id. "" would mean the working folder."""
+    """Require that `value` can be the name of a file or folder, or a hub id; None is allowed.
+
+    It must not be empty: as a path, "" is the working folder.
+    """
     require(
         value is None or (value.strip() != "" and "\0" not in value),
         f"--{flag} must be the name of a file or folder, got {value!r}",
@@ -68,7 +71,7 @@ def group_of(field: dataclasses.Field) -> type | None:
 
 
 def is_default(group: Any, name: str) -> bool:
-    """Whether the flag `name` of a group has its default value, given or not."""
+    """Whether the flag `name` of a group has its default value, also if the user typed that value."""
     return getattr(group, name) == type(group).__dataclass_fields__[name].default
 
 

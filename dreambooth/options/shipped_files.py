@@ -20,9 +20,9 @@ _FLAGS = (
 
 
 def located(words: Iterable[str]) -> list[str]:
-    """The words; `picturebook/...` and `configs/...` are made absolute if no such file is there.
+    """The words, with paths `picturebook/...` and `configs/...` replaced by those of the shipped files.
 
-    Only the values of flags that name an input are replaced.
+    A path is replaced if it is the value of a flag of an input file, and the working folder has no such file.
     """
     result: list[str] = []
     for word in words:

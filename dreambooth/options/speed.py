@@ -16,8 +16,8 @@ class SpeedOptions:
     the latents of the whole photo, in steps of the VAE's 8 pixels. `off` encodes every visit of a photo; its
     crop may begin at any pixel."""
     encoded_dir: str | None = None
-    """Folder for latents and prompt embeddings on disk, named by content. Runs may share it. Default:
-    `encoded` in the output folder."""
+    """Folder for latents and prompt embeddings on disk; its files are named by content. Runs may share it.
+    Default: `encoded` in the output folder."""
     compile: bool = False
     """Compile the UNet's blocks (torch.compile): the first step takes a minute or more, later steps are
     faster. The last bits of results change. Only useful on GPUs."""

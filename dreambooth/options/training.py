@@ -55,10 +55,9 @@ class BaseOptions:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
         named("pretrained_vae_model_name_or_path", self.pretrained_vae_model_name_or_path)
         named("tokenizer_name", self.tokenizer_name)
-        fits = (
-            self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
-        )  # it becomes part of a file name
-        require(fits, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
+        # the variant becomes part of a file name
+        is_valid = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
+        require(is_valid, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
 
 
 @dataclasses.dataclass
@@ -68,8 +67,8 @@ class TextOptions:
     train_text_encoder: bool = False
     """Train an adapter on the text encoder too (on both, if the base has two)."""
     train_text_encoder_frac: float = 1.0
-    """Fraction of the run in which the text encoder is trained. After it the text encoder is frozen, the
-    prompts are encoded once more, and its memory is freed."""
+    """Fraction of the run in which the text encoder is trained. Afterwards the prompts are encoded once more,
+    and the text encoder is freed."""
     clip_skip: int | None = None
     """Number of final layers of the text encoder to skip. Stable Diffusion XL always skips one; this number
     is added."""
@@ -79,8 +78,8 @@ class TextOptions:
     tokenizer_max_length: int | None = None
     """Length in tokens to which prompts are padded. Default: the maximum length of the text encoder."""
     text_encoder_use_attention_mask: bool = False
-    """Mask the padding tokens in the text encoder. DeepFloyd IF always does; Stable Diffusion was trained
-    without, and pipelines do not mask."""
+    """Mask the padding tokens in the text encoder. For DeepFloyd IF they are always masked. Stable Diffusion
+    was trained without the mask, and its pipelines draw without it."""
 
     def __post_init__(self) -> None:
         at_least(self, 3, "tokenizer_max_length")
@@ -191,7 +190,7 @@ class RunOptions:
         )
 
     def steps(self, pictures: int, world: int) -> tuple[int, int]:
-        """(steps of a pass over so many pictures on `world` processes, steps of the run)."""
+        """(steps of one pass, steps of the run) with `pictures` in a pass, on `world` processes."""
         batches = math.ceil(pictures / (self.train_batch_size * world))
         per_pass = math.ceil(batches / self.gradient_accumulation_steps)
         return per_pass, self.max_train_steps or self.num_train_epochs * per_pass
@@ -226,9 +225,9 @@ class ValidationOptions:
             self.validation_prompt is None or self.validation_prompt.strip() != "",
             "--validation_prompt must not be empty",
         )
-        why = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
-        require(self.validation_images is None, f"--validation_images {why}")
-        require(self.class_labels_conditioning is None, f"--class_labels_conditioning {why}")
+        rule = "is for second-stage (super-resolution) bases, which this version does not train: leave it out"
+        require(self.validation_images is None, f"--validation_images {rule}")
+        require(self.class_labels_conditioning is None, f"--class_labels_conditioning {rule}")
 
 
 @dataclasses.dataclass
@@ -293,7 +292,7 @@ class TrainOptions:
         require(
             self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values()),
             "--lr_pattern: --optimizer prodigy has one step size for all parts; "
-            "the only learning rate that a part can be given is 0",
+            "the only learning rate that a part may have is 0",
         )
         for name in _OF_TEXT_ADAPTER:
             is_given = getattr(self.adapter, name) is not None
@@ -324,7 +323,7 @@ class TrainOptions:
             and prior.class_prompt.strip() == instance.instance_prompt.strip()
         ):
             notes.append(
-                "--class_prompt equals --instance_prompt: the subject has no word of its own, "
+                "--class_prompt equals --instance_prompt: no rare word stands for the subject, "
                 "and instance photos and class images train the same prompt."
             )
         return [*notes, *self._flags_without_effect(), *self._optimizer_notes()]
@@ -373,8 +372,8 @@ class TrainOptions:
         """Steps in which the text encoder is trained, of a run of `max_steps`."""
         return max(1, round(self.text.train_text_encoder_frac * max_steps))
 
-    def without_once(self) -> Self:
-        """The options without the flags that apply to one start of the run only."""
+    def without_start_flags(self) -> Self:
+        """The options, with the flags that apply to one start of the run at their defaults."""
         run = dataclasses.replace(
             self.run, overwrite=False, allow_data_change=False, resume_from_checkpoint=None, local_rank=-1
         )

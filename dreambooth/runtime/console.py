@@ -1,8 +1,6 @@
-"""The console scripts of an installed copy: each runs one of the four scripts as `python SCRIPT` does in a
-checkout.
+"""The commands of an installed copy. Each runs one of the four scripts, as `python SCRIPT` in a checkout.
 
-pyproject.toml installs the scripts, which are at the root of a checkout, into the package
-`dreambooth.scripts`.
+A checkout has the scripts at its root; pyproject.toml installs them into the package `dreambooth.scripts`.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""What changes the last bits of a result, and not what the result means."""
+"""The environment of a run: settings and versions that change only the last bits of a result."""
 
 import importlib.metadata
 from collections.abc import Iterable
@@ -20,14 +20,13 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 def processor(device: torch.device) -> dict[str, Any]:
     """Settings for `environment`: threads and instructions of a CPU, name and TF32 switches of a CUDA GPU."""
     if device.type == "cpu":
-        # oneDNN uses bf16 and AMX instructions where the CPU has them; torch's name of the CPU leaves them
-        # out
-        special = sorted(
+        # oneDNN uses bf16 and AMX instructions where the CPU has them; get_cpu_capability does not name them
+        extensions = sorted(
             name
-            for name, is_there in torch.cpu.get_capabilities().items()
-            if is_there and ("bf16" in name or "amx" in name)
+            for name, is_available in torch.cpu.get_capabilities().items()
+            if is_available and ("bf16" in name or "amx" in name)
         )
-        instructions = [torch.backends.cpu.get_cpu_capability(), *special]
+        instructions = [torch.backends.cpu.get_cpu_capability(), *extensions]
         return {"threads": torch.get_num_threads(), "instructions": instructions}
     if device.type == "cuda":
         tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]

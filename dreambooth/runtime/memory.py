@@ -1,5 +1,4 @@
-"""Memory: readings for each phase of a run, freed memory returned to the system, activations moved off the
-GPU."""
+"""Memory: readings for each phase of a run, the return of freed memory, and offloading of activations."""
 
 import contextlib
 import ctypes
@@ -23,7 +22,7 @@ def check_offload(*, offload: bool, device: torch.device) -> None:
     """Raise UserError if --offload is given and the device is the CPU, which has no second memory."""
     if offload and device.type == "cpu":
         raise UserError(
-            "--offload needs a GPU: this run's memory is the computer's already; leave it out, or give "
+            "--offload needs a GPU: on a CPU, activations are in main memory already; leave it out, or give "
             "--gradient_checkpointing"
         )
 
@@ -58,23 +57,23 @@ def _resident() -> dict[str, float]:
 
 
 def _backend(device: torch.device) -> Any:
-    """The module of torch that counts this device's memory; None for the CPU and for Apple's GPUs, which have
-    no peaks."""
+    """The module of torch that counts the device's memory; None for a CPU, and for Apple's GPUs, for which
+    torch counts no peaks."""
     if device.type == "cuda":
         return torch.cuda
     return None if device.type in ("cpu", "mps") else torch.accelerator
 
 
 def release() -> None:
-    """Return the memory of freed models to the system. Otherwise it stays with the process, in pieces too
+    """Return the memory of freed models to the system. Otherwise the process holds it, in pieces that are too
     small for the next model."""
     gc.collect()
     trim()
 
 
 def trim() -> None:
-    """`release` without the garbage collection: it takes milliseconds instead of tenths of seconds, and
-    misses objects in cycles."""
+    """`release` without the garbage collection, in milliseconds instead of tenths of seconds. Objects in
+    reference cycles are not freed."""
     # malloc_trim is a function of the GNU C library
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
@@ -84,14 +83,12 @@ def trim() -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. The copy to a GPU is asynchronous, which needs memory that cannot be swapped
-    out."""
+    """The tensor on `device`. It is copied to a GPU asynchronously, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def summary(phases: Mapping[str, Reading]) -> str:
-    """One line on the readings of all phases: the maximum on the device, also by phase, and the maximum in
-    main memory."""
+    """One line: the maximum on the device, in all phases and in each, and the maximum in main memory."""
     parts = []
     on_device = {
         phase: values["peak_device_gib"] for phase, values in phases.items() if "peak_device_gib" in values
@@ -101,12 +98,12 @@ def summary(phases: Mapping[str, Reading]) -> str:
         parts.append(f"{max(on_device.values()):.1f} GiB at most on the device ({by_phase})")
     resident = [values["peak_resident_gib"] for values in phases.values() if "peak_resident_gib" in values]
     if resident:
-        parts.append(f"{max(resident):.1f} GiB at most in the computer")
-    return f"memory: {', '.join(parts) or 'not told by this system'}"
+        parts.append(f"{max(resident):.1f} GiB at most in main memory")
+    return f"memory: {', '.join(parts) or 'not measured on this system'}"
 
 
 class _Offloaded(NamedTuple):
-    """A tensor in main memory, and what it takes to rebuild it on its device."""
+    """The values of a tensor in main memory, and the layout to rebuild it on its device."""
 
     values: Tensor  # [span]: all elements between the first and the last, in the order of memory
     device: torch.device
@@ -115,11 +112,11 @@ class _Offloaded(NamedTuple):
 
 
 def offloaded(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Within the block autograd stores activations in main memory and copies them back in the backward pass,
-    with the same bits.
+    """Within the block autograd stores activations in main memory and copies them back in the backward pass.
+    The results are the same bits.
 
-    The weights of `model` stay on the device, where they are anyway. Strides are kept, unlike in torch's
-    save_on_cpu: a matrix product that reads its factors in another order has other last bits.
+    The weights of `model` are not copied, since they stay on the device. Strides are kept, unlike in torch's
+    save_on_cpu: other strides would change the last bits of matrix products.
     """
     weights = {
         parameter.untyped_storage().data_ptr()
@@ -130,8 +127,8 @@ def offloaded(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     def pack(tensor: Tensor) -> Tensor | _Offloaded:
         if tensor.untyped_storage().data_ptr() in weights or tensor.numel() == 0:
             return tensor
-        steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        flat = tensor.detach().as_strided((1 + sum(steps),), (1,))
+        offsets = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = tensor.detach().as_strided((1 + sum(offsets),), (1,))
         values = torch.empty_like(flat, device="cpu", pin_memory=flat.device.type == "cuda")
         values.copy_(flat, non_blocking=values.is_pinned())
         return _Offloaded(values, flat.device, tensor.shape, tensor.stride())

@@ -1,4 +1,4 @@
-"""The processes of one run: exchanges between them, and what happens when one of them is lost."""
+"""The processes of one run: exchanges between them, and the detection of lost processes."""
 
 import contextlib
 import datetime
@@ -19,20 +19,20 @@ from dreambooth.errors import UserError, is_memory_error, reason_of
 from dreambooth.runtime.stops import Stop, Watch
 
 T = TypeVar("T")
-_ROLL_CALL = datetime.timedelta(seconds=10)
-_FOR_EVER = datetime.timedelta(days=30)
+_ROLL_CALL = datetime.timedelta(seconds=10)  # time to answer it
+_FOR_EVER = datetime.timedelta(days=30)  # gloo has no "never"
 
 
 def adopt_local_rank(local_rank: int) -> None:
-    """Set LOCAL_RANK, which accelerate reads, where an old launcher passed only --local_rank; -1 is none."""
+    """Set LOCAL_RANK, which accelerate reads, from --local_rank of an old launcher. -1 sets nothing."""
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
-    """Join the processes that the launcher started. `peer_timeout`, in seconds, is for exchanges within a
-    step.
+    """Join the processes that the launcher started.
 
+    `peer_timeout` is the timeout of exchanges within a step, in seconds; `settings` go to `Accelerator`.
     Raises UserError if accelerate joined fewer processes than were started: each would do all the work, in
     the same folder.
     """
@@ -48,7 +48,7 @@ def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
 
 
 def notes() -> list[str]:
-    """A note for the user if the launcher started one process where several were asked for."""
+    """A note for the user if `accelerate launch --num_processes N` started a single process; else []."""
     # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT and starts one process, without a message
     environment = os.environ
     if "ACCELERATE_DYNAMO_BACKEND" not in environment or "MASTER_PORT" not in environment:
@@ -57,13 +57,14 @@ def notes() -> list[str]:
         return []
     match = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
     return [
-        f"accelerate launch was asked for {match[1] if match else 'several'} processes and started 1: "
+        f"accelerate launch should start {match[1] if match else 'several'} processes and started 1: "
         "on CPUs it starts several only as `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
         "--num_processes N` (configs/accelerate/cpu_processes.yaml)"
     ]
 
 
 def _command_line(pid: int) -> str:
+    """The command line of a process; "" if it cannot be read."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:  # this system has no /proc
@@ -71,26 +72,26 @@ def _command_line(pid: int) -> str:
 
 
 class Peers:
-    """The processes of the run, as this one sees them.
+    """The processes of the run, with the exchanges between this process and the others.
 
-    `rank` is this process's number and `world` how many there are. With one process, exchanges return at
-    once. Exchanges raise Stop, with the number of the lost process, if a process died or hangs.
+    `rank` is this process's number, and `world` is the number of processes. With one process, exchanges
+    return at once. Exchanges raise Stop, with the number of the lost process, if a process died or hangs.
     """
 
     def __init__(self, accelerator: Accelerator, watch: Watch, timeout: datetime.timedelta):
         self.accelerator, self.watch = accelerator, watch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        # gloo even with GPUs. `group` waits without a timeout, since class images and validation take as long
-        # as they take; a process that died is noticed all the same, because its connection closes.
-        # `step_group` has the timeout of exchanges within a step.
+        # gloo even with GPUs. `group` waits without a timeout, since class images and validation may take
+        # hours; a process that died is noticed all the same, because its connection closes. `step_group` has
+        # the timeout of exchanges within a step.
         self.group = dist.new_group(backend="gloo", timeout=_FOR_EVER) if self.world > 1 else None
         self.step_group = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
         if not self.is_main:
             watch.deadline = None  # clocks differ: the main process decides when the time is up
 
     def say(self, text: str) -> None:
-        """Print on the main process, without tearing its progress bar."""
+        """Print on the main process, above its progress bar."""
         if self.is_main:
             tqdm.write(text)
 
@@ -124,12 +125,12 @@ class Peers:
             raise Stop(*stop)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[processes * n, ...] from each process's [n, ...], in the order of ranks."""
+        """[world * n, ...] from each process's [n, ...], in the order of ranks."""
         with self._lost_processes_named():
             return self.accelerator.gather(tensor)  # type: ignore[return-value]
 
     def gather_slots(self, values: torch.Tensor) -> torch.Tensor:
-        """[slots] from each process's [micro-steps]; slot j is micro-step j // world of process j % world."""
+        """[slots] from each process's [micro-steps]. Slot j is micro-step j // world of process j % world."""
         return self.gather(values[None]).transpose(0, 1).flatten()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class Peers:
             return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        """Wait until every process is here, however long that takes."""
+        """Wait, without a timeout, until every process calls this."""
         if self.world > 1:
             with self._lost_processes_named():
                 dist.barrier(group=self.group)
@@ -167,8 +168,11 @@ class Peers:
         return result  # type: ignore[return-value]
 
     def check_same(self, values: Mapping[str, str]) -> None:
-        """Raise UserError on every process if one has other values than the main process. Nodes may differ in
-        photos, base or version."""
+        """Raise UserError on every process if the values of one differ from the main process's.
+
+        Nodes may have other photos, another base or another version. The keys of `values` name them in the
+        message.
+        """
         if self.world == 1:
             return
         of_rank: list[Any] = [None] * self.world
@@ -194,11 +198,10 @@ class Peers:
             raise self._lost(error) from None
 
     def _lost(self, error: RuntimeError) -> Stop:
-        """The Stop after a failed exchange; it names the processes that do not answer the main process's roll
-        call.
+        """The Stop after a failed exchange. It names the processes that do not answer a roll call.
 
-        The roll call comes before the check for signals: a launcher stops the other processes as soon as one
-        has died.
+        The roll call comes before the check for signals: as soon as one process has died, a launcher signals
+        the others, which is not the reason of the failure.
         """
         if missing := self._roll_call():
             numbers = " and ".join(map(str, missing))
@@ -207,8 +210,10 @@ class Peers:
         return Stop(f"the connection to the other processes failed ({reason_of(error)})")
 
     def _roll_call(self) -> list[int]:
-        """The ranks that do not answer, on the main process; [] on the others. Single messages, since a
-        barrier would fail as a whole."""
+        """On the main process, the ranks that do not answer; [] on the others.
+
+        Each process sends one message, since a failed barrier does not name the lost process.
+        """
         if not self.is_main:
             with contextlib.suppress(RuntimeError):  # the main process is lost
                 _work(dist.isend(torch.ones(1), dst=0, group=self.group)).wait(_ROLL_CALL)

@@ -1,7 +1,8 @@
 """How the four scripts start and end. This module imports no torch.
 
-A script parses its command line and calls `begin` under `if __name__ == "__main__":` before it imports torch
-and diffusers, which takes seconds: so --help and mistakes are answered at once. Its last line is `run`.
+Importing torch and diffusers takes seconds. A script therefore parses its command line and calls `begin`
+under `if __name__ == "__main__":` before these imports: --help and messages about wrong flags are printed at
+once. The last line of a script calls `run`.
 """
 
 import gc
@@ -16,7 +17,7 @@ Options = TypeVar("Options")
 
 
 def begin() -> None:
-    """Call this before the slow imports. During them a signal ends the process at once, without a
+    """Call this before the slow imports: during them, a signal then ends the process at once, without a
     traceback."""
     stops.default_signals()
     gc.disable()  # imports make a million objects and no garbage: collecting takes a quarter of their time

@@ -1,9 +1,9 @@
-"""How a run ends before its last step: signals, the time limit, the end of its launcher, the loss of another
-process.
+"""How a run ends before its last step: by a signal, at the time limit, or because its launcher or another
+process died.
 
-A signal only sets a flag. `Watch.check` raises Stop between the passes of a step, between the sampling steps
-of a picture and between the photos that are encoded: a stop waits for one of these at most, and leaves
-nothing half done.
+A signal only sets a flag. `Watch.check` then raises Stop: it is called between the passes of a step, between
+the sampling steps of a picture, and between the photos that are encoded. A stop thus waits for one of these
+at most, and leaves nothing half done.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from types import FrameType
 from dreambooth.errors import is_memory_error
 
 EXIT_FAILED = 1
-EXIT_TIME = 75  # "temporary failure, try again" of sysexits.h: started again, the run goes on
+EXIT_TIME = 75  # EX_TEMPFAIL of sysexits.h: the user may start the run again to continue it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stop(BaseException):
-    """The run ends for `reason` with `exit_code`. `state` is `stopped` if the user or the system asked for
+    """The run ends, for `reason` and with `exit_code`. `state` is `stopped` if the user or the system stopped
     it, else `failed`.
 
     A BaseException, so that no library's `except Exception` swallows it.
@@ -37,11 +37,12 @@ _PARENT = os.getppid()  # read before the slow imports, during which a launcher 
 
 
 class Watch:
-    """Receives signals from its construction until `close`. A second signal, at least a second after the
+    """Receives signals from its construction until `close`. A second signal, more than a second after the
     first, ends the process at once.
 
-    While `is_immediate` is true, a signal raises Stop at once, wherever the program is. This is for the time
-    before training: all files are written whole or not at all, and the next check may be minutes away.
+    While `is_immediate` is true, a signal raises Stop at once, anywhere in the program. It is true before
+    training, where the next check may be minutes away. All files are written whole or not at all, so that
+    this leaves nothing half done.
     """
 
     def __init__(self, max_minutes: float | None = None):
@@ -64,13 +65,12 @@ class Watch:
                 self.check()
 
     def pending(self) -> Stop | None:
-        """Why the run must end; None if it need not."""
+        """The Stop with the reason why the run must end; None if it may go on."""
         if self.received is not None:
             return Stop(f"stopped by {self.received.name}", 128 + self.received, "stopped")
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return Stop(f"--max_train_minutes {self.max_minutes:g} are over", EXIT_TIME, "stopped")
-        # `accelerate launch` with one process passes no signal on: once killed, it would leave this process
-        # running
+        # `accelerate launch` with one process passes no signal on: if it is killed, this process runs on
         if self.launcher is not None and os.getppid() != self.launcher:
             return Stop("the launcher died", EXIT_FAILED, "stopped")
         return None
@@ -81,7 +81,7 @@ class Watch:
             raise stop
 
     def close(self) -> None:
-        """Restore the signal handlers that were there before."""
+        """Restore the previous signal handlers."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -112,8 +112,8 @@ def default_signals() -> None:
 
 
 def _has_launcher() -> bool:
-    """True under `accelerate launch` and `torchrun`. A shell does not count: a run started with nohup
-    outlives it."""
+    """Whether `accelerate launch` or `torchrun` started this process. A shell is no launcher: a run started
+    with nohup outlives it."""
     return "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 

@@ -58,7 +58,7 @@ class Start:
     @property
     def flags(self) -> dict[str, Any]:
         """Flags of the run by name, without the hub token and flags of a single start (--overwrite)."""
-        return without_token(as_table(self.options.without_once()))
+        return without_token(as_table(self.options.without_start_flags()))
 
     def begin_folder(self) -> None:
         """Write run.json and run.yaml, on the main process, and give the run's options to its trackers."""

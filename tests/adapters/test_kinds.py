@@ -359,7 +359,7 @@ def test_a_dry_run_counts_what_a_run_trains(kind, tiny_base, photos_dir, tmp_pat
         ),
         (
             ["--adapter", "oft", "--rank", "8"],
-            "--rank: --adapter oft has none; its size is set by --oft_block_size",
+            "--rank does not work with --adapter oft; give --oft_block_size",
         ),
         (["--adapter", "hra", "--rank", "3"], "--rank must be even with --adapter hra, got 3"),
         (["--adapter", "lokr", "--use_dora"], "--use_dora only works with --adapter lora"),
@@ -376,7 +376,7 @@ def test_a_dry_run_counts_what_a_run_trains(kind, tiny_base, photos_dir, tmp_pat
         (["--text_encoder_rank", "2"], "--text_encoder_rank needs --train_text_encoder"),
         (
             ["--rank_pattern", "up_blocks"],
-            "--rank_pattern must be PART=NUMBER with commas between, got 'up_blocks'",
+            "--rank_pattern must be PART=NUMBER, separated by commas, got 'up_blocks'",
         ),
         (["--rank_pattern", "up_blocks=1.5"], "--rank_pattern must be PART=NUMBER"),
         (["--lr_pattern", "up_blocks=-1"], "--lr_pattern must be PART=NUMBER"),

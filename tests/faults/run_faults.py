@@ -603,7 +603,7 @@ def one_process_where_two_were_asked_for(world: World) -> dict[str, Any]:
     )
     return {
         "one_process_said": result.returncode == 0
-        and "was asked for 2 processes and started 1" in result.stdout
+        and "should start 2 processes and started 1" in result.stdout
     }
 
 

@@ -28,7 +28,7 @@ def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp
         assert 0.1 < record["memory"]["resident_gib"] <= record["memory"]["peak_resident_gib"] < 100
         assert not any(name.startswith(("device", "peak_device")) for name in record["memory"])
     peak = max(record["memory"]["peak_resident_gib"] for record in found)
-    assert f"memory: {peak:.1f} GiB at most in the computer" in capsys.readouterr().out
+    assert f"memory: {peak:.1f} GiB at most in main memory" in capsys.readouterr().out
 
 
 @pytest.mark.trains
@@ -70,7 +70,7 @@ def test_a_gpu_is_read_phase_by_phase(monkeypatch):
     )
     assert (
         said
-        == "memory: 5.2 GiB at most on the device (loaded 3.0, training 5.2), 2.5 GiB at most in the computer"
+        == "memory: 5.2 GiB at most on the device (loaded 3.0, training 5.2), 2.5 GiB at most in main memory"
     )
 
 

@@ -159,4 +159,4 @@ def test_one_process_where_several_were_asked_for_is_noted(monkeypatch):
     assert processes.notes() == []
     monkeypatch.setenv("MASTER_PORT", "29500")
     (note,) = processes.notes()
-    assert "asked for several processes and started 1" in note
+    assert "should start several processes and started 1" in note
