@@ -1,12 +1,13 @@
-"""Adapters on live models: any number of them, of any kind and from any file layout, each at its own weights.
+"""Applies adapters to models in memory: any number of them, of any kind, each with its weights.
 
-An adapter of weight w adds w * (W' - W) to a layer, where W' is the weight that it makes of the base's W. So
-adapters add up in any order, whatever their kinds, and weight 0 is the base itself. peft's DoRA at weight 0
-is another model, and depends on what was added before it: hence `_Dora`.
+An adapter of weight w adds w * (W' - W) to a layer. W is the base's weight, W' that weight with the adapter
+merged into it (`Adapter.adapted`). So adapters can be added in any order, whatever their kinds, and weight 0
+is the base itself. peft's DoRA does not work like this: with weight 0 it still changes the layer, and its
+result depends on the adapters before it. `_Dora` replaces it.
 
-There are two ways, which give the same pictures but for their last bits. Live: as a peft adapter, which
+There are two ways, which give the same pictures except for their last bits. Live: a peft adapter, which
 diffusers can weigh, disable, fuse and delete. Fused: the sum is added to the weight itself; the base's tensor
-is kept, so that the base comes back bit for bit.
+is kept in memory and restored, bit for bit.
 """
 
 import contextlib
@@ -28,14 +29,14 @@ from dreambooth.adapter_files.peft_internals import tuners
 from dreambooth.adapter_files.reading import AnyAdapter
 
 Weight = float | Mapping[str, float]
-"""One number for all layers; or numbers by place (`unet`, `unet.up_blocks`, ...). Then the longest place that
-contains a layer decides, "" contains all layers, and a layer in no place has 1."""
+"""One number for all layers, or numbers by part of a model (`unet`, `unet.up_blocks`, ...). The number of the
+longest part that contains a layer is the layer's. "" contains all layers. A layer in no part has 1."""
 Models = Mapping[str, nn.Module]  # by component: unet, text_encoder, text_encoder_2
 
 
 def layers_of(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the models' weights by component and layer, whatever adapters are on them: what
-    `reading.read` takes for a base."""
+    """Shapes of the models' weights by component and layer, as `reading.read` takes them. Layers of adapters
+    are not included."""
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for component, model in models.items():
         inside_tuners = tuple(f"{path}." for path in tuners(model))
@@ -51,22 +52,22 @@ def layers_of(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def part(adapter: AnyAdapter, components: tuple[str, ...]) -> AnyAdapter:
-    """The adapter of these components alone."""
-    chosen: Any = {name: modules for name, modules in adapter.components.items() if name in components}
-    return dataclasses.replace(adapter, components=chosen)
+    """The adapter, reduced to these components."""
+    selected: Any = {name: modules for name, modules in adapter.components.items() if name in components}
+    return dataclasses.replace(adapter, components=selected)
 
 
 def weight_at(weight: Weight, component: str, layer: str) -> float:
-    """The weight of one layer."""
+    """The number that `weight` gives to one layer."""
     if not isinstance(weight, Mapping):
         return weight
-    place = f"{component}.{layer}"
-    containing = [key for key in weight if key == "" or place == key or place.startswith(f"{key}.")]
+    path = f"{component}.{layer}"
+    containing = [part for part in weight if part == "" or path == part or path.startswith(f"{part}.")]
     return weight[max(containing, key=len)] if containing else 1.0
 
 
 def is_active(weight: Weight) -> bool:
-    """Whether any layer can have another weight than 0."""
+    """Whether any layer can have a weight other than 0."""
     return any(weight.values()) or "" not in weight if isinstance(weight, Mapping) else bool(weight)
 
 
@@ -78,12 +79,12 @@ def _active(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def attach(models: Models, adapter: Adapter, name: str) -> None:
-    """Put an adapter on the models as the peft adapter `name`, active with weight 1 beside those that are
-    active.
+    """Add an adapter to the models as the peft adapter `name`. It is active with weight 1, and adapters that
+    were active stay active.
 
-    Its modules may be LoRA, DoRA, LoHa and LoKr side by side, each of its own rank. DoRA on LoHa or LoKr
-    becomes DoRA on the equal LoRA. Tensors take dtype and device of the layer. Raises ValueError for a name
-    that is taken, or that peft or diffusers cannot use.
+    Its modules may be LoRA, DoRA, LoHa and LoKr, each of any rank. A LoHa or LoKr with a magnitude becomes
+    the equal LoRA with that magnitude. Tensors get the dtype and device of their layer. Raises ValueError for
+    a name that is taken, or that peft or diffusers cannot use.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"{name!r} cannot be the name of an adapter")
@@ -97,18 +98,18 @@ def attach(models: Models, adapter: Adapter, name: str) -> None:
             for layer, module in modules.items()
         }
         for kind in _KINDS:
-            of_kind = {path: module for path, module in by_path.items() if isinstance(module, kind.module)}
-            if of_kind:
-                _attach_kind(model, name, kind, of_kind)
-        for layer in tuners(model).values():  # peft has left the newest adapter alone active
+            selected = {path: module for path, module in by_path.items() if isinstance(module, kind.module)}
+            if selected:
+                _attach_kind(model, name, kind, selected)
+        for layer in tuners(model).values():  # peft leaves only the newest adapter active
             names = [*active.get(layer, ()), *([name] if name in layer.scaling else [])]
             layer.set_adapter(names, inference_mode=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _LiveKind:
-    """One class of `deltas`: peft's configuration for it, and the end of a key by which peft knows that a
-    layer has one."""
+    """How peft makes one class of `deltas`: the class of its configuration, the configuration's field of
+    alpha, and the end of a key by which peft recognizes the layers."""
 
     module: type
     config: type
@@ -124,10 +125,10 @@ _KINDS = (
 
 
 def _attach_kind(model: nn.Module, name: str, kind: _LiveKind, modules: Mapping[str, Any]) -> None:
-    """Put peft's layers of rank 1 at the modules' paths, and the modules' tensors in place of theirs."""
+    """Add peft's layers of rank 1 at the modules' paths, and replace their tensors by the modules'."""
     config = kind.config(r=1, target_modules=list(modules), inference_mode=True, **{kind.alpha: 1})
     is_lora = kind.module is Lora
-    with _beneath_others(model, modules) if is_lora else contextlib.nullcontext():
+    with _without_other_kinds(model, modules) if is_lora else contextlib.nullcontext():
         peft_internals.add_layers(model, config, name, [f"{path}.{kind.key}" for path in modules])
     for path, module in modules.items():
         layer = _tuner_of(model, path, name)
@@ -146,10 +147,12 @@ def _live_path(model: nn.Module, layer: str) -> str:
 
 
 @contextlib.contextmanager
-def _beneath_others(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """Take peft's layers of other kinds off these paths, and put them back over what is there at the end.
+def _without_other_kinds(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Within the block the layers at these paths have no peft layers of LoHa or LoKr around them. Afterwards
+    these are around whatever layer is then at the path.
 
-    peft puts one layer over another, but cannot put LoRA over another kind on a convolution.
+    peft wraps layers of several kinds into each other, but on a convolution it cannot wrap a LoRA around
+    another kind.
     """
     removed: dict[str, tuple[Any, Any]] = {}  # path -> outermost and innermost layer
     for path in paths:
@@ -170,20 +173,23 @@ def _beneath_others(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
 
 
 def _tuner_of(model: nn.Module, path: str, name: str) -> Any:
-    """The peft layer that holds the adapter, at `path` or inside: layers of several kinds are nested."""
+    """The peft layer that holds the adapter: the one at `path`, or one nested in it. Raises RuntimeError if
+    none does."""
     layer = model.get_submodule(path)
     while isinstance(layer, BaseTunerLayer):
         if name in layer.scaling:  # type: ignore[operator]
             return layer
         layer = layer.base_layer  # type: ignore[assignment]
-    raise RuntimeError(f"peft has put nothing at {path}")
+    raise RuntimeError(f"peft has added no layer at {path}")
 
 
 def _frozen(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    """The tensor as a parameter without gradient, in the device and dtype of `like`."""
     return nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=False)
 
 
 def _fill_lora(layer: Any, name: str, module: Lora, weight: Tensor) -> None:
+    """Replace the tensors and the rank of the adapter in a LoRA layer. `weight` is the layer's."""
     down, up = layer.lora_A[name], layer.lora_B[name]
     down.weight, up.weight = _frozen(module.down, weight), _frozen(module.up, weight)
     if weight.ndim == 2:
@@ -197,6 +203,7 @@ def _fill_lora(layer: Any, name: str, module: Lora, weight: Tensor) -> None:
 
 
 def _fill_factors(layer: Any, name: str, module: LoHa | LoKr, weight: Tensor) -> None:
+    """Replace the tensors of the adapter in a LoHa or LoKr layer. `weight` is the layer's."""
     tensors = deltas.factors_by_name(module)
     has_core = any(part.endswith(("t1", "t2")) and tensor is not None for part, tensor in tensors.items())
     for part, tensor in tensors.items():
@@ -204,17 +211,17 @@ def _fill_factors(layer: Any, name: str, module: LoHa | LoKr, weight: Tensor) ->
         if name in holder:
             del holder[name]
         if tensor is not None:
-            # without a core the last factor has the kernel in its columns
+            # without a core, peft flattens the kernel into the columns of the last factor
             is_flat = part.endswith("_b") and not has_core
             holder[name] = _frozen(tensor.flatten(1) if is_flat else tensor, weight)
 
 
 class _Dora:
-    """DoRA (arXiv 2402.09353) as a variant of peft's LoRA that adds up with other adapters and is linear in
-    its weight.
+    """DoRA (arXiv 2402.09353) as a variant of peft's LoRA whose update does not depend on other adapters and
+    is linear in its weight.
 
-    `rows` are the magnitudes divided by the lengths of the rows of W + dW, [out] or [out, 1, 1]. They never
-    change, so no call builds dW.
+    `rows` are the magnitudes divided by the norms of the rows of W + dW, [out] or [out, 1, 1]. They are
+    computed once, so no call builds dW. peft calls the methods (`peft_internals.set_variant`).
     """
 
     def __init__(self, model: nn.Module, path: str, weight: Tensor, module: Lora) -> None:
@@ -227,18 +234,19 @@ class _Dora:
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **extra: Any) -> Tensor:
         rows = self.rows.to(result.device)
-        # rows are close to 1. bfloat16 would round them to 1; their difference from 1 keeps 8 bits
-        beyond, rows = (rows - 1).to(result.dtype), rows.to(result.dtype)
+        # rows are close to 1, and bfloat16 would round them to 1; their difference from 1 keeps 8 bits
+        excess, rows = (rows - 1).to(result.dtype), rows.to(result.dtype)
         plain = peft_internals.forward_without_bias(module.get_base_layer(), x)
         update = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        return result + (beyond * plain + rows * update) * module.scaling[active_adapter]
+        return result + (excess * plain + rows * update) * module.scaling[active_adapter]
 
     def _added(self, module: Any, active_adapter: str) -> Tensor:
-        """The adapter's change of the base's own weight, float32, whatever adapters are merged into that."""
+        """The adapter's change of the base's weight, float32. Adapters that are merged into that weight are
+        subtracted first."""
         with peft_internals.unmerged_weight(module) as weight:
             base = weight.float()
         layer: Any = self.model.get_submodule(self.path)
-        while layer is not module:  # peft's layers of other kinds, around this one
+        while layer is not module:  # peft's layers of other kinds around this one
             base = base - sum(layer.get_delta_weight(name).float() for name in layer.merged_adapters)
             layer = layer.base_layer
         rows = self.rows.reshape(-1, *[1] * (base.ndim - 1)).to(base.device)
@@ -262,9 +270,9 @@ class _Dora:
 
 
 def set_weights(models: Models, weights: Mapping[str, Weight]) -> None:
-    """Make the adapters in `weights`, and no others, active on the models, each layer with its weight.
+    """Make exactly the adapters in `weights` active on the models, in each layer with the layer's weight.
 
-    An adapter of weight 0 is inactive: the layer computes what it does without it, bit for bit.
+    Where the weight is 0 the adapter is inactive: the layer's output is the same bit for bit as without it.
     """
     for component, model in models.items():
         for path, layer in tuners(model).items():
@@ -283,10 +291,10 @@ def set_weights(models: Models, weights: Mapping[str, Weight]) -> None:
 
 @contextlib.contextmanager
 def fused(models: Models, adapters: list[tuple[AnyAdapter, Weight]]) -> Iterator[None]:
-    """Within the block the models' own weights contain the adapters, summed in float32 and rounded once;
-    peft's adapters stay as they are.
+    """Within the block the adapters are merged into the models' weights, summed in float32 and rounded once.
+    peft's adapters are not changed.
 
-    After it the base is back, bit for bit. Needs the memory of the changed layers once more.
+    Afterwards the weights are the base's again, bit for bit. The changed layers need their memory twice.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
@@ -304,7 +312,7 @@ def fused(models: Models, adapters: list[tuple[AnyAdapter, Weight]]) -> Iterator
                         base = parameter.detach().float()
                         total = base + sum(w * adapter.update(component, name, base) for adapter, w in active)
                         originals.append((parameter, parameter.data))
-                        # in its memory format: convolutions are channels last
+                        # with the memory format of the layer's weight
                         parameter.data = torch.empty_like(parameter.data).copy_(total)
         yield
     finally:
@@ -313,30 +321,31 @@ def fused(models: Models, adapters: list[tuple[AnyAdapter, Weight]]) -> Iterator
 
 
 def _layers_in(component: str, adapters: Iterable[AnyAdapter]) -> list[str]:
-    """The layers of a component that any of the adapters changes, each once."""
+    """The layers of a component that at least one of the adapters changes, each once."""
     return list(
         dict.fromkeys(layer for adapter in adapters for layer in adapter.components.get(component, {}))
     )
 
 
 def _base_layer(model: nn.Module, layer: str) -> Any:
+    """The layer of the base with this plain name, inside peft's layers if there are any."""
     module = model.get_submodule(_live_path(model, layer))
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-# ---- either
+# ---- live or fused
 
 
 Fusing = Literal["auto", "yes", "no"]
 
 
 def is_fused(adapters: list[AnyAdapter], fuse: Fusing, dtype: torch.dtype) -> bool:
-    """Whether adapters that are active together are fused.
+    """Whether adapters that are active together are fused; `dtype` is the model's.
 
-    OFT, BOFT and HRA always are, and with them whatever is active beside them. Else `auto` fuses everything
-    but plain LoRA, whose two thin layers cost little: for LoHa and LoKr peft builds a matrix of the layer's
-    size in every call, and DoRA runs the layer twice. Not in bfloat16: most of a small update would be
-    rounded off in a weight of 8 bits, and is whole beside it.
+    OFT, BOFT and HRA are always fused, and so are adapters that are active together with them. Otherwise
+    `auto` fuses all kinds but LoRA, whose two thin layers cost little: for LoHa and LoKr peft builds a matrix
+    of the layer's size in every call, and DoRA runs the layer twice. In bfloat16 `auto` fuses nothing: most
+    of a small update would be lost when the sum is rounded to the 8 bits of a weight.
     """
     if not all(adapter.is_additive for adapter in adapters) or fuse == "yes":
         return bool(adapters)
@@ -345,22 +354,24 @@ def is_fused(adapters: list[AnyAdapter], fuse: Fusing, dtype: torch.dtype) -> bo
 
 
 class Stack:
-    """Adapters for the models of one pipeline, any of which can be active, at any weights. The base is loaded
-    once."""
+    """The adapters for the models of one pipeline. Any of them can be active, with any weights; the base
+    stays loaded."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
         self.adapters: dict[str, AnyAdapter] = {}
 
     def add(self, name: str, adapter: AnyAdapter) -> None:
+        """Register an adapter as `name`. The models do not change."""
         self.adapters[name] = adapter
 
     def attach_all(self, uses: Iterable[Mapping[str, Weight]], fuse: Fusing = "auto") -> None:
-        """Attach every adapter that is live in one of these sets of weights, in the order in which they were
-        added; none is active.
+        """Attach every adapter that is live for at least one of `uses`, sets of weights by name. None is
+        active afterwards.
 
-        Layers of several kinds are nested in the order of attaching, and sums are rounded in that order.
-        After this call the last bits do not depend on which sets a process draws, and in which order.
+        Adapters are attached in the order of `add`. Layers of several kinds are nested in the order of
+        attaching, and sums are rounded in that order. After this call the last bits do not depend on which
+        sets a process draws, nor on their order.
         """
         live: set[str] = set()
         for weights in uses:
@@ -373,7 +384,7 @@ class Stack:
         set_weights(self.models, {})
 
     def _attach(self, name: str, adapter: AnyAdapter) -> None:
-        assert isinstance(adapter, Adapter)  # the others are fused
+        assert isinstance(adapter, Adapter)  # rotations are always fused
         if not any(name in getattr(model, "peft_config", {}) for model in self.models.values()):
             attach(self.models, adapter, name)
 
@@ -383,7 +394,8 @@ class Stack:
 
     @contextlib.contextmanager
     def activated(self, weights: Mapping[str, Weight], fuse: Fusing = "auto") -> Iterator[None]:
-        """Within the block the named adapters are active at their weights; before and after it, none is."""
+        """Within the block exactly the adapters in `weights` are active, live or fused. Afterwards none
+        is."""
         active = _active(weights)
         if self._is_fused(active, fuse):
             set_weights(self.models, {})

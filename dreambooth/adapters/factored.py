@@ -1,22 +1,21 @@
-"""LoHa and LoKr in training without the dense update: peft's outputs from small products, with little kept
-for backward.
+"""LoHa and LoKr in training without the dense update: the same outputs as peft's, with less time and memory.
 
-peft makes the update of a LoHa or LoKr layer as a matrix of the layer's size, [out, in(, kh, kw)], in every
-forward, applies it beside the layer and keeps it for backward. An identity makes each kind a chain of small
-layers:
+In every forward peft builds the update of a LoHa or LoKr layer as a matrix of the layer's size, [out, in(,
+kh, kw)], applies it in parallel to the layer, and keeps it for backward. By these identities each kind is a
+chain of small layers instead:
 
     LoHa   ((w1a @ w1b) * (w2a @ w2b)) x = B (A x)
            A [r * r, in] and B [out, r * r] are Khatri-Rao products of the halves
     LoKr   kron(w1, w2) x: w2 on each of the in1 groups of in2 channels, then w1 across the groups;
            if w2 = w2a @ w2b: w2b, then w1, then w2a
 
-A convolution's kernel, stride, padding and dilation belong to the link with the input channels; the other
-links are 1x1. Nothing between the links is kept: backward has the layer's input and the adapter's tensors,
-and recomputes the rest.
+Each layer of a chain is called a link. A convolution's kernel, stride, padding and dilation belong to the
+link with the input channels; the other links are 1x1. Only the layer's input and the adapter's tensors are
+kept for backward, which recomputes everything between the links.
 
 A chain is used where it needs less than SAVING times the multiplications of the dense update. Otherwise (LoHa
-of a large rank on a narrow layer, LoKr on a prime width) the update is dense as in peft, but rebuilt in
-backward instead of kept; that takes up to an eighth longer.
+of a large rank on a narrow layer, LoKr on a prime width) the update is dense as in peft, but backward builds
+it again instead of keeping it; that takes up to an eighth longer.
 """
 
 import contextlib
@@ -34,22 +33,24 @@ from torch import Tensor
 from dreambooth.adapter_files.deltas import columns_and_rows
 
 # Measured forward and backward, Linear of 192 to 1280 and 3x3 of 128 and 320, ranks 2 to 20: chain and dense
-# update take the same time where the chain needs 0.75 to 1 times the multiplications, as its products are
-# small and many.
+# update take the same time where the chain needs 0.75 to 1 times the multiplications. Its products are small
+# and many, which costs time.
 SAVING = 0.75
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding and dilation
 
 
 class _FactoredLayer:
-    """The forward of peft's LoHa and LoKr layers for one adapter alone. Goes before peft's class in the bases
-    of `_CLASSES`."""
+    """The forward of peft's LoHa and LoKr layers if `factored_adapter` is the only active adapter.
+
+    The classes in `_CLASSES` inherit from this class first, then from peft's.
+    """
 
     factored_adapter: str
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.factored_adapter
-        # the model may have active adapters that this layer has not
+        # the model may have active adapters that are not on this layer
         active = [adapter for adapter in self.active_adapters if adapter in self.scaling]
         is_alone = active == [name] and not self.disable_adapters and not self.merged
         if not is_alone or not self.cast_input_dtype_enabled or _drops(self, name):
@@ -60,10 +61,11 @@ class _FactoredLayer:
 
 
 def _drops(layer: Any, name: str) -> bool:
+    """Whether a dropout of the adapter is in effect."""
     return layer.training and bool(layer.rank_dropout[name] or layer.module_dropout[name])
 
 
-# peft's class -> the same with the forward above
+# peft's class -> its subclass with the forward above
 _CLASSES: dict[type, type] = {
     cls: type(f"Factored{cls.__name__}", (_FactoredLayer, cls), {"__module__": __name__})
     for cls in (loha.Linear, loha.Conv2d, lokr.Linear, lokr.Conv2d)
@@ -74,18 +76,19 @@ def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") 
     """Make the LoHa and LoKr layers of `model` compute this adapter's update without a dense matrix. Returns
     the names of these layers.
 
-    Outputs and gradients are peft's to rounding. Parameters stay peft's, so files, merging, deleting and
-    unloading are as before; a second call changes nothing. A layer uses peft's forward for anything but this
-    adapter alone: other adapters active on it, merged or disabled adapters, and training with a rank_dropout
-    or module_dropout other than 0.
+    Outputs and gradients are peft's except for rounding. Parameters stay peft's, so files, merging, deleting
+    and unloading work as before. A second call changes nothing. A layer still uses peft's forward if other
+    adapters are active on it, if adapters are merged or disabled, and in training with a rank_dropout or
+    module_dropout other than 0.
 
-    Two differences show. In training peft draws a random number for each layer and forward, even with a
-    module_dropout of 0, and leaves the adapter out if it is exactly 0; this draws none, so later draws of the
-    same seed differ. And for a LoHa with cores (use_effective_conv2d) the gradients of w1_a and w2_a are the
-    derivatives; peft 0.21.2 takes the other factor's core for them.
+    There are two differences from peft. First, in training peft draws a random number for each layer and
+    forward, even with a module_dropout of 0, and leaves the adapter out if the number is exactly 0. No number
+    is drawn here, so later draws from the same seed differ. Second, the gradients of w1_a and w2_a of a LoHa
+    with cores (use_effective_conv2d) are the exact derivatives; peft 0.21.2 computes them with the other
+    factor's core.
 
-    Not changed: convolutions in groups or with padding in words ("same"), Conv1d, and other subclasses of
-    peft's layers.
+    Not changed are convolutions with groups or with padding given as a word ("same"), Conv1d, and other
+    subclasses of peft's layers.
     """
     names = []
     for name, layer in model.named_modules():
@@ -95,8 +98,8 @@ def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") 
         base: Any = layer.get_base_layer()  # type: ignore[operator]
         if isinstance(base, torch.nn.Conv2d) and (base.groups != 1 or isinstance(base.padding, str)):
             continue
-        # a class, as a function on the instance would be a reference cycle, freed only by the garbage
-        # collector
+        # the class is replaced, not the instance's method: a bound method on its instance is a reference
+        # cycle, which only the garbage collector frees
         layer.__class__ = _CLASSES.get(type(layer), type(layer))
         layer.factored_adapter = adapter_name  # type: ignore[assignment]
         names.append(name)
@@ -105,11 +108,11 @@ def use_factored_forward(model: torch.nn.Module, adapter_name: str = "default") 
 
 @dataclasses.dataclass(frozen=True)
 class _Link:
-    """One layer of a chain. Its channels are [groups, changed, inner], and one weight changes all groups and
-    inner ones.
+    """One layer of a chain. Its input channels are [groups, from, inner] and its output channels [groups, to,
+    inner]. The same weight is used for every group and every inner channel.
 
-    With a geometry it is a convolution with weight [to, from, kh, kw] and inner 1; without, it sees one token
-    or pixel at a time, with weight [to, from].
+    With a `geometry` the link is a convolution with weight [to, from, kh, kw] and inner 1. Without one it
+    works on each token or pixel separately, with weight [to, from].
     """
 
     groups: int = 1
@@ -119,7 +122,8 @@ class _Link:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """An update: consecutive links, the adapter's tensors, and the function from these to the weights."""
+    """An update: the links in order, the adapter's tensors (`factors`), and the function that makes the
+    links' weights from them."""
 
     links: list[_Link]
     factors: list[Tensor]
@@ -128,6 +132,7 @@ class _Chain:
 
 
 def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
+    """The chain of a LoHa layer for this input: two links, or the dense update if that is cheaper."""
     factors = [getattr(layer, f"hada_{part}")[name] for part in ("w1_a", "w1_b", "w2_a", "w2_b")]
     if name in layer.hada_t1:
         factors += [layer.hada_t1[name], layer.hada_t2[name]]
@@ -138,6 +143,7 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
     def halves(
         w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
     ) -> tuple[Tensor, ...]:
+        """Columns and rows of the first product, then of the second."""
         return (*columns_and_rows(w1a, w1b, t1), *columns_and_rows(w2a, w2b, t2))
 
     def khatri_rao(*factors: Tensor) -> list[Tensor]:
@@ -151,15 +157,17 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
         return [_kernel(product.reshape(shape), geometry)]
 
     rank = factors[1].shape[0]  # w1b is [rank, in], with a core or without
-    out, into = shape[0], math.prod(shape[1:])
+    outputs, inputs = shape[0], math.prod(shape[1:])
     tokens = x.numel() // shape[1]
-    # building the dense update takes two products of the rank: as many multiplications as 2 * rank tokens
-    if rank**2 * (into + out) * tokens < SAVING * out * into * (tokens + 2 * rank):
+    # the dense update is built from two products of this rank, at the cost of 2 * rank further tokens
+    if rank**2 * (inputs + outputs) * tokens < SAVING * outputs * inputs * (tokens + 2 * rank):
         return _Chain([_Link(geometry=geometry), _Link()], factors, khatri_rao, len(shape) == 4)
     return _Chain([_Link(geometry=geometry)], factors, dense, len(shape) == 4)
 
 
 def _lokr_chain(layer: Any, name: str) -> _Chain:
+    """The chain of a LoKr layer: of several forms the one with the fewest multiplications."""
+    # the adapter's tensors and the sizes of w1 [out1, in1] and w2 [out2, in2(, kh, kw)]
     first_parts = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
     second_parts = ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     first = [getattr(layer, part)[name] for part in first_parts if name in getattr(layer, part)]
@@ -170,11 +178,11 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
     out1, in1 = first[0].shape[0], first[-1].shape[1]
     out2, in2 = shape[0] // out1, shape[1] // in1
 
-    # each takes the adapter's tensors, `first` and `second`, and returns the weights of one list of links
-    # below
+    # Each function `in_...` and `dense` makes the weights of one candidate's links from the adapter's
+    # tensors.
 
     def split(factors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(w1 with the scale, the tensors of w2)."""
+        """(w1, dense, times the scale; the tensors of w2)."""
         mixing = factors[0] if len(first) == 1 else factors[0] @ factors[1]
         return mixing * scale, factors[len(first) :]
 
@@ -202,6 +210,7 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
         mixing = mixing.reshape(out1, in1, *[1] * (len(shape) - 2))
         return [_kernel(torch.kron(mixing, dense_second(second_factors).contiguous()), geometry)]
 
+    # the candidates
     size = math.prod(shape[2:])  # of the kernel
     conv = _Link(geometry=geometry)
     grouped_conv = _Link(groups=in1, geometry=geometry)
@@ -222,7 +231,8 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
 
 
 def _geometry(base: Any) -> Geometry | None:
-    """None for a layer that sees one token or pixel at a time."""
+    """Stride, padding and dilation of a convolution; None for a layer that works on each token or pixel
+    separately."""
     if not isinstance(base, torch.nn.Conv2d):
         return None
     if base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding == (0, 0):
@@ -231,16 +241,18 @@ def _geometry(base: Any) -> Geometry | None:
 
 
 def _kernel(weight: Tensor, geometry: Geometry | None) -> Tensor:
+    """The weight of a link: [to, from, kh, kw] with a geometry, else [to, from]."""
     return weight if geometry is not None else weight.flatten(1)
 
 
 class _ChainUpdate(torch.autograd.Function):
-    """The chain's output for x. Keeps x and the adapter's tensors for backward, which exist in any case."""
+    """The chain's output for x. For backward it keeps x and the adapter's tensors, which are in memory
+    anyway."""
 
     @staticmethod
     def forward(ctx: Any, chain: _Chain, x: Tensor, *factors: Tensor) -> Tensor:
-        # peft's precision: the product of the factors and the input have autocast's dtype, or without
-        # autocast the adapter's
+        # as in peft, the input and the product of the factors get autocast's dtype, or without autocast the
+        # adapter's
         device = x.device.type
         ctx.autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if ctx.autocasts else factors[0].dtype
@@ -259,8 +271,7 @@ class _ChainUpdate(torch.autograd.Function):
         chain: _Chain = ctx.chain
         _, x_needed, *needed = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False) if ctx.autocasts else contextlib.nullcontext():
-            # forward again: weights of the links, with a graph back to the factors, and the input of each
-            # link
+            # forward again: the weights of the links, with a graph to the factors, and the input of each link
             with torch.enable_grad():
                 leaves = [
                     factor.detach().requires_grad_(need) for factor, need in zip(factors, needed, strict=True)
@@ -275,12 +286,14 @@ class _ChainUpdate(torch.autograd.Function):
             weight_gradients: list[Tensor] = []
             for index, link in reversed(list(enumerate(chain.links))):
                 wanted = (x_needed or index > 0, weights[index].requires_grad)
-                before, of_weight = _back(link, values[index], inputs.pop(), gradient, chain.is_image, wanted)
-                if of_weight is not None:
+                x_grad, weight_grad = _back(
+                    link, values[index], inputs.pop(), gradient, chain.is_image, wanted
+                )
+                if weight_grad is not None:
                     trained.append(weights[index])
-                    weight_gradients.append(of_weight)
-                gradient = before  # type: ignore[assignment]  # None only where it is not needed
-            # from the weights of the links to the factors
+                    weight_gradients.append(weight_grad)
+                gradient = x_grad  # type: ignore[assignment]  # None only where it is not needed
+            # gradients of the factors from those of the links' weights
             wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
             factor_gradients = iter(
                 torch.autograd.grad(trained, wanted_leaves, weight_gradients) if wanted_leaves else ()
@@ -312,39 +325,41 @@ def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
 def _back(
     link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the link's input and of its weight, from that of its output; None for each that is not
-    `wanted`."""
+    """(gradient of the link's input, gradient of its weight), from `gradient`, that of its output.
+
+    `wanted` says which of the two are needed; the other is None.
+    """
     if link.geometry is not None:
         stride, padding, dilation = link.geometry
         kernels = weight.repeat(link.groups, 1, 1, 1)
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
             *(gradient, x, kernels, None, stride, padding, dilation),
             *(False, (0, 0), link.groups, (*wanted, False)),  # not transposed, no output padding, no bias
         )
-        return of_x, of_weight.reshape(link.groups, *weight.shape).sum(0) if wanted[1] else None
+        return x_grad, weight_grad.reshape(link.groups, *weight.shape).sum(0) if wanted[1] else None
     if is_image and _pixels_first(x):
         x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-        of_x, of_weight = _back(link, weight, x, gradient, False, wanted)
-        return of_x.permute(0, 3, 1, 2) if of_x is not None else None, of_weight
+        x_grad, weight_grad = _back(link, weight, x, gradient, False, wanted)
+        return x_grad.permute(0, 3, 1, 2) if x_grad is not None else None, weight_grad
     inputs = _rows(link, weight.shape[1], x, is_image)  # [rows, from, inner]
     outputs = _rows(link, weight.shape[0], gradient, is_image)  # gradients, [rows, to, inner]
-    of_x = of_weight = None
+    x_grad = weight_grad = None
     if inputs.shape[2] == 1:
         inputs, outputs = inputs.squeeze(2), outputs.squeeze(2)
         if wanted[0]:
-            of_x = (outputs @ weight).reshape(x.shape)
+            x_grad = (outputs @ weight).reshape(x.shape)
         if wanted[1]:
-            of_weight = outputs.T @ inputs
-        return of_x, of_weight
+            weight_grad = outputs.T @ inputs
+        return x_grad, weight_grad
     if wanted[0]:
-        of_x = torch.bmm(weight.T.expand(outputs.shape[0], -1, -1), outputs).reshape(x.shape)
+        x_grad = torch.bmm(weight.T.expand(outputs.shape[0], -1, -1), outputs).reshape(x.shape)
     if wanted[1]:
         _, to, inner = outputs.shape
         if to * weight.shape[1] <= inner * (to + weight.shape[1]):
-            of_weight = torch.bmm(outputs, inputs.mT).sum(0)
-        else:  # one weight for each row would be larger than the rows
-            of_weight = outputs.transpose(0, 1).flatten(1) @ inputs.transpose(0, 1).flatten(1).T
-    return of_x, of_weight
+            weight_grad = torch.bmm(outputs, inputs.mT).sum(0)
+        else:  # a weight gradient for each row would be larger than the rows
+            weight_grad = outputs.transpose(0, 1).flatten(1) @ inputs.transpose(0, 1).flatten(1).T
+    return x_grad, weight_grad
 
 
 def _pixels_first(x: Tensor) -> bool:
@@ -353,8 +368,8 @@ def _pixels_first(x: Tensor) -> bool:
 
 
 def _rows(link: _Link, channels: int, x: Tensor, is_image: bool) -> Tensor:
-    """x as [rows, channels, inner]. The groups of a token are rows; the pixels of an image belong to the
-    inner ones."""
+    """x as [rows, channels, inner]. Each group of a token or an image is a row; the pixels of an image count
+    as inner channels."""
     if is_image:
         return x.reshape(x.shape[0] * link.groups, channels, -1)
     return x.reshape(-1, channels, link.inner)

@@ -1,8 +1,8 @@
-"""Adapters for training, put on UNet and text encoders by peft: which layers, of which kind, and with which
-settings.
+"""Adds trainable adapters to UNet and text encoders with peft: which layers get one, of which kind, and with
+which settings.
 
-A kind is one record in `KINDS`. Adapter files contain the scale in one factor of each layer
-(`Component.state_dict`), as if alpha were the rank: so readers that ignore alpha get it right.
+A kind is one record in `KINDS`. In adapter files the scale is multiplied into one factor of each layer and
+alpha is the rank (`Component.state_dict`), so that readers that ignore alpha apply the right scale.
 """
 
 import dataclasses
@@ -50,8 +50,11 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of adapter: peft's configuration for it, and the part of a key by which the tensor with the
-    scale is known ("" without one)."""
+    """One kind of adapter.
+
+    `config` makes peft's configuration from a plan. `carrier` is the part of a key that marks the tensor into
+    which the scale is multiplied; "" if the kind has no scale.
+    """
 
     config: Callable[["Plan"], Any]
     carrier: str
@@ -59,8 +62,11 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The adapter of one model: the options; rank, alpha and dropout of this model; `targets`, ends of its
-    layers' names; `ranks` by layer."""
+    """The settings of one model's adapter.
+
+    `rank`, `alpha` and `dropout` are this model's. `targets` are the ends of the names of the adapted layers.
+    `ranks` has the layers whose rank is another.
+    """
 
     options: AdapterOptions
     rank: int
@@ -71,12 +77,13 @@ class Plan:
 
     @property
     def alphas(self) -> dict[str, float]:
-        """Alpha of the layers in `ranks`: such that all layers have the same scale."""
+        """Alpha of each layer in `ranks`, chosen so that all layers of the model have the same scale."""
         power = 0.5 if self.options.use_rslora else 1.0  # rsLoRA divides alpha by the root of the rank
         return {layer: self.alpha * (rank / self.rank) ** power for layer, rank in self.ranks.items()}
 
 
 def _patterns(plan: Plan) -> dict[str, Any]:
+    """The fields of peft's configuration that name layers."""
     return {
         "target_modules": list(plan.targets),
         "rank_pattern": _anchored(plan.ranks),
@@ -85,7 +92,7 @@ def _patterns(plan: Plan) -> dict[str, Any]:
 
 
 def _anchored(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with keys that match one layer: peft reads them as regular expressions for the end of a
+    """The table with keys that match one layer each. peft reads keys as regular expressions for the end of a
     layer's name."""
     return {f"^{re.escape(layer)}": value for layer, value in table.items()}
 
@@ -152,7 +159,7 @@ KINDS = {
 
 
 def module_of(key: str) -> str:
-    """The layer of an adapter's tensor with this key of peft's."""
+    """The name of the layer to which the adapter tensor with this key of peft's belongs."""
     return _SUFFIX.sub("", key)
 
 
@@ -166,7 +173,7 @@ class Component:
     kind: Kind = dataclasses.field(default_factory=lambda: KINDS["lora"])
 
     def __post_init__(self) -> None:
-        # listed once: another adapter on the same model, put there for validation, changes which parameters
+        # listed once: another adapter that validation attaches to the same model changes which parameters
         # require gradients
         self._trained = [
             (f"{self.name}.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad
@@ -188,9 +195,11 @@ class Component:
         return bool(self._scales)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors by plain key of peft's, `<layer>.lora_A.weight`, with the scale in them: as
-        if alpha were the rank."""
-        # save_embedding_layers=False: "auto" would ask the hub for a config at every save
+        """The adapter's tensors by peft's key with the plain layer name, `<layer>.lora_A.weight`.
+
+        The scale is multiplied into one tensor of each layer, so that alpha is the rank.
+        """
+        # save_embedding_layers=False: "auto" would request a config from the hub at every save
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         tensors = {}
         for key, tensor in state.items():
@@ -202,10 +211,11 @@ class Component:
 
     @property
     def _prefix(self) -> str:
+        """The prefix of the model's layers that plain names lack."""
         return layer_names.live_prefix(self.model)
 
     def _scale_of(self, key: str) -> float:
-        """The factor between the parameter with this key in the model and its tensor in files."""
+        """The factor by which the tensor in files is larger than the model's parameter with this key."""
         has_scale = bool(self.kind.carrier) and self.kind.carrier in key and not key.endswith("_b")
         return self._scales.get(module_of(key), 1.0) if has_scale else 1.0
 
@@ -219,7 +229,7 @@ class Component:
             )
         if unknown := sorted(state.keys() - expected.keys()):
             raise UserError(
-                f"the adapter file has {len(unknown)} tensors that {self.name} has no place for,"
+                f"the adapter file has {len(unknown)} tensors that {self.name} does not have,"
                 f" e.g. {unknown[0]}"
             )
         for key, tensor in expected.items():
@@ -230,7 +240,8 @@ class Component:
                 )
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set the parameters from what `state_dict` returned. Raises UserError as `check_state_dict`."""
+        """Set the parameters from tensors in the form of `state_dict`. Raises UserError as `check_state_dict`
+        does."""
         self.check_state_dict(state)
         tensors = {}
         for name, tensor in state.items():
@@ -255,16 +266,18 @@ def text_targets(
     options: AdapterOptions | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[str, ...]:
-    """The ends of the names of a text encoder's layers that get an adapter, or with `unused` their names.
+    """The ends of the names of a text encoder's layers that get an adapter.
 
-    The encoder has `layers` numbered layers; the output of the last `unused` is not used. `shapes`: of all
-    its layers by name, needed for --text_encoder_layers unless these are single projections.
+    The encoder has `layers` numbered layers. If the output of the last `unused` is not used, these get no
+    adapter, and the result is the full names of the other layers' projections. `shapes` has all layers of the
+    encoder by name; it is needed if --text_encoder_layers names more than single projections.
     """
     options = options or AdapterOptions()
     ends = options.text_layers() or _TEXT_PRESETS[options.target_preset]
     if not unused:
         return ends
     used = layers - unused
+    # without shapes, the names are built as CLIP has them
     if shapes is None:
         return tuple(
             f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}"
@@ -276,19 +289,20 @@ def text_targets(
 
 
 def _is_part(part: str, name: str) -> bool:
+    """Whether the dotted `name` contains `part` at word boundaries."""
     return f".{part}." in f".{name}."
 
 
 def by_part(table: Mapping[str, float], name: str) -> float | None:
-    """The value of the last part in `table` that a layer's name, its component in front, contains; None if it
+    """The value of the last part in `table` that `name`, a component and a layer, contains; None if it
     contains none."""
     values = [value for part, value in table.items() if _is_part(part, name)]
     return values[-1] if values else None
 
 
 def unknown_parts(flag: str, parts: Iterable[str], layers: Sequence[str]) -> list[str]:
-    """A message for every part that no layer has in its name, with parts that look like it."""
-    known = set()
+    """A message for every part that is in no layer's name, with similar parts that are."""
+    known = set()  # one or two consecutive words of the names
     for layer in layers:
         words = layer.split(".")
         known |= {".".join(words[i : i + n]) for n in (1, 2) for i in range(len(words) - n + 1)}
@@ -302,7 +316,8 @@ def unknown_parts(flag: str, parts: Iterable[str], layers: Sequence[str]) -> lis
 
 
 def layers_at(targets: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The layers whose names end with one of `targets`, of all in `shapes`."""
+    """The layers in `shapes` whose names end with one of `targets`. Layers whose weight is a vector are left
+    out."""
     ends = tuple(f".{target}" for target in targets)
     return [layer for layer, shape in shapes.items() if len(shape) > 1 and f".{layer}".endswith(ends)]
 
@@ -316,7 +331,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-# ---- putting the adapter there
+# ---- adding the adapter
 
 
 def inject(
@@ -324,9 +339,9 @@ def inject(
 ) -> Component:
     """Freeze `model` and add a trainable adapter to every layer whose name ends with one of `targets`.
 
-    The adapted model equals the base at the start, bit for bit for LoRA, DoRA, LoHa and LoKr. LoRA's A is
-    drawn from N(0, 1/rank^2), B is zero (arXiv 2106.09685). Raises UserError with peft's reason if it cannot
-    be added.
+    The new adapter does not change the model's output, bit for bit for LoRA, DoRA, LoHa and LoKr. LoRA's A is
+    drawn from N(0, 1/rank^2), B is zero (arXiv 2106.09685). `name` is the component's, `seed` that of the
+    draws. Raises UserError with peft's reason if the adapter cannot be added.
     """
     plan = _plan(name, options, targets, shapes_of(model))
     kind = KINDS[options.adapter]
@@ -335,15 +350,15 @@ def inject(
         torch.manual_seed(seed)
         try:
             model.add_adapter(kind.config(plan))  # type: ignore[operator]
-        except ValueError as error:  # a width that its blocks do not divide, for one
+        except ValueError as error:  # for example, a width that is no multiple of the block size
             reason = reason_of(error)
             raise UserError(f"--adapter {options.adapter}: {name} cannot have it: {reason}") from None
     # peft would build and keep a dense matrix for every layer of LoHa and LoKr
     factored.use_factored_forward(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # peft gives the adapter the base's dtype. In bf16 most of Adam's steps would be rounded to
-            # nothing, and GradScaler needs fp32 gradients
+            # peft gives the adapter the base's dtype. In bf16 most of Adam's steps would be rounded to zero,
+            # and GradScaler needs fp32 gradients
             parameter.data = parameter.data.float()
     return Component(name, model, kind)
 
@@ -351,8 +366,11 @@ def inject(
 def _plan(
     name: str, options: AdapterOptions, targets: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Plan:
-    """The flags of text encoders win over the common ones; a rank of --rank_pattern over both. Alpha is the
-    rank unless it is given."""
+    """The plan for the model `name`.
+
+    For a text encoder the --text_encoder_* flags replace the common ones. --rank_pattern replaces the rank of
+    single layers. Without a flag alpha is the rank.
+    """
     is_text = name != "unet"
     rank, alpha, dropout = options.rank, options.lora_alpha, options.lora_dropout
     if is_text and options.text_encoder_rank is not None:
@@ -371,23 +389,23 @@ def _plan(
 
 
 def metadata(component: Component) -> dict[str, Any]:
-    """The fields of peft's configuration that a reader of the component's `state_dict` needs, in a stable
-    order."""
+    """The fields of peft's configuration that a reader of the component's `state_dict` needs. Alpha is the
+    rank."""
     config: Any = component.model.peft_config["default"]  # type: ignore[index]
     kind = config.peft_type.value
     fields: dict[str, Any] = {"peft_type": kind, "target_modules": sorted(config.target_modules)}
     if kind in ("LORA", "LOHA", "LOKR"):
         ranks = {key.removeprefix("^").replace("\\", ""): rank for key, rank in config.rank_pattern.items()}
         alpha = "lora_alpha" if kind == "LORA" else "alpha"
-        # the scale is in the tensors: alpha is the rank, everywhere
+        # the scale is in the tensors: alpha is the rank of every layer
         fields |= {"r": config.r, alpha: config.r, "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
     if kind == "LORA":
-        # without the dropout of training: diffusers would apply it as it draws, since it leaves its layers in
-        # training mode
+        # no dropout: diffusers leaves its layers in training mode, and would apply it while drawing
         fields |= {"lora_dropout": 0.0, "bias": "none", "use_dora": config.use_dora, "use_rslora": False}
     return fields | {name: getattr(config, name) for name in _FIELDS.get(kind, ())}
 
 
+# further fields by kind
 _FIELDS = {
     "LOHA": ("use_effective_conv2d",),
     "LOKR": ("use_effective_conv2d", "decompose_both", "decompose_factor"),

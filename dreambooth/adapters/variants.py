@@ -1,5 +1,8 @@
-"""The variants that infer.py draws: each set of adapters, times each factor of --sweep, with its prompts and
-seeds. Reading of the adapters, checks, and the table of what was read."""
+"""The variants that infer.py draws: for each set of adapters and each factor of --sweep, the weights, prompts
+and seeds.
+
+Also reads the adapters, checks that the base can draw the variants, and prints a table of them.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,8 +24,8 @@ from dreambooth.options.training import TextOptions
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter that has been read. `key` is its name on the models. `clip_skip` is the flag's, else that of
-    its training."""
+    """An adapter that has been read. `key` is its name on the models. `clip_skip` is --clip_skip, else that
+    of the adapter's training."""
 
     key: str
     adapter: AnyAdapter
@@ -35,8 +38,11 @@ Loaded = Mapping[Path, LoadedAdapter]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One column of the contact sheet. `set` has its final weights; None is the base alone. `jobs` are the
-    (prompt, seed) of its pictures."""
+    """One column of the contact sheet.
+
+    `set` holds the adapters with the weights that are drawn; None is the base without adapters. `jobs` are
+    the (prompt, seed) of the column's pictures.
+    """
 
     label: str
     set: AdapterSet | None
@@ -48,26 +54,26 @@ class Variant:
         return self.set.adapters if self.set else ()
 
     def weights(self, loaded: Loaded) -> dict[str, apply.Weight]:
-        """The weights by the adapters' names on the models."""
+        """The weights of the adapters by their names on the models, as `apply.Stack` takes them."""
         return {loaded[adapter.path].key: adapter.weights for adapter in self.adapters}
 
 
 def read_adapters(
     sets: Sequence[AdapterSet], base: families.Base, clip_skip: int | None
 ) -> dict[Path, LoadedAdapter]:
-    """Every adapter of the sets by its path, each read once. Raises UserError, naming flag or set and file,
-    if one cannot be used."""
+    """All adapters of the sets by path, each read once. Raises UserError, naming flag or set and file, if one
+    cannot be used with the base."""
     layers = layer_names.plain_layers(base.layers())
     adapter_sets.check_parts(sets, layers)
     loaded: dict[Path, LoadedAdapter] = {}
-    for one in sets:
-        for path in (adapter.path for adapter in one.adapters):
+    for adapter_set in sets:
+        for path in (adapter.path for adapter in adapter_set.adapters):
             if path in loaded:
                 continue
             try:
                 adapter, identity = reading.read(path, layers), reading.identity(path)
             except UserError as error:
-                raise UserError(f"{one.where}: {error}") from None
+                raise UserError(f"{adapter_set.where}: {error}") from None
             trained = native.recorded(adapter.metadata).get("clip_skip", 0)
             trained = trained if type(trained) is int and trained >= 0 else 0
             key = f"adapter_{len(loaded)}"
@@ -78,32 +84,36 @@ def read_adapters(
 def plan(
     options: InferOptions, sets: Sequence[AdapterSet], loaded: Loaded, words: Sequence[str]
 ) -> list[Variant]:
-    """The variants in the order of their columns; first the base alone, if it is drawn. `words` are the
-    prompts of the flags."""
-    all_prompts = dict.fromkeys([*words, *(prompt for one in sets for prompt in one.prompts)])
-    all_skips = [loaded[adapter.path].clip_skip for one in sets for adapter in one.adapters]
+    """The variants in the order of their columns. The first is the base without adapters, if it is drawn.
 
-    def variant(label: str, one: AdapterSet | None) -> Variant:
-        chosen = list(all_prompts) if one is None else list(one.prompts or words)
-        if not chosen:
-            where = one.where if one else "--prompt"
+    `words` are the prompts of the flags, for sets that have none. Raises UserError for a variant without
+    prompts.
+    """
+    all_prompts = dict.fromkeys([*words, *(prompt for each in sets for prompt in each.prompts)])
+    all_skips = [loaded[adapter.path].clip_skip for each in sets for adapter in each.adapters]
+
+    def variant(label: str, adapter_set: AdapterSet | None) -> Variant:
+        used = list(all_prompts) if adapter_set is None else list(adapter_set.prompts or words)
+        if not used:
+            where = adapter_set.where if adapter_set else "--prompt"
             raise UserError(f"{where} has no prompts; give it some, or --prompt for all sets")
-        skips = [loaded[adapter.path].clip_skip for adapter in one.adapters] if one else []
+        skips = [loaded[adapter.path].clip_skip for adapter in adapter_set.adapters] if adapter_set else []
         clip_skip = options.clip_skip if options.clip_skip is not None else next(iter(skips or all_skips), 0)
-        jobs = tuple((prompt, seed) for prompt in chosen for seed in options.seeds)
-        return Variant(label, one, clip_skip, jobs)
+        jobs = tuple((prompt, seed) for prompt in used for seed in options.seeds)
+        return Variant(label, adapter_set, clip_skip, jobs)
 
     variants = [variant("base", None)] if options.compare or not sets else []
-    for one in sets:
-        name = one.name if options.adapters_file else "adapter"
+    for adapter_set in sets:
+        name = adapter_set.name if options.adapters_file else "adapter"
         for factor in options.factors():
             label = name if options.sweep is None else f"{name} x {factor:g}"
-            variants.append(variant(label, one.scaled(factor)))
+            variants.append(variant(label, adapter_set.scaled(factor)))
     return variants
 
 
 def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> None:
-    """Raise UserError if a variant needs what its adapters or this base cannot do."""
+    """Raise UserError if a prompt, a clip_skip or a weight of a variant does not work with the base and the
+    adapters."""
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
     texts["--negative_prompt"] = options.negative_prompt
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
@@ -114,21 +124,25 @@ def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, ba
             adapter = loaded[weighted.path].adapter
             if variant.set and not adapter.is_additive:
                 what = f"{variant.set.where}: {shown(weighted.path)} is {', '.join(adapter.kinds).upper()}"
-                _check_turning(what, weighted.weights, options.fuse)
+                _check_rotation(what, weighted.weights, options.fuse)
 
 
-def _check_turning(what: str, weights: Mapping[str, float], fuse: apply.Fusing) -> None:
-    """Raise UserError unless OFT, BOFT or HRA has such weights that it can be fused, and is fused."""
+def _check_rotation(what: str, weights: Mapping[str, float], fuse: apply.Fusing) -> None:
+    """Raise UserError unless an adapter of OFT, BOFT or HRA has weights 0 or 1 only and may be fused. `what`
+    begins the message."""
     for weight in weights.values():
         if weight not in (0, 1):
             raise UserError(f"{what}, which rotates weights: its own weight must be 0 or 1, got {weight:g}")
     if fuse == "no":
-        raise UserError(f"{what}, which is always worked into the weights; leave --fuse no out")
+        raise UserError(f"{what}, which is always fused; leave --fuse no out")
 
 
 def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype: torch.dtype) -> str:
-    """A line for each component and kind of each adapter of each variant, and notes on clip_skip. Each line
-    ends with a newline."""
+    """A table for the terminal: a line for each component and kind of each adapter of each variant, then
+    notes on clip_skip.
+
+    `dtype` is the models'. Each line ends with a newline; without variants and notes the text is "".
+    """
     columns = ("set", "adapter", "component", "kind", "modules", "rank", "weight")
     lines = [_line(*columns)] if loaded else []
     notes = []
@@ -143,7 +157,8 @@ def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype
                 lines.append(
                     _line(variant.label, name, row.component, row.kind, len(row.sizes), sizes, weight)
                 )
-        skips = {f"{one.identity.label}: {one.clip_skip}": one.clip_skip for one in _loaded(variant, loaded)}
+        adapters = [loaded[adapter.path] for adapter in variant.adapters]
+        skips = {f"{each.identity.label}: {each.clip_skip}": each.clip_skip for each in adapters}
         if len(set(skips.values())) > 1:
             notes.append(
                 f"note: the adapters were trained with different clip_skip ({', '.join(sorted(skips))});"
@@ -163,10 +178,6 @@ def _line(label: str, name: str, component: str, kind: str, modules: Any, sizes:
 
 
 def _weights_of(component: str, weights: Mapping[str, float]) -> str:
-    """The weights that layers of a component can have."""
+    """The weights that apply to layers of a component, with the parts that they are for."""
     items = [(part, w) for part, w in weights.items() if part.partition(".")[0] in ("", component)]
     return ", ".join(f"{part} {w:g}".lstrip() for part, w in items)
-
-
-def _loaded(variant: Variant, loaded: Loaded) -> list[LoadedAdapter]:
-    return [loaded[adapter.path] for adapter in variant.adapters]

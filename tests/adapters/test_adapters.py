@@ -393,7 +393,7 @@ def widened(state: dict[str, torch.Tensor], key: str) -> None:
     ("change", "fragments"),
     [
         (dropped, ["lacks 1 of", "{key}"]),
-        (added, ["has 1 tensors that {name} has no place for", "mid_block.{key}"]),
+        (added, ["has 1 tensors that {name} does not have", "mid_block.{key}"]),
         (widened, ["{key} of shape (5, 32)", "needs (4, 32)"]),
     ],
 )

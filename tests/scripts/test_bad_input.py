@@ -986,7 +986,7 @@ bad(
     "adapters",
     "OFT that is not fused",
     turning_with("--adapter", "FILE", "--fuse", "no"),
-    "is always worked into the weights; leave --fuse no out",
+    "is always fused; leave --fuse no out",
 )
 bad(
     "adapters",

@@ -129,7 +129,7 @@ def test_what_turns_weights_is_shown_and_baked(name, layers, tiny_base, tmp_path
         run("bake", f"{path}:0.5", *base, "--merge_to", tmp_path / "baked")
     run("bake", path, *base, "--merge_to", tmp_path / "baked")
     expect_weights_of_infer(tmp_path / "baked", tiny_base, layers, path, 1.0)
-    with pytest.raises(UserError, match=r"`bake` works it into a base, and infer\.py draws with it"):
+    with pytest.raises(UserError, match=r"`bake` merges it into a base, and infer\.py draws with it"):
         run("convert", path, *base, "--to", "lora", "--output", tmp_path / "l.safetensors")
 
 
