@@ -28,11 +28,10 @@ class Targets:
 def target_modules(
     base: families.Base, component: str, adapter: AdapterOptions, text: TextOptions, shapes: Shapes
 ) -> tuple[str, ...]:
-    """The ends of the names of the component's layers that get an adapter, as peft's `target_modules`.
+    """Which layers of the component get an adapter: the ends of their names, as peft's `target_modules`.
 
-    `shapes` are those of the component's layers, by plain name. The last layers of a text encoder
-    are left out where the UNet never sees their output (Stable Diffusion XL's first encoder,
-    --clip_skip).
+    `shapes` are those of the component's layers, by plain name. The last layers of a text encoder are left
+    out if their output is not used (Stable Diffusion XL's first encoder, --clip_skip).
     """
     if component == "unet":
         return inject.unet_targets(adapter)
@@ -43,7 +42,7 @@ def target_modules(
 def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:
     """The layers that get an adapter, by component, read from the headers of the base's weight files.
 
-    Text encoders are among the components with --train_text_encoder, if the base's family trains them.
+    Text encoders are included with --train_text_encoder, if they can be trained in the base's family.
     """
     targets = {}
     for component, shapes in layer_names.plain_layers(base.layers()).items():
@@ -54,7 +53,10 @@ def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptio
 
 
 def table(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> str:
-    """The table that a run prints at its start, and the size of the adapter file. No weights are read."""
+    """The table of adapters that a run prints at its start, and the size of the adapter file.
+
+    No weights are read.
+    """
     # peft builds BOFT's matrices on the CPU: a model on the meta device cannot take them.
     with torch.device("cpu" if adapter.adapter == "boft" else "meta"):
         config = base.config("unet")

@@ -1,7 +1,8 @@
-"""The content of a checkpoint: adapter, optimizer tensors by parameter name, and a JSON of step and numbers.
+"""The content of a checkpoint: the adapter, the optimizer's tensors, and a JSON file with step and numbers.
 
-Trained parameters that differ from the adapter file's values are stored beside the optimizer's tensors. All
-files are safetensors or JSON, which carry no code. files/checkpoint_folders.py writes and checks the bytes.
+With some optimizers and adapters the trained parameters differ from the values in the adapter file: they are
+then stored beside the optimizer's tensors. All files are safetensors or JSON, which carry no code.
+files/checkpoint_folders.py writes and checks the bytes.
 """
 
 import json
@@ -27,9 +28,10 @@ _RAW = "|param"
 
 
 def raw_parameters(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Copies of trained parameters by `<parameter>|param`, to be saved with the optimizer's tensors.
+    """Copies of trained parameters on the CPU, by `<parameter>|param`, to save with the optimizer's tensors.
 
-    They are needed where the adapter file has other values: all parameters of a component, or none.
+    They are needed where the adapter file has other values. A checkpoint has those of all parameters of a
+    component, or of none.
     """
     return {
         f"{name}{_RAW}": parameter.detach().to("cpu", copy=True).contiguous()
@@ -47,11 +49,12 @@ def save(
     limit: int | None,
     identity: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>`, then remove the oldest intact ones beyond `limit`. Returns its folder.
+    """Write `checkpoint-<step>`, then remove the oldest whole ones beyond `limit`. Returns its folder.
 
-    `moments` are `optimizers.state_tensors` and `raw_parameters`. `state` has `optimizers.state_numbers` as
-    "optimizer". `identity`, the record of the run, goes into the manifest.
-    Raises SaveFailed if it cannot be written: older checkpoints are then unchanged, and training can go on.
+    `adapter` is the adapter file. `moments` are `optimizers.state_tensors` and `raw_parameters`.
+    `state["optimizer"]` is `optimizers.state_numbers`. `identity`, the record of the run, goes into the
+    manifest. Raises SaveFailed if the checkpoint cannot be written: older ones are then unchanged, and
+    training can go on.
     """
     files = {
         native.ADAPTER_NAME: adapter,
@@ -62,7 +65,7 @@ def save(
 
 
 def read_state(content: Content) -> dict[str, Any]:
-    """The `state` that `save` was given, with the step. Raises UserError if it is damaged."""
+    """The `state` that `save` wrote, with the step. Raises UserError if it is damaged."""
     where = content.folder / STATE
     try:
         state = json.loads(_file(content, STATE))
@@ -76,8 +79,8 @@ def read_state(content: Content) -> dict[str, Any]:
 def restore(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
     """Fill adapters and optimizer from a checkpoint.
 
-    The optimizer may hold a part of the components' parameters: those still trained. Raises UserError, before
-    anything is changed, if the checkpoint does not fit.
+    The optimizer holds only the parameters that are still trained. Raises UserError, before anything is
+    changed, if the checkpoint does not fit.
     """
     # Read and check everything.
     state = _adapter_state(content)
@@ -137,7 +140,7 @@ def _checked_numbers(
     optimizer: torch.optim.Optimizer,
 ) -> optimizers.StateNumbers:
     """The optimizer's numbers. Raises UserError unless numbers and tensors are exactly this optimizer's."""
-    # fp16 skips its first steps while the scale is searched: the optimizer may not have stepped yet
+    # with fp16 the first steps may be skipped until the loss scale fits: the optimizer has not stepped then
     has_stepped = bool(tensors) or "grad_scaler" not in state
     path = folder / STATE
     try:
@@ -156,27 +159,28 @@ def _raw_parameters(
     components: list[Component],
     optimizer: torch.optim.Optimizer,
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """The trained values, by name in `tensors`, of parameters whose adapter has other values.
+    """The trained values of parameters for which the adapter file has other values.
 
-    Raises UserError if a component has some of its parameters and not all, or none where they are needed.
+    `tensors` are these values by name of the parameter. Raises UserError if a component has some of its
+    parameters in `tensors` but not all, or none of them where they are needed.
     """
     where = f"{_FLAG}: {folder / OPTIMIZER}"
-    needs_all = optimizers.needs_raw_parameters(optimizer)
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    raw, left = {}, dict(tensors)
+    needs_raw = optimizers.needs_raw_parameters(optimizer)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    raw, remaining = {}, dict(tensors)
     for component in components:
         parameters = dict(component.named_parameters())
-        is_needed = needs_all and any(id(parameter) in stepped for parameter in parameters.values())
-        if not is_needed and parameters.keys().isdisjoint(left):
+        is_needed = needs_raw and any(id(parameter) in optimized for parameter in parameters.values())
+        if not is_needed and parameters.keys().isdisjoint(remaining):
             continue
         for name, parameter in parameters.items():
-            value = left.pop(name, None)
+            value = remaining.pop(name, None)
             if value is None:
                 raise UserError(f"{where} is damaged: {name} lacks param")
             if value.shape != parameter.shape or value.dtype != parameter.dtype:
-                saved, own = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (value, parameter))
-                raise UserError(f"{where} has {name}{_RAW} of shape {saved}; the parameter has {own}")
+                saved, needed = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (value, parameter))
+                raise UserError(f"{where} has {name}{_RAW} of shape {saved}; the parameter has {needed}")
             raw[parameter] = value
-    if left:
-        raise UserError(f"{where} has a parameter {shown(min(left))}, which this run does not train")
+    if remaining:
+        raise UserError(f"{where} has a parameter {shown(min(remaining))}, which this run does not train")
     return raw

@@ -1,6 +1,7 @@
 """Checks of a run's flags against device, photos and base, before slow work and before any file is written.
 
-Each function raises UserError for what the user must put right, or returns notes on what is odd but works.
+The functions raise UserError for a mistake that the user must correct. They return notes on input that works
+but is probably not what the user wants.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ AdapterState = dict[str, dict[str, torch.Tensor]]
 
 
 def check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> list[str]:
-    """Whether the device can do what the flags ask for. Turns TF32 on if --allow_tf32 asks for it."""
+    """Check that the device has what the flags need, and switch TF32 on for --allow_tf32. Returns notes."""
     if options.run.enable_xformers_memory_efficient_attention and device.type != "cuda":
         raise UserError("--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out")
     if mixed_precision == "fp16" and device.type == "cpu":
@@ -46,19 +47,20 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
 
 
 def check_base(options: TrainOptions, base: families.Base) -> None:
-    """Whether the base can do what the flags ask for. The UserError has a line for each problem."""
+    """Check that the flags work with the base. Raises UserError with a line for each problem."""
     problems = []
     name, objective = base.family.name, options.objective
     if base.is_edm and objective.snr_gamma is not None:
         problems.append(
             "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training, "
-            "as this base's scheduler asks for."
+            "which this base's scheduler requires."
         )
     if objective.do_edm_style_training and not base.family.has_vae:
         problems.append(f"--do_edm_style_training: {name} is trained on noise prediction; leave it out")
     if base.is_edm and (scheduler := options.validation.validation_scheduler):
         problems.append(
-            f"--validation_scheduler: a base with an EDM scheduler is drawn with that; leave {scheduler} out"
+            "--validation_scheduler: a base with an EDM scheduler is drawn with its own scheduler;"
+            f" leave {scheduler} out"
         )
     if options.adapter.output_kohya_format and not base.family.has_vae:
         problems.append(f"--output_kohya_format: there is no such format for {name}; leave it out")
@@ -90,7 +92,7 @@ def _wrong_layers(adapter: AdapterOptions, text: TextOptions, base: families.Bas
                 problems.append(f"{flag}: no layer of {component} ends with {name}{advice}")
         if not targets.layers and not problems:
             problems.append(
-                f"{flag}: all of these layers of {component} come after the last one whose output is used"
+                f"{flag}: all of these layers of {component} come after the last layer whose output is used"
             )
         trained += [f"{component}.{layer}" for layer in targets.layers]
         kernels = [layer for layer in targets.layers if max(targets.shapes[layer][2:], default=1) > 1]
@@ -118,13 +120,13 @@ def check_prompts(
     base: families.Base,
     tokenizers: Sequence[PreTrainedTokenizerBase],
 ) -> list[str]:
-    """Whether prompts fit into the text encoder.
+    """Check that prompts fit into the text encoder. Raises UserError for a prompt that does not.
 
-    `captions` are by file name. A caption that does not fit is cut off, with a note.
+    `captions` are by file name. A caption that does not fit is cut off; the returned note lists these.
     """
     limit = families.max_tokens(base, text)
     prompts.check(tokenizers, prompts_by_flag, limit)
-    # Captions are many, and often somebody else's.
+    # no error for captions: a data set has many, and often the user did not write them
     cut = [
         shown(name)
         for name, caption in captions.items()
@@ -146,18 +148,20 @@ def size_notes(instance: photos.Folder, resolution: int, base: families.Base) ->
         )
     if base.default_resolution != resolution:
         notes.append(
-            f"--resolution is {resolution}; pictures of {base.default_resolution} pixels are what this base "
-            "was made for"
+            f"--resolution is {resolution}; this base was trained on pictures of {base.default_resolution} "
+            "pixels"
         )
     return notes
 
 
 @dataclasses.dataclass(frozen=True)
 class InitAdapter:
-    """The tensors of --init_adapter, and a SHA-256 of them; empty, and None, without the flag."""
+    """The adapter of --init_adapter."""
 
     state: AdapterState
+    """Its tensors; empty without the flag."""
     digest: str | None
+    """SHA-256 of the tensors; None without the flag."""
     notes: list[str]
 
 
@@ -181,21 +185,22 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
         if differing := sorted(layers ^ set(targets.layers)):
             raise UserError(
                 f"--init_adapter: {shown(path)} has {len(layers)} layers of {component} and this run trains "
-                f"{len(targets.layers)}, e.g. only one of them has {differing[0]}; "
+                f"{len(targets.layers)}; {differing[0]} is only in one of the two; "
                 "give the same --target_preset or layers"
             )
     has_text = any(component.startswith("text_encoder") for component in state)
     if has_text and not text.train_text_encoder:
         raise UserError(
-            f"--init_adapter: {shown(path)} adapts the text encoder too; add --train_text_encoder"
+            f"--init_adapter: {shown(path)} has layers of the text encoder too; add --train_text_encoder"
         )
     notes = []
     if text.train_text_encoder and not has_text:
-        notes.append(f"{shown(path)} has no part for the text encoder: there the adapter starts at zero")
+        notes.append(f"{shown(path)} has no layers of the text encoder: their adapter starts at zero")
     return InitAdapter(state, _digest(state), notes)
 
 
 def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> None:
+    """Raise UserError if the ranks of a LoRA are not those of --rank and --text_encoder_rank."""
     for component, tensors in state.items():
         rank, flag = adapter.rank, "--rank"
         if component != "unet":
@@ -204,11 +209,12 @@ def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> No
         if ranks != [rank]:
             raise UserError(
                 f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; "
-                f"give the same as {flag}"
+                f"{flag} must be the same"
             )
 
 
 def _digest(state: AdapterState) -> str:
+    """SHA-256 of names and values, in hexadecimal."""
     digest = hashlib.sha256()
     for component in sorted(state):
         for key, tensor in sorted(state[component].items()):
@@ -226,9 +232,10 @@ class Cache:
 
 
 def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_folder: Path) -> Cache:
-    """The cache for `photo_count` instance photos and the class images.
+    """The cache for `photo_count` instance photos and the class images. `folder` is for a cache on disk.
 
-    Raises UserError if a cache on disk would lie beside the user's pictures, or beside the run's own files.
+    Raises UserError if a cache on disk would be written into the output folder itself, into `photos_folder`
+    or among the class images.
     """
     speed, prior = options.speed, options.prior
     is_folder_given = speed.encoded_dir is not None
@@ -241,16 +248,16 @@ def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_f
     if mode != "disk" and is_folder_given:
         notes.append(f"You need not use --encoded_dir with --cache_latents {mode}.")
     if mode == "disk":
-        place = os.path.realpath(folder)
-        if place == os.path.realpath(options.run.output_dir):
+        real_folder = os.path.realpath(folder)
+        if real_folder == os.path.realpath(options.run.output_dir):
             raise UserError(
                 f"--encoded_dir and --output_dir must be two folders, got {shown(folder)} for both; "
                 "leave --encoded_dir out"
             )
         class_folder = prior.class_data_dir if prior.with_prior_preservation else None
         for pictures_folder in (photos_folder, class_folder):
-            if pictures_folder is not None and place == os.path.realpath(pictures_folder):
+            if pictures_folder is not None and real_folder == os.path.realpath(pictures_folder):
                 raise UserError(
-                    f"--encoded_dir: {shown(folder)} is a folder of pictures; name one of its own"
+                    f"--encoded_dir: {shown(folder)} is a folder of pictures; name another folder"
                 )
     return Cache(mode, folder, notes)

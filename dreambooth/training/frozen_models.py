@@ -1,4 +1,4 @@
-"""The frozen models of one run, loaded one after another: memory holds few of them at once."""
+"""The frozen models of one run. They are loaded one after another, so that few are in memory at once."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from dreambooth.training.start import Start
 
 @dataclasses.dataclass
 class FrozenModels:
-    """Frozen models, and what models already freed have computed: prompt embeddings and latents."""
+    """Frozen models, and the prompt embeddings and latents of models that are already freed."""
 
     parts: FrozenParts
     prompts: list[str]
@@ -53,15 +53,15 @@ class FrozenModels:
 
 
 def load(start: Start, check: Callable[[], None]) -> FrozenModels:
-    """Encode prompts and photos, freeing the text encoders and the VAE, and then load the UNet.
+    """Encode prompts and photos, free the text encoders and the VAE, then load the UNet.
 
-    Text encoders that are trained stay, and so does the VAE with --cache_latents off. `check` is called
+    Text encoders that are trained are not freed, nor is the VAE with --cache_latents off. `check` is called
     before each prompt and photo. Raises UserError if the base or a photo has changed since it was checked.
     """
     options, peers, base = start.options, start.peers, start.base
     device = peers.accelerator.device
     folder = start.cache.folder if start.cache.mode == "disk" else None
-    cache = encoding_cache.EncodingCache(folder, lambda trouble: peers.say(f"warning: {trouble}"))
+    cache = encoding_cache.EncodingCache(folder, lambda warning: peers.say(f"warning: {warning}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
     prompts = prompts_of(start.sources, options.validation.validation_prompt)
     vae = prompt_cache = encoded = None
@@ -85,27 +85,30 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     memory.release()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
 
-    # UNet: a GPU that holds its layers in few bits may not have room for them in many
+    # UNet: quantized from the CPU, since the GPU may not have room for the layers before quantization
     quantize = options.speed.quantize_base
     unet = loading.load_unet(base, start.weight_dtype, torch.device("cpu") if quantize else device)
     if quantize:
         quantization.quantize(unet, quantize, device)
-    memory.trim()  # the memory in which weights were read and cast
+    memory.trim()  # reading and casting the weights left freed memory behind
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
     return FrozenModels(parts, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast)
 
 
 def prompts_of(sources: Sequence[Source], validation_prompt: str | None) -> list[str]:
-    """Every prompt that a run needs: those of its pictures, and of validation."""
+    """Every prompt that a run needs: the prompts of its pictures; for validation, its prompt and the empty
+    one."""
     trained = [prompt for source in sources for prompt in source.distinct_prompts()]
     return [*trained, *([validation_prompt, ""] if validation_prompt is not None else [])]
 
 
 def _report_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:
-    """Say which damaged cache files were encoded anew."""
+    """Print a note on damaged cache files, whose content was encoded again."""
     if files := cache.damaged:
         names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        note = f"{len(files)} files in {shown(cache.folder)} were damaged and have been made anew: {names}"
+        note = (
+            f"{len(files)} files in {shown(cache.folder)} were damaged and have been encoded again: {names}"
+        )
         peers.say_notes([note])
         cache.damaged = []

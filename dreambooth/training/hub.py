@@ -32,7 +32,7 @@ _RECORD_COMMAND_LINES = ("wandb", "comet_ml")  # trackers that send the command 
 
 
 class UploadFailed(Exception):
-    """The reason and the command that tries again, on one line. The output folder is unchanged."""
+    """The upload failed. The message has the reason and the command to try again, on one line."""
 
 
 def notes(reports: ReportOptions) -> list[str]:
@@ -47,9 +47,9 @@ def notes(reports: ReportOptions) -> list[str]:
 
 
 def check(reports: ReportOptions, output_dir: Path) -> str | None:
-    """OWNER/NAME of the repository that `push` fills; None, without a request, without --push_to_hub.
+    """OWNER/NAME of the repository that `push` uploads to. Without --push_to_hub: None, and no request.
 
-    Raises UserError for all that would stop the upload and is known before training: no network, a token that
+    Raises UserError for every problem of the upload that is known before training: no network, a token that
     is missing, refused or read-only, an invalid name, a public repository with --hub_private_repo.
     """
     _check_trackers(reports)
@@ -228,6 +228,7 @@ def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> s
 
 
 def _upload(api: HfApi, name: str, output_dir: Path, names: Sequence[str], *, is_private: bool) -> str:
+    """Create the repository, commit the files, and check that the hub has them. Returns the URL."""
     # None leaves the visibility to the account's setting
     created = api.create_repo(name, exist_ok=True, private=is_private or None)
     repository = created.repo_id
@@ -247,7 +248,7 @@ def _upload(api: HfApi, name: str, output_dir: Path, names: Sequence[str], *, is
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Within the block the library gives up if the hub sends nothing for so long."""
+    """Within the block the library gives up if the hub sends nothing for `seconds`."""
     session = get_session()
     before = session.timeout
     session.timeout = seconds
@@ -258,7 +259,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _reason(error: Exception, token: str | None) -> str:
-    """The error as a part of a line, without the token."""
+    """The error's message on one line, of about 400 characters at most, with the token taken out."""
     text = " ".join(str(error).split()) or type(error).__name__
     for secret in {token, quote(token, safe="")} if token else ():
         text = re.sub(re.escape(secret), "<token>", text, flags=re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Losses and gradient norms of optimizer steps: checked, and read from the device a few steps at a time."""
+"""The log of losses and gradient norms. They are checked, and read from the device a few steps at a time."""
 
 import dataclasses
 import math
@@ -13,16 +13,16 @@ from dreambooth.training.trainables import Trainables
 
 
 def steps_between_readings(device: torch.device) -> int:
-    """After how many steps losses are read: reading waits for a GPU, which has nothing to do meanwhile."""
+    """The number of steps after which losses are read. Reading waits for a GPU, which then stands idle."""
     return 10 if device.type == "cuda" else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step leaves for the log. `step` counts from 0.
+    """The numbers of one optimizer step. `step` counts from 0.
 
-    `losses` are by name, [slots] each, and `grad_norm` is a scalar: both are on the device. `learning_rates`
-    are by name in the log.
+    `losses` are by name, [slots] each, and `grad_norm` is a scalar; both are on the device. `learning_rates`
+    are by their names in the log.
     """
 
     step: int
@@ -32,11 +32,11 @@ class StepRecord:
 
 
 class LossLog:
-    """The records of a run's steps.
+    """The records of a run's steps. `completed` is the number of optimizer steps taken.
 
-    Reading a number waits for the GPU. On a GPU records are therefore read every ten steps, and a step whose
-    numbers are not finite is skipped on the device, with all steps after it, until the records are read.
-    `completed` counts the steps that the parameters have taken.
+    Reading a number waits for the GPU. On a GPU records are therefore read every ten steps. If the numbers of
+    a step are not finite, the device skips this step and all later ones; `completed` counts them until the
+    records are read.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class LossLog:
         slots: int,
         batch_size: int,
     ):
-        """`dataset`, `slots` (of a step) and `batch_size` name the photos of a loss that is not finite."""
+        """`dataset`, `slots` (micro-batches a step) and `batch_size` are for messages: they name the photos
+        of a loss that is not finite."""
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
         self.dataset, self.slots, self.batch_size = dataset, slots, batch_size
         can_skip = optimizers.can_skip_on_device(self.optimizer) and not self.scaler.is_enabled()
@@ -64,8 +65,8 @@ class LossLog:
         if self.steps_between_readings == 1:
             self._raise_if_nonfinite(record)
         else:
-            is_bad = ~torch.isfinite(record.losses["loss"].sum() + record.grad_norm)
-            self.nonfinite = torch.maximum(self.nonfinite, is_bad.to(self.nonfinite))
+            is_nonfinite = ~torch.isfinite(record.losses["loss"].sum() + record.grad_norm)
+            self.nonfinite = torch.maximum(self.nonfinite, is_nonfinite.to(self.nonfinite))
             optimizers.skip_if_nonfinite(self.optimizer, self.nonfinite)
 
     def add(self, record: StepRecord) -> None:
@@ -75,15 +76,19 @@ class LossLog:
 
     @property
     def is_due(self) -> bool:
+        """Whether it is time to `read`."""
         return len(self.unread) >= self.steps_between_readings
 
     def drop_skipped(self) -> Stop | None:
-        """Drop skipped steps from the records and from `completed`. Returns the reason, or None."""
-        for place, record in enumerate(self.unread):
+        """Drop skipped steps from the records and from `completed`.
+
+        Returns the reason why they were skipped; None if none was.
+        """
+        for index, record in enumerate(self.unread):
             try:
                 self._raise_if_nonfinite(record)
             except Stop as stop:
-                self.completed, self.unread = record.step, self.unread[:place]
+                self.completed, self.unread = record.step, self.unread[:index]
                 return stop
         return None
 
@@ -103,7 +108,7 @@ class LossLog:
     def _raise_if_nonfinite(self, record: StepRecord) -> None:
         losses, step = record.losses["loss"], record.step + 1
         if not torch.isfinite(losses).all():
-            # With the seed, the rows and their pictures are all that it takes to see the loss again.
+            # the message names all that reproduces the loss: step, rows and pictures
             slots = [slot for slot, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
             values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
             pictures = self.dataset.describe(self._rows(record.step, slots))

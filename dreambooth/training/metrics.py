@@ -50,10 +50,10 @@ class Progress:
         images_per_step: int,
         memory_by_phase: dict[str, memory.Reading],
     ):
-        """`path` is that of metrics.jsonl.
+        """`path` is the path of metrics.jsonl.
 
-        `memory_by_phase` holds the memory readings of the phases before the first step; later ones are added
-        to it.
+        `memory_by_phase` holds the readings of the phases before the first step. Later readings are added to
+        it.
         """
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.is_main = accelerator.is_main_process
@@ -69,7 +69,7 @@ class Progress:
 
     @staticmethod
     def _open(path: Path, first_step: int) -> TextIO:
-        """The file, with an earlier start's records up to `first_step`. Later steps are trained again."""
+        """The file, opened to append. Of an earlier start it keeps the records up to `first_step`."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and first_step > 0 else []
         records = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
         file = path.open("w", encoding="utf-8")
@@ -98,7 +98,7 @@ class Progress:
         self.bar.update(last - self.bar.n)
 
     def note_memory(self, phase: str, step: int) -> None:
-        """Record the memory that this process takes at the end of a phase, after `step` steps."""
+        """Record the memory of this process at the end of `phase`, after `step` steps."""
         self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
         self._write_memory(phase, step)
 
@@ -107,7 +107,7 @@ class Progress:
             self._write({"step": step, "memory": {"phase": phase, **self.memory_by_phase[phase]}})
 
     def _write(self, record: dict[str, Any]) -> None:
-        """Append a record. A full disk costs records, not the run."""
+        """Append a record. If the disk is full, the record is lost, with a warning; the run goes on."""
         assert self.file is not None
         try:
             self.file.write(json.dumps(record) + "\n")
@@ -137,7 +137,7 @@ class Progress:
 
 
 def jsonable(table: dict[str, Any]) -> dict[str, Any]:
-    """Options as trackers take them: numbers, strings and booleans."""
+    """Options in the types that trackers accept: numbers, strings and booleans."""
     return {
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in table.items()

@@ -42,12 +42,12 @@ class _PublicFlags:
     """The flags of the run as the card shows them."""
 
     values: dict[str, Any]
-    """By name; of local paths only the last part."""
+    """Values by name of the flag. Of a local path, only the last part."""
     hub_ids: dict[str, str]
-    """Those whose value is a hub id."""
+    """The flags whose value is a hub id, with that id."""
 
     def link(self, flag: str) -> str:
-        """A base, a part of one or a data set, as Markdown: a link to the hub, or a local folder's name."""
+        """The value of a flag as Markdown: a link to the hub, or the name of a local folder."""
         if flag in self.hub_ids:
             hub_id = self.hub_ids[flag]
             return _link(f"datasets/{hub_id}" if flag == "dataset_name" else hub_id)
@@ -135,7 +135,7 @@ def _gallery(pictures: Sequence[str], prompt: str | None) -> str:
 
 
 def _about_files(flags: Mapping[str, Any]) -> str:
-    """Which file is for which program."""
+    """Sentences on which file is for which program."""
     text = f"`{ADAPTER_NAME}` is the adapter."
     if flags["adapter"] != "lora":
         kind = _KINDS[flags["adapter"]]
@@ -154,7 +154,7 @@ def _about_files(flags: Mapping[str, Any]) -> str:
 
 
 def _about_training(public: _PublicFlags) -> list[str]:
-    """What was trained, on which pictures, and with which parts that are not the base's."""
+    """Sentences on what was trained, on which pictures, and with which VAE or tokenizer of its own."""
     flags = public.values
     trained = "was trained too" if flags["train_text_encoder"] else "was not trained"
     lines = [f"The text encoder {trained}."]
@@ -203,7 +203,7 @@ def _example(public: _PublicFlags, name: str, family: str) -> str:
     return "\n".join(lines)
 
 
-# Without them diffusers 0.42 with transformers 5 raises AttributeError.
+# Without these lines diffusers 0.42 with transformers 5 raises AttributeError.
 _CLIP_SKIP_LINES = (
     "if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there",
     "    object.__setattr__(pipeline.text_encoder, 'text_model', pipeline.text_encoder)",
@@ -214,7 +214,7 @@ def _scheduler_lines(flags: Mapping[str, Any], family: str) -> list[str]:
     changes = []
     if flags.get("prediction_type"):
         changes.append(f"{{'prediction_type': {flags['prediction_type']!r}}}")
-    if family == "if":  # the UNet's predicted variance is not trained, and no longer fits
+    if family == "if":  # the predicted variance is not trained, and no longer fits the trained mean
         changes.append("{'variance_type': 'fixed_small'}")
     lines = []
     for change in changes:
@@ -270,7 +270,7 @@ def _stated(value: object) -> str | list[str] | None:
 
 
 def _address(link: object, hub_id: str | None, revision: str | None) -> str | None:
-    """The link of a base's card, relative ones made absolute; None if that is not possible."""
+    """The link of a base's card, made absolute; None if it is no link, or relative to an unknown address."""
     if not isinstance(link, str):
         return None
     if link.startswith(("https://", "http://")):
@@ -305,7 +305,7 @@ def _link(hub_id: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """The text escaped for a line of Markdown: it makes no tag, link, emphasis, code or line break."""
+    """The text, escaped so that a line of Markdown shows it as it is: no tag, link, emphasis or code."""
     line = html.escape(" ".join(printable(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:@^=.])", r"\\\1", line)
 

@@ -1,6 +1,6 @@
 """Training objectives: epsilon, v-prediction, EDM; Min-SNR weights.
 
-All tensors are [B, C, h, w] and float32 where nothing else is said.
+All tensors are [B, C, h, w] and float32 unless another shape is given.
 """
 
 import dataclasses
@@ -18,19 +18,23 @@ class Task:
 
     noisy_latents: torch.Tensor
     model_input: torch.Tensor
-    """What the UNet takes: the noisy latents; scaled to unit variance for EDM."""
+    """The UNet's input: for DDPM the noisy latents; for EDM and Euler these, scaled to unit variance."""
     timesteps: torch.Tensor
-    """What the UNet takes as its timesteps, [B]."""
+    """The UNet's timesteps, [B]."""
     target: torch.Tensor
+    """For DDPM the noise or the velocity; for EDM and Euler the clean latents."""
     weights: torch.Tensor | None = None
     """Weight of each row's squared error, [B]; None weights all rows with 1."""
     c_skip: torch.Tensor | None = None
-    """EDM's preconditioning (arXiv 2206.00364, eq. 7), [B, 1, 1, 1]; None for epsilon and v_prediction."""
+    """EDM's preconditioning (arXiv 2206.00364, eq. 7), [B, 1, 1, 1]; None for DDPM."""
     c_out: torch.Tensor | None = None
     """As `c_skip`."""
 
     def prediction(self, model_output: torch.Tensor) -> torch.Tensor:
-        """What is compared with `target`: the UNet's output, for EDM c_skip * noisy_latents + c_out * it."""
+        """The prediction to compare with `target`, [B, C, h, w].
+
+        It is the UNet's output; for EDM and Euler c_skip * noisy_latents + c_out * output.
+        """
         if self.c_skip is None or self.c_out is None:
             return model_output
         return self.c_skip * self.noisy_latents + self.c_out * model_output.float()
@@ -91,9 +95,9 @@ def _edm_task(
 ) -> Task:
     """The target is the clean latents, at noise levels sigma (EDM, arXiv 2206.00364, section 5).
 
-    An EDM scheduler brings its own preconditioning. Its rows are weighted alike, since EDM's weights are
-    unstable in low precision. With any other scheduler the UNet is read as a denoiser. Its weight,
-    1 / sigma^2, makes the error that of the noise.
+    With an EDM scheduler, c_skip and c_out are those of EDM, and all rows have weight 1: EDM's weights are
+    unstable in low precision. With an Euler scheduler, c_skip and c_out turn epsilon or velocity into clean
+    latents. The weight 1 / sigma^2 turns the error of the latents into the error of the noise.
     """
     sigmas = noise_scheduler.sigmas[timestep_indices.cpu()].to(latents.device, torch.float32)
     timesteps = noise_scheduler.timesteps[timestep_indices.cpu()].to(latents.device)

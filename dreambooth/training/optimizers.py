@@ -1,7 +1,8 @@
-"""The optimizers: how each is made, and its state in a checkpoint: a resumed run takes the same steps.
+"""The optimizers: how each is made, and how a checkpoint stores its state.
 
-A parameter's state is tensors and whole numbers. Some optimizers also keep numbers for each parameter group.
-A checkpoint holds the tensors as safetensors and the numbers as JSON, which returns floats bit for bit.
+The state of a parameter is tensors and whole numbers. Some optimizers also have numbers for each parameter
+group. A checkpoint holds the tensors as safetensors and the numbers as JSON, which keeps every bit of a
+float. So a resumed run takes the same steps.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ class Group:
 
 
 def make(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer. Its groups have `name`, and `initial_lr` for `set_learning_rate`."""
+    """The optimizer of --optimizer. Its groups also have `name`, and `initial_lr` for `set_learning_rate`."""
     param_groups = [
         {
             "name": g.name,
@@ -47,7 +48,10 @@ def schedules_itself(options: OptimizerOptions) -> bool:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to `factor` times its own learning rate. Returns each group's rate of the next step."""
+    """Set the learning rate of every group to `factor` times `initial_lr`.
+
+    Returns the rate of the next step by group name, with the optimizer's own warm-up.
+    """
     rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
@@ -59,7 +63,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[s
 
 
 def drop(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Remove the group of that name and its state. Its parameters keep the values of the adapter file."""
+    """Remove the group `name` and its state. Its parameters get the values of the adapter file."""
     (group,) = [group for group in optimizer.param_groups if group["name"] == name]
     with evaluated(optimizer):
         final = [parameter.detach().clone() for parameter in group["params"]]
@@ -75,25 +79,25 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
-    """If `flag`, a float on the device, is 1, all later steps change neither parameters nor state.
+    """Let steps change neither parameters nor state while `flag`, a float scalar on the device, is 1.
 
-    The host does not wait for the flag: torch's fused kernels read it on the device, as GradScaler's.
+    The host does not wait: torch's fused kernel reads the flag on the device, like GradScaler's flag.
     """
     fused: Any = optimizer
     fused.found_inf = flag
 
 
 def needs_raw_parameters(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether trained parameters differ from the adapter file's values: a checkpoint then holds both."""
+    """Whether trained parameters differ from the values of the adapter file. A checkpoint then holds both."""
     return _name(optimizer) == "schedule-free"
 
 
 @contextlib.contextmanager
 def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the parameters have the adapter's values; afterwards they are bit for bit as before.
+    """Within the block the parameters have the values of the adapter file; then they get back every bit.
 
-    Only the schedule-free optimizer differs: its gradients are taken between its last point and the average
-    of all points, and the average is the adapter (arXiv 2405.15682, eq. 3 to 5).
+    The values differ only for the schedule-free optimizer. It takes gradients between its last point and the
+    average of all points, and the average is the adapter (arXiv 2405.15682, eq. 3 to 5).
     """
     if not needs_raw_parameters(optimizer):
         yield
@@ -117,10 +121,10 @@ def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class StateNumbers:
-    """The numbers of an optimizer's state: by parameter name, and of each group in the optimizer's order."""
+    """The numbers of an optimizer's state, by field."""
 
-    parameters: dict[str, dict[str, int]]
-    groups: list[dict[str, float]]
+    parameters: dict[str, dict[str, int]]  # by parameter name
+    groups: list[dict[str, float]]  # in the optimizer's order
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
@@ -162,10 +166,11 @@ def state_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
 def read_numbers(
     optimizer: torch.optim.Optimizer, names: dict[int, str], numbers: object, *, has_stepped: bool
 ) -> StateNumbers:
-    """The numbers that `state_numbers` returned. None, from a checkpoint that records none, fits AdamW.
+    """The checked `numbers` of a checkpoint, which `state_numbers` returned when it was written.
 
-    Raises UserError if they do not fit this optimizer. The message begins with the verb; the caller puts the
-    file before it.
+    None is from a checkpoint that records none, which is one of AdamW. `has_stepped` tells whether parameters
+    have a state. Raises UserError if the numbers do not fit this optimizer. The message begins with the verb;
+    the caller puts the file before it.
     """
     kind, name = _kind(optimizer), _name(optimizer)
     if numbers is None:
@@ -218,7 +223,7 @@ def check_tensors(
         present.setdefault(name, set()).add(field)
     for name, fields in expected.items():
         if name not in present:
-            raise UserError(f"is damaged: {name} lacks everything")
+            raise UserError(f"is damaged: it has no state of {name}")
         if lacking := fields.keys() - present[name]:
             raise UserError(f"is damaged: {name} lacks {', '.join(sorted(lacking))}")
 
@@ -229,7 +234,7 @@ def fill(
     tensors: dict[str, torch.Tensor],
     numbers: StateNumbers,
 ) -> None:
-    """Put a checked state into the optimizer. Without tensors the optimizer has not stepped yet."""
+    """Put a checked state into the optimizer. `tensors` are empty if it had not stepped yet."""
     kind = _kind(optimizer)
     optimizer.state.clear()
     for group, values in zip(optimizer.param_groups, numbers.groups, strict=True):
@@ -244,7 +249,7 @@ def fill(
 
 
 def _checked_table(value: object, fields: Iterable[str], what: str) -> dict[str, Any]:
-    """The value, if it is a table of exactly these fields. Raises UserError if not."""
+    """The value. Raises UserError unless it is a table of exactly these fields; `what` names it."""
     fields = set(fields)
     if not isinstance(value, dict):
         raise UserError(f"is damaged: its {what} must be a table, got {ascii(value)[:80]}")
@@ -258,6 +263,7 @@ def _checked_table(value: object, fields: Iterable[str], what: str) -> dict[str,
 
 
 def _check_number(value: object, type_: type, what: str) -> None:
+    """Raise UserError unless the value is such an int or float; `what` names it."""
     if type_ is int:  # a count of steps, which some optimizers convert to 32 bits
         fits, rule = type(value) is int and 0 <= value < 2**31, "a whole number, at least 0"
     else:
@@ -297,7 +303,7 @@ def _no_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, to
 
 @dataclasses.dataclass(frozen=True)
 class _OptimizerKind:
-    """How one optimizer is made, and what its state is made of."""
+    """How one optimizer is made, and which fields its state has."""
 
     class_name: str
     make: Callable[[OptimizerOptions, _ParamGroups], torch.optim.Optimizer]
@@ -306,9 +312,9 @@ class _OptimizerKind:
     counts: tuple[str, ...] = ()
     """Fields of a parameter's state that are whole numbers."""
     numbers: dict[str, type] = dataclasses.field(default_factory=dict)
-    """Fields of a group that are numbers and change with the steps, with their types; no settings."""
+    """Fields of a group that are numbers and change with the steps, with their types. No settings."""
     constants: Callable[[Any, torch.nn.Parameter], dict[str, torch.Tensor]] = _no_constants
-    """(optimizer, parameter) -> tensors of the parameter's state that are not stored: they never change."""
+    """(optimizer, parameter) -> tensors of the parameter's state that never change and are not stored."""
 
 
 def _make_adamw(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
@@ -332,7 +338,7 @@ def _make_adamw8bit(options: OptimizerOptions, param_groups: _ParamGroups) -> to
 
 
 def _is_8bit(optimizer: Any, parameter: torch.nn.Parameter) -> bool:
-    """Whether bitsandbytes keeps the parameter's moments in 8 bits; those of small parameters have 32."""
+    """Whether bitsandbytes stores the parameter's moments in 8 bits. For small parameters it uses 32."""
     return parameter.numel() >= optimizer.args.min_8bit_size
 
 
@@ -341,7 +347,7 @@ def _adamw8bit_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.n
         moment = _StateTensor(torch.float32, parameter.shape)
         return {"state1": moment, "state2": moment}
     moment = _StateTensor(torch.uint8, parameter.shape)
-    scales = _StateTensor(torch.float32, (-(-parameter.numel() // 256),))  # one for 256 values
+    scales = _StateTensor(torch.float32, (-(-parameter.numel() // 256),))  # one for each block of 256 values
     return {"state1": moment, "state2": moment, "absmax1": scales, "absmax2": scales}
 
 
@@ -371,7 +377,7 @@ def _make_prodigy(options: OptimizerOptions, param_groups: _ParamGroups) -> torc
 
 def _prodigy_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:
     moment, size = _StateTensor(parameter.dtype, parameter.shape), (parameter.numel(),)
-    # p0 holds the parameter's first values; a single 0 if they were all zeros, as of every lora_B
+    # p0 holds the parameter's initial values, or a single 0 if all were 0, as those of every lora_B are
     fields = {
         "s": _StateTensor(parameter.dtype, size),
         "p0": _StateTensor(parameter.dtype, size, ()),
@@ -414,11 +420,11 @@ def _make_schedule_free(options: OptimizerOptions, param_groups: _ParamGroups) -
 def _schedule_free_tensors(
     optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter
 ) -> _StateTensors:
-    like = _StateTensor(parameter.dtype, parameter.shape)
-    return {"z": like, "exp_avg_sq": like}
+    tensor = _StateTensor(parameter.dtype, parameter.shape)
+    return {"z": tensor, "exp_avg_sq": tensor}
 
 
-# By the word of --optimizer.
+# By the value of --optimizer.
 _KINDS = {
     "adamw": _OptimizerKind("AdamW", _make_adamw, _adamw_tensors),
     "adamw8bit": _OptimizerKind(
@@ -443,7 +449,7 @@ _NAMES = {kind.class_name: name for name, kind in _KINDS.items()}
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's word for --optimizer."""
+    """The value of --optimizer for this optimizer."""
     return _NAMES[type(optimizer).__name__]
 
 

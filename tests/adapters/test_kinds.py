@@ -491,7 +491,7 @@ def test_an_adapter_of_other_layers_or_of_another_rank_is_not_started_from(
         run_train(tiny_base, photos_dir, tmp_path / "new", "--init_adapter", str(tmp_path / "wide"))
     with pytest.raises(
         UserError,
-        match=r"--init_adapter: .*text has text_encoder of rank 2; give the same as --text_encoder_rank",
+        match=r"--init_adapter: .*text has text_encoder of rank 2; --text_encoder_rank must be the same",
     ):
         run_train(
             tiny_base,

@@ -483,7 +483,7 @@ def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
         (
             "tiny_edm",
             "--validation_scheduler DDPMScheduler",
-            "--validation_scheduler: a base with an EDM scheduler is drawn with that",
+            "--validation_scheduler: a base with an EDM scheduler is drawn with its own scheduler",
         ),
         (
             "tiny_edm",

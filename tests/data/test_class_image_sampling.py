@@ -196,8 +196,8 @@ def test_the_solver_is_refused_for_an_edm_base_before_a_model_is_loaded(tiny_edm
     with pytest.raises(
         UserError,
         match=(
-            r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with that; leave it out, "
-            r"or give base$"
+            r"^--class_scheduler dpm: a base with an EDM scheduler is drawn with its own scheduler; "
+            r"leave the flag out, or give base$"
         ),
     ):
         generate_class_images.main(class_words(tiny_edm, tmp_path / "set", "--class_scheduler", "dpm"))

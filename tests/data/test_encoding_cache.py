@@ -78,7 +78,7 @@ def test_a_damaged_entry_is_encoded_anew_and_it_alone(
     assert (len(done.pictures), len(done.prompts)) == ((1, 0) if kind == "latents" else (0, 1))
     assert entries_in(tmp_path / "kept", kind) == whole
     assert (
-        f"1 files in {tmp_path / 'kept'} were damaged and have been made anew: {victim}"
+        f"1 files in {tmp_path / 'kept'} were damaged and have been encoded again: {victim}"
         in capsys.readouterr().out
     )
 
@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_hold_encodings_is_refused_before_models_load(
     }[where]
     before = sorted(mine.iterdir())
     with pytest.raises(
-        UserError, match=r"--encoded_dir: .* (cannot be made|is a folder of pictures; name one of its own)"
+        UserError, match=r"--encoded_dir: .* (cannot be made|is a folder of pictures; name another folder)"
     ):
         run_train(tiny_base, mine, tmp_path / "run", *ON_DISK, str(folder), *prior_words(tmp_path / "class"))
     assert sorted(mine.iterdir()) == before

@@ -202,7 +202,7 @@ def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, 
         "has optimizer state for 'unet.\\x1b', which this run does not train",
         {"unet.\x1b|exp_avg": torch.zeros(1)},
     )
-    refused(f"is damaged: {parameter} lacks everything", {}, fields)
+    refused(f"is damaged: it has no state of {parameter}", {}, fields)
     put_tensors(folder, whole)
     second.restore(folder)
     assert_same(second.everything(), first.everything())

@@ -501,7 +501,7 @@ def test_a_run_starts_from_another_run_s_adapter(finished, tiny_base, photos_dir
 
 @pytest.mark.trains
 def test_an_adapter_of_another_kind_is_no_start(finished, tiny_base, photos_dir, tmp_path, no_models):
-    with pytest.raises(UserError, match="rank 4; give the same as --rank"):
+    with pytest.raises(UserError, match="rank 4; --rank must be the same"):
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(finished), "--rank", "8")
     with pytest.raises(UserError, match=r"--init_adapter: .*missing: there is no such file"):
         run_train(tiny_base, photos_dir, tmp_path, "--init_adapter", str(tmp_path / "missing"))
