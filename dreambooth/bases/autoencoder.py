@@ -1,8 +1,8 @@
-"""The VAE: photos to the posterior of their latents, and the scale of latents.
+"""The VAE: encodes photos to the posterior of their latents, and scales latents for the UNet.
 
-The cache holds mean and standard deviation of a photo's latents, not a sample, so that every use of the photo
-draws another sample, as in training without a cache. A base without a VAE works on pixels: its posterior has
-no spread.
+The cache holds mean and standard deviation of a photo's latents, not a sample. So every use of the photo
+draws another sample, as in training without a cache. A base without a VAE works on pixels: the posterior's
+mean is the pixels, its standard deviation 0.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ class Posterior:
     std: torch.Tensor
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """Latents before scaling. `noise` is standard normal, in the shape of `mean`."""
         return self.mean + self.std * noise
 
 

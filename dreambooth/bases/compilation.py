@@ -21,7 +21,7 @@ def check(device: torch.device) -> None:
     try:
         x = torch.ones(64, device=device, requires_grad=True)
         torch.compile(lambda x: (x * 2).sin())(x).sum().backward()
-    except Exception as error:  # of the compiler's many parts, any
+    except Exception as error:  # the compiler's many parts raise anything
         reason = reason_of(error)
         raise UserError(
             f"--compile does not work here: {reason}; install a C++ compiler, or leave it out"
@@ -48,7 +48,8 @@ def compile_blocks(unet: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def eager(*, wanted: bool) -> Iterator[None]:
-    """Runs the block without compiled code if `wanted`, for drawing: shapes differ, adapters are changed."""
+    """Within the block nothing compiled is run, if `wanted`. Drawing needs this: its shapes differ, and its
+    adapters change."""
     if not wanted:
         yield
         return

@@ -152,8 +152,8 @@ class Base:
 
     @property
     def is_edm(self) -> bool:
-        """Whether the base was trained on continuous noise levels (EDM, arXiv 2206.00364): its scheduler's
-        class tells."""
+        """Whether the base was trained on continuous noise levels (EDM, arXiv 2206.00364), by the class of
+        its scheduler."""
         scheduler = self.index.get("scheduler")
         return isinstance(scheduler, list) and "EDM" in str(scheduler[-1])
 

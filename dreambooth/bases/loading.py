@@ -143,10 +143,10 @@ def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -
     }[part]
     files = base.weight_files(part)
     if part == "vae" and base.given_vae:
-        explained = _explained(VAE_FLAG, "it", str(base.given_vae))
+        context = _explained(VAE_FLAG, "it", str(base.given_vae))
     else:
-        explained = _explained(BASE_FLAG, part, str(base.folder))
-    with explained:
+        context = _explained(BASE_FLAG, part, str(base.folder))
+    with context:
         is_convolutional = part in ("unet", "vae")
         return load_model(
             kind, base.part_folder(part), files, dtype=dtype, device=device, channels_last=is_convolutional

@@ -98,13 +98,11 @@ def check(speed: SpeedOptions, adapter: str, device: torch.device) -> None:
     if speed.compile:
         # The compiler sees the same dense weight in both passes and keeps it from one to the other.
         raise UserError(
-            f"{flag}: --compile would keep every layer whole for the backward pass; leave one out"
+            f"{flag}: --compile would keep every layer dense for the backward pass; leave one out"
         )
     if adapter not in _ADAPTERS:
         kinds = ", ".join(_ADAPTERS)
-        raise UserError(
-            f"{flag}: --adapter {adapter} needs the weights whole; take {kinds}, or leave one out"
-        )
+        raise UserError(f"{flag}: --adapter {adapter} needs dense weights; take {kinds}, or leave one out")
     try:
         layer = nn.Linear(_BLOCK, _BLOCK, device=device).requires_grad_(False)
         x = torch.ones(2, _BLOCK, device=device, requires_grad=True)

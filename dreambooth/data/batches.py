@@ -1,4 +1,7 @@
-"""Rows to latents and prompts: cut from encoded photos, or encoded anew at each use."""
+"""Makes micro-batches: the latents and prompts of each row, cut from encoded photos or encoded at each use.
+
+`sampling_order` defines rows and slots.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -52,12 +55,14 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass. Its rows are those of the first source, followed by those of the second."""
+    """The input of one forward pass. All tensors and lists have the rows of the first source, followed by
+    those of the second."""
 
     step: int
     slot: int
     """Number of the micro-batch within the step, over all processes."""
     rows: range
+    """The numbers of the rows, the same for each source."""
     posterior: Posterior
     prompts: list[str]
     frames: list[Frame]
@@ -70,7 +75,8 @@ class MicroBatch:
 
 
 class PhotoRows(torch.utils.data.Dataset):
-    """Row -> [sources, 3, resolution, resolution]: the photo of each source at that row, cropped."""
+    """The data set of rows. Item `row` is the cropped photo of each source, float32 [sources, 3, resolution,
+    resolution] in [-1, 1]."""
 
     def __init__(self, sources: list[Source], seed: int, crops: Crops):
         self.sources, self.seed, self.crops = sources, seed, crops
@@ -80,9 +86,11 @@ class PhotoRows(torch.utils.data.Dataset):
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
 
     def is_mirrored(self, source: Source, row: int) -> bool:
+        """Whether the photo of this row is mirrored."""
         return source.random_flip and sampling_order.chance(self.seed, f"{source.purpose}-flip", row) < 0.5
 
     def prompt(self, source: Source, row: int) -> str:
+        """The prompt of this row; "" if its caption is dropped."""
         is_dropped = (
             source.caption_dropout > 0
             and sampling_order.chance(self.seed, f"{source.purpose}-caption", row) < source.caption_dropout
@@ -98,6 +106,7 @@ class PhotoRows(torch.utils.data.Dataset):
         return sampling_order.crop_of_row(self.seed, source.purpose, row, room, self.crops.stride)
 
     def frame(self, source: Source, row: int) -> Frame:
+        """The size conditioning of this row."""
         width, height = source.photos[self.photo(source, row)].size
         left, top = self.corner(source, row)
         return Frame(height, width, top, left)
@@ -149,8 +158,8 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of all `steps`, in order.
 
-    With `encoded` they are cut from encoded photos. Without, `workers` processes load photos, and `vae`
-    encodes them.
+    With `encoded` the latents are cut from encoded photos. Without it, `workers` processes load photos, and
+    `vae` encodes them. A step has `slots` micro-batches of `batch_size` rows over all `world` processes.
     """
     order = [
         (step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size))
@@ -188,7 +197,7 @@ def _cached_posteriors(dataset: PhotoRows, encoded: EncodedPhotos, order: list[r
 def _fresh_posteriors(
     dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int
 ) -> Iterator[Posterior]:
-    """The posteriors of each micro-batch, encoded now from freshly loaded photos."""
+    """The posteriors of each micro-batch, encoded from photos that are loaded for it."""
     loader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[list(rows) for rows in order],  # type: ignore[arg-type]

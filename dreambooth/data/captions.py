@@ -160,11 +160,12 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
 
 
 def _fault_of_caption(caption: object) -> str | None:
+    """What is wrong with a caption; None if nothing is."""
     if not isinstance(caption, str):
         return f"is {shortened(caption)}, which is not text"
     # halves of surrogate pairs: JSON can spell them, and no tokenizer takes them
     if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):
-        return f"holds what is no character: {shortened(caption)}"
+        return f"holds a code that is no character: {shortened(caption)}"
     return None
 
 
@@ -207,8 +208,7 @@ def _unread_note(
             ]
     if texts and not metadata:
         return [
-            "captions lie beside the photos (.txt files); --caption_column text reads them, as would any "
-            "other word there"
+            "captions lie beside the photos (.txt files); --caption_column text reads them (any word does)"
         ]
     return []
 
@@ -221,13 +221,14 @@ def _is_text(table: _Table, column: str) -> bool:
 
 def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
     """A note on caption files besides the first metadata file, which are not read."""
-    others = [*metadata[1:], *([".txt files"] if texts else [])]
-    if not others:
+    unread = [*metadata[1:], *([".txt files"] if texts else [])]
+    if not unread:
         return []
-    return [f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"]
+    return [f"captions are read from {metadata[0]}; not from the {' and '.join(unread)} beside it"]
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:
+    """The content of a metadata file. Raises UserError, without the file's name, if it cannot be read."""
     text = _text(folder, file, instance)
     return _json_lines(text) if file.endswith(".jsonl") else _comma_separated(text)
 
@@ -305,4 +306,5 @@ def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
 
 
 def _one_line(caption: str) -> str:
+    """The caption with line breaks and other control characters replaced by spaces."""
     return _CONTROL.sub(" ", caption).strip()

@@ -90,6 +90,7 @@ def made_with(folder: Path) -> dict[str, Any]:
 
 
 def file_name(number: int) -> str:
+    """The file name of a made picture."""
     return f"class-{number:06d}.png"
 
 
@@ -181,7 +182,7 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
     return [
         k
         for k in range(max(0, total - users))
-        if not _is_whole(folder / file_name(k), hashes.get(file_name(k)))
+        if not _is_intact(folder / file_name(k), hashes.get(file_name(k)))
     ]
 
 
@@ -205,7 +206,8 @@ def is_complete(folder: Path, settings: ClassImageSettings, total: int) -> bool:
     return not missing_numbers(folder, settings, total) and not _pending_hashes(folder)
 
 
-def _is_whole(path: Path, sha256: str | None) -> bool:
+def _is_intact(path: Path, sha256: str | None) -> bool:
+    """Whether the picture exists and has this hash."""
     return sha256 is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
@@ -261,9 +263,9 @@ def fill(
 
 
 def continued(generation: GenerationOptions, made: Mapping[str, Any]) -> GenerationOptions:
-    """The group with sampler, steps and precision of the class images that exist where it leaves them open.
+    """`generation`, with sampler, steps and precision of the existing class images for those that are None.
 
-    `made` is what `made_with` returns for their folder.
+    `made` is what `made_with` returns for the images' folder.
     """
     return dataclasses.replace(
         generation,
@@ -274,10 +276,10 @@ def continued(generation: GenerationOptions, made: Mapping[str, Any]) -> Generat
 
 
 def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
-    """The group with what it leaves open filled in; None without prior preservation.
+    """`prior` with its defaults filled in; None without prior preservation.
 
-    Sampler, steps, precision and seed are those of the class images that exist; without any the seed is
-    `seed`.
+    The defaults of sampler, steps, precision and seed are those of the existing class images. Without any,
+    the class seed is `seed`.
     """
     if not prior.with_prior_preservation:
         return None
@@ -351,7 +353,7 @@ def make(
 
     def wait_for(owner: str) -> None:
         watch.check()
-        if not owners:  # tell it once
+        if not owners:  # the message appears once
             owners.append(owner)
             tqdm.write(f"waiting for another run that is making class images in {folder}: {owner}")
 

@@ -17,7 +17,7 @@ Box = tuple[int, int, int, int]
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
-    # Pillow's nearest samples at pixel centres, which is what "exact" means
+    # the same: Pillow's nearest samples at pixel centres, as torch's "nearest-exact" does
     "nearest_exact": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -77,8 +77,8 @@ class Crops:
     def encoded_box(self, size: Size, corner: Corner) -> Box:
         """The box that is encoded for the crop at `corner`.
 
-        It is the crop itself where crops are fixed, else the whole photo up to its last full latent, or a
-        part of a very long photo.
+        If crops are fixed it is the crop itself. Otherwise it is the full photo up to its last complete
+        latent, or a part of a very long photo.
         """
         if self.is_fixed(size):
             return self.square(self.middle_corner(size))

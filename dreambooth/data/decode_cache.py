@@ -40,9 +40,11 @@ class DecodeCache:
         self.is_changed = False
 
     def of(self, sha256: str) -> Decoded | None:
+        """The entry of a file with this hash; None if there is none."""
         return self.decoded.get(sha256)
 
     def add(self, sha256: str, decoded: Decoded) -> None:
+        """Add an entry, in memory; `save` writes it."""
         self.decoded[sha256] = decoded
         self.is_changed = True
 

@@ -111,8 +111,8 @@ class EncodingCache:
         except _Forbidden as error:
             if not self.forbidden:
                 self.warn(
-                    f"{error}: what it and others like it may hold is encoded anew, "
-                    "and kept in memory for this run alone"
+                    f"{error}: encodings in files that may not be read are made again "
+                    "and kept in memory for this run only"
                 )
             self.forbidden.add(entry.name)
             return False
@@ -136,7 +136,7 @@ class EncodingCache:
                 reason = error.strerror or error
                 self.warn(
                     f"{shown(self.folder)} cannot be written to ({reason}): "
-                    "what is encoded from here on is kept in memory for this run alone"
+                    "further encodings are kept in memory for this run only"
                 )
         self.in_memory[entry.name] = tensors
 
@@ -149,8 +149,8 @@ class EncodingCache:
             return self._read(entry)
         except _Damaged as error:
             raise Stop(
-                f"{error}; it was whole when the run began. "
-                "With --resume_from_checkpoint latest the run goes on and encodes it anew"
+                f"{error}; it was intact when the run began. "
+                "With --resume_from_checkpoint latest the run continues and encodes it again"
             ) from None
 
     def _path(self, name: str) -> Path:
@@ -161,7 +161,7 @@ class EncodingCache:
         """The tensors in an entry's file. Raises _Damaged if it cannot be used."""
         path = self._path(entry.name)
         try:
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # without waiting, should it be a pipe
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # opening a pipe would wait otherwise
             header = safetensors_files.read(path, _LIMITS)
             if header.shapes != entry.shapes:
                 raise _Damaged(f"{shown(path)} has tensors of other shapes")
@@ -169,7 +169,7 @@ class EncodingCache:
         except UserError as error:
             raise _Damaged(str(error)) from None
         except FileNotFoundError:
-            raise _Missing(f"{shown(path)} is not there") from None
+            raise _Missing(f"{shown(path)} is missing") from None
         except PermissionError:
             raise _Forbidden(f"{shown(path)} cannot be read (Permission denied)") from None
         except OSError as error:

@@ -1,8 +1,8 @@
 """Encodes photos to latents and prompts to embeddings, through the encoding cache.
 
 The name of a cache entry is a hash of contents: the photo's bytes, its encoded box, the weights that encode
-it, and what changes last bits. Where random crops differ, the whole resized photo is encoded, and crops are
-cut from its latents. Models are loaded only for missing entries, and freed afterwards. Processes that share a
+it, and what changes last bits. For random crops the full resized photo is encoded, and crops are cut from its
+latents. Models are loaded only for missing entries, and freed afterwards. Processes that share a
 folder share the work.
 """
 

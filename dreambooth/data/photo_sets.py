@@ -156,7 +156,7 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
-    """Write photos and captions to `folder`, whole or not at all. Concurrent processes take turns."""
+    """Write photos and captions to `folder`, completely or not at all. Concurrent processes take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder.parent, "--cache_dir", wait=lambda owner: None) as unlocked:
         if folder.is_dir():

@@ -50,7 +50,7 @@ MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
 
-# EXIF orientation: how the stored pixels are turned upright. 1 is upright.
+# EXIF orientation -> the transposition that makes the stored pixels upright. 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -144,7 +144,7 @@ def check_folder(
     if hidden:
         notes.append(f"skipped {len(hidden)} hidden or system files in {shown(folder)}")
     if others:
-        notes.append(f"skipped what is no picture in {shown(folder)}: {few(others)}{_advice(others)}")
+        notes.append(f"skipped files that are no pictures in {shown(folder)}: {few(others)}{_advice(others)}")
     return Folder(photos, notes)
 
 
@@ -243,7 +243,8 @@ def _check(
 
 
 def _decoded(path: Path, digest: str, max_pixels: int, cache: DecodeCache | None) -> Decoded:
-    """What decoding yields, from the cache if it has the file. A cached photo must keep to today's limits."""
+    """The result of decoding, from the cache if it has the file. A cached photo must be within the present
+    limits."""
     cached = cache.of(digest) if cache else None
     if cached is not None and math.prod(cached.size) <= max_pixels and set(cached.remarks) <= _REMARKS:
         return cached

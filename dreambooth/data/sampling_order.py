@@ -19,6 +19,7 @@ def key(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator seeded by `key`."""
     return torch.Generator("cpu").manual_seed(key(seed, *purpose))
 
 
@@ -36,6 +37,7 @@ def my_slots(slots: int, *, rank: int, world: int) -> range:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, purpose: str, turn: int, count: int) -> list[int]:
+    """A random order of `count` photos for the rows turn * count and following."""
     return torch.randperm(count, generator=generator(seed, purpose, turn)).tolist()
 
 
@@ -55,7 +57,7 @@ def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], stride
 
 
 def chance(seed: int, purpose: str, row: int) -> float:
-    """Uniform in [0, 1)."""
+    """A random number of this row, uniform in [0, 1)."""
     return float(torch.rand((), generator=generator(seed, purpose, row)))
 
 

@@ -198,9 +198,7 @@ def test_a_saved_adapter_on_a_quantized_unet_computes_what_it_did_in_training(
 def test_adapters_that_need_whole_weights_are_refused_before_a_model_is_loaded(
     kind, adapter, tiny_base, photos_dir, tmp_path, no_models
 ):
-    with pytest.raises(
-        UserError, match=f"--quantize_base {kind}: --adapter {adapter} needs the weights whole"
-    ):
+    with pytest.raises(UserError, match=f"--quantize_base {kind}: --adapter {adapter} needs dense weights"):
         run_train(
             tiny_base,
             photos_dir,
@@ -218,7 +216,7 @@ def test_adapters_that_need_whole_weights_are_refused_before_a_model_is_loaded(
 def test_a_compiled_quantized_run_is_refused_before_a_model_is_loaded(
     kind, tiny_base, photos_dir, tmp_path, no_models
 ):
-    with pytest.raises(UserError, match=f"--quantize_base {kind}: --compile would keep every layer whole"):
+    with pytest.raises(UserError, match=f"--quantize_base {kind}: --compile would keep every layer dense"):
         run_train(
             tiny_base, photos_dir, tmp_path, "--quantize_base", kind, "--compile", "--max_train_steps", "1"
         )

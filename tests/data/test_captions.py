@@ -134,11 +134,11 @@ def test_line_breaks_and_control_characters_of_captions_become_spaces(folder):
         ([{"file_name": "a.png", "text": 0}], "line 1: the caption is 0, which is not text"),
         (
             ['{"file_name": "a.png", "text": "\\ud800"}'],
-            "line 1: the caption holds what is no character: '\\ud800'",
+            "line 1: the caption holds a code that is no character: '\\ud800'",
         ),
         (
             ['{"file_name": "a.png", "text": "x\\u0000"}'],
-            "line 1: the caption holds what is no character: 'x\\x00'",
+            "line 1: the caption holds a code that is no character: 'x\\x00'",
         ),
         (
             [{"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": "x"}],
@@ -336,7 +336,7 @@ def test_pictures_without_a_txt_file_are_named_and_get_the_instance_prompt(folde
 
 def test_a_txt_file_of_bytes_is_refused(folder):
     (folder / "a.txt").write_bytes(b"a\0d\0o\0g\0")
-    assert f"{FLAG}: a.txt holds what is no character" in refusal(folder)
+    assert f"{FLAG}: a.txt holds a code that is no character" in refusal(folder)
 
 
 def test_a_caption_column_without_captions_says_what_was_looked_for(folder):
@@ -352,10 +352,7 @@ def test_captions_that_are_not_asked_for_are_not_read_and_a_note_says_how_to(fol
     assert read(folder, caption_column=None) == ({}, [])
     (folder / "a.txt").write_text("x")
     assert read(folder, caption_column=None)[1] == [
-        (
-            "captions lie beside the photos (.txt files); --caption_column text reads them, as would "
-            "any other word there"
-        )
+        ("captions lie beside the photos (.txt files); --caption_column text reads them (any word does)")
     ]
     (folder / "metadata.csv").write_text("file_name,caption\na.png,x\n")
     assert read(folder, caption_column=None)[1] == [

@@ -118,7 +118,7 @@ def test_a_file_that_breaks_during_training_ends_the_run_by_name_and_it_goes_on(
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert str(tmp_path / "kept" / "latents-") in said
-    assert "With --resume_from_checkpoint latest the run goes on and encodes it anew" in said
+    assert "With --resume_from_checkpoint latest the run continues and encodes it again" in said
     assert steps == [0, 1]
     assert [step for step, _ in checkpoint_folders.list_checkpoints(tmp_path / "cut")] == [2]
     monkeypatch.undo()
@@ -258,8 +258,8 @@ def test_somebody_else_s_entry_that_may_not_be_read_stays_as_it_is(tmp_path, mon
         assert cache.read(entry)["mean"].tolist() == [0, 0]
     assert (entries_in(tmp_path), cache.damaged) == (before, [])
     said = (
-        "latents-a.safetensors cannot be read (Permission denied): what it and others like it may "
-        "hold is encoded anew, and kept in memory"
+        "latents-a.safetensors cannot be read (Permission denied): encodings in files that may not "
+        "be read are made again and kept in memory"
     )
     assert len(told) == 1
     assert said in told[0]
@@ -307,8 +307,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
     said = capsys.readouterr().out
     assert (
         said.count(
-            f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): what "
-            "is encoded from here on"
+            f"warning: {tmp_path / 'kept'} cannot be written to (No space left on device): further encodings"
         )
         == 1
     )
