@@ -42,8 +42,8 @@ def sampler_of(flag: str | None, base: Base) -> str:
     """
     if flag == "dpm" and base.is_edm:
         raise UserError(
-            "--class_scheduler dpm: a base with an EDM scheduler is drawn with its own scheduler; leave the flag "
-            "out, or give base"
+            "--class_scheduler dpm: a base with an EDM scheduler is drawn with its own scheduler; "
+            "leave the flag out, or give base"
         )
     return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
 

@@ -1,7 +1,7 @@
-"""Before training: the input is checked, the output folder locked, the run named, class images made.
+"""Before training: check the input, lock the output folder, fill in all options, generate class images.
 
-No model that is trained is loaded here. What is wrong with flags, photos, base, prompts or output folder is
-reported before anything slow, and before anything is written.
+No model that is trained is loaded here. Mistakes in flags, photos, base, prompts or output folder are
+reported before any slow work, and before anything is written.
 """
 
 import contextlib
@@ -40,10 +40,11 @@ from dreambooth.training.start import Start
 
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
-    """Everything that a run needs before its models are loaded; None for --dry_run, whose table is printed.
+    """Prepare everything that a run needs before its models are loaded. Returns None after --dry_run, which
+    prints its table.
 
-    `stack` receives the lock of the output folder and the record of how the run ends. Raises UserError for
-    what the user can put right.
+    `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
+    mistake that the user can correct.
     """
     # processes
     trackers, notes = metrics.trackers(options.reports.report_to)
@@ -118,11 +119,13 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The instance photos, checked. `captions` are by file name, for the photos that have one."""
+    """The checked instance photos and captions."""
 
     folder: Path
     checked: photos.Folder
+    """The photos in the folder, and what was found out about them."""
     captions: dict[str, str]
+    """By file name, for the photos that have one."""
     notes: list[str]
 
     @property
@@ -130,7 +133,7 @@ class Subject:
         return self.checked.photos
 
     def source(self, options: InstanceOptions) -> Source:
-        """The photos with their prompts, as training takes them."""
+        """The photos with their prompts: a caption, or else --instance_prompt."""
         names = [photo.path.name for photo in self.photos]
         prompts = [self.captions.get(name, options.instance_prompt) for name in names]
         flip, dropout = options.random_flip, options.caption_dropout
@@ -138,7 +141,7 @@ class Subject:
 
 
 def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: Peers) -> Subject:
-    """Decode and check instance photos and captions. `decoded` are the photos that earlier runs decoded."""
+    """Decode and check instance photos and captions. `decoded` holds the photos that earlier runs decoded."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
     allow_odd = options.allow_odd_photos
@@ -194,13 +197,14 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The locked output folder, and the checkpoint to resume from with its state (None, {} without one)."""
+    """The locked output folder, and the checkpoint to resume from."""
 
     folder: Path
     checkpoint: checkpoint_folders.Content | None
     state: dict[str, Any]
+    """State of the checkpoint; {} without one."""
     earlier_seeds: list[int | None]
-    """Seeds of that checkpoint, and of the run that the folder holds."""
+    """Seeds of the checkpoint, and of the run that the folder holds."""
 
     @property
     def first_step(self) -> int:
@@ -208,24 +212,29 @@ class Claim:
 
     @property
     def continues_folder(self) -> bool:
-        """Whether the checkpoint lies in the output folder itself."""
+        """Whether the checkpoint is one of the output folder."""
         return (
             self.checkpoint is not None and self.checkpoint.folder.resolve().parent == self.folder.resolve()
         )
 
 
 def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack) -> Claim:
-    """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from."""
+    """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from.
+
+    Raises UserError if a folder cannot be written to, another run works in it, or the checkpoint is damaged.
+    """
     resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
     atomic.make_output_folder(folder, "--output_dir")
     if cache.mode == "disk":
         atomic.make_output_folder(cache.folder, "--encoded_dir")
         if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):
-            place, names = shown(cache.folder), ", ".join(swept)
-            peers.say(f"note: removed what runs that died left half written in {place}: {names}")
+            names = ", ".join(swept)
+            peers.say(
+                f"note: removed half-written files of runs that died from {shown(cache.folder)}: {names}"
+            )
     peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
     if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder)):
-        peers.say(f"note: removed what a run that died left half done: {', '.join(swept)}")
+        peers.say(f"note: removed half-written files of a run that died: {', '.join(swept)}")
     if resume_from is None:
         return Claim(folder, None, {}, [])
     source = peers.on_main(lambda: find_checkpoint(resume_from, folder, peers))
@@ -264,25 +273,27 @@ class ClassImages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedRun:
-    """A run whose options are all known, and all that its record (`run_folder.identity`) is made of."""
+    """A run with all its options, and the values that its record (`run_folder.identity`) is made of."""
 
     options: ResolvedTrainOptions
     base: families.Base
     fingerprint: str
-    """The base's."""
+    """Of the base."""
     captions: dict[str, str]
     init_digest: str | None
+    """SHA-256 of the tensors of --init_adapter."""
     claim: Claim
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
     class_images: ClassImages | None
     """None without prior preservation."""
     slots: int
+    """Micro-batches a step, of all processes."""
     max_steps: int
     environment: dict[str, Any]
 
     def record(self, sources: list[Source]) -> dict[str, Any]:
-        """What run this is, with these pictures: options, base, pictures and what it started from."""
+        """The record that identifies this run, with the pictures of `sources`."""
         checkpoint = self.claim.checkpoint
         start = self.init_digest
         if checkpoint and start is None:
@@ -301,7 +312,10 @@ class NamedRun:
         )
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
-        """Notes on resuming. Raises UserError if the folder or the checkpoint is of another run."""
+        """Check the folder and the checkpoint against `record`. Returns notes on resuming.
+
+        Raises UserError if one of them is of another run, or the checkpoint is past the last step.
+        """
         run, checkpoint = self.options.run, self.claim.checkpoint
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
@@ -327,20 +341,20 @@ def name_run(
     claim: Claim,
     peers: Peers,
 ) -> NamedRun:
-    """Fill in every option that was left open: seed, precision, and the settings of class images."""
+    """Fill in every default: seed, precision, those of the base's family, and settings of class images."""
     base, accelerator = checked.base, peers.accelerator
     seed = choose_seed(options.run.seed, claim.earlier_seeds, peers)
-    # not the seed that was drawn: without --seed two runs make the same class images
+    # not the seed that was drawn: without --seed, all runs use the same class images
     prior = class_images.adopt(options.prior, options.run.seed or 0)
     resolved = resolve(
         options, base.family.key, seed=seed, mixed_precision=accelerator.mixed_precision, prior=prior
     )
     peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
-    generated = None
+    prior_images = None
     if prior:
         settings = class_images.settings_of(prior, base, fingerprint, accelerator.device)
-        generated = ClassImages(prior, settings)
+        prior_images = ClassImages(prior, settings)
     counts = [len(subject.photos), *([prior.generation.num_class_images] if prior else [])]
     pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
@@ -359,7 +373,7 @@ def name_run(
         claim=claim,
         crops=crops,
         crops_are_cut_from="latents" if has_latents else "pixels",
-        class_images=generated,
+        class_images=prior_images,
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
         environment=run_folder.environment_of(
@@ -371,7 +385,8 @@ def name_run(
 def make_class_images(
     run: NamedRun, subject: Subject, decoded: DecodeCache | None, peers: Peers, watch: Watch
 ) -> list[Source]:
-    """The class images, checked, with missing ones generated; no source without prior preservation.
+    """Generate missing class images and check all of them. Returns their source; [] without prior
+    preservation.
 
     Raises UserError if an instance photo is among them.
     """
@@ -380,7 +395,7 @@ def make_class_images(
     prior, instance, base = run.class_images.options, run.options.instance, run.base
     folder, count = prior.class_data_dir, prior.generation.num_class_images
     class_images.make(Path(folder), run.class_images.settings, count, base, peers, watch)
-    # a tiny base draws pictures that would be odd photos
+    # pictures of a tiny base are smaller than photos may be
     allow_odd = instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE
     checked = _check_folder(instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd)
     photos.check_disjoint(subject.checked, checked)
@@ -389,6 +404,7 @@ def make_class_images(
 
 
 def _save_decoded(decoded: DecodeCache, peers: Peers) -> None:
+    """Save the cache of decoded photos, on the main process. A failure is a warning."""
     if peers.is_main:
         for warning in decoded.save():
             peers.say(f"warning: {warning}")

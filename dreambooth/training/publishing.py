@@ -8,9 +8,9 @@ from dreambooth.training.start import Start
 
 
 def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
-    """Write and upload what --output_kohya_format and --push_to_hub ask for. For the main process.
+    """Write the kohya file for --output_kohya_format, and upload for --push_to_hub. For the main process.
 
-    `pictures` are names of files beside the adapter. Raises Stop if a file cannot be written, or the upload
+    `pictures` are names of files beside `adapter`. Raises Stop if a file cannot be written, or the upload
     fails.
     """
     options, base = start.options, start.base

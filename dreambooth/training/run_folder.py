@@ -1,8 +1,8 @@
-"""The output folder of a run: which run it holds, how far that came, and why it ended.
+"""The output folder of a run: which run it holds, its last step, and why it ended.
 
 A folder holds one run. `run.json` identifies the run, `status.json` records its last step and its end, and
-`run.yaml` is its command line for --config. A run is resumed only with the flags, base and pictures of its
-earlier steps; any other is refused with every difference.
+`run.yaml` has its flags for --config. A run is resumed only with the flags, base and pictures of its earlier
+steps. Otherwise an error lists every difference.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from dreambooth.runtime.stops import EXIT_FAILED, Stop
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version may give other last bits
 
-# Flags that may change when a run is resumed: they leave the steps already done as they were.
+# Flags that may change when a run is resumed, since they have no effect on the steps already done.
 _FREE_FLAGS = {
     *(field.name for field in dataclasses.fields(ValidationOptions)),
     *(field.name for field in dataclasses.fields(ReportOptions)),
@@ -37,7 +37,7 @@ _FREE_FLAGS = {
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
     *("cache_dir", "image_column", "caption_column"),
-    # Which photos are refused, and how class images are made: the pictures are compared.
+    # Which photos are refused, and how class images are generated: the pictures are compared.
     *("max_image_pixels", "allow_odd_photos", "follow_symlinks", "num_class_images", "sample_batch_size"),
     *("prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_scheduler"),
     "class_seed",
@@ -75,10 +75,11 @@ def identity(
 ) -> dict[str, Any]:
     """The record by which two runs are compared, as JSON types.
 
-    `flags` are all flags of the run, `slots` its micro-batches a step, `base` is the fingerprint of the base.
-    `pictures` are the hashes of the pictures by source and name, `captions` the captions by name.
-    `text_steps` are the steps that train the text encoder. `start` is the hash of the adapter that training
-    starts from. `crops` is what random crops are cut from; None if all crops are fixed.
+    `flags` are all flags of the run. `slots` is the number of micro-batches a step, `base` the fingerprint of
+    the base. `pictures` are SHA-256 hashes by source and file name, `captions` are by file name. `text_steps`
+    is the number of steps that train the text encoder. `start` is the hash of the adapter that training
+    starts from, None for random values. `crops` is what random crops are cut from, None if all crops are
+    fixed.
     """
     compared = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     if not flags["with_prior_preservation"]:
@@ -100,7 +101,7 @@ def identity(
 
 
 def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
-    """What changes the last bits of a run on `device`, but not which run it is."""
+    """Settings and versions that change the last bits of a run on `device`, but not its identity."""
     return environment(
         device,
         LIBRARIES,
@@ -122,6 +123,7 @@ class Difference:
 
     @property
     def is_of_data(self) -> bool:
+        """Whether --allow_data_change allows it."""
         return self.subject in ("pictures", "captions")
 
 
@@ -155,8 +157,8 @@ def _input_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
 
 
 def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    # Older versions cut crops from pixels and recorded nothing. `fixed` fits both: crops may become random
-    # once class images are there, or fixed with other pictures.
+    # Older versions cut crops from pixels and recorded nothing. `fixed` is equal to both others: crops may
+    # become random when class images are added, or fixed with other pictures.
     was, is_now = before.get("crops", "pixels"), now.get("crops", "pixels")
     if was != is_now and "fixed" not in (was, is_now):
         advice = "--cache_latents off cuts pixels, any other latents"
@@ -166,7 +168,7 @@ def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 def _picture_differences(
     before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> Iterator[Difference]:
-    for source in sorted(now):  # `now` lacks class images before they are made: they are not compared then
+    for source in sorted(now):  # before class images are generated, `now` lacks them: not compared then
         old, new = before.get(source, {}), now[source]
         for change, names in (
             ("removed", old.keys() - new.keys()),
@@ -199,9 +201,10 @@ def check_resume(
     *,
     allow_data_change: bool,
 ) -> list[str]:
-    """Notes on resuming the run `now` from `checkpoint`, whose state is `state`.
+    """Check that the run with the record `now` may resume from `checkpoint`. Returns notes.
 
-    Raises UserError, with every difference, if flags, base or pictures of the checkpoint are others.
+    `state` is the checkpoint's state, and `environment` that of this run. Raises UserError, with every
+    difference, if the checkpoint is of another run.
     """
     folder = checkpoint.folder
     if not _is_identity(checkpoint.identity):
@@ -218,12 +221,13 @@ def check_resume(
     if refused:
         phrases = [difference.phrase for difference in refused]
         if any(difference.is_of_data for difference in refused):
-            phrases.append("(--allow_data_change goes on with other pictures)")
+            phrases.append("(--allow_data_change allows other pictures)")
         raise UserError(f"--resume_from_checkpoint: {folder} is of another run:\n  " + "\n  ".join(phrases))
     return notes + _environment_notes(state.get("surroundings", {}), environment)
 
 
 def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A note for each difference between two environments."""
     effect = "the result may differ in its last bits"
     before = {"compile": False, **before}  # checkpoints older than --compile do not record it
     notes = [
@@ -232,34 +236,36 @@ def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         if before.get(name) != value
     ]
     removed = [name for name in before if name not in now]
-    return notes + [f"{name} was {before[name]} and is gone from this version: {effect}" for name in removed]
+    return notes + [
+        f"{name} was {before[name]} and is not recorded by this version: {effect}" for name in removed
+    ]
 
 
 def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_resumed: bool) -> None:
-    """Check that the run `now` may start from its first step in `output_dir`; `overwrite` allows it always.
+    """Check that the run with the record `now` may start at step 0 in `output_dir`.
 
-    `is_resumed` allows the same run to start again if its results are gone. Raises UserError if the folder
-    holds another run, the results of this one, or checkpoints of no run.
+    Raises UserError if the folder holds another run, results of this run, or checkpoints without run.json.
+    With `is_resumed`, results of this run are allowed. With `overwrite`, everything is.
     """
     if overwrite:
         return
     before = read_identity(output_dir)
     if before is None:
-        if strangers := sorted(path.name for path in output_dir.glob("checkpoint-*")):
+        if names := sorted(path.name for path in output_dir.glob("checkpoint-*")):
             raise UserError(
-                f"--output_dir: {output_dir} holds {strangers[0]} and no {IDENTITY} of its run; "
+                f"--output_dir: {output_dir} holds {names[0]} and no {IDENTITY} of its run; "
                 "name another folder, or move it away"
             )
     elif phrases := [difference.phrase for difference in differences(before, now)]:
         raise UserError(
             f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(phrases) + "\n"
-            "Name another folder, or give --resume_from_checkpoint latest with that run's flags to go on "
-            "with it, or --overwrite to remove it"
+            "Name another folder, or give --resume_from_checkpoint latest with that run's flags to continue "
+            "it, or --overwrite to remove it"
         )
     elif not is_resumed and _has_results(output_dir):
         raise UserError(
-            f"--output_dir: {output_dir} holds this very run; --resume_from_checkpoint latest goes on with "
-            "it, --overwrite starts anew"
+            f"--output_dir: {output_dir} holds this run already; --resume_from_checkpoint latest continues "
+            "it, --overwrite starts it again"
         )
 
 
@@ -288,7 +294,7 @@ def begin(
 def read_identity(output_dir: Path) -> dict[str, Any] | None:
     """The record of the run in the folder; None if there is none. Raises UserError if it is damaged."""
     path = output_dir / IDENTITY
-    advice = "--overwrite removes the run that is there"
+    advice = "--overwrite removes the run in this folder"
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -309,7 +315,7 @@ def _is_identity(value: Any) -> bool:
 
 
 def _remove_run(output_dir: Path) -> None:
-    """Remove what runs write here, and nothing else."""
+    """Remove the files that a run writes, and nothing else."""
     for _, folder in checkpoint_folders.list_checkpoints(output_dir):
         shutil.rmtree(folder)
     for name in (native.ADAPTER_NAME, native.KOHYA_NAME, IDENTITY, STATUS, OPTIONS, METRICS):
@@ -323,7 +329,7 @@ def _remove_run(output_dir: Path) -> None:
 class Status:
     """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status.
 
-    Scripts read the exit status here: torchrun turns every one but 0 into 1.
+    Scripts can read the exit status there: torchrun turns every status other than 0 into 1.
     """
 
     path: Path
@@ -346,7 +352,10 @@ class Status:
 
 @contextlib.contextmanager
 def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[Status]:
-    """Write `status.json` when the block begins and when it ends; on the main process only."""
+    """Write `status.json` at the begin and at the end of the block, on the main process only.
+
+    Yields the record; set its `step` before the block ends.
+    """
     status = Status(output_dir / STATUS, first_step)
     write = status.write if is_main else lambda *args: None
     write("running")

@@ -20,7 +20,10 @@ from dreambooth.training.trainables import Trainables
 
 
 def adapter_info(flags: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
-    """The record of a run in the metadata of its adapter file, but for the steps. `flags` are all flags."""
+    """The record of a run in the metadata of its adapter file, without the number of steps.
+
+    `flags` are all flags of the run.
+    """
     base = flags["pretrained_model_name_or_path"]
     return {
         "base_model": Path(base).name if Path(base).exists() else base,  # no path of this machine
@@ -46,8 +49,7 @@ class _Snapshot:
 class Saver:
     """Writes adapter and checkpoints to the output folder, on the main process.
 
-    The run's identity goes into each checkpoint's manifest, and its environment, what changes last bits, into
-    the checkpoint's state.
+    The manifest of each checkpoint has the run's identity, and its state has the run's environment.
     """
 
     def __init__(self, start: Start, trainables: Trainables):
@@ -59,9 +61,9 @@ class Saver:
         named = [pair for component in self.components for pair in component.named_parameters()]
         self.names = {id(parameter): name for name, parameter in named}
         self.configs = {component.name: inject.metadata(component) for component in self.components}
-        # Tensors of components whose training has ended: for the adapter file, and for checkpoints.
-        self.finished: dict[str, dict[str, torch.Tensor]] = {}
-        self.finished_raw: dict[str, torch.Tensor] = {}
+        # tensors of components whose training has ended
+        self.finished: dict[str, dict[str, torch.Tensor]] = {}  # of the adapter file, by component
+        self.finished_raw: dict[str, torch.Tensor] = {}  # `checkpoints.raw_parameters`
         self.saved = 0  # the step of the newest checkpoint
         self.snapshot: _Snapshot | None = None
 
@@ -70,7 +72,7 @@ class Saver:
         return self.output_dir / native.ADAPTER_NAME
 
     def keep(self, component: inject.Component) -> None:
-        """Keep the tensors of a component whose training has ended: its model may then be freed."""
+        """Copy the tensors of a component whose training has ended. Its model may then be freed."""
         self.finished[component.name] = {
             key: tensor.detach().to("cpu", copy=True) for key, tensor in component.state_dict().items()
         }
@@ -89,15 +91,17 @@ class Saver:
         return hashlib.sha256(self.pack(step)).hexdigest()
 
     def take_snapshot(self, step: int) -> None:
-        """Copy the content of a checkpoint of `step`, which later saves write.
+        """Copy the content of a checkpoint of `step`. Later saves write this copy.
 
-        It is for the end of a run, before the adapter is taken off its models.
+        Called at the end of a run, before the adapter is removed from its models.
         """
         self.snapshot = self._snapshot_of(step)
 
     def _snapshot_of(self, step: int) -> _Snapshot:
+        """The content of a checkpoint of `step`. Raises ValueError if a value is not finite."""
         state: dict[str, object] = {"seed": self.run.seed, "surroundings": self.environment}
-        # The step does not decide it: in the text encoder's last step a checkpoint may precede its end.
+        # from the optimizer, since the step leaves it open: after the last step that trains the text encoder,
+        # a checkpoint may be written before its training has ended
         state["trains_text"] = any(
             group["name"].startswith("text_encoder") for group in self.optimizer.param_groups
         )
@@ -115,7 +119,7 @@ class Saver:
         return tensors
 
     def save_checkpoint(self, step: int) -> None:
-        """Write checkpoint-<step>. If that fails, as on a full disk, a warning is printed."""
+        """Write checkpoint-<step>. A failure, such as a full disk, is printed as a warning."""
         if self.peers.is_main:
             try:
                 self._write_checkpoint(step)
@@ -135,9 +139,9 @@ class Saver:
         self.peers.barrier()
 
     def save_early_end(self, step: int, last_step: int) -> None:
-        """Write checkpoint and adapter of the last completed step.
+        """Write checkpoint and adapter of `step`, the last completed step. A failure is printed as a warning.
 
-        There is no barrier, since the other processes may be gone. What cannot be written is a warning.
+        There is no barrier, since the other processes may be dead.
         """
         if not self.peers.is_main or step == 0:
             return
@@ -150,6 +154,7 @@ class Saver:
             self.peers.say(message)
 
     def _write_adapter(self, step: int) -> None:
+        """Write the adapter file. Raises OSError, or ValueError if a value is not finite."""
         atomic.write(self.adapter, self.snapshot.adapter if self.snapshot else self.pack(step))
 
     def _write_newer_checkpoint(self, step: int) -> None:
@@ -157,6 +162,7 @@ class Saver:
             self._write_checkpoint(step)
 
     def _write_checkpoint(self, step: int) -> None:
+        """Write a checkpoint. Raises SaveFailed, or ValueError if a value is not finite."""
         content = self.snapshot or self._snapshot_of(step)
         try:
             folder = checkpoints.save(

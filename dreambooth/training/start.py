@@ -1,4 +1,4 @@
-"""What training starts from, once the input is checked."""
+"""The record that `prepare` returns: everything that training starts from."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from dreambooth.training.checks import AdapterState, Cache
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """A run before its models are loaded. Nothing in `options` is left open."""
+    """A checked run before its models are loaded. Every default in `options` is filled in."""
 
     options: ResolvedTrainOptions
     peers: Peers
@@ -30,20 +30,20 @@ class Start:
     """Instance photos, then class images."""
     crops: Crops
     cache: Cache
-    """Where latents and prompt embeddings are kept."""
+    """Where latents and prompt embeddings are stored."""
     init_adapter: AdapterState
-    """Tensors of --init_adapter; empty without it."""
+    """Tensors of --init_adapter; empty without the flag."""
     checkpoint: checkpoint_folders.Content | None
-    """The checkpoint to resume from."""
+    """The checkpoint to resume from; None for a new run."""
     continues_folder: bool
-    """Whether that checkpoint lies in --output_dir."""
+    """Whether the checkpoint is one of --output_dir."""
     identity: dict[str, Any]
-    """What run this is: the record in run.json and in every checkpoint."""
+    """The record that identifies the run in run.json and in every checkpoint."""
     status: run_folder.Status
     environment: dict[str, Any]
-    """What changes last bits: device, library versions, threads."""
+    """Device, library versions, threads: they change the last bits of the result."""
     repository: str | None
-    """OWNER/NAME on the hub that the result is uploaded to; None for no upload."""
+    """OWNER/NAME of the hub's repository for the result; None for no upload."""
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -57,11 +57,11 @@ class Start:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Flags of the run by name, without the hub token and flags of a single start (--overwrite)."""
+        """Flags of the run by name, without the hub token and without flags of one start (--overwrite)."""
         return without_token(as_table(self.options.without_start_flags()))
 
     def begin_folder(self) -> None:
-        """Write run.json and run.yaml, on the main process, and give the run's options to its trackers."""
+        """Write run.json and run.yaml on the main process, and start the trackers with the run's options."""
         accelerator = self.peers.accelerator
         if self.peers.is_main:
             run_folder.begin(

@@ -1,4 +1,4 @@
-"""What a run trains: adapters on the UNet and the text encoders, their optimizer and their learning rates."""
+"""The trained part of a run: adapters on UNet and text encoders, their optimizer and learning rates."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -54,11 +54,11 @@ class Trainables:
 
     @property
     def count(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained scalars."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def take_gradients(self) -> torch.Tensor:
-        """The gradients of all parameters in one tensor, [count]; they are removed from the parameters."""
+        """The gradients of all parameters in one tensor, [count]. They are removed from the parameters."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -71,18 +71,22 @@ class Trainables:
             parameter.grad = gradient.view_as(parameter)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Set the learning rates of step number `step`, counted from 0. Returns them by name in the log."""
+        """Set the learning rates of step number `step`, counted from 0. Returns them by their log names."""
         rates = optimizers.set_learning_rate(self.optimizer, self.lr_factor(step))
         return {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
 
     def optimizer_step(self) -> None:
-        """Apply the gradients."""
+        """Apply the gradients to the parameters, and remove them."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
     def start_from(self, state: AdapterState) -> None:
-        """Fill the adapters from --init_adapter. A component that `state` lacks keeps its random start."""
+        """Fill the adapters from `state`, the tensors of --init_adapter. A component that `state` lacks keeps
+        its random initial values.
+
+        Raises UserError if tensors do not fit.
+        """
         for component in self.components:
             if component.name in state:
                 try:
@@ -127,7 +131,7 @@ class Trainables:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block there is no dropout, and parameters have the values that the adapter file gets."""
+        """Within the block there is no dropout, and parameters have the values of the adapter file."""
         for component in self.components:
             component.model.eval()
         with optimizers.evaluated(self.optimizer):
@@ -139,7 +143,10 @@ class Trainables:
 def inject_adapters(
     parts: FrozenParts, adapter: AdapterOptions, text: TextOptions, seed: int
 ) -> list[inject.Component]:
-    """Adapters on the UNet and, with --train_text_encoder, on the text encoders; random by the seed alone."""
+    """Put adapters on the UNet and, with --train_text_encoder, on the text encoders.
+
+    Returns the models with their adapters. Initial values depend on `seed` and the component's name alone.
+    """
     models: dict[str, torch.nn.Module] = {"unet": parts.unet}
     if text.train_text_encoder:
         assert parts.text is not None
@@ -160,9 +167,10 @@ def parameter_groups(
     *,
     scale: int,
 ) -> list[optimizers.Group]:
-    """The optimizer's groups: one for each component, and one for each rate of --lr_pattern within it.
+    """The optimizer's groups: the parameters of each component, split by their rate in --lr_pattern.
 
-    A group without a rate of --lr_pattern has the component's name. `scale` multiplies every learning rate.
+    `rates_by_part` is --lr_pattern. The parameters that it does not match have a group with the component's
+    name. `scale` multiplies every learning rate.
     """
     groups = []
     for component in components:
@@ -178,14 +186,14 @@ def parameter_groups(
 
 
 def lr_factor(optimization: ResolvedOptimizerOptions, max_steps: int) -> Callable[[int], float]:
-    """Step number, counted from 0 -> factor on the learning rates.
+    """The learning-rate schedule: a function from the step number, counted from 0, to a factor.
 
-    diffusers' schedules are functions of the step. Used as such they have no state that a resumed run would
-    have to restore.
+    diffusers' schedules are such functions. Without torch's scheduler around them there is no state that a
+    resumed run would have to restore.
     """
     if optimizers.schedules_itself(optimization):
         return lambda step: 1.0
-    # The polynomial schedule ends at a rate of 1e-7, and refuses to start below it.
+    # diffusers' polynomial schedule ends at a rate of 1e-7, and raises an error for a start below it
     rate = optimization.learning_rate
     start = rate if rate and rate > 1e-7 else 1.0
     unused_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=start)

@@ -25,7 +25,7 @@ _GUIDANCE_SCALE = 7.5
 
 
 class ValidationPictures:
-    """Draws --validation_prompt with the models in memory; without the flag nothing is due.
+    """Draws --validation_prompt with the models in memory. Without the flag, nothing is drawn.
 
     Each picture has a seed of its own, so drawing changes no random number of the training.
     """
@@ -39,7 +39,7 @@ class ValidationPictures:
         self.frozen, self.trainables, self.check = frozen, trainables, check
         self.finished: list[str] = []
         """File names of the pictures of the finished adapter."""
-        # read now: text encoders may be freed before the finished adapter is drawn with
+        # read now: text encoders may be freed before `draw_finished`
         self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
 
     def is_due(self, step: int, *, steps_per_epoch: int) -> bool:
@@ -52,9 +52,9 @@ class ValidationPictures:
         return step % steps_per_epoch == 0 and (epochs - 1) % self.options.validation_epochs == 0
 
     def draw_current(self, step: int, progress: metrics.Progress) -> None:
-        """Draw with the adapter as it is after `step` steps, on the main process; the others wait.
+        """Draw with the adapter after `step` steps, on the main process; the other processes wait.
 
-        The pictures go to validation/ and to the trackers.
+        The pictures are written to validation/ and sent to the trackers.
         """
         if self.peers.is_main and self.prompt is not None:
             with self._models_for_drawing():
@@ -66,10 +66,10 @@ class ValidationPictures:
         self.peers.barrier()
 
     def draw_finished(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
-        """Draw with the finished adapter file, on the main process; the others wait.
+        """Draw with the finished adapter file, on the main process; the other processes wait.
 
-        The file is read as a user's program reads it. The trained adapter is taken off the models for good;
-        `saver` copies its tensors first.
+        The file is read like any user's adapter file, so the pictures are those that the user will get. The
+        trained adapter is removed from the models for good; `saver` copies its tensors first.
         """
         if self.peers.is_main and self.prompt is not None and not self.options.skip_final_inference:
             saver.take_snapshot(step)
@@ -83,19 +83,20 @@ class ValidationPictures:
 
     @contextlib.contextmanager
     def _models_for_drawing(self) -> Iterator[None]:
+        """Within the block the models have no gradients, no dropout, and are not compiled."""
         with torch.no_grad(), self.trainables.evaluating(), compilation.eager(wanted=self.speed.compile):
             yield
 
     def _draw_with_file(self, adapter_file: Path) -> list[Image.Image]:
         assert self.prompt is not None
-        embeds = self._embeds(self.prompt)  # before the trained adapter is taken off the text encoders
+        embeds = self._embeds(self.prompt)  # before the trained adapter is removed from the text encoders
         pipeline = self._pipeline()
         pipeline.unload_lora_weights()
-        # Freed text encoders are not needed: the prompts are encoded already.
+        # freed text encoders are not needed: the prompts are encoded already
         models = self._models()
         stack = apply.Stack(models)
         stack.add("saved", apply.part(reading.read(adapter_file, self.layers), tuple(models)))
-        # Nothing can be added to quantized weights.
+        # quantized weights cannot be changed, so adapters are not fused with them
         with stack.activated({"saved": 1.0}, "auto" if self.speed.quantize_base is None else "no"):
             return self._draw(pipeline, *embeds)
 
@@ -104,7 +105,7 @@ class ValidationPictures:
         return {"unet": self.frozen.parts.unet, **(text.encoders if text else {})}
 
     def _pipeline(self) -> Any:
-        """The base's pipeline on the models in memory. A freed VAE is loaded again for it."""
+        """The base's pipeline with the models in memory. A freed VAE is loaded again."""
         parts = self.frozen.parts
         vae = parts.vae or loading.load_vae(parts.base, self.peers.accelerator.device)
         wanted = self.options.validation_scheduler
@@ -133,7 +134,7 @@ class ValidationPictures:
         return images
 
     def _save(self, images: list[Image.Image], paths: list[Path], step: int) -> bool:
-        """Whether the pictures could be written. A full disk costs the pictures, not the run."""
+        """Write the pictures. Returns whether that worked; a full disk is printed as a warning."""
         try:
             for image, path in zip(images, paths, strict=True):
                 path.parent.mkdir(exist_ok=True)

@@ -266,7 +266,7 @@ def test_a_record_of_a_setting_that_is_gone_is_said_and_the_run_goes_on(
     monkeypatch.setattr(checkpoints, "read_state", read_state)
     words = ["--max_train_steps", "5", "--resume_from_checkpoint", str(finished / "checkpoint-4")]
     run_train(tiny_base, photos_dir, tmp_path, *words)
-    said = "layers was 2 and is gone from this version: the result may differ in its last bits"
+    said = "layers was 2 and is not recorded by this version: the result may differ in its last bits"
     assert said in capsys.readouterr().out
 
 
@@ -349,7 +349,7 @@ def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_p
     before = files(tmp_path)
     with pytest.raises(
         UserError,
-        match="holds this very run; --resume_from_checkpoint latest goes on with it, --overwrite starts anew",
+        match="holds this run already; --resume_from_checkpoint latest continues it, --overwrite starts it again",
     ):
         run_train(tiny_base, photos_dir, tmp_path, *words)
     assert files(tmp_path) == before
