@@ -40,8 +40,7 @@ from dreambooth.training.start import Start
 
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
-    """Prepare everything that a run needs before its models are loaded. Returns None after --dry_run, which
-    prints its table.
+    """Prepare all that a run needs before its models are loaded. --dry_run prints its table: then None.
 
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct.

@@ -349,7 +349,7 @@ def test_a_finished_run_is_not_trained_over_unasked(tiny_base, photos_dir, tmp_p
     before = files(tmp_path)
     with pytest.raises(
         UserError,
-        match="holds this run already; --resume_from_checkpoint latest continues it, --overwrite starts it again",
+        match="holds this run already; --resume_from_checkpoint latest continues it, --overwrite starts it",
     ):
         run_train(tiny_base, photos_dir, tmp_path, *words)
     assert files(tmp_path) == before
