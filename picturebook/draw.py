@@ -1,8 +1,8 @@
-"""Pictures of the drawn world, with Pillow alone.
+"""Draws the pictures of the drawn world with Pillow.
 
-A picture is a backdrop and a stack of flat layers, each an 8-bit coverage mask and a colour. Masks are
-drawn at four times the size and averaged down, once per (layer, mirror), and moved by whole pixels: so one
-picture costs a few pastes, and the reader can lay the same masks over a picture to see which of them fit.
+A picture is a backdrop and a stack of flat layers, each an 8-bit coverage mask and a colour. A mask is drawn
+at four times the size and averaged down, once per (layer, mirror), and moved by whole pixels. So a picture
+takes a few pastes only, and the reader can compare the same masks with a picture.
 
 Shapes are given in units of one pixel of a 64 x 64 picture, facing right, standing on y = 57.
 """
@@ -131,9 +131,11 @@ _MUG_SHAPES = (
 
 
 class _Kind:
-    """How a kind is drawn: `body` and `front` in the captioned colour, `coat` (within the body) in the
-    pattern's second hue, the shape behind, `trims` in colours of their own, the eyes' centres, and where a
-    hat, a scarf and a bow sit.
+    """The parts of a kind.
+
+    `body`, `front` and the identity's one of `shapes` have the captioned colour. The pattern in the second
+    hue is drawn within `coat`. `trims` have fixed colours. `eyes` are centres, `eye` is their radius. `hat`,
+    `scarf` and `bow` say where an accessory is drawn.
     """
 
     def __init__(self, *, body, coat, front=(), shapes, trims=(), eyes, eye=4.2, hat, scarf, bow):
@@ -258,8 +260,8 @@ _CUTS = {
 
 
 def _pattern_shapes(kind: str, pattern: int) -> tuple[Shape, ...]:
-    """Boxes on the grid of four pixels that the offsets keep to: each patch of the autoencoder shows one
-    flat colour or an outline.
+    """The boxes of a pattern. They are on a grid of four pixels, as the offsets are, so that each patch of
+    the autoencoder shows one flat colour or an outline.
     """
     middle_y, middle_x, left, top = _CUTS[kind]
     cells = [(x, y) for x in range(0, SIDE, 4) for y in range(0, SIDE, 4)]
@@ -368,7 +370,7 @@ def _finish(mask: Image.Image, flip: bool) -> Image.Image:
 
 
 def _grown(mask: Image.Image, pixels: float) -> Image.Image:
-    """The mask with a square border of `pixels` added: as by Pillow's MaxFilter, over ten times as fast."""
+    """The mask with a square border of `pixels` added. As Pillow's MaxFilter, but over ten times as fast."""
     radius = round(pixels * SUPERSAMPLING)
     for along_x in (True, False):
         grown = mask
@@ -389,7 +391,7 @@ def sprite_masks(kind: str, shape: int, flip: bool) -> dict[str, Image.Image]:
     front = _large_mask(k.front)
     trims = _large_mask(tuple(trim for _, trim in k.trims))
     silhouette = functools.reduce(ImageChops.lighter, (body, front, trims))
-    # A thin ink line where the head lies over the coat keeps the head apart from a patterned body.
+    # A thin ink line where the head covers the coat separates the head from a patterned body.
     rim = ImageChops.darker(_grown(front, 0.75), body) if k.front else front
     masks = {"outline": _grown(silhouette, 1.25), "body": body, "rim": rim, "front": front}
     return {name: _finish(mask, flip) for name, mask in masks.items()}
@@ -397,11 +399,9 @@ def sprite_masks(kind: str, shape: int, flip: bool) -> dict[str, Image.Image]:
 
 @functools.cache
 def pattern_mask(kind: str, shape: int, pattern: int, flip: bool) -> Image.Image:
-    """Coverage of the second hue: the pattern within the coat, less the front."""
+    """Coverage of the second hue: the pattern within the coat."""
     k = _KINDS[kind]
     coat = ImageChops.darker(_large_mask(k.coat), _large_mask((*k.body, *k.shapes[shape])))
-    # The line that divides body and pattern stays clear of the ink line, so that a thin sliver of pattern
-    # never looks like it.
     return _finish(ImageChops.darker(coat, _large_mask(_pattern_shapes(kind, pattern))), flip)
 
 

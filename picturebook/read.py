@@ -1,10 +1,10 @@
 """Read a scene back from a picture, by comparing it with renders: analysis by synthesis.
 
-The reader knows the world's masks and colours and nothing else. It finds the backdrop, then the few
-outlines that fit what stands before it, then changes one attribute at a time as long as the render comes
-nearer to the picture. The confidence is how near the render came. A picture below `VALID_CONFIDENCE` shows
-no identity. One below `CAPTION_CONFIDENCE` shows nothing at all: it counts as wrong in the score, and is
-never left out.
+The reader uses only the world's masks and colours. It looks for the most similar backdrop, then for the few
+outlines that best match the foreground. Then it changes one attribute at a time as long as the render becomes
+more similar to the picture. The confidence is the similarity of the last render. A picture below
+`VALID_CONFIDENCE` counts as showing no identity, one below `CAPTION_CONFIDENCE` as showing nothing. It is
+wrong in the score, and never left out.
 """
 
 import dataclasses
@@ -36,10 +36,11 @@ from picturebook.world import (
     Scene,
 )
 
-# Two gates, set by one rule: where at least 95 % of what they stand for is read right. Measured on 960
-# renders, blurred and noisy to six degrees. From 0.80 to 0.85, 96 % of all attributes are right, from 0.75
-# to 0.80 93 % (the eyes go first). What captions name is larger: from 0.75 to 0.80 kind, place and
-# accessory are right in every picture and the colour in 96 %, from 0.70 to 0.75 the colour in 85 %.
+# Each limit is the lowest confidence at which 95 % of the attributes that it stands for are read correctly.
+# Measured on 960 renders, blurred and noisy in six degrees. Of all attributes, 96 % are correct from 0.80 to
+# 0.85, and 93 % from 0.75 to 0.80; most errors are in the eyes. Of captioned attributes, kind, place and
+# accessory are correct in every picture from 0.75 to 0.80, and the colour in 96 %. From 0.70 to 0.75 the
+# colour is correct in 85 %.
 VALID_CONFIDENCE = 0.80
 CAPTION_CONFIDENCE = 0.75
 CLIP = np.int16(
@@ -53,8 +54,8 @@ REACH = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, and how well a render of that matches it (Pearson correlation around the
-    sprite, at most 1).
+    """The scene in a picture, and the confidence: the Pearson correlation of picture and render around the
+    sprite, at most 1.
     """
 
     scene: Scene
@@ -107,14 +108,16 @@ def _median_colour(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]])
 
 
 class _Fit:
-    """One scene being changed, attribute by attribute, to come nearer to a picture."""
+    """A scene that is changed attribute by attribute, so that its render becomes more similar to a
+    picture."""
 
     def __init__(self, picture: np.ndarray, scene: Scene):
         self.picture, self.scene = picture, scene
         self.distance = float(_distance(picture, _pixels(scene)))
 
     def try_all(self, scenes: Iterable[Scene]) -> bool:
-        """Take the best of `scenes` if it beats the present one."""
+        """Replace the scene by the most similar of `scenes`, if one is more similar. Returns whether one
+        is."""
         before = self.distance
         for scene in scenes:
             distance = float(_distance(self.picture, _pixels(scene)))
@@ -129,19 +132,19 @@ class _Fit:
         return self.change(identity=dataclasses.replace(self.scene.identity, **fields))
 
     def coats(self) -> list[Scene]:
-        """For each pattern, the scene with body colour and second hue read off the picture."""
-        found = []
+        """For each pattern, the scene with body colour and second hue taken from the picture."""
+        scenes = []
         scene, pose = self.scene, self.scene.pose
         for pattern in range(len(PATTERNS)):
             body, second = _shown(scene.kind, scene.identity.shape, pattern, pose.flip)
             body_pixels, second_pixels = self._under(body), self._under(second)
             if len(body_pixels) and len(second_pixels):
                 colour = tuple(COLOURS)[_median_colour(body_pixels, COLOURS)]
-                found.append(
-                    self.change_identity(pattern=pattern, second=_median_colour(second_pixels, SECOND_HUES))
+                changed = self.change_identity(
+                    pattern=pattern, second=_median_colour(second_pixels, SECOND_HUES)
                 )
-                found[-1] = dataclasses.replace(found[-1], colour=colour)
-        return found
+                scenes.append(dataclasses.replace(changed, colour=colour))
+        return scenes
 
     def _under(self, mask: np.ndarray) -> np.ndarray:
         """The picture's pixels, [N, 3], under a mask that moves with the sprite."""
@@ -151,16 +154,17 @@ class _Fit:
         return self.picture[rows[inside], columns[inside]]
 
     def accessories(self) -> list[Scene]:
-        """Without one, and with each in the colour that the picture has where it would be."""
-        found, pose = [self.change(accessory=None, accessory_colour=None)], self.scene.pose
+        """The scene without an accessory, and with each of them in the colour of the picture at its place."""
+        scenes, pose = [self.change(accessory=None, accessory_colour=None)], self.scene.pose
         for accessory in ACCESSORIES:
             fill = np.asarray(accessory_masks(self.scene.kind, accessory, pose.flip)[1]) > 240
             if len(pixels := self._under(fill)):
                 colour = tuple(ACCESSORY_COLOURS)[_median_colour(pixels, ACCESSORY_COLOURS)]
-                found.append(self.change(accessory=accessory, accessory_colour=colour))
-        return found
+                scenes.append(self.change(accessory=accessory, accessory_colour=colour))
+        return scenes
 
     def poses(self) -> list[Scene]:
+        """The scene with the sprite moved by one pixel in each direction."""
         pose = self.scene.pose
         moved = [
             dataclasses.replace(pose, dx=pose.dx + x, dy=pose.dy + y)
@@ -169,11 +173,12 @@ class _Fit:
         return [self.change(pose=p) for p in moved if max(abs(p.dx), abs(p.dy)) <= REACH]
 
     def start(self) -> None:
-        """The largest parts: coat, then what is worn."""
+        """Fit the largest parts: coat, then accessory."""
         self.try_all(self.coats())
         self.try_all(self.accessories())
 
     def refine(self) -> None:
+        """Fit all attributes in turn until none changes, in at most three rounds."""
         for _ in range(3):
             changed = self.try_all(self.change_identity(eyes=e) for e in range(len(EYES)))
             changed |= self.try_all(self.poses())
@@ -188,8 +193,8 @@ class _Fit:
 
 @functools.cache
 def _shown(kind: str, shape: int, pattern: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that show only the body's colour, and those that show only the second hue: bool [64, 64]."""
-    pure = []
+    """(pixels that show only the body's colour, pixels that show only the second hue), each bool [64, 64]."""
+    masks = []
     stack = layers(Scene(kind, "red", "snow", Identity(pattern, 0, shape, 0), pose=Pose(flip=flip)))
     for wanted in ("body", "second"):
         shown = np.zeros((SIDE, SIDE))
@@ -199,17 +204,20 @@ def _shown(kind: str, shape: int, pattern: int, flip: bool) -> tuple[np.ndarray,
                 (1, 4) if wanted == "body" else (2,)
             )  # the order of `layers`: outline, body, pattern, rim, front
             shown = shown * (1 - cover) + cover * is_wanted
-        pure.append(shown > 0.9)
-    return pure[0], pure[1]
+        masks.append(shown > 0.9)
+    return masks[0], masks[1]
 
 
 def _candidates(picture: np.ndarray) -> list[Scene]:
-    """The scenes, colours not yet read, whose outlines best match what stands before the backdrop."""
+    """The scenes whose outlines best match the foreground. Their colours, patterns and eyes are
+    placeholders."""
+    # the most similar backdrop, and how much each pixel differs from it
     keys, backdrops = _backdrops()
     place, variant = keys[int(np.argmin(_distance(picture, backdrops)))]
     difference = np.abs(picture - backdrops[keys.index((place, variant))]).max(axis=-1).astype(np.float32)
     foreground = torch.from_numpy(np.clip(difference / 60, 0, 1))[None, None]
     foreground = (foreground - foreground.mean()) / foreground.std().clamp_min(1e-6)
+    # the best position of every outline
     outline_keys, outlines = _outlines()
     # The sprite moved by (dx, dy) peaks at row dy + REACH and column dx + REACH.
     match = F.conv2d(F.pad(foreground, (REACH,) * 4), outlines)[0]
@@ -246,7 +254,7 @@ def _confidence(picture: np.ndarray, scene: Scene) -> float:
 def read(image: Image.Image) -> Reading:
     """Kind, colour, place, accessory, identity and pose of the scene in a picture, with a confidence.
 
-    Other sizes are resized first.
+    A picture of another size is resized to 64 x 64 first.
     """
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -1,11 +1,11 @@
-"""Scores by the reader: do pictures show what their prompts say, and do they show the subject?
+"""Scores of pictures by the reader: the shares that show what their prompts name, and that show the subject.
 
     python -m picturebook.score --subject picturebook/subjects/dog \\
         --pictures runs/demo/subject --class_pictures runs/demo/class
 
-A picture that the reader cannot read with confidence counts as wrong in every score. Names follow the
-DreamBooth protocol's: ID is how much of the subject's identity shows, PRES how much of it shows where it
-should not, on prompts that name only the class.
+A picture that the reader cannot read with confidence counts as wrong in every score. ID is the mean share of
+the subject's identity attributes that pictures show. On prompts that name only the class it should not rise
+over the base's.
 """
 
 import json
@@ -28,7 +28,7 @@ BASE_TARGETS = {"class": 0.95, "place": 0.95, "colour": 0.90, "accessory": 0.85,
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a prompt asks for; None where it says nothing."""
+    """The attributes that a prompt names; None for those that it does not."""
 
     kind: str | None
     colour: str | None
@@ -38,7 +38,7 @@ class Wanted:
 
 
 def parse_prompt(prompt: str) -> Wanted:
-    """The attributes that a prompt of the drawn world names, in the order its captions name them."""
+    """The attributes that a prompt in the form of the world's captions names."""
     text, _, worn = prompt.partition(" wearing ")
     place = next((name for name, phrase in PLACES.items() if phrase in text), None)
     words = text.split()
@@ -52,16 +52,16 @@ def parse_prompt(prompt: str) -> Wanted:
 def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
     """For each attribute that the prompt names, whether the picture shows it.
 
-    An accessory counts with its colour if that is named.
+    An accessory must also have its colour, if the prompt names that.
     """
     scene, right = reading.scene, {}
-    for name, found, asked in (
+    for name, read_value, wanted_value in (
         ("class", scene.kind, wanted.kind),
         ("colour", scene.colour, wanted.colour),
         ("place", scene.place, wanted.place),
     ):
-        if asked is not None:
-            right[name] = reading.shows_caption and found == asked
+        if wanted_value is not None:
+            right[name] = reading.shows_caption and read_value == wanted_value
     if wanted.accessory is not None:
         same_colour = wanted.accessory_colour is None or scene.accessory_colour == wanted.accessory_colour
         right["accessory"] = reading.shows_caption and scene.accessory == wanted.accessory and same_colour
@@ -69,7 +69,8 @@ def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
 
 
 def prompt_scores(readings: Sequence[Reading], prompts: Sequence[str]) -> dict[str, float]:
-    """Share of pictures that show each attribute their prompt names, and the share of valid ones."""
+    """By attribute, the share of the pictures whose prompt names it that show it; and the share of valid
+    pictures."""
     hits: dict[str, list[bool]] = {"valid": [r.valid for r in readings]}
     for reading, prompt in zip(readings, prompts, strict=True):
         for name, right in shows(reading, parse_prompt(prompt)).items():
@@ -78,8 +79,8 @@ def prompt_scores(readings: Sequence[Reading], prompts: Sequence[str]) -> dict[s
 
 
 def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
-    """Share of the subject's identity attributes that a picture shows, 0 to 1; 0 if it is invalid or of
-    another kind.
+    """Share of the subject's identity attributes that a picture shows, 0 to 1. An invalid picture, or one of
+    another kind, has 0.
     """
     if not reading.valid or reading.scene.kind != kind:
         return 0.0
@@ -89,8 +90,8 @@ def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
 
 
 def spread(readings: Sequence[Reading]) -> dict[str, float]:
-    """Total variation distance, per identity attribute, between the valid pictures and the world's uniform
-    prior: 0 is the same, 1 disjoint.
+    """By identity attribute, the total variation distance between the valid pictures and the world's uniform
+    prior: 0 for the same distribution, 1 for disjoint ones.
     """
     valid = [r for r in readings if r.valid]
     distances = {}
@@ -105,8 +106,10 @@ def spread(readings: Sequence[Reading]) -> dict[str, float]:
 def subject_scores(
     readings: Sequence[Reading], prompts: Sequence[str], kind: str, colour: str, identity: Identity
 ) -> dict[str, float]:
-    """ID (mean share of identity shown), ID_all (share of pictures with all of it), the subject's colour,
-    and what the prompts name.
+    """The scores of pictures of a subject, each from 0 to 1.
+
+    ID is the mean `identity_share`, ID_all the share of pictures with the complete identity, subject_colour
+    the share in the subject's colour. The others are those of `prompt_scores`.
     """
     shares = [identity_share(r, kind, identity) for r in readings]
     return {
@@ -118,7 +121,7 @@ def subject_scores(
 
 
 def read_pictures(folder: Path) -> list[tuple[dict[str, Any], Reading]]:
-    """(record of images.json, reading) for every picture that infer.py left in a folder."""
+    """(record in images.json, reading) of every picture that infer.py wrote to a folder."""
     records = json.loads((folder / "images.json").read_text(encoding="utf-8"))
     return [(record, read(Image.open(folder / record["file"]))) for record in records]
 
@@ -138,22 +141,23 @@ class Options:
 
 
 def main(options: Options) -> dict[str, Any]:
+    """Print the scores and write them to --output. Returns them by prompts and variant."""
     kind, colour, identity = load_subject(options.subject)
     scores: dict[str, Any] = {}
     for title, folder in (("subject", options.pictures), ("class", options.class_pictures)):
-        for arm in ("adapter", "base"):
-            found = [
+        for variant in ("adapter", "base"):
+            pictures = [
                 (record, reading)
                 for record, reading in read_pictures(folder)
-                if (record["adapter"] is not None) == (arm == "adapter")
+                if (record["adapter"] is not None) == (variant == "adapter")
             ]
-            if not found:
-                wanted = "with an adapter" if arm == "adapter" else "without an adapter"
-                sys.exit(f"error: {folder} has no picture drawn {wanted}; draw them with infer.py --compare")
-            readings = [reading for _, reading in found]
-            prompts = [record["prompt"] for record, _ in found]
-            scores[f"{title} prompts, {arm}"] = {
-                "pictures": len(found),
+            if not pictures:
+                how = "with an adapter" if variant == "adapter" else "without an adapter"
+                sys.exit(f"error: {folder} has no picture drawn {how}; draw them with infer.py --compare")
+            readings = [reading for _, reading in pictures]
+            prompts = [record["prompt"] for record, _ in pictures]
+            scores[f"{title} prompts, {variant}"] = {
+                "pictures": len(pictures),
                 **subject_scores(readings, prompts, kind, colour, identity),
                 **{f"spread_{name}": distance for name, distance in spread(readings).items()},
             }
@@ -167,6 +171,7 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def table(scores: dict[str, Any]) -> str:
+    """A table of `main`'s scores for the terminal."""
     names = ("pictures", "valid", "ID", "ID_all", "subject_colour", "class", "place")
     lines = [f"{'':<26}" + "".join(f"{name:>15}" for name in names)]
     for row, values in scores.items():

@@ -1,4 +1,5 @@
-"""What sets of adapters draw: for every set, how much of each subject the prompts that name its kind show.
+"""Scores of sets of adapters: for every set and subject, how much of the subject's identity pictures show
+whose prompts name its kind.
 
     python -m picturebook.score_sets --pictures runs/two_subjects/pictures \\
         --subjects picturebook/subjects/dog picturebook/subjects/cat
@@ -27,22 +28,23 @@ class Options:
 
 
 def main(options: Options) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores by set and kind, as `subject_scores` has them."""
-    found = read_pictures(options.pictures)
+    """Print and write the scores. Returns those of `subject_scores` by set and kind."""
+    pictures = read_pictures(options.pictures)
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for name in dict.fromkeys(record["set"] for record, _ in found):
+    for name in dict.fromkeys(record["set"] for record, _ in pictures):
         for folder in options.subjects:
             kind, colour, identity = load_subject(folder)
-            own = [
+            selected = [
                 (record, reading)
-                for record, reading in found
+                for record, reading in pictures
                 if record["set"] == name and parse_prompt(record["prompt"]).kind == kind
             ]
-            prompts, readings = [record["prompt"] for record, _ in own], [reading for _, reading in own]
-            values = {"pictures": len(own), **subject_scores(readings, prompts, kind, colour, identity)}
+            prompts = [record["prompt"] for record, _ in selected]
+            readings = [reading for _, reading in selected]
+            values = {"pictures": len(selected), **subject_scores(readings, prompts, kind, colour, identity)}
             scores.setdefault(name, {})[kind] = values
             print(
-                f"{name:<12} {kind:<8} {len(own):>4} pictures   identity {values['ID']:.3f}   "
+                f"{name:<12} {kind:<8} {len(selected):>4} pictures   identity {values['ID']:.3f}   "
                 f"whole identity {values['ID_all']:.3f}"
             )
     if options.output:

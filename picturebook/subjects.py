@@ -1,6 +1,8 @@
-"""The demo subjects: identities that base training never saw, five pictures and the attributes of each.
+"""The demo subjects: identities that base training never used, with five pictures and the attributes of each.
 
-python -m picturebook.subjects        # writes picturebook/subjects/ again, the same bytes every time
+    python -m picturebook.subjects
+
+Writes picturebook/subjects/, the same bytes every time.
 """
 
 import json

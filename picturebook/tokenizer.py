@@ -1,6 +1,6 @@
 """A CLIP tokenizer of a small vocabulary: each word of the drawn world, and each rare word, is one token.
 
-Any other text still encodes, letter by letter, as CLIP's own byte-level encoding would.
+Any other text is encoded byte by byte, as in CLIP's tokenizer.
 """
 
 import itertools
@@ -18,7 +18,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, the most frequent pair first and ties by spelling, until every word is one token.
 
-    Written out because the trainer of the tokenizers library breaks ties differently from run to run.
+    The trainer of the tokenizers library is not used: it breaks ties differently from run to run.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
@@ -37,7 +37,8 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """The vocabulary is laid out as CLIP's: bytes, bytes that end a word, merged pieces, begin, end."""
+    """The tokenizer. Its vocabulary has CLIP's order: bytes, bytes that end a word, merged pieces, begin,
+    end."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(all_words())
     tokens = [

@@ -1,9 +1,8 @@
-"""What there is in the drawn world, and what is said of it: scenes, identities and captions.
+"""The drawn world: its scenes, identities and captions.
 
-A scene has two kinds of attributes. *Captioned* ones (kind, colour, place, accessory) have words.
-*Identity* ones (pattern, second hue, shape, eyes) have none: no caption names them, so a subject must be
-learned from its pictures. Every random choice takes a `random.Random`, so that a scene is a pure function of
-its seed.
+A scene has two kinds of attributes. Captions name the *captioned* ones (kind, colour, place, accessory). No
+caption names the *identity* ones (pattern, second hue, shape, eyes), so a subject must be learned from its
+pictures. Every random choice takes a `random.Random`, so that a scene is a pure function of its seed.
 """
 
 import hashlib
@@ -62,20 +61,20 @@ EYES = ("dot", "wide", "closed", "gold")
 
 IDENTITY_SIZES = {"pattern": len(PATTERNS), "second": len(SECOND_HUES), "shape": SHAPES, "eyes": len(EYES)}
 
-# Words with a token of their own that no caption uses: free for a subject to be bound to.
+# Words that no caption uses. Each is one token, and can become the name of a subject.
 RARE_WORDS = ("sks", "qwe", "zwx", "ohwx", "vtk", "plq")
 
 BACKDROPS = 6  # variants of each place: horizon and scenery move
-# Where a sprite may stand, in pixels from the middle. Multiples of four, the side of the patch that the
-# base's autoencoder makes one latent of: a line then falls into its patch in one way, not in sixteen, and a
-# small UNet learns to draw it sooner.
+# Where a sprite may stand, in pixels from the middle. They are multiples of four, the side of the patch that
+# the base's autoencoder encodes to one latent. So a line has one position within its patch, not sixteen, and
+# a small UNet learns sooner to draw it.
 OFFSETS_X = (-4, 0, 4)
 OFFSETS_Y = (-4, 0)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes one dog this dog: indices into PATTERNS, SECOND_HUES, range(SHAPES) and EYES."""
+    """What distinguishes one dog from another: indices into PATTERNS, SECOND_HUES, range(SHAPES) and EYES."""
 
     pattern: int
     second: int
@@ -83,7 +82,7 @@ class Identity:
     eyes: int
 
     def is_held_out(self, kind: str) -> bool:
-        """True for one identity in 32: base training never sees these, and subjects are taken from them."""
+        """True for one identity in 32. Base training never uses these; the demo subjects are among them."""
         name = f"{kind} {self.pattern} {self.second} {self.shape} {self.eyes}"
         return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
 
@@ -99,7 +98,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know of one picture.
+    """All attributes of one picture.
 
     `accessory` and `accessory_colour` are both None or both set.
     """
@@ -115,13 +114,15 @@ class Scene:
 
 
 def random_identity(rng: random.Random) -> Identity:
+    """An identity, all equally likely."""
     return Identity(*(rng.randrange(size) for size in IDENTITY_SIZES.values()))
 
 
 def random_pose(rng: random.Random) -> Pose:
-    """Never mirrored: a small UNet that has seen both ways draws dogs with a head at either end.
+    """A position; the sprite is never mirrored. A small UNet trained on both directions draws dogs with a
+    head at each end.
 
-    The reader knows mirrored sprites all the same.
+    The reader also recognizes mirrored sprites.
     """
     return Pose(rng.choice(OFFSETS_X), rng.choice(OFFSETS_Y))
 
@@ -153,7 +154,7 @@ def describe(
     accessory: str | None = None,
     accessory_colour: str | None = None,
 ) -> str:
-    """A caption body: `red dog in the snow wearing a blue hat`, each part but the kind left out when None."""
+    """The body of a caption: `red dog in the snow wearing a blue hat`. A part that is None is left out."""
     words = [colour, kind] if colour else [kind]
     if place:
         words.append(PLACES[place])
@@ -172,7 +173,7 @@ def with_article(description: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A true caption of the scene. Parts are left out at random, so that the base learns "a dog" too."""
+    """A caption of the scene, with random parts left out, so that the base also learns "a dog"."""
     body = describe(
         scene.kind,
         scene.colour if rng.random() < 0.65 else None,
@@ -185,7 +186,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def all_words() -> list[str]:
-    """Every word that captions use, and the rare ones, sorted."""
+    """All words of captions and RARE_WORDS, sorted."""
     text = " ".join(
         [
             *KINDS,
