@@ -616,9 +616,15 @@ header("header nested without end", raw(b"[" * 200_000), "its header is not JSON
 header("header that is no text", raw(b"\xff" * 64), "its header is not JSON")
 header("tensors that overlap", raw({K: tensor(), K2: tensor(8, 24)}, bytes(24)), "overlaps")
 header("gap between tensors", raw({K: tensor(), K2: tensor(24, 40)}, bytes(40)), "gap")
-header("sizes that overflow", raw({K: tensor(shape=(2**62, 2**62))}, bytes(16)), "cannot be")
-header("negative offsets", raw({K: tensor(-16, 0)}, bytes(16)), "cannot be")
-header("negative sides", raw({K: tensor(shape=(-2, -2))}, bytes(16)), "cannot be")
+header(
+    "sizes that overflow",
+    raw({K: tensor(shape=(2**62, 2**62))}, bytes(16)),
+    "has an impossible shape or data_offsets",
+)
+header("negative offsets", raw({K: tensor(-16, 0)}, bytes(16)), "has an impossible shape or data_offsets")
+header(
+    "negative sides", raw({K: tensor(shape=(-2, -2))}, bytes(16)), "has an impossible shape or data_offsets"
+)
 header(
     "no offsets", raw({K: {"dtype": "F32", "shape": [4]}}, bytes(16)), "lacks dtype, shape or data_offsets"
 )
@@ -974,13 +980,13 @@ bad(
     "adapters",
     "OFT within a sweep",
     turning_with("--adapter", "FILE", "--sweep", "0,0.5,1"),
-    "can be 0 or 1 only, got 0.5",
+    "must be 0 or 1, got 0.5",
 )
 bad(
     "adapters",
     "OFT at half weight in a block",
     turning_with("--adapter", "FILE", "--adapter_weights", "unet.mid_block=0.5"),
-    "can be 0 or 1 only, got 0.5",
+    "must be 0 or 1, got 0.5",
 )
 bad(
     "adapters",
