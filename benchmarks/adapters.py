@@ -1,10 +1,11 @@
-"""Time and memory of training LoRA, LoHa and LoKr: peft's forward pass beside adapters/factored.py's.
+"""Measures time and memory of training LoRA, LoHa and LoKr with peft's forward pass and with
+adapters/factored.py's.
 
     python -m benchmarks.adapters
 
 For each model, set of layers and adapter it measures the seconds of a forward and backward pass (medians of
 rounds in which all adapters take turns), the bytes kept for the backward pass, and the rise of a fresh
-process's resident memory. Stable Diffusion 1.5 as a whole does not fit a small machine: its bytes and
+process's resident memory. The UNet of Stable Diffusion 1.5 is too large for a small machine: its bytes and
 floating point operations are counted on tensors without data. Writes `benchmarks/results/adapters.json` and
 the table in docs/adapters.md. Takes minutes on two cores.
 """
@@ -36,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "adapters.json"
 DOCS = ROOT / "docs" / "adapters.md"
 MARK = "<!-- measured: python -m benchmarks.adapters -->"
 ROUNDS = 5
-THREADS = 1  # on one thread, other programs slow all adapters alike
+THREADS = 1  # with one thread, other programs slow all adapters equally
 
 LAYERS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -192,7 +193,7 @@ def count_whole(layers: str, adapter: str, program: str) -> dict[str, float]:
     with torch.device("meta"):
         model = adapted(UNet2DConditionModel(cross_attention_dim=768), layers, adapter, program)
         x, times, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
-    # outside the block above: peft reads random numbers, and a meta tensor has none
+    # outside the block above: peft reads random numbers, which a meta tensor does not have
     with FlopCounterMode(display=False) as counter:
         kept, output = kept_bytes(model, lambda model: model(x, times, text).sample)
         output.backward(torch.empty_like(output))
@@ -219,7 +220,7 @@ def main() -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([module.__name__ for module in PRELOADED])
     results: dict[str, Any] = {}
-    # each task runs in a process of its own, forked from one that has only imported
+    # each task runs in a new process, forked from one that has only imported modules
     with processes.Pool(1, maxtasksperchild=1) as pool:
         for name in MODELS:
             for layers in LAYERS if name != SLOW else ("full",):
@@ -306,7 +307,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_table(report: dict[str, Any]) -> None:
-    """Put the table between its marks in docs/adapters.md. Raises RuntimeError if the mark is not there
+    """Put the table between its marks in docs/adapters.md. Raises RuntimeError unless the mark occurs
     twice."""
     text = DOCS.read_text(encoding="utf-8")
     parts = text.split(MARK)

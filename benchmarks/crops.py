@@ -1,13 +1,14 @@
-"""How much latents cut from a whole photo's differ from the crop's own, with the embedded base's VAE.
+"""Measures how much latents cut from those of the full photo differ from latents of the crop, with the
+embedded base's VAE.
 
     python -m benchmarks.crops PHOTOS
 
-PHOTOS is a folder of photos, or of folders of photos. Each photo is cut to its middle of 3:2, so that a crop
-can move. Random crops start on the VAE's grid, at the base's resolution and at twice that. The figure is the
-root mean square of the difference of the means, divided by that of the latents. Beside it stands the same
-figure for moving the crop by one pixel. Each is taken over the whole crop, over its outermost latents, and
-over those at least 4 from the border. Writes `benchmarks/results/crops.json`; without photos, the reason in
-place of figures. Takes half a minute on two cores.
+PHOTOS is a folder of photos, or of folders of photos. Of each photo the middle is taken, with sides of 3:2,
+so that a crop can move. Random crops start on the VAE's grid, at the base's resolution and at twice that. The
+figure is the root mean square of the difference of the means, divided by that of the latents. Beside it
+stands the same figure for moving the crop by one pixel. Each is taken over the whole crop, over its outermost
+latents, and over those at least 4 from the border. Writes `benchmarks/results/crops.json`; without photos,
+the reason in place of figures. Takes half a minute on two cores.
 """
 
 import json
@@ -79,11 +80,11 @@ def measure(base: families.Base, checked: list[photos.Photo], resolution: int) -
             pixels = [
                 crops.pixel_values(photos.load(photo.path), crops.square(at)) for at in ((left, top), other)
             ]
-            own, shifted = (autoencoder.encode(vae, one[None]).mean for one in pixels)
-            cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - own, own))
-            moved.append(rms(shifted - own, own))
+            direct, shifted = (autoencoder.encode(vae, crop[None]).mean for crop in pixels)
+            cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - direct, direct))
+            moved.append(rms(shifted - direct, direct))
     return {
-        what: {where: round(sum(one[where] for one in values) / len(values), 5) for where in values[0]}
+        what: {where: round(sum(each[where] for each in values) / len(values), 5) for where in values[0]}
         for what, values in (("cut from the whole photo's latents", cut), ("crop moved by one pixel", moved))
     }
 

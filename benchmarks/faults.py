@@ -1,4 +1,4 @@
-"""The fault matrix: every fault that the tests know, injected and counted; `make faults`.
+"""The fault matrix: injects every fault that the tests have, and counts the results; `make faults`.
 
     python -m benchmarks.faults
 
@@ -188,6 +188,8 @@ def table(counts: dict[str, Any]) -> str:
 
 
 def write_page(text: str) -> None:
+    """Put `text` between the marks in docs/exactness.md. Raises RuntimeError unless the marks are there
+    once."""
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
     content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", PAGE.read_text())
     if count != 1:
@@ -198,7 +200,7 @@ def write_page(text: str) -> None:
 def main() -> int:
     """Run all parts and write the results. Returns 1 if a promise was broken.
 
-    Each finished part is kept in `benchmarks/results/faults.partial.json`. A run that was cut off goes on
+    Each finished part is stored in `benchmarks/results/faults.partial.json`. An interrupted run continues
     from there."""
     partial = RESULTS.with_suffix(".partial.json")
     RESULTS.parent.mkdir(exist_ok=True)

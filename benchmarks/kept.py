@@ -1,4 +1,4 @@
-"""Memory that a UNet of full size keeps for the backward pass, and memory of its weights.
+"""Measures the memory that a full-size UNet keeps for the backward pass, and that of its weights.
 
     python -m benchmarks.kept
 
@@ -48,11 +48,15 @@ def weights(base: str) -> dict[str, float]:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**BASES[base][0])
     linear = [unet.get_submodule(name).weight for name in quantization.linear_layers(unet)]
-    few, rows = sum(weight.numel() for weight in linear), sum(len(weight) for weight in linear)  # type: ignore[arg-type]
-    whole = 2 * sum(p.numel() for p in unet.parameters())
+    quantized, rows = sum(weight.numel() for weight in linear), sum(len(weight) for weight in linear)  # type: ignore[arg-type]
+    bf16 = 2 * sum(p.numel() for p in unet.parameters())
     # int8 has a scale of four bytes and a zero point of one for each row, nf4 a scale of four bytes for 64
     # weights
-    sizes = {"bf16": whole, "int8": whole - few + 5 * rows, "nf4": whole - 2 * few + few / 2 + few / 16}
+    sizes = {
+        "bf16": bf16,
+        "int8": bf16 - quantized + 5 * rows,
+        "nf4": bf16 - 2 * quantized + quantized / 2 + quantized / 16,
+    }
     return {name: round(size / GIB, 2) for name, size in sizes.items()}
 
 
@@ -120,7 +124,7 @@ def main() -> None:
     for base in BASES:
         results[base] = {"weights_gib": weights(base)}
         for name, checkpointing in (("kept_gib", False), ("kept_with_checkpointing_gib", True)):
-            # a process of its own, so that its memory is given back
+            # a separate process, whose memory is freed at its end
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 results[base][name] = pool.apply(kept, (base,), {"checkpointing": checkpointing})
         print(base, results[base], flush=True)

@@ -1,4 +1,5 @@
-"""Speed and memory of training and of drawing class images, beside diffusers' example and the bare step.
+"""Measures speed and memory of training and of drawing class images, and compares them with diffusers'
+example and a bare step.
 
     python -m benchmarks.speed [--reference train_dreambooth_lora.py] [--rounds 3] [--only NAME ...]
         [--resume]
@@ -51,7 +52,7 @@ PROBE, BARE = ROOT / "benchmarks" / "speed_probe.py", ROOT / "benchmarks" / "spe
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 TRACKER = "tensorboard"  # the reference cannot run without a tracker
-OWN = 8  # class images of noise that exist before training
+NOISE_IMAGES = 8  # class images of noise that exist before training
 AT_ONCE = 4  # class images in one batch
 DRAWING_FLAGS = (
     "--class_prompt dog --class_data_dir {drawn} --num_class_images {count} "
@@ -126,7 +127,7 @@ class Place:
     def fill(self, flags: str, case: "Case") -> list[str]:
         """The words of `flags`, with folders and numbers filled into the braces."""
         names = {
-            "own": self.photos(case.side, OWN),
+            "own": self.photos(case.side, NOISE_IMAGES),
             "drawn": self.drawn,
             "encoded": self.encoded,
             "count": case.drawn,
@@ -166,6 +167,7 @@ def _training(case: Case, place: Place) -> list[str]:
 
 
 def train_here(case: Case, place: Place) -> list[str]:
+    """The command line of this project's trainer."""
     return [
         str(ROOT / "train_dreambooth_lora.py"),
         *_training(case, place),
@@ -174,10 +176,12 @@ def train_here(case: Case, place: Place) -> list[str]:
 
 
 def train_reference(case: Case, place: Place) -> list[str]:
+    """The command line of diffusers' example."""
     return [str(place.reference), *_training(case, place)]
 
 
 def train_bare(case: Case, place: Place) -> list[str]:
+    """The command line of speed_bare.py."""
     precision = "bf16" if "bf16" in case.flags else "fp32"
     return [
         str(BARE),
@@ -190,6 +194,7 @@ def train_bare(case: Case, place: Place) -> list[str]:
 
 
 def draw_here(case: Case, place: Place) -> list[str]:
+    """The command line of generate_class_images.py."""
     script = [
         str(ROOT / "generate_class_images.py"),
         "--pretrained_model_name_or_path",
@@ -209,7 +214,9 @@ DRAWING = {"here": draw_here, "reference": draw_reference}
 TWICE = {"here": train_here, "again": train_here}  # the second run reads the first one's encodings
 
 BF16, TEXT = "--mixed_precision bf16", "--train_text_encoder"
-PRIOR = f"--with_prior_preservation --class_prompt dog --class_data_dir {{own}} --num_class_images {OWN}"
+PRIOR = (
+    f"--with_prior_preservation --class_prompt dog --class_data_dir {{own}} --num_class_images {NOISE_IMAGES}"
+)
 KEPT = "--cache_latents disk --encoded_dir {encoded}"
 M35, SD15 = "35 M UNet, 256 px", "Stable Diffusion 1.5's shape, 512 px"
 # the settings that the reference always draws class images with
@@ -271,13 +278,13 @@ class Failed(Exception):
 def figures(reports: Sequence[dict[str, Any]], started: float, case: Case) -> Figures:
     """The figures of one run from the reports of its processes, by rank.
 
-    `started` is of the clock of the reports. Memory is that of the largest process. Raises Failed if steps or
-    pictures are missing.
+    `started` is the moment of the start on the reports' clock. Memory is that of the largest process. Raises
+    Failed if steps or pictures are missing.
     """
     what, count = ("pictures", case.drawn) if case.drawn else ("steps", case.steps)
     if any(len(report[what]) != count for report in reports):
         raise Failed(
-            f"{count} {what} were to come, got {', '.join(str(len(report[what])) for report in reports)}"
+            f"{count} {what} were expected, got {', '.join(str(len(report[what])) for report in reports)}"
         )
     run = {
         "peak_mib": max(report[what][-1][1] for report in reports),
@@ -374,7 +381,7 @@ def make_photos(folder: Path, side: int, count: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(count)  # photos and class images differ: a class image may be no photo
-    suffix = "png" if count <= OWN else "jpg"
+    suffix = "png" if count <= NOISE_IMAGES else "jpg"
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"photo-{number:05d}.{suffix}")
@@ -388,7 +395,7 @@ def prepare(case: Case, place: Place) -> None:
             cwd=ROOT,
             check=True,
         )
-    for count in (case.photos, OWN):
+    for count in (case.photos, NOISE_IMAGES):
         make_photos(place.photos(case.side, count), case.side, count)
 
 
@@ -444,14 +451,14 @@ def measure(case: Case, place: Place, options: Options) -> dict[str, Any]:
     }
     if case.drawn:
         record = {"title": case.title, "rounds": options.rounds, "pictures": case.drawn}
-    of_programs = {name: medians(of_program) for name, of_program in runs.items()}
-    record |= {"flags": case.flags, "own_flags": case.own_flags, "medians": of_programs}
+    by_program = {name: medians(program_runs) for name, program_runs in runs.items()}
+    record |= {"flags": case.flags, "own_flags": case.own_flags, "medians": by_program}
     # other programs are divided by this one, and this one by the bare step
-    pairs = [("here", "bare") if name == "bare" else (name, "here") for name in of_programs if name != "here"]
-    record["ratios"] = {f"{of}/{to}": ratios(of_programs[of], of_programs[to]) for of, to in pairs}
+    pairs = [("here", "bare") if name == "bare" else (name, "here") for name in by_program if name != "here"]
+    record["ratios"] = {f"{of}/{to}": ratios(by_program[of], by_program[to]) for of, to in pairs}
     shown = {
-        name: [{figure: rounded(value) for figure, value in run.items()} for run in of_program]
-        for name, of_program in runs.items()
+        name: [{figure: rounded(value) for figure, value in run.items()} for run in program_runs]
+        for name, program_runs in runs.items()
     }
     return record | {"runs": shown, "others_busy_cores": load}
 
@@ -536,30 +543,32 @@ def mib(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _cells(of_programs: dict[str, Figures], head: str) -> list[str]:
-    here, reference = of_programs["here"], of_programs.get("reference")
+def _cells(by_program: dict[str, Figures], head: str) -> list[str]:
+    """The cells of a case's row after its title, in the table with this head."""
+    here, reference = by_program["here"], by_program.get("reference")
 
     def against(name: str, show: Callable[[float], str]) -> str:
-        there = f" ({show(reference[name])}, {reference[name] / here[name]:.2f} x)" if reference else ""
-        return show(here[name]) + there
+        in_brackets = f" ({show(reference[name])}, {reference[name] / here[name]:.2f} x)" if reference else ""
+        return show(here[name]) + in_brackets
 
     if head is DRAWING_HEAD:
         return [against("picture_s", per_second), against("peak_mib", mib)]
     if head is TWICE_HEAD:
         return [
             seconds(here["first_step_s"]),
-            seconds(of_programs["again"]["first_step_s"]),
+            seconds(by_program["again"]["first_step_s"]),
             seconds(here["step_s"]),
             mib(here["peak_mib"]),
         ]
     bare = ""
-    if "bare" in of_programs:
-        bare_step = of_programs["bare"]["step_s"]
+    if "bare" in by_program:
+        bare_step = by_program["bare"]["step_s"]
         bare = f"{seconds(bare_step)} ({here['step_s'] / bare_step:.2f} x)"
     return [against("step_s", seconds), against("first_step_s", seconds), against("peak_mib", mib), bare]
 
 
 def write_page(text: str) -> None:
+    """Put `text` between the marks in docs/speed.md. Raises RuntimeError unless the marks are there once."""
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
     content, count = pattern.subn(
         lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", PAGE.read_text(encoding="utf-8")

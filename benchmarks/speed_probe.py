@@ -1,4 +1,4 @@
-"""Run a script as python does, and record the moments and the memory of its optimizer steps and saved
+"""Runs a script as python does, and records time and memory at each of its optimizer steps and saved
 pictures.
 
     python benchmarks/speed_probe.py REPORT SCRIPT [FLAGS ...]
@@ -48,8 +48,8 @@ def recorded() -> Iterator[dict[str, list[Moment]]]:
     moments: dict[str, list[Moment]] = {"steps": [], "pictures": []}
     save = Image.Image.save
 
-    def saved(image: Image.Image, *arguments: Any, **others: Any) -> None:
-        save(image, *arguments, **others)
+    def saved(image: Image.Image, *arguments: Any, **keywords: Any) -> None:
+        save(image, *arguments, **keywords)
         moments["pictures"].append(moment())
 
     hook = register_optimizer_step_post_hook(lambda *_: moments["steps"].append(moment()))
@@ -85,9 +85,9 @@ def main() -> None:
     sys.argv = [script, *flags]
     sys.path[0] = str(Path(script).resolve().parent)
     with recorded() as moments:
-        kept = declare_operators() if "torchvision" in Path(script).read_text(encoding="utf-8") else None
+        library = declare_operators() if "torchvision" in Path(script).read_text(encoding="utf-8") else None
         runpy.run_path(script, run_name="__main__")
-        del kept
+        del library
     # not reached if the script fails: then there is nothing to report
     content = {**moments, "end": moment()}
     Path(f"{report}.{os.environ.get('RANK', '0')}").write_text(json.dumps(content), encoding="utf-8")

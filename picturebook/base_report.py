@@ -1,9 +1,9 @@
-"""Measure what the embedded base knows, by the reader, and write it into its model card.
+"""Measures what the embedded base draws, with the reader, and writes the figures into its model card.
 
     python -m picturebook.base_report
 
-Draws 512 prompts with fixed seeds in 25 steps, and encodes fresh renders. Ends with status 1 if a figure
-misses its target.
+Draws 512 prompts with fixed seeds in 25 steps, and encodes renders that base training did not use. Ends with
+status 1 if a figure misses its target.
 """
 
 import json
@@ -71,6 +71,7 @@ def reconstruction_psnr(vae: Any, pictures: int = 256) -> float:
 
 
 def draw_prompts(pipeline: Any, prompts: list[str], options: Options) -> list[Image.Image]:
+    """A picture of each prompt; its number is its seed."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
@@ -82,12 +83,13 @@ def draw_prompts(pipeline: Any, prompts: list[str], options: Options) -> list[Im
 
 
 def reader_accuracy(pictures: int = 200) -> float:
-    """Share of fresh renders of which the reader gets every attribute right."""
+    """Share of renders of which the reader reads every attribute correctly."""
     scenes = [random_scene(random.Random(f"reader {n}")) for n in range(pictures)]
     return sum(same_but_pose(read(draw(scene)).scene, scene) for scene in scenes) / pictures
 
 
 def same_but_pose(a: Any, b: Any) -> bool:
+    """Whether two scenes have the same attributes; pose and backdrop may differ."""
     return all(
         getattr(a, name) == getattr(b, name)
         for name in ("kind", "colour", "place", "accessory", "accessory_colour", "identity")
@@ -103,6 +105,7 @@ def main(options: Options) -> bool:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
+    # draw and read
     prompts = [report_prompt(n) for n in range(options.prompts)]
     started = time.monotonic()
     images = draw_prompts(pipeline, prompts, options)
@@ -120,6 +123,7 @@ def main(options: Options) -> bool:
                 fill="black",
             )
         sheet.save(options.sheet)
+    # the figures, and those that miss their targets
     figures: dict[str, Any] = {
         "prompts": options.prompts,
         "guidance_scale": options.guidance_scale,

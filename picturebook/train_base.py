@@ -2,10 +2,10 @@
 
     python -m picturebook.train_base --work_dir runs/picturebook
 
-Four stages, each resumable where it was cut off: `vae` learns to compress pictures, `latents` encodes a
-large set of scenes once, `unet` trains UNet and text encoder together on them, `export` writes
-`picturebook/model/`, a plain Stable Diffusion folder. Every sample is a pure function of (seed, stage,
-number), so a resumed run sees what an unbroken one would have seen.
+There are four stages. `vae` trains the autoencoder, `latents` encodes a large set of scenes once, `unet`
+trains UNet and text encoder together on them, `export` writes `picturebook/model/`, a Stable Diffusion
+folder. A stage that was interrupted is resumed. Every sample is a pure function of (seed, stage, number), so
+a resumed run has the same samples as an uninterrupted one.
 """
 
 import dataclasses
@@ -47,26 +47,27 @@ WIDTH = 128  # of the text encoder, and so of cross attention
 
 @dataclasses.dataclass
 class Options:
-    """How a base is trained. How the committed one came about is in its model card."""
+    """Settings of the training. The model card says how the committed base was trained."""
 
     work_dir: Path = Path("runs/picturebook")
-    """Where checkpoints, cached latents and metrics.jsonl lie."""
+    """Folder of checkpoints, cached latents and metrics.jsonl."""
     model_dir: Path = MODEL_DIR
-    """Where the finished pipeline is written."""
+    """Folder of the finished pipeline."""
     stage: Literal["vae", "latents", "unet", "export", "all"] = "all"
-    """Stage to stop after; earlier ones are resumed first. `export` writes what has been trained so far."""
+    """Stage to stop after; earlier ones are resumed first. `export` writes the present weights, untrained
+    further."""
     seed: int = 0
-    """Of every scene, caption, noise and timestep."""
+    """Seed of every scene, caption, noise and timestep."""
     num_threads: int = 2
     """CPU threads."""
     vae_steps: int = 4000
     """Steps of the autoencoder, 16 pictures each."""
     num_scenes: int = 40_000
-    """Pictures in the training set of the UNet; captions are drawn anew at every visit."""
+    """Pictures in the training set of the UNet; each use of a picture has another caption."""
     unet_steps: int = 17_000
     """Steps of UNet and text encoder."""
     unet_batch_size: int = 32
-    """Pictures a step of theirs."""
+    """Pictures in each step of UNet and text encoder."""
     learning_rate: float = 1e-3
     """Peak rate of UNet and text encoder: 200 steps of warm-up, a linear fall over the last `decay_share`."""
     decay_share: float = 0.45
@@ -75,14 +76,13 @@ class Options:
     """Steps between checkpoints."""
 
 
-# Heavier than Stable Diffusion's: latents whose last digits matter to the decoder are latents that a small
-# UNet cannot draw. With 1e-4 the posterior's deviation was 0.7 % of the latents' own, and flat colours came
-# out mottled.
+# Larger than Stable Diffusion's: a small UNet cannot draw latents whose last digits matter to the decoder.
+# With 1e-4 the posterior's standard deviation was 0.7 % of the latents', and flat colours were mottled.
 KL_WEIGHT = 5e-3
 
 
 def build_vae() -> AutoencoderKL:
-    """4x smaller sides, 4 channels: 64 x 64 pictures become [4, 16, 16] latents."""
+    """The autoencoder, in channels_last. It encodes 64 x 64 pictures to latents of [4, 16, 16]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -98,10 +98,10 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Wide where the latents are: lines and eyes are drawn at 16 x 16.
+    """The UNet, in channels_last. It has many channels at the latents' size, 16 x 16, for lines and eyes.
 
-    With half the channels there and a third level below, for two thirds of the time a step, colours and
-    places came as soon, but insides stayed mottled.
+    A UNet with half the channels at that size and a third level took two thirds of the time a step. It
+    learned colours and places as soon, but its areas stayed mottled.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -134,9 +134,9 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModel:
     )
 
 
-# v-prediction, and more noise at the end than Stable Diffusion's 0.012: at 16 x 16 latents the last step of
-# the usual schedule would still show the mean colour of the picture, and sampling, which starts from pure
-# noise, would miss it.
+# v-prediction, and a larger beta_end than Stable Diffusion's 0.012. With latents of 16 x 16 the last step of
+# the usual schedule still shows the mean colour of the picture, which sampling, as it starts from pure noise,
+# would miss.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -148,7 +148,7 @@ SCHEDULE = {
 
 
 def to_tensor(scenes: list[Scene]) -> torch.Tensor:
-    """[B, 3, 64, 64] in [-1, 1], channels last."""
+    """The pictures of the scenes, float32 [B, 3, 64, 64] in [-1, 1], channels last."""
     pixels = torch.from_numpy(np.stack([np.asarray(draw(scene)) for scene in scenes]))
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
@@ -158,7 +158,7 @@ def training_scene(seed: int, stage: str, number: int) -> Scene:
 
 
 class Log:
-    """One JSON line a record in `metrics.jsonl`, and the same on the terminal."""
+    """Writes each record as a JSON line to `metrics.jsonl`, and prints it."""
 
     def __init__(self, path: Path):
         self.path, self.start = path, time.monotonic()
@@ -180,7 +180,7 @@ def save_checkpoint(
     step: int,
     rate: float,
 ) -> None:
-    """Write to a neighbouring file, then rename: a cut never leaves half a checkpoint.
+    """Write the checkpoint to a temporary file and rename it, so that an interruption leaves no partial one.
 
     `rate` is the learning rate of the last step.
     """
@@ -201,27 +201,28 @@ def save_checkpoint(
 class MuonAdamW:
     """Muon (Jordan et al. 2024) for the weight matrices; AdamW for embeddings, biases, norms and end layers.
 
-    torch's Muon takes matrices only, so each kernel gets one, [out, rest], that shares its memory.
+    torch's Muon takes matrices only, so each kernel gets a parameter [out, in * kh * kw] that shares its
+    memory.
     """
 
     def __init__(self, model: torch.nn.Module, learning_rate: float):
         self.kernels: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
-        rest = []
+        for_adamw = []
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2 or any(part in name for part in ("embeddings", "conv_in", "conv_out")):
-                rest.append(parameter)
+                for_adamw.append(parameter)
             else:
                 self.kernels.append((parameter, torch.nn.Parameter(self.matrix(parameter.data))))
         matrices = [matrix for _, matrix in self.kernels]
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
         self.optimizers = [
             muon,
-            torch.optim.AdamW(rest, lr=learning_rate, weight_decay=1e-2, betas=(0.9, 0.99)),
+            torch.optim.AdamW(for_adamw, lr=learning_rate, weight_decay=1e-2, betas=(0.9, 0.99)),
         ]
 
     @staticmethod
     def matrix(tensor: torch.Tensor) -> torch.Tensor:
-        """[out, rest]: a view of a channels-last kernel's memory."""
+        """The kernel as [out, in * kh * kw], a view of its channels-last memory."""
         return tensor.permute(0, 2, 3, 1).flatten(1) if tensor.ndim == 4 else tensor
 
     def step(self) -> None:
@@ -241,7 +242,7 @@ class MuonAdamW:
 def resume(
     path: Path, model: torch.nn.Module, ema: AveragedModel, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Fill model, average and optimizers from a checkpoint, if there is one.
+    """Load model, average and optimizers from the checkpoint, if there is one.
 
     Returns (steps done, learning rate of the last step).
     """
@@ -266,11 +267,14 @@ def resume(
 
 
 def learning_rate_at(step: int, total: int, peak: float, decay_share: float) -> float:
+    """The learning rate of a step: linear warm-up over 200 steps, linear decay over the last
+    `decay_share`."""
     return peak * min(1.0, (step + 1) / 200, (total - step) / (decay_share * total))
 
 
 def train_vae(options: Options, log: Log) -> AutoencoderKL:
-    """The autoencoder, trained by L1 + squared error + KL to N(0, 1); a running average of its weights."""
+    """The trained autoencoder, with the running average of its weights. The loss is L1 + squared error + KL
+    to N(0, 1)."""
     torch.manual_seed(options.seed)
     vae, total, peak = build_vae(), options.vae_steps, 1e-3
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -314,7 +318,8 @@ def train_vae(options: Options, log: Log) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_scenes(options: Options, vae: AutoencoderKL, log: Log) -> dict[str, torch.Tensor]:
-    """Posterior mean and std of the training scenes, float16 [N, 4, 16, 16]; encoded once, then read."""
+    """Posterior mean and std of the training scenes, float16 [N, 4, 16, 16]. They are encoded
+    once, then read from a file."""
     path = options.work_dir / "latents.safetensors"
     if not path.exists():
         mean = torch.empty(options.num_scenes, 4, 16, 16, dtype=torch.float16)
@@ -338,7 +343,11 @@ def encode_scenes(options: Options, vae: AutoencoderKL, log: Log) -> dict[str, t
 
 
 def visits(seed: int, count: int, batch_size: int, first_step: int) -> Iterator[list[int]]:
-    """Endless batches of scene numbers: one random order after another, a pure function of the step."""
+    """Batches of scene numbers without end, from `first_step` on: one random order of all scenes after
+    another.
+
+    Each batch is a pure function of the step.
+    """
     step = first_step
     while True:
         rows = []
@@ -375,10 +384,10 @@ class Denoiser(torch.nn.Module):
 def timesteps_of_training(
     count: int, alphas_cumprod: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """[count] timesteps: three tenths uniform, the rest log-normal in sigma (Karras et al. 2022, table 1).
+    """[count] timesteps: 30 % uniform, the others log-normal in sigma (Karras et al. 2022, table 1).
 
-    The centre is the noise at which shapes and patterns are decided. Above it, most of the loss comes from
-    what no caption names; below it, from the noise of the autoencoder's own posterior.
+    The centre is the noise level at which shapes and patterns are decided. Above it, most of the loss comes
+    from attributes that no caption names. Below it, most comes from the noise of the autoencoder's posterior.
     """
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     uniform = torch.randint(len(sigmas), (count,), generator=generator)
@@ -414,13 +423,14 @@ def train_unet(
         input_ids = tokenizer(
             captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
+        # noisy latents
         generator = torch.Generator().manual_seed(7_919 * step + options.seed)
         mean, std = latents["mean"][rows].float(), latents["std"][rows].float()
         clean = (mean + std * torch.randn(mean.shape, generator=generator)) * scaling_factor
         noise = torch.randn(mean.shape, generator=generator)
         timesteps = timesteps_of_training(len(rows), scheduler.alphas_cumprod, generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # math: for 64 tokens two thirds of the time of the fused attention's backward pass on a CPU
+        # MATH: its backward pass takes two thirds of fused attention's time, for 64 tokens on a CPU
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
                 model_pred = model(noisy, timesteps, input_ids)
@@ -452,7 +462,8 @@ def train_unet(
 def export(
     vae: AutoencoderKL, model: Denoiser, scaling_factor: float, record: dict[str, Any], target: Path
 ) -> None:
-    """Write a plain Stable Diffusion folder, weights in float16, and the record of its training."""
+    """Write a Stable Diffusion folder with weights in float16, and training.json with the record of the
+    training."""
     vae.register_to_config(scaling_factor=scaling_factor)
     logging.set_verbosity_error()
     pipeline = StableDiffusionPipeline(
@@ -466,8 +477,8 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
-    # transformers 5 saves flat names; older versions and other programs know them only under `text_model.`,
-    # and would go on with a random text encoder. Both read these.
+    # transformers 5 saves names without `text_model.`. Older versions and other programs need the prefix, and
+    # would use a random text encoder without it. transformers 5 reads both forms.
     path = target / "text_encoder" / "model.safetensors"
     save_file(
         {"text_model." + key.removeprefix("text_model."): tensor for key, tensor in load_file(path).items()},

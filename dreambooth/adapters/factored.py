@@ -172,14 +172,12 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
     second_parts = ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     first = [getattr(layer, part)[name] for part in first_parts if name in getattr(layer, part)]
     second = [getattr(layer, part)[name] for part in second_parts if name in getattr(layer, part)]
-    scale = layer.scaling[name]
-    base = layer.get_base_layer()
+    scale, base = layer.scaling[name], layer.get_base_layer()
     shape, geometry = base.weight.shape, _geometry(base)
     out1, in1 = first[0].shape[0], first[-1].shape[1]
     out2, in2 = shape[0] // out1, shape[1] // in1
 
-    # Each function `in_...` and `dense` makes the weights of one candidate's links from the adapter's
-    # tensors.
+    # `in_...` and `dense` make the weights of one candidate's links from the adapter's tensors
 
     def split(factors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(w1, dense, times the scale; the tensors of w2)."""
@@ -210,7 +208,6 @@ def _lokr_chain(layer: Any, name: str) -> _Chain:
         mixing = mixing.reshape(out1, in1, *[1] * (len(shape) - 2))
         return [_kernel(torch.kron(mixing, dense_second(second_factors).contiguous()), geometry)]
 
-    # the candidates
     size = math.prod(shape[2:])  # of the kernel
     conv = _Link(geometry=geometry)
     grouped_conv = _Link(groups=in1, geometry=geometry)

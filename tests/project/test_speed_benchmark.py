@@ -202,7 +202,7 @@ def test_figures_leave_out_the_warm_up_and_take_the_process_with_most_memory():
         "peak_to_end_mib": 80,
         "picture_s": 5.0,
     }
-    with pytest.raises(speed.Failed, match="7 steps were to come, got 6"):
+    with pytest.raises(speed.Failed, match="7 steps were expected, got 6"):
         speed.figures([report_of(1.0)], 0.0, case(steps=7))
 
 
