@@ -201,7 +201,8 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
 
 def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> None:
     """Raise UserError if the ranks of a LoRA are not those of --rank and --text_encoder_rank."""
-    for component, tensors in state.items():
+    # the UNet first: --rank, which it needs, is also the text encoder's without --text_encoder_rank
+    for component, tensors in sorted(state.items(), key=lambda item: item[0] != "unet"):
         rank, flag = adapter.rank, "--rank"
         if component != "unet":
             rank, flag = adapter.text_encoder_rank or adapter.rank, "--text_encoder_rank"

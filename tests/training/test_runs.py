@@ -512,3 +512,14 @@ def test_an_adapter_of_the_text_encoder_too_asks_for_the_flag(tiny_base, photos_
     run_train(tiny_base, photos_dir, tmp_path / "both", "--train_text_encoder", "--max_train_steps", "1")
     with pytest.raises(UserError, match="add --train_text_encoder"):
         run_train(tiny_base, photos_dir, tmp_path / "one", "--init_adapter", str(tmp_path / "both"))
+
+
+@pytest.mark.trains
+def test_of_two_ranks_that_differ_that_of_the_unet_is_named(tiny_base, photos_dir, tmp_path):
+    """--rank is also the text encoder's; without --train_text_encoder there is no --text_encoder_rank."""
+    steps = ("--max_train_steps", "1")
+    run_train(tiny_base, photos_dir, tmp_path / "first", "--train_text_encoder", *steps)
+    start = ("--init_adapter", str(tmp_path / "first"), "--rank", "2")
+    for attempt in range(8):  # safetensors gives tensors in any order
+        with pytest.raises(UserError, match=r"has unet of rank 4; --rank must be the same"):
+            run_train(tiny_base, photos_dir, tmp_path / f"next-{attempt}", *start)
