@@ -221,8 +221,8 @@ def test_variants_and_files_in_pieces_come_out_as_a_plain_base(dtype, odd_base, 
     assert not [name for name in names if "fp16" in name or name.endswith((".bin", ".ckpt"))]
     assert names["README.md"] == b"hello"
     said = capsys.readouterr().out
-    assert "note: unet/diffusion_pytorch_model.bin is left out" in said
-    assert "note: whole.ckpt is left out" in said
+    assert "note: unet/diffusion_pytorch_model.bin is not copied" in said
+    assert "note: whole.ckpt is not copied" in said
     assert "no folder safety_checker" in said
     wanted = {None: torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     for part in ("unet", "text_encoder"):
