@@ -73,15 +73,20 @@ def metrics(out: Path) -> list[dict]:
     return [record for record in records if "memory" not in record]
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def on_processes(work: Callable[[], Any], count: int = 2) -> list[Any]:
     """What `work` returns in each of `count` processes of one job, by rank; None where it raised.
 
     The processes are forked from this one, which has imported what they need. The real launchers are tried in
     tests/faults.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     at_work, ended = os.pipe()  # every process but the first holds one end open for as long as it lives
     with tempfile.TemporaryDirectory() as folder:
         children = []

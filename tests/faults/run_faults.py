@@ -36,7 +36,7 @@ from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import stops
 from tests import tiny
 from tests.faults import inject
-from tests.running import as_main, on_processes
+from tests.running import as_main, free_port, on_processes
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "train_dreambooth_lora.py")
@@ -58,7 +58,6 @@ class World:
         self.folder = folder
         self.base = tiny.build_pipeline(folder / "base")
         self.photos = tiny.make_photos(folder / "photos", 5, (90, 64))  # not square: crops are drawn
-        self.port = 29600 + os.getpid() % 300
 
     def words(self, out: Path, *, steps: int, world: int = 1, every: int = 2) -> list[str]:
         """One step takes four micro-batches, on however many processes."""
@@ -76,7 +75,6 @@ class World:
     ) -> list[str]:
         """A command line for `launcher`: torchrun or accelerate."""
         script = ["-m", "tests.faults.inject", json.dumps(faults), SCRIPT] if faults else [SCRIPT]
-        self.port += 1
         if launcher == "torchrun":
             front = [
                 sys.executable,
@@ -85,7 +83,7 @@ class World:
                 "--nproc_per_node",
                 str(world),
                 "--master_port",
-                str(self.port),
+                str(free_port()),
             ]
         else:
             config = "cpu.yaml" if world == 1 else "cpu_processes.yaml"
@@ -96,7 +94,7 @@ class World:
                 "--config_file",
                 str(ROOT / "configs/accelerate" / config),
             ]
-            front += ["--num_processes", str(world), "--main_process_port", str(self.port)]
+            front += ["--num_processes", str(world), "--main_process_port", str(free_port())]
         return [*front, *script, *words]
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
@@ -590,7 +588,7 @@ def one_process_where_two_were_asked_for(world: World) -> dict[str, Any]:
         "--num_processes",
         "2",
         "--main_process_port",
-        str(world.port),
+        str(free_port()),
         SCRIPT,
     ]
     result = subprocess.run(
