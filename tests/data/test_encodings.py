@@ -167,7 +167,7 @@ def test_other_weights_of_the_text_encoder_or_another_tokenizer_make_the_prompts
 def test_weights_are_hashed_once_in_a_process_and_anew_when_they_change(tiny_base, tmp_path, monkeypatch):
     base = families.find(BaseOptions(str(shutil.copytree(tiny_base, tmp_path / "base"))))
     read: list[str] = []
-    spy(monkeypatch, file_digests, "_computed", lambda path, size: read.append(path.parent.name))
+    spy(monkeypatch, file_digests, "_sha256", lambda path, size: read.append(path.parent.name))
     base.fingerprint()
     assert {"vae", "unet", "text_encoder"} <= set(read)
     read.clear()

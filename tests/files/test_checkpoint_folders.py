@@ -3,9 +3,12 @@
 import collections
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.training import checkpoints
 from tests.checkpointing import FILES, FLAG, STATE, change, content, latest, names, read_state, small
 from tests.faults import checkpoint_faults
+from tests.running import ROOT
 
 
 def steps(output_dir: Path) -> list[int]:
@@ -327,6 +331,24 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
         note
         == f"{tmp_path} has 1,500 bytes free; the last checkpoint took 1,001, the next may not fit. Make room"
     )
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, int]:
+    """The counts of the fault report; from a process without torch, which forks faster."""
+    words = [sys.executable, "-m", "tests.faults.checkpoint_faults"]
+    return json.loads(
+        subprocess.run(
+            words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+        ).stdout.splitlines()[-1]
+    )
+
+
+@pytest.mark.slow
+def test_any_damage_to_the_newest_is_noticed_and_the_one_before_is_chosen(counts):
+    """A flipped bit, a missing end, a part in zeros, an empty file, no file; for every file."""
+    assert counts["damaged"] >= 200
+    assert counts["detected"] == counts["damaged_skipped"] == counts["damaged"]
 
 
 @pytest.mark.slow

@@ -328,7 +328,7 @@ def test_extracting_says_what_its_layers_leave_out(native, layers, tiny_base, tm
         share = next(
             line
             for line in capsys.readouterr().out.splitlines()
-            if line.startswith("unet: ") and "what differs" in line
+            if line.startswith("unet: ") and "of the difference" in line
         )
         wanted = all_deltas(reading.read_additive(native("locon"), layers))
         total, own = (

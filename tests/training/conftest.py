@@ -1,9 +1,6 @@
 """Fixtures of this folder."""
 
-import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from tests.checkpointing import ROOT, Run
+from tests.checkpointing import Run
 from tests.live_adapters import Models, load_models
 from tests.training.fake_hub import UPLOADED, Hub, card
 
@@ -33,20 +30,6 @@ def run(loaded) -> Run:
 def folder(run, tmp_path) -> Path:
     """A checkpoint of step 2."""
     return run.save(tmp_path, 2)
-
-
-# --- when the process dies
-
-
-@pytest.fixture(scope="module")
-def counts() -> dict[str, int]:
-    """The counts of the fault report; from a process without torch, which forks faster."""
-    words = [sys.executable, "-m", "tests.faults.checkpoint_faults"]
-    return json.loads(
-        subprocess.run(
-            words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
-        ).stdout.splitlines()[-1]
-    )
 
 
 @pytest.fixture
