@@ -83,7 +83,7 @@ def test_a_run_that_has_not_stepped_yet_is_restored_where_fp16_may_have_skipped_
 ):
     first, second = Run(loaded, name), Run(loaded, name, seed=8)
     folder = first.save(tmp_path, 2)
-    with pytest.raises(UserError, match="lacks|has no state of"):
+    with pytest.raises(UserError, match=r"lacks|has no state of"):
         second.restore(folder)
     rewrite(folder, "state.json", lambda data: json.dumps({**json.loads(data), "grad_scaler": {}}).encode())
     second.restore(folder)
