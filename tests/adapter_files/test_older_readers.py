@@ -87,6 +87,7 @@ def test_the_base_is_the_one_that_older_libraries_were_shown(family, trained, fo
             assert distance(some(values), then["drawn"][output]) < TOLERANCE, (reader, output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reader", READERS)
 def test_older_libraries_drew_what_was_trained(reader, name, trained):

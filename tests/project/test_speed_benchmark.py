@@ -101,6 +101,7 @@ def test_a_script_under_the_probe_is_main_and_its_report_is_of_this_clock(tmp_pa
     assert 0 < found["step_s"] < found["first_step_s"] < 60
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_hangs_or_reports_nothing_is_told_with_its_last_words(tmp_path, monkeypatch):
     stand_in = tmp_path / "probe.py"  # one that imports nothing
     stand_in.write_text(

@@ -130,6 +130,7 @@ def test_memory_that_runs_out_in_an_exchange_is_no_lost_process(exchange, error,
     assert together(work) == [str(error)] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(monkeypatch):
     monkeypatch.setattr(processes, "_ROLL_CALL", processes.datetime.timedelta(seconds=2))
 
