@@ -134,7 +134,7 @@ class Training:
         """The UNet's output, [B, C, h, w], without a predicted variance."""
         unet = self.frozen.parts.unet
         prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
-        time_ids = batch.time_ids(self.dataset.crops.resolution).to(self.device)
+        time_ids = batch.time_ids(self.dataset.crops.resolution)
         offload = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
         with self.accelerator.autocast(), offload:
             model_output = unet(

@@ -39,7 +39,11 @@ class PromptEmbeds:
     def added_cond_kwargs(self, time_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids`
         are float32 [rows, 6]."""
-        return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": time_ids}
+        return (
+            None
+            if self.pooled is None
+            else {"text_embeds": self.pooled, "time_ids": time_ids.to(self.pooled.device)}
+        )
 
 
 def stack(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
