@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dreambooth.bases import autoencoder, families, loading
-from dreambooth.data import encoding_cache, encodings, photos
+from dreambooth.data import encoding_cache, encodings, photos, picture_files
 from dreambooth.data.crops import Crops
 from dreambooth.options.training import BaseOptions
 from dreambooth.runtime.processes import Peers
@@ -99,7 +99,7 @@ def main(folder: Path | None) -> dict[str, Any]:
         }
     base = families.find(BaseOptions(str(ROOT / "picturebook" / "model")))
     with tempfile.TemporaryDirectory() as wide:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in photos.FORMATS)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_files.ENDINGS)
         for number, path in enumerate(paths):
             image = photos.load(path)
             width, height = min(image.width, image.height * 3 // 2), min(image.height, image.width * 2 // 3)

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from dreambooth.bases import families, pipelines, schedulers
-from dreambooth.data import photos, sampling_order
-from dreambooth.errors import UserError
+from dreambooth.data import picture_files, sampling_order
+from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
@@ -150,6 +150,13 @@ def _pending_hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def notes(folder: Path) -> list[str]:
+    """Notes for the user on files of the folder that are no class images. Raises UserError if it cannot be
+    read."""
+    skipped = picture_files.list_folder(folder, _FLAG).described() if folder.exists() else ""
+    return [f"skipped in {shown(folder)}: {skipped}"] if skipped else []
+
+
 def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> list[int]:
     """The numbers of the pictures that must be made so that the folder holds `total` pictures, the user's
     included.
@@ -167,11 +174,7 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
 
     # Without a manifest no picture is known to be of this set.
     hashes = manifest.hashes | _pending_hashes(folder) if manifest else {}
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.suffix.lower() in photos.FORMATS and not path.name.startswith(".")
-    ]
+    names = picture_files.list_folder(folder, _FLAG).pictures
     unknown = [name for name in names if _NAME.fullmatch(name) and name not in hashes]
     if unknown:
         raise UserError(

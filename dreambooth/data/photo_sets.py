@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth.data import captions
-from dreambooth.data.photos import FORMATS
+from dreambooth.data import captions, picture_files
 from dreambooth.errors import UserError, few, shortened, shown, type_and_reason
 from dreambooth.files import atomic, locks
 from dreambooth.options.photos import InstanceOptions
@@ -76,8 +75,8 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _holds_photos(folder: Path) -> bool:
-    visible = [name for name in os.listdir(folder) if not name.startswith(".")]
-    return any(name in captions.METADATA or Path(name).suffix.lower() in FORMATS for name in visible)
+    has_captions = any(os.path.lexists(folder / name) for name in captions.METADATA)
+    return has_captions or bool(picture_files.list_folder(folder, _FLAG).pictures)
 
 
 def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
@@ -240,19 +239,9 @@ def _bytes(cell: Any) -> bytes:
 
 
 def _suffix(data: bytes) -> str:
-    """The suffix of a photo's format, from its first bytes."""
-    for start, suffix in (
-        (b"\x89PNG\r\n\x1a\n", ".png"),
-        (b"\xff\xd8\xff", ".jpg"),
-        (b"BM", ".bmp"),
-        (b"II*\0", ".tif"),
-        (b"MM\0*", ".tif"),
-    ):
-        if data.startswith(start):
-            return suffix
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    raise UserError(
-        f"a picture of a kind that is not read ({', '.join(sorted(FORMATS))}); it starts with "
-        f"{ascii(data[:8])[1:]}"
-    )
+    """The ending of a photo's format, from its first bytes."""
+    kind = picture_files.identify(data)
+    if kind.format is None:
+        advice = f"; {kind.advice}" if kind.advice else ""
+        raise UserError(f"by its content {kind.name}, which is not read{advice}")
+    return picture_files.READ[kind.format][0]

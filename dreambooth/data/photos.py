@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import io
 import math
-import os
 import stat
 import warnings
 from collections.abc import Callable
@@ -16,36 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from dreambooth.data import captions
+from dreambooth.data import picture_files
 from dreambooth.data.decode_cache import DecodeCache, Decoded
-from dreambooth.errors import UserError, few, shown
+from dreambooth.errors import UserError, few, reason_of, shown
 
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-_NOT_READ = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".gif",
-    ".jp2",
-    ".raw",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".arw",
-    ".psd",
-    ".svg",
-)
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
@@ -109,24 +84,19 @@ def check_folder(
     used: it is damaged, has over `max_pixels`, is smaller than ODD_SIDE without `allow_odd_photos`, or is a
     link to another folder without `follow_symlinks`.
     """
-    # Sort the names into photos, captions and others.
     folder = Path(folder)
-    names = _names(folder, flag)
-    hidden = {name for name in names if name.startswith(".") or name in ("Thumbs.db", "desktop.ini")}
-    visible = [name for name in names if name not in hidden]
-    candidates = [name for name in visible if Path(name).suffix.lower() in FORMATS]
-    others = [name for name in visible if name not in candidates]
-    if not candidates:
-        content = f"it holds {', '.join(map(shown, others[:5]))}" if others else "it is empty"
-        formats = ", ".join(sorted(FORMATS))
-        raise UserError(f"{flag}: no picture in {shown(folder)} ({formats}); {content}{_advice(others)}")
-    stems = {Path(name).stem for name in candidates}
-    others = [name for name in others if not _is_caption_file(name, stems)]
+    listing = picture_files.list_folder(folder, flag)
+    skipped = listing.described()
+    if not listing.pictures:
+        content = f"it holds {skipped}" if skipped else "it is empty"
+        raise UserError(
+            f"{flag}: no picture in {shown(folder)} ({', '.join(sorted(picture_files.READ))}); {content}"
+        )
 
     # Check each photo.
     photos, problems = [], []
     names_by_remark: dict[str, list[str]] = {}
-    for name in candidates:
+    for name in listing.pictures:
         try:
             photo, remarks = _check(folder, name, max_pixels, allow_odd_photos, follow_symlinks, cache)
         except UserError as error:
@@ -141,16 +111,9 @@ def check_folder(
     # Notes for the user.
     notes = _duplicates(photos)
     notes += [remark.format(few(names)) for remark, names in names_by_remark.items()]
-    if hidden:
-        notes.append(f"skipped {len(hidden)} hidden or system files in {shown(folder)}")
-    if others:
-        notes.append(f"skipped files that are no pictures in {shown(folder)}: {few(others)}{_advice(others)}")
+    if skipped:
+        notes.append(f"skipped in {shown(folder)}: {skipped}")
     return Folder(photos, notes)
-
-
-def _is_caption_file(name: str, stems: set[str]) -> bool:
-    """Whether a file holds captions; `stems` are the names of the photos without suffix."""
-    return name in captions.METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
 
 
 def check_disjoint(instance: Folder, classes: Folder) -> None:
@@ -169,26 +132,6 @@ def check_disjoint(instance: Folder, classes: Folder) -> None:
             f"--class_data_dir: {len(pairs)} of the class images are photos of the subject: "
             f"{examples}{more}. Remove them there"
         )
-
-
-def _names(folder: Path, flag: str) -> list[str]:
-    """The names in a folder, sorted independently of locale and file system."""
-    try:
-        if not folder.exists():
-            raise UserError(f"{flag}: there is no folder {shown(folder)}")
-        if not folder.is_dir():
-            raise UserError(
-                f"{flag}: {shown(folder)} is not a folder; name the folder that holds the pictures"
-            )
-        return sorted(os.listdir(folder), key=os.fsencode)
-    except OSError as error:  # no permission, or a name that is too long
-        raise UserError(f"{flag}: {shown(folder)} cannot be read: {error.strerror or error}") from None
-
-
-def _advice(others: list[str]) -> str:
-    """What to do about pictures in formats that are not read."""
-    unread = sorted({Path(name).suffix.lower() for name in others} & set(_NOT_READ))
-    return f"; {', '.join(unread)} files are not read: save them as PNG or JPEG" if unread else ""
 
 
 def _duplicates(photos: list[Photo]) -> list[str]:
@@ -225,6 +168,11 @@ def _check(
         if info.st_size == 0:
             raise UserError("the file is empty")
         with path.open("rb") as file:
+            kind = picture_files.identify(file.read(picture_files.HEAD))
+            if kind.format is None:
+                advice = kind.advice or "save it again or remove it"
+                raise UserError(f"by its content {kind.name}, which is not read; {advice}")
+            file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
@@ -289,12 +237,11 @@ def _decode(
 
     Without `max_pixels` only Pillow's own limit holds, which is higher.
     """
-    formats = tuple(sorted(set(FORMATS.values())))
     try:
         with warnings.catch_warnings(record=True) as warned:
             # Record all warnings, print none: those on size are errors below, and the others name no file.
             warnings.simplefilter("always")
-            with Image.open(path if data is None else data, formats=formats) as image:
+            with Image.open(path if data is None else data, formats=picture_files.FORMATS) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise UserError(f"{image.width} x {image.height} is over {max_pixels:,} pixels{_SMALLER}")
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.
@@ -316,11 +263,14 @@ def _decode(
         raise UserError(f"there is not enough memory to unpack it{_SMALLER}") from None
     # for broken files Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
-        reason = (
-            " ".join(str(error).replace(str(path) if data is None else repr(data), "").split())
-            or type(error).__name__
-        )
-        raise UserError(f"not a whole picture ({shown(reason)}); save it again or remove it") from None
+        raise UserError(f"not a whole picture ({_reason(error)}); save it again or remove it") from None
+
+
+def _reason(error: Exception) -> str:
+    """What Pillow says of a broken file, without the file's name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is damaged"  # Pillow's own message holds nothing but the name
+    return reason_of(error)
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -397,6 +397,7 @@ def make_class_images(
     # pictures of a tiny base are smaller than photos may be
     allow_odd = instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE
     checked = _check_folder(instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd)
+    peers.say_notes(f"class images: {note}" for note in checked.notes)
     photos.check_disjoint(subject.checked, checked)
     pictures = checked.photos[:count]
     return [Source("class", pictures, [prior.class_prompt] * len(pictures))]

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 FLAG = "--instance_data_dir"
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic\0\0\0\x08mdat"
 
 
 def noise(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
@@ -75,10 +76,14 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "header alone": ("head.png", written(lambda: encoded(noise(), "PNG")[:20]), "not a whole picture"),
     "flipped bits": ("flip.png", written(damaged_png), "not a whole picture"),
-    "text": ("text.png", written(b"a photo of sks dog\n"), "not a whole picture"),
-    "SVG": ("drawing.png", written(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a whole picture"),
+    "text": ("text.png", written(b"a photo of sks dog\n"), "by its content a text file"),
+    "SVG": (
+        "drawing.png",
+        written(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+        "by its content an SVG drawing",
+    ),
     "no bytes": ("empty.jpg", written(b""), "the file is empty"),
-    "animated GIF as WEBP": ("moving.webp", written(lambda: animation("GIF")), "not a whole picture"),
+    "animated GIF as WEBP": ("moving.webp", written(lambda: animation("GIF")), "animated, 3 frames"),
     "animated WEBP": ("moving.webp", written(lambda: animation("WEBP")), "animated, 3 frames"),
     "animated PNG": ("moving.png", written(lambda: animation("PNG")), "animated, 3 frames"),
     "bomb of 169 million pixels": (

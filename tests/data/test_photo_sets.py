@@ -15,6 +15,7 @@ from PIL import Image
 from dreambooth.data import captions, photo_sets, photos
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
+from tests.data.bad_pictures import HEIC
 from tests.data.captioned import jsonl, wanted
 
 
@@ -268,7 +269,7 @@ def test_rows_that_hold_no_picture_are_named_and_leave_nothing_behind(hub, tmp_p
         cell(hub.files[0]),
         None,
         cell(None),
-        cell(b"GIF89a"),
+        cell(HEIC),
         cell(None, str(tmp_path / "pipe")),
         cell(None, "/dev/zero"),
         cell(None, "a\0b"),

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dreambooth.data import photos
+from dreambooth.data import photos, picture_files
 from dreambooth.errors import UserError
 from tests import tiny
-from tests.data.bad_pictures import BAD, FLAG, encoded, noise, png_by_header
+from tests.data.bad_pictures import BAD, FLAG, HEIC, encoded, noise, png_by_header
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +46,11 @@ def test_good_photos_are_found_with_size_and_hash_and_no_remark(photos_dir):
 
 
 def test_every_format_is_read(tmp_path):
-    for suffix, kind in photos.FORMATS.items():
-        noise().save(tmp_path / f"photo{suffix}", kind)
-        noise().save(tmp_path / f"LOUD{suffix.upper()}", kind)
-    assert len(photos.check_folder(tmp_path, FLAG).photos) == 2 * len(photos.FORMATS)
+    for kind, endings in picture_files.READ.items():
+        for ending in endings:
+            noise().save(tmp_path / f"photo{ending}", kind)
+            noise().save(tmp_path / f"LOUD{ending.upper()}", kind)
+    assert len(photos.check_folder(tmp_path, FLAG).photos) == 2 * len(picture_files.ENDINGS)
 
 
 def test_a_missing_folder_is_named_with_its_flag(tmp_path):
@@ -65,7 +66,7 @@ def test_an_empty_folder_says_so(tmp_path):
     message = refusal(tmp_path)
     assert f"{FLAG}: no picture in {tmp_path}" in message
     assert "it is empty" in message
-    assert ".png" in message
+    assert "PNG" in message
 
 
 def test_a_folder_of_other_files_shows_what_it_holds(tmp_path):
@@ -73,8 +74,7 @@ def test_a_folder_of_other_files_shows_what_it_holds(tmp_path):
         (tmp_path / name).write_bytes(b"something")
     message = refusal(tmp_path)
     assert f"{FLAG}: no picture in {tmp_path}" in message
-    assert "it holds captions.txt, photo.heic, video.mp4" in message
-    assert "hidden" not in message
+    assert "it holds 3 text files (captions.txt, photo.heic, video.mp4); 2 hidden or system files" in message
 
 
 def test_files_that_are_no_pictures_are_skipped_with_a_note(tmp_path):
@@ -84,9 +84,9 @@ def test_files_that_are_no_pictures_are_skipped_with_a_note(tmp_path):
     (tmp_path / "more").mkdir()
     found = photos.check_folder(tmp_path, FLAG)
     assert len(found.photos) == 3
-    hidden, others = found.notes
-    assert "skipped 4 hidden or system files" in hidden
-    assert others.endswith(": more, photo-0.md")  # a caption is spoken of elsewhere
+    assert found.notes == [  # a caption is spoken of elsewhere
+        f"skipped in {tmp_path}: a folder (more); a text file (photo-0.md); 4 hidden or system files"
+    ]
 
 
 def test_duplicates_are_named_in_pairs(tmp_path):
@@ -207,11 +207,11 @@ def test_what_was_converted_is_remarked_on_by_name(tmp_path):
 
 
 def test_formats_that_phones_write_and_nobody_reads_are_named_with_advice(tmp_path):
-    (tmp_path / "IMG_1.HEIC").write_bytes(b"something")
-    assert ".heic files are not read: save them as PNG or JPEG" in refusal(tmp_path)
+    (tmp_path / "IMG_1.HEIC").write_bytes(HEIC)
+    advice = "a HEIC picture (IMG_1.HEIC): convert it to JPEG or PNG"
+    assert advice in refusal(tmp_path)
     tiny.make_photos(tmp_path, 1)
-    (note,) = photos.check_folder(tmp_path, FLAG).notes
-    assert ".heic files are not read" in note
+    assert photos.check_folder(tmp_path, FLAG).notes == [f"skipped in {tmp_path}: {advice}"]
 
 
 @pytest.mark.parametrize("what", BAD)

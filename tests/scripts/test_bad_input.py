@@ -270,7 +270,7 @@ bad(
     "photos",
     "several at once",
     several,
-    "--instance_data_dir: a.png: not a whole picture",
+    "--instance_data_dir: a.png: by its content a text file, which is not read",
     "--instance_data_dir: b.jpg: the file is empty",
 )
 bad(
@@ -291,9 +291,12 @@ bad("photos", "a file for a folder", as_a_file, "is not a folder")
 bad(
     "photos",
     "pictures that phones write",
-    lambda folder: (folder / "good.png").rename(folder / "IMG_1.HEIC"),
+    lambda folder: (
+        (folder / "good.png").unlink(),
+        (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+    ),
     "no picture in ",
-    ".heic files are not read: save them as PNG or JPEG",
+    "a HEIC picture (IMG_1.HEIC): convert it to JPEG or PNG",
 )
 
 

@@ -1,0 +1,281 @@
+"""Which files of a folder are pictures. The first bytes of a file decide, not the ending of its name.
+
+Phones, browsers and mail programs give pictures wrong endings, or none. Only names are sorted here; a picture
+is decoded in `photos`.
+"""
+
+import dataclasses
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from dreambooth.data import captions
+from dreambooth.errors import UserError, few, shown
+
+HEAD = 4096  # bytes that decide what a file is
+_SAVE = "save it as PNG or JPEG"
+# Formats that are read, by Pillow's name, with the usual ending first.
+READ = {
+    "AVIF": (".avif", ".avifs"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo"),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+    "QOI": (".qoi",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+FORMATS = (*READ, "MPO")  # Pillow's name for a JPEG file with several pictures
+ENDINGS = frozenset(ending for endings in READ.values() for ending in endings)
+_RAW_ENDINGS = re.compile(
+    r"\.(3fr|arw|cr2|dcr|dng|erf|iiq|kdc|mef|mos|nef|nrw|orf|pef|raw|rw2|sr2|srf|srw)", re.I
+)
+# Files of this program beside class images: the manifest, the lock, and hashes of new pictures.
+_RECORDS = re.compile(r"manifest\.json|\.lock|\.class-.*|\.dreambooth.*", re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a file is."""
+
+    name: str
+    """With its article, as in "an HTML page"."""
+    format: str | None = None
+    """Pillow's name of the format, a key of READ; None for what is not read."""
+    advice: str = ""
+    """What the user can do, as the end of a sentence."""
+
+
+_HIDDEN, _FOLDER = Kind("a hidden or system file"), Kind("a folder")
+_UNREADABLE, _SPECIAL = Kind("an unreadable file"), Kind("a special file")
+_EMPTY, _TEXT, _UNKNOWN = Kind("an empty file"), Kind("a text file"), Kind("a file of an unknown kind")
+_ZEROS = Kind("a file of zeros only", advice="copy it again")
+_RAW = Kind("a camera raw picture", advice=_SAVE)
+_HTML = Kind("an HTML page", advice="download the picture itself")
+_LFS = Kind("a Git LFS pointer", advice="git lfs pull fetches the file itself")
+_SVG, _VIDEO = Kind("an SVG drawing", advice=_SAVE), Kind("a video")
+_ICON, _PDF = Kind("an icon", advice=_SAVE), Kind("a PDF file", advice="save its pictures as PNG or JPEG")
+_HEIC = Kind("a HEIC picture", advice="convert it to JPEG or PNG")
+_JXL = Kind("a JPEG XL picture", advice=_SAVE)
+_ARCHIVE = Kind("an archive", advice="unpack it")
+_SOUND = Kind("a sound file")
+_WEIGHTS = Kind("a safetensors file")
+_KINDS = {name: Kind(f"a {name} picture", name) for name in READ}
+
+# The first bytes of files; longer ones come first where one begins like another.
+_MAGIC: tuple[tuple[bytes, Kind], ...] = (
+    (b"\x89PNG\r\n\x1a\n", _KINDS["PNG"]),
+    (b"\xff\xd8\xff", _KINDS["JPEG"]),
+    (b"GIF87a", _KINDS["GIF"]),
+    (b"GIF89a", _KINDS["GIF"]),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", _KINDS["JPEG2000"]),
+    (b"\xff\x4f\xff\x51", _KINDS["JPEG2000"]),
+    (b"qoif", _KINDS["QOI"]),
+    (b"\xff\x0a", _JXL),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", _JXL),
+    (b"8BPS", Kind("a Photoshop file", advice=_SAVE)),
+    (b"gimp xcf", Kind("a GIMP file", advice=_SAVE)),
+    (b"%PDF", _PDF),
+    (b"\0\0\1\0", _ICON),
+    (b"\0\0\2\0", _ICON),
+    (b"icns", _ICON),
+    (b"FUJIFILMCCD-RAW", _RAW),
+    (b"IIRO", _RAW),
+    (b"IIRS", _RAW),
+    (b"MMOR", _RAW),
+    (b"IIU\0", _RAW),
+    (b"\0MRM", _RAW),
+    (b"FOVb", _RAW),
+    (b"PK\3\4", _ARCHIVE),
+    (b"PK\5\6", _ARCHIVE),
+    (b"\x1f\x8b", _ARCHIVE),
+    (b"BZh", _ARCHIVE),
+    (b"\xfd7zXZ\0", _ARCHIVE),
+    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
+    (b"Rar!\x1a\7", _ARCHIVE),
+    (b"\x28\xb5\x2f\xfd", _ARCHIVE),
+    (b"\x1a\x45\xdf\xa3", _VIDEO),
+    (b"\0\0\1\xba", _VIDEO),
+    (b"\0\0\1\xb3", _VIDEO),
+    (b"FLV\1", _VIDEO),
+    (b"ID3", _SOUND),
+    (b"OggS", _SOUND),
+    (b"fLaC", _SOUND),
+    (b"\x93NUMPY", Kind("a NumPy file")),
+    (b"L\0\0\0\1\x14\2\0", Kind("a Windows shortcut", advice="copy the file that it names")),
+    (b"\0\5\x16\7", Kind("an AppleDouble file of macOS", advice="copy the picture itself")),
+    (b"version https://git-lfs", _LFS),
+)
+# Brands of files in the container of MP4: ISO/IEC 14496-12, section 4.3.
+_AVIF_BRANDS, _RAW_BRANDS = {b"avif", b"avis"}, {b"crx "}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes of the second header
+_REDUCED, _SUB_FILES, _DNG_VERSION, _COLOUR_FILTER = 254, 330, 50706, 32803  # TIFF 6.0, TIFF/EP and DNG
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The files of a folder."""
+
+    pictures: list[str]
+    """Names, sorted by their bytes: pictures by content, and what has a picture's ending. Those of the second
+    kind may be no pictures: `photos.check_folder` refuses them by name."""
+    skipped: Mapping[Kind, list[str]]
+    """The other names by kind. Captions are left out."""
+
+    def described(self) -> str:
+        """How many files of each kind are skipped, their names, and advice; "" if there are none."""
+        parts = []
+        for kind, names in self.skipped.items():
+            article, _, noun = kind.name.partition(" ")
+            counted = f"{len(names)} {_plural(noun)}" if len(names) > 1 else f"{article} {noun}"
+            inside = "" if kind is _HIDDEN else f" ({few(names)})"
+            parts.append(counted + inside + (f": {kind.advice}" if kind.advice else ""))
+        return "; ".join(parts)
+
+
+def list_folder(folder: Path, flag: str) -> Listing:
+    """The files of `folder`, which `flag` named, by what they are. Raises UserError if it cannot be read."""
+    pictures: list[str] = []
+    kinds: dict[str, Kind] = {}
+    for name in names(folder, flag):
+        if name.startswith(".") or name in ("Thumbs.db", "ehthumbs.db", "desktop.ini"):
+            kinds[name] = _HIDDEN
+            continue
+        kind = _kind_at(folder / name)
+        if kind.format or Path(name).suffix.lower() in ENDINGS:
+            pictures.append(name)
+        else:
+            kinds[name] = kind
+    stems = {Path(name).stem for name in pictures if not name.endswith(".txt")}
+    skipped: dict[Kind, list[str]] = {}
+    for name, kind in kinds.items():
+        if not _is_caption_file(name, stems) and not _RECORDS.fullmatch(name):
+            skipped.setdefault(kind, []).append(name)
+    pictures = [name for name in pictures if not _is_caption_file(name, stems)]
+    return Listing(pictures, dict(sorted(skipped.items(), key=lambda entry: entry[0] is _HIDDEN)))
+
+
+def names(folder: Path, flag: str) -> list[str]:
+    """The names in a folder, sorted independently of locale and file system."""
+    try:
+        if not folder.exists():
+            raise UserError(f"{flag}: there is no folder {shown(folder)}")
+        if not folder.is_dir():
+            raise UserError(
+                f"{flag}: {shown(folder)} is not a folder; name the folder that holds the pictures"
+            )
+        return sorted(os.listdir(folder), key=os.fsencode)
+    except OSError as error:  # no permission, or a name that is too long
+        raise UserError(f"{flag}: {shown(folder)} cannot be read: {error.strerror or error}") from None
+
+
+def _is_caption_file(name: str, stems: set[str]) -> bool:
+    """Whether a file holds captions; `stems` are the names of the pictures without ending."""
+    return name in captions.METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
+
+
+def _kind_at(path: Path) -> Kind:
+    """What lies at `path`."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return _FOLDER
+        if not stat.S_ISREG(mode):  # opening a pipe or a device could wait forever
+            return _SPECIAL
+        with path.open("rb") as file:
+            kind = identify(file.read(HEAD))
+    except OSError:
+        return _UNREADABLE
+    # camera raw files of many makers are TIFF files, whose first picture is a thumbnail
+    return _RAW if kind.format == "TIFF" and _RAW_ENDINGS.fullmatch(path.suffix) else kind
+
+
+def identify(data: bytes) -> Kind:
+    """What a file is whose content, or whose beginning, is `data`."""
+    head = data[:HEAD]
+    for start, kind in _MAGIC:
+        if head.startswith(start):
+            return kind
+    if head[:4] == b"RIFF":
+        return {b"WEBP": _KINDS["WEBP"], b"AVI ": _VIDEO, b"WAVE": _SOUND}.get(head[8:12], _UNKNOWN)
+    if head[4:8] == b"ftyp":
+        return _in_mp4_container(head)
+    if head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):  # older QuickTime files
+        return _VIDEO
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return _KINDS["BMP"]
+    if head[:4] in (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"):
+        return _RAW if _is_camera_raw(head) else _KINDS["TIFF"]
+    if re.match(rb"P[2356]\s+(#[^\n]*\n\s*)*\d+\s", head):
+        return _KINDS["PPM"]
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:
+        return _WEIGHTS
+    return _text_kind(head)
+
+
+def _in_mp4_container(head: bytes) -> Kind:
+    """HEIC, AVIF, camera raw or video, by the brands that a file names as its own and as compatible."""
+    end = int.from_bytes(head[:4], "big")
+    major, compatible = head[8:12], head[16 : max(16, min(end, HEAD))]
+    brands = {compatible[start : start + 4] for start in range(0, len(compatible), 4)} | {major}
+    if brands & _AVIF_BRANDS:
+        return _KINDS["AVIF"]
+    if brands & _RAW_BRANDS:
+        return _RAW
+    return _HEIC if brands & _HEIC_BRANDS else _VIDEO
+
+
+def _is_camera_raw(head: bytes) -> bool:
+    """Whether a TIFF file is a camera's: by the tags of its first picture, if they lie in `head`."""
+    if head[8:10] == b"CR":  # Canon
+        return True
+    if b"+" in head[2:4]:  # files over 4 GB have another structure
+        return False
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    place = int.from_bytes(head[4:8], order)
+    count = int.from_bytes(head[place : place + 2], order)
+    tags = {}
+    for start in range(place + 2, min(place + 2 + 12 * count, len(head) - 11), 12):
+        size = 2 if int.from_bytes(head[start + 2 : start + 4], order) == 3 else 4  # kind 3: 16 bits
+        tags[int.from_bytes(head[start : start + 2], order)] = int.from_bytes(
+            head[start + 8 : start + 8 + size], order
+        )
+    is_thumbnail = bool(tags.get(_REDUCED, 0) & 1) and _SUB_FILES in tags
+    return _DNG_VERSION in tags or is_thumbnail or tags.get(262) == _COLOUR_FILTER
+
+
+def _text_kind(head: bytes) -> Kind:
+    """What a file without magic number is."""
+    if not head:
+        return _EMPTY
+    if not head.strip(b"\0"):
+        return _ZEROS
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return _TEXT
+    try:
+        # the last character may be cut
+        text = head[: HEAD - 4].decode("utf-8-sig") if len(head) == HEAD else head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(head) < HEAD or error.start < HEAD - 8:
+            return _UNKNOWN
+        text = head[: error.start].decode("utf-8-sig")
+    if re.search(r"[\0-\x08\x0e-\x1a\x1c-\x1f]", text):
+        return _UNKNOWN
+    start = text.lstrip().lower()
+    if not start.startswith("<"):
+        return _TEXT
+    if re.search(r"<!doctype html|<html|<head>|<body|<script", start):
+        return _HTML
+    return _SVG if "<svg" in start else _TEXT
+
+
+def _plural(noun: str) -> str:
+    """The plural of a kind's name: its first noun is the word before " of " or the last one."""
+    first, of, rest = noun.partition(" of ")
+    return f"{first}s{of}{rest}"
