@@ -62,7 +62,7 @@ _SVG, _VIDEO = Kind("an SVG drawing", advice=_SAVE), Kind("a video")
 _ICON, _PDF = Kind("an icon", advice=_SAVE), Kind("a PDF file", advice="save its pictures as PNG or JPEG")
 _HEIC = Kind("a HEIC picture", advice="convert it to JPEG or PNG")
 _JXL = Kind("a JPEG XL picture", advice=_SAVE)
-_ARCHIVE = Kind("an archive", advice="unpack it")
+_ARCHIVE = Kind("an archive")
 _SOUND = Kind("a sound file")
 _WEIGHTS = Kind("a safetensors file")
 _KINDS = {name: Kind(f"a {name} picture", name) for name in READ}
