@@ -21,7 +21,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import folders, prompts
+from dreambooth.bases import folders, noise_levels, prompts
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, reason_of, shown
@@ -154,8 +154,7 @@ class Base:
     def is_edm(self) -> bool:
         """Whether the base was trained on continuous noise levels (EDM, arXiv 2206.00364), by the class of
         its scheduler."""
-        scheduler = self.index.get("scheduler")
-        return isinstance(scheduler, list) and "EDM" in str(scheduler[-1])
+        return noise_levels.is_edm(self.index)
 
     @property
     def prediction_type(self) -> str:
@@ -241,6 +240,7 @@ def find(options: BaseOptions) -> Base:
         variant=options.variant,
         is_tokenizer_given=options.tokenizer_name is not None,
     )
+    noise_levels.check(folder, name, index)
     vae_name = options.pretrained_vae_model_name_or_path
     given_vae = _find_vae(vae_name, family, folder) if vae_name else None
     return Base(family, folder, given_vae, options, index)
@@ -251,6 +251,7 @@ def _download(options: BaseOptions) -> Path:
     try:
         index = DiffusionPipeline.load_config(name, revision=options.revision)
         _family_of(index, name)  # before gigabytes are fetched
+        noise_levels.check_class(index, name)
         return Path(
             DiffusionPipeline.download(
                 name,

@@ -285,11 +285,10 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
             f"the UNet of {shown(name)} takes {unet['in_channels']} channels and not 3: "
             "a second stage, which is not trained here"
         )
-    prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if unet.get("time_cond_proj_dim") is not None:
         problems.append(
-            f"Unknown prediction type {shortened(prediction_type)} in the scheduler of {shown(name)}; "
-            "it must be epsilon or v_prediction"
+            f"the UNet of {shown(name)} takes the guidance scale as an input (time_cond_proj_dim): "
+            "a distilled base, which is not trained here"
         )
     return problems
 

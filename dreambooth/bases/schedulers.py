@@ -5,10 +5,11 @@ from typing import Any
 
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
+from dreambooth.bases import noise_levels
 from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG
 from dreambooth.bases.loading import from_pretrained
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError
 
 
 def load_scheduler(base: Base, *, edm: bool = False) -> Any:
@@ -54,19 +55,9 @@ def class_sampler(base_scheduler: Any, wanted: str) -> Any:
 
 
 def _dpm_solver(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (arXiv 2211.01095) on the noise levels of `config`, which may be of another solver.
-
-    Raises UserError if it does not support those levels.
-    """
-    settings = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
-    try:
-        return DPMSolverMultistepScheduler.from_config(config, **settings, **fixed_variance(config))
-    except NotImplementedError as error:
-        reason = shown(" ".join(str(error).split())[:200])
-        raise UserError(
-            f"the multistep DPM solver cannot draw with this base's scheduler ({reason}); give "
-            "--class_scheduler base"
-        ) from None
+    """DPM-Solver++ (arXiv 2211.01095) on the noise levels of `config`, which may be of another solver."""
+    settings = noise_levels.DPM_SOLVER
+    return DPMSolverMultistepScheduler.from_config(config, **settings, **fixed_variance(config))
 
 
 def fixed_variance(config: Mapping[str, Any]) -> dict[str, str]:

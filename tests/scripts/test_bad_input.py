@@ -517,6 +517,18 @@ bad(
 )
 bad(
     "bases",
+    "flow matching",
+    edited("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+    "names FlowMatchEulerDiscreteScheduler, a scheduler of flow matching",
+)
+bad(
+    "bases",
+    "endless noise levels",
+    edited("scheduler/scheduler_config.json", num_train_timesteps=10**10),
+    "num_train_timesteps is 10000000000",
+)
+bad(
+    "bases",
     "no weights",
     lambda folder: (folder / UNET).unlink(),
     "has no weights",
