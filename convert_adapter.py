@@ -222,15 +222,13 @@ def convert(options: ConvertOptions) -> None:
         path = _new_file(options.output, [options.adapter])
     base = _base(options.base)
     adapter = _read_named(options.adapter, base)
+    if options.rank:
+        adapter = _ranked(options, adapter, base)
+    elif options.to == "lora":
+        adapter = to_lora(adapter)[0]
     info = native.recorded(adapter.metadata)
-    if options.to == "lora":
-        lora, kept = to_lora(adapter, options.rank)
-        if options.rank:
-            _print_kept(kept_shares(to_lora(adapter)[0], kept))
-        _save(path, lora, options.dtype)
-        return
     print(tables.table(adapter))
-    if options.to == "native":
+    if options.to in ("native", "lora"):
         _write(path, writing.write_native(adapter, info, dtype))
     elif options.to == "kohya":
         family = _family(options.adapter, adapter, base)
@@ -238,8 +236,32 @@ def convert(options: ConvertOptions) -> None:
         if base:
             info.setdefault("prediction_type", base.prediction_type)
         _write(path, writing.write_kohya(adapter, family, info, dtype, depth=depth))
+        for note in writing.kohya_notes(adapter):
+            print(f"note: {note}")
     else:
         _write_folder(folder, writing.write_peft(adapter, layer_names.installed_text_prefixes(), dtype))
+
+
+def _ranked(options: ConvertOptions, adapter: Adapter, base: Any) -> Adapter:
+    """The LoRA of --rank that is nearest to the adapter; prints the share that it keeps.
+
+    Raises UserError if the adapter has magnitudes (DoRA) and no base is given.
+    """
+    magnitudes = [kind for kind in adapter.kinds if kind.startswith("d")]
+    if not magnitudes:
+        exact, _ = to_lora(adapter)
+        lora, shares = to_lora(exact, options.rank)
+        _print_kept(kept_shares(exact, shares))
+        return lora
+    if not base:
+        raise UserError(
+            f"--rank: {shown(options.adapter)} is a {magnitudes[0]}, whose change depends on the base's"
+            f" weights; {_GIVE_BASE}, or lower the rank of its matrices with `resize`"
+        )
+    assert options.rank is not None  # as in `convert`
+    lora, kept = base_weights.ranked_lora(adapter, base.folder, options.base.variant, options.rank)
+    _print_kept(kept)
+    return lora
 
 
 def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:

@@ -305,9 +305,9 @@ def train(options: TrainOptions, watch: Watch) -> None:
             publishing.publish(start, training.saver.adapter, training.validation.finished)
         peers.barrier()
         peers.accelerator.end_training()
-        seconds = time.monotonic() - started
-        peers.say(f"{training.max_steps - training.first_step} steps in {seconds:.1f} s")
+        peers.say(f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
         peers.say(memory.summary(training.memory))
+        peers.say(publishing.last_line(start))
 
 
 def main(options: TrainOptions) -> None:

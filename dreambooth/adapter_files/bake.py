@@ -1,5 +1,5 @@
-"""Work on a base's weight files, tensor by tensor: `extract` makes a LoRA of what fine-tuning changed, `bake`
-merges adapters into a copy of the base.
+"""Work on a base's weight files, tensor by tensor: `extract` makes a LoRA of what fine-tuning changed,
+`ranked_lora` one of what a DoRA changes, `bake` merges adapters into a copy of the base.
 
 No model is built. Weights are looked up by their keys, so a copied folder keeps its keys, its tokenizers and
 its other files.
@@ -152,6 +152,41 @@ def _common_keys(before: _BasePart, after: _BasePart) -> list[str]:
             f"--tuned: {len(unlike)} weights have other shapes than the base's, e.g. {key}: {both}"
         )
     return sorted(shapes)
+
+
+# ---- an adapter with magnitudes as a LoRA
+
+
+def ranked_lora(
+    adapter: Adapter, folder: Path, variant: str | None, rank: int
+) -> tuple[Adapter, dict[str, float]]:
+    """(the LoRA of at most `rank` nearest to what the adapter changes in this base; by component, the share
+    of the squared change that it keeps).
+
+    The base's weights are read only for layers with a magnitude: their change is the scaled W + dW minus W,
+    which has full rank. Raises UserError if a value of the base is not finite.
+    """
+    components: dict[str, dict[str, Module]] = {}
+    kept: dict[str, float] = {}
+    for part, modules in adapter.components.items():
+        held = total = 0.0
+        loras: dict[str, Module] = {}
+        with contextlib.ExitStack() as stack:
+            base = _BasePart(stack, folder, part, variant)
+            keys = {_layer(key): key for key in base.shapes if key.endswith(".weight")}
+            for layer, module in modules.items():
+                if module.magnitude is None:
+                    square = deltas.norm(module) ** 2
+                    loras[layer], share = deltas.shrink(deltas.as_lora(module), rank)
+                else:
+                    change = adapter.update(part, layer, base.tensor(keys[layer]).float())
+                    square = float(change.double().square().sum())
+                    loras[layer], share = deltas.extract(change, rank)
+                total += square
+                held += share * square
+        components[part] = loras
+        kept[part] = held / total if total else 1.0
+    return Adapter(components, adapter.metadata), kept
 
 
 # ---- adapters merged into a copy

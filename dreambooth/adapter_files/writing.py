@@ -4,6 +4,7 @@ The same adapter always gives the same bytes: keys and lists are sorted, and the
 """
 
 import collections
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -172,9 +173,11 @@ def write_kohya(
     is a LoRA.
 
     LoRA modules are padded with zeros to one rank for each component, and alpha is that rank: diffusers makes
-    another adapter of mixed ranks without a warning. `info` is about the training run; its resolution, seed
-    and steps also go into kohya's fields. `depth`: see `layer_names.depth_of`. Raises UserError if the family
-    lacks a component of the adapter, or if a value is not finite in `dtype`.
+    another adapter of mixed ranks without a warning. Magnitudes (DoRA) are written as LyCORIS reads them;
+    `kohya_notes` says what the other programs make of them. Factors of a LoKr that some program cannot
+    rebuild are stored as their product. `info` is about the training run; its resolution, seed and steps also
+    go into kohya's fields. `depth`: see `layer_names.depth_of`. Raises UserError if the family lacks a
+    component of the adapter, or if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     ranks: set[int] = set()
@@ -188,6 +191,7 @@ def write_kohya(
                 parts = {"lora_down.weight": module.down, "lora_up.weight": module.up}
                 alpha = largest
             else:
+                module = _rebuildable(module) if isinstance(module, LoKr) else module
                 parts = _lycoris_tensors(module)
                 alpha = module.rank or 1  # readers ignore it if both factors are dense
             ranks.add(alpha)
@@ -198,6 +202,55 @@ def write_kohya(
             tensors |= {f"{stem}.{name}": tensor for name, tensor in parts.items()}
     metadata = _kohya_metadata(adapter, family, info, max(ranks, default=1))
     return safetensors_files.stable_bytes(_stored(tensors, dtype), metadata)
+
+
+def _rebuildable(module: LoKr) -> LoKr:
+    """The LoKr with those factors dense that some reader of kohya's files cannot rebuild; dW stays the same.
+
+    ComfyUI applies no factor with a Tucker core. LyCORIS makes the second factor dense from half its larger
+    side on, and expects a first factor that is a product only together with a second one. InvokeAI takes the
+    scale from the rank of the first factor, ComfyUI from that of the second.
+    """
+    first_rank, second_rank = (None if b is None else b.shape[0] for b in (module.w1b, module.w2b))
+    first, second = module.factors()
+    if second_rank is None or module.t2 is not None or 2 * second_rank >= max(second.shape[:2]):
+        second_rank = None
+        module = dataclasses.replace(module, w2=second, w2a=None, w2b=None, t2=None)
+    if first_rank is None or first_rank != second_rank or 2 * first_rank >= max(first.shape):
+        module = dataclasses.replace(module, w1=first, w1a=None, w1b=None)
+    return module
+
+
+def kohya_notes(adapter: Adapter) -> list[str]:
+    """What a user must know about the adapter's file in kohya's layout: which programs misread it."""
+    layers = {
+        f"{component}.{path}": module
+        for component, modules in adapter.components.items()
+        for path, module in modules.items()
+    }
+    notes = []
+    if any(module.magnitude is not None for module in layers.values()):
+        notes.append(
+            f"{', '.join(kind for kind in adapter.kinds if kind.startswith('d'))}: in kohya's layout only"
+            " LyCORIS reads the magnitudes as they were trained; ComfyUI, Forge, A1111, InvokeAI and kohya's"
+            " own scripts draw other pictures from this file. `convert_adapter.py convert` with --to kohya,"
+            " --rank N and --pretrained_model_name_or_path writes a LoRA near it, which they all read"
+        )
+    swapped = sorted(name for name, m in layers.items() if isinstance(m, LoKr) and _is_swapped(m))
+    if swapped:
+        notes.append(
+            f"LyCORIS cannot read {len(swapped)} of {len(layers)} layers, e.g. {swapped[0]}: their first"
+            " Kronecker factor is larger than the second (--decompose_factor over the root of a layer's"
+            " width); the other programs can"
+        )
+    return notes
+
+
+def _is_swapped(module: LoKr) -> bool:
+    """Whether the first Kronecker factor is larger than the second along a side. LyCORIS always takes the
+    smaller one as the first."""
+    first, second = module.factors()
+    return any(first.shape[side] > second.shape[side] for side in (0, 1))
 
 
 def _kohya_metadata(

@@ -47,7 +47,8 @@ class AdapterOptions:
     lora_dropout: float = 0.0
     """LoRA: dropout on the input of the update matrices during training."""
     use_dora: bool = False
-    """LoRA: DoRA (arXiv 2402.09353), which also trains the magnitude of each output."""
+    """LoRA: DoRA (arXiv 2402.09353), which also trains the magnitude of each output. For diffusers and
+    infer.py; see --output_kohya_format for other programs."""
     use_rslora: bool = False
     """LoRA: scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small
     ones."""
@@ -64,7 +65,8 @@ class AdapterOptions:
     decompose_both: bool = False
     """LoKr: decompose both Kronecker factors into low-rank matrices."""
     decompose_factor: int = -1
-    """LoKr: largest side of the first Kronecker factor; -1 divides each width as evenly as possible."""
+    """LoKr: largest side of the first Kronecker factor; -1 divides each width as evenly as possible. LyCORIS
+    cannot read layers in which it is over the root of the width."""
     use_effective_conv2d: bool = False
     """LoHa and LoKr: decompose 3 x 3 kernels too (CP, called tucker)."""
     oft_block_size: int = 32
@@ -89,7 +91,9 @@ class AdapterOptions:
     lr_pattern: str | None = None
     """Learning rates of parts of the models, in the same form: "unet.down_blocks=1e-5,mid_block=5e-5"."""
     output_kohya_format: bool = False
-    """Also write pytorch_lora_weights_kohya.safetensors, for ComfyUI, A1111, Forge and kohya's scripts."""
+    """Also write pytorch_lora_weights_kohya.safetensors, for ComfyUI, A1111, Forge, InvokeAI and kohya's
+    scripts: they do not read pytorch_lora_weights.safetensors. With --use_dora only LyCORIS reads it as it
+    was trained; `convert_adapter.py convert` with --to kohya and --rank writes a LoRA for the others."""
     init_adapter: str | None = None
     """Adapter to start from: a file, or a folder with one, of a finished run, of a checkpoint of the
     reference script, or in kohya's format."""

@@ -18,7 +18,7 @@ class KnownBase:
     pretrained_model_name_or_path: str | None = None
     """Folder or hub id of the base. With it, the name and width of every layer are checked. Files in kohya's
     format, LoHa and LoKr cannot be converted without it, since they lack names or shapes. Only the headers of
-    the base's files are read."""
+    the base's files are read, but for --rank of a DoRA."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
@@ -101,14 +101,15 @@ class ConvertOptions:
     """Adapter file, the folder of a run, or a folder in peft's format. Its layout is detected."""
     to: Literal["native", "kohya", "lora", "peft"]
     """native: the layout of this suite; diffusers loads it if the adapter is LoRA or DoRA. kohya: for
-    ComfyUI, A1111, Forge and kohya's scripts. lora: the native layout, with every layer converted to a LoRA,
-    exactly (the rank of a LoHa is squared) or to --rank. peft: a folder for each component, for
-    PeftModel.from_pretrained."""
+    ComfyUI, A1111, Forge, InvokeAI and kohya's scripts; of a DoRA, only LyCORIS reads that file as it was
+    trained, and the others need --rank. lora: the native layout, with every layer converted to a LoRA,
+    exactly (the rank of a LoHa is squared; a DoRA keeps its magnitudes) or to --rank. peft: a folder for each
+    component, for PeftModel.from_pretrained."""
     output: str
     """File to write; with --to peft a folder, new or empty."""
     rank: int | None = None
-    """With --to lora: the largest rank; the nearest LoRA of that rank is written, and the kept share of the
-    update is printed. Default: exact."""
+    """With --to lora or kohya: the largest rank; the nearest plain LoRA of that rank is written, and the kept
+    share of the update is printed. For a DoRA this needs the base. Default: exact."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
@@ -116,8 +117,8 @@ class ConvertOptions:
         named("adapter", self.adapter)
         _check_rank(self.rank)
         require(
-            self.rank is None or self.to == "lora",
-            "--rank only works with --to lora; the command `resize` lowers the rank of an adapter",
+            self.rank is None or self.to in ("lora", "kohya"),
+            "--rank only works with --to lora or kohya; the command `resize` lowers the rank of an adapter",
         )
         if self.to == "peft":
             named("output", self.output)

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import AutoConfig
 
-from dreambooth.adapter_files import layer_names
+from dreambooth.adapter_files import layer_names, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.options.adapter import AdapterOptions
@@ -50,6 +50,36 @@ def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptio
             modules = target_modules(base, component, adapter, text, shapes)
             targets[component] = Targets(shapes, inject.layers_at(modules, shapes))
     return targets
+
+
+def reader_notes(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> list[str]:
+    """Notes on programs that misread this kind of adapter, or some of its layers, in kohya's layout."""
+    notes = []
+    if adapter.use_dora and adapter.output_kohya_format:
+        notes.append(
+            "--output_kohya_format with --use_dora: only LyCORIS reads that file as it is trained."
+            " `convert_adapter.py convert` with --to kohya and --rank writes a LoRA near it for ComfyUI,"
+            " A1111, Forge, InvokeAI and kohya's own scripts."
+        )
+    factor = adapter.decompose_factor
+    if adapter.adapter == "lokr" and factor > 0 and base.kohya_family is not None:
+        widths = {
+            f"{component}.{layer}": targets.shapes[layer][:2]
+            for component, targets in trained_layers(base, adapter, text).items()
+            for layer in targets.layers
+        }
+        swapped = [
+            name
+            for name, sides in widths.items()
+            if any(writing.divided(width, factor) ** 2 > width for width in sides)
+        ]
+        if swapped:
+            notes.append(
+                f"--decompose_factor {factor} is over the root of the width of {len(swapped)} of"
+                f" {len(widths)} layers, e.g. {swapped[0]}: LyCORIS cannot read these layers from a kohya"
+                " file. The other programs can."
+            )
+    return notes
 
 
 def table(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> str:

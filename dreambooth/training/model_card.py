@@ -19,8 +19,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
+from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.errors import printable
+from dreambooth.training import programs
 from dreambooth.training.hub import CARD_NAME
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
@@ -83,7 +84,7 @@ def model_card(
         _gallery(pictures, flags.get("validation_prompt")),
         "## Use",
         _fenced(_example(public, name, family), "python") if is_lora else "",
-        _about_files(flags),
+        _about_files(flags, family),
         "## Training",
         "\n".join(f"- {line}" for line in _about_training(public)),
         "All options:",
@@ -134,23 +135,10 @@ def _gallery(pictures: Sequence[str], prompt: str | None) -> str:
     return "\n".join(lines)
 
 
-def _about_files(flags: Mapping[str, Any]) -> str:
-    """Sentences on which file is for which program."""
-    text = f"`{ADAPTER_NAME}` is the adapter."
-    if flags["adapter"] != "lora":
-        kind = _KINDS[flags["adapter"]]
-        text += (
-            f" Plain diffusers does not load {kind}: "
-            f"`infer.py --adapter {ADAPTER_NAME}` of the program that trained it does"
-        )
-        text += (
-            f", and `convert_adapter.py convert {ADAPTER_NAME} --to lora --output NEW` makes a LoRA of it."
-            if flags["adapter"] in ("loha", "lokr")
-            else "."
-        )
-    if flags["output_kohya_format"]:
-        text += f" `{KOHYA_NAME}` is the same one for ComfyUI, A1111, Forge and kohya's scripts."
-    return text
+def _about_files(flags: Mapping[str, Any], family: str) -> str:
+    """Lines on which file is for which program."""
+    phrases = programs.readers(flags, "", has_kohya_names=family != "if")
+    return "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in phrases)
 
 
 def _about_training(public: _PublicFlags) -> list[str]:

@@ -191,7 +191,8 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
-    return CheckedBase(base, tokenizers, init_adapter, [*prompt_notes, *size_notes])
+    reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
+    return CheckedBase(base, tokenizers, init_adapter, [*prompt_notes, *size_notes, *reader_notes])
 
 
 @dataclasses.dataclass(frozen=True)

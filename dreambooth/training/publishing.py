@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.training import hub, model_card, saving
+from dreambooth.errors import shown
+from dreambooth.training import hub, model_card, programs, saving
 from dreambooth.training.start import Start
 
 
@@ -15,8 +16,7 @@ def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
     """
     options, base = start.options, start.base
     if options.adapter.output_kohya_format:
-        resolution, seed = options.instance.resolution, options.run.seed
-        saving.write_kohya(adapter, base, resolution=resolution, seed=seed)
+        saving.write_kohya(adapter, base)
     if start.repository is not None:
         card = model_card.model_card(
             start.flags,
@@ -27,3 +27,10 @@ def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
             token=options.reports.hub_token,
         )
         hub.publish(options.reports, start.output_dir, card, pictures)
+
+
+def last_line(start: Start) -> str:
+    """The last line of a run: which file is for which program."""
+    has_kohya_names = start.base.kohya_family is not None
+    folder = shown(start.output_dir)
+    return "; ".join(programs.readers(start.flags, folder, has_kohya_names=has_kohya_names))

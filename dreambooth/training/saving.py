@@ -182,12 +182,15 @@ class Saver:
             self.peers.say(f"warning: {note}")
 
 
-def write_kohya(adapter: Path, base: families.Base, *, resolution: int, seed: int) -> None:
-    """Write the finished adapter in kohya's format beside it. Raises Stop if it cannot be written."""
-    info = {"resolution": resolution, "seed": seed, "prediction_type": base.prediction_type}
+def write_kohya(adapter: Path, base: families.Base) -> None:
+    """Write the finished adapter in kohya's format beside it, as `convert_adapter.py convert` does.
+
+    Raises Stop if it cannot be written.
+    """
     assert base.kohya_family is not None  # checked with the flags
     layers = base.layers()
     content, depth = reading.read_additive(adapter, layers), layer_names.depth_of(layers["unet"])
+    info = native.recorded(content.metadata) | {"prediction_type": base.prediction_type}
     data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
     path = adapter.with_name(native.KOHYA_NAME)
     try:
@@ -195,3 +198,5 @@ def write_kohya(adapter: Path, base: families.Base, *, resolution: int, seed: in
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {path}")
+    for note in writing.kohya_notes(content):
+        print(f"note: {note}")

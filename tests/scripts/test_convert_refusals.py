@@ -215,8 +215,8 @@ def refusal(capsys, *words: object) -> str:
             "--output must be the name of a folder with --to peft",
         ),
         (
-            "convert a --to kohya --output b.safetensors --rank 4",
-            "--rank only works with --to lora",
+            "convert a --to native --output b.safetensors --rank 4",
+            "--rank only works with --to lora or kohya",
         ),
         ("merge a --output b.safetensors", "--adapter: give 2 files or more, got 1"),
         ("merge a b:0 --output c.safetensors", "the weight must be a number other than 0, got b:0"),
