@@ -19,7 +19,7 @@ import torch
 
 from dreambooth.bases import families, loading, prompts
 from dreambooth.data import class_images
-from dreambooth.runtime import processes
+from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.stops import Watch
 
 
@@ -39,7 +39,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     accelerator = peers.accelerator
-    for note in processes.notes():
+    for note in launcher.notes():
         print(f"note: {note}")
 
     # base, prompt and settings

@@ -28,7 +28,7 @@ from dreambooth.bases.prompts import PromptCache
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
 from dreambooth.options import adapter_sets
-from dreambooth.runtime import processes
+from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
 
@@ -63,7 +63,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     device = peers.accelerator.device
-    for note in processes.notes():
+    for note in launcher.notes():
         print(f"note: {note}")
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")

@@ -3,10 +3,8 @@
 import contextlib
 import datetime
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
-from dreambooth.errors import UserError, is_memory_error, reason_of
+from dreambooth.errors import UserError, is_memory_error, reason_of, type_and_reason
+from dreambooth.runtime import launcher
 from dreambooth.runtime.stops import Stop, Watch
 
 T = TypeVar("T")
@@ -23,21 +22,24 @@ _ROLL_CALL = datetime.timedelta(seconds=10)  # time to answer it
 _FOR_EVER = datetime.timedelta(days=30)  # gloo has no "never"
 
 
-def adopt_local_rank(local_rank: int) -> None:
-    """Set LOCAL_RANK, which accelerate reads, from --local_rank of an old launcher. -1 sets nothing."""
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-
-
 def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
     """Join the processes that the launcher started.
 
     `peer_timeout` is the timeout of exchanges within a step, in seconds; `settings` go to `Accelerator`.
-    Raises UserError if accelerate joined fewer processes than were started: each would do all the work, in
-    the same folder.
+    Raises UserError if the launcher's settings cannot be followed, or if accelerate joined fewer processes
+    than were started: each would do all the work, in the same folder.
     """
+    launcher.check(settings.get("mixed_precision"))
     timeout = datetime.timedelta(seconds=peer_timeout)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **settings)
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **settings)
+    except Exception as error:  # accelerate raises any exception for settings that it cannot follow
+        if is_memory_error(error):
+            raise
+        raise UserError(
+            f"accelerate cannot start with the launcher's settings ({type_and_reason(error)}); see "
+            "`accelerate env` and the variables RANK, WORLD_SIZE, MASTER_* and ACCELERATE_*"
+        ) from None
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
@@ -45,30 +47,6 @@ def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
             "without a GPU set ACCELERATE_USE_CPU=true for torchrun"
         )
     return Peers(accelerator, watch, timeout)
-
-
-def notes() -> list[str]:
-    """A note for the user if `accelerate launch --num_processes N` started a single process; else []."""
-    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT and starts one process, without a message
-    environment = os.environ
-    if "ACCELERATE_DYNAMO_BACKEND" not in environment or "MASTER_PORT" not in environment:
-        return []
-    if "WORLD_SIZE" in environment:
-        return []
-    match = re.search(r"--num_processes[= ](\d+)", _command_line(os.getppid()))
-    return [
-        f"accelerate launch should start {match[1] if match else 'several'} processes and started 1: "
-        "on CPUs it starts several only as `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-        "--num_processes N` (configs/accelerate/cpu_processes.yaml)"
-    ]
-
-
-def _command_line(pid: int) -> str:
-    """The command line of a process; "" if it cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:  # this system has no /proc
-        return ""
 
 
 class Peers:

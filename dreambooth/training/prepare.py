@@ -32,7 +32,7 @@ from dreambooth.options.resolved import (
     resolve,
 )
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
-from dreambooth.runtime import processes
+from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
 from dreambooth.training import adapter_targets, checkpoints, checks, hub, metrics, run_folder
@@ -48,6 +48,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     # processes
     trackers, notes = metrics.trackers(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, trackers)
+    launcher_notes = launcher.notes(options.run.gradient_accumulation_steps)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
     output_dir = Path(options.run.output_dir)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
@@ -58,7 +59,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     subject = check_photos(options.instance, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
-    peers.say_notes([*checked.init_adapter.notes, *device_notes, *processes.notes()])
+    peers.say_notes([*checked.init_adapter.notes, *device_notes, *launcher_notes])
     if options.adapter.dry_run:
         if peers.is_main:
             print(adapter_targets.table(checked.base, options.adapter, options.text))
@@ -103,7 +104,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
 def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, trackers: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
-    processes.adopt_local_rank(run.local_rank)
+    launcher.adopt_local_rank(run.local_rank)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     logging_dir = Path(run.output_dir) / reports.logging_dir

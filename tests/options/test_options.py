@@ -1,14 +1,12 @@
 """Flags: those of the reference script with its defaults; one message and status 2 for every mistake."""
 
 import importlib.util
-import os
 
 import pytest
 
 from dreambooth.options import command_line
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
-from dreambooth.runtime import processes
 from tests.options.reference import (
     BARE,
     CLASS_IMAGES,
@@ -309,14 +307,3 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
         TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]
     ).notes()
     assert note.startswith("--class_prompt equals --instance_prompt")
-
-
-def test_local_rank_of_old_launchers_is_handed_on_but_never_wins(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "")
-    monkeypatch.delenv("LOCAL_RANK")
-    processes.adopt_local_rank(-1)
-    assert "LOCAL_RANK" not in os.environ
-    processes.adopt_local_rank(3)
-    assert os.environ["LOCAL_RANK"] == "3"
-    processes.adopt_local_rank(1)
-    assert os.environ["LOCAL_RANK"] == "3"

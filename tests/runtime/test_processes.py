@@ -150,14 +150,3 @@ def test_of_three_processes_the_one_that_is_lost_is_named():
         return peers.gather(torch.ones(1)).tolist()
 
     assert together(work, 3)[0] == "Stop: process 2 of 3 (counted from 0) died or hangs"
-
-
-def test_one_process_where_several_were_asked_for_is_noted(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "ACCELERATE_DYNAMO_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-    assert processes.notes() == []
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    assert processes.notes() == []
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    (note,) = processes.notes()
-    assert "should start several processes and started 1" in note
