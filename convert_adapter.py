@@ -96,6 +96,8 @@ def _read_named(path: str, base: Any) -> Adapter:
     base is given.
     """
     adapter = reading.read_additive(Path(path), base.layers() if base else None)
+    for note in adapter.notes:
+        print(f"note: {note}")
     if base:
         return adapter
     modules = {
@@ -356,6 +358,8 @@ def bake(options: BakeOptions) -> None:
                 f" its own weight must be 1, got {weight:g}"
             )
         print(f"{shown(name)}, weight {weight:g}", tables.table(adapter), sep="\n")
+        for note in adapter.notes:
+            print(f"note: {note}")
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
     try:

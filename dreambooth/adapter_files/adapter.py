@@ -36,12 +36,14 @@ class Adapter:
     """Modules that add to a layer's weight.
 
     `components` has the modules by component and layer. `metadata` is the file's. `scales` has, by component
-    and layer, the factors that were multiplied into the modules.
+    and layer, the factors that were multiplied into the modules. `notes` say what the file holds and the
+    adapter does not.
     """
 
     components: dict[str, dict[str, Module]]
     metadata: dict[str, str]
     scales: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     is_additive: ClassVar[bool] = True  # works with any weight, and can be attached to a live model
     size_title: ClassVar[str] = "rank"

@@ -8,8 +8,9 @@ transformers. Inside this project they have no prefix: `plain` removes it from n
 and `with_prefix` add it to names that are written or looked up in a model.
 """
 
+import difflib
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from dreambooth.bases.folders import KohyaFamily
 
@@ -18,7 +19,7 @@ Shape = tuple[int, ...]
 Layers = Mapping[str, Mapping[str, Shape]]  # component -> layer -> shape of its weight
 
 TEXT_PREFIX = "text_model."
-_EMBEDDINGS = ("token_embedding", "position_embedding")
+EMBEDDINGS = ("token_embedding", "position_embedding")
 
 
 # ---- the prefix of text encoders
@@ -71,101 +72,196 @@ def installed_text_prefixes() -> dict[str, str]:
 
 # ---- from a key to a layer
 
+# What stands before a layer's name in the files of programs, by component; written with dots.
+_PREFIXES_OF = {
+    "unet": ("unet", "lora_unet", "lycoris_unet", "diffusion_model", "model.diffusion_model"),
+    "text_encoder": (
+        *("text_encoder", "lora_te", "lora_te1", "lora_text_encoder", "te", "te1"),
+        *("lycoris_te", "lycoris_te1", "lycoris_text_encoder"),
+        *("clip_l", "clip_l.transformer", "text_encoders.clip_l", "text_encoders.clip_l.transformer"),
+        *("clip_h", "clip_h.transformer", "text_encoders.clip_h", "text_encoders.clip_h.transformer"),
+        *("cond_stage_model.transformer", "cond_stage_model.model"),
+        *("conditioner.embedders.0.transformer", "conditioner.embedders.0.model"),
+    ),
+    "text_encoder_2": (
+        *("text_encoder_2", "lora_te2", "lora_text_encoder_2", "te2"),
+        *("lycoris_te2", "lycoris_text_encoder_2"),
+        *("clip_g", "clip_g.transformer", "text_encoders.clip_g", "text_encoders.clip_g.transformer"),
+        "conditioner.embedders.1.model",
+    ),
+}
+# Prefix, flat -> components. The longest is tried first. The last two do not name the component.
+_LONGEST_FIRST = sorted(
+    (
+        (f"{prefix.replace('.', '_')}_", component)
+        for component, prefixes in _PREFIXES_OF.items()
+        for prefix in prefixes
+    ),
+    key=lambda item: -len(item[0]),
+)
+_OWNERS = {prefix: (component,) for prefix, component in _LONGEST_FIRST} | {
+    "lycoris_": COMPONENTS,
+    "": COMPONENTS,
+}
+# The layers behind these have OpenCLIP's names. Its `text_projection` is the transpose of a Linear's weight.
+_OPEN_CLIP_PREFIXES = (
+    "cond_stage_model_model_",
+    "conditioner_embedders_0_model_",
+    "conditioner_embedders_1_model_",
+)
+# Names that wrappers of models put into those of layers: peft's, torch.compile's, DistributedDataParallel's.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=[._]))(?:base_model[._]model[._]|_orig_mod[._]|processor[._](?=to_))|^module\."
+    r"|\.base_layer(?=\.|$)"
+)
+FUSED = "self_attn.in_proj"  # OpenCLIP's one layer in place of q_proj, k_proj and v_proj
+
 
 class LayerNames:
     """The layers that an adapter may be for, under every name that they have in files.
 
-    `layers` has them with the shapes of their weights, by component and plain name.
+    `layers` has them with the shapes of their weights, by component and plain name. `stems` has names that
+    are only in the file, for reading without a base.
     """
 
     def __init__(self, layers: Layers) -> None:
         self.layers: dict[str, dict[str, Shape]] = {}
-        self.kohya: dict[str, tuple[str, str]] = {}  # kohya's name -> (component, layer)
+        self.stems: dict[str, tuple[str, str]] = {}
+        self._by_flat_name: dict[str, dict[str, str]] = {}  # component -> flat name -> layer
         by_plain_name = plain_layers(layers)
         for component in COMPONENTS:
             # embeddings also have two dimensions, but no adapter of this project is for them
             shapes = {
                 name: shape
                 for name, shape in by_plain_name.get(component, {}).items()
-                if len(shape) in (2, 4) and not name.endswith(_EMBEDDINGS)
+                if len(shape) in (2, 4) and not name.endswith(EMBEDDINGS)
             }
             if shapes:
                 self.layers[component] = shapes
-                depth = depth_of(shapes)
-                for name in shapes:
-                    self.kohya |= dict.fromkeys(_kohya_names(component, name, depth), (component, name))
+                spellings = _unet_spellings(shapes) if component == "unet" else _text_spellings(shapes)
+                self._by_flat_name[component] = {flat(name): layer for name, layer in spellings}
 
     def place(self, stem: str, component: str) -> tuple[str, str] | None:
         """(component, layer) for `stem`, the part of a key that names the layer; None if there is no such
         layer.
 
-        `component` is the file's, or "" if only the key can name it. Raises ValueError, with the names of the
-        components, if two components have such a layer.
+        A layer `encoder.layers.N.self_attn.in_proj` stands for three (`FUSED`). `component` is the file's, or
+        "" if only the key can name it. Raises ValueError, with the names of the components, if two components
+        have such a layer.
         """
-        if stem in self.kohya:
-            return self.kohya[stem]
-        component, stem = _parted(stem, component)
-        candidates = [component] if component else self.layers
-        holders = [name for name in candidates if stem in self.layers.get(name, {})]
-        if len(holders) > 1:
-            raise ValueError(" and ".join(holders))
-        return (holders[0], stem) if holders else None
+        if stem in self.stems:
+            return self.stems[stem]
+        for owners, rest in _parted(stem, component):
+            names = [(owner, self._by_flat_name.get(owner, {}).get(flat(rest))) for owner in owners]
+            holders = [(owner, layer) for owner, layer in names if layer is not None]
+            if len(holders) > 1:
+                raise ValueError(" and ".join(owner for owner, _ in holders))
+            if holders:
+                return holders[0]
+        return None
+
+    def nearest(self, stem: str) -> str:
+        """The end of a message about `stem`, which is no layer: the layer whose name is most like it."""
+        owners, rest = next(_parted(stem, ""))
+        names = {flat(layer): f"{owner}.{layer}" for owner in owners for layer in self.layers.get(owner, {})}
+        closest = difflib.get_close_matches(flat(rest)[:150], names, n=1, cutoff=0)
+        like = f"; the layer with the most similar name is {names[closest[0]]}" if closest else ""
+        return f"{like}: the adapter is for another base, or has names of an unknown layout"
 
 
-def _kohya_names(component: str, name: str, depth: int) -> set[str]:
-    """Every spelling of a layer in kohya's files. `depth`: see `sgm_name`."""
-    if component == "unet":
-        return {f"lora_unet_{flat(name)}", f"lora_unet_{flat(sgm_name(name, depth))}"}
-    prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
-    return {f"{prefix}{form}{flat(name)}" for prefix in prefixes for form in ("", flat(TEXT_PREFIX))}
+def _unet_spellings(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name in files, layer) for each layer of the UNet: diffusers' and Stability's."""
+    sgm = sgm_names(layers)
+    for layer in layers:
+        for name in (sgm[layer], layer):
+            yield name, layer
+            yield name.removesuffix(".0") if name.endswith("to_out.0") else name, layer
 
 
-def _parted(stem: str, component: str) -> tuple[str, str]:
-    """(component, plain layer) for a stem in diffusers' or peft's names. The component is "" if neither
-    `component` nor the stem names it."""
-    stem = stem.replace(".base_layer", "")  # in adapters that were trained on top of another one
-    head, _, rest = stem.partition(".")
-    if head == "diffusion_model" and component in ("", "unet"):  # the UNet's name in other programs
-        return "unet", rest
-    if not component and head in COMPONENTS:
-        component, stem = head, rest
-    return component, plain(stem.removeprefix("base_model.model."))
+def _text_spellings(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name in files, layer) for each layer of a text encoder: transformers' and OpenCLIP's."""
+    for layer in layers:
+        yield layer, layer
+        yield f"{TEXT_PREFIX}{layer}", layer
+        if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", layer):
+            block, rest = f"transformer.resblocks.{match[1]}", match[2]
+            for name, other in _OPEN_CLIP.items():
+                rest = rest.replace(name, other)
+            yield f"{block}.{rest}", layer
+            if layer.endswith("self_attn.q_proj"):
+                fused = f"encoder.layers.{match[1]}.{FUSED}"
+                yield f"{block}.attn.in_proj", fused
+                yield f"{block}.attn.in_proj_weight", fused
 
 
-_RAW_PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}
+_OPEN_CLIP = {"self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def _parted(stem: str, component: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(components that the stem may be for, layer's name in the file) for each prefix that fits.
+
+    `component` is the file's, or "".
+    """
+    stem = _WRAPPERS.sub("", stem)
+    flat_stem = flat(stem)  # as long as `stem`
+    for prefix, owners in _OWNERS.items():
+        if flat_stem.startswith(prefix):
+            rest = stem[len(prefix) :]
+            possible = tuple(owner for owner in owners if component in ("", owner))
+            is_transposed = prefix in _OPEN_CLIP_PREFIXES and rest == "text_projection"
+            if possible and rest and not is_transposed:
+                yield possible, rest
+
+
+def component_of(stem: str) -> str:
+    """The component that a stem's prefix names; "" if it names none."""
+    owners, _ = next(_parted(stem, ""), ((), ""))
+    return owners[0] if len(owners) == 1 else ""
+
+
+_RAW_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 _TOPS = {
-    **dict.fromkeys(
-        ("conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks"),
-        ("unet",),
+    "unet": re.compile(
+        r"(conv_in|conv_out|time_embedding|add_embedding|down_blocks|mid_block|up_blocks"
+        r"|input_blocks|middle_block|output_blocks|time_embed|label_emb|out_2)(_|$)"
     ),
-    "encoder": ("text_encoder", "text_encoder_2"),
-    "text_projection": ("text_encoder_2",),
+    "text_encoder": re.compile(r"(text_model_)?encoder_layers_|transformer_resblocks_"),
+    "text_encoder_2": re.compile(
+        r"(text_model_)?encoder_layers_|transformer_resblocks_|(text_model_)?text_projection$"
+    ),
 }
+# A name as this project has it, but for the prefix of text encoders.
+_DOTTED_NAME = re.compile(
+    r"(down_blocks|up_blocks)\.\d+\..+|mid_block\..+|(time|add)_embedding\..+|conv_in|conv_out"
+    r"|(text_model\.)?encoder\.layers\..+|(text_model\.)?text_projection"
+)
 
 
 def place_by_key(stem: str, component: str) -> tuple[str, str] | None:
-    """`LayerNames.place` without a base, from the key alone. The layer of a kohya key is the stem unchanged.
+    """`LayerNames.place` without a base, from the key alone. A layer's name that only a base can resolve is
+    returned in kohya's form (`is_raw`).
 
     None if the key does not decide the component. Raises ValueError as `LayerNames.place`.
     """
-    for prefix, owner in _RAW_PREFIXES.items():
-        if stem.startswith(prefix):
-            return owner, stem
-    component, stem = _parted(stem, component)
-    holders = (component,) if component else _TOPS.get(stem.partition(".")[0], ())
-    if len(holders) > 1:
-        raise ValueError(" and ".join(holders))
-    return (holders[0], stem) if holders and stem else None
+    for owners, rest in _parted(stem, component):
+        holders = owners
+        if len(owners) > 1:
+            holders = tuple(owner for owner in owners if _TOPS[owner].match(flat(rest)))
+        if len(holders) > 1:
+            raise ValueError(" and ".join(holders))
+        if holders:
+            is_dotted = not is_raw(stem) and _DOTTED_NAME.fullmatch(rest)
+            return holders[0], plain(rest) if is_dotted else _raw(stem, holders[0], rest)
+    return None
+
+
+def _raw(stem: str, component: str, rest: str) -> str:
+    return stem if is_raw(stem) else f"{_RAW_PREFIXES[component]}{flat(rest)}"
 
 
 def is_raw(path: str) -> bool:
     """Whether `path` is a name of kohya's, whose dots only a base's layers can restore."""
-    return "." not in path and path.startswith(tuple(_RAW_PREFIXES))
+    return "." not in path and path.startswith((*_RAW_PREFIXES.values(), "lora_te1_"))
 
 
 def absent_layers(
@@ -216,10 +312,22 @@ _SGM_RESNET = {
 }
 
 
-def sgm_name(name: str, depth: int) -> str:
+def sgm_names(layers: Iterable[str]) -> dict[str, str]:
+    """`sgm_name` of each of the UNet's `layers`, which must be all."""
+    names = list(layers)
+    depth = depth_of(names)
+    attending = {match[0] for name in names if (match := re.match(r"up_blocks\.\d+\.(?=attentions)", name))}
+    return {
+        name: sgm_name(name, depth, has_attention=name.partition("upsamplers")[0] in attending)
+        for name in names
+    }
+
+
+def sgm_name(name: str, depth: int, *, has_attention: bool = True) -> str:
     """A UNet layer's name in Stability's code, which kohya's scripts use for Stable Diffusion XL.
 
-    `depth` is the number of resnets in a down block. A name that has no other form is returned unchanged.
+    `depth` is the number of resnets in a down block. `has_attention`: whether the up block of an upsampler
+    has attention, as those of Stable Diffusion XL have. A name that has no other form is returned unchanged.
     """
     if name in _SGM_LAYERS:
         return _SGM_LAYERS[name]
@@ -237,93 +345,14 @@ def sgm_name(name: str, depth: int) -> str:
     if part == "downsamplers":
         return f"input_blocks.{start + depth + 1}.0.op"
     if part == "upsamplers":
-        return f"output_blocks.{start + depth}.2.conv"
+        return f"output_blocks.{start + depth}.{2 if has_attention else 1}.conv"
     half, number = (
         ("input", start + int(index) + 1) if direction == "down" else ("output", start + int(index))
     )
     return f"{half}_blocks.{number}.{0 if part == 'resnets' else 1}.{tail}"
 
 
-# ---- the tensors of a layer
-
-
-# End of a key -> which tensor of a module it is.
-_ENDS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_linear_layer.down.weight": "down",
-    "lora_linear_layer.up.weight": "up",
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "dora_scale": "dora_scale",
-    "alpha": "alpha",
-} | {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
-_ENDS |= {
-    name: name
-    for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-}
-_OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
-_OLD_UNET = {"to_out": "to_out.0"}
-_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# Pattern of a key that is not read here -> the kind of adapter or file that it belongs to.
-FOREIGN = {
-    r"\.(oft_R\.weight|boft_[Rs]|hra_u)$": (
-        "OFT, BOFT or HRA, which rotate weights; `bake` merges it into a base, and infer.py draws with it"
-    ),
-    r"oft_|\.oft\b": "OFT in a layout other than peft's: every program has another",
-    r"boft_": "BOFT in a layout other than peft's: every program has another",
-    r"\bhra_": "HRA in a layout other than peft's",
-    r"on_input$": "IA3",
-    r"\.diff(_b)?$|\bw_norm$|\bb_norm$": "a full weight difference, not an adapter",
-    r"emb_params$|string_to_param": "an embedding (textual inversion), not an adapter",
-    r"lora_embedding_": "a LoRA of an embedding",
-    r"\.bias$": "a trained bias",
-    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
-    r"^(transformer|double_blocks|lora_transformer)": "a transformer (Stable Diffusion 3, Flux), not a UNet",
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": (
-        "a full checkpoint, not an adapter"
-    ),
-}
-
-
-# A key of peft's that contains the name of an adapter.
-_NAMED = re.compile(
-    r"(?P<start>.+\.)"
-    r"(?:(?P<plain>lora_[AB])\.(?P<one>[\w-]+)\.weight"
-    r"|(?P<other>lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?P<two>[\w-]+)(?:\.weight)?)"
-)
-
-
-def without_name(keys: Iterable[str]) -> dict[str, str]:
-    """By key: the key without the adapter's name, which peft puts before its end. Unchanged if the keys do
-    not all contain the same name."""
-    matches = {key: _NAMED.fullmatch(key) for key in keys}
-    names = {(match["one"] or match["two"]) if match else None for match in matches.values()}
-    if len(names) != 1 or names <= {None, "weight"}:  # `lora_magnitude_vector.weight` contains no name
-        return {key: key for key in matches}
-    return {
-        key: f"{m['start']}{m['plain']}.weight" if m["plain"] else f"{m['start']}{m['other']}"
-        for key, m in matches.items()
-        if m
-    }
-
-
-def split(key: str) -> tuple[str, str] | None:
-    """(stem: the part that names the layer; which of the layer's tensors); None for a key of no known
-    layout."""
-    # some programs leave peft's name of the adapter in the key
-    key = re.sub(r"\.default(_\d+)?(?=(\.weight)?$)", "", key)
-    if old := _OLD_PROCESSOR.fullmatch(key):
-        names = _OLD_TEXT if old[1].endswith("self_attn") else _OLD_UNET
-        return f"{old[1]}.{names.get(old[2], old[2])}", old[3]
-    return next(
-        ((key[: -len(end) - 1], part) for end, part in _ENDS.items() if key.endswith(f".{end}")), None
-    )
+# ---- kohya's names, for writing
 
 
 KOHYA_PREFIXES = {

@@ -39,6 +39,8 @@ class ModuleReader:
             module = self.loha(tensors)
         elif parts & _LOKR_FIRST in _LOKR_FORMS_FIRST and parts - _LOKR_FIRST in _LOKR_FORMS_SECOND:
             module = self.lokr(tensors)
+        elif parts == {"diff"}:  # a difference of the full weight is the Kronecker product of 1 and itself
+            module = LoKr(w1=torch.ones(1, 1), w2=self.fit(tensors, "diff", *self.shape))
         else:
             raise UserError(
                 f"{self.where} has only {', '.join(sorted(tensors))};"

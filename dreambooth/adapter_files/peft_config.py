@@ -94,11 +94,8 @@ def _text_of(path: Path) -> str:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
             raise UserError(f"{shown(path)} is not a regular file")
-        if info.st_size > 4 * 2**20:
-            raise UserError(
-                f"{shown(path)}: {info.st_size:,} bytes are too many for the settings of an adapter"
-            )
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(_LONGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown(path)} cannot be read ({reason_of(error)})") from None
 
@@ -117,8 +114,15 @@ def _check_needless(where: str, owner: str, fields: Mapping[str, Any], component
         )
 
 
+_LONGEST_TEXT = 4 * 2**20  # characters; a table of more takes gigabytes
+
+
 def _json_table(what: str, text: str) -> dict[str, Any]:
-    """The table in a JSON text. Raises UserError, which begins with `what`, if it is not one."""
+    """The table in a JSON text. Raises UserError, which begins with `what`, if it is not one or too long."""
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(
+            f"{what}: over {_LONGEST_TEXT:,} characters are too many for the settings of an adapter"
+        )
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,8 +1,9 @@
 """Reads adapters from files of every common layout: this project's, peft's, diffusers' new and old keys,
-kohya's and LyCORIS'.
+kohya's and LyCORIS', Stability's and ComfyUI's.
 
 The keys of each module decide its kind. A file is read completely or refused: an unknown key is an error,
-since the adapter would draw other pictures without that tensor.
+since the adapter would draw other pictures without that tensor. Only bundled embeddings are left out, with a
+note.
 """
 
 import collections
@@ -10,29 +11,25 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth.adapter_files import layer_names, native, peft_config, rotations
+from dreambooth.adapter_files import layer_names, native, peft_config, rotations, tensor_names
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import COMPONENTS, LayerNames, Layers, Shape
 from dreambooth.adapter_files.module_reader import ModuleReader
 from dreambooth.adapter_files.peft_config import AdapterConfig
 from dreambooth.adapter_files.rotations import Rotations
-from dreambooth.errors import UserError, reason_of, shown
+from dreambooth.errors import UserError, few, reason_of, shortened, shown
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
 
 AnyAdapter = Adapter | Rotations
-# some programs store alpha as float64 or as a whole number
-_LIMITS = dataclasses.replace(
-    safetensors_files.ADAPTER, dtypes=safetensors_files.ADAPTER.dtypes | {"F64", "I64", "I32"}
-)
 
 
 def read(path: Path, layers: Layers | None = None) -> AnyAdapter:
@@ -103,7 +100,7 @@ class _File:
     @functools.cached_property
     def header(self) -> Header:
         """The file's header. Raises UserError if it is damaged."""
-        return safetensors_files.read(self.path, _LIMITS)
+        return safetensors_files.read(self.path, safetensors_files.ADAPTER)
 
 
 _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -181,18 +178,21 @@ Split = tuple[str, str]  # stem: the key's part that names the layer; part: whic
 def _read_file(file: _File, names: LayerNames | None) -> Adapter:
     """The adapter in one file. Without `names` of a base's layers, the layers come from the file."""
     where, header = shown(file.path), file.header
-    if not header.shapes:
-        raise UserError(f"{where}: the adapter is empty")
+    shapes = {key: shape for key, shape in header.shapes.items() if not key.startswith(tensor_names.BUNDLED)}
+    if not shapes:
+        only = ": it holds only embeddings (textual inversion)" if header.shapes else ""
+        raise UserError(f"{where}: the adapter is empty{only}")
     # the layer of each key, the tensors of each layer, and peft's configuration
-    splits = _splits(where, header.shapes)
-    names = names or _names_in_file(where, header.shapes, splits, file.component)
-    places = _places(where, header.shapes, splits, file.component, names)
-    tensors = _tensors(file.path, places, splits)
+    splits = _splits(where, shapes)
+    _check_values(where, header, splits)
+    names = names or _names_in_file(where, shapes, splits, file.component)
+    places = _places(where, shapes, splits, file.component, names)
+    tensors = _unfused(where, _tensors(file, places, splits))
     configs = peft_config.of_file(
         where, file.config, header.metadata, {component for component, _ in tensors}
     )
     # the module of each layer
-    hint = _other_family(header.shapes, names)
+    hint = _other_family(shapes, names)
     components: dict[str, dict[str, Module]] = {}
     scales: dict[str, dict[str, float]] = {}
     for (component, path), parts in sorted(tensors.items()):
@@ -206,26 +206,53 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
             raise UserError(f"{where}: {component}.{path} is not finite after multiplication by its scale")
     for component, config in configs.items():
         peft_config.check_whole(where, component, config, components[component], names.layers[component])
-    return Adapter(components, header.metadata, scales)
+    return Adapter(components, header.metadata, scales, _notes(where, header.shapes))
+
+
+def _notes(where: str, keys: Iterable[str]) -> tuple[str, ...]:
+    """A note on the embeddings among a file's keys, if there are any."""
+    bundled = (key.removeprefix(tensor_names.BUNDLED) for key in keys if key.startswith(tensor_names.BUNDLED))
+    words = sorted({key.partition(".")[0] for key in bundled})
+    if not words:
+        return ()
+    return (
+        f"{where} also holds embeddings (textual inversion) for {few(words)}."
+        " They are left out: in prompts these are ordinary words.",
+    )
+
+
+def _check_values(where: str, header: Header, splits: Mapping[str, Split]) -> None:
+    """Raise UserError if a tensor is empty, or not of floating-point numbers.
+
+    An alpha may also be a whole number, as some programs store it.
+    """
+    for key, (_, part) in splits.items():
+        dtype, shape = header.places[key][0], header.shapes[key]
+        if dtype not in safetensors_files.FLOATS and not (part == "alpha" and dtype[0] in "IU"):
+            floats = ", ".join(sorted(safetensors_files.FLOATS))
+            raise UserError(f"{where}: {shown(key)} has dtype {dtype}; it must be one of {floats}")
+        if 0 in shape:
+            raise UserError(f"{where}: {shown(key)} has no values: shape {shape}; the adapter is broken")
 
 
 def _tensors(
-    path: Path, places: Mapping[str, Place], splits: Mapping[str, Split]
+    file: _File, places: Mapping[str, Place], splits: Mapping[str, Split]
 ) -> dict[Place, dict[str, Tensor]]:
-    """The file's tensors, float32, by place and part. Raises UserError if one is not finite or occurs
-    twice."""
-    where = shown(path)
+    """The file's tensors, float32, by place and part.
+
+    Raises UserError if one is not finite, or occurs twice.
+    """
+    where = shown(file.path)
     tensors: dict[Place, dict[str, Tensor]] = {}
     try:
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(file.path, framework="pt") as opened:
             for key, place in places.items():
                 part = splits[key][1]
-                tensor = opened.get_tensor(key)
-                if part != "alpha" and not tensor.is_floating_point():
-                    raise UserError(f"{where}: {key} has an integer dtype; the adapter is broken")
-                tensor = tensor.float()
+                tensor = opened.get_tensor(key).float()
                 if not torch.isfinite(tensor).all():
-                    raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
+                    raise UserError(
+                        f"{where}: {shown(key)} has values that are not finite; the adapter is broken"
+                    )
                 parts = tensors.setdefault(place, {})
                 if part in parts:
                     raise UserError(f"{where}: {'.'.join(place)} has its {part} twice, in two spellings")
@@ -235,6 +262,39 @@ def _tensors(
     return tensors
 
 
+# Parts of a module, one row for each output, which are split with the outputs; the others are shared.
+_BY_OUTPUT = {
+    *("up", "diff", "dora_scale", "magnitude", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a"),
+}
+
+
+def _unfused(where: str, tensors: Mapping[Place, dict[str, Tensor]]) -> dict[Place, dict[str, Tensor]]:
+    """`tensors` with three modules in place of each one for a layer that OpenCLIP fuses.
+
+    They are for the queries, keys and values, which are thirds of its outputs. Raises UserError if a module
+    cannot be split.
+    """
+    result: dict[Place, dict[str, Tensor]] = {}
+    for (component, path), parts in tensors.items():
+        thirds = [path]
+        if path.endswith(layer_names.FUSED):
+            thirds = [f"{path.removesuffix('in_proj')}{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        rows = {name: tensor.shape[0] for name, tensor in parts.items() if name in _BY_OUTPUT and tensor.ndim}
+        if len(thirds) == 3 and ("hada_t1" in parts or any(size % 3 for size in rows.values())):
+            raise UserError(
+                f"{where}: {component}.{path} is one module for three layers of the base (q_proj, k_proj,"
+                f" v_proj), and cannot be split into three: its outputs are {rows}"
+            )
+        for n, layer in enumerate(thirds):
+            if (component, layer) in result or (len(thirds) == 3 and (component, layer) in tensors):
+                raise UserError(f"{where}: {component}.{layer} occurs twice, in two spellings")
+            result[component, layer] = {
+                name: tensor.chunk(len(thirds))[n] if name in rows and len(thirds) == 3 else tensor
+                for name, tensor in parts.items()
+            }
+    return result
+
+
 # ---- from keys to layers
 
 
@@ -242,20 +302,25 @@ def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
     """The split of each key. Raises UserError for a key of no known layout."""
     # a key with a `*` belongs to another program's embedding, whatever its end
     splits = {
-        key: None if "*" in key else layer_names.split(name)
-        for key, name in layer_names.without_name(shapes).items()
+        key: None if "*" in key else tensor_names.split(name)
+        for key, name in tensor_names.without_name(shapes).items()
     }
     if unknown := sorted(key for key, split in splits.items() if split is None):
-        hints = (
-            f": {text}"
-            for pattern, text in layer_names.FOREIGN.items()
-            if any(re.search(pattern, key) for key in unknown)
-        )
         raise UserError(
             f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is supported,"
-            f" e.g. {unknown[0]}{next(hints, '')}"
+            f" e.g. {shortened(unknown[0], 200)}{_foreign(unknown)}"
         )
     return {key: split for key, split in splits.items() if split is not None}
+
+
+def _foreign(keys: Iterable[str]) -> str:
+    """The end of a message about `keys`: the kind of adapter or file that one of them belongs to, or ""."""
+    kinds = (
+        f": {text}"
+        for pattern, text in tensor_names.FOREIGN.items()
+        if any(re.search(pattern, key) for key in keys)
+    )
+    return next(kinds, "")
 
 
 def _placed(
@@ -266,7 +331,7 @@ def _placed(
         return place(stem, component)
     except ValueError as error:
         raise UserError(
-            f"{where}: {key} could be for {error}; put the file in a folder of that name"
+            f"{where}: {shortened(key, 200)} could be for {error}; put the file in a folder of that name"
         ) from None
 
 
@@ -278,17 +343,16 @@ def _names_in_file(
     Raises UserError if a key names no component, or if the tensors of a layer make no module.
     """
     modules: dict[Place, dict[str, Shape]] = collections.defaultdict(dict)
-    raw: dict[str, Place] = {}
+    stems: dict[str, Place] = {}
     for key, (stem, part) in splits.items():
         place = _placed(where, key, layer_names.place_by_key, stem, component)
         if place is None:
             raise UserError(
-                f"{where}: {key} does not name the part of a base that it is for: unet,"
+                f"{where}: {shortened(key, 200)} does not name the part of a base that it is for: unet,"
                 " text_encoder or text_encoder_2"
             )
         modules[place][part] = shapes[key]
-        if layer_names.is_raw(place[1]):
-            raw[stem] = place
+        stems[stem] = place
     layers: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for (owner, path), parts in modules.items():
         shape = _shape_from(parts)
@@ -300,7 +364,9 @@ def _names_in_file(
             )
         layers[owner][path] = shape
     names = LayerNames(layers)
-    names.kohya |= raw
+    names.stems |= {
+        stem: (owner, path) for stem, (owner, path) in stems.items() if path in names.layers.get(owner, {})
+    }
     return names
 
 
@@ -313,6 +379,8 @@ def _shape_from(parts: Mapping[str, Shape]) -> Shape:
         return (parts[a][0], *parts[b][1:])
 
     try:
+        if "diff" in parts:
+            return parts["diff"]
         if "down" in parts:
             return (parts["up"][0], parts["down"][1], *parts.get("mid", parts["down"])[2:])
         if "hada_w1_b" in parts:
@@ -341,20 +409,20 @@ def _places(
         else:
             places[key] = place
     if unplaced:
-        absent = [name for name in COMPONENTS if name not in names.layers]
-        hints = [f": it has no {name}" for name in absent if any(_is_for(key, name) for key in unplaced)]
-        hint = hints[0] if hints else _other_family(shapes, names) or "; the adapter is for another base"
+        stem = splits[min(unplaced)][0]
+        owners = {key: component or layer_names.component_of(splits[key][0]) for key in unplaced}
+        absent = [name for name in COMPONENTS if name in owners.values() and name not in names.layers]
+        if absent:
+            hint = f": it has no {absent[0]}"
+        elif stem.endswith(layer_names.EMBEDDINGS):
+            hint = ": a LoRA of an embedding"
+        else:
+            hint = _foreign(unplaced) or _other_family(shapes, names) or names.nearest(stem)
         raise UserError(
             f"{where}: {len(unplaced)} of {len(splits)} keys are for no layer of this base,"
-            f" e.g. {min(unplaced)}{hint}"
+            f" e.g. {shortened(min(unplaced), 200)}{hint}"
         )
     return places
-
-
-def _is_for(key: str, component: str) -> bool:
-    """Whether the key begins with a name of this component."""
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
-    return key.startswith((f"{component}.", prefixes[component]))
 
 
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
@@ -373,7 +441,7 @@ def _other_family(shapes: Mapping[str, Shape], names: LayerNames) -> str:
     # the widths in the adapter: the inputs of its modules on cross-attention's keys and values
     modules: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for key, shape in shapes.items():
-        if _CROSS_ATTENTION.search(key) and len(shape) > 1 and (split := layer_names.split(key)):
+        if _CROSS_ATTENTION.search(key) and len(shape) > 1 and (split := tensor_names.split(key)):
             modules[split[0]][split[1]] = shape
     widths = set()
     for parts in modules.values():

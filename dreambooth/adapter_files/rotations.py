@@ -182,6 +182,7 @@ class Rotations:
     metadata: dict[str, str]
 
     is_additive: ClassVar[bool] = False
+    notes: ClassVar[tuple[str, ...]] = ()
     size_title: ClassVar[str] = "side of blocks, or reflections"
     scales: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
@@ -294,12 +295,13 @@ def read(path: Path, header: Header, layers: Layers) -> Rotations:
 
 
 def _check_dtypes(where: str, header: Header) -> None:
-    """Raise UserError for a dtype that `reading` allows only for the alphas of other kinds."""
-    allowed = safetensors_files.ADAPTER.dtypes
+    """Raise UserError for a dtype that is not of floating-point numbers."""
+    allowed = safetensors_files.FLOATS
     for key, (dtype, _) in header.places.items():
         if dtype not in allowed:
-            rule = f"{key} has dtype {dtype!r}; it must be one of {', '.join(sorted(allowed))}"
-            raise UserError(f"{where}: not a complete safetensors file ({rule})")
+            raise UserError(
+                f"{where}: {shown(key)} has dtype {dtype}; it must be one of {', '.join(sorted(allowed))}"
+            )
 
 
 def _place(where: str, key: str) -> _Place:
@@ -311,7 +313,8 @@ def _place(where: str, key: str) -> _Place:
         if component in COMPONENTS:
             return _Place(component, layer_names.plain(layer), kind, part)
     raise UserError(
-        f"{where}: the key {key} is not one of peft's keys (unet.*, text_encoder.*) of OFT, BOFT or HRA"
+        f"{where}: the key {shown(key)} is not one of peft's keys (unet.*, text_encoder.*)"
+        " of OFT, BOFT or HRA"
     )
 
 

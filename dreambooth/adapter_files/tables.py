@@ -25,11 +25,12 @@ def table(adapter: AnyAdapter) -> str:
 
 
 def report(adapter: AnyAdapter) -> str:
-    """`table` and the metadata; for an additive adapter, also its scales and norms."""
+    """`table`, the metadata and notes; for an additive adapter, also its scales and norms."""
     sections = [table(adapter)]
     if adapter.is_additive:
         sections += [_scales(adapter.scales), _norms(adapter)]
-    return "\n\n".join([*sections, _metadata(adapter.metadata)])
+    notes = "".join(f"\nnote: {note}" for note in adapter.notes)
+    return "\n\n".join([*sections, _metadata(adapter.metadata)]) + notes
 
 
 def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:

@@ -139,7 +139,7 @@ def _check_rotation(what: str, weights: Mapping[str, float], fuse: apply.Fusing)
 
 def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype: torch.dtype) -> str:
     """A table for the terminal: a line for each component and kind of each adapter of each variant, then
-    notes on clip_skip.
+    notes on clip_skip and on what was left out of an adapter.
 
     `dtype` is the models'. Each line ends with a newline; without variants and notes the text is "".
     """
@@ -158,6 +158,7 @@ def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype
                     _line(variant.label, name, row.component, row.kind, len(row.sizes), sizes, weight)
                 )
         adapters = [loaded[adapter.path] for adapter in variant.adapters]
+        notes += [f"note: {note}" for each in adapters for note in each.adapter.notes]
         skips = {f"{each.identity.label}: {each.clip_skip}": each.clip_skip for each in adapters}
         if len(set(skips.values())) > 1:
             notes.append(

@@ -2,34 +2,44 @@
 bytes.
 
 A file may come from anyone. The safetensors library refuses broken headers, but it accepts a million empty
-tensors (which take 20 seconds), a key that appears twice, and any characters in a key. Files of other formats
-are recognized by their first bytes, for a helpful message. This module imports torch only to write.
+tensors (which take 20 seconds) and a key that appears twice. Any characters are allowed in a key: messages
+must not print it unescaped. A file that breaks a rule of the format is called incomplete; one that is over a
+limit of this program is not. Files of other formats are recognized by their first bytes, for a helpful
+message. This module imports torch only to write.
 """
 
 import dataclasses
 import json
 import math
-import re
 import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.errors import UserError, reason_of, shown
+from dreambooth.errors import UserError, reason_of, shortened, shown
 
 if TYPE_CHECKING:
     import torch
 
+# Dtypes that torch converts to float32; only F64 loses digits.
+FLOATS = frozenset(
+    {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
 _BITS = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
     | dict.fromkeys(("F32", "I32", "U32"), 32)
     | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
-    | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
+    | dict.fromkeys(("I8", "U8", "BOOL", *(name for name in FLOATS if name.startswith("F8"))), 8)
+    | dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6)
+    | {"F4": 4}
 )
-# the star is for `string_to_param.*`, a textual inversion in a bundle: adapter_files has a message for it
-_KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
+_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _LONGEST_KEY = 512
+_MOST_DIMENSIONS = 8
+# Quotes and brackets of a header for each tensor that is allowed; to parse more takes gigabytes. One tensor
+# has 13, and a quote that is escaped, in a text of the metadata, does not count.
+_MARKS = 32
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it; such files can carry code",
     b"\x80\x02": "serialized Python objects, which can carry code",
@@ -54,18 +64,17 @@ class Limits:
     empty_tensors: bool
 
 
+# Headers may hold pictures and the tags of a whole data set. Dtypes are checked where tensors are read.
 ADAPTER = Limits(
-    header_bytes=4 * 2**20,
+    header_bytes=_LARGEST_HEADER,
     tensors=20_000,
     file_bytes=2 * 2**30,
-    dtypes=frozenset({"F32", "F16", "BF16"}),
-    empty_tensors=False,
+    dtypes=frozenset(_BITS),
+    empty_tensors=True,
 )
 # A base is large and may have indices or masks. Whether a part has the tensors it needs is checked when it is
 # loaded.
-BASE = Limits(
-    header_bytes=100 * 2**20, tensors=200_000, file_bytes=2**40, dtypes=frozenset(_BITS), empty_tensors=True
-)
+BASE = dataclasses.replace(ADAPTER, tensors=200_000, file_bytes=2**40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,11 @@ class Header:
 
 
 class _Broken(Exception):
-    """A fault of the file. The message describes the fault."""
+    """A rule of the format that the file breaks. The message describes the fault."""
+
+
+class _OverLimit(Exception):
+    """A limit of this program that the file is over. The message describes it."""
 
 
 def read(path: Path, limits: Limits) -> Header:
@@ -89,7 +102,7 @@ def read(path: Path, limits: Limits) -> Header:
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
             raise _Broken("it is not a regular file")
         if info.st_size > limits.file_bytes:
-            raise _Broken(f"{info.st_size:,} bytes are more than {limits.file_bytes:,}")
+            raise _OverLimit(f"{info.st_size:,} bytes are over {limits.file_bytes:,}")
         with path.open("rb") as file:
             start = file.read(24)
             if info.st_size < 8:
@@ -102,13 +115,25 @@ def read(path: Path, limits: Limits) -> Header:
                     f"its header should have {size:,} bytes, and {info.st_size - 8:,} follow: "
                     "cut off, or no safetensors file"
                 )
+            if size > _LARGEST_HEADER:
+                raise _Broken(
+                    f"its header of {size:,} bytes is over {_LARGEST_HEADER:,}, the limit of the format"
+                )
             if size > limits.header_bytes:
-                raise _Broken(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
+                raise _OverLimit(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
             file.seek(8)
-            content = _json(file.read(size))
+            header = file.read(size)
+            marks = sum(map(header.count, (b'"', b"[", b"{"))) - header.count(b'\\"')
+            if marks > _MARKS * limits.tensors:
+                raise _OverLimit(f"its header describes more than {limits.tensors:,} tensors")
+            content = _json(header)
         return _checked(content, 8 + size, info.st_size - 8 - size, limits)
     except _Broken as error:
         raise UserError(f"{shown(path)}: not a complete safetensors file ({error})") from None
+    except _OverLimit as error:
+        raise UserError(
+            f"{shown(path)}: {error}, the most that is read here; the format itself has no such limit"
+        ) from None
     except OSError as error:
         raise UserError(
             f"{shown(path)}: not a complete safetensors file (it cannot be read: {error.strerror or error})"
@@ -143,19 +168,20 @@ def _json(header: bytes) -> dict[str, Any]:
 def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
     """The header from its JSON. The values begin at byte `start` of the file and take `body` bytes.
 
-    Raises _Broken if an entry is wrong, or if the entries overlap, leave gaps, or do not fill the body.
+    Raises _Broken if an entry is wrong, or if the entries overlap, leave gaps, or do not fill the body;
+    _OverLimit if there are too many.
     """
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None) or {}  # the library accepts null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Broken("its metadata is not a table of strings")
     if len(content) > limits.tensors:
-        raise _Broken(f"{len(content):,} tensors are more than {limits.tensors:,}")
+        raise _OverLimit(f"its {len(content):,} tensors are over {limits.tensors:,}")
     entries = {key: _entry(key, value, limits) for key, value in content.items()}
     position = 0
     for begin, end, key in sorted((begin, end, key) for key, (_, _, begin, end) in entries.items()):
         if begin != position:
             fault = "overlaps with" if begin < position else "leaves a gap after"
-            raise _Broken(f"{key} {fault} the tensor before it")
+            raise _Broken(f"{shown(key)} {fault} the tensor before it")
         position = end
     if position != body:
         fault = "cut off" if body < position else "bytes left over"
@@ -168,24 +194,28 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
 
 
 def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of a tensor, begin and end in bytes after the header. Raises _Broken."""
-    if len(key) > _LONGEST_KEY or not _KEY.fullmatch(key):
-        raise _Broken(f"the key {key[:80]!a} is not a valid name of a tensor")
+    """(dtype, shape, begin, end) of a tensor, begin and end in bytes after the header. Raises _Broken or
+    _OverLimit."""
+    if len(key) > _LONGEST_KEY:
+        raise _OverLimit(f"the key {shortened(key)} of {len(key):,} characters is over {_LONGEST_KEY}")
+    name = shown(key)
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _Broken(f"{key} lacks dtype, shape or data_offsets") from None
-    numbers = (*shape, begin, end)
-    if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 8:
-        raise _Broken(f"{key} has an impossible shape or data_offsets")
-    if not isinstance(dtype, str) or dtype not in limits.dtypes:
-        known = ", ".join(sorted(limits.dtypes))
-        raise _Broken(f"{key} has dtype {ascii(dtype)[:40]}; it must be one of {known}")
+        raise _Broken(f"{name} lacks dtype, shape or data_offsets") from None
+    if len(shape) > _MOST_DIMENSIONS:
+        raise _OverLimit(f"the {len(shape)} dimensions of {name} are over {_MOST_DIMENSIONS}")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)):
+        raise _Broken(f"{name} has an impossible shape or data_offsets")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _Broken(f"{name} has dtype {ascii(dtype)[:40]}; the format has {', '.join(sorted(_BITS))}")
+    if dtype not in limits.dtypes:
+        raise _Broken(f"{name} has dtype {dtype}; it must be one of {', '.join(sorted(limits.dtypes))}")
     if 0 in shape and not limits.empty_tensors:
-        raise _Broken(f"{key} has no values: shape {shape}")
+        raise _Broken(f"{name} has no values: shape {shape}")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         size = end - begin
-        raise _Broken(f"{key} of shape {shape} and dtype {dtype} does not fill its {size} bytes")
+        raise _Broken(f"{name} of shape {shape} and dtype {dtype} does not fill its {size} bytes")
     return dtype, shape, begin, end
 
 

@@ -54,8 +54,8 @@ def broken(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         tensors[f"{SOME}.alpha"] = torch.zeros(())
     elif case == "magnitude of inputs":
         tensors[f"{SOME}.dora_scale"] = torch.ones(1, 32)
-    elif case == "a bundled embedding":
-        tensors["bundle_emb.dog.string_to_param.*"] = torch.ones(2, 32)
+    elif case == "an embedding":
+        tensors["string_to_param.*"] = torch.ones(2, 32)
     elif case == "a star in a layer":
         tensors |= {
             key.replace("to_k", "*"): tensor.clone() for key, tensor in tensors.items() if "to_k" in key
@@ -82,8 +82,8 @@ REFUSALS = {
     ),
     "alpha 0": "alpha must be one number other than 0, up to a million",
     "magnitude of inputs": "magnitudes of inputs",
-    "whole numbers": "integer dtype",
-    "a bundled embedding": r"e\.g\. bundle_emb\.dog\.string_to_param\.\*: an embedding \(textual inversion\)",
+    "whole numbers": "has dtype I64; it must be one of BF16, F16",
+    "an embedding": r"e\.g\. string_to_param\.\*: an embedding \(textual inversion\)",
     "a star in a layer": r"belong to no kind of adapter that is supported, e\.g\. .*\*",
 }
 
