@@ -4,6 +4,7 @@ them into a base.
 Files may follow the command, as in `convert_adapter.py convert FILE --to kohya --output NEW`, or the
 flag --adapter."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -314,14 +315,18 @@ def resize(options: ResizeOptions) -> None:
 def extract(options: ExtractOptions) -> None:
     """Write a LoRA of the difference between a fine-tuned base and the base."""
     from dreambooth.adapters import inject  # these import peft and diffusers, which takes seconds
-    from dreambooth.bases import families
+    from dreambooth.bases import families, folders
     from dreambooth.options.adapter import AdapterOptions
     from dreambooth.options.training import BaseOptions
 
     path = _new_file(options.output, [])
-    base = _base(options.base)
+    # one of the two bases may have no files of the variant
+    variant, names = options.base.variant, (options.base.pretrained_model_name_or_path, options.tuned)
+    has_variant = [folders.has_variant(Path(name), variant) for name in names]
+    variants = [variant if has or not any(has_variant) else None for has in has_variant]
+    base = families.find(dataclasses.replace(options.base.model(), variant=variants[0]))
     try:
-        tuned = families.find(BaseOptions(options.tuned, variant=options.base.variant))
+        tuned = families.find(BaseOptions(options.tuned, variant=variants[1]))
         layers = layer_names.plain_layers(tuned.layers())
     except UserError as error:
         raise UserError(str(error).replace("--pretrained_model_name_or_path", "--tuned")) from None

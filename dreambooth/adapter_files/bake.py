@@ -23,7 +23,7 @@ from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import plain
 from dreambooth.adapter_files.reading import AnyAdapter
-from dreambooth.bases import folders
+from dreambooth.bases import folders, weight_names
 from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import atomic
 
@@ -250,7 +250,7 @@ def _bake_part(
     # everything but the weights
     notes = []
     for entry in sorted((folder / part).iterdir()):
-        if entry.name.startswith(".") or entry in files or ".safetensors.index." in entry.name:
+        if entry.name.startswith(".") or entry in files or weight_names.is_index(entry.name):
             continue
         if entry.name.endswith(_WEIGHT_ENDS):
             notes.append(f"{part}/{entry.name} is not copied: it holds the base without the adapter")

@@ -4,6 +4,7 @@ A family is one record in `FAMILIES`, chosen by the pipeline class in the base's
 checks a base on disk without loading a model.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -21,7 +22,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import folders, noise_levels, prompts
+from dreambooth.bases import folders, noise_levels, prompts, weight_names
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.errors import UserError, reason_of, shown
@@ -123,9 +124,9 @@ class Base:
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files that a part is loaded from. Raises UserError if there are none."""
-        folder = self.part_folder(part)
-        variant = None if part == "vae" and self.given_vae else self.options.variant
-        return folders.weight_files(folder.parent, folder.name, variant, kind=part)
+        if part == "vae" and self.given_vae:
+            return folders.given_vae_files(self.given_vae, self.options.variant)
+        return folders.weight_files(self.folder, part, self.options.variant)
 
     @property
     def default_resolution(self) -> int:
@@ -242,7 +243,7 @@ def find(options: BaseOptions) -> Base:
     )
     noise_levels.check(folder, name, index)
     vae_name = options.pretrained_vae_model_name_or_path
-    given_vae = _find_vae(vae_name, family, folder) if vae_name else None
+    given_vae = _find_vae(vae_name, family, folder, options.variant) if vae_name else None
     return Base(family, folder, given_vae, options, index)
 
 
@@ -262,10 +263,26 @@ def _download(options: BaseOptions) -> Path:
             )
         )
     except (OSError, ValueError) as error:
+        if problem := _hub_variant_problem(options):
+            raise UserError(f"{BASE_FLAG}: {shown(name)} has {problem}") from None
         raise _no_such_hub_id(BASE_FLAG, name, error) from None
 
 
-def _find_vae(name: str, family: Family, base_folder: Path) -> Path:
+def _hub_variant_problem(options: BaseOptions) -> str | None:
+    """What is wrong with --variant for a base on the hub, as `weight_names.problem` returns it; None if the
+    hub cannot be asked."""
+    names: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        repository = options.pretrained_model_name_or_path
+        for path in huggingface_hub.list_repo_files(repository, revision=options.revision):
+            part, _, name = path.partition("/")
+            names.setdefault(part, []).append(name)
+    wanted = [part for part in names if part in ("unet", "vae") or part.startswith("text_encoder")]
+    available = {part: weight_names.variants(names[part], part) for part in wanted}
+    return weight_names.problem(available, options.variant or weight_names.PLAIN) if available else None
+
+
+def _find_vae(name: str, family: Family, base_folder: Path, variant: str | None) -> Path:
     if not family.has_vae:
         raise UserError(f"{VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
     folder = Path(name)
@@ -275,7 +292,7 @@ def _find_vae(name: str, family: Family, base_folder: Path) -> Path:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise _no_such_hub_id(VAE_FLAG, name, error) from None
-    folders.check_vae(folder, name, base_folder)
+    folders.check_vae(folder, name, base_folder, variant)
     return folder
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dreambooth.bases import weight_names
 from dreambooth.errors import UserError, shortened, shown
 from dreambooth.files import digests, safetensors_files
 from dreambooth.options.training import BaseOptions
@@ -118,31 +119,35 @@ def check(
     _raise(_misfits(configs, name))
 
     # weights
-    if variant:
-        _check_variant(folder, name, classes, variant)
+    _check_variant(folder, name, classes, variant)
     _raise(_bad_weights(folder, configs, variant))
 
 
-def _check_variant(folder: Path, name: str, parts: Iterable[str], variant: str) -> None:
-    """Raise UserError unless every part has weights of this variant."""
-    tag = re.compile(
-        rf"\.{variant}[.-]"
-    )  # "model.fp16.safetensors", or "model.fp16-00001-of-..." for a shard
-    lacking = [
-        part
-        for part in parts
-        if not any(tag.search(path.name) for path in weight_files(folder, part, variant))
-    ]
-    if lacking:
-        raise UserError(
-            f"--variant: {shown(name)} has no {variant} weights of {', '.join(lacking)}; leave it out, or "
-            "fetch them"
-        )
+def _check_variant(folder: Path, name: str, parts: Iterable[str], variant: str | None) -> None:
+    """Raise UserError if a part has its weights in other variants only, or if no part has `variant`.
+
+    Parts without any safetensors weights are left to `_bad_weights`.
+    """
+    available = {part: weight_names.variants(_file_names(folder / part), part) for part in parts}
+    problem = weight_names.problem(available, variant or weight_names.PLAIN)
+    if problem and all(available.values()):
+        flag = "--variant" if variant else BASE_FLAG
+        raise UserError(f"{flag}: {shown(name)} has {problem}")
 
 
-def check_vae(folder: Path, name: str, base_folder: Path) -> None:
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether any part of the base in `folder` has weights of this variant."""
+    parts = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    return any(variant in weight_names.variants(_file_names(part), part.name) for part in parts)
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def check_vae(folder: Path, name: str, base_folder: Path, variant: str | None) -> None:
     """Raise UserError unless `folder`, which the user named `name`, holds a VAE with latents like the
-    base's."""
+    base's, and weights as `given_vae_files` returns them."""
     config = read_json(folder / "config.json", VAE_FLAG)
     base_config = read_json(base_folder / "vae" / "config.json")
     kind = config.get("_class_name", "AutoencoderKL")
@@ -155,7 +160,7 @@ def check_vae(folder: Path, name: str, base_folder: Path) -> None:
         latents = f"{_value(channels)} channels at 1/{2 ** ((depth or 1) - 1)}"
         base_latents = f"{base_channels} channels at 1/{2 ** (len(base_blocks) - 1)}"
         raise UserError(f"{VAE_FLAG}: {shown(name)} has latents of {latents}; the base has {base_latents}")
-    weight_files(folder.parent, folder.name, None, kind="vae", flag=VAE_FLAG)
+    given_vae_files(folder, variant)
 
 
 def _raise(problems: Sequence[str]) -> None:
@@ -301,18 +306,13 @@ def weight_files(
     `kind` is the name of the part if its folder has another name. Raises UserError, starting with `flag`, if
     there are no such files; the message tells if the weights are in another format.
     """
-    part_folder = folder / part
-    is_text = (kind or part).startswith("text_encoder")
-    stem = "model" if is_text else "diffusion_pytorch_model"
-    for tag in ([f".{variant}"] if variant else []) + [""]:
-        single = part_folder / f"{stem}{tag}.safetensors"
+    part_folder, part_kind = folder / part, kind or part
+    for tag in ([variant] if variant else []) + [weight_names.PLAIN]:
+        single = part_folder / weight_names.single(part_kind, tag)
         # with both a single file and shards, transformers loads the single file and diffusers the shards
-        if is_text and single.is_file():
+        if part_kind.startswith("text_encoder") and single.is_file():
             return [single]
-        for index in (
-            part_folder / f"{stem}.safetensors.index{tag}.json",
-            part_folder / f"{stem}{tag}.safetensors.index.json",
-        ):
+        for index in (part_folder / name for name in weight_names.indexes(part_kind, tag)):
             if index.is_file():
                 return _shards(index, flag)
         if single.is_file():
@@ -326,9 +326,26 @@ def weight_files(
             "save_pretrained(FOLDER, safe_serialization=True)"
         )
     content = ", ".join(map(shown, names[:5]))
-    raise UserError(
-        f"{flag}: {shown(part_folder)} has no weights: there is no {stem}.safetensors; it holds {content}"
-    )
+    wanted = weight_names.single(part_kind, weight_names.PLAIN)
+    raise UserError(f"{flag}: {shown(part_folder)} has no weights: there is no {wanted}; it holds {content}")
+
+
+def given_vae_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a VAE that replaces the base's: the plain ones, else those of `variant`, else
+    those of the only variant that there is.
+
+    Raises UserError as `weight_files` does, or if none of these is the case.
+    """
+    kinds = weight_names.variants(_file_names(folder), "vae")
+    if kinds and not kinds & {weight_names.PLAIN, variant}:
+        if len(kinds) > 1:
+            raise UserError(
+                f"{VAE_FLAG}: {shown(folder)} has several variants, {', '.join(sorted(kinds))}; copy the "
+                f"wanted weights to {weight_names.single('vae', weight_names.PLAIN)}"
+            )
+        (variant,) = kinds
+    chosen = None if weight_names.PLAIN in kinds else variant
+    return weight_files(folder.parent, folder.name, chosen, kind="vae", flag=VAE_FLAG)
 
 
 def _shards(index: Path, flag: str) -> list[Path]:
