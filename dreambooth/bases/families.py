@@ -356,12 +356,15 @@ def check_text(base: Base, text: TextOptions) -> None:
         )
     if text.clip_skip and base.family.encode is prompts.encode_t5:
         raise UserError(f"--clip_skip: {base.family.name} has no CLIP; leave it out")
-    for encoder, unused in base.family.unused_layers.items():
-        most = text_layers(base, encoder) - 1 - unused
-        if (text.clip_skip or 0) > most:
-            raise UserError(
-                f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}"
-            )
+    limits = [
+        (text_layers(base, encoder) - 1 - unused, encoder)
+        for encoder, unused in base.family.unused_layers.items()
+    ]
+    most, encoder = min(limits, default=(0, ""))
+    if limits and (text.clip_skip or 0) > most:
+        raise UserError(
+            f"--clip_skip must be at most {most}, {encoder} has no more layers; got {text.clip_skip}"
+        )
 
 
 def prompt_embed_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:

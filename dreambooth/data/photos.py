@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from dreambooth.data import picture_files
 from dreambooth.data.decode_cache import DecodeCache, Decoded
 from dreambooth.errors import UserError, few, reason_of, shown
+from dreambooth.options.photos import MOST_PIXELS
 
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
@@ -227,7 +228,15 @@ def load_checked(photo: Photo) -> Image.Image:
         raise UserError(f"{shown(photo.path)}: {error}") from None
 
 
-_SMALLER = "; make it smaller, or raise --max_image_pixels"
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses pictures of twice this number
+
+
+def _over(max_pixels: int, width: int, height: int) -> UserError:
+    """The error for a picture with more than `max_pixels`."""
+    advice = "make it smaller"
+    if width * height <= MOST_PIXELS:
+        advice += f", or give --max_image_pixels {width * height}"
+    return UserError(f"{width} x {height} is over {max_pixels:,} pixels; {advice}")
 
 
 def _decode(
@@ -235,7 +244,7 @@ def _decode(
 ) -> tuple[Image.Image, list[str]]:
     """(the photo as `load` returns it, remarks), read from `data` if given, else from `path`.
 
-    Without `max_pixels` only Pillow's own limit holds, which is higher.
+    Without `max_pixels` only the limit MOST_PIXELS holds.
     """
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -243,7 +252,7 @@ def _decode(
             warnings.simplefilter("always")
             with Image.open(path if data is None else data, formats=picture_files.FORMATS) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
-                    raise UserError(f"{image.width} x {image.height} is over {max_pixels:,} pixels{_SMALLER}")
+                    raise _over(max_pixels, image.width, image.height)
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format not in ("TIFF", "MPO"):
@@ -258,9 +267,9 @@ def _decode(
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"the picture is over {max_pixels or MAX_PIXELS:,} pixels{_SMALLER}") from None
+        raise UserError(f"the picture is over {MOST_PIXELS:,} pixels; make it smaller") from None
     except MemoryError:
-        raise UserError(f"there is not enough memory to unpack it{_SMALLER}") from None
+        raise UserError("there is not enough memory to unpack it; make it smaller") from None
     # for broken files Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
         raise UserError(f"not a whole picture ({_reason(error)}); save it again or remove it") from None

@@ -5,6 +5,8 @@ from typing import Literal
 
 from dreambooth.options.rules import at_least, named, require, require_side
 
+MOST_PIXELS = 1_000_000_000  # of a picture: unpacked, they are 3 GB
+
 
 @dataclasses.dataclass
 class InstanceOptions:
@@ -70,10 +72,9 @@ class InstanceOptions:
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
             named(name, getattr(self, name))
-        # Pillow itself refuses pictures of more than 178 million pixels.
         require(
-            4096 <= self.max_image_pixels <= 178_000_000,
-            f"--max_image_pixels must be from 4096 to 178000000, got {self.max_image_pixels}",
+            4096 <= self.max_image_pixels <= MOST_PIXELS,
+            f"--max_image_pixels must be from 4096 to {MOST_PIXELS}, got {self.max_image_pixels}",
         )
         named("instance_data_dir", self.instance_data_dir)
         require(

@@ -2,16 +2,18 @@
 
 import gzip
 import io
+import math
 import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dreambooth.data import class_images, photo_sets, photos, picture_files
 from dreambooth.errors import UserError
+from dreambooth.options.photos import MOST_PIXELS
 from tests import tiny
 from tests.data.bad_pictures import FLAG, HEIC, encoded, noise
 from tests.data.captioned import wanted
@@ -162,6 +164,36 @@ def test_a_data_set_folder_holds_photos_whatever_their_endings(tmp_path):
     assert photo_sets.find(wanted(dataset_name=str(tmp_path))).folder == tmp_path / "train"
     (tmp_path / "IMG_1").write_bytes(encoded(noise(), "JPEG"))
     assert photo_sets.find(wanted(dataset_name=str(tmp_path))).folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (20_000, 20_000),
+        (12_240, 16_320),
+        (8_001, 8_001),
+        (31_622, 31_622),
+        (31_623, 31_623),
+        (40_000, 40_000),
+    ],
+)
+def test_the_advised_limit_on_pixels_is_one_that_is_accepted(sides, tmp_path, monkeypatch):
+    """Also for photos of 200 million pixels, which phones take. Nothing is unpacked here."""
+    (tmp_path / "large.ppm").write_bytes(b"P6 %d %d 255\n" % sides)
+    with pytest.raises(UserError) as refused:
+        photos.check_folder(tmp_path, FLAG)
+    message = str(refused.value)
+    if math.prod(sides) > MOST_PIXELS:
+        assert "--max_image_pixels" not in message
+        assert message.endswith("pixels; make it smaller")
+        return
+    advised = int(message.split("or give --max_image_pixels ")[1])
+    instance = wanted(instance_data_dir=str(tmp_path), max_image_pixels=advised)
+    monkeypatch.setattr(Image.Image, "tobytes", lambda image: b"")
+    monkeypatch.setattr(photos, "_to_rgb", lambda image, *_: image)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: None)
+    checked = photos.check_folder(tmp_path, FLAG, max_pixels=instance.max_image_pixels)
+    assert checked.photos[0].size == sides
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the inputs lie beside a checkout only")

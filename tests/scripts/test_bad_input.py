@@ -96,8 +96,8 @@ flags(
 flags("resolution past all memory", ["--resolution", "80000"], "--resolution must be at most 8192, got 80000")
 flags(
     "limit on pixels past Pillow's",
-    ["--max_image_pixels", "900000000"],
-    "--max_image_pixels must be from 4096 to 178000000, got 900000000",
+    ["--max_image_pixels", "9000000000"],
+    "--max_image_pixels must be from 4096 to 1000000000, got 9000000000",
 )
 flags(
     "empty name of the base",
