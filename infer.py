@@ -27,7 +27,7 @@ from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
-from dreambooth.options import adapter_sets
+from dreambooth.options import adapter_sets, text_files
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
@@ -37,14 +37,11 @@ def read_prompts(options: InferOptions) -> list[str]:
     """The prompts of --prompt or --prompts_file. Raises UserError if the file cannot be read or is empty."""
     if not options.prompts_file:
         return list(options.prompt)
-    try:
-        lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"--prompts_file {shown(options.prompts_file)}: {reason}") from None
+    where = f"--prompts_file {shown(options.prompts_file)}"
+    lines = text_files.lines(text_files.read(Path(options.prompts_file), where))
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"--prompts_file {options.prompts_file}: no prompt in it")
+        raise UserError(f"{where}: no prompt in it")
     return prompts
 
 

@@ -8,14 +8,14 @@ is run as a regular expression.
 import dataclasses
 import json
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import COMPONENTS, Shape, absent_layers, plain
-from dreambooth.errors import UserError, reason_of, shown
+from dreambooth.errors import UserError, shown
+from dreambooth.options import text_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def of_file(
     applied.
     """
     if beside:
-        fields = _json_table(shown(beside), _text_of(beside))
+        fields = _json_table(shown(beside), text_files.read(beside, shown(beside), _LONGEST_TEXT))
         return {component: _config(shown(beside), fields) for component in components}
     text = metadata.get("lora_adapter_metadata", "{}")
     content = _json_table(f"{where}: its metadata about the LoRA", text)
@@ -86,18 +86,6 @@ def of_file(
         for owner, fields in parts.items()
         if owner in components
     }
-
-
-def _text_of(path: Path) -> str:
-    """The text of a file. Raises UserError if it is not a regular file, too large or not UTF-8."""
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise UserError(f"{shown(path)} is not a regular file")
-        with path.open(encoding="utf-8") as file:
-            return file.read(_LONGEST_TEXT + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason_of(error)})") from None
 
 
 def _check_needless(where: str, owner: str, fields: Mapping[str, Any], components: set[str]) -> None:

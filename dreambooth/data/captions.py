@@ -10,16 +10,15 @@ import io
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, few, shortened, shown
+from dreambooth.errors import UserError, few, reason_of, shortened, shown
+from dreambooth.options import text_files
 from dreambooth.options.photos import InstanceOptions
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that exists is read
-_LARGEST = 16 * 2**20  # bytes per file
 _MOST_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -101,7 +100,7 @@ def _from_metadata(
     try:
         table = _table(folder, file, instance)
     except UserError as error:
-        return {}, [f"{file}: {error}"]
+        return {}, [str(error)]
     name_of = name_column(instance)
     problems = [f"{file} {problem}" for problem in table.problems]
     if not table.columns:
@@ -178,7 +177,7 @@ def _from_texts(
         try:
             caption = _text(folder, file, instance)
         except UserError as error:
-            problems.append(f"{shown(file)}: {error}")
+            problems.append(str(error))
             continue
         if fault := _fault_of_caption(caption):
             problems.append(f"{shown(file)} {fault}")
@@ -195,8 +194,7 @@ def _unread_note(
             table = _table(folder, file, instance)
         except UserError as error:  # no reason to stop, since the file is not needed
             return [
-                f"captions may lie beside the photos ({file}: {error}); they are not read without "
-                "--caption_column"
+                f"captions may lie beside the photos ({error}); they are not read without --caption_column"
             ]
         with_text = [
             column for column in table.columns if column != name_column(instance) and _is_text(table, column)
@@ -228,7 +226,7 @@ def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:
-    """The content of a metadata file. Raises UserError, without the file's name, if it cannot be read."""
+    """The content of a metadata file. Raises UserError as `_text` does."""
     text = _text(folder, file, instance)
     return _json_lines(text) if file.endswith(".jsonl") else _comma_separated(text)
 
@@ -237,8 +235,7 @@ def _json_lines(text: str) -> _Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Mapping[str, Any]]] = []
     problems = []
-    # not splitlines, which would also split at characters that a caption may hold
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text_files.lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -282,27 +279,19 @@ def _comma_separated(text: str) -> _Table:
 
 
 def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
-    """The text of a file in the folder. Raises UserError, without the file's name, if it cannot be used."""
-    path = folder / file
+    """The text of a file in the folder. Raises UserError, which begins with the file's name, if it cannot be
+    used."""
+    path, where = folder / file, shown(file)
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device could wait forever
-            raise UserError("not a regular file")
-        if not instance.follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
-                "--follow_symlinks"
-            )
-        with path.open("rb") as stream:
-            data = stream.read(_LARGEST + 1)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}") from None
-    if len(data) > _LARGEST:
-        raise UserError(f"over {_LARGEST:,} bytes, which is too much for captions")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        is_outside = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, in older versions of Python
+        raise UserError(f"{where}: {reason_of(error)}") from None
+    if is_outside and path.is_file() and not instance.follow_symlinks:
+        raise UserError(
+            f"{where}: a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
+            "--follow_symlinks"
+        )
+    return text_files.read(path, where)
 
 
 def _one_line(caption: str) -> str:

@@ -173,7 +173,7 @@ def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, An
 def _read(path: Path) -> list[AdapterSet]:
     """The sets of --adapters_file. Raises UserError if the file is wrong."""
     where = f"--adapters_file {shown(path)}"
-    content, root = yaml_files.load(path, where, "sets")
+    content, root = yaml_files.load(path, where)
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"

@@ -126,7 +126,7 @@ def config_words(kind: type, path: Path) -> list[str]:
     unknown.
     """
     where = f"--config {shown(path)}"
-    content, _ = yaml_files.load(path, where, "flags")
+    content, _ = yaml_files.load(path, where)
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
     known = fields_of(kind)

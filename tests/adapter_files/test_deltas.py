@@ -155,5 +155,5 @@ def test_settings_that_are_a_pipe_or_too_many_or_overflow_are_refused(base, tmp_
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(written(1.0).read_bytes())
     os.mkfifo(folder / "adapter_config.json")
-    with pytest.raises(UserError, match="is not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         reading.read_additive(folder, base)

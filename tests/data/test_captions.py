@@ -229,8 +229,8 @@ def test_a_fault_of_a_csv_file_is_named(folder, body, message):
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt"])
 def test_captions_that_are_not_utf_8_or_too_large_are_refused(folder, name):
-    (folder / name).write_bytes("file_name".encode("utf-16"))
-    assert f"{FLAG}: {name}: not UTF-8 text (byte 0)" in refusal(folder)
+    (folder / name).write_bytes("file_name\n\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1"))
+    assert f"{FLAG}: {name}: not UTF-8 text (byte 10, in line 2: e9); save it as UTF-8" in refusal(folder)
     with (folder / name).open("wb") as file:
         file.truncate(16 * 2**20 + 1)
     assert f"{FLAG}: {name}: over 16,777,216 bytes" in refusal(folder)
@@ -242,13 +242,13 @@ def test_pipes_folders_and_links_outside_are_not_followed(folder, name):
     assert f"{FLAG}: {name}: not a regular file" in refusal(folder)
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert f"{FLAG}: {name}: not a regular file" in refusal(folder)
+    assert f"{FLAG}: {name}: Is a directory" in refusal(folder)
     (folder / name).rmdir()
     (folder / name).symlink_to("/dev/zero")
     assert f"{FLAG}: {name}: not a regular file" in refusal(folder, follow_symlinks=True)
     (folder / name).unlink()
     (folder / name).symlink_to(folder / "nowhere")
-    assert f"{FLAG}: {name}: cannot be read: No such file" in refusal(folder)
+    assert f"{FLAG}: {name}: No such file" in refusal(folder)
     (folder / name).unlink()
     body = {
         "metadata.jsonl": lines(*rows_of({"a.png": "x"})),
@@ -336,7 +336,7 @@ def test_pictures_without_a_txt_file_are_named_and_get_the_instance_prompt(folde
 
 def test_a_txt_file_of_bytes_is_refused(folder):
     (folder / "a.txt").write_bytes(b"a\0d\0o\0g\0")
-    assert f"{FLAG}: a.txt holds a code that is no character" in refusal(folder)
+    assert f"{FLAG}: a.txt: not a text file, line 1 has a NUL character" in refusal(folder)
 
 
 def test_a_caption_column_without_captions_says_what_was_looked_for(folder):

@@ -180,7 +180,11 @@ def test_a_file_that_is_no_table_of_flags_is_refused_by_name(text, fragment, tmp
 
 @pytest.mark.parametrize(
     ("name", "fragment"),
-    [("nowhere.yaml", "No such file"), (".", "Is a directory"), ("binary", "not a YAML file")],
+    [
+        ("nowhere.yaml", "No such file"),
+        (".", "Is a directory"),
+        ("binary", "not UTF-8 text (byte 6, in line 1: ff fe 00)"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(name, fragment, tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"rank: \xff\xfe\x00")

@@ -173,7 +173,7 @@ config(
     "flags.yaml: no flag 'lerning_rate'; did you mean 'learning_rate'?",
 )
 config("that is a list", b"- rank\n", "must be a table of `flag: value` lines, got list")
-config("that is a picture", encoded(noise(), "PNG"), "not a YAML file")
+config("that is a picture", encoded(noise(), "PNG"), "not UTF-8 text (byte 0, in line 1: 89 50 4e 47)")
 config("with code", b"seed: !!python/object/apply:os.getpid []\n", "not a YAML file")
 config("with a table for a value", b"rank: {of: 4}\n", "'rank' must be a value or a list, got a table")
 config(
@@ -182,7 +182,7 @@ config(
     "'validation_images' must be a value or a list of values",
 )
 config("with a date that cannot be", b"output_dir: 2026-02-31\n", "not a YAML file")
-config("of a megabyte", b"# " + b"x" * 2**20 + b"\n", "bytes are no table of flags")
+config("of a megabyte", b"# " + b"x" * 2**20 + b"\n", "over 1,048,576 bytes")
 config(
     "with a name that ends early",
     b'init_adapter: "a\\0b"\n',
@@ -1143,7 +1143,7 @@ bad(
     "infer",
     "prompts in a file that is no text",
     prompts_file(b"\xff\xfea dog"),
-    "prompts.txt: it is not UTF-8 text",
+    "prompts.txt: not UTF-16 text (byte 6, in line 1: 67); save it as UTF-8",
 )
 bad("infer", "no prompt in the file", prompts_file(b"# nothing\n\n"), "prompts.txt: no prompt in it")
 bad(
