@@ -55,7 +55,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.adapter_files import bake as base_weights
-from dreambooth.adapter_files import deltas, layer_names, native, reading, tables, writing
+from dreambooth.adapter_files import deltas, layer_names, native, reading, run_info, tables, writing
 from dreambooth.adapter_files.adapter import Adapter, kept_shares, to_lora
 from dreambooth.adapter_files.adapter import merge as merge_adapters
 from dreambooth.adapter_files.deltas import Lora
@@ -100,6 +100,8 @@ def _read_named(path: str, base: Any) -> Adapter:
     for note in adapter.notes:
         print(f"note: {note}")
     if base:
+        for note in run_info.notes(shown(path), adapter.metadata, base):
+            print(f"note: {note}")
         return adapter
     modules = {
         (component, name): module
@@ -193,7 +195,7 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
     """Write a LoRA in the native layout, and print its table."""
-    data = writing.write_native(adapter, native.recorded(adapter.metadata), DTYPES[dtype])
+    data = writing.write_native(adapter, run_info.of(adapter.metadata), DTYPES[dtype])
     print(tables.table(adapter))
     _write(path, data)
 
@@ -225,11 +227,11 @@ def convert(options: ConvertOptions) -> None:
         path = _new_file(options.output, [options.adapter])
     base = _base(options.base)
     adapter = _read_named(options.adapter, base)
+    info = run_info.of(adapter.metadata)
     if options.rank:
         adapter = _ranked(options, adapter, base)
     elif options.to == "lora":
         adapter = to_lora(adapter)[0]
-    info = native.recorded(adapter.metadata)
     print(tables.table(adapter))
     if options.to in ("native", "lora"):
         _write(path, writing.write_native(adapter, info, dtype))
@@ -242,7 +244,7 @@ def convert(options: ConvertOptions) -> None:
         for note in writing.kohya_notes(adapter):
             print(f"note: {note}")
     else:
-        _write_folder(folder, writing.write_peft(adapter, layer_names.installed_text_prefixes(), dtype))
+        _write_folder(folder, writing.write_peft(adapter, layer_names.installed_text_prefixes(), info, dtype))
 
 
 def _ranked(options: ConvertOptions, adapter: Adapter, base: Any) -> Adapter:
@@ -297,6 +299,8 @@ def merge(options: MergeOptions) -> None:
     path = _new_file(options.output, [name for name, _ in named])
     base = _base(options.base)
     exact = merge_adapters([(shown(name), _read_named(name, base), weight) for name, weight in named])
+    for note in exact.notes:
+        print(f"note: {note}")
     merged, kept = to_lora(exact, options.rank)
     if options.rank:
         _print_kept(kept_shares(exact, kept))
@@ -363,8 +367,10 @@ def bake(options: BakeOptions) -> None:
                 f" its own weight must be 1, got {weight:g}"
             )
         print(f"{shown(name)}, weight {weight:g}", tables.table(adapter), sep="\n")
-        for note in adapter.notes:
+        for note in (*adapter.notes, *run_info.notes(shown(name), adapter.metadata, base)):
             print(f"note: {note}")
+        if skipped := run_info.of(adapter.metadata).get("clip_skip"):
+            print(f"note: {shown(name)} was trained with --clip_skip {skipped}: draw with that flag")
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
     try:

@@ -83,6 +83,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
             print(f"note: {note}")
         if peers.is_main:
             print(variants.table(columns, loaded, options.fuse, dtype), end="")
+            for note in variants.notes(columns, loaded, base):
+                print(f"note: {note}")
             # an earlier list and sheet, whose pictures will be overwritten
             for name in ("images.json", "contact_sheet.png"):
                 (output_dir / name).unlink(missing_ok=True)

@@ -8,11 +8,11 @@ HRA.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from dreambooth.adapter_files import deltas, native
+from dreambooth.adapter_files import deltas, run_info
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import COMPONENTS
 from dreambooth.errors import UserError
@@ -134,18 +134,8 @@ def merge(parts: Sequence[tuple[str, Adapter, float]]) -> Adapter:
             loras = [deltas.as_lora(module) for _, module, _ in terms]
             weights = [weight for _, _, weight in terms]
             components.setdefault(component, {})[path] = deltas.concatenate(loras, weights)
-    runs = [native.recorded(adapter.metadata) for _, adapter, _ in parts]
-    return Adapter(components, {"dreambooth": json.dumps(_common(runs))})
-
-
-def _common(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fields that have the same value in all `runs`."""
-    first, *rest = runs
-    return {
-        field: value
-        for field, value in first.items()
-        if all(field in run and run[field] == value for run in rest)
-    }
+    info, notes = run_info.merged([(name, run_info.of(adapter.metadata)) for name, adapter, _ in parts])
+    return Adapter(components, {"dreambooth": json.dumps(info)}, notes=tuple(notes))
 
 
 def _check_add_up(layer: str, modules: Sequence[tuple[str, Module]]) -> None:

@@ -63,13 +63,3 @@ def metadata(fields: Mapping[str, object], info: Mapping[str, Any]) -> dict[str,
         "lora_adapter_metadata": json.dumps(dict(fields), sort_keys=True),
         "dreambooth": json.dumps(dict(info), sort_keys=True),
     }
-
-
-def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The `info` about the training run in a file's metadata; {} if there is none or it is not a JSON
-    table."""
-    try:
-        info = json.loads(metadata.get("dreambooth", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return info if isinstance(info, dict) else {}

@@ -4,8 +4,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+from dreambooth.adapter_files import run_info
 from dreambooth.adapter_files.reading import AnyAdapter
-from dreambooth.errors import shown
+from dreambooth.errors import shortened, shown
 
 _BLOCK = re.compile(r"((?:down|up)_blocks[._]\d+|mid_block|(?:input|output)_blocks_\d+|middle_block)[._]")
 
@@ -30,7 +31,7 @@ def report(adapter: AnyAdapter) -> str:
     if adapter.is_additive:
         sections += [_scales(adapter.scales), _norms(adapter)]
     notes = "".join(f"\nnote: {note}" for note in adapter.notes)
-    return "\n\n".join([*sections, _metadata(adapter.metadata)]) + notes
+    return "\n\n".join([*sections, _training(adapter.metadata), _metadata(adapter.metadata)]) + notes
 
 
 def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:
@@ -64,6 +65,14 @@ def _block(component: str, layer: str) -> str:
         return component
     match = _BLOCK.search(f"{layer}.")
     return f"unet {match[1]}" if match else "unet, other"
+
+
+def _training(metadata: Mapping[str, str]) -> str:
+    """What the metadata say on how to draw the adapter, as infer.py understands them."""
+    info = run_info.of(metadata)
+    lines = [f"clip_skip        {info.get('clip_skip', 0)} (final layers of the text encoder to skip)"]
+    lines.append(f"prediction_type  {shortened(info.get('prediction_type', 'not stated'))}")
+    return "\n".join(lines)
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.adapter_files import deltas, layer_names, native
+from dreambooth.adapter_files import deltas, layer_names, native, run_info
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
 from dreambooth.adapter_files.layer_names import KohyaFamily
@@ -285,20 +285,24 @@ def _kohya_metadata(
     for name in ("seed", "steps"):
         if info.get(name) is not None:
             metadata[f"ss_{name}"] = str(info[name])
-    return metadata
+    return metadata | run_info.kohya_fields(info, family)
 
 
 # ---- peft's folders
 
 
 def write_peft(
-    adapter: Adapter, text_prefixes: Mapping[str, str], dtype: torch.dtype = torch.float32
+    adapter: Adapter,
+    text_prefixes: Mapping[str, str],
+    info: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, bytes]:
     """The bytes of files by relative path: for each component a folder for `PeftModel.from_pretrained`.
 
     `text_prefixes`: by text encoder, the prefix of its layers in the models that will load the folders
-    (`layer_names.installed_text_prefixes`). Raises UserError as `write_native` does, and if no configuration
-    of peft makes modules of these shapes.
+    (`layer_names.installed_text_prefixes`). `info` is about the training
+    run. Raises UserError as `write_native` does, and if no configuration of peft makes modules of these
+    shapes.
     """
     files: dict[str, bytes] = {}
     for component, modules in adapter.components.items():
@@ -316,7 +320,8 @@ def write_peft(
         }
         _check_peft_makes(component, modules, fields)
         config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-        data = safetensors_files.stable_bytes(_stored(tensors, dtype), {"format": "pt"})
+        metadata = {"format": "pt", "dreambooth": json.dumps(dict(info), sort_keys=True)}
+        data = safetensors_files.stable_bytes(_stored(tensors, dtype), metadata)
         files[f"{component}/adapter_config.json"] = config.encode()
         files[f"{component}/adapter_model.safetensors"] = data
     return files

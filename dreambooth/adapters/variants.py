@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from dreambooth.adapter_files import layer_names, native, reading
+from dreambooth.adapter_files import layer_names, reading, run_info
 from dreambooth.adapter_files.reading import AnyAdapter, Identity
 from dreambooth.adapters import apply
 from dreambooth.bases import families, loading, prompts
-from dreambooth.errors import UserError, shown
+from dreambooth.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
 from dreambooth.options.pictures import InferOptions
@@ -74,8 +74,7 @@ def read_adapters(
                 adapter, identity = reading.read(path, layers), reading.identity(path)
             except UserError as error:
                 raise UserError(f"{adapter_set.where}: {error}") from None
-            trained = native.recorded(adapter.metadata).get("clip_skip", 0)
-            trained = trained if type(trained) is int and trained >= 0 else 0
+            trained = run_info.of(adapter.metadata).get("clip_skip", 0)
             key = f"adapter_{len(loaded)}"
             loaded[path] = LoadedAdapter(key, adapter, identity, trained if clip_skip is None else clip_skip)
     return loaded
@@ -117,14 +116,36 @@ def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, ba
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
     texts["--negative_prompt"] = options.negative_prompt
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
-    for clip_skip in dict.fromkeys(variant.clip_skip for variant in variants):
-        families.check_text(base, TextOptions(clip_skip=clip_skip))
+    for variant in {variant.clip_skip: variant for variant in variants}.values():
+        _check_clip_skip(options, variant, loaded, base)
     for variant in variants:
         for weighted in variant.adapters:
             adapter = loaded[weighted.path].adapter
             if variant.set and not adapter.is_additive:
                 what = f"{variant.set.where}: {shown(weighted.path)} is {', '.join(adapter.kinds).upper()}"
                 _check_rotation(what, weighted.weights, options.fuse)
+
+
+def _check_clip_skip(options: InferOptions, variant: Variant, loaded: Loaded, base: families.Base) -> None:
+    """Raise UserError unless the base has the layers that a variant skips."""
+    try:
+        families.check_text(base, TextOptions(clip_skip=variant.clip_skip))
+    except UserError as error:
+        if options.clip_skip is not None:
+            raise
+        trained = [each.identity.label for each in loaded.values() if each.clip_skip == variant.clip_skip]
+        raise UserError(
+            f"{error}, the value in the metadata of {few(trained)}; give --clip_skip for this base"
+        ) from None
+
+
+def notes(variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> list[str]:
+    """What the metadata of the adapters say against the base, one note each."""
+    paths = dict.fromkeys(adapter.path for variant in variants for adapter in variant.adapters)
+    adapters = [loaded[path] for path in paths]
+    return [
+        note for each in adapters for note in run_info.notes(each.identity.label, each.adapter.metadata, base)
+    ]
 
 
 def _check_rotation(what: str, weights: Mapping[str, float], fuse: apply.Fusing) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load
 from transformers import PreTrainedTokenizerBase
 
-from dreambooth.adapter_files import native, reading, writing
+from dreambooth.adapter_files import native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
@@ -193,7 +193,12 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
         raise UserError(
             f"--init_adapter: {shown(path)} has layers of the text encoder too; add --train_text_encoder"
         )
-    notes = []
+    notes = run_info.notes(shown(path), file.metadata, base)
+    skipped = run_info.of(file.metadata).get("clip_skip", 0)
+    if skipped != (text.clip_skip or 0):
+        notes.append(
+            f"{shown(path)} was trained with --clip_skip {skipped}, this run with {text.clip_skip or 0}"
+        )
     if text.train_text_encoder and not has_text:
         notes.append(f"{shown(path)} has no layers of the text encoder: their adapter starts at zero")
     return InitAdapter(state, _digest(state), notes)

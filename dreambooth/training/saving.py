@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.adapter_files import layer_names, native, reading, writing
+from dreambooth.adapter_files import layer_names, native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.files import atomic, checkpoint_folders
@@ -190,7 +190,7 @@ def write_kohya(adapter: Path, base: families.Base) -> None:
     assert base.kohya_family is not None  # checked with the flags
     layers = base.layers()
     content, depth = reading.read_additive(adapter, layers), layer_names.depth_of(layers["unet"])
-    info = native.recorded(content.metadata) | {"prediction_type": base.prediction_type}
+    info = run_info.of(content.metadata) | {"prediction_type": base.prediction_type}
     data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
     path = adapter.with_name(native.KOHYA_NAME)
     try:

@@ -11,7 +11,7 @@ import torch
 
 import generate_class_images
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import native, reading
+from dreambooth.adapter_files import native, reading, run_info
 from dreambooth.bases import autoencoder, pipelines
 from dreambooth.data import class_images
 from dreambooth.files import atomic, pictures
@@ -70,7 +70,7 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(
         "pid": 0,
         "host": "",
     }
-    assert native.recorded(reading.read_additive(tmp_path).metadata)["steps"] == 3
+    assert run_info.of(reading.read_additive(tmp_path).metadata)["steps"] == 3
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken
     assert status(tmp_path)["state"] == "finished"

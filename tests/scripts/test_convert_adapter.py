@@ -8,8 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import convert_adapter
-from dreambooth.adapter_files import deltas, reading, writing
-from dreambooth.adapter_files import native as adapter_files
+from dreambooth.adapter_files import deltas, reading, run_info, writing
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.bases import families
@@ -102,7 +101,7 @@ def test_kohya_and_back_gives_the_same_bytes(kind, native, tiny_base, adapted, l
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     adapter = reading.read_additive(tmp_path / "b.safetensors", layers)
     expect_same_deltas(adapter, adapted(kind))
-    assert adapter_files.recorded(adapter.metadata) == INFO | {"prediction_type": "epsilon"}
+    assert run_info.of(adapter.metadata) == INFO | {"prediction_type": "epsilon"}
 
 
 @pytest.mark.slow
@@ -233,7 +232,7 @@ def test_merging_adds_weighted_updates(native, layers, tiny_base, tmp_path):
             wanted[name] = wanted.get(name, 0) + weight * delta
     merged = reading.read_additive(tmp_path / "m.safetensors", layers)
     expect_close(merged, wanted)
-    assert adapter_files.recorded(merged.metadata) == INFO
+    assert run_info.of(merged.metadata) == INFO
 
 
 def test_merging_to_a_rank_is_the_best_of_that_rank(native, layers, tmp_path, capsys):

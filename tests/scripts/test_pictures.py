@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import infer
-from dreambooth.adapter_files import native
+from dreambooth.adapter_files import native, run_info
 from dreambooth.bases import families
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
@@ -137,7 +137,7 @@ def test_an_adapter_file_says_what_it_was_made_on_and_with_and_no_path(trained, 
 
     with safe_open(trained / native.ADAPTER_NAME, framework="pt") as file:
         metadata = file.metadata()
-    said = native.recorded(metadata)
+    said = run_info.of(metadata)
     base = families.find(BaseOptions(str(tiny_base)))
     assert (said["base_model"], said["base_fingerprint"], said["steps"], said["seed"]) == (
         tiny_base.name,

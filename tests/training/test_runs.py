@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
-from dreambooth.adapter_files import native, reading
+from dreambooth.adapter_files import native, reading, run_info
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders, locks
 from dreambooth.options.command_line import as_table, parse
@@ -375,7 +375,7 @@ def test_a_run_without_a_seed_that_left_nothing_starts_again_with_the_seed_it_dr
         train.main(parse(TrainOptions, "", words))
     seed = json.loads((tmp_path / run_folder.IDENTITY).read_text())["flags"]["seed"]
     train.main(parse(TrainOptions, "", words))
-    assert native.recorded(reading.read_additive(tmp_path).metadata)["seed"] == seed
+    assert run_info.of(reading.read_additive(tmp_path).metadata)["seed"] == seed
 
 
 @pytest.mark.parametrize("was", [None, "fixed", "pixels", "latents"])
