@@ -61,7 +61,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     )
 
     # pictures
-    peers.say_notes(class_images.notes(folder))
+    peers.say_notes([*base.variant_notes(), *class_images.notes(folder)])
     class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
     if accelerator.is_main_process:
         print(f"{folder} holds {generation.num_class_images} class images")

@@ -70,6 +70,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
+    peers.say_notes(base.variant_notes())
     loaded = variants.read_adapters(sets, base, options.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)
     variants.check(options, columns, loaded, base)

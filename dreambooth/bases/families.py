@@ -128,6 +128,22 @@ class Base:
             return folders.given_vae_files(self.given_vae, self.options.variant)
         return folders.weight_files(self.folder, part, self.options.variant)
 
+    def variant_notes(self) -> list[str]:
+        """A note for the user if parts are loaded from files that are not of --variant."""
+        variant = self.options.variant
+        parts = ["unet", *self.family.text, *(["vae"] if self.family.has_vae else [])]
+        kinds = {
+            part: weight_names.variants([path.name for path in self.part_folder(part).iterdir()], part)
+            for part in parts
+            if not (part == "vae" and self.given_vae)
+        }
+        plain = [part for part, names in kinds.items() if variant and variant not in names]
+        return (
+            [f"there are no {variant} weights of {', '.join(plain)}: the plain ones are loaded"]
+            if plain
+            else []
+        )
+
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the pictures that the base draws by default."""

@@ -278,7 +278,7 @@ def _decode(
 def _reason(error: Exception) -> str:
     """What Pillow says of a broken file, without the file's name."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is damaged"  # Pillow's own message holds nothing but the name
+        return "Pillow does not recognize it"  # its own message holds nothing but the name
     return reason_of(error)
 
 

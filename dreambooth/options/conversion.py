@@ -22,7 +22,7 @@ class KnownBase:
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
-    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`."""
+    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`, for each part that has them."""
 
     def __post_init__(self) -> None:
         named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
@@ -47,7 +47,7 @@ class NeededBase:
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
-    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`."""
+    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`, for each part that has them."""
 
     def __post_init__(self) -> None:
         self.model()

@@ -45,7 +45,7 @@ class BaseOptions:
     revision: str | None = None
     """Hub revision (branch, tag or commit) of every part of the base."""
     variant: str | None = None
-    """Preferred weight files: fp16 prefers `*.fp16.safetensors`."""
+    """Preferred weight files: fp16 prefers `*.fp16.safetensors`, for each part of the base that has them."""
     tokenizer_name: str | None = None
     """Folder or hub id of a tokenizer that replaces the base's (first) tokenizer."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

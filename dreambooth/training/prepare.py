@@ -193,7 +193,8 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
-    return CheckedBase(base, tokenizers, init_adapter, [*prompt_notes, *size_notes, *reader_notes])
+    notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes]
+    return CheckedBase(base, tokenizers, init_adapter, notes)
 
 
 @dataclasses.dataclass(frozen=True)

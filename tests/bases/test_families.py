@@ -30,7 +30,7 @@ from dreambooth.data import sampling_order
 from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
-from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
 from tests import tiny
 from tests.plain_diffusers import PROMPT, plain_clip
 from tests.running import digest, main_on_two_processes, run_train, train_words
@@ -558,3 +558,20 @@ def test_the_fingerprint_is_of_the_weights_that_are_loaded(tiny_base, tmp_path):
     assert base.fingerprint() != before
     with pytest.raises(UserError, match=r"--variant: .* has no bf16 weights; leave --variant out"):
         families.find(BaseOptions(str(tiny_base), variant="bf16"))
+
+
+def test_the_advised_clip_skip_is_one_that_every_encoder_can_follow(tiny_xl, tmp_path):
+    folder = shutil.copytree(tiny_xl, tmp_path / "base")
+    for part, layers in (("text_encoder", 9), ("text_encoder_2", 4)):
+        config = json.loads((folder / part / "config.json").read_text())
+        config["num_hidden_layers"] = layers
+        (folder / part / "config.json").write_text(json.dumps(config))
+    base = families.find(BaseOptions(str(folder)))
+    with pytest.raises(
+        UserError, match="--clip_skip must be at most 3, text_encoder_2 has no more"
+    ) as refused:
+        families.check_text(base, TextOptions(clip_skip=30))
+    advised = int(str(refused.value).split("at most ")[1].split(",")[0])
+    families.check_text(base, TextOptions(clip_skip=advised))
+    with pytest.raises(UserError, match="--clip_skip must be at most"):
+        families.check_text(base, TextOptions(clip_skip=advised + 1))
