@@ -18,9 +18,9 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 # The whole story: class images, training, pictures with and without the adapter, scores.
 demo: $(VENV)/installed
-	rm -rf $(RUN)
+	rm -rf $(RUN) $(RUN)_class
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py \
-	  --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)/class_images --num_threads $(THREADS)
+	  --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)_class --num_threads $(THREADS)
 	$(BIN)/python infer.py --config configs/demo_subject.yaml --adapter $(RUN) \
 	  --output_dir $(RUN)/subject --num_threads $(THREADS)
 	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) \

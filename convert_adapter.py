@@ -49,6 +49,7 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse_command(sys.argv[1:])
     startup.begin()
 
+import os
 import re
 from pathlib import Path
 
@@ -131,20 +132,17 @@ def _weighted(words: Sequence[str]) -> list[tuple[str, float]]:
 # ---- writing
 
 
-def _new_file(output: str, inputs: Sequence[str]) -> Path:
+def _new_file(output: str) -> Path:
     """The path of the file to write; its folder is made.
 
-    Raises UserError if it is a folder, one of the `inputs`, or cannot be written.
+    Raises UserError if it exists or cannot be written: an existing file may be the user's.
     """
     path = Path(output)
     try:
-        for name in inputs:
-            source = Path(name)
-            sources = [source, source / native.ADAPTER_NAME] if source.is_dir() else [source]
-            if path.exists() and any(file.exists() and path.samefile(file) for file in sources):
-                raise UserError(f"--output: {shown(output)} is the adapter that is read; name another file")
         if path.is_dir():
             raise UserError(f"--output: {shown(output)} is a folder; name a file")
+        if os.path.lexists(path):
+            raise UserError(f"--output: {shown(output)} exists; name a new file, or remove this one first")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {shown(output)} cannot be written: {error.strerror or error}") from None
@@ -178,6 +176,8 @@ def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     try:
+        if os.path.lexists(path):
+            raise Stop(f"{path} has appeared since the start; move it away, and start again")
         atomic.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
@@ -224,7 +224,7 @@ def convert(options: ConvertOptions) -> None:
         inputs = [path for path in [Path(options.adapter)] if path.is_dir()]
         folder = _new_folder("--output", options.output, inputs)
     else:
-        path = _new_file(options.output, [options.adapter])
+        path = _new_file(options.output)
     base = _base(options.base)
     adapter = _read_named(options.adapter, base)
     info = run_info.of(adapter.metadata)
@@ -296,7 +296,7 @@ def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
 def merge(options: MergeOptions) -> None:
     """Merge several adapters into one LoRA."""
     named = _weighted(options.adapter)
-    path = _new_file(options.output, [name for name, _ in named])
+    path = _new_file(options.output)
     base = _base(options.base)
     exact = merge_adapters([(shown(name), _read_named(name, base), weight) for name, weight in named])
     for note in exact.notes:
@@ -309,7 +309,7 @@ def merge(options: MergeOptions) -> None:
 
 def resize(options: ResizeOptions) -> None:
     """Write a LoRA of a smaller rank."""
-    path = _new_file(options.output, [options.adapter])
+    path = _new_file(options.output)
     exact, _ = to_lora(_read_named(options.adapter, _base(options.base)))
     small, kept = to_lora(exact, options.rank)
     _print_kept(kept_shares(exact, kept))
@@ -323,7 +323,7 @@ def extract(options: ExtractOptions) -> None:
     from dreambooth.options.adapter import AdapterOptions
     from dreambooth.options.training import BaseOptions
 
-    path = _new_file(options.output, [])
+    path = _new_file(options.output)
     # one of the two bases may have no files of the variant
     variant, names = options.base.variant, (options.base.pretrained_model_name_or_path, options.tuned)
     has_variant = [folders.has_variant(Path(name), variant) for name in names]

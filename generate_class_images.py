@@ -19,6 +19,7 @@ import torch
 
 from dreambooth.bases import families, loading, prompts
 from dreambooth.data import class_images
+from dreambooth.files import ownership
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.stops import Watch
 
@@ -44,6 +45,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
 
     # base, prompt and settings
     folder = Path(options.class_data_dir)
+    ownership.check_apart({"--class_data_dir": options.class_data_dir}, {}, options.base.sources())
     generation = class_images.continued(options.generation, class_images.made_with(folder))
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)

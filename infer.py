@@ -25,12 +25,16 @@ from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
+from dreambooth.data import class_images
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
+from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.options import adapter_sets, text_files
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
-from dreambooth.runtime.stops import Watch
+from dreambooth.runtime.stops import Stop, Watch
+
+LIST, SHEET = "images.json", "contact_sheet.png"
 
 
 def read_prompts(options: InferOptions) -> list[str]:
@@ -66,6 +70,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     # what to draw
+    check_apart({"--output_dir": options.output_dir}, {}, options.base.sources())
     prompts = read_prompts(options)
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
@@ -76,26 +81,45 @@ def infer(options: InferOptions, watch: Watch) -> None:
     variants.check(options, columns, loaded, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
+    records = all_records(options, columns, loaded)
     # the output folder
     output_dir = Path(options.output_dir)
     atomic.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
         for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
             print(f"note: {note}")
+        files = WrittenFiles(output_dir, peers.rank)
+        names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
+        peers.on_main(lambda: check_names(files, names))
         if peers.is_main:
             print(variants.table(columns, loaded, options.fuse, dtype), end="")
             for note in variants.notes(columns, loaded, base):
                 print(f"note: {note}")
-            # an earlier list and sheet, whose pictures will be overwritten
-            for name in ("images.json", "contact_sheet.png"):
-                (output_dir / name).unlink(missing_ok=True)
+            for name in (LIST, SHEET):  # of earlier pictures, which will be replaced
+                files.remove(name)
         peers.barrier()
         # draw
         pipeline = pipelines.load_pipeline(base, dtype, device)
-        records = draw_all(options, pipeline, base, columns, loaded, peers, watch)
-        peers.barrier()
-        if peers.is_main:
-            collect(options, columns, records)
+        try:
+            draw_all(options, pipeline, base, columns, records, loaded, files, peers, watch)
+            peers.barrier()
+            if peers.is_main:
+                collect(options, columns, [record for chunk in records for record in chunk], files)
+        except OSError as error:
+            raise Stop(
+                f"{error.filename or output_dir} cannot be written: {error.strerror or error}"
+            ) from None
+
+
+def check_names(files: WrittenFiles, names: Sequence[str]) -> None:
+    """Raise UserError if a file in --output_dir would be replaced that this program did not write there, or
+    if the folder is one of class images."""
+    if class_images.is_set(files.folder):
+        raise UserError(
+            f"--output_dir: {shown(files.folder)} is a folder of class images; name another folder"
+        )
+    files.check_free(names, "--output_dir")
+    files.sweep()
 
 
 # ---- drawing
@@ -106,16 +130,18 @@ def draw_all(
     pipeline: Any,
     base: families.Base,
     columns: Sequence[Variant],
+    records: Sequence[list[dict[str, Any]]],
     loaded: Loaded,
+    files: WrittenFiles,
     peers: Peers,
     watch: Watch,
-) -> list[dict[str, Any]]:
-    """Draw and save this process's share of the pictures. Returns the records of all pictures, as images.json
-    lists them.
+) -> None:
+    """Draw and save this process's share of the pictures. Raises OSError if one cannot be written.
 
-    `columns` are the variants to draw; each is a column of the contact sheet. A variant's pictures are drawn
-    in chunks of --batch_size. The last bits of a picture depend on the other pictures of its chunk, so the
-    chunks are the same on any number of processes: process c % processes draws chunk c.
+    `columns` are the variants to draw, each a column of the contact sheet; `records` are their pictures. A
+    variant's pictures are drawn in chunks of --batch_size. The last bits of a picture depend on the other
+    pictures of its chunk, so the chunks are the same on any number of processes: process c % processes draws
+    chunk c.
     """
     stack = apply.Stack({part: getattr(pipeline, part) for part in ("unet", *base.family.text)})
     for adapter in loaded.values():
@@ -123,13 +149,10 @@ def draw_all(
     # every process attaches the adapters of all variants: last bits must not depend on which variants a
     # process draws
     stack.attach_all((variant.weights(loaded) for variant in columns), options.fuse)
-    records: list[dict[str, Any]] = []
     chunk_number = 0
-    count = sum(len(variant.jobs) for variant in columns)
+    count = sum(map(len, records))
     with tqdm(total=count, desc="pictures", unit="image", disable=not peers.is_main) as bar:
-        for variant in columns:
-            variant_records = _records(options, variant, loaded, len(records))
-            records += variant_records
+        for variant, variant_records in zip(columns, records, strict=True):
             # this process's chunks
             firsts = range(0, len(variant_records), options.batch_size)
             chunks = [variant_records[first : first + options.batch_size] for first in firsts]
@@ -143,8 +166,17 @@ def draw_all(
                 prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
                 prompt_cache = text.encode_all([*prompts, options.negative_prompt], watch.check)
                 for chunk in chunks_here:
-                    _draw(options, pipeline, prompt_cache, chunk, watch)
+                    _draw(options, pipeline, prompt_cache, chunk, files, watch)
                     bar.update(min(len(chunk) * peers.world, count - bar.n))
+
+
+def all_records(
+    options: InferOptions, columns: Sequence[Variant], loaded: Loaded
+) -> list[list[dict[str, Any]]]:
+    """For each variant the records of its pictures, as images.json lists them."""
+    records: list[list[dict[str, Any]]] = []
+    for variant in columns:
+        records.append(_records(options, variant, loaded, sum(map(len, records))))
     return records
 
 
@@ -184,9 +216,14 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
 
 
 def _draw(
-    options: InferOptions, pipeline: Any, prompt_cache: PromptCache, chunk: list[dict[str, Any]], watch: Watch
+    options: InferOptions,
+    pipeline: Any,
+    prompt_cache: PromptCache,
+    chunk: list[dict[str, Any]],
+    files: WrittenFiles,
+    watch: Watch,
 ) -> None:
-    """Draw the pictures of the records in `chunk` in one batch, and save each."""
+    """Draw the pictures of the records in `chunk` in one batch, and save each. Raises OSError."""
     images = pipelines.draw(
         pipeline,
         prompt_cache.of([record["prompt"] for record in chunk]),
@@ -199,13 +236,15 @@ def _draw(
     )
     for record, image in zip(chunk, images, strict=True):
         settings = {key: value for key, value in record.items() if key != "file"}
-        atomic.write(Path(options.output_dir) / record["file"], pictures.png(image, settings))
+        files.write(record["file"], pictures.png(image, settings))
 
 
-def collect(options: InferOptions, columns: Sequence[Variant], records: list[dict[str, Any]]) -> None:
+def collect(
+    options: InferOptions, columns: Sequence[Variant], records: list[dict[str, Any]], files: WrittenFiles
+) -> None:
     """Write the records as images.json, and the contact sheet: a row for each prompt, and for each seed a
-    column for each variant."""
-    folder = Path(options.output_dir)
+    column for each variant. Raises OSError."""
+    folder = files.folder
     thumbnails: dict[tuple[int, str, int], Image.Image] = {}
     remaining = iter(records)
     for number, variant in enumerate(columns):
@@ -220,10 +259,11 @@ def collect(options: InferOptions, columns: Sequence[Variant], records: list[dic
     ]
     labels = [f" {variant.label}" if len(columns) > 1 else "" for variant in columns]
     headings = [f"seed {seed}{labels[number]}" for number, seed in sheet_columns]
-    atomic.write(folder / "contact_sheet.png", pictures.png(pictures.contact_sheet(rows, headings)))
+    sheet = pictures.contact_sheet(rows, headings)
+    files.write(SHEET, pictures.png(sheet, {"contact_sheet": len(records)}))
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-    atomic.write(folder / "images.json", text.encode())
-    print(f"wrote {len(records)} pictures and contact_sheet.png to {folder}")
+    files.write(LIST, text.encode())
+    print(f"wrote {len(records)} pictures and {SHEET} to {folder}")
 
 
 if __name__ == "__main__":

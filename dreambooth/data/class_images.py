@@ -5,7 +5,8 @@ in, so pictures are made in fixed chunks of b pictures: chunk c holds pictures c
 process c % world. If a picture of a chunk is missing, the whole chunk is computed again.
 
 `manifest.json` holds the settings of the set and the hash of each picture. A folder made with other settings
-is refused. Pictures with other names are the user's: they count as class images and are never changed.
+is refused. Pictures with other names are the user's: they count as class images, unless this program drew
+them, and are never changed. Nor is a picture of the set that is no longer as it was written.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from dreambooth.files import atomic, locks, pictures
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
 from dreambooth.runtime.processes import Peers
-from dreambooth.runtime.stops import Watch
+from dreambooth.runtime.stops import Stop, Watch
 
 MANIFEST = "manifest.json"
 _FLAG = "--class_data_dir"
@@ -89,6 +90,14 @@ def made_with(folder: Path) -> dict[str, Any]:
     return manifest.settings if manifest else {}
 
 
+def is_set(folder: Path) -> bool:
+    """Whether the folder holds class images that this program made."""
+    try:
+        return _read_manifest(folder) is not None
+    except UserError:  # the manifest of another program
+        return False
+
+
 def file_name(number: int) -> str:
     """The file name of a made picture."""
     return f"class-{number:06d}.png"
@@ -112,7 +121,7 @@ def precision_of(flag: str | None, device: torch.device) -> str:
 def _read_manifest(folder: Path) -> _Manifest | None:
     """The folder's manifest, None without one. Raises UserError if it is damaged."""
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -121,9 +130,10 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         if not _is_valid(settings):
             raise ValueError
         return _Manifest(settings, dict(content["sha256"]))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"{_FLAG}: {path} is damaged; remove it together with the class-*.png files to make them again"
+            f"{_FLAG}: {path} is damaged, or another program's: name another folder, or move it and the"
+            " class-*.png files away to make them again"
         ) from None
 
 
@@ -144,16 +154,26 @@ def _is_valid(settings: dict[str, Any]) -> bool:
 def _pending_hashes(folder: Path) -> dict[str, str]:
     """Hashes, by name of picture, that processes wrote beside their pictures and that are not in the manifest
     yet."""
-    return {
-        path.name[1:].removesuffix(".sha256"): path.read_text().strip()
-        for path in sorted(folder.glob(".class-*.png.sha256"))
-    }
+    hashes = {}
+    for path in sorted(folder.glob(".class-*.png.sha256")):
+        name = path.name[1:].removesuffix(".sha256")
+        if _NAME.fullmatch(name) and path.is_file() and not path.is_symlink():
+            text = path.read_bytes()[:65].decode(errors="replace")
+            if re.fullmatch(r"[0-9a-f]{64}", text):
+                hashes[name] = text
+    return hashes
+
+
+def names_made(folder: Path) -> set[str]:
+    """The file names of the pictures that this program made for the folder."""
+    manifest = _read_manifest(folder)
+    return {*(manifest.hashes if manifest else {}), *_pending_hashes(folder)}
 
 
 def notes(folder: Path) -> list[str]:
     """Notes for the user on files of the folder that are no class images. Raises UserError if it cannot be
     read."""
-    skipped = picture_files.list_folder(folder, _FLAG).described() if folder.exists() else ""
+    skipped = picture_files.list_folder(folder, _FLAG, names_made(folder)).described() if folder.exists() else ""
     return [f"skipped in {shown(folder)}: {skipped}"] if skipped else []
 
 
@@ -161,8 +181,7 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
     """The numbers of the pictures that must be made so that the folder holds `total` pictures, the user's
     included.
 
-    Raises UserError if the folder holds a set made with other settings, or a file that a new picture would
-    overwrite.
+    Raises UserError if the folder holds a set made with other settings, or a file that would be overwritten.
     """
     if not folder.exists():
         return list(range(total))
@@ -174,19 +193,38 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
 
     # Without a manifest no picture is known to be of this set.
     hashes = manifest.hashes | _pending_hashes(folder) if manifest else {}
-    names = picture_files.list_folder(folder, _FLAG).pictures
+    listing = picture_files.list_folder(folder, _FLAG, hashes)
+    users = sum(not _NAME.fullmatch(name) for name in listing.pictures)
+    missing, changed = [], []
+    for k in range(max(0, total - users)):
+        name = file_name(k)
+        if not _is_intact(folder / name, hashes.get(name)):
+            missing.append(k)
+            if name in hashes and not _is_vacant(folder / name):
+                changed.append(name)
+    names = sorted(path.name for path in folder.iterdir())
     unknown = [name for name in names if _NAME.fullmatch(name) and name not in hashes]
+    advice = "rename it or name another folder"
     if unknown:
         raise UserError(
-            f"{_FLAG}: {folder / unknown[0]} is in no manifest and would be overwritten; "
-            "rename it or name another folder"
+            f"{_FLAG}: {folder / unknown[0]} is in no manifest and would be overwritten; {advice}"
         )
-    users = sum(not _NAME.fullmatch(name) for name in names)
-    return [
-        k
-        for k in range(max(0, total - users))
-        if not _is_intact(folder / file_name(k), hashes.get(file_name(k)))
-    ]
+    if changed:
+        raise UserError(
+            f"{_FLAG}: {folder / changed[0]} is not as it was made (its SHA-256 differs) and would be"
+            f" overwritten; remove it to have it made again, {advice}"
+        )
+    pending = [f".{file_name(k)}.sha256" for k in missing if file_name(k) not in hashes]
+    if taken := [name for name in pending if not _is_vacant(folder / name)]:
+        raise UserError(f"{_FLAG}: {folder / taken[0]} would be overwritten; {advice}")
+    return missing
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether a file may be written here: there is none, or an empty one."""
+    return not os.path.lexists(path) or (
+        path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+    )
 
 
 def _check_settings(folder: Path, made: Mapping[str, Any], settings: ClassImageSettings) -> None:
@@ -401,7 +439,10 @@ def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
     """Write the picture's hash to a file of its own, then the picture.
 
     Processes cannot share the manifest, and a picture without a known hash would be refused as the user's.
+    Raises Stop if a file of the user has got the name since the start.
     """
+    if not _is_vacant(path):
+        raise Stop(f"{path} has appeared since the start and would be overwritten; move it away")
     data = pictures.png(image, settings)
     atomic.write(path.with_name(f".{path.name}.sha256"), hashlib.sha256(data).hexdigest().encode())
     atomic.write(path, data)

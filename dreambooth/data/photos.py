@@ -10,7 +10,7 @@ import io
 import math
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,16 +77,18 @@ def check_folder(
     allow_odd_photos: bool = False,
     follow_symlinks: bool = False,
     cache: DecodeCache | None = None,
+    made: Collection[str] = (),
 ) -> Folder:
     """Check every photo in `folder`, which `flag` named. Photos that `cache` lacks are decoded and added to
     it.
 
     Raises UserError if the folder is missing or has no photo, or with one line for every photo that cannot be
     used: it is damaged, has over `max_pixels`, is smaller than ODD_SIDE without `allow_odd_photos`, or is a
-    link to another folder without `follow_symlinks`.
+    link to another folder without `follow_symlinks`. Pictures that this program drew are passed over with a
+    note, but for those whose names are in `made`.
     """
     folder = Path(folder)
-    listing = picture_files.list_folder(folder, flag)
+    listing = picture_files.list_folder(folder, flag, made)
     skipped = listing.described()
     if not listing.pictures:
         content = f"it holds {skipped}" if skipped else "it is empty"

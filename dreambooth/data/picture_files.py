@@ -8,12 +8,13 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 from dreambooth.data import captions
 from dreambooth.errors import UserError, few, shown
+from dreambooth.files import pictures as png_files
 
 HEAD = 4096  # bytes that decide what a file is
 _SAVE = "save it as PNG or JPEG"
@@ -36,7 +37,7 @@ _RAW_ENDINGS = re.compile(
     r"\.(3fr|arw|cr2|dcr|dng|erf|iiq|kdc|mef|mos|nef|nrw|orf|pef|raw|rw2|sr2|srf|srw)", re.I
 )
 # Files of this program beside class images: the manifest, the lock, and hashes of new pictures.
-_RECORDS = re.compile(r"manifest\.json|\.lock|\.class-.*|\.dreambooth.*", re.S)
+_RECORDS = re.compile(r"manifest\.json|\.lock|\.class-.*|\.dreambooth.*|\.written.*", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,10 @@ _ICON, _PDF = Kind("an icon", advice=_SAVE), Kind("a PDF file", advice="save its
 _HEIC = Kind("a HEIC picture", advice="convert it to JPEG or PNG")
 _JXL = Kind("a JPEG XL picture", advice=_SAVE)
 _ARCHIVE = Kind("an archive")
+_DRAWN = Kind(
+    "a picture of this program",
+    advice="what it draws is no photo; a picture that another program saves anew, as JPEG, counts as one",
+)
 _SOUND = Kind("a sound file")
 _WEIGHTS = Kind("a safetensors file")
 _KINDS = {name: Kind(f"a {name} picture", name) for name in READ}
@@ -139,8 +144,11 @@ class Listing:
         return "; ".join(parts)
 
 
-def list_folder(folder: Path, flag: str) -> Listing:
-    """The files of `folder`, which `flag` named, by what they are. Raises UserError if it cannot be read."""
+def list_folder(folder: Path, flag: str, made: Collection[str] = ()) -> Listing:
+    """The files of `folder`, which `flag` named, by what they are. Raises UserError if it cannot be read.
+
+    Pictures that this program drew are skipped, but for the names in `made`.
+    """
     pictures: list[str] = []
     kinds: dict[str, Kind] = {}
     for name in names(folder, flag):
@@ -148,6 +156,9 @@ def list_folder(folder: Path, flag: str) -> Listing:
             kinds[name] = _HIDDEN
             continue
         kind = _kind_at(folder / name)
+        if kind.format == "PNG" and name not in made and png_files.is_marked(folder / name):
+            kinds[name] = _DRAWN
+            continue
         if kind.format or Path(name).suffix.lower() in ENDINGS:
             pictures.append(name)
         else:

@@ -18,15 +18,19 @@ from dreambooth.errors import UserError
 _TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9]+){1,2}\.tmp")
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, beside: Path | None = None) -> None:
     """Write the file beside `path`, flush it and rename it. A reader sees the old file or the new one, never
-    a part of one."""
-    temporary = _temporary(path)
+    a part of one.
+
+    An older file of that name is replaced, whoever wrote it; ownership.py replaces only this program's.
+    `beside` is the path that is written first, a new `temporary` by default.
+    """
+    beside = beside or temporary(path)
     try:
-        write_new(temporary, data)
-        os.replace(temporary, path)
+        write_new(beside, data)
+        os.replace(beside, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -38,21 +42,21 @@ def new_folder(target: Path) -> Iterator[Path]:
     The block must flush the files in the folder, see `write_new` and `flush`. Raises OSError if `target`
     exists and is not an empty folder.
     """
-    temporary = _temporary(target)
+    beside = temporary(target)
     try:
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, target)
+        beside.mkdir()
+        yield beside
+        os.rename(beside, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """Make the folder with `files`, whose keys are paths in it. Raises OSError as `new_folder` does."""
-    with new_folder(target) as temporary:
+    with new_folder(target) as folder:
         for name, data in files.items():
-            path = temporary / name
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_new(path, data)
 
@@ -61,12 +65,17 @@ def write_new(path: Path, data: bytes) -> None:
     """Write and flush a new file, with mode 0666 less the umask. Raises FileExistsError if it exists."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
-        remaining = memoryview(data)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]  # a call may write a part only
+        write_all(descriptor, data)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`. Raises OSError."""
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[os.write(descriptor, remaining) :]  # a call may write a part only
 
 
 def flush(path: Path) -> None:
@@ -85,7 +94,8 @@ def target_of(name: str) -> str | None:
     return match and match[1]
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """A new name beside `path`, which `target_of` recognizes."""
     # the process id alone is not enough where containers share a folder: each of them counts from 1
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.randbelow(10**18)}.tmp")
 

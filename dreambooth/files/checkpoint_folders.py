@@ -9,6 +9,9 @@ This module does not use `atomic.new_folder`, because it guarantees more: rename
 checkpoint is read back before an older one is removed, and an older checkpoint of the same name is moved
 aside and moved back after an error.
 
+A manifest is also the record of what may be removed: a checkpoint of which every byte is as listed. A folder
+that holds anything else is a user's, and is neither moved nor removed.
+
 The meaning of the files is in training/checkpoints.py. This module imports no torch.
 """
 
@@ -22,6 +25,7 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +39,7 @@ _FLAG = "--resume_from_checkpoint"
 # second form is a good checkpoint that was moved aside while the same step was written again: it counts as a
 # checkpoint until the new one is finished.
 _NAME = re.compile(r"(?:checkpoint|\.replaced-step)-(0|[1-9][0-9]*)")
+_TEMPORARY = re.compile(r"\.(?:tmp|trash)-step-[0-9]+-[0-9]+-[0-9a-f]{8}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_MANIFEST = 2**22  # bytes
@@ -284,6 +289,26 @@ def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
+def is_foreign(folder: Path, names: Collection[str] = ()) -> bool:
+    """Whether something that this program did not write has the name of a checkpoint, or lies in one.
+
+    A damaged checkpoint is not foreign: all that it holds are files of its manifest, or of `names` if the
+    manifest is damaged.
+    """
+    if not os.path.lexists(folder):
+        return False
+    try:
+        entries = [] if folder.is_symlink() else list(os.scandir(folder))
+    except OSError:
+        return True
+    known = {MANIFEST, *names}
+    with contextlib.suppress(_DamagedCheckpoint):
+        known |= _parse_manifest(_read_plain(folder / MANIFEST, _LARGEST_MANIFEST)[0])["files"].keys()
+    return MANIFEST not in {entry.name for entry in entries} or any(
+        entry.name not in known or not entry.is_file(follow_symlinks=False) for entry in entries
+    )
+
+
 # --- writing
 
 
@@ -330,14 +355,17 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
     """Write, flush, rename and verify a checkpoint. Raises OSError if that fails; everything is then as it
     was.
 
-    An older folder with the name is moved aside. With `keep_old` it is whole, and its new name still counts
-    as a checkpoint; otherwise it is damaged, and its new name does not count.
+    An older checkpoint with the name is moved aside. With `keep_old` it is whole, and its new name still
+    counts as a checkpoint; otherwise it is damaged, and its new name does not count. Raises FileExistsError
+    if what has the name `is_foreign`.
     """
     output_dir = target.parent
     temporary = output_dir / f".tmp-step-{step}-{os.getpid()}-{secrets.token_hex(4)}"
     replaced = output_dir / f".replaced-step-{step}"
     moved: Path | None = None
     placed = False
+    if is_foreign(target, files):
+        raise FileExistsError(errno.EEXIST, "what has its name is not this program's; move it away")
     try:
         # the files, under a name that is no checkpoint's
         os.mkdir(temporary)
@@ -346,8 +374,9 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         atomic.flush(temporary)
         # the name
         if os.path.lexists(target):
-            if keep_old and os.path.lexists(replaced):
+            if keep_old and not verify(replaced):
                 _remove(replaced, step)  # of a run that died after it had finished its new checkpoint
+            keep_old = keep_old and not os.path.lexists(replaced)
             aside = replaced if keep_old else _unused(output_dir / f".bad-step-{step}")
             os.rename(target, aside)
             moved = aside
@@ -372,7 +401,7 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
     """Remove the checkpoints that `target`, which is whole, replaces. Damaged ones do not count and are not
     removed."""
     replaced = target.with_name(f".replaced-step-{step}")
-    if os.path.lexists(replaced):
+    if not verify(replaced):
         _remove(replaced, step)
     if limit is None:
         return
@@ -387,36 +416,54 @@ def _prune(target: Path, step: int, limit: int | None) -> None:
             kept_steps.add(other_step)
 
 
+def remove(output_dir: Path) -> None:
+    """Remove every whole checkpoint. Raises OSError."""
+    for step, folder in list_checkpoints(output_dir):
+        if not verify(folder):
+            _remove(folder, step)
+
+
 def _remove(folder: Path, step: int) -> None:
-    """Remove a checkpoint. It is renamed first, so that no half-removed folder has a checkpoint's name."""
+    """Remove a whole checkpoint. It is renamed first, so that no half-removed folder has a checkpoint's
+    name."""
     trash = folder.with_name(f".trash-step-{step}-{os.getpid()}-{secrets.token_hex(4)}")
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def sweep(output_dir: Path) -> list[str]:
-    """Remove half-written and half-removed files of processes that died. Returns their names.
+    """Remove half-written and half-removed checkpoints of processes that died. Returns their names.
 
     The caller must hold the folder's lock. Raises UserError if something cannot be removed.
     """
     swept = []
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
         match = re.fullmatch(r"\.replaced-step-([0-9]+)", path.name)
-        is_replaced = match is not None and not verify(output_dir / f"checkpoint-{match[1]}")
-        if is_replaced or atomic.target_of(path.name) or path.name.startswith((".tmp-step-", ".trash-")):
+        is_replaced = match is not None and not (
+            verify(path) or verify(output_dir / f"checkpoint-{match[1]}")
+        )
+        if is_replaced or (_TEMPORARY.fullmatch(path.name) and _holds_only_files(path)):
             try:
                 if match is not None:
                     _remove(path, int(match[1]))
-                elif path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
                 else:
-                    path.unlink()
+                    shutil.rmtree(path)
             except OSError as error:
                 raise UserError(
                     f"--output_dir: {path}, left by a run that died, cannot be removed ({error.strerror})"
                 ) from None
             swept.append(path.name)
     return swept
+
+
+def _holds_only_files(folder: Path) -> bool:
+    """Whether all that a folder holds are files with names as in a checkpoint."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(
+        entry.is_file(follow_symlinks=False) and re.fullmatch(r"\w+\.(json|safetensors)", entry.name)
+        for entry in os.scandir(folder)
+    )
 
 
 def _unused(path: Path) -> Path:

@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dreambooth.errors import UserError
 
@@ -22,9 +24,10 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
     for the user.
 
     While another process holds the lock, `wait` is called once a second with a description of that process.
-    Raises UserError if another process holds it and there is no `wait`.
+    Raises UserError if another process holds it and there is no `wait`, or if another program wrote the file
+    `.lock` there.
     """
-    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor, is_new = _open(folder / NAME, flag)
     try:
         notes = []
         while True:
@@ -47,6 +50,9 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
                 )
             wait(holder)
             time.sleep(1)
+        if not is_new and _owner(descriptor) is None:  # an empty file may be another program's
+            yield notes
+            return
         # describe this process in the file
         owner = {
             "pid": os.getpid(),
@@ -62,10 +68,37 @@ def hold(folder: Path, flag: str, wait: Callable[[str], None] | None = None) -> 
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
-    """The process that holds the lock, in words."""
+def _open(path: Path, flag: str) -> tuple[int, bool]:
+    """(the lock file, opened; whether it is new). Raises UserError if it has other content than a lock."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    reason = "this program did not write it; move it away, or name another folder"
+    try:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            descriptor = os.open(path, flags)
+    except OSError as error:
+        reason = reason if os.path.lexists(path) else error.strerror or str(error)
+        raise UserError(f"{flag}: {path} cannot be used as a lock: {reason}") from None
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode) and (info.st_size == 0 or _owner(descriptor) is not None):
+        return descriptor, False
+    os.close(descriptor)
+    raise UserError(f"{flag}: {path} cannot be used as a lock: {reason}")
+
+
+def _owner(descriptor: int) -> dict[str, Any] | None:
+    """The description of a process in a lock file; None if there is none."""
     try:
         owner = json.loads(os.pread(descriptor, 65536, 0))
-        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (ValueError, KeyError, TypeError):  # it holds the lock and has not written its name yet
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) and {"pid", "host", "since", "command"} <= owner.keys() else None
+
+
+def _holder(descriptor: int) -> str:
+    """The process that holds the lock, in words."""
+    owner = _owner(descriptor)
+    if owner is None:  # it holds the lock and has not written its name yet
         return "a process that has only just started"
+    return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"

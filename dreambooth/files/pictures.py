@@ -1,19 +1,26 @@
-"""Pictures as files: PNG with the settings of the picture, and contact sheets."""
+"""Pictures as files: PNG with the settings of the picture, and contact sheets.
+
+The settings also mark a picture as one that this program wrote: it is never taken for a photo.
+"""
 
 import io
 import json
 import math
+import stat
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 THUMBNAIL = 160  # longer side of a picture on a contact sheet, in pixels
+_KEYWORD = "dreambooth"  # of the text chunk
 _LABEL_HEIGHT, _HEADING_HEIGHT, _MARGIN = 20, 22, 6  # pixels
 
 
 def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes of a PNG file. `settings` are stored as JSON in one text chunk, `dreambooth`.
+    """The bytes of a PNG file. `settings` are stored as JSON in one text chunk, `dreambooth`: see
+    `is_marked`.
 
     With a chunk for each setting, a prompt could forge another setting.
     """
@@ -22,10 +29,34 @@ def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
         image.save(buffer, format="PNG")
         return buffer.getvalue()
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("dreambooth", json.dumps(settings, ensure_ascii=False, sort_keys=True))
+    info.add_itxt(_KEYWORD, json.dumps(settings, ensure_ascii=False, sort_keys=True))
     # for photos level 1 takes a quarter of the time of level 6, and the files are no larger
     image.save(buffer, format="PNG", pnginfo=info, compress_level=1)
     return buffer.getvalue()
+
+
+def is_marked(path: Path) -> bool:
+    """Whether `png` wrote the file, with settings. Its pixels are not decoded.
+
+    A file that is no PNG, or that cannot be read, has no mark; nor has a picture that another program saved
+    again without its text.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe could wait for ever
+            return False
+        with path.open("rb") as file:
+            is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+            # the text stands before the pixels; a chunk is length, kind, content, checksum
+            while is_png and len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+                if head[4:] in (b"iTXt", b"tEXt", b"zTXt"):
+                    keyword = _KEYWORD.encode() + b"\0"
+                    if file.read(len(keyword)) == keyword:
+                        return True
+                    file.seek(-len(keyword), io.SEEK_CUR)
+                file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    except OSError:
+        pass
+    return False
 
 
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:

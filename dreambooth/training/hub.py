@@ -20,11 +20,11 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.errors import UserError, shown
-from dreambooth.files import atomic
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.options.training import ReportOptions
 from dreambooth.runtime.stops import Stop
+from dreambooth.training.run_folder import CARD
 
-CARD_NAME = "README.md"
 _ANSWER_WITHIN = 20.0  # seconds; without a limit the library waits for ever
 _COMMIT_WITHIN = 300.0  # seconds without a byte while the hub works on a commit
 _ALTERNATIVE = "or leave out --push_to_hub and upload later with `hf upload`"
@@ -191,7 +191,7 @@ def _check_private(repository: str, token: str) -> None:
 def publish(reports: ReportOptions, output_dir: Path, card: str, pictures: Sequence[str]) -> None:
     """Write the card and upload it with adapter files and `pictures`. Raises Stop if that fails."""
     try:
-        atomic.write(output_dir / CARD_NAME, card.encode())
+        WrittenFiles(output_dir).write(CARD, card.encode())
         print(f"uploaded to {push(reports, output_dir, pictures)}")
     except (OSError, UploadFailed) as error:
         raise Stop(str(error)) from None
@@ -205,7 +205,7 @@ def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> s
     token: str | None = None
     repository = reports.hub_model_id or _folder_name(output_dir)
     kohya = [KOHYA_NAME] if (output_dir / KOHYA_NAME).exists() else []
-    names = [ADAPTER_NAME, *kohya, CARD_NAME, *pictures]
+    names = [ADAPTER_NAME, *kohya, CARD, *pictures]
     try:
         repository = _name(reports, output_dir)
         token, _ = _token(reports)

@@ -1,19 +1,23 @@
 """Records of a run's progress: metrics.jsonl, the trackers, and the progress bar."""
 
 import contextlib
+import errno
+import hashlib
 import importlib.util
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.runtime import memory
+from dreambooth.runtime.stops import Stop
 
 TRACKER_NAME = "dreambooth-lora"
 
@@ -60,20 +64,31 @@ class Progress:
         self.bar = tqdm(
             total=last_step, initial=first_step, desc="training", unit="step", disable=not self.is_main
         )
-        self.file = self._open(path, first_step) if self.is_main else None
+        self.path, self.files = path, WrittenFiles(path.parent)
+        self.size, self.sha256 = 0, hashlib.sha256()  # of what was written
+        self.memory_by_phase = memory_by_phase
+        self.file = self._open(first_step) if self.is_main else None
         self.clock_start, self.clock_step = time.monotonic(), first_step
         self.has_failed = False
-        self.memory_by_phase = memory_by_phase
-        for phase in memory_by_phase:
-            self._write_memory(phase, first_step)
 
-    @staticmethod
-    def _open(path: Path, first_step: int) -> TextIO:
-        """The file, opened to append. Of an earlier start it keeps the records up to `first_step`."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and first_step > 0 else []
-        records = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-        file = path.open("w", encoding="utf-8")
-        file.writelines(line + "\n" for line in records)
+    def _open(self, first_step: int) -> BinaryIO:
+        """The file, opened to append. Of an earlier start it keeps the records up to `first_step`.
+
+        Raises Stop if it cannot be written.
+        """
+        lines = []
+        if first_step > 0 and self.files.is_written(self.path.name):
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = [line for line in lines if json.loads(line)["step"] <= first_step]
+        lines += [json.dumps(self._memory_record(phase, first_step)) for phase in self.memory_by_phase]
+        data = "".join(f"{line}\n" for line in lines).encode()
+        try:
+            self.files.write(self.path.name, data, grows=True)
+            file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise Stop(f"{self.path} cannot be written: {error.strerror or error}") from None
+        self.size = len(data)
+        self.sha256.update(data)
         return file
 
     def restart_clock(self, step: int) -> None:
@@ -100,19 +115,24 @@ class Progress:
     def note_memory(self, phase: str, step: int) -> None:
         """Record the memory of this process at the end of `phase`, after `step` steps."""
         self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
-        self._write_memory(phase, step)
-
-    def _write_memory(self, phase: str, step: int) -> None:
         if self.file is not None:
-            self._write({"step": step, "memory": {"phase": phase, **self.memory_by_phase[phase]}})
+            self._write(self._memory_record(phase, step))
+
+    def _memory_record(self, phase: str, step: int) -> dict[str, Any]:
+        return {"step": step, "memory": {"phase": phase, **self.memory_by_phase[phase]}}
 
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. If the disk is full, the record is lost, with a warning; the run goes on."""
         assert self.file is not None
+        data = json.dumps(record).encode() + b"\n"
         try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.size += len(data)
+            self.sha256.update(data)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)  # no half line stays
             if not self.has_failed:
                 reason = error.strerror or error
                 tqdm.write(f"warning: metrics.jsonl cannot be written: {reason}; the run goes on")
@@ -134,6 +154,7 @@ class Progress:
         if self.file is not None:
             with contextlib.suppress(OSError):  # a full disk: reported by `_write`
                 self.file.close()
+                self.files.record(self.path.name, self.size, self.sha256.hexdigest())
 
 
 def jsonable(table: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.errors import printable
 from dreambooth.training import programs
-from dreambooth.training.hub import CARD_NAME
+from dreambooth.training.run_folder import CARD
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
 _KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
@@ -241,7 +241,7 @@ def _licence(
 
 def _local_card(base_folder: Path) -> Any:
     """The front matter of the card in the base's folder, {} if it is damaged; None if there is no card."""
-    readme = base_folder / CARD_NAME
+    readme = base_folder / CARD
     if not readme.is_file() or readme.stat().st_size > _LARGEST_CARD:
         return None
     try:

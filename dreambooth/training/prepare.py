@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, checkpoint_folders, locks
+from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import (
@@ -51,6 +52,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     launcher_notes = launcher.notes(options.run.gradient_accumulation_steps)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
     output_dir = Path(options.run.output_dir)
+    check_folders(options)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -74,6 +76,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
+    if options.run.overwrite and (names := peers.on_main(lambda: run_folder.removable(output_dir))):
+        peers.say(f"note: --overwrite removes {', '.join(names)} from {shown(output_dir)}")
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
 
@@ -117,6 +121,18 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
     )
 
 
+def check_folders(options: TrainOptions) -> None:
+    """Raise UserError unless the folders that the run writes to lie apart from those that it reads."""
+    prior = options.prior
+    classes = prior.class_data_dir if prior.with_prior_preservation else None
+    output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
+    check_apart(
+        {"--output_dir": output_dir, "--class_data_dir": classes},
+        {"--instance_data_dir": photo_folder, "--class_data_dir": classes},
+        {"--dataset_name": options.instance.dataset_name, **options.base.sources()},
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """The checked instance photos and captions."""
@@ -154,7 +170,13 @@ def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: P
 
 
 def _check_folder(
-    options: InstanceOptions, folder: str, flag: str, decoded: DecodeCache | None, *, allow_odd_photos: bool
+    options: InstanceOptions,
+    folder: str,
+    flag: str,
+    decoded: DecodeCache | None,
+    *,
+    allow_odd_photos: bool,
+    made: Collection[str] = (),
 ) -> photos.Folder:
     return photos.check_folder(
         folder,
@@ -163,6 +185,7 @@ def _check_folder(
         allow_odd_photos=allow_odd_photos,
         follow_symlinks=options.follow_symlinks,
         cache=decoded,
+        made=made,
     )
 
 
@@ -235,7 +258,7 @@ def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: cont
                 f"note: removed half-written files of runs that died from {shown(cache.folder)}: {names}"
             )
     peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
-    if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder)):
+    if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder) + WrittenFiles(folder).sweep()):
         peers.say(f"note: removed half-written files of a run that died: {', '.join(swept)}")
     if resume_from is None:
         return Claim(folder, None, {}, [])
@@ -316,9 +339,13 @@ class NamedRun:
     def check(self, record: Mapping[str, Any]) -> list[str]:
         """Check the folder and the checkpoint against `record`. Returns notes on resuming.
 
-        Raises UserError if one of them is of another run, or the checkpoint is past the last step.
+        Raises UserError if files of the run would replace other files, if folder or checkpoint are of another
+        run, or if the checkpoint is past the last step.
         """
         run, checkpoint = self.options.run, self.claim.checkpoint
+        first_step = self.claim.first_step if self.claim.continues_folder else 0
+        names = run_folder.names_to_write(self.options)
+        run_folder.check_names(self.claim.folder, names, range(first_step + 1, self.max_steps + 1))
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
             run_folder.check_new(self.claim.folder, record, overwrite=run.overwrite, is_resumed=is_resumed)
@@ -399,7 +426,10 @@ def make_class_images(
     class_images.make(Path(folder), run.class_images.settings, count, base, peers, watch)
     # pictures of a tiny base are smaller than photos may be
     allow_odd = instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE
-    checked = _check_folder(instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd)
+    made = class_images.names_made(Path(folder))
+    checked = _check_folder(
+        instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd, made=made
+    )
     peers.say_notes(f"class images: {note}" for note in checked.notes)
     photos.check_disjoint(subject.checked, checked)
     pictures = checked.photos[:count]

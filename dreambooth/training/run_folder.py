@@ -2,31 +2,37 @@
 
 A folder holds one run. `run.json` identifies the run, `status.json` records its last step and its end, and
 `run.yaml` has its flags for --config. A run is resumed only with the flags, base and pictures of its earlier
-steps. Otherwise an error lists every difference.
+steps. Otherwise an error lists every difference. files/ownership.py records which files the run wrote: no
+other one is replaced or removed.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dreambooth.adapter_files import native
-from dreambooth.errors import UserError
-from dreambooth.files import atomic, checkpoint_folders
+from dreambooth.errors import UserError, few
+from dreambooth.files import checkpoint_folders
+from dreambooth.files.ownership import WrittenFiles
+from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
 
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
+VALIDATION = "validation"  # the folder of the run's pictures
+CARD = "README.md"
+CHECKPOINT = (native.ADAPTER_NAME, "optimizer.safetensors", "state.json")  # the files of one
+_FILES = (IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME, native.KOHYA_NAME, CARD)
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version may give other last bits
 
 # Flags that may change when a run is resumed, since they have no effect on the steps already done.
@@ -241,6 +247,46 @@ def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     ]
 
 
+def check_names(output_dir: Path, names: Sequence[str], steps: range) -> None:
+    """Check that the run may write the files `names` and checkpoints after `steps` in `output_dir`.
+
+    Raises UserError if one of these names is taken by something that this program did not write.
+    """
+    files = WrittenFiles(output_dir)
+    if not files.has_record and (output_dir / IDENTITY).exists() and read_identity(output_dir):
+        raise UserError(
+            f"--output_dir: {output_dir} holds a run without the record of its files (.written.jsonl), which"
+            " older versions did not keep: continue it in another --output_dir, with --resume_from_checkpoint"
+            f" {output_dir}/checkpoint-N, or name another folder"
+        )
+    files.check_free(names, "--output_dir")
+    folders = [folder for step, folder in checkpoint_folders.list_checkpoints(output_dir) if step in steps]
+    if foreign := [folder.name for folder in folders if checkpoint_folders.is_foreign(folder, CHECKPOINT)]:
+        raise UserError(
+            f"--output_dir: {output_dir} holds {few(foreign)}, to be written now, and this program did not"
+            " write all that is in there: move it away or rename it, or name another folder"
+        )
+
+
+def names_to_write(options: ResolvedTrainOptions) -> list[str]:
+    """The names of all files but checkpoints that the run writes into its folder."""
+    output_dir, validation = Path(options.run.output_dir), options.validation
+    names = [IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME]
+    names += [native.KOHYA_NAME] if options.adapter.output_kohya_format else []
+    names += [CARD] if options.reports.push_to_hub else []
+    if validation.validation_prompt is not None:
+        names += [
+            f"{VALIDATION}/{final_picture(number)}" for number in range(validation.num_validation_images)
+        ]
+        names += [f"{VALIDATION}/{path.name}" for path in (output_dir / VALIDATION).glob("step-*.png")]
+    return names
+
+
+def final_picture(number: int) -> str:
+    """The file name of a picture of the finished adapter, in the folder VALIDATION."""
+    return f"image_{number}.png"
+
+
 def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_resumed: bool) -> None:
     """Check that the run with the record `now` may start at step 0 in `output_dir`.
 
@@ -282,19 +328,37 @@ def begin(
 ) -> None:
     """Write run.json and run.yaml. A run resumed in its own folder keeps its run.json.
 
-    `overwrite` first removes the files of an earlier run.
+    `overwrite` first removes `removable`. Raises Stop if a file cannot be removed or written.
     """
-    if not is_resumed:
-        if overwrite:
-            _remove_run(output_dir)
-        atomic.write(output_dir / IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
-    atomic.write(output_dir / OPTIONS, run_yaml.encode())
+    files = WrittenFiles(output_dir)
+    try:
+        if not is_resumed:
+            if overwrite:
+                checkpoint_folders.remove(output_dir)
+                for name in _removable_files(files):
+                    files.remove(name)
+            files.write(IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
+        files.write(OPTIONS, run_yaml.encode())
+    except OSError as error:
+        raise Stop(f"{error.filename} cannot be written: {error.strerror or error}") from None
+
+
+def removable(output_dir: Path) -> list[str]:
+    """The names of what --overwrite removes: files of a run as this program wrote them, whole checkpoints."""
+    checkpoints = [path for _, path in checkpoint_folders.list_checkpoints(output_dir)]
+    whole = [path.name for path in checkpoints if not checkpoint_folders.verify(path)]
+    return [*_removable_files(WrittenFiles(output_dir)), *whole]
+
+
+def _removable_files(files: WrittenFiles) -> list[str]:
+    # pictures of infer.py in the same folder are no files of the run
+    return [name for name in files.written() if name in _FILES or name.startswith(f"{VALIDATION}/")]
 
 
 def read_identity(output_dir: Path) -> dict[str, Any] | None:
     """The record of the run in the folder; None if there is none. Raises UserError if it is damaged."""
     path = output_dir / IDENTITY
-    advice = "--overwrite removes the run in this folder"
+    advice = "move it away, or name another folder"
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -314,17 +378,6 @@ def _is_identity(value: Any) -> bool:
     )
 
 
-def _remove_run(output_dir: Path) -> None:
-    """Remove the files that a run writes, and nothing else."""
-    for _, folder in checkpoint_folders.list_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for name in (native.ADAPTER_NAME, native.KOHYA_NAME, IDENTITY, STATUS, OPTIONS, METRICS):
-        (output_dir / name).unlink(missing_ok=True)
-    for pattern in ("validation/step-*.png", "image_[0-9]*.png"):
-        for path in list(output_dir.glob(pattern)):
-            path.unlink(missing_ok=True)
-
-
 @dataclasses.dataclass
 class Status:
     """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status.
@@ -332,7 +385,7 @@ class Status:
     Scripts can read the exit status there: torchrun turns every status other than 0 into 1.
     """
 
-    path: Path
+    files: WrittenFiles
     step: int
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
@@ -345,9 +398,10 @@ class Status:
             "host": socket.gethostname(),
         }
         try:
-            atomic.write(self.path, (json.dumps(record, indent=1) + "\n").encode())
+            self.files.write(STATUS, (json.dumps(record, indent=1) + "\n").encode())
         except OSError as error:  # a full disk must not hide the error that is being recorded
-            print(f"warning: {self.path} cannot be written: {error.strerror or error}", file=sys.stderr)
+            path = self.files.folder / STATUS
+            print(f"warning: {path} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -356,7 +410,7 @@ def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[St
 
     Yields the record; set its `step` before the block ends.
     """
-    status = Status(output_dir / STATUS, first_step)
+    status = Status(WrittenFiles(output_dir), first_step)
     write = status.write if is_main else lambda *args: None
     write("running")
     try:

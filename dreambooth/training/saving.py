@@ -11,7 +11,8 @@ import torch
 from dreambooth.adapter_files import layer_names, native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import families
-from dreambooth.files import atomic, checkpoint_folders
+from dreambooth.files import checkpoint_folders
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.runtime import environment
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
@@ -155,7 +156,8 @@ class Saver:
 
     def _write_adapter(self, step: int) -> None:
         """Write the adapter file. Raises OSError, or ValueError if a value is not finite."""
-        atomic.write(self.adapter, self.snapshot.adapter if self.snapshot else self.pack(step))
+        data = self.snapshot.adapter if self.snapshot else self.pack(step)
+        WrittenFiles(self.output_dir).write(native.ADAPTER_NAME, data)
 
     def _write_newer_checkpoint(self, step: int) -> None:
         if step > self.saved:
@@ -194,7 +196,7 @@ def write_kohya(adapter: Path, base: families.Base) -> None:
     data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
     path = adapter.with_name(native.KOHYA_NAME)
     try:
-        atomic.write(path, data)
+        WrittenFiles(path.parent).write(path.name, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {path}")

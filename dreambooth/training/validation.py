@@ -14,7 +14,8 @@ from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.files import pictures
-from dreambooth.training import metrics
+from dreambooth.files.ownership import WrittenFiles
+from dreambooth.training import metrics, run_folder
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.saving import Saver
 from dreambooth.training.start import Start
@@ -35,10 +36,10 @@ class ValidationPictures:
         options, self.peers = start.options, start.peers
         self.options, self.prompt = options.validation, options.validation.validation_prompt
         self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
-        self.folder = start.output_dir
+        self.files = WrittenFiles(start.output_dir)
         self.frozen, self.trainables, self.check = frozen, trainables, check
         self.finished: list[str] = []
-        """File names of the pictures of the finished adapter."""
+        """Names of the pictures of the finished adapter, relative to the output folder."""
         # read now: text encoders may be freed before `draw_finished`
         self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
 
@@ -54,14 +55,12 @@ class ValidationPictures:
     def draw_current(self, step: int, progress: metrics.Progress) -> None:
         """Draw with the adapter after `step` steps, on the main process; the other processes wait.
 
-        The pictures are written to validation/ and sent to the trackers.
+        The pictures are written to validation/ in the output folder and sent to the trackers.
         """
         if self.peers.is_main and self.prompt is not None:
             with self._models_for_drawing():
                 images = self._draw(self._pipeline(), *self._embeds(self.prompt))
-            folder = self.folder / "validation"
-            paths = [folder / f"step-{step:06d}-{number:02d}.png" for number in range(len(images))]
-            self._save(images, paths, step)
+            self._save(images, [f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step)
             progress.images(step, "validation", images, self.prompt)
         self.peers.barrier()
 
@@ -75,9 +74,9 @@ class ValidationPictures:
             saver.take_snapshot(step)
             with self._models_for_drawing():
                 images = self._draw_with_file(saver.adapter)
-            names = [f"image_{number}.png" for number in range(len(images))]
-            if self._save(images, [self.folder / name for name in names], step):
-                self.finished = names
+            self.finished = self._save(
+                images, [run_folder.final_picture(number) for number in range(len(images))], step
+            )
             progress.images(step, "test", images, self.prompt)
         self.peers.barrier()
 
@@ -133,14 +132,17 @@ class ValidationPictures:
                 )
         return images
 
-    def _save(self, images: list[Image.Image], paths: list[Path], step: int) -> bool:
-        """Write the pictures. Returns whether that worked; a full disk is printed as a warning."""
+    def _save(self, images: list[Image.Image], file_names: list[str], step: int) -> list[str]:
+        """Write the pictures to validation/. Returns their names, relative to the output folder.
+
+        A failure, such as a full disk, is printed as a warning; [] is returned.
+        """
+        names = [f"{run_folder.VALIDATION}/{file_name}" for file_name in file_names]
         try:
-            for image, path in zip(images, paths, strict=True):
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(pictures.png(image, {"prompt": self.prompt, "step": step}))
+            for image, name in zip(images, names, strict=True):
+                self.files.write(name, pictures.png(image, {"prompt": self.prompt, "step": step}))
         except OSError as error:
             reason = error.strerror or error
             self.peers.say(f"warning: pictures of step {step} cannot be written: {reason}")
-            return False
-        return True
+            return []
+        return names

@@ -217,23 +217,26 @@ def test_killed_after_the_last_picture_the_next_run_completes_the_manifest(tmp_p
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"no picture", "cut", "flipped"], ids=["empty", "text", "cut", "flipped"]
-)
-def test_a_damaged_picture_is_drawn_again(data, tmp_path, whole):
+def test_an_empty_picture_is_drawn_again(tmp_path, whole):
     fill(tmp_path, 10)
-    good = whole[file_name(5)]
-    bad = (
-        {"cut": good[:-20], "flipped": good[:60] + bytes([good[60] ^ 1]) + good[61:]}.get(data, data)
-        if isinstance(data, str)
-        else data
-    )
-    assert isinstance(bad, bytes)
-    (tmp_path / file_name(5)).write_bytes(bad)
+    (tmp_path / file_name(5)).write_bytes(b"")
     painter = Painter()
     assert fill(tmp_path, 10, painter) == 1
     assert painter.numbers == [1]
     assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("change", [lambda _: b"a photo", lambda data: data[:-20], lambda data: data + b"x"])
+def test_a_picture_that_was_changed_is_refused_not_replaced(change, tmp_path, whole):
+    """It may be the user's: an edited one, or a photo under its name."""
+    fill(tmp_path, 10)
+    changed = change(whole[file_name(5)])
+    (tmp_path / file_name(5)).write_bytes(changed)
+    painter = Painter()
+    with pytest.raises(UserError, match=rf"{file_name(5)} is not as it was made .* remove it to have it"):
+        fill(tmp_path, 10, painter)
+    assert painter.loaded == 0
+    assert contents(tmp_path) == whole | {file_name(5): changed}
 
 
 def test_a_removed_picture_is_drawn_again_and_its_neighbours_are_not_written(tmp_path, whole):
@@ -406,7 +409,7 @@ def refused_as_damaged(folder: Path, text: str) -> None:
     before = contents(folder)
     with pytest.raises(UserError) as refused:
         fill(folder, 4)
-    assert str(refused.value).startswith(f"{FLAG}: {folder / 'manifest.json'} is damaged; remove it")
+    assert str(refused.value).startswith(f"{FLAG}: {folder / 'manifest.json'} is damaged, or another program")
     assert contents(folder) == before
 
 

@@ -115,13 +115,33 @@ def test_a_damaged_checkpoint_of_the_same_step_is_kept_aside(tmp_path):
     assert names(tmp_path) == {"checkpoint-2", ".bad-step-2", ".bad-step-2-2", ".bad-step-2-3"}
 
 
+def foreign_folder(path: Path, *names: str) -> None:
+    path.mkdir()
+    for name in names:
+        (path / name).write_text("a user's")
+
+
 @pytest.mark.parametrize(
-    "make", [lambda path: path.write_text("a file"), Path.mkdir, lambda path: path.symlink_to("nowhere")]
+    "make",
+    [
+        lambda path: path.write_text("a file"),
+        Path.mkdir,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: foreign_folder(path, "optimizer.bin", "pytorch_lora_weights.safetensors"),
+        lambda path: foreign_folder(path, "holiday.png", "manifest.json"),
+        lambda path: (small(path.parent, 2, mark=7) / "notes.txt").write_text("a user's"),
+        lambda path: (small(path.parent, 2, mark=7) / "pictures").mkdir(),
+    ],
+    ids=["file", "empty", "link", "accelerate", "manifest", "notes", "folder"],
 )
-def test_whatever_has_the_name_of_a_checkpoint_is_moved_not_lost(make, tmp_path):
+def test_what_this_program_did_not_write_is_neither_moved_nor_replaced(make, tmp_path):
     make(tmp_path / "checkpoint-2")
-    assert content(small(tmp_path, 2)) == (2, 0)
-    assert names(tmp_path) == {"checkpoint-2", ".bad-step-2"}
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(checkpoint_folders.SaveFailed, match="is not this program's; move it away"):
+        small(tmp_path, 2)
+    small(tmp_path, 4, limit=1)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
@@ -382,14 +402,17 @@ def test_leftovers_of_a_process_that_died_are_swept_and_nothing_else(tmp_path):
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".replaced-step-2")  # its successor stands
     (tmp_path / "checkpoint-4").rename(tmp_path / ".replaced-step-4")  # the process died before it did
     leftovers = {f".tmp-step-6-{os.getpid()}-0123abcd", ".trash-step-1-7-0123abcd"}
-    kept = {".bad-step-2", "logs", "checkpoint-old"}
+    kept = {".bad-step-2", "logs", "checkpoint-old", ".trash-1000", ".tmp-step-6", ".trash-step-1-7-0000abcd"}
     for name in leftovers | kept:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("")
+        (tmp_path / name / "state.json").write_text("")
+    (tmp_path / ".trash-step-1-7-0000abcd" / "holiday.png").write_text("")
+    (tmp_path / ".holiday.1.tmp").write_text("")
+    kept |= {".trash-link", ".holiday.1.tmp"}
     (tmp_path / ".trash-link").symlink_to(tmp_path / "logs")
-    assert set(checkpoint_folders.sweep(tmp_path)) == leftovers | {".replaced-step-2", ".trash-link"}
+    assert set(checkpoint_folders.sweep(tmp_path)) == leftovers | {".replaced-step-2"}
     assert names(tmp_path) == kept | {"checkpoint-2", ".replaced-step-4"}
-    assert names(tmp_path / "logs") == {"half"}
+    assert names(tmp_path / "logs") == {"state.json"}
     assert latest(tmp_path) == tmp_path / ".replaced-step-4"
     assert read_state(tmp_path / ".replaced-step-4")["step"] == 4
     small(tmp_path, 6, limit=1)

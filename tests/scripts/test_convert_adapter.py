@@ -321,9 +321,9 @@ def test_extracting_says_what_its_layers_leave_out(native, layers, tiny_base, tm
             "--target_preset",
             preset,
             "--output",
-            tmp_path / "e.safetensors",
+            tmp_path / f"{preset}.safetensors",
         )
-        found[preset] = reading.read_additive(tmp_path / "e.safetensors", layers)
+        found[preset] = reading.read_additive(tmp_path / f"{preset}.safetensors", layers)
         share = next(
             line
             for line in capsys.readouterr().out.splitlines()

@@ -140,9 +140,9 @@ def test_the_input_is_never_written_over(native, tmp_path):
     source.write_bytes(before := native("lora").read_bytes())
     (tmp_path / "link.safetensors").symlink_to(source)
     for given, output in ((source, source), (tmp_path, source), (source, tmp_path / "link.safetensors")):
-        with pytest.raises(UserError, match="is the adapter that is read"):
+        with pytest.raises(UserError, match="exists; name a new file, or remove this one first"):
             run("resize", given, "--rank", 1, "--output", output)
-    with pytest.raises(UserError, match="is the adapter that is read"):
+    with pytest.raises(UserError, match="exists; name a new file, or remove this one first"):
         run("merge", f"{source}:2", native("lora"), "--output", source)
     assert source.read_bytes() == before
 

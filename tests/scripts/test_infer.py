@@ -20,6 +20,7 @@ from dreambooth.adapters.variants import Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.errors import UserError
 from dreambooth.files import pictures
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
@@ -360,7 +361,12 @@ def test_two_processes_draw_the_bytes_of_one(tiny_base, files, tmp_path, capfd):
     names = [*(record["file"] for record in records), "images.json", "contact_sheet.png"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {*names, ".lock"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        *names,
+        ".lock",
+        ".written.jsonl",
+        ".written.1.jsonl",
+    }
 
 
 @pytest.mark.slow
@@ -377,9 +383,10 @@ def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, la
     (_, second) = run(tiny_base, tmp_path / "alone", *words)
     draw_all = infer.draw_all
 
-    def as_second(options, pipeline, base, columns, base_pipeline, _, watch):
+    def as_second(*args):
+        *front, _, watch = args
         peers: Any = SimpleNamespace(world=2, rank=1, is_main=True)
-        return draw_all(options, pipeline, base, columns, base_pipeline, peers, watch)
+        draw_all(*front, peers, watch)
 
     monkeypatch.setattr(infer, "draw_all", as_second)
     monkeypatch.setattr(infer, "collect", lambda *_: None)  # of pictures that the first would have drawn
@@ -405,7 +412,8 @@ def test_the_sheet_is_that_of_the_pictures_at_full_size_and_holds_none_of_them(s
         return contact_sheet(rows, *args)
 
     monkeypatch.setattr(pictures, "contact_sheet", watched)
-    infer.collect(options, [Variant("base", None, 0, (("a dog", 1), ("a dog", 2)))], records)
+    columns = [Variant("base", None, 0, (("a dog", 1), ("a dog", 2)))]
+    infer.collect(options, columns, records, WrittenFiles(tmp_path))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "contact_sheet.png")), np.asarray(wanted))
     assert all(max(own) <= 160 for own in held)
 
@@ -426,7 +434,9 @@ def test_a_run_that_is_stopped_leaves_whole_pictures_and_no_list(tiny_base, tmp_
     with pytest.raises(SystemExit) as stopped:
         run(tiny_base, out, "--seeds", "5", "6", "--batch_size", "1")
     assert stopped.value.code == 128 + 15
-    assert {path.name for path in out.iterdir()} == {".lock", "00000_1.png", "00001_2.png", "00000_5.png"}
+    assert {path.name for path in out.iterdir()} == {
+        *(".lock", ".written.jsonl", "00000_1.png", "00001_2.png", "00000_5.png")
+    }
     Image.open(out / "00000_5.png").load()
 
 
@@ -435,6 +445,6 @@ def test_a_picture_is_written_whole_or_not_at_all(tiny_base, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SystemExit):
         run(tiny_base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}

@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): digest(path)
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (".lock", "status.json")
+        if path.is_file() and path.name not in (".lock", ".written.jsonl", "status.json")
     }
 
 
