@@ -173,7 +173,9 @@ def names_made(folder: Path) -> set[str]:
 def notes(folder: Path) -> list[str]:
     """Notes for the user on files of the folder that are no class images. Raises UserError if it cannot be
     read."""
-    skipped = picture_files.list_folder(folder, _FLAG, names_made(folder)).described() if folder.exists() else ""
+    if not folder.exists():
+        return []
+    skipped = picture_files.list_folder(folder, _FLAG, names_made(folder)).described()
     return [f"skipped in {shown(folder)}: {skipped}"] if skipped else []
 
 

@@ -51,8 +51,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers = join_processes(options.run, options.reports, watch, trackers)
     launcher_notes = launcher.notes(options.run.gradient_accumulation_steps)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = Path(options.run.output_dir)
-    check_folders(options)
+    output_dir = check_folders(options)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -76,8 +75,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
-    if options.run.overwrite and (names := peers.on_main(lambda: run_folder.removable(output_dir))):
-        peers.say(f"note: --overwrite removes {', '.join(names)} from {shown(output_dir)}")
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(memory_errors_explained())
 
@@ -121,8 +118,9 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
     )
 
 
-def check_folders(options: TrainOptions) -> None:
-    """Raise UserError unless the folders that the run writes to lie apart from those that it reads."""
+def check_folders(options: TrainOptions) -> Path:
+    """The output folder. Raises UserError unless folders that the run writes to lie apart from those that it
+    reads."""
     prior = options.prior
     classes = prior.class_data_dir if prior.with_prior_preservation else None
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
@@ -131,6 +129,7 @@ def check_folders(options: TrainOptions) -> None:
         {"--instance_data_dir": photo_folder, "--class_data_dir": classes},
         {"--dataset_name": options.instance.dataset_name, **options.base.sources()},
     )
+    return Path(output_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +336,8 @@ class NamedRun:
         )
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
-        """Check the folder and the checkpoint against `record`. Returns notes on resuming.
+        """Check the folder and the checkpoint against `record`. Returns notes on resuming, and on
+        what --overwrite removes.
 
         Raises UserError if files of the run would replace other files, if folder or checkpoint are of another
         run, or if the checkpoint is past the last step.
@@ -350,7 +350,10 @@ class NamedRun:
             is_resumed = run.resume_from_checkpoint is not None
             run_folder.check_new(self.claim.folder, record, overwrite=run.overwrite, is_resumed=is_resumed)
         if checkpoint is None:
-            return []
+            removed = run_folder.removable(self.claim.folder) if run.overwrite else []
+            return [f"--overwrite removes {', '.join(removed)} from {shown(self.claim.folder)}"] * bool(
+                removed
+            )
         notes = run_folder.check_resume(
             checkpoint, self.claim.state, record, self.environment, allow_data_change=run.allow_data_change
         )

@@ -193,7 +193,7 @@ def test_validation_shows_what_plain_diffusers_draws_with_the_files(run):
     seed = sampling_order.key(1, "validation", 0)
     for path, folder in (
         (run.out / "validation" / "step-000002-00.png", run.out / "checkpoint-2"),
-        (run.out / "image_0.png", run.out),
+        (run.out / "validation" / "image_0.png", run.out),
     ):
         pipeline = plain_pipeline(run, scheduler)
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_NAME)
@@ -387,7 +387,9 @@ def test_another_vae_takes_the_place_of_the_bases(tiny_base, photos_dir, tmp_pat
     shutil.copytree(tmp_path / "vae", swapped / "vae", dirs_exist_ok=True)
     by_hand = run_train(swapped, photos_dir, tmp_path / "by_hand", *words)
     assert numbers(other) == numbers(by_hand) != numbers(own)
-    assert digest(tmp_path / "other" / "image_0.png") == digest(tmp_path / "by_hand" / "image_0.png")
+    assert digest(tmp_path / "other" / "validation" / "image_0.png") == digest(
+        tmp_path / "by_hand" / "validation" / "image_0.png"
+    )
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     drawn = ours(run, tmp_path / "a", 1, 2, "--pretrained_vae_model_name_or_path", f"{tmp_path}/vae")
     assert np.array_equal(drawn, ours(dataclasses.replace(run, base=swapped), tmp_path / "b", 1, 2))
@@ -427,7 +429,9 @@ def test_prediction_type_makes_one_base_the_other(tiny_base, tiny_v_base, photos
         == numbers(own)
         != numbers(run_train(tiny_base, photos_dir, tmp_path / "epsilon", *words))
     )
-    assert digest(tmp_path / "said" / "image_0.png") == digest(tmp_path / "own" / "image_0.png")
+    assert digest(tmp_path / "said" / "validation" / "image_0.png") == digest(
+        tmp_path / "own" / "validation" / "image_0.png"
+    )
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     drawn = ours(run, tmp_path / "a", 1, 3, *override)
     assert np.array_equal(drawn, ours(dataclasses.replace(run, base=tiny_v_base), tmp_path / "b", 1, 3))

@@ -51,7 +51,7 @@ def test_a_run_resumed_at_its_end_trains_nothing_and_still_draws(steps, tiny_bas
         tiny_base, photos_dir, tmp_path, f"{words} --resume_from_checkpoint latest {DRAWN}"
     ).read_bytes()
     assert after == before
-    assert (tmp_path / "image_0.png").is_file()
+    assert (tmp_path / "validation" / "image_0.png").is_file()
     assert checkpoints_in(tmp_path) == {f"checkpoint-{steps}"}
     assert len(records(tmp_path)) == steps
 

@@ -86,12 +86,17 @@ def xl_adapter(loaded_xl, tiny_xl, tmp_path_factory) -> Path:
     return folder / "xl.safetensors"
 
 
+def classes_of(run: Path) -> Path:
+    """The class images of the run in `trained`: they may not lie in its output folder."""
+    return run.with_name("trained_class")
+
+
 @pytest.fixture(scope="session")
 def trained(tiny_base, photos_dir, tmp_path_factory) -> Path:
     """A whole run: class images, both adapters, checkpoints, validation."""
     out = tmp_path_factory.mktemp("trained")
     words = prior_words(
-        out / "class", "--train_text_encoder", "--max_train_steps", "6", "--checkpointing_steps", "2"
+        classes_of(out), "--train_text_encoder", "--max_train_steps", "6", "--checkpointing_steps", "2"
     )
     run_train(
         tiny_base, photos_dir, out, *words, "--validation_prompt", "a dog", "--num_validation_images", "1"

@@ -9,6 +9,7 @@ from dreambooth.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from tests.running import digest, main_on_two_processes
+from tests.scripts.conftest import classes_of
 
 # --- class images
 
@@ -61,7 +62,7 @@ def test_class_images_are_the_same_from_two_processes(tiny_base, tmp_path):
 @pytest.mark.trains
 def test_training_makes_the_class_images_that_the_script_makes(trained, tiny_base, tmp_path):
     by_script = make_class_images(tiny_base, tmp_path / "class", "--num_class_images", "3", "--seed", "1")
-    assert by_script == {path.name: digest(path) for path in sorted((trained / "class").glob("*.png"))}
+    assert by_script == {path.name: digest(path) for path in sorted((classes_of(trained)).glob("*.png"))}
 
 
 def test_class_folder_of_other_settings_is_refused(tiny_base, tiny_v_base, tmp_path):

@@ -383,10 +383,10 @@ def test_who_drew_the_sets_before_does_not_change_a_picture(tiny_base, files, la
     (_, second) = run(tiny_base, tmp_path / "alone", *words)
     draw_all = infer.draw_all
 
-    def as_second(*args):
+    def as_second(*args: Any) -> None:
         *front, _, watch = args
         peers: Any = SimpleNamespace(world=2, rank=1, is_main=True)
-        draw_all(*front, peers, watch)
+        draw_all(*front, peers, watch)  # type: ignore[call-arg]
 
     monkeypatch.setattr(infer, "draw_all", as_second)
     monkeypatch.setattr(infer, "collect", lambda *_: None)  # of pictures that the first would have drawn

@@ -29,6 +29,7 @@ from tests.running import (
     run_train,
     train_words,
 )
+from tests.scripts.conftest import classes_of
 from tests.scripts.drawing import fill_copy
 
 # --- training
@@ -42,8 +43,6 @@ def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
         "metrics.jsonl",
         "run.yaml",
         "validation",
-        "class",
-        "image_0.png",
     } <= names
     assert {name for name in names if "checkpoint" in name} == {
         "checkpoint-2",
@@ -52,8 +51,10 @@ def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
     }
     assert [record["step"] for record in metrics(trained)] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_instance", "loss_prior", "lr", "images_per_second"} <= metrics(trained)[0].keys()
-    assert {path.name for path in (trained / "validation").iterdir()} == {"step-000003-00.png"}
-    assert len(list((trained / "class").glob("class-*.png"))) == 3
+    assert {path.name for path in (trained / "validation").iterdir()} == {
+        *("step-000003-00.png", "image_0.png")
+    }
+    assert len(list((classes_of(trained)).glob("class-*.png"))) == 3
 
 
 @pytest.mark.trains
@@ -277,7 +278,7 @@ def test_frozen_text_encoder_is_freed_and_embeddings_flags_change_nothing(
     computed = run_train(
         tiny_base, photos_dir, tmp_path / "a", *steps, *watched, "--pre_compute_text_embeddings"
     )
-    assert (tmp_path / "a" / "image_0.png").is_file()
+    assert (tmp_path / "a" / "validation" / "image_0.png").is_file()
     plain = adapter_after(plain_run, 2)
     assert digest(plain) == digest(computed)
     masked = run_train(
@@ -351,7 +352,7 @@ def test_total_limit_keeps_the_newest(tiny_base, photos_dir, tmp_path):
 
 @pytest.mark.trains
 def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, photos_dir, tmp_path, capsys):
-    words = prior_words(trained / "class", "--train_text_encoder", "--max_train_steps", "6")
+    words = prior_words(classes_of(trained), "--train_text_encoder", "--max_train_steps", "6")
     run_train(
         tiny_base, photos_dir, tmp_path, *words, "--resume_from_checkpoint", str(trained / "checkpoint-6")
     )
@@ -362,7 +363,10 @@ def test_resume_past_the_end_trains_nothing_and_says_so(trained, tiny_base, phot
 @pytest.mark.trains
 def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, photos_dir, tmp_path):
     words = prior_words(
-        trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-2")
+        classes_of(trained),
+        "--train_text_encoder",
+        "--resume_from_checkpoint",
+        str(trained / "checkpoint-2"),
     )
     for more, found in (
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps"),
@@ -378,7 +382,10 @@ def test_resuming_with_another_batch_or_seed_is_refused(trained, tiny_base, phot
 def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_base, photos_dir, tmp_path):
     """Either would quietly give another adapter under the same name."""
     words = prior_words(
-        trained / "class", "--train_text_encoder", "--resume_from_checkpoint", str(trained / "checkpoint-4")
+        classes_of(trained),
+        "--train_text_encoder",
+        "--resume_from_checkpoint",
+        str(trained / "checkpoint-4"),
     )
     with pytest.raises(UserError, match="mixed_precision"):
         run_train(tiny_base, photos_dir, tmp_path, *words, "--mixed_precision", "bf16")
@@ -390,21 +397,26 @@ def test_resuming_in_another_precision_or_past_the_end_is_refused(trained, tiny_
 @pytest.mark.trains
 def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base, photos_dir, tmp_path):
     """Without --class_seed the pictures that are there are taken as they are."""
-    before = {path.name: digest(path) for path in (trained / "class").glob("*.png")}
+    before = {path.name: digest(path) for path in (classes_of(trained)).glob("*.png")}
     run_train(
         tiny_base,
         photos_dir,
         tmp_path,
-        *prior_words(trained / "class"),
+        *prior_words(classes_of(trained)),
         "--max_train_steps",
         "1",
         "--seed",
         "77",
     )
-    assert {path.name: digest(path) for path in (trained / "class").glob("*.png")} == before
+    assert {path.name: digest(path) for path in (classes_of(trained)).glob("*.png")} == before
     with pytest.raises(UserError, match="seed is 1 there and 5 now"):
         run_train(
-            tiny_base, photos_dir, tmp_path / "other", *prior_words(trained / "class"), "--class_seed", "5"
+            tiny_base,
+            photos_dir,
+            tmp_path / "other",
+            *prior_words(classes_of(trained)),
+            "--class_seed",
+            "5",
         )
 
 

@@ -21,7 +21,7 @@ from dreambooth.training import model_card
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
 
 
-PICTURES = ["image_0.png", "image_1.png"]
+PICTURES = ["validation/image_0.png", "validation/image_1.png"]
 
 
 UPLOADED = ["pytorch_lora_weights.safetensors", "README.md", *PICTURES]

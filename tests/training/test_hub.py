@@ -50,9 +50,9 @@ def test_the_other_format_goes_up_where_it_was_written(server, out):
 
 def test_a_second_upload_replaces_what_changed_and_one_without_changes_is_no_failure(server, out):
     first = hub.push(reports(), out, PICTURES)
-    (out / "image_1.png").write_bytes(b"another")
+    (out / "validation/image_1.png").write_bytes(b"another")
     assert hub.push(reports(), out, PICTURES) == first
-    assert server.commits[1:] == [("End of training", ["image_1.png"])]
+    assert server.commits[1:] == [("End of training", ["validation/image_1.png"])]
     assert hub.push(reports(), out, PICTURES) == first
     assert len(server.commits) == 2
 
@@ -140,20 +140,20 @@ def test_the_command_in_the_message_does_what_the_upload_did_not(server, out):
 
 def test_a_hub_that_is_gone_is_a_failed_upload(server, out):
     server.close()
-    with pytest.raises(hub.UploadFailed, match=r"hf upload dog-lora .*--include image_1\.png"):
+    with pytest.raises(hub.UploadFailed, match=r"hf upload dog-lora .*--include validation/image_1\.png"):
         hub.push(reports(), out, PICTURES)
 
 
 def test_a_missing_file_is_a_failed_upload_and_not_half_of_one(server, out):
-    (out / "image_1.png").unlink()
+    (out / "validation/image_1.png").unlink()
     with pytest.raises(hub.UploadFailed, match=r"image_1\.png"):
         hub.push(reports(), out, PICTURES)
     assert server.commits == []
 
 
 def test_files_that_the_repository_ignores_are_a_failed_upload(server, out):
-    server.ignored.add("image_0.png")
-    with pytest.raises(hub.UploadFailed, match=r"without image_0\.png"):
+    server.ignored.add("validation/image_0.png")
+    with pytest.raises(hub.UploadFailed, match=r"without validation/image_0\.png"):
         hub.push(reports(), out, PICTURES)
 
 

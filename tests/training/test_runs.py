@@ -474,7 +474,9 @@ def test_a_damaged_record_of_the_run_is_said(tiny_base, photos_dir, tmp_path, co
     (tmp_path / run_folder.IDENTITY).write_text(content)
     with pytest.raises(UserError, match=r"run\.json"):
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
-    run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--overwrite")
+    with pytest.raises(UserError, match=r"run\.json"):  # it may be the user's
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1", "--overwrite")
+    assert (tmp_path / run_folder.IDENTITY).read_text() == content
 
 
 # --- where a run starts

@@ -94,7 +94,7 @@ def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_p
         # sign
         assert torch.nn.functional.cosine_similarity(tensor.flatten(), compiled[key].flatten(), dim=0) > 0.99
     assert "--compile" in capsys.readouterr().out  # on a CPU it does not pay, which is said
-    assert (tmp_path / "compiled" / "image_0.png").exists()
+    assert (tmp_path / "compiled" / "validation" / "image_0.png").exists()
 
 
 @pytest.mark.slow
