@@ -46,7 +46,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct.
     """
-    # processes
     trackers, notes = metrics.trackers(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, trackers)
     launcher_notes = launcher.notes(options.run.gradient_accumulation_steps)
