@@ -56,7 +56,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.adapter_files import bake as base_weights
-from dreambooth.adapter_files import deltas, layer_names, native, reading, run_info, tables, writing
+from dreambooth.adapter_files import deltas, layer_names, reading, run_info, tables, writing
 from dreambooth.adapter_files.adapter import Adapter, kept_shares, to_lora
 from dreambooth.adapter_files.adapter import merge as merge_adapters
 from dreambooth.adapter_files.deltas import Lora
