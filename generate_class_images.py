@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.bases import families, loading, prompts
+from dreambooth.bases import families, loading, prompt_syntax, prompts
 from dreambooth.data import class_images
 from dreambooth.files import ownership
 from dreambooth.runtime import launcher, processes
@@ -52,6 +52,9 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     prompts.check(
         loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
     )
+    if accelerator.is_main_process:
+        for note in prompt_syntax.notes([options.class_prompt]):
+            print(f"note: {note}")
     settings = class_images.make_settings(
         generation,
         prompt=options.class_prompt,

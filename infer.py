@@ -93,7 +93,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         peers.on_main(lambda: check_names(files, names))
         if peers.is_main:
             print(variants.table(columns, loaded, options.fuse, dtype), end="")
-            for note in variants.notes(columns, loaded, base):
+            for note in variants.notes(options, columns, loaded, base):
                 print(f"note: {note}")
             for name in (LIST, SHEET):  # of earlier pictures, which will be replaced
                 files.remove(name)

@@ -14,7 +14,7 @@ import torch
 from dreambooth.adapter_files import layer_names, reading, run_info
 from dreambooth.adapter_files.reading import AnyAdapter, Identity
 from dreambooth.adapters import apply
-from dreambooth.bases import families, loading, prompts
+from dreambooth.bases import families, loading, prompt_syntax, prompts
 from dreambooth.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
@@ -139,12 +139,19 @@ def _check_clip_skip(options: InferOptions, variant: Variant, loaded: Loaded, ba
         ) from None
 
 
-def notes(variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> list[str]:
-    """What the metadata of the adapters say against the base, one note each."""
+def notes(
+    options: InferOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base
+) -> list[str]:
+    """Notes on syntax of other programs in the prompts, and on adapters whose metadata speak against the
+    base."""
+    texts = [prompt for variant in variants for prompt, _ in variant.jobs]
+    syntax_notes = prompt_syntax.notes([*texts, options.negative_prompt])
     paths = dict.fromkeys(adapter.path for variant in variants for adapter in variant.adapters)
     adapters = [loaded[path] for path in paths]
+    metadata = {each.identity.label: each.adapter.metadata for each in adapters}
     return [
-        note for each in adapters for note in run_info.notes(each.identity.label, each.adapter.metadata, base)
+        *syntax_notes,
+        *(note for label, fields in metadata.items() for note in run_info.notes(label, fields, base)),
     ]
 
 

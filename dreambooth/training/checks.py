@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreambooth.adapter_files import native, reading, run_info, writing
 from dreambooth.adapters import inject
-from dreambooth.bases import compilation, families, prompts, quantization, schedulers
+from dreambooth.bases import compilation, families, prompt_syntax, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
 from dreambooth.errors import UserError, shown
 from dreambooth.options.adapter import AdapterOptions
@@ -122,7 +122,8 @@ def check_prompts(
 ) -> list[str]:
     """Check that prompts fit into the text encoder. Raises UserError for a prompt that does not.
 
-    `captions` are by file name. A caption that does not fit is cut off; the returned note lists these.
+    `captions` are by file name. A caption that does not fit is cut off; a note lists these. Other notes are
+    on syntax of other programs.
     """
     limit = families.max_tokens(base, text)
     prompts.check(tokenizers, prompts_by_flag, limit)
@@ -132,10 +133,11 @@ def check_prompts(
         for name, caption in captions.items()
         if any(prompts.words_cut(tokenizer, caption, limit) for tokenizer in tokenizers)
     ]
+    notes = [*prompt_syntax.notes(prompts_by_flag.values()), *prompt_syntax.caption_notes(captions)]
     if not cut:
-        return []
+        return notes
     names = ", ".join(cut[:5]) + " ..." * (len(cut) > 5)
-    return [f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {names}"]
+    return [*notes, f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {names}"]
 
 
 def size_notes(instance: photos.Folder, resolution: int, base: families.Base) -> list[str]:
