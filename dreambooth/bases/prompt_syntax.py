@@ -69,7 +69,7 @@ _SYNTAXES = (
         "leave it out; embeddings are not read",
     ),
     # schedules before weights: [a:b:0.5] has both forms
-    _Syntax(re.compile(rf"\[(?P<text>[^\[\]]*):(?P<space>\s*){_NUMBER}\s*\]"), _SCHEDULE, _is_weight),
+    _Syntax(re.compile(rf"\[(?P<text>[^\[\]]*):\s*{_NUMBER}\s*\]"), _SCHEDULE, _is_schedule),
     _Syntax(re.compile(r"\[[^\[\]|]*\|[^\[\]]*\]"), _SCHEDULE, lambda match: _has_letter(match[0])),
     _Syntax(re.compile(rf"\((?P<text>[^()]*):(?P<space>\s*){_NUMBER}\s*\)"), _WEIGHT, _is_weight),
     _Syntax(re.compile(r"(?<!\()\({2,}[^()]*\)+"), _WEIGHT, lambda match: _has_letter(match[0])),

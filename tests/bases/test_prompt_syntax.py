@@ -35,7 +35,16 @@ SYNTAX = {
     "a dog --ar 16:9": "--ar 16:9",
 }
 PLAIN = (
-    *("a photo of sks dog", "a (small) dog (brown)", "a poster from [1990]", "a [V] dog", "[sic]", "[12:30]"),
+    *(
+        "a photo of sks dog",
+        "a (small) dog (brown)",
+        "a poster from [1990]",
+        "a [V] dog",
+        "[sic]",
+        "[12:30]",
+        "[page:12]",
+        "[at 10:30]",
+    ),
     *(
         "a photo (2:3)",
         "(16:9) photo",
