@@ -168,7 +168,7 @@ def _joined(path: Path, files: list[_File], layers: Layers | None) -> Adapter:
     }
     metadata = {field: text for part in parts for field, text in part.metadata.items()}
     scales = {name: by_layer for part in parts for name, by_layer in part.scales.items()}
-    return Adapter(components, metadata, scales)
+    return Adapter(components, metadata, scales, tuple(note for part in parts for note in part.notes))
 
 
 Place = tuple[str, str]  # component and layer

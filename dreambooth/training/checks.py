@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
     if (kinds := list(file.kinds)) != [kind]:
         raise UserError(f"--init_adapter: {shown(path)} is of {' and '.join(kinds)}; this run trains {kind}")
     state = native.by_component(load(writing.write_native(file, {})))
-    if adapter.adapter == "lora" and not adapter.rank_pattern:
+    if adapter.adapter == "lora":
         _check_ranks(path, state, adapter)
     for component, targets in adapter_targets.trained_layers(base, adapter, text).items():
         layers = set(file.components.get(component, targets.layers))
@@ -195,7 +196,7 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
         raise UserError(
             f"--init_adapter: {shown(path)} has layers of the text encoder too; add --train_text_encoder"
         )
-    notes = run_info.notes(shown(path), file.metadata, base)
+    notes = [*file.notes, *run_info.notes(shown(path), file.metadata, base)]
     skipped = run_info.of(file.metadata).get("clip_skip", 0)
     if skipped != (text.clip_skip or 0):
         notes.append(
@@ -207,18 +208,59 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
 
 
 def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> None:
-    """Raise UserError if the ranks of a LoRA are not those of --rank and --text_encoder_rank."""
+    """Raise UserError if the ranks of a LoRA are not those of --rank, --text_encoder_rank and
+    --rank_pattern."""
+    problems = []
+    ranks: dict[str, int] = {}  # of each layer in the file
+    defaults: dict[str, int] = {}  # without --rank_pattern
     # the UNet first: --rank, which it needs, is also the text encoder's without --text_encoder_rank
     for component, tensors in sorted(state.items(), key=lambda item: item[0] != "unet"):
         rank, flag = adapter.rank, "--rank"
         if component != "unet":
             rank, flag = adapter.text_encoder_rank or adapter.rank, "--text_encoder_rank"
-        ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key})
-        if ranks != [rank]:
-            raise UserError(
-                f"--init_adapter: {shown(path)} has {component} of rank {', '.join(map(str, ranks))}; "
-                f"{flag} must be the same"
-            )
+        own = {
+            f"{component}.{key.partition('.lora_A')[0]}": tensor.shape[0]
+            for key, tensor in tensors.items()
+            if ".lora_A" in key
+        }
+        ranks |= own
+        defaults |= dict.fromkeys(own, rank)
+        if len(set(own.values())) == 1 and rank not in own.values():
+            problems.append(f"has {component} of rank {min(own.values())}; {flag} must be the same")
+    trained = {name: inject.by_part(adapter.ranks, name) or defaults[name] for name in ranks}
+    differing = sorted(name for name, rank in ranks.items() if rank != trained[name])
+    if not differing:
+        return
+    lowest, highest = min(ranks.values()), max(ranks.values())
+    if not problems or adapter.rank_pattern:
+        pattern = _rank_pattern(ranks, defaults)
+        is_allowed = len(pattern) <= _LONGEST_ADVICE and highest <= 1024  # the most of --rank_pattern
+        advice = f"give --rank_pattern {pattern}, or " if is_allowed else ""
+        problems = [
+            f"has layers of ranks {lowest} to {highest}; {differing[0]} has {ranks[differing[0]]}, and this"
+            f" run trains {int(trained[differing[0]])}; {advice}write a file of one rank, for --rank {lowest},"
+            f" with `convert_adapter.py resize --rank {lowest}`, which prints what is lost"
+        ]
+    raise UserError(f"--init_adapter: {shown(path)} {problems[0]}")
+
+
+_LONGEST_ADVICE = 1_000  # characters
+
+
+def _rank_pattern(ranks: Mapping[str, int], defaults: Mapping[str, int]) -> str:
+    """The --rank_pattern that gives each layer its rank in `ranks` where it differs from `defaults`.
+
+    Its parts are ends of the layers' names, as short as possible.
+    """
+    # a number belongs to the word before it: "to_out.0"
+    words = {name: re.findall(r"[A-Za-z_]\w*(?:\.\d+)*", name) for name in ranks}
+    table: dict[str, int] = {}
+    for count in range(1, max(map(len, words.values())) + 1):
+        parts = {name: ".".join(names[-count:]) for name, names in words.items()}
+        table = {parts[name]: rank for name, rank in ranks.items() if rank != defaults[name]}
+        if all((inject.by_part(table, name) or defaults[name]) == rank for name, rank in ranks.items()):
+            break
+    return ",".join(f"{part}={rank}" for part, rank in table.items())
 
 
 def _digest(state: AdapterState) -> str:
