@@ -238,7 +238,7 @@ def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> No
         advice = f"give --rank_pattern {pattern}, or " if is_allowed else ""
         problems = [
             f"has layers of ranks {lowest} to {highest}; {differing[0]} has {ranks[differing[0]]}, and this"
-            f" run trains {int(trained[differing[0]])}; {advice}write a file of one rank, for --rank {lowest},"
+            f" run trains {int(trained[differing[0]])}; {advice}write a file for --rank {lowest}"
             f" with `convert_adapter.py resize --rank {lowest}`, which prints what is lost"
         ]
     raise UserError(f"--init_adapter: {shown(path)} {problems[0]}")
