@@ -21,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 # ---- Stability's names
 
-_XL = {
+_XL: dict[str, object] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (32, 64, 64),
@@ -31,7 +31,7 @@ _XL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 72,
 }
-UNETS = {
+UNETS: dict[str, dict[str, object]] = {
     "Stable Diffusion 1.5": {},
     "Stable Diffusion 2.1": {"use_linear_projection": True, "attention_head_dim": (1, 2, 4, 4)},
     "Stable Diffusion XL": _XL,
@@ -45,7 +45,7 @@ UNETS = {
 
 @pytest.mark.parametrize("name", UNETS)
 def test_stability_s_names_of_all_layers_are_those_that_diffusers_converts(name):
-    settings = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8} | UNETS[name]
+    settings: dict[str, object] = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8} | UNETS[name]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**settings)  # type: ignore[arg-type]
     layers = [path for path, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
