@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from dreambooth.options.paths import FilePath
 from dreambooth.options.rules import at_least, is_default, named, require
 
 # Flags that only work with some kinds.
@@ -94,7 +95,7 @@ class AdapterOptions:
     """Also write pytorch_lora_weights_kohya.safetensors, for ComfyUI, A1111, Forge, InvokeAI and kohya's
     scripts: they do not read pytorch_lora_weights.safetensors. With --use_dora only LyCORIS reads it as it
     was trained; `convert_adapter.py convert` with --to kohya and --rank writes a LoRA for the others."""
-    init_adapter: str | None = None
+    init_adapter: FilePath | None = None
     """Adapter to start from: a file, or a folder with one, of a finished run, of a checkpoint of the
     reference script, or in kohya's format."""
     dry_run: bool = False

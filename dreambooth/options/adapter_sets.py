@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError, shown
-from dreambooth.options import yaml_files
+from dreambooth.options import paths, yaml_files
 
 LARGEST_WEIGHT = 100  # of an adapter; much smaller ones already draw noise
 _FIELDS = ("adapters", "prompts", "weights")
@@ -210,7 +210,8 @@ def _set(where: str, name: str, value: Any) -> AdapterSet:
     texts = {key: _texts(f"{where}: {key}", table.get(key)) for key in _FIELDS}
     if texts["weights"] and not texts["adapters"]:
         raise UserError(f"{where} has weights and no adapters")
-    adapters = _weighted_adapters(where, texts["adapters"], f"{where}: weights", texts["weights"])
+    words = [paths.expanded(word, f"{where}: adapters") for word in texts["adapters"]]
+    adapters = _weighted_adapters(where, words, f"{where}: weights", texts["weights"])
     return AdapterSet(name, where, adapters, tuple(texts["prompts"]))
 
 

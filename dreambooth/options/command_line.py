@@ -7,15 +7,16 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
 from dreambooth.errors import UserError, printable, shown
-from dreambooth.options import help_page, shipped_files, yaml_files
+from dreambooth.options import help_page, paths, shipped_files, yaml_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
 Options = TypeVar("Options")
@@ -39,10 +40,9 @@ def parse(
             print(help_page.page(kind, program, description, is_full=_HELP[word]))
             raise SystemExit(0)
     try:
-        saved, rest = _take_config(kind, shipped_files.located(typed))
+        saved, rest = _take_config(kind, paths.expand_words(shipped_files.located(typed), fields_of(kind)))
     except UserError as error:
         fail(error)
-    saved = shipped_files.located(saved)
     rest = _with_repeated_flags_joined(kind, rest)
     with broken_rules() as broken, _escaped_errors([*saved, *rest]):
         options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True)
@@ -90,12 +90,16 @@ def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
             path = next(pending, None)
             if path is None:
                 raise UserError("--config needs the name of a YAML file")
-            saved += config_words(kind, Path(path))
+            saved += config_words(kind, _config_file(path))
         elif word.startswith("--config="):
-            saved += config_words(kind, Path(word.removeprefix("--config=")))
+            saved += config_words(kind, _config_file(word.removeprefix("--config=")))
         else:
             rest.append(word)
     return saved, rest
+
+
+def _config_file(name: str) -> Path:
+    return Path(paths.expanded(name, "--config"))
 
 
 def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:
@@ -122,7 +126,8 @@ def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:
 def config_words(kind: type, path: Path) -> list[str]:
     """The words of a command line with the flags of a YAML file of `flag: value` lines.
 
-    A flag with the value `null` is left out. Raises UserError if the file has another form, or a flag is
+    A flag with the value `null` is left out. Paths are expanded; those of a run's own run.yaml are not, but
+    hold also where the run has been moved. Raises UserError if the file has another form, or a flag is
     unknown.
     """
     where = f"--config {shown(path)}"
@@ -130,6 +135,10 @@ def config_words(kind: type, path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
     known = fields_of(kind)
+    run = paths.folder_of_run(path) if "resume_from_checkpoint" in known else None
+    if run is not None:
+        content, notes = paths.restored(content, known, run)
+        _say_once(f"{where}: {note}" for note in notes)
     words: list[str] = []
     for key, value in content.items():
         if key not in known:
@@ -138,7 +147,14 @@ def config_words(kind: type, path: Path) -> list[str]:
             raise UserError(f"{where}: no flag '{shown(str(key)[:80])}'{hint}")
         if value is not None:
             words += _words_of(key, value, known[key].type, where)
-    return words
+    return shipped_files.located(words if run else paths.expand_words(words, known))
+
+
+def _say_once(notes: Iterable[str]) -> None:
+    """Print notes on the first of the processes that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}")
 
 
 def _words_of(name: str, value: Any, kind: Any, where: str) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options import adapter_sets
+from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import named, require
 from dreambooth.options.training import BaseOptions
 
@@ -15,7 +16,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 class KnownBase:
     """Base model that the adapter is for."""
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: PathOrId | None = None
     """Folder or hub id of the base. With it, the name and width of every layer are checked. Files in kohya's
     format, LoHa and LoKr cannot be converted without it, since they lack names or shapes. Only the headers of
     the base's files are read, but for --rank of a DoRA."""
@@ -42,7 +43,7 @@ class KnownBase:
 class NeededBase:
     """Base model."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathOrId
     """Folder or hub id of the base."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
@@ -85,7 +86,7 @@ class InspectOptions:
     """All flags of `inspect`."""
 
     base: KnownBase
-    adapter: str
+    adapter: FilePath
     """Adapter file, the folder of a run, or a folder in peft's format."""
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ class ConvertOptions:
     """All flags of `convert`."""
 
     base: KnownBase
-    adapter: str
+    adapter: FilePath
     """Adapter file, the folder of a run, or a folder in peft's format. Its layout is detected."""
     to: Literal["native", "kohya", "lora", "peft"]
     """native: the layout of this suite; diffusers loads it if the adapter is LoRA or DoRA. kohya: for
@@ -105,7 +106,7 @@ class ConvertOptions:
     trained, and the others need --rank. lora: the native layout, with every layer converted to a LoRA,
     exactly (the rank of a LoHa is squared; a DoRA keeps its magnitudes) or to --rank. peft: a folder for each
     component, for PeftModel.from_pretrained."""
-    output: str
+    output: FilePath
     """File to write; with --to peft a folder, new or empty."""
     rank: int | None = None
     """With --to lora or kohya: the largest rank; the nearest plain LoRA of that rank is written, and the kept
@@ -135,9 +136,9 @@ class MergeOptions:
     """All flags of `merge`."""
 
     base: KnownBase
-    adapter: tuple[str, ...]
+    adapter: tuple[FilePath, ...]
     """Two adapters or more, each FILE or FILE:WEIGHT."""
-    output: str
+    output: FilePath
     """File to write."""
     rank: int | None = None
     """Largest rank; the nearest LoRA of that rank is written, and the kept share of the update is printed.
@@ -156,11 +157,11 @@ class ResizeOptions:
     """All flags of `resize`."""
 
     base: KnownBase
-    adapter: str
+    adapter: FilePath
     """Adapter file, the folder of a run, or a folder in peft's format."""
     rank: int
     """Largest rank. Layers of a larger rank become the nearest of this rank; the others do not change."""
-    output: str
+    output: FilePath
     """File to write."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
@@ -176,11 +177,11 @@ class ExtractOptions:
     """All flags of `extract`."""
 
     base: NeededBase
-    tuned: str
+    tuned: PathOrId
     """Folder or hub id of the fine-tuned base."""
     rank: int
     """Rank of the LoRA."""
-    output: str
+    output: FilePath
     """File to write."""
     target_preset: Literal["attn", "attn_ff", "full"] = "attn"
     """Layers of the LoRA. attn: every attention projection. attn_ff: also the feed-forward layers and the
@@ -200,9 +201,9 @@ class BakeOptions:
     """All flags of `bake`."""
 
     base: NeededBase
-    adapter: tuple[str, ...]
+    adapter: tuple[FilePath, ...]
     """Adapters, each FILE or FILE:WEIGHT. The updates of several adapters are added."""
-    merge_to: str
+    merge_to: FilePath
     """Folder for the new base, new or empty."""
     dtype: Dtype | None = None
     """Precision of the UNet and the text encoders. Default: the precision of the base."""

@@ -13,7 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from dreambooth.options.rules import BooleanWord, group_of
 
@@ -89,6 +89,8 @@ def _metavar(kind: Any) -> str:
     if kind is BooleanWord:
         return "{True, False}"
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _metavar(arguments[0])
     if origin in (Union, UnionType):
         return " or ".join(_metavar(one) for one in arguments if one is not NoneType)
     if origin is tuple:

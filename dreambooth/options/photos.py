@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import at_least, named, require, require_side
 
 MOST_PIXELS = 1_000_000_000  # of a picture: unpacked, they are 3 GB
@@ -15,14 +16,14 @@ class InstanceOptions:
     instance_prompt: str
     """Prompt of every instance photo without a caption; it holds a rare word for the subject: "a photo of sks
     dog"."""
-    instance_data_dir: str | None = None
+    instance_data_dir: FilePath | None = None
     """Folder with the photos of the subject. Either this or --dataset_name is needed."""
-    dataset_name: str | None = None
+    dataset_name: PathOrId | None = None
     """Data set with the photos: a folder (photos in it or in its `train`), or a hub id, which needs the
     datasets package."""
     dataset_config_name: str | None = None
     """Configuration of the hub's data set."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Folder in which the hub's data set is stored. Default: the folder of the datasets package."""
     image_column: str = "image"
     """Column of the data set with the photos. In a folder's metadata.jsonl, `image` is the column
@@ -118,7 +119,7 @@ class PriorOptions:
     """Train on class images beside the instance photos."""
     prior_loss_weight: float = 1.0
     """Weight of the class images' loss."""
-    class_data_dir: str | None = None
+    class_data_dir: FilePath | None = None
     """Folder of class images; missing ones are generated."""
     class_prompt: str | None = None
     """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""

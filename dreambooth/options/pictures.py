@@ -5,6 +5,7 @@ import math
 from typing import ClassVar, Literal
 
 from dreambooth.options.adapter_sets import LARGEST_WEIGHT
+from dreambooth.options.paths import FilePath
 from dreambooth.options.photos import GenerationOptions
 from dreambooth.options.rules import at_least, named, require, require_side
 from dreambooth.options.training import BaseOptions
@@ -21,7 +22,7 @@ class ClassImageOptions:
     )
 
     base: BaseOptions
-    class_data_dir: str
+    class_data_dir: FilePath
     """Folder for the class images."""
     class_prompt: str
     """Prompt of the class images."""
@@ -55,9 +56,9 @@ class InferOptions:
     base: BaseOptions
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
-    prompts_file: str | None = None
+    prompts_file: FilePath | None = None
     """Text file with a prompt on each line. Empty lines and lines that start with # are skipped."""
-    adapter: tuple[str, ...] = ()
+    adapter: tuple[FilePath, ...] = ()
     """Adapter files, or output folders of training runs, each with an optional weight: my_dog
     style.safetensors:0.6. Several adapters are used together: the update of each is scaled by its weight, and
     the updates are added. Every kind and layout is accepted; OFT, BOFT and HRA have only the weights 0 and 1.
@@ -66,7 +67,7 @@ class InferOptions:
     """Factors on the weights for parts of the models: unet=0.8,text_encoder=0.5,unet.up_blocks=1.2 for all
     adapters; my_dog:unet=0.8 for the adapter my_dog. The longest part that matches a layer counts. An adapter
     is named after its file, or after the folder of its run."""
-    adapters_file: str | None = None
+    adapters_file: FilePath | None = None
     """YAML file with named sets of adapters; the pictures are drawn with each set in turn, and the base is
     loaded once. "dog: [my_dog, style.safetensors:0.6]" is a set, and so is a table with `adapters` and,
     optionally, `weights` (as in --adapter_weights) and `prompts`. A set without prompts is drawn with every
@@ -80,7 +81,7 @@ class InferOptions:
     """Add the adapters to the weights before drawing. "auto" fuses every kind but plain LoRA, whose layers
     cost about 5 % (DoRA, LoHa and LoKr on all layers cost 60 to 150 %), and never in bf16, which rounds small
     changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
-    output_dir: str = "pictures"
+    output_dir: FilePath = "pictures"
     """Folder for the pictures, their list (images.json) and the contact sheet."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; every prompt is drawn once with each."""

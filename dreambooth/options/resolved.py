@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, Literal, TypeVar
 
 from dreambooth.options.optimizer import OptimizerOptions
+from dreambooth.options.paths import FilePath
 from dreambooth.options.photos import InstanceOptions, PriorOptions
 from dreambooth.options.training import RunOptions, TrainOptions
 
@@ -38,7 +39,7 @@ class ResolvedInstanceOptions(InstanceOptions):
 class ResolvedPriorOptions(PriorOptions):
     """With prior preservation: folder, prompt and seed of the class images are known."""
 
-    class_data_dir: str = dataclasses.field(kw_only=True)
+    class_data_dir: FilePath = dataclasses.field(kw_only=True)
     class_prompt: str = dataclasses.field(kw_only=True)
     class_seed: int = dataclasses.field(kw_only=True)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from dreambooth.options.paths import FilePath
 from dreambooth.options.rules import named, require_package
 
 
@@ -15,7 +16,7 @@ class SpeedOptions:
     disk for more than 64 pictures or if --encoded_dir is given, else memory. Random crops are then cut from
     the latents of the whole photo, in steps of the VAE's 8 pixels. `off` encodes every visit of a photo; its
     crop may begin at any pixel."""
-    encoded_dir: str | None = None
+    encoded_dir: FilePath | None = None
     """Folder for latents and prompt embeddings on disk; its files are named by content. Runs may share it.
     Default: `encoded` in the output folder."""
     compile: bool = False

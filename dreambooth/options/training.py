@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, Self
 from dreambooth.errors import shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.optimizer import OptimizerOptions
+from dreambooth.options.paths import FilePath, PathInOutput, PathOrId
 from dreambooth.options.photos import InstanceOptions, PriorOptions
 from dreambooth.options.rules import at_least, is_default, named, require, require_package
 from dreambooth.options.speed import SpeedOptions
@@ -37,16 +38,16 @@ _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction
 class BaseOptions:
     """Base model: its weights stay frozen."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathOrId
     """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF.
     `picturebook/model` is the embedded one."""
-    pretrained_vae_model_name_or_path: str | None = None
+    pretrained_vae_model_name_or_path: PathOrId | None = None
     """Folder or hub id of a VAE that replaces the base's VAE."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of every part of the base."""
     variant: str | None = None
     """Preferred weight files: fp16 prefers `*.fp16.safetensors`, for each part of the base that has them."""
-    tokenizer_name: str | None = None
+    tokenizer_name: PathOrId | None = None
     """Folder or hub id of a tokenizer that replaces the base's (first) tokenizer."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Prediction type of the base, if its scheduler's configuration is wrong."""
@@ -129,7 +130,7 @@ class ObjectiveOptions:
 class RunOptions:
     """Run: length, output folder, precision."""
 
-    output_dir: str = "lora-dreambooth-model"
+    output_dir: FilePath = "lora-dreambooth-model"
     """Folder for the adapter, checkpoints, logs and validation pictures."""
     seed: int | None = None
     """Seed of every random choice. Default: a seed is drawn, printed and stored in run.yaml."""
@@ -148,7 +149,7 @@ class RunOptions:
     checkpoints_total_limit: int | None = None
     """Number of checkpoints to keep; the oldest is removed once a newer one is complete. Default: keep
     all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathInOutput | None = None
     """Checkpoint to resume from: `latest` (or `auto`), `checkpoint-N` or a path."""
     overwrite: bool = False
     """Remove an earlier run from the output folder (checkpoints, adapter, metrics, validation pictures) and
@@ -218,7 +219,7 @@ class ValidationOptions:
     base's sampler if that is an EDM scheduler."""
     skip_final_inference: bool = False
     """Draw no pictures at the end of the run."""
-    validation_images: tuple[str, ...] | None = None
+    validation_images: tuple[FilePath, ...] | None = None
     """First-stage pictures for validating a second-stage model. Refused: no supported base is a second
     stage."""
     class_labels_conditioning: str | None = None
@@ -241,7 +242,7 @@ class ReportOptions:
 
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
     """Tracker. The default, tensorboard, is skipped with a note if it is not installed."""
-    logging_dir: str = "logs"
+    logging_dir: PathInOutput = "logs"
     """Folder of the tracker's logs, inside the output folder."""
     push_to_hub: bool = False
     """Upload adapter, model card and pictures to the hub when the run is finished."""

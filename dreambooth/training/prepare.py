@@ -48,7 +48,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     """
     trackers, notes = metrics.trackers(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, trackers)
-    launcher_notes = launcher.notes(options.run.gradient_accumulation_steps)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
     output_dir = check_folders(options)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
@@ -59,7 +58,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     subject = check_photos(options.instance, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
-    peers.say_notes([*checked.init_adapter.notes, *device_notes, *launcher_notes])
+    peers.say_notes([*checked.init_adapter.notes, *device_notes])
     if options.adapter.dry_run:
         if peers.is_main:
             print(adapter_targets.table(checked.base, options.adapter, options.text))
@@ -108,13 +107,15 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     logging_dir = Path(run.output_dir) / reports.logging_dir
-    return processes.join(
+    peers = processes.join(
         watch,
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
     )
+    peers.say_notes(launcher.notes(run.gradient_accumulation_steps))
+    return peers
 
 
 def check_folders(options: TrainOptions) -> Path:

@@ -11,8 +11,10 @@ from dreambooth.bases import families
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.files import checkpoint_folders
-from dreambooth.options.command_line import as_table, without_token, yaml_text
+from dreambooth.options import paths
+from dreambooth.options.command_line import as_table, fields_of, without_token, yaml_text
 from dreambooth.options.resolved import ResolvedTrainOptions
+from dreambooth.options.training import TrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import metrics, run_folder
 from dreambooth.training.checks import AdapterState, Cache
@@ -67,7 +69,7 @@ class Start:
             run_folder.begin(
                 self.output_dir,
                 self.identity,
-                yaml_text(self.flags),
+                yaml_text(paths.absolute(self.flags, fields_of(TrainOptions))),
                 is_resumed=self.continues_folder,
                 overwrite=self.options.run.overwrite,
             )
