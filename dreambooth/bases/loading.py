@@ -9,6 +9,7 @@ are still decided by the libraries.
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
 from dreambooth.errors import UserError, is_memory_error, shown, type_and_reason
-from dreambooth.files import safetensors_files
+from dreambooth.files import digests, safetensors_files
 from dreambooth.options.training import TextOptions
 
 _DTYPES = {
@@ -151,6 +152,17 @@ def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -
         return load_model(
             kind, base.part_folder(part), files, dtype=dtype, device=device, channels_last=is_convolutional
         )
+
+
+def tokenizer_identity(name: str) -> str:
+    """What --tokenizer_name `name` is compared by: a hash of the files of a folder, or the id on the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name}\n".encode() + digests.of(path))
+    return f"a folder with files {digest.hexdigest()[:16]}"
 
 
 def from_pretrained(kind: Any, name: str, flag: str, **settings: Any) -> Any:

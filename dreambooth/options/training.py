@@ -219,7 +219,7 @@ class ValidationOptions:
     base's sampler if that is an EDM scheduler."""
     skip_final_inference: bool = False
     """Draw no pictures at the end of the run."""
-    validation_images: tuple[FilePath, ...] | None = None
+    validation_images: tuple[str, ...] | None = None
     """First-stage pictures for validating a second-stage model. Refused: no supported base is a second
     stage."""
     class_labels_conditioning: str | None = None

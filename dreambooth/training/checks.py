@@ -7,10 +7,12 @@ but is probably not what the user wants.
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -22,9 +24,9 @@ from dreambooth.bases import compilation, families, prompt_syntax, prompts, quan
 from dreambooth.data import encodings, photos
 from dreambooth.errors import UserError, shown
 from dreambooth.options.adapter import AdapterOptions
-from dreambooth.options.training import TextOptions, TrainOptions
+from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
 from dreambooth.runtime import memory
-from dreambooth.training import adapter_targets
+from dreambooth.training import adapter_targets, run_folder
 
 AdapterState = dict[str, dict[str, torch.Tensor]]
 """Tensors of an adapter by component and by peft's key."""
@@ -311,3 +313,35 @@ def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_f
                     f"--encoded_dir: {shown(folder)} is a folder of pictures; name another folder"
                 )
     return Cache(mode, folder, notes)
+
+
+def check_no_steps_lost(resume_from: str, run: RunOptions) -> None:
+    """Raise UserError if the output folder has the record of a run but no checkpoint to resume it from.
+
+    A run that ended before its first step, or was killed before its first checkpoint was due, has none to
+    lose: job scripts start it again with the same command.
+    """
+    folder = Path(run.output_dir)
+    if not (folder / run_folder.IDENTITY).exists():
+        return
+    status = _last_record(folder / run_folder.STATUS, whole_file=True)
+    last_step = _last_record(folder / run_folder.METRICS, whole_file=False).get("step", 0)
+    state, ended_at = status.get("state"), status.get("step")
+    was_killed = state == "running" and isinstance(last_step, int) and last_step < run.checkpointing_steps
+    if was_killed or (state in ("stopped", "failed") and ended_at == 0):
+        return
+    raise UserError(
+        f"--resume_from_checkpoint {resume_from}: {shown(folder)} has the record of a run "
+        f"({run_folder.IDENTITY}) and no checkpoint; put its checkpoints back, or give --overwrite in place "
+        "of this flag to start it again"
+    )
+
+
+def _last_record(path: Path, *, whole_file: bool) -> dict[str, Any]:
+    """The JSON table in a file, or on its last whole line; {} if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text if whole_file else text.rstrip().rpartition("\n")[2])
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -21,19 +21,18 @@ from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.errors import printable
+from dreambooth.options import paths
+from dreambooth.options.command_line import fields_of
+from dreambooth.options.training import TrainOptions
 from dreambooth.training import programs
 from dreambooth.training.run_folder import CARD
 
 _TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl", "if": "deepfloyd-if"}
 _KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "hra": "HRA"}
 # Flags whose values are paths, and flags whose values are paths or hub ids.
-_PLACES = (
-    *("output_dir", "instance_data_dir", "class_data_dir", "init_adapter", "cache_dir", "encoded_dir"),
-    *("logging_dir", "resume_from_checkpoint"),
-)
-_PLACES_OR_IDS = (
-    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name"),
-)
+_MARKS = {name: paths.mark_of(field.type) for name, field in fields_of(TrainOptions).items()}
+_PLACES = tuple(name for name, mark in _MARKS.items() if mark and mark.kind != "file or id")
+_PLACES_OR_IDS = tuple(name for name, mark in _MARKS.items() if mark and mark.kind == "file or id")
 _LARGEST_CARD = 2**20  # bytes
 _ANSWER_WITHIN = 10.0  # seconds
 

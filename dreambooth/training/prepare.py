@@ -261,7 +261,7 @@ def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: cont
         peers.say(f"note: removed half-written files of a run that died: {', '.join(swept)}")
     if resume_from is None:
         return Claim(folder, None, {}, [])
-    source = peers.on_main(lambda: find_checkpoint(resume_from, folder, peers))
+    source = peers.on_main(lambda: find_checkpoint(resume_from, run, peers))
     checkpoint = checkpoint_folders.read(source) if source else None
     state = checkpoints.read_state(checkpoint) if checkpoint else {}
     identity = peers.on_main(lambda: run_folder.read_identity(folder))
@@ -269,12 +269,16 @@ def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: cont
     return Claim(folder, checkpoint, state, seeds)
 
 
-def find_checkpoint(resume_from: str, output_dir: Path, peers: Peers) -> Path | None:
-    """The checkpoint folder that --resume_from_checkpoint names. None, with a message, if there is none."""
-    choice = checkpoint_folders.choose(resume_from, output_dir)
+def find_checkpoint(resume_from: str, run: RunOptions, peers: Peers) -> Path | None:
+    """The checkpoint folder that --resume_from_checkpoint names. None, with a message, if there is no run.
+
+    Raises UserError if the output folder has the record of a run and no checkpoint, although one was due.
+    """
+    choice = checkpoint_folders.choose(resume_from, Path(run.output_dir))
     for reason in choice.skipped:
         peers.say(f"warning: passed over {reason}")
     if choice.folder is None:
+        checks.check_no_steps_lost(resume_from, run)
         peers.say(f"Checkpoint '{resume_from}' does not exist. Starting a new training run.")
     return choice.folder
 
@@ -323,8 +327,11 @@ class NamedRun:
         if checkpoint and start is None:
             start = checkpoint.identity.get("start")
         varies = any(not self.crops.is_fixed(photo.size) for source in sources for photo in source.photos)
+        flags = as_table(self.options)
+        if name := self.base.options.tokenizer_name:
+            flags["tokenizer_name"] = loading.tokenizer_identity(name)
         return run_folder.identity(
-            as_table(self.options),
+            flags,
             text_steps=self.options.text_steps(self.max_steps),
             slots=self.slots,
             base=self.fingerprint,
