@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native, reading, run_info
+from dreambooth.bases import loading
 from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders, locks
 from dreambooth.options.command_line import as_table, parse
 from dreambooth.options.resolved import resolve
-from dreambooth.options.training import TrainOptions
-from dreambooth.training import checkpoints, run_folder
+from dreambooth.options.training import RunOptions, TrainOptions
+from dreambooth.training import checkpoints, checks, run_folder
 from tests import tiny
 from tests.running import adapter_after, digest, metrics, prior_words, run_train, train_words
 
@@ -525,3 +527,78 @@ def test_of_two_ranks_that_differ_that_of_the_unet_is_named(tiny_base, photos_di
     for attempt in range(8):  # safetensors gives tensors in any order
         with pytest.raises(UserError, match=r"has unet of rank 4; --rank must be the same"):
             run_train(tiny_base, photos_dir, tmp_path / f"next-{attempt}", *start)
+
+
+# ---- a folder that is no longer where it was, or has lost its checkpoints
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("word", ["latest", "auto"])
+def test_a_renamed_run_goes_on_in_its_folder(word, finished, tiny_base, photos_dir, tmp_path, monkeypatch):
+    now = tmp_path / "renamed"
+    shutil.copytree(finished, now)
+    options = yaml.safe_load((now / "run.yaml").read_text())
+    options["output_dir"] = str(tmp_path / "former")
+    (now / "run.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.chdir("/")
+    words = ["--config", str(now / "run.yaml"), "--resume_from_checkpoint", word, "--max_train_steps", "6"]
+    train.main(parse(TrainOptions, "", words))
+    assert not (tmp_path / "former").exists()
+    assert (now / "checkpoint-6").is_dir()
+    assert yaml.safe_load((now / "run.yaml").read_text())["output_dir"] == str(now)
+
+
+def run_without_checkpoints(finished: Path, folder: Path, **status: object) -> Path:
+    """A copy of a run that lacks its checkpoints, with another end of the run."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = folder / run_folder.STATUS
+    path.write_text(json.dumps(json.loads(path.read_text()) | status))
+    return folder
+
+
+ENDS = {
+    "finished": ({}, 1),
+    "stopped after a step": ({"state": "stopped", "step": 2}, 500),
+    "failed after a step": ({"state": "failed", "step": 1}, 500),
+    "killed after a checkpoint was due": ({"state": "running", "step": 0}, 1),
+    "no status": (None, 500),
+}
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("word", ["latest", "auto"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_record_without_a_checkpoint_is_an_error(
+    end, word, finished, tiny_base, photos_dir, no_models, tmp_path
+):
+    status, every = ENDS[end]
+    out = run_without_checkpoints(finished, tmp_path / "out", **(status or {}))
+    if status is None:
+        (out / run_folder.STATUS).unlink()
+    before = files(out)
+    words = ["--resume_from_checkpoint", word, "--max_train_steps", "6", "--checkpointing_steps", str(every)]
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint {word}: .* and no checkpoint"):
+        run_train(tiny_base, photos_dir, out, *words)
+    assert files(out) == before
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("state", "step", "every"), [("running", 0, 500), ("failed", 0, 1), ("stopped", 0, 1)], ids=str
+)
+def test_a_run_that_ended_before_a_checkpoint_was_due_starts_again(finished, tmp_path, state, step, every):
+    """A job script gives the same command until the run is finished."""
+    out = run_without_checkpoints(finished, tmp_path / "out", state=state, step=step)
+    checks.check_no_steps_lost("latest", RunOptions(output_dir=str(out), checkpointing_steps=every))
+    checks.check_no_steps_lost("latest", RunOptions(output_dir=str(tmp_path / "absent")))
+
+
+@pytest.mark.trains
+def test_a_tokenizer_that_was_moved_is_the_same_one(tiny_base, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        shutil.copytree(tiny_base / "tokenizer", folder)
+    assert loading.tokenizer_identity(str(first)) == loading.tokenizer_identity(str(second))
+    (second / "vocab.txt").write_text("other")
+    assert loading.tokenizer_identity(str(first)) != loading.tokenizer_identity(str(second))
+    assert loading.tokenizer_identity("org/tokenizer") == "org/tokenizer"
