@@ -57,7 +57,8 @@ class InferOptions:
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
     prompts_file: FilePath | None = None
-    """Text file with a prompt on each line. Empty lines and lines that start with # are skipped."""
+    """Text file with a prompt on each line. Empty lines and lines that start with # are skipped. Prompts are
+    plain words: weights, as in (word:1.4), and <lora:...> are read as words, with a note."""
     adapter: tuple[FilePath, ...] = ()
     """Adapter files, or output folders of training runs, each with an optional weight: my_dog
     style.safetensors:0.6. Several adapters are used together: the update of each is scaled by its weight, and
@@ -93,7 +94,8 @@ class InferOptions:
     """Classifier-free guidance scale; 1 is no guidance."""
     clip_skip: int | None = None
     """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
-    with, else 0."""
+    with, else 0. It is in the metadata of the adapter; kohya's ss_clip_skip counts one more (2 is 1 here), and
+    is not read for Stable Diffusion XL."""
     resolution: int | None = None
     """Side of the pictures, in pixels. Default: the base's resolution."""
     batch_size: int = 4
