@@ -137,7 +137,8 @@ class MergeOptions:
 
     base: KnownBase
     adapter: tuple[FilePath, ...]
-    """Two adapters or more, each FILE or FILE:WEIGHT."""
+    """Two adapters or more, each FILE or FILE:WEIGHT. If they were trained with different clip_skip, a note
+    says so and the file records none."""
     output: FilePath
     """File to write."""
     rank: int | None = None

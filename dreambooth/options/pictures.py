@@ -94,8 +94,8 @@ class InferOptions:
     """Classifier-free guidance scale; 1 is no guidance."""
     clip_skip: int | None = None
     """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
-    with, else 0. It is in the metadata of the adapter; kohya's ss_clip_skip counts one more (2 is 1 here), and
-    is not read for Stable Diffusion XL."""
+    with, else 0. It is in the metadata of the adapter. kohya's ss_clip_skip counts one more (2 is 1 here),
+    and is not read for Stable Diffusion XL."""
     resolution: int | None = None
     """Side of the pictures, in pixels. Default: the base's resolution."""
     batch_size: int = 4
