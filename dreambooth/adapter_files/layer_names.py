@@ -230,10 +230,10 @@ _TOPS = {
         r"(text_model_)?encoder_layers_|transformer_resblocks_|(text_model_)?text_projection$"
     ),
 }
-# A name as this project has it, but for the prefix of text encoders.
-_DOTTED_NAME = re.compile(
-    r"(down_blocks|up_blocks)\.\d+\..+|mid_block\..+|(time|add)_embedding\..+|conv_in|conv_out"
-    r"|(text_model\.)?encoder\.layers\..+|(text_model\.)?text_projection"
+# A name that only a base's layers can turn into diffusers': Stability's, OpenCLIP's, or one without dots.
+_UNRESOLVED = re.compile(
+    r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)[._]\d|transformer[._]resblocks[._]"
+    r"|(down_blocks|up_blocks|mid_block|time_embedding|add_embedding|(text_model_)?encoder_layers)_"
 )
 
 
@@ -250,13 +250,11 @@ def place_by_key(stem: str, component: str) -> tuple[str, str] | None:
         if len(holders) > 1:
             raise ValueError(" and ".join(holders))
         if holders:
-            is_dotted = not is_raw(stem) and _DOTTED_NAME.fullmatch(rest)
-            return holders[0], plain(rest) if is_dotted else _raw(stem, holders[0], rest)
+            if is_raw(stem):
+                return holders[0], stem
+            is_unresolved = _UNRESOLVED.match(rest)
+            return holders[0], f"{_RAW_PREFIXES[holders[0]]}{flat(rest)}" if is_unresolved else plain(rest)
     return None
-
-
-def _raw(stem: str, component: str, rest: str) -> str:
-    return stem if is_raw(stem) else f"{_RAW_PREFIXES[component]}{flat(rest)}"
 
 
 def is_raw(path: str) -> bool:
