@@ -2,7 +2,11 @@
 
 import pytest
 
-from dreambooth.bases import prompt_syntax
+from dreambooth.adapters import variants
+from dreambooth.bases import families, loading, prompt_syntax
+from dreambooth.options.pictures import InferOptions
+from dreambooth.options.training import BaseOptions, TextOptions
+from dreambooth.training import checks
 
 SYNTAX = {
     "a <lora:dog:0.8> dog": "<lora:dog:0.8>",
@@ -89,3 +93,19 @@ def test_a_long_or_broken_prompt_is_searched_at_once():
         prompt_syntax.parts(prompt)
     (note,) = prompt_syntax.notes(["\x1b[2J (dog:1.4)"])
     assert "\x1b" not in note
+
+
+def test_every_place_where_prompts_come_in_gives_the_note(tiny_base):
+    base = families.find(BaseOptions(str(tiny_base)))
+    tokenizers = loading.load_tokenizers(base)
+    for flag in ("--instance_prompt", "--class_prompt", "--validation_prompt"):
+        (note,) = checks.check_prompts({flag: "a (dog:1.4)"}, {}, TextOptions(), base, tokenizers)
+        assert "(dog:1.4)" in note
+    captions = {"1.png": "a <lora:x:1> dog", "2.png": "a dog"}
+    (note,) = checks.check_prompts({"--instance_prompt": "a dog"}, captions, TextOptions(), base, tokenizers)
+    assert note.startswith("1 of 2 captions have syntax of other programs")
+    for prompt, negative in (("a (dog:1.4)", ""), ("a dog", "a (dog:1.4)")):
+        options = InferOptions(base.options, prompt=(prompt,), negative_prompt=negative)
+        plan = variants.plan(options, [], {}, options.prompt)
+        (note,) = variants.notes(options, plan, {}, base)
+        assert "(dog:1.4)" in note
