@@ -31,7 +31,7 @@ READ = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-FORMATS = (*READ, "MPO")  # Pillow's name for a JPEG file with several pictures
+FORMATS = tuple(READ)
 ENDINGS = frozenset(ending for endings in READ.values() for ending in endings)
 _RAW_ENDINGS = re.compile(
     r"\.(3fr|arw|cr2|dcr|dng|erf|iiq|kdc|mef|mos|nef|nrw|orf|pef|raw|rw2|sr2|srf|srw)", re.I

@@ -146,7 +146,7 @@ def test_a_photo_that_cannot_be_unpacked_any_more_is_named(tmp_path):
         photos.load_checked(photo)
     assert (
         str(refusal.value)
-        == f"{path}: not a whole picture (cannot identify image file); save it again or remove it"
+        == f"{path}: not a whole picture (Pillow does not recognize it); save it again or remove it"
     )
 
 
