@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,14 +253,21 @@ _LONGEST_ADVICE = 1_000  # characters
 def _rank_pattern(ranks: Mapping[str, int], defaults: Mapping[str, int]) -> str:
     """The --rank_pattern that gives each layer its rank in `ranks` where it differs from `defaults`.
 
-    Its parts are ends of the layers' names, as short as possible.
+    Its first parts are components, with their most frequent ranks. The others are ends of the layers' names,
+    as short as possible.
     """
+    by_component: dict[str, Counter[int]] = {}
+    for name, rank in ranks.items():
+        by_component.setdefault(name.partition(".")[0], Counter())[rank] += 1
+    frequent = {component: counts.most_common(1)[0][0] for component, counts in by_component.items()}
+    usual = {name: frequent[name.partition(".")[0]] for name in ranks}
+    common = {name.partition(".")[0]: rank for name, rank in usual.items() if rank != defaults[name]}
     # a number belongs to the word before it: "to_out.0"
     words = {name: re.findall(r"[A-Za-z_]\w*(?:\.\d+)*", name) for name in ranks}
     table: dict[str, int] = {}
     for count in range(1, max(map(len, words.values())) + 1):
         parts = {name: ".".join(names[-count:]) for name, names in words.items()}
-        table = {parts[name]: rank for name, rank in ranks.items() if rank != defaults[name]}
+        table = common | {parts[name]: rank for name, rank in ranks.items() if rank != usual[name]}
         if all((inject.by_part(table, name) or defaults[name]) == rank for name, rank in ranks.items()):
             break
     return ",".join(f"{part}={rank}" for part, rank in table.items())
