@@ -36,7 +36,7 @@ from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions,
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
-from dreambooth.training import adapter_targets, checkpoints, checks, hub, metrics, run_folder
+from dreambooth.training import adapter_targets, checkpoints, checks, hub, metrics, rates, run_folder
 from dreambooth.training.start import Start
 
 
@@ -69,6 +69,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     # output folder
     claim = claim_folder(options.run, cache, peers, stack)
     run = name_run(options, subject, checked, cache, claim, peers)
+    peers.say_notes(run.rate_notes())
     instance = subject.source(options.instance)
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
@@ -341,6 +342,13 @@ class NamedRun:
             start=start,
             crops=self.crops_are_cut_from if varies else None,
         )
+
+    def rate_notes(self) -> list[str]:
+        """Notes on learning rates that leave the adapter next to untrained."""
+        text_encoders = self.base.family.text if self.options.text.train_text_encoder else ()
+        is_scaled = self.options.optimization.scale_lr
+        scale = self.slots * self.options.run.train_batch_size if is_scaled else 1
+        return rates.notes(self.options, ("unet", *text_encoders), self.max_steps, scale)
 
     def check(self, record: Mapping[str, Any]) -> list[str]:
         """Check the folder and the checkpoint against `record`. Returns notes on resuming, and on
