@@ -236,7 +236,7 @@ def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> No
         return
     lowest, highest = min(ranks.values()), max(ranks.values())
     if not problems or adapter.rank_pattern:
-        pattern = _rank_pattern(ranks, defaults)
+        pattern = _rank_pattern(dict(sorted(ranks.items())), defaults)  # safetensors has keys in any order
         is_allowed = len(pattern) <= _LONGEST_ADVICE and highest <= 1024  # the most of --rank_pattern
         advice = f"give --rank_pattern {pattern}, or " if is_allowed else ""
         problems = [
