@@ -230,6 +230,7 @@ def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapted, base, tmp
     (tmp_path / "kohya.safetensors").write_bytes(data)
     metadata = reading.read_additive(tmp_path / "kohya.safetensors", base).metadata
     assert {key: value for key, value in metadata.items() if key.startswith("ss_")} == {
+        "ss_v_parameterization": "True",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "6",
         "ss_network_alpha": "6.0",
