@@ -181,6 +181,48 @@ def test_peft_loads_the_text_encoders_of_xl_too(xl_adapter, loaded_xl, tiny_xl, 
             assert torch.allclose(after[key] - before[key], deltas.delta(module), atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["lora", "kohya"])
+def test_a_dora_becomes_the_nearest_lora_of_a_rank_with_its_base(
+    to, native, layers, tiny_base, tmp_path, capsys
+):
+    """What it changes in the base's weights, magnitudes included, and the share that is kept."""
+    base = ("--pretrained_model_name_or_path", tiny_base)
+    run("convert", native("dora"), "--to", to, "--rank", 5, *base, "--output", tmp_path / "a.safetensors")
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if "is kept" in line)
+    small = reading.read_additive(tmp_path / "a.safetensors", layers)
+    assert small.kinds == ("lora",)
+    dora = reading.read_additive(native("dora"), layers)
+    for component, modules in dora.components.items():
+        model = families.find(BaseOptions(str(tiny_base))).folder / component
+        weights = {
+            key.removeprefix("text_model.").removesuffix(".weight"): tensor
+            for key, tensor in load_file(next(model.glob("*.safetensors"))).items()
+        }
+        kept = total = 0.0
+        for path, module in modules.items():
+            change = (deltas.adapted(module, weights[path]) - weights[path]).flatten(1).double()
+            values = torch.linalg.svdvals(change).square()
+            lost = (change - deltas.delta(small.components[component][path]).flatten(1)).square().sum()
+            assert float(lost) == pytest.approx(float(values[5:].sum()), rel=1e-3, abs=1e-9)
+            kept, total = kept + float(values[:5].sum()), total + float(values.sum())
+        assert float(said[component].split("%")[0]) / 100 == pytest.approx(kept / total, abs=1e-5)
+
+
+def test_a_dora_in_kohyas_layout_comes_with_a_note(native, tiny_base, tmp_path, capsys):
+    base = ("--pretrained_model_name_or_path", tiny_base)
+    for kind, is_noted in (("dora", True), ("lora", False), ("lokr cp", False)):
+        run("convert", native(kind), "--to", "kohya", *base, "--output", tmp_path / f"{kind}.safetensors")
+        assert ("note: dora: in kohya's layout only LyCORIS reads" in capsys.readouterr().out) == is_noted
+    assert not any("lokr_t2" in key for key in load_file(tmp_path / "lokr cp.safetensors"))
+
+
+def test_the_rank_of_a_dora_needs_the_base(native, tmp_path):
+    with pytest.raises(
+        UserError, match=r"--rank: .* is a dora, .*; give --pretrained_model_name_or_path, or"
+    ):
+        run("convert", native("dora"), "--to", "lora", "--rank", 4, "--output", tmp_path / "a.safetensors")
+
+
 def test_a_lora_needs_no_base(native, layers, tmp_path):
     run("convert", native("locon"), "--to", "native", "--output", tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == native("locon").read_bytes()
