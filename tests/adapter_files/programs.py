@@ -153,8 +153,8 @@ def _a1111_name(stem: str) -> str:
         return f"diffusion_model_time_embed_{2 * int(match[1]) - 2}"
     if match := re.fullmatch(r"lora_unet_mid_block_(attentions|resnets)_(\d)_(.+)", stem):
         is_resnet = match[1] == "resnets"
-        part, rest = (2 * int(match[2]), inner.get(match[3], match[3])) if is_resnet else (1, match[3])
-        return f"diffusion_model_middle_block_{part}_{rest}"
+        number, tail = (2 * int(match[2]), inner.get(match[3], match[3])) if is_resnet else (1, match[3])
+        return f"diffusion_model_middle_block_{number}_{tail}"
     match = re.fullmatch(r"lora_unet_(down|up)_blocks_(\d)_(attentions|resnets|\w+samplers)_(\d)_(.+)", stem)
     if not match:
         return stem
@@ -304,7 +304,7 @@ def sd_scripts(tensors: Tensors, weight: Tensor) -> Tensor:
 def lycoris(tensors: Tensors, weight: Tensor) -> Tensor:
     """A LoKr is built anew from a rank and a factor, and must then have the tensors' shapes."""
     if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
-        _check_lycoris_builds(tensors, tuple(weight.shape[:2]))
+        _check_lycoris_builds(tensors, (weight.shape[0], weight.shape[1]))
     changed = weight + _update(tensors, weight, "first")
     if (magnitude := tensors.get("dora_scale")) is not None:
         changed = changed * magnitude / _lengths(changed, 0)

@@ -87,9 +87,11 @@ class _Layers(nn.Module, PeftAdapterMixin):
     def __init__(self, source: nn.Module, paths: tuple[str, ...], draw: torch.Generator) -> None:
         super().__init__()
         for path in paths:
-            outputs, inputs, *kernel = source.get_submodule(path).weight.shape
+            outputs, inputs, *kernel = inject.shapes_of(source)[path]
             outputs, inputs = outputs // NARROWER, inputs // NARROWER
-            layer = nn.Conv2d(inputs, outputs, tuple(kernel)) if kernel else nn.Linear(inputs, outputs)
+            layer = (
+                nn.Conv2d(inputs, outputs, (kernel[0], kernel[1])) if kernel else nn.Linear(inputs, outputs)
+            )
             layer.weight.data = torch.randn(layer.weight.shape, generator=draw) / inputs**0.5
             *parents, last = path.split(".")
             parent: nn.Module = self
@@ -122,7 +124,9 @@ def make(family: Family, options: AdapterOptions, rank: int | None = None) -> Ma
 def _make(family: Family, options: AdapterOptions, rank: int | None, folder: Path) -> Made:
     """`make`, with a folder for the base of the few layers and for the adapter."""
     base, draw = base_of(family), torch.Generator().manual_seed(0)
-    state, configs, weights = {}, {}, {}
+    state: dict[str, dict[str, Tensor]] = {}
+    configs: dict[str, dict[str, object]] = {}
+    weights: dict[tuple[str, str], Tensor] = {}
     for component, model in {"unet": base.unet, **base.text}.items():
         is_unet = component == "unet"
         prefix = "text_model." if hasattr(model, "text_model") else ""
@@ -156,7 +160,7 @@ def _make(family: Family, options: AdapterOptions, rank: int | None, folder: Pat
     if rank:
         adapter = bake.ranked_lora(adapter, folder, None, rank)[0]
         files = {"native": writing.write_native(adapter, {})}
-    adapted = {place: adapter.adapted(*place, weight) for place, weight in weights.items()}
+    adapted = {(part, path): adapter.adapted(part, path, w) for (part, path), w in weights.items()}
     return Made(files | {"kohya": writing.write_kohya(adapter, family, {})}, weights, adapted)
 
 
