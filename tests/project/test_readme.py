@@ -38,7 +38,7 @@ SCRIPTS: dict[str, Any] = {
 }
 SHORT = {
     "train_dreambooth_lora.py": "--max_train_steps 2 --num_class_images 2 --class_inference_steps 1 "
-    "--report_to none",
+    "--checkpointing_steps 1 --report_to none",
     "generate_class_images.py": "--num_class_images 2 --class_inference_steps 1",
     "infer.py": "--num_inference_steps 1 --seeds 0 1 --mixed_precision no",
 }
