@@ -360,6 +360,9 @@ class NamedRun:
         run, checkpoint = self.options.run, self.claim.checkpoint
         first_step = self.claim.first_step if self.claim.continues_folder else 0
         names = run_folder.names_to_write(self.options)
+        # users edit run.yaml to resume with other flags
+        keeps_options = self.claim.continues_folder and run_folder.is_edited(self.claim.folder)
+        names = [name for name in names if not (keeps_options and name == run_folder.OPTIONS)]
         run_folder.check_names(self.claim.folder, names, range(first_step + 1, self.max_steps + 1))
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
@@ -377,6 +380,8 @@ class NamedRun:
                 f"--resume_from_checkpoint: {checkpoint.folder} is past step {self.max_steps}, "
                 "where this run ends; raise --max_train_steps"
             )
+        if keeps_options:
+            notes.append(f"{run_folder.OPTIONS} was edited: it is kept, without the flags of this run")
         return notes
 
 

@@ -326,7 +326,7 @@ def _has_results(output_dir: Path) -> bool:
 def begin(
     output_dir: Path, identity: Mapping[str, Any], run_yaml: str, *, is_resumed: bool, overwrite: bool
 ) -> None:
-    """Write run.json and run.yaml. A run resumed in its own folder keeps its run.json.
+    """Write run.json and run.yaml. A run resumed in its folder keeps its run.json, and an edited run.yaml.
 
     `overwrite` first removes `removable`. Raises Stop if a file cannot be removed or written.
     """
@@ -338,9 +338,15 @@ def begin(
                 for name in _removable_files(files):
                     files.remove(name)
             files.write(IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
-        files.write(OPTIONS, run_yaml.encode())
+        if not (is_resumed and is_edited(output_dir)):
+            files.write(OPTIONS, run_yaml.encode())
     except OSError as error:
         raise Stop(f"{error.filename} cannot be written: {error.strerror or error}") from None
+
+
+def is_edited(output_dir: Path) -> bool:
+    """Whether the folder's run.yaml was changed since this program wrote it."""
+    return bool(WrittenFiles(output_dir).foreign([OPTIONS]))
 
 
 def removable(output_dir: Path) -> list[str]:

@@ -533,17 +533,24 @@ def test_of_two_ranks_that_differ_that_of_the_unet_is_named(tiny_base, photos_di
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("word", ["latest", "auto"])
-def test_a_copied_run_goes_on_in_its_folder(word, finished, tiny_base, photos_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("word", "is_edited"), [("latest", False), ("auto", True)])
+def test_a_copied_run_goes_on_in_its_folder_and_keeps_an_edited_run_yaml(
+    word, is_edited, finished, tmp_path, monkeypatch
+):
     now = tmp_path / "copy"
     shutil.copytree(finished, now)
+    options = (now / "run.yaml").read_text() + "# edited\n" * is_edited
+    (now / "run.yaml").write_text(options)
     before = files(finished)
     monkeypatch.chdir("/")
     words = ["--config", str(now / "run.yaml"), "--resume_from_checkpoint", word, "--max_train_steps", "6"]
     train.main(parse(TrainOptions, "", words))
     assert files(finished) == before
     assert (now / "checkpoint-6").is_dir()
-    assert yaml.safe_load((now / "run.yaml").read_text())["output_dir"] == str(now)
+    if is_edited:
+        assert (now / "run.yaml").read_text() == options
+    else:
+        assert yaml.safe_load((now / "run.yaml").read_text())["output_dir"] == str(now)
 
 
 def run_without_checkpoints(finished: Path, folder: Path, **status: object) -> Path:
