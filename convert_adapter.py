@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dreambooth.files import atomic
+from dreambooth.files.ownership import check_apart
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.conversion import (
     COMMANDS,
@@ -132,12 +133,15 @@ def _weighted(words: Sequence[str]) -> list[tuple[str, float]]:
 # ---- writing
 
 
-def _new_file(output: str) -> Path:
+def _new_file(output: str, *bases: str | None) -> Path:
     """The path of the file to write; its folder is made.
 
-    Raises UserError if it exists or cannot be written: an existing file may be the user's.
+    Raises UserError if it lies in one of `bases`, if it exists or cannot be written: an existing file may be
+    the user's.
     """
     path = Path(output)
+    names = ("--pretrained_model_name_or_path", "--tuned")
+    check_apart({"--output": output}, {}, dict(zip(names, bases, strict=False)))
     try:
         if path.is_dir():
             raise UserError(f"--output: {shown(output)} is a folder; name a file")
@@ -221,10 +225,11 @@ def convert(options: ConvertOptions) -> None:
     """Write an adapter in another layout."""
     dtype = DTYPES[options.dtype]
     if options.to == "peft":
-        inputs = [path for path in [Path(options.adapter)] if path.is_dir()]
+        base_name = options.base.pretrained_model_name_or_path
+        inputs = [path for path in map(Path, filter(None, [options.adapter, base_name])) if path.is_dir()]
         folder = _new_folder("--output", options.output, inputs)
     else:
-        path = _new_file(options.output)
+        path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     base = _base(options.base)
     adapter = _read_named(options.adapter, base)
     info = run_info.of(adapter.metadata)
@@ -296,7 +301,7 @@ def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
 def merge(options: MergeOptions) -> None:
     """Merge several adapters into one LoRA."""
     named = _weighted(options.adapter)
-    path = _new_file(options.output)
+    path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     base = _base(options.base)
     exact = merge_adapters([(shown(name), _read_named(name, base), weight) for name, weight in named])
     for note in exact.notes:
@@ -309,7 +314,7 @@ def merge(options: MergeOptions) -> None:
 
 def resize(options: ResizeOptions) -> None:
     """Write a LoRA of a smaller rank."""
-    path = _new_file(options.output)
+    path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     exact, _ = to_lora(_read_named(options.adapter, _base(options.base)))
     small, kept = to_lora(exact, options.rank)
     _print_kept(kept_shares(exact, kept))
@@ -323,7 +328,7 @@ def extract(options: ExtractOptions) -> None:
     from dreambooth.options.adapter import AdapterOptions
     from dreambooth.options.training import BaseOptions
 
-    path = _new_file(options.output)
+    path = _new_file(options.output, options.base.pretrained_model_name_or_path, options.tuned)
     # one of the two bases may have no files of the variant
     variant, names = options.base.variant, (options.base.pretrained_model_name_or_path, options.tuned)
     has_variant = [folders.has_variant(Path(name), variant) for name in names]

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
-from dreambooth.data import class_images
-from dreambooth.errors import UserError, shown
+from dreambooth.data import class_images, picture_files
+from dreambooth.errors import UserError, few, shown
 from dreambooth.files import atomic, locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.options import adapter_sets, text_files
@@ -70,7 +71,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     # what to draw
-    check_apart({"--output_dir": options.output_dir}, {}, options.base.sources())
+    output_dir = check_folder(options)
     prompts = read_prompts(options)
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
@@ -83,7 +84,6 @@ def infer(options: InferOptions, watch: Watch) -> None:
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
     records = all_records(options, columns, loaded)
     # the output folder
-    output_dir = Path(options.output_dir)
     atomic.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
         for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
@@ -111,13 +111,23 @@ def infer(options: InferOptions, watch: Watch) -> None:
             ) from None
 
 
-def check_names(files: WrittenFiles, names: Sequence[str]) -> None:
-    """Raise UserError if a file in --output_dir would be replaced that this program did not write there, or
-    if the folder is one of class images."""
-    if class_images.is_set(files.folder):
+def check_folder(options: InferOptions) -> Path:
+    """The output folder. Raises UserError if it lies in the base or among class images, or is a folder of
+    photos: it has pictures, and this program has not written there yet."""
+    check_apart({"--output_dir": options.output_dir}, {}, options.base.sources())
+    folder = Path(options.output_dir)
+    class_images.check_outside(folder, "--output_dir")
+    is_users = os.path.isdir(folder) and not WrittenFiles(folder).has_record
+    if is_users and (photos := picture_files.list_folder(folder, "--output_dir").pictures):
         raise UserError(
-            f"--output_dir: {shown(files.folder)} is a folder of class images; name another folder"
+            f"--output_dir: {shown(folder)} holds pictures that this program did not draw,"
+            f" {few(photos)}; name another folder"
         )
+    return folder
+
+
+def check_names(files: WrittenFiles, names: Sequence[str]) -> None:
+    """Raise UserError if a file in --output_dir would be replaced that this program did not write there."""
     files.check_free(names, "--output_dir")
     files.sweep()
 

@@ -98,6 +98,19 @@ def is_set(folder: Path) -> bool:
         return False
 
 
+def check_outside(folder: Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, if the folder is a set of class images, or lies in one."""
+    if "\0" in str(folder):
+        return  # no folder can have that name
+    path = Path(os.path.realpath(folder))
+    for place in (path, *path.parents):
+        if is_set(place):
+            relation = "is" if place == path else "lies in"
+            raise UserError(
+                f"{flag}: {shown(folder)} {relation} a folder of class images; name another folder"
+            )
+
+
 def file_name(number: int) -> str:
     """The file name of a made picture."""
     return f"class-{number:06d}.png"

@@ -7,6 +7,7 @@ caller. Results of another version of Pillow or of this code are not used.
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dreambooth.files import atomic
 
 NAME = "photos.json"
 _LAYOUT = 1  # version of the file and of the decoding in photos.py
+_START = b'{"layout":'  # of the file, in every version
 _LARGEST = 256 * 2**20  # bytes
 
 
@@ -61,6 +63,8 @@ class DecodeCache:
         }
         content = {"layout": _LAYOUT, "pillow": PIL.__version__, "sha256": _digest(table), "pictures": table}
         try:
+            if not _is_replaceable(self.path):
+                raise OSError("another program wrote it")
             atomic.write(self.path, json.dumps(content, separators=(",", ":")).encode())
         except OSError as error:
             return [
@@ -73,6 +77,14 @@ class DecodeCache:
 
 def _digest(table: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether nothing has the file's name, or a file that this program wrote, by its first bytes."""
+    if not os.path.lexists(path):
+        return True
+    with path.open("rb") as file:
+        return not path.is_symlink() and file.read(len(_START)) == _START
 
 
 def _read(path: Path) -> dict[str, Decoded]:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, shown
 
 _TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9]+){1,2}\.tmp")
 
@@ -108,7 +108,8 @@ def make_output_folder(path: Path, flag: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be made: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag}: {shown(path)} cannot be made: {reason}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{flag}: {path} cannot be written to")

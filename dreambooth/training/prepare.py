@@ -49,7 +49,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     trackers, notes = metrics.trackers(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, trackers)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = check_folders(options)
+    output_dir = check_folders(options, trackers)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -67,7 +67,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = claim_folder(options.run, cache, peers, stack)
+    claim = claim_folder(options.run, cache, peers, stack, logs_dir(options, trackers))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
     instance = subject.source(options.instance)
@@ -119,17 +119,25 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
     return peers
 
 
-def check_folders(options: TrainOptions) -> Path:
+def check_folders(options: TrainOptions, trackers: list[str]) -> Path:
     """The output folder. Raises UserError unless folders that the run writes to lie apart from those that it
-    reads."""
+    reads, and from folders of class images."""
     prior = options.prior
     classes = prior.class_data_dir if prior.with_prior_preservation else None
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
+    encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
+    logs = logs_dir(options, trackers)
     check_apart(
-        {"--output_dir": output_dir, "--class_data_dir": classes},
+        {
+            "--output_dir": output_dir,
+            "--class_data_dir": classes,
+            "--encoded_dir": encoded_dir,
+            "--logging_dir": None if logs is None else str(logs),
+        },
         {"--instance_data_dir": photo_folder, "--class_data_dir": classes},
         {"--dataset_name": options.instance.dataset_name, **options.base.sources()},
     )
+    class_images.check_outside(Path(output_dir), "--output_dir")
     return Path(output_dir)
 
 
@@ -243,13 +251,22 @@ class Claim:
         )
 
 
-def claim_folder(run: RunOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack) -> Claim:
+def logs_dir(options: TrainOptions, trackers: list[str]) -> Path | None:
+    """The folder that trackers write to; None without trackers."""
+    return Path(options.run.output_dir) / options.reports.logging_dir if trackers else None
+
+
+def claim_folder(
+    run: RunOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack, logs: Path | None
+) -> Claim:
     """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from.
 
     Raises UserError if a folder cannot be written to, another run works in it, or the checkpoint is damaged.
     """
     resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
     atomic.make_output_folder(folder, "--output_dir")
+    if logs is not None:
+        atomic.make_output_folder(logs / metrics.TRACKER_NAME, "--logging_dir")
     if cache.mode == "disk":
         atomic.make_output_folder(cache.folder, "--encoded_dir")
         if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):

@@ -357,8 +357,12 @@ def removable(output_dir: Path) -> list[str]:
 
 
 def _removable_files(files: WrittenFiles) -> list[str]:
-    # pictures of infer.py in the same folder are no files of the run
-    return [name for name in files.written() if name in _FILES or name.startswith(f"{VALIDATION}/")]
+    # not status.json, which this start has replaced; pictures of infer.py are no files of the run
+    return [
+        name
+        for name in files.written()
+        if (name in _FILES and name != STATUS) or name.startswith(f"{VALIDATION}/")
+    ]
 
 
 def read_identity(output_dir: Path) -> dict[str, Any] | None:

@@ -65,8 +65,8 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
         content = {
             "cut off": text[:-20],
             "one number": text.replace("[64,64]", "[64,65]", 1),
-            "no table": "[]",
-            "nonsense": '{"layout": 1}',
+            "no table": '{"layout":[]}',
+            "nonsense": '{"layout":1',
         }
         path.write_text(content[how])
     work.decoded.clear()
@@ -74,3 +74,15 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
     assert photos.check_folder(folder, FLAG, cache=known) == first
     assert len(work.decoded) == 2
     assert len(known.save()) == (how == "a folder")  # it cannot be written, which is said
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a.png": "my dog"}', "photos of my dog"])
+def test_a_file_of_the_user_with_the_name_of_the_cache_stays(content, tmp_path, work):
+    folder = tiny.make_photos(tmp_path / "photos", 1)
+    path = tmp_path / decode_cache.NAME
+    path.write_text(content)
+    known = DecodeCache(tmp_path)
+    photos.check_folder(folder, FLAG, cache=known)
+    [warning] = known.save()
+    assert "another program wrote it" in warning
+    assert path.read_text() == content

@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_hold_encodings_is_refused_before_models_load(
     }[where]
     before = sorted(mine.iterdir())
     with pytest.raises(
-        UserError, match=r"--encoded_dir: .* (cannot be made|is a folder of pictures; name another folder)"
+        UserError, match=r"--encoded_dir: .* (cannot be made|must lie apart; name another folder)"
     ):
         run_train(tiny_base, mine, tmp_path / "run", *ON_DISK, str(folder), *prior_words(tmp_path / "class"))
     assert sorted(mine.iterdir()) == before
