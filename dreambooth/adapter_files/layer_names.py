@@ -160,12 +160,17 @@ class LayerNames:
                 return holders[0]
         return None
 
-    def nearest(self, stem: str) -> str:
-        """The end of a message about `stem`, which is no layer: the layer whose name is most like it."""
+    def nearest(self, stem: str, fits_else: bool) -> str:
+        """The end of a message about `stem`, which is no layer: the layer whose name is most like it.
+
+        `fits_else`: whether other keys of the file are for layers of this base.
+        """
         owners, rest = next(_parted(stem, ""))
         names = {flat(layer): f"{owner}.{layer}" for owner in owners for layer in self.layers.get(owner, {})}
         closest = difflib.get_close_matches(flat(rest)[:150], names, n=1, cutoff=0)
         like = f"; the layer with the most similar name is {names[closest[0]]}" if closest else ""
+        if fits_else:
+            return f"{like}. The other keys are for layers of this base: these names are wrong or unknown"
         return f"{like}: the adapter is for another base, or has names of an unknown layout"
 
 

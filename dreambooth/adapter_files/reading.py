@@ -417,7 +417,7 @@ def _places(
         elif stem.endswith(layer_names.EMBEDDINGS):
             hint = ": a LoRA of an embedding"
         else:
-            hint = _foreign(unplaced) or _other_family(shapes, names) or names.nearest(stem)
+            hint = _foreign(unplaced) or _other_family(shapes, names) or names.nearest(stem, bool(places))
         raise UserError(
             f"{where}: {len(unplaced)} of {len(splits)} keys are for no layer of this base,"
             f" e.g. {shortened(min(unplaced), 200)}{hint}"

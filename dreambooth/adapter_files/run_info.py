@@ -153,7 +153,11 @@ def notes(name: str, metadata: Mapping[str, str], base: "families.Base") -> list
     stated = metadata.get("ss_clip_skip", "").strip()
     if "clip_skip" not in info and stated.lower() not in ("", "none", "0", "1", "2"):
         is_xl = trained_family == "sdxl"
-        reason = "kohya's training of Stable Diffusion XL ignores it" if is_xl else "no number of layers"
+        reason = (
+            "kohya's training of Stable Diffusion XL ignores it"
+            if is_xl
+            else "it must be a whole number from 1"
+        )
         lines.append(f"ss_clip_skip {shortened(stated)} of {name} is not used: {reason}")
     return lines
 

@@ -43,7 +43,7 @@ FOREIGN = {
     r"\.(diff_b|b_norm)$": "a difference of a bias, which no adapter here has",
     r"\.(diff|w_norm)$": "a difference of a normalization layer, which no adapter here has",
     r"\.set_weight$|\.reshape_weight$": "a weight that replaces the base's",
-    r"emb_params$|string_to_param": "an embedding (textual inversion), not an adapter",
+    r"emb_params$|string_to_param|^clip_[gl]$": "an embedding (textual inversion), not an adapter",
     r"lora_embedding_": "a LoRA of an embedding",
     r"\.bias$": "a trained bias",
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",

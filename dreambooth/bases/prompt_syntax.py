@@ -14,6 +14,7 @@ _WEIGHT = "leave out brackets and number; words have no weights here"
 _SCHEDULE = "one prompt for each picture"
 _CHOICES = "a line of --prompts_file, or a --prompt, for each choice"
 _SENTENCE = "one sentence, with commas"
+_TAGS = "plain words; tags of other programs have no meaning here"
 _FLAGS = "flags of this program, as --negative_prompt and --seeds"
 
 
@@ -55,18 +56,26 @@ def _is_keyword(match: re.Match[str]) -> bool:
     if match[0] == "AND" and not (before and after):
         return False
     neighbours = [word[0] for word in (before, after) if word]
+    is_noun = before is not None and before[0].lower() in ("a", "an", "the", "says", "word")  # an AND gate
     is_quoted = bool(before and before[0][-1] in "\"'\u201c") or bool(after and after[1][0] in "\"'\u201d")
     has_small = any(character.islower() for character in match.string)
     capitals = [word for word in neighbours if len(re.sub(r"\W", "", word)) > 1 and word.isupper()]
-    return bool(neighbours) and has_small and not is_quoted and not capitals
+    return bool(neighbours) and has_small and not (is_quoted or is_noun or capitals)
 
 
 _NUMBER = r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))"
 _SYNTAXES = (
-    _Syntax(re.compile(r"<\s*(?:lora|lyco|lycoris|hypernet)\s*:[^<>]*>", re.IGNORECASE), _LORA),
+    _Syntax(re.compile(r"<\s*(?:lora|lyco|lycoris|hypernet)\s*:[^<>]*(?:>|\Z)", re.IGNORECASE), _LORA),
     _Syntax(
         re.compile(r"<\s*(?:embedding|ti)\s*:[^<>]*>|\bembedding:[\w(]\S*", re.IGNORECASE),
         "leave it out; embeddings are not read",
+    ),
+    # SwarmUI's tags
+    _Syntax(
+        re.compile(
+            r"<(?:alternate|base|break|fromto\[[^\]]*\]|object|random|refiner|region|segment|wildcard)\b[^<>]*>"
+        ),
+        _TAGS,
     ),
     # schedules before weights: [a:b:0.5] has both forms
     _Syntax(re.compile(rf"\[(?P<text>[^\[\]]*):\s*{_NUMBER}\s*\]"), _SCHEDULE, _is_schedule),
@@ -86,8 +95,18 @@ _SYNTAXES = (
     ),
     _Syntax(re.compile(r"\([^()]*[^\W\d_][^()]*\)(?:\++|-{2,}|\d*\.\d+)(?=[\s,.;)]|\Z)"), _WEIGHT),
     _Syntax(re.compile(r"\)\.(?:and|blend|swap)\("), _SENTENCE),
+    # the Regional Prompter's words, Midjourney's weights
+    _Syntax(re.compile(r"\b(?:ADDCOMM|ADDBASE|ADDCOL|ADDROW)\b"), _SENTENCE),
+    _Syntax(re.compile(r"\w+ *::[+-]?[\d.]+(?=[\s,]|\Z)"), _WEIGHT, lambda match: _has_letter(match[0])),
+    # what A1111 writes into its pictures
+    _Syntax(re.compile(r"\bNegative prompt:(?=\s)|\bSteps: \d+, Sampler: \w+"), _FLAGS),
     # kohya's lines of sample prompts and Midjourney's flags
-    _Syntax(re.compile(r"(?<!\S)--(?:[nwhdlsgv]|am|ar|cfg|niji|no|seed|steps|stylize)\s+\S+"), _FLAGS),
+    _Syntax(
+        re.compile(
+            r"(?<!\S)--(?:[nwhdlsgv]|am|ar|cfg|niji|no|seed|steps|stylize|[a-z]+(?:_[a-z]+)+)[\s=]+\S+"
+        ),
+        _FLAGS,
+    ),
 )
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 

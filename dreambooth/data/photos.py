@@ -161,6 +161,8 @@ def _check(
     path = folder / name
     try:
         info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise UserError("a folder with a picture's ending; rename it, or move it away")
         if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device could wait forever
             raise UserError("not a regular file")
         if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):

@@ -125,7 +125,10 @@ def read(path: Path, limits: Limits) -> Header:
             header = file.read(size)
             marks = sum(map(header.count, (b'"', b"[", b"{"))) - header.count(b'\\"')
             if marks > _MARKS * limits.tensors:
-                raise _OverLimit(f"its header describes more than {limits.tensors:,} tensors")
+                raise _OverLimit(
+                    f"its header describes more than {limits.tensors:,} tensors, or metadata with as many"
+                    f" quotes and brackets ({marks:,})"
+                )
             content = _json(header)
         return _checked(content, 8 + size, info.st_size - 8 - size, limits)
     except _Broken as error:

@@ -354,3 +354,10 @@ def test_the_kohya_names_of_xl_are_read_back(bases):
         stem = layer_names.kohya_stem(component, path, "sdxl", depth)
         assert re.fullmatch(r"\w+", stem)
         assert names.place(stem, "") == (component, path)
+
+
+def test_one_wrong_name_among_right_ones_is_not_called_another_base() -> None:
+    names = layer_names.LayerNames({"unet": {"conv_in": (8, 4, 3, 3)}})
+    assert "another base" not in names.nearest("lora_unet_conv_inn", fits_else=True)
+    assert "unet.conv_in. The other keys are for layers of this base" in names.nearest("conv_inn", True)
+    assert "another base" in names.nearest("lora_unet_conv_inn", fits_else=False)

@@ -37,11 +37,23 @@ SYNTAX = {
     r"saber \(fate\)": r"\(",
     "a dog --n blurry --w 512": "--n blurry",
     "a dog --ar 16:9": "--ar 16:9",
+    "a dog --negative_prompt blurry": "--negative_prompt blurry",
+    "a dog <lora:x:0.8": "<lora:x:0.8",
+    "a <random:red, blue> dog": "<random:red, blue>",
+    "a dog <segment:face>": "<segment:face>",
+    "a dog ADDCOL a cat": "ADDCOL",
+    "a dog::2 and a cat": "dog::2",
+    "a dog\nNegative prompt: blurry": "Negative prompt:",
+    "a dog, Steps: 20, Sampler: Euler a": "Steps: 20, Sampler: Euler",
 }
 PLAIN = (
     *(
         "a photo of sks dog",
         "a (small) dog (brown)",
+        "a photo of an AND gate",
+        "a sign that says BREAK",
+        "a <new1> dog",
+        "the std::vector poster",
         "a poster from [1990]",
         "a [V] dog",
         "[sic]",

@@ -111,7 +111,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "200 x 15 pixels is too small; each side must have at least 16",
     ),
     "pipe": ("pipe.png", os.mkfifo, "not a regular file"),
-    "folder": ("folder.png", os.mkdir, "not a regular file"),
+    "folder": ("folder.png", os.mkdir, "a folder with a picture's ending"),
     "device": ("zero.png", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "link to nothing": (
         "link.png",
