@@ -139,8 +139,8 @@ def test_a_resumed_quantized_run_equals_an_unbroken_one(
     assert {path.name for path in (tmp_path / "whole" / "validation").iterdir()} == {
         "step-000001-00.png",
         "step-000002-00.png",
+        "image_0.png",
     }
-    assert (tmp_path / "whole" / "validation" / "image_0.png").is_file()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "checkpoint-2")
     again = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
     resumed = run_train(tiny_base, photos_dir, tmp_path / "resumed", *words, *again, "--max_train_steps", "3")

@@ -294,12 +294,12 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common)
     real, written = atomic.write, []
 
-    def fills_up(path, data):
+    def fills_up(path, data, *temporary):
         if path.parent.name == "kept":
             written.append(path.name)
             if len(written) > 4:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
+        real(path, data, *temporary)
 
     monkeypatch.setattr(atomic, "write", fills_up)
     found = run_train(tiny_base, mine, tmp_path / "full", *ON_DISK, str(tmp_path / "kept"), *common)

@@ -257,7 +257,7 @@ def test_validation_comes_when_the_flags_say(when, tiny_base, photos_dir, tmp_pa
     """
     run(tiny_base, photos_dir, tmp_path, f"--num_train_epochs 4 --validation_prompt dog {when}")
     steps, count = ((3, 9), 2) if "epochs" in when else ((3, 6, 9), 1)
-    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "validation").glob("step-*")) == [
         f"step-{s:06d}-0{n}.png" for s in steps for n in range(count)
     ]
 

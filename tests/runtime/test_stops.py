@@ -333,10 +333,10 @@ def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
 ):
     real = atomic.write
 
-    def full(path, data):
+    def full(path, data, *temporary):
         if path.name == native.ADAPTER_NAME:
             raise OSError(28, "No space left on device")
-        real(path, data)
+        real(path, data, *temporary)
 
     monkeypatch.setattr(atomic, "write", full)
     with pytest.raises(SystemExit) as stop:
@@ -367,7 +367,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
     monkeypatch.setattr(
         atomic,
         "write",
-        lambda path, data: full() if path.name == "status.json" else real(path, data),
+        lambda path, *rest: full() if path.name == "status.json" else real(path, *rest),
     )
     validation = ["--validation_prompt", "a dog", "--num_validation_images", "1"]
     assert digest(run_train(tiny_base, photos_dir, tmp_path, *STEPS, *validation)) == unbroken
