@@ -177,11 +177,12 @@ def test_bases_of_other_shapes_or_of_no_difference_have_nothing_to_extract(tiny_
         "--output",
         tmp_path / "e.safetensors",
     )
+    (tmp_path / "empty").mkdir()
     for tuned, message in (
         (wide, r"--tuned: \d+ weights have other shapes than the base's, e\.g\. .*32.*48"),
         (tiny_xl, "is a Stable Diffusion XL, and the base a Stable Diffusion 1"),
         (tiny_base, "nothing to extract: the two bases are the same"),
-        (tmp_path, "--tuned: .* is not a diffusers pipeline folder"),
+        (tmp_path / "empty", "--tuned: .* is not a diffusers pipeline folder"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             run("extract", tuned, *words)
