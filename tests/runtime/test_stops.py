@@ -358,11 +358,11 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
         raise OSError(28, "No space left on device")
 
     class Full:
-        write = flush = close = full
+        write = flush = truncate = close = full
         writelines = staticmethod(lambda lines: None)
 
     real = atomic.write
-    monkeypatch.setattr(train.metrics.Progress, "_open", staticmethod(lambda path, first_step: Full()))
+    monkeypatch.setattr(train.metrics.Progress, "_open", lambda progress, first_step: Full())
     monkeypatch.setattr(pictures, "png", full)
     monkeypatch.setattr(
         atomic,
