@@ -25,6 +25,8 @@ from dreambooth.files import atomic
 _HEADER = b'{"record": "files that dreambooth wrote", "format": 1}\n'
 # Process 0 writes the first, process N of the same job `.written.N.jsonl`.
 _NAME = re.compile(r"\.written(\.[0-9]+)?\.jsonl")
+_LINE_START = b'{"file": "'
+_LONGEST_LINE = 1 << 16  # bytes
 _ADVICE = "move these files away or rename them, or name another folder"
 
 
@@ -137,7 +139,7 @@ class WrittenFiles:
         descriptor = self._open_record()
         try:
             end = os.fstat(descriptor).st_size
-            is_torn = os.pread(descriptor, 1, end - 1) != b"\n"  # of a process that died while it wrote
+            is_torn = os.pread(descriptor, 1, end - 1) != b"\n"
             atomic.write_all(descriptor, b"\n" * is_torn + json.dumps(line).encode() + b"\n")
             os.fsync(descriptor)
         finally:
@@ -197,8 +199,13 @@ class WrittenFiles:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise FileExistsError(errno.EEXIST, reason, str(self.path)) from None
             raise
-        if stat.S_ISREG(os.fstat(descriptor).st_mode) and os.pread(descriptor, len(_HEADER), 0) == _HEADER:
-            return descriptor
+        size, is_file = os.fstat(descriptor).st_size, stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if is_file and os.pread(descriptor, len(_HEADER), 0) == _HEADER:
+            tail = os.pread(descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
+            end = tail.rpartition(b"\n")[2].rstrip(b"\0")  # after a power cut a file may end in zeros
+            # a torn line is of a process that died; anything else was added by somebody
+            if _LINE_START.startswith(end[: len(_LINE_START)]):
+                return descriptor
         os.close(descriptor)
         raise FileExistsError(errno.EEXIST, reason, str(self.path))
 

@@ -67,6 +67,7 @@ def test_a_data_set_name_that_is_neither_folder_nor_hub_id_is_refused_without_th
     tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert set_refusal(dataset_name=str(tmp_path / "file")).endswith(
         "is not a folder; name the folder that holds the pictures"

@@ -86,6 +86,15 @@ def test_a_torn_record_goes_on(torn, files, tmp_path):
     assert WrittenFiles(tmp_path).is_written("status.json")
 
 
+def test_a_record_that_somebody_added_to_is_not_written_to(files, tmp_path):
+    with (tmp_path / RECORD).open("ab") as record:
+        record.write(b" edited")
+    before = (tmp_path / RECORD).read_bytes()
+    with pytest.raises(OSError, match="no record of this program"):
+        WrittenFiles(tmp_path).write("status.json", b"{}")
+    assert (tmp_path / RECORD).read_bytes() == before
+
+
 @pytest.mark.parametrize("content", [b"", b"a user's", b'{"file": "run.json"}\n', None])
 def test_a_record_of_another_program_is_not_written_to(content, tmp_path):
     path = tmp_path / RECORD
