@@ -73,7 +73,8 @@ _SYNTAXES = (
     # SwarmUI's tags
     _Syntax(
         re.compile(
-            r"<(?:alternate|base|break|fromto\[[^\]]*\]|object|random|refiner|region|segment|wildcard)\b[^<>]*>"
+            r"<(?:alternate|base|break|fromto\[[^\]]*\]|object|random|refiner|region|segment|wildcard)\b"
+            r"[^<>]*>"
         ),
         _TAGS,
     ),
