@@ -42,7 +42,7 @@ def test_hidden_files_are_skipped_with_a_note(tiny_base, photos_dir, tmp_path, c
     photos = tiny.make_photos(tmp_path / "photos", 1)
     (photos / ".DS_Store").write_text("junk")
     run_train(tiny_base, photos, tmp_path / "out", "--max_train_steps", "1")
-    assert "skipped 1 hidden" in capsys.readouterr().out
+    assert "a hidden or system file" in capsys.readouterr().out
 
 
 def test_long_prompts_are_refused_with_the_words_cut_off(tiny_base, photos_dir, tmp_path, no_models):
