@@ -26,6 +26,7 @@ from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.data import picture_files, sampling_order
 from dreambooth.errors import UserError, shown
 from dreambooth.files import atomic, locks, pictures
+from dreambooth.options import text_files
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
 from dreambooth.runtime.processes import Peers
@@ -137,13 +138,13 @@ def _read_manifest(folder: Path) -> _Manifest | None:
     if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text_files.read(path, _FLAG))
         # manifests from before --class_scheduler existed have no scheduler
         settings = {"scheduler": "base", **content["settings"]}
         if not _is_valid(settings):
             raise ValueError
         return _Manifest(settings, dict(content["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{_FLAG}: {path} is damaged, or another program's: name another folder, or move it and the"
             " class-*.png files away to make them again"

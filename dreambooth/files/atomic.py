@@ -22,7 +22,7 @@ def write(path: Path, data: bytes, beside: Path | None = None) -> None:
     """Write the file beside `path`, flush it and rename it. A reader sees the old file or the new one, never
     a part of one.
 
-    An older file of that name is replaced, whoever wrote it; ownership.py replaces only this program's.
+    An older file of that name is replaced, also another program's; ownership.py replaces only this program's.
     `beside` is the path that is written first, a new `temporary` by default.
     """
     beside = beside or temporary(path)

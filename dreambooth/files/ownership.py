@@ -60,10 +60,14 @@ class WrittenFiles:
 
     def is_written(self, name: str) -> bool:
         """Whether the file exists, and its bytes are those that this program wrote."""
+        self._refresh()
+        return self._is_recorded(name)
+
+    def _is_recorded(self, name: str) -> bool:
+        """As `is_written`, by the lines that were read."""
         path = self._plain_path(name)
         if path is None:
             return False
-        self._refresh()
         lines = self._lines.get(name, [])
         try:
             size = path.stat().st_size
@@ -81,11 +85,12 @@ class WrittenFiles:
     def written(self) -> list[str]:
         """The names of the present files that this program wrote."""
         self._refresh()
-        return [name for name in self._lines if self.is_written(name)]
+        return [name for name in self._lines if self._is_recorded(name)]
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are taken by something that this program did not write, or that has changed
         since."""
+        self._refresh()
         return [name for name in names if self._is_foreign(name)]
 
     def _is_foreign(self, name: str) -> bool:
@@ -93,7 +98,7 @@ class WrittenFiles:
         above = [self.folder / parent for parent in list(PurePosixPath(name).parents)[:-1]]
         if any(os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir()) for parent in above):
             return True
-        return os.path.lexists(path) and not self.is_written(name)
+        return os.path.lexists(path) and not self._is_recorded(name)
 
     def check_free(self, names: Iterable[str], flag: str) -> None:
         """Raise UserError, naming `flag`, if one of `names`, which will be written, is `foreign`, or if
@@ -122,7 +127,7 @@ class WrittenFiles:
         Raises OSError if it cannot be written, FileExistsError if its name is `foreign`.
         """
         path = self.folder / name
-        if self._is_foreign(name):
+        if self.foreign([name]):
             reason = "this program did not write what has that name, or it was changed since; move it away"
             raise FileExistsError(errno.EEXIST, reason, str(path))
         temporary = atomic.temporary(path)
@@ -237,7 +242,7 @@ class WrittenFiles:
             self._lines.setdefault(name, []).append(
                 _Line(int(line["size"]), str(line["sha256"]), line.get("grows") is True)
             )
-            # the name of a temporary has a random number: whoever knows it, wrote it
+            # the name of a temporary has a random number: no other program writes a file of that name
             if isinstance(temporary, str) and atomic.target_of(PurePosixPath(temporary).name):
                 self._temporaries.add(temporary)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

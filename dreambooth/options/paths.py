@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from dreambooth.errors import UserError, shown
+from dreambooth.options import text_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +121,8 @@ def folder_of_run(config: Path) -> Path | None:
 def _is_record(path: Path) -> bool:
     """Whether the file is a run.json of this program."""
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_RECORD:
-            return False
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(text_files.read(path, _RUN_JSON, _LARGEST_RECORD))
+    except (UserError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and isinstance(record.get("flags"), dict) and "pictures" in record
 

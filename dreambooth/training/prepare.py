@@ -17,13 +17,11 @@ from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading
-from dreambooth.data import captions, class_images, encoding_cache, photo_sets, photos
+from dreambooth.data import captions, class_images, photo_sets, photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.errors import UserError, shown
-from dreambooth.files import atomic, checkpoint_folders, locks
-from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import (
@@ -36,7 +34,7 @@ from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions,
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained
-from dreambooth.training import adapter_targets, checkpoints, checks, hub, metrics, rates, run_folder
+from dreambooth.training import adapter_targets, checks, hub, metrics, output_folder, rates, run_folder
 from dreambooth.training.start import Start
 
 
@@ -49,7 +47,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     trackers, notes = metrics.trackers(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, trackers)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = check_folders(options, trackers)
+    output_dir = output_folder.check_apart_from_input(options, trackers)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -67,7 +65,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = claim_folder(options.run, cache, peers, stack, logs_dir(options, trackers))
+    claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, trackers))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
     instance = subject.source(options.instance)
@@ -117,28 +115,6 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
     )
     peers.say_notes(launcher.notes(run.gradient_accumulation_steps))
     return peers
-
-
-def check_folders(options: TrainOptions, trackers: list[str]) -> Path:
-    """The output folder. Raises UserError unless folders that the run writes to lie apart from those that it
-    reads, and from folders of class images."""
-    prior = options.prior
-    classes = prior.class_data_dir if prior.with_prior_preservation else None
-    output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
-    encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
-    logs = logs_dir(options, trackers)
-    check_apart(
-        {
-            "--output_dir": output_dir,
-            "--class_data_dir": classes,
-            "--encoded_dir": encoded_dir,
-            "--logging_dir": None if logs is None else str(logs),
-        },
-        {"--instance_data_dir": photo_folder, "--class_data_dir": classes},
-        {"--dataset_name": options.instance.dataset_name, **options.base.sources()},
-    )
-    class_images.check_outside(Path(output_dir), "--output_dir")
-    return Path(output_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,79 +204,6 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     return CheckedBase(base, tokenizers, init_adapter, notes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """The locked output folder, and the checkpoint to resume from."""
-
-    folder: Path
-    checkpoint: checkpoint_folders.Content | None
-    state: dict[str, Any]
-    """State of the checkpoint; {} without one."""
-    earlier_seeds: list[int | None]
-    """Seeds of the checkpoint, and of the run that the folder holds."""
-
-    @property
-    def first_step(self) -> int:
-        return self.state.get("step", 0)
-
-    @property
-    def continues_folder(self) -> bool:
-        """Whether the checkpoint is one of the output folder."""
-        return (
-            self.checkpoint is not None and self.checkpoint.folder.resolve().parent == self.folder.resolve()
-        )
-
-
-def logs_dir(options: TrainOptions, trackers: list[str]) -> Path | None:
-    """The folder that trackers write to; None without trackers."""
-    return Path(options.run.output_dir) / options.reports.logging_dir if trackers else None
-
-
-def claim_folder(
-    run: RunOptions, cache: checks.Cache, peers: Peers, stack: contextlib.ExitStack, logs: Path | None
-) -> Claim:
-    """Lock the output folder, remove half-written files of dead runs, read the checkpoint to resume from.
-
-    Raises UserError if a folder cannot be written to, another run works in it, or the checkpoint is damaged.
-    """
-    resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
-    atomic.make_output_folder(folder, "--output_dir")
-    if logs is not None:
-        atomic.make_output_folder(logs / metrics.TRACKER_NAME, "--logging_dir")
-    if cache.mode == "disk":
-        atomic.make_output_folder(cache.folder, "--encoded_dir")
-        if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):
-            names = ", ".join(swept)
-            peers.say(
-                f"note: removed half-written files of runs that died from {shown(cache.folder)}: {names}"
-            )
-    peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
-    if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder) + WrittenFiles(folder).sweep()):
-        peers.say(f"note: removed half-written files of a run that died: {', '.join(swept)}")
-    if resume_from is None:
-        return Claim(folder, None, {}, [])
-    source = peers.on_main(lambda: find_checkpoint(resume_from, run, peers))
-    checkpoint = checkpoint_folders.read(source) if source else None
-    state = checkpoints.read_state(checkpoint) if checkpoint else {}
-    identity = peers.on_main(lambda: run_folder.read_identity(folder))
-    seeds = [state.get("seed"), identity["flags"].get("seed") if identity else None]
-    return Claim(folder, checkpoint, state, seeds)
-
-
-def find_checkpoint(resume_from: str, run: RunOptions, peers: Peers) -> Path | None:
-    """The checkpoint folder that --resume_from_checkpoint names. None, with a message, if there is no run.
-
-    Raises UserError if the output folder has the record of a run and no checkpoint, although one was due.
-    """
-    choice = checkpoint_folders.choose(resume_from, Path(run.output_dir))
-    for reason in choice.skipped:
-        peers.say(f"warning: passed over {reason}")
-    if choice.folder is None:
-        checks.check_no_steps_lost(resume_from, run)
-        peers.say(f"Checkpoint '{resume_from}' does not exist. Starting a new training run.")
-    return choice.folder
-
-
 def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> int:
     """--seed, else the first known seed of earlier runs, else a random one; the same on every process."""
     for seed in (given, *earlier):
@@ -328,7 +231,7 @@ class NamedRun:
     captions: dict[str, str]
     init_digest: str | None
     """SHA-256 of the tensors of --init_adapter."""
-    claim: Claim
+    claim: output_folder.Claim
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
     class_images: ClassImages | None
@@ -407,7 +310,7 @@ def name_run(
     subject: Subject,
     checked: CheckedBase,
     cache: checks.Cache,
-    claim: Claim,
+    claim: output_folder.Claim,
     peers: Peers,
 ) -> NamedRun:
     """Fill in every default: seed, precision, those of the base's family, and settings of class images."""

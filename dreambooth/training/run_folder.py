@@ -352,8 +352,8 @@ def is_edited(output_dir: Path) -> bool:
 def removable(output_dir: Path) -> list[str]:
     """The names of what --overwrite removes: files of a run as this program wrote them, whole checkpoints."""
     checkpoints = [path for _, path in checkpoint_folders.list_checkpoints(output_dir)]
-    whole = [path.name for path in checkpoints if not checkpoint_folders.verify(path)]
-    return [*_removable_files(WrittenFiles(output_dir)), *whole]
+    undamaged = [path.name for path in checkpoints if not checkpoint_folders.verify(path)]
+    return [*_removable_files(WrittenFiles(output_dir)), *undamaged]
 
 
 def _removable_files(files: WrittenFiles) -> list[str]:

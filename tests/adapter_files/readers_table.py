@@ -191,12 +191,12 @@ def outcomes(made: Made, layout: str, program: str, base: Base) -> Iterator[str]
             continue
         weight = made.weights[place]
         try:
-            found = rebuild(tensors, weight)
+            rebuilt = rebuild(tensors, weight)
         except NotReadError:
             yield "absent"
             continue
         expected = made.adapted[place]
-        close = (found - expected).norm() <= 1e-5 * (expected - weight).norm() + 1e-6 * weight.norm()
+        close = (rebuilt - expected).norm() <= 1e-5 * (expected - weight).norm() + 1e-6 * weight.norm()
         yield "exact" if close else "wrong"
 
 

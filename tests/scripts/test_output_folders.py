@@ -15,7 +15,7 @@ from dreambooth.files.ownership import WrittenFiles
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import TrainOptions
-from dreambooth.training import prepare, run_folder
+from dreambooth.training import output_folder, run_folder
 from tests.faults.ownership_faults import snapshot
 from tests.running import train_words
 from tests.tiny import make_photos
@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def train(*words: str) -> None:
     options = parse(TrainOptions, "", train_words(Path("base"), Path("photos"), Path("run"), *words))
-    prepare.check_folders(options, ["tensorboard"])
+    output_folder.check_apart_from_input(options, ["tensorboard"])
 
 
 def draw(folder: str) -> None:
