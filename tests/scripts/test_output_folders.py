@@ -104,3 +104,10 @@ def test_a_name_that_no_folder_can_have_is_one_message(name, tmp_path, monkeypat
     Path("file").touch()
     with pytest.raises(UserError, match=r"--output_dir: .* cannot be made"):
         atomic.make_output_folder(Path(name), "--output_dir")
+
+
+def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / class_images.MANIFEST)
+    class_images.check_outside(tmp_path / "out", "--output_dir")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged, or another program's"):
+        class_images.names_made(tmp_path)
