@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreambooth.files import atomic
 from dreambooth.files.ownership import check_apart
+from dreambooth.io import writer
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.conversion import (
     COMMANDS,
@@ -47,8 +47,8 @@ def parse_command(words: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
-    OPTIONS = parse_command(sys.argv[1:])
     startup.begin()
+    OPTIONS = parse_command(sys.argv[1:])
 
 import os
 import re
@@ -62,7 +62,7 @@ from dreambooth.adapter_files.adapter import Adapter, kept_shares, to_lora
 from dreambooth.adapter_files.adapter import merge as merge_adapters
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.adapter_files.layer_names import KohyaFamily
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime.stops import Stop
 
@@ -182,7 +182,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         if os.path.lexists(path):
             raise Stop(f"{path} has appeared since the start; move it away, and start again")
-        atomic.write(path, data)
+        writer.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
     print(f"wrote {shown(path)}")
@@ -191,7 +191,7 @@ def _write(path: Path, data: bytes) -> None:
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files, or none. Their keys are paths in the folder."""
     try:
-        atomic.write_folder(folder, files)
+        writer.write_folder(folder, files)
     except OSError as error:
         raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
     print(f"wrote {', '.join(shown(folder / name) for name in files)}")

@@ -9,8 +9,8 @@ from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
-    OPTIONS = parse(ClassImageOptions, __doc__)
     startup.begin()
+    OPTIONS = parse(ClassImageOptions, __doc__)
     folders.hash_ahead(OPTIONS.base)
 
 from pathlib import Path

@@ -7,8 +7,8 @@ from dreambooth.options.pictures import InferOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
-    OPTIONS = parse(InferOptions, __doc__)
     startup.begin()
+    OPTIONS = parse(InferOptions, __doc__)
 
 import contextlib
 import hashlib
@@ -27,10 +27,11 @@ from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import class_images, picture_files
-from dreambooth.errors import UserError, few, shown
-from dreambooth.files import atomic, locks, pictures
+from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
-from dreambooth.options import adapter_sets, text_files
+from dreambooth.io import reader, writer
+from dreambooth.io.errors import UserError, few, shown
+from dreambooth.options import adapter_sets
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
@@ -43,7 +44,7 @@ def read_prompts(options: InferOptions) -> list[str]:
     if not options.prompts_file:
         return list(options.prompt)
     where = f"--prompts_file {shown(options.prompts_file)}"
-    lines = text_files.lines(text_files.read(Path(options.prompts_file), where))
+    lines = reader.lines(reader.read_text(Path(options.prompts_file), where))
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise UserError(f"{where}: no prompt in it")
@@ -84,7 +85,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
     records = all_records(options, columns, loaded)
     # the output folder
-    atomic.make_output_folder(output_dir, "--output_dir")
+    writer.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
         for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
             print(f"note: {note}")

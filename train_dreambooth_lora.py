@@ -11,8 +11,8 @@ from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
-    OPTIONS = parse(TrainOptions, __doc__)
     startup.begin()
+    OPTIONS = parse(TrainOptions, __doc__)
     folders.hash_ahead(OPTIONS.base)
 
 import contextlib

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import processes

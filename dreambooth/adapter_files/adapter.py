@@ -15,7 +15,7 @@ from torch import Tensor
 from dreambooth.adapter_files import deltas, run_info
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import COMPONENTS
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import plain
 from dreambooth.adapter_files.reading import AnyAdapter
 from dreambooth.bases import folders, weight_names
-from dreambooth.errors import UserError, reason_of, shown
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError, reason_of, shown
 
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
 _Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> the same with an adapter merged into it
@@ -211,7 +211,7 @@ def bake(
     that cannot be copied.
     """
     notes: list[str] = []
-    with atomic.new_folder(target) as temporary:
+    with writer.new_folder(target) as temporary:
         for entry in sorted(folder.iterdir()):
             if entry.name.startswith("."):
                 continue  # .git, and files of editors
@@ -267,7 +267,7 @@ def _bake_part(
                 for key in sorted(opened.keys())
             }
         save_file(tensors, target / name, {"format": "pt"})
-        atomic.flush(target / name)
+        writer.flush(target / name)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     # several files, or one under another name, need an index
@@ -329,7 +329,7 @@ def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
         raise UserError(f"{shown(source)} is not a regular file; a base must hold only files and folders")
     shutil.copyfile(source, target)
-    atomic.flush(target)
+    writer.flush(target)
 
 
 def _remove_absent_parts(folder: Path, target: Path) -> list[str]:

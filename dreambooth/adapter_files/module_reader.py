@@ -12,7 +12,7 @@ from dreambooth.adapter_files import peft_config
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
 from dreambooth.adapter_files.layer_names import Shape
 from dreambooth.adapter_files.peft_config import AdapterConfig
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import COMPONENTS, Shape, absent_layers, plain
-from dreambooth.errors import UserError, shown
-from dreambooth.options import text_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def of_file(
     applied.
     """
     if beside:
-        fields = _json_table(shown(beside), text_files.read(beside, shown(beside), _LONGEST_TEXT))
+        fields = _json_table(shown(beside), reader.read_text(beside, shown(beside), _LONGEST_TEXT))
         return {component: _config(shown(beside), fields) for component in components}
     text = metadata.get("lora_adapter_metadata", "{}")
     content = _json_table(f"{where}: its metadata about the LoRA", text)

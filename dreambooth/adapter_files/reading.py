@@ -25,9 +25,9 @@ from dreambooth.adapter_files.layer_names import COMPONENTS, LayerNames, Layers,
 from dreambooth.adapter_files.module_reader import ModuleReader
 from dreambooth.adapter_files.peft_config import AdapterConfig
 from dreambooth.adapter_files.rotations import Rotations
-from dreambooth.errors import UserError, few, reason_of, shortened, shown
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
+from dreambooth.io.errors import UserError, few, reason_of, shortened, shown
 
 AnyAdapter = Adapter | Rotations
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from dreambooth.adapter_files import layer_names
 from dreambooth.adapter_files.adapter import Row
 from dreambooth.adapter_files.layer_names import COMPONENTS, Layers, Shape
-from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
+from dreambooth.io.errors import UserError, reason_of, shown
 
 Fields = Mapping[str, Any]
 

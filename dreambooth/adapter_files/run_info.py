@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.adapter_files.layer_names import KohyaFamily
-from dreambooth.errors import shortened
+from dreambooth.io.errors import shortened
 
 if TYPE_CHECKING:  # its libraries take seconds, and most conversions need no base
     from dreambooth.bases import families

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dreambooth.adapter_files import run_info
 from dreambooth.adapter_files.reading import AnyAdapter
-from dreambooth.errors import shortened, shown
+from dreambooth.io.errors import shortened, shown
 
 _BLOCK = re.compile(r"((?:down|up)_blocks[._]\d+|mid_block|(?:input|output)_blocks_\d+|middle_block)[._]")
 

@@ -17,8 +17,8 @@ from dreambooth.adapter_files import deltas, layer_names, native, run_info
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora, Module
 from dreambooth.adapter_files.layer_names import KohyaFamily
-from dreambooth.errors import UserError
 from dreambooth.files import safetensors_files
+from dreambooth.io.errors import UserError
 
 # ---- this project's layout
 

@@ -25,7 +25,7 @@ from peft import (
 
 from dreambooth.adapter_files import layer_names
 from dreambooth.adapters import factored
-from dreambooth.errors import UserError, reason_of
+from dreambooth.io.errors import UserError, reason_of
 from dreambooth.options.adapter import AdapterOptions
 
 # Every attention projection. add_* exist in UNets that attend to image or T5 tokens (DeepFloyd IF).

@@ -15,7 +15,7 @@ from dreambooth.adapter_files import layer_names, reading, run_info
 from dreambooth.adapter_files.reading import AnyAdapter, Identity
 from dreambooth.adapters import apply
 from dreambooth.bases import families, loading, prompt_syntax, prompts
-from dreambooth.errors import UserError, few, shown
+from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
 from dreambooth.options.pictures import InferOptions

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
-from dreambooth.errors import UserError, reason_of
+from dreambooth.io.errors import UserError, reason_of
 
 # Blocks of one class share compiled code if their shapes agree. By default torch silently stops compiling
 # after 8 shapes.

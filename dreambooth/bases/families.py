@@ -25,8 +25,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 from dreambooth.bases import folders, noise_levels, prompts, weight_names
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
-from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import digests
+from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.options.training import BaseOptions, TextOptions
 
 # Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreambooth.bases import weight_names
-from dreambooth.errors import UserError, shortened, shown
 from dreambooth.files import digests, safetensors_files
+from dreambooth.io.errors import UserError, shortened, shown
 from dreambooth.options.training import BaseOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"

@@ -35,8 +35,8 @@ from dreambooth.bases import families
 from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
-from dreambooth.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.files import digests, safetensors_files
+from dreambooth.io.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.options.training import TextOptions
 
 _DTYPES = {

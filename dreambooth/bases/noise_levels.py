@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerSchedu
 
 from dreambooth.bases import folders
 from dreambooth.bases.folders import BASE_FLAG
-from dreambooth.errors import UserError, shortened, shown, type_and_reason
+from dreambooth.io.errors import UserError, shortened, shown, type_and_reason
 
 # Solvers on the levels of DDPM: each computes the same alphas_cumprod from the same fields.
 DISCRETE = (

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from dreambooth.errors import few, shortened
+from dreambooth.io.errors import few, shortened
 
 _LORA = "--adapter FILE:WEIGHT of infer.py, as in --adapter dog.safetensors:0.8"
 _WEIGHT = "leave out brackets and number; words have no weights here"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 
 # Prompts whose embeddings stay on the device: some 40 MB with Stable Diffusion XL's in float32.
 _MOST_ON_DEVICE = 64

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreambooth.errors import UserError, type_and_reason
+from dreambooth.io.errors import UserError, type_and_reason
 from dreambooth.options.speed import SpeedOptions
 
 # The other kinds rotate the weight itself and need it dense: BOFT and HRA in every call, OFT to draw

@@ -9,7 +9,7 @@ from dreambooth.bases import noise_levels
 from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG
 from dreambooth.bases.loading import from_pretrained
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 
 
 def load_scheduler(base: Base, *, edm: bool = False) -> Any:

@@ -7,7 +7,7 @@ loaded where it has them, and otherwise the plain ones. Some part must have the 
 import re
 from collections.abc import Iterable, Mapping
 
-from dreambooth.errors import few
+from dreambooth.io.errors import few
 
 PLAIN = ""  # in place of a variant: files without one
 _VARIANT = r"(?P<variant>[A-Za-z0-9_-]+?)"

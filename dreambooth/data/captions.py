@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, few, reason_of, shortened, shown
-from dreambooth.options import text_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, few, reason_of, shortened, shown
 from dreambooth.options.photos import InstanceOptions
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that exists is read
@@ -235,7 +235,7 @@ def _json_lines(text: str) -> _Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Mapping[str, Any]]] = []
     problems = []
-    for number, line in enumerate(text_files.lines(text), 1):
+    for number, line in enumerate(reader.lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -291,7 +291,7 @@ def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
             f"{where}: a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
             "--follow_symlinks"
         )
-    return text_files.read(path, where)
+    return reader.read_text(path, where)
 
 
 def _one_line(caption: str) -> str:

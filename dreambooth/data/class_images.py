@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.data import picture_files, sampling_order
-from dreambooth.errors import UserError, shown
-from dreambooth.files import atomic, locks, pictures
-from dreambooth.options import text_files
+from dreambooth.files import locks, pictures
+from dreambooth.io import reader, writer
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
 from dreambooth.runtime.processes import Peers
@@ -138,7 +138,7 @@ def _read_manifest(folder: Path) -> _Manifest | None:
     if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(text_files.read(path, _FLAG))
+        content = json.loads(reader.read_text(path, _FLAG))
         # manifests from before --class_scheduler existed have no scheduler
         settings = {"scheduler": "base", **content["settings"]}
         if not _is_valid(settings):
@@ -405,7 +405,7 @@ def make(
             "--prior_generation_precision fp16 does not work on a CPU; "
             "use bf16, or fp32 in a folder of its own"
         )
-    atomic.make_output_folder(folder, _FLAG)
+    writer.make_output_folder(folder, _FLAG)
     owners: list[str] = []
 
     def wait_for(owner: str) -> None:
@@ -460,8 +460,8 @@ def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
     if not _is_vacant(path):
         raise Stop(f"{path} has appeared since the start and would be overwritten; move it away")
     data = pictures.png(image, settings)
-    atomic.write(path.with_name(f".{path.name}.sha256"), hashlib.sha256(data).hexdigest().encode())
-    atomic.write(path, data)
+    writer.write(path.with_name(f".{path.name}.sha256"), hashlib.sha256(data).hexdigest().encode())
+    writer.write(path, data)
 
 
 def _write_manifest(folder: Path, settings: ClassImageSettings) -> None:
@@ -470,7 +470,7 @@ def _write_manifest(folder: Path, settings: ClassImageSettings) -> None:
     pending = _pending_hashes(folder)
     hashes = (manifest.hashes if manifest else {}) | pending
     content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
-    atomic.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    writer.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     for name in pending:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / f".{name}.sha256")

@@ -13,8 +13,8 @@ from typing import Any
 
 import PIL
 
-from dreambooth.errors import shown
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import shown
 
 NAME = "photos.json"
 _LAYOUT = 1  # version of the file and of the decoding in photos.py
@@ -65,7 +65,7 @@ class DecodeCache:
         try:
             if not _is_replaceable(self.path):
                 raise OSError("another program wrote it")
-            atomic.write(self.path, json.dumps(content, separators=(",", ":")).encode())
+            writer.write(self.path, json.dumps(content, separators=(",", ":")).encode())
         except OSError as error:
             return [
                 f"{shown(self.path)} cannot be written ({error.strerror or error}): the next start decodes "

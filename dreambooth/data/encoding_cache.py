@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from dreambooth.errors import UserError, reason_of, shown
-from dreambooth.files import atomic, safetensors_files
+from dreambooth.files import safetensors_files
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.runtime.stops import Stop
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,7 +77,7 @@ def sweep(folder: Path) -> list[str]:
     removed = []
     for path in sorted(folder.iterdir()) if os.access(folder, os.R_OK) else ():
         try:
-            is_ours = _FILE.fullmatch(atomic.target_of(path.name) or "")
+            is_ours = _FILE.fullmatch(writer.target_of(path.name) or "")
             if is_ours and path.lstat().st_mtime < time.time() - _OLD:
                 path.unlink()
                 removed.append(path.name)
@@ -129,7 +130,7 @@ class EncodingCache:
         if self.folder is not None and not self.is_full and entry.name not in self.forbidden:
             try:
                 metadata = {"format": "pt", "sha256": _digest(entry.name, tensors)}
-                atomic.write(self._path(entry.name), safetensors_files.stable_bytes(tensors, metadata))
+                writer.write(self._path(entry.name), safetensors_files.stable_bytes(tensors, metadata))
                 return
             except OSError as error:
                 self.is_full = True

@@ -22,7 +22,7 @@ from dreambooth.data import photos
 from dreambooth.data.crops import Box, Corner, Crops
 from dreambooth.data.encoding_cache import EncodingCache, Entry, name_of
 from dreambooth.data.photos import Photo
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.runtime import memory
 from dreambooth.runtime.environment import environment, processor
 from dreambooth.runtime.processes import Peers

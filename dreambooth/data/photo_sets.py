@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.data import captions, picture_files
-from dreambooth.errors import UserError, few, shortened, shown, type_and_reason
-from dreambooth.files import atomic, locks
+from dreambooth.files import locks
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError, few, shortened, shown, type_and_reason
 from dreambooth.options.photos import InstanceOptions
 
 _FLAG = "--dataset_name"
@@ -163,10 +164,10 @@ def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         if not unlocked:
             for path in folder.parent.iterdir():
                 # a dead process left it: a living one would hold the lock
-                if atomic.target_of(path.name):
+                if writer.target_of(path.name):
                     shutil.rmtree(path)
         try:
-            with atomic.new_folder(folder) as temporary:
+            with writer.new_folder(folder) as temporary:
                 _write(temporary, rows, instance)
         except OSError:
             # where locks do not work, another process may have written the same photos first
@@ -187,7 +188,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         except UserError as error:
             problems.append(f"{_FLAG}: {shown(instance.dataset_name)}, row {number}: {error}")
             continue
-        atomic.write_new(folder / name, data)
+        writer.write_new(folder / name, data)
         cells = {captions.name_column(instance): name}
         lines.append(
             json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {}))
@@ -199,7 +200,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         )
     if not lines:
         raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
-    atomic.write_new(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
+    writer.write_new(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
 
 
 def _each(rows: Any) -> Iterator[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from dreambooth.data import picture_files
 from dreambooth.data.decode_cache import DecodeCache, Decoded
-from dreambooth.errors import UserError, few, reason_of, shown
+from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options.photos import MOST_PIXELS
 
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes

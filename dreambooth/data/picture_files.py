@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from dreambooth.data import captions
-from dreambooth.errors import UserError, few, shown
 from dreambooth.files import pictures as png_files
+from dreambooth.io.errors import UserError, few, shown
 
 HEAD = 4096  # bytes that decide what a file is
 _SAVE = "save it as PNG or JPEG"

@@ -5,7 +5,7 @@ A checkpoint is written into `.tmp-step-<step>-*`, `manifest.json` last; every f
 is renamed to `checkpoint-<step>`. The manifest lists each file with its size and SHA-256, and has a hash of
 itself. No file names the newest checkpoint: it is the one with the highest step whose hashes are right.
 
-This module does not use `atomic.new_folder`, because it guarantees more: renames are flushed too, a
+This module does not use `writer.new_folder`, because it guarantees more: renames are flushed too, a
 checkpoint is read back before an older one is removed, and an older checkpoint of the same name is moved
 aside and moved back after an error.
 
@@ -29,8 +29,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth.errors import UserError
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -370,8 +370,8 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         # the files, under a name that is no checkpoint's
         os.mkdir(temporary)
         for name, data in files.items():
-            atomic.write_new(temporary / name, data)
-        atomic.flush(temporary)
+            writer.write_new(temporary / name, data)
+        writer.flush(temporary)
         # the name
         if os.path.lexists(target):
             if keep_old and not verify(replaced):
@@ -382,7 +382,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             moved = aside
         os.rename(temporary, target)
         placed = True
-        atomic.flush(output_dir)
+        writer.flush(output_dir)
         # read back
         if problems := verify(target):
             raise OSError(errno.EIO, f"the checkpoint reads back damaged: {'; '.join(problems)}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 
 NAME = ".lock"
 

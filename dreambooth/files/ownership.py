@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dreambooth.errors import UserError, few, shown
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError, few, shown
 
 _HEADER = b'{"record": "files that dreambooth wrote", "format": 1}\n'
 # Process 0 writes the first, process N of the same job `.written.N.jsonl`.
@@ -130,22 +130,22 @@ class WrittenFiles:
         if self.foreign([name]):
             reason = "this program did not write what has that name, or it was changed since; move it away"
             raise FileExistsError(errno.EEXIST, reason, str(path))
-        temporary = atomic.temporary(path)
+        temporary = writer.temporary(path)
         line = {"temporary": str(PurePosixPath(name).with_name(temporary.name))}
         self.record(name, len(data), hashlib.sha256(data).hexdigest(), grows=grows, **line)
         path.parent.mkdir(exist_ok=True)
-        atomic.write(path, data, temporary)
+        writer.write(path, data, temporary)
 
     def record(self, name: str, size: int, sha256: str, *, grows: bool = False, **more: str) -> None:
         """Append a line to the record, and flush it. Raises OSError."""
         line = {"file": name, "size": size, "sha256": sha256, **({"grows": True} if grows else {}), **more}
         if not os.path.lexists(self.path):
-            atomic.write(self.path, _HEADER)
+            writer.write(self.path, _HEADER)
         descriptor = self._open_record()
         try:
             end = os.fstat(descriptor).st_size
             is_torn = os.pread(descriptor, 1, end - 1) != b"\n"
-            atomic.write_all(descriptor, b"\n" * is_torn + json.dumps(line).encode() + b"\n")
+            writer.write_all(descriptor, b"\n" * is_torn + json.dumps(line).encode() + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -166,7 +166,7 @@ class WrittenFiles:
             headers = [
                 path.name
                 for path in self.folder.iterdir()
-                if _NAME.fullmatch(atomic.target_of(path.name) or "")
+                if _NAME.fullmatch(writer.target_of(path.name) or "")
                 and path.lstat().st_size <= len(_HEADER)
                 and _HEADER.startswith(path.read_bytes())
             ]
@@ -243,7 +243,7 @@ class WrittenFiles:
                 _Line(int(line["size"]), str(line["sha256"]), line.get("grows") is True)
             )
             # the name of a temporary has a random number: no other program writes a file of that name
-            if isinstance(temporary, str) and atomic.target_of(PurePosixPath(temporary).name):
+            if isinstance(temporary, str) and writer.target_of(PurePosixPath(temporary).name):
                 self._temporaries.add(temporary)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return

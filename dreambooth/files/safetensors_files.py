@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.errors import UserError, reason_of, shortened, shown
+from dreambooth.io.errors import UserError, reason_of, shortened, shown
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError, shown
-from dreambooth.options import paths, yaml_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, shown
+from dreambooth.options import paths
 
 LARGEST_WEIGHT = 100  # of an adapter; much smaller ones already draw noise
 _FIELDS = ("adapters", "prompts", "weights")
@@ -173,30 +174,14 @@ def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, An
 def _read(path: Path) -> list[AdapterSet]:
     """The sets of --adapters_file. Raises UserError if the file is wrong."""
     where = f"--adapters_file {shown(path)}"
-    content, root = yaml_files.load(path, where)
+    content = reader.read_yaml(path, where)
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{where}: must be a table of sets, `name: [FILE, FILE:weight]`, got {type(content).__name__}"
         )
-    _check_no_key_twice(where, root)
     return [
         _set(f"{where}: set {shown(str(name)[:80])}", str(name), value) for name, value in content.items()
     ]
-
-
-def _check_no_key_twice(where: str, root: Any) -> None:
-    """Raise UserError if a set, or a field of a set, appears twice. YAML would silently take the last."""
-    import yaml
-
-    def repeated(names: list[Any]) -> Any:
-        return next((name for name in names if names.count(name) > 1), None)
-
-    if name := repeated([key.value for key, _ in root.value]):
-        raise UserError(f"{where}: the set {shown(str(name)[:80])} appears twice")
-    for key, node in root.value:
-        fields = [field.value for field, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if field := repeated(fields):
-            raise UserError(f"{where}: set {shown(str(key.value)[:80])} has {shown(str(field)[:80])!r} twice")
 
 
 def _set(where: str, name: str, value: Any) -> AdapterSet:

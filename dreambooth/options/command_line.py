@@ -15,8 +15,9 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from dreambooth.errors import UserError, printable, shown
-from dreambooth.options import help_page, paths, shipped_files, yaml_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, printable, shown
+from dreambooth.options import help_page, paths, shipped_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
 Options = TypeVar("Options")
@@ -131,7 +132,7 @@ def config_words(kind: type, path: Path) -> list[str]:
     unknown.
     """
     where = f"--config {shown(path)}"
-    content, _ = yaml_files.load(path, where)
+    content = reader.read_yaml(path, where)
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a table of `flag: value` lines, got {type(content).__name__}")
     known = fields_of(kind)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import named, require

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from dreambooth.errors import shown
+from dreambooth.io.errors import shown
 from dreambooth.options.rules import BooleanWord, at_least, require, require_package
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule-free")

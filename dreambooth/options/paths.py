@@ -4,15 +4,14 @@ Imports no torch: --help and messages about wrong flags are printed at once.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from dreambooth.errors import UserError, shown
-from dreambooth.options import text_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +120,8 @@ def folder_of_run(config: Path) -> Path | None:
 def _is_record(path: Path) -> bool:
     """Whether the file is a run.json of this program."""
     try:
-        record = json.loads(text_files.read(path, _RUN_JSON, _LARGEST_RECORD))
-    except (UserError, ValueError, RecursionError):
+        record = reader.read_json(path, _RUN_JSON, _LARGEST_RECORD)
+    except UserError:
         return False
     return isinstance(record, dict) and isinstance(record.get("flags"), dict) and "pictures" in record
 

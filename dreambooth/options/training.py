@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
-from dreambooth.errors import shown
+from dreambooth.io.errors import shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.paths import FilePath, PathInOutput, PathOrId

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreambooth.errors import UserError, shortened
+from dreambooth.io.errors import UserError, shortened
 
 _PRECISIONS = ("no", "fp16", "bf16")
 _TRUE = ("1", "true", "t", "yes", "y", "on")

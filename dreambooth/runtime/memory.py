@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 
 Reading = Mapping[str, float]
 _GIB = 2**30

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
-from dreambooth.errors import UserError, is_memory_error, reason_of, type_and_reason
+from dreambooth.io.errors import UserError, is_memory_error, reason_of, type_and_reason
 from dreambooth.runtime import launcher
 from dreambooth.runtime.stops import Stop, Watch
 

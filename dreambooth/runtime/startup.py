@@ -1,6 +1,6 @@
 """How the four scripts start and end. This module imports no torch.
 
-Importing torch and diffusers takes seconds. A script therefore parses its command line and calls `begin`
+Importing torch and diffusers takes seconds. A script therefore calls `begin` and parses its command line
 under `if __name__ == "__main__":` before these imports: --help and messages about wrong flags are printed at
 once. The last line of a script calls `run`.
 """
@@ -9,7 +9,8 @@ import gc
 from collections.abc import Callable
 from typing import TypeVar
 
-from dreambooth.errors import UserError
+from dreambooth.io import console
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import fail
 from dreambooth.runtime import stops
 
@@ -17,8 +18,9 @@ Options = TypeVar("Options")
 
 
 def begin() -> None:
-    """Call this before the slow imports: during them, a signal then ends the process at once, without a
+    """Call this first. During the slow imports a signal then ends the process at once, without a
     traceback."""
+    console.protect()
     stops.default_signals()
     gc.disable()  # imports make a million objects and no garbage: collecting takes a quarter of their time
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from dreambooth.errors import is_memory_error
+from dreambooth.io.errors import is_memory_error
 
 EXIT_FAILED = 1
 EXIT_TIME = 75  # EX_TEMPFAIL of sysexits.h: the user may start the run again to continue it

@@ -16,9 +16,9 @@ from safetensors.torch import load
 
 from dreambooth.adapter_files import native
 from dreambooth.adapters.inject import Component
-from dreambooth.errors import UserError, reason_of, shown
 from dreambooth.files import checkpoint_folders, safetensors_files
 from dreambooth.files.checkpoint_folders import Content
+from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.training import optimizers
 
 OPTIMIZER = "optimizer.safetensors"

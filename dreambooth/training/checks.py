@@ -23,7 +23,7 @@ from dreambooth.adapter_files import native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompt_syntax, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
 from dreambooth.runtime import memory

@@ -11,7 +11,7 @@ from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows, Source
-from dreambooth.errors import shown
+from dreambooth.io.errors import shown
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.training.start import Start

@@ -19,8 +19,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
-from dreambooth.errors import UserError, shown
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.training import ReportOptions
 from dreambooth.runtime.stops import Stop
 from dreambooth.training.run_folder import CARD

@@ -20,7 +20,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME
-from dreambooth.errors import printable
+from dreambooth.io.errors import printable
 from dreambooth.options import paths
 from dreambooth.options.command_line import fields_of
 from dreambooth.options.training import TrainOptions

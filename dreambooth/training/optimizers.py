@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.optimizer import OptimizerOptions
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.data import class_images, encoding_cache
-from dreambooth.errors import shown
-from dreambooth.files import atomic, checkpoint_folders, locks
+from dreambooth.files import checkpoint_folders, locks
 from dreambooth.files.ownership import WrittenFiles, check_apart
+from dreambooth.io import writer
+from dreambooth.io.errors import shown
 from dreambooth.options.training import RunOptions, TrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import checkpoints, checks, metrics, run_folder
@@ -72,11 +73,11 @@ def claim(
     Raises UserError if a folder cannot be written to, another run works in it, or the checkpoint is damaged.
     """
     resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
-    atomic.make_output_folder(folder, "--output_dir")
+    writer.make_output_folder(folder, "--output_dir")
     if logs is not None:
-        atomic.make_output_folder(logs / metrics.TRACKER_NAME, "--logging_dir")
+        writer.make_output_folder(logs / metrics.TRACKER_NAME, "--logging_dir")
     if cache.mode == "disk":
-        atomic.make_output_folder(cache.folder, "--encoded_dir")
+        writer.make_output_folder(cache.folder, "--encoded_dir")
         if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):
             names = ", ".join(swept)
             peers.say(

@@ -21,7 +21,7 @@ from dreambooth.data import captions, class_images, photo_sets, photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import (

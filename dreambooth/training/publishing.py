@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.errors import shown
+from dreambooth.io.errors import shown
 from dreambooth.training import hub, model_card, programs, saving
 from dreambooth.training.start import Start
 

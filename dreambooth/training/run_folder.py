@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 
 from dreambooth.adapter_files import native
-from dreambooth.errors import UserError, few
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io.errors import UserError, few
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions

@@ -10,8 +10,8 @@ from dreambooth.adapters import inject
 from dreambooth.bases import compilation
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.data import sampling_order
-from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
+from dreambooth.io.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.resolved import ResolvedOptimizerOptions
 from dreambooth.options.training import TextOptions

@@ -2,7 +2,7 @@
 
 These are facts about ComfyUI (whose code Forge uses), A1111, kohya's sd-scripts, LyCORIS, InvokeAI and
 diffusers, written down from their public sources. Nothing here uses the code that is tested.
-`python -m tests.adapter_files.readers_table` writes the table in docs/adapters.md from them.
+`python -m tests.adapter_io.readers_table` writes the table in docs/adapters.md from them.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ from peft.tuners.lokr.layer import factorization
 from dreambooth.adapter_files import deltas, reading, tables, writing
 from dreambooth.adapter_files.adapter import to_lora
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
-from dreambooth.errors import UserError
 from dreambooth.files import safetensors_files
+from dreambooth.io.errors import UserError
 from tests.adapter_files.files_made import peft_file, tuner_layers
 
 # ---- arithmetic

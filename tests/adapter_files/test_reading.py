@@ -17,7 +17,7 @@ from dreambooth.adapter_files import deltas, layer_names, native, reading, table
 from dreambooth.adapter_files.adapter import Adapter, to_lora
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.adapter_files.layer_names import Layers
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests.adapter_files.files_made import (
     ATTENTION,
     KINDS,

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from dreambooth.adapter_files import reading, writing
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests.adapter_files.files_made import SOME, peft_file, peft_state, rewritten
 
 # ---- refusals

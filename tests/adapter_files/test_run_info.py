@@ -11,7 +11,7 @@ import convert_adapter
 from dreambooth.adapter_files import reading, run_info, writing
 from dreambooth.adapters import variants
 from dreambooth.bases import families
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions

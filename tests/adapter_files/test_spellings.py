@@ -14,7 +14,7 @@ from dreambooth.adapter_files import deltas, layer_names, reading
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import families
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 
 Tensors = dict[str, torch.Tensor]

@@ -19,8 +19,8 @@ from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.adapters import inject as adapters
 from dreambooth.adapters.inject import Component
 from dreambooth.bases import families
-from dreambooth.errors import UserError
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from tests import tiny
 from tests.live_adapters import INFO, TARGETS, Models, inject, load_models, packed, trained
@@ -67,7 +67,7 @@ def outputs(models: Models, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 def written(folder: Path, components: list[Component]) -> Path:
     path = folder / native.ADAPTER_NAME
-    atomic.write(path, packed(components))
+    writer.write(path, packed(components))
     return path
 
 

@@ -18,7 +18,7 @@ from dreambooth.adapter_files.deltas import Lora
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.adapters import apply
 from dreambooth.bases import families, pipelines
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from tests.drawn_adapters import (
     KINDS,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dreambooth.adapters import inject
 from dreambooth.bases import loading
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions

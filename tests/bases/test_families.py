@@ -27,7 +27,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.bases import autoencoder, families, loading, pipelines
 from dreambooth.data import sampling_order
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dreambooth.bases import families, folders, loading
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from dreambooth.bases import families, noise_levels
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 
 LEVELS = {

@@ -14,7 +14,7 @@ from benchmarks import kept
 from dreambooth.adapter_files import native, reading
 from dreambooth.adapters import apply, inject
 from dreambooth.bases import quantization
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.speed import SpeedOptions
 from dreambooth.training import validation

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblin
 from safetensors.torch import load_file, save_file
 
 from dreambooth.bases import families, loading, weight_names
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from tests.scripts.converting import run
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dreambooth.data import captions
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests.data.captioned import jsonl, lines, wanted
 
 FLAG = "--instance_data_dir"

@@ -14,7 +14,7 @@ import generate_class_images
 from dreambooth.bases import families, pipelines
 from dreambooth.data import class_images
 from dreambooth.data.class_images import ClassImageSettings, file_name
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.pictures import ClassImageOptions

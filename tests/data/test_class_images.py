@@ -14,8 +14,8 @@ from PIL import Image
 
 from dreambooth.data import sampling_order
 from dreambooth.data.class_images import file_name
-from dreambooth.errors import UserError
 from dreambooth.files import pictures
+from dreambooth.io.errors import UserError
 from tests.data.class_sets import SETTINGS, Interrupted, Painter, contents, fill, manifest
 
 FLAG = "--class_data_dir"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dreambooth.data import decode_cache, photos
 from dreambooth.data.decode_cache import DecodeCache
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests import tiny
 from tests.data.encoding import FLAG, check
 

@@ -17,8 +17,9 @@ from dreambooth.bases import families, loading, prompts
 from dreambooth.data import decode_cache, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.encoding_cache import EncodingCache, Entry
-from dreambooth.errors import UserError
-from dreambooth.files import atomic, checkpoint_folders
+from dreambooth.files import checkpoint_folders
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from tests import tiny
 from tests.data.encoding import (
@@ -274,8 +275,8 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
             os, "replace", lambda source, target: left.append(shutil.copy(source, f"{source}.kept"))
         )
         cache.store(Entry(name, {"mean": (2,)}), {"mean": torch.ones(2)})
-        atomic.write(tmp_path / decode_cache.NAME, b"{}")
-        atomic.write(tmp_path / decode_cache.NAME, b"{}")
+        writer.write(tmp_path / decode_cache.NAME, b"{}")
+        writer.write(tmp_path / decode_cache.NAME, b"{}")
     mine = {Path(copy).rename(copy.removesuffix(".kept")) for copy in left}
     assert len(mine) == 3
     others = {tmp_path / f"{name}.safetensors", tmp_path / "notes.tmp", tmp_path / ".notes.1.tmp"}
@@ -292,7 +293,7 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path):
 def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, monkeypatch, capsys):
     common = ["--max_train_steps", "3", *CAPTIONED]
     whole = run_train(tiny_base, mine, tmp_path / "whole", *common)
-    real, written = atomic.write, []
+    real, written = writer.write, []
 
     def fills_up(path, data, *temporary):
         if path.parent.name == "kept":
@@ -301,7 +302,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tiny_base, mine, tmp_path, 
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data, *temporary)
 
-    monkeypatch.setattr(atomic, "write", fills_up)
+    monkeypatch.setattr(writer, "write", fills_up)
     found = run_train(tiny_base, mine, tmp_path / "full", *ON_DISK, str(tmp_path / "kept"), *common)
     assert digest(found) == digest(whole)
     said = capsys.readouterr().out

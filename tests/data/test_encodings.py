@@ -18,8 +18,8 @@ from dreambooth.bases import autoencoder, families, loading
 from dreambooth.data import encodings, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.encoding_cache import EncodingCache
-from dreambooth.errors import UserError
 from dreambooth.files import digests as file_digests
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
 from tests import tiny

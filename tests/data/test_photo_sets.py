@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dreambooth.data import captions, photo_sets, photos
-from dreambooth.errors import UserError
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 from tests.data.bad_pictures import HEIC
 from tests.data.captioned import jsonl, wanted
 
@@ -306,7 +306,7 @@ def test_captions_of_the_hub_that_are_no_text_and_empty_data_sets_are_refused(hu
 
 @pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, OSError])
 def test_an_interrupted_copy_is_not_taken_for_whole(hub, monkeypatch, stopped_by):
-    write_new = atomic.write_new
+    write_new = writer.write_new
 
     def stop_at_the_second(path: Path, data: bytes) -> None:
         if path.name.startswith("00001"):
@@ -314,7 +314,7 @@ def test_an_interrupted_copy_is_not_taken_for_whole(hub, monkeypatch, stopped_by
         write_new(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "write_new", stop_at_the_second)
+        patch.setattr(writer, "write_new", stop_at_the_second)
         with pytest.raises(UserError if stopped_by is OSError else stopped_by):
             photo_sets.find(wanted(dataset_name="me/dog"))
     assert os.listdir(hub.cache / "dreambooth-photos") == [".lock"]

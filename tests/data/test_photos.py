@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dreambooth.data import photos, picture_files
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests import tiny
 from tests.data.bad_pictures import BAD, FLAG, HEIC, encoded, noise, png_by_header
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dreambooth.data import class_images, photo_sets, photos, picture_files
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.photos import MOST_PIXELS
 from tests import tiny
 from tests.data.bad_pictures import FLAG, HEIC, encoded, noise

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
+from dreambooth.io.errors import UserError
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir", "close")
 FILES = ("pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json")

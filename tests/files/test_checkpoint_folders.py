@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
+from dreambooth.io.errors import UserError
 from dreambooth.training import checkpoints
 from tests.checkpointing import FILES, FLAG, STATE, change, content, latest, names, read_state, small
 from tests.faults import checkpoint_faults

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth.errors import UserError
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
+from dreambooth.io.errors import UserError
 from tests.faults import ownership_faults
 from tests.tiny import make_photos
 

@@ -306,7 +306,7 @@ def imported(importtime: str) -> set[str]:
 SLOW = {"torch", "numpy", "diffusers", "transformers", "peft", "accelerate"}
 
 
-@pytest.mark.parametrize("module", ["dreambooth.options.training", "dreambooth.errors"])
+@pytest.mark.parametrize("module", ["dreambooth.options.training", "dreambooth.io.errors"])
 def test_options_pull_in_no_slow_package(module):
     done = python("-c", f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))")
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets, paths
 from dreambooth.options.command_line import fields_of, parse
 from dreambooth.options.conversion import COMMANDS

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tests.project.architecture
 
-As packages count those of `dreambooth/`, a script, `dreambooth/errors.py`, `benchmarks` and `picturebook`. A
+As packages count those of `dreambooth/`, a script, `benchmarks` and `picturebook`. A
 package's layer is the number of packages in its longest chain of imports, itself included.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up. A package imports packages of lower levels only.
 LEVELS = (
-    ("errors",),
+    ("io",),
     ("options", "files"),
     ("runtime",),
     ("bases",),

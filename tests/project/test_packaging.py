@@ -40,7 +40,7 @@ def installed(tmp_path_factory):
 
 def run_command(installed: Path, folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
     """Run a console script as the file does that pip writes for it."""
-    code = f"from dreambooth.runtime.console import {COMMANDS[name]} as run; run()"
+    code = f"from dreambooth.runtime.commands import {COMMANDS[name]} as run; run()"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     return subprocess.run(
         [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True

@@ -21,7 +21,7 @@ from dreambooth.adapter_files import native
 from dreambooth.bases import autoencoder, families, loading, pipelines, prompts
 from dreambooth.data import batches, encoding_cache, encodings, photos
 from dreambooth.data.crops import Crops
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions, pictures_of_pass
 from dreambooth.training import objectives

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from dreambooth.bases import prompts
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.resolved import resolve
 from dreambooth.options.training import TrainOptions

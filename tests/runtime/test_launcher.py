@@ -10,7 +10,7 @@ import yaml
 import generate_class_images
 import infer
 import train_dreambooth_lora as train
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions

@@ -110,7 +110,7 @@ def test_an_offloaded_run_gives_the_same_bytes(words, tiny_base, photos_dir, tmp
 def test_offload_without_a_gpu_is_refused_before_a_model_is_loaded(
     tiny_base, photos_dir, tmp_path, no_models
 ):
-    from dreambooth.errors import UserError
+    from dreambooth.io.errors import UserError
     from train_dreambooth_lora import main
 
     with pytest.raises(UserError, match=re.escape("--offload needs a GPU")):

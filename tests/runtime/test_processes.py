@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Stop
 from tests.running import together

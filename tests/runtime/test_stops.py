@@ -14,7 +14,8 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files import native, reading, run_info
 from dreambooth.bases import autoencoder, pipelines
 from dreambooth.data import class_images
-from dreambooth.files import atomic, pictures
+from dreambooth.files import pictures
+from dreambooth.io import writer
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.runtime import stops
@@ -308,7 +309,7 @@ def test_an_update_cut_in_half_is_not_saved(tiny_base, photos_dir, tmp_path, mon
 def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
-    real, in_checkpoints = atomic.write_new, []
+    real, in_checkpoints = writer.write_new, []
 
     def full(path, data):
         if path.parent != tmp_path:
@@ -317,7 +318,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
                 raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(atomic, "write_new", full)
+    monkeypatch.setattr(writer, "write_new", full)
     adapter = run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "2")
     assert digest(adapter) == unbroken
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -331,14 +332,14 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(
 def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
     tiny_base, photos_dir, tmp_path, monkeypatch, capsys, unbroken
 ):
-    real = atomic.write
+    real = writer.write
 
     def full(path, data, *temporary):
         if path.name == native.ADAPTER_NAME:
             raise OSError(28, "No space left on device")
         real(path, data, *temporary)
 
-    monkeypatch.setattr(atomic, "write", full)
+    monkeypatch.setattr(writer, "write", full)
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert stop.value.code == 1
@@ -361,11 +362,11 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
         write = flush = truncate = close = full
         writelines = staticmethod(lambda lines: None)
 
-    real = atomic.write
+    real = writer.write
     monkeypatch.setattr(train.metrics.Progress, "_open", lambda progress, first_step: Full())
     monkeypatch.setattr(pictures, "png", full)
     monkeypatch.setattr(
-        atomic,
+        writer,
         "write",
         lambda path, *rest: full() if path.name == "status.json" else real(path, *rest),
     )
@@ -381,7 +382,7 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
 def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_stopped(
     tiny_base, photos_dir, tmp_path, monkeypatch
 ):
-    real, calls = atomic.write_new, []
+    real, calls = writer.write_new, []
 
     def full_once(path, data):
         calls.append(path)
@@ -389,7 +390,7 @@ def test_a_checkpoint_that_failed_at_its_interval_is_written_when_the_run_is_sto
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(atomic, "write_new", full_once)
+    monkeypatch.setattr(writer, "write_new", full_once)
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run_train(tiny_base, photos_dir, tmp_path, *STEPS, "--checkpointing_steps", "3")

@@ -30,8 +30,8 @@ from dreambooth.adapters import inject
 from dreambooth.bases import families, loading, pipelines
 from dreambooth.data import class_images, photos
 from dreambooth.data.crops import Crops
-from dreambooth.errors import UserError
 from dreambooth.files import pictures, safetensors_files
+from dreambooth.io.errors import UserError
 from dreambooth.options import training
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.pictures import InferOptions

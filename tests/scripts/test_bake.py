@@ -18,7 +18,7 @@ from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.adapters import apply
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.runtime import stops
 from tests.adapter_files.files_made import peft_file
 from tests.drawn_adapters import rotation_file

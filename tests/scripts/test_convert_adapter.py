@@ -12,7 +12,7 @@ from dreambooth.adapter_files import deltas, reading, run_info, writing
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.bases import families
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 from tests.adapter_files.files_made import KINDS, expect_same_deltas, outputs, peft_file
 from tests.scripts.converting import INFO, Modules, all_deltas, expect_close, run

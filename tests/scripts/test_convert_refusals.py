@@ -14,7 +14,7 @@ from dreambooth.adapter_files import native as adapter_files
 from dreambooth.adapter_files import reading, writing
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import Lora
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests.scripts.converting import Modules, all_deltas, expect_close, run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import generate_class_images
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from tests.running import digest, main_on_two_processes

@@ -18,9 +18,9 @@ from dreambooth.adapter_files import reading, writing
 from dreambooth.adapters import apply
 from dreambooth.adapters.variants import Variant
 from dreambooth.bases import families, pipelines
-from dreambooth.errors import UserError
 from dreambooth.files import pictures
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from tests import tiny
 from tests.running import as_main, run_train
 

@@ -9,9 +9,9 @@ import pytest
 import convert_adapter
 import infer
 from dreambooth.data import class_images
-from dreambooth.errors import UserError
-from dreambooth.files import atomic
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import TrainOptions
@@ -103,7 +103,7 @@ def test_a_name_that_no_folder_can_have_is_one_message(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(UserError, match=r"--output_dir: .* cannot be made"):
-        atomic.make_output_folder(Path(name), "--output_dir")
+        writer.make_output_folder(Path(name), "--output_dir")
 
 
 def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 import infer
 from dreambooth.adapter_files import native, run_info
 from dreambooth.bases import families
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions

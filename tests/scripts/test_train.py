@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import infer
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import TrainOptions

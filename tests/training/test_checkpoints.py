@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load, save
 
 from dreambooth.adapters.inject import Component
-from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders
+from dreambooth.io.errors import UserError
 from dreambooth.training import checkpoints
 from tests.checkpointing import (
     FILES,

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from dreambooth.adapter_files import native
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import as_table, without_token
 from dreambooth.training import hub
 from tests.training.fake_hub import PICTURES, TOKEN, UPLOADED, card, chosen, reports

@@ -11,7 +11,7 @@ from dreambooth.adapter_files.adapter import Adapter, to_lora
 from dreambooth.adapter_files.deltas import Lora, Module
 from dreambooth.adapters import inject
 from dreambooth.bases import families
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.training import checks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.optimizer import OPTIMIZERS
 from tests.checkpointing import rewrite
 from tests.training.optimizing import EACH, PRODIGY, SCHEDULE_FREE, Run, assert_same, needs

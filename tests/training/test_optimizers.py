@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.training import optimizers
 from dreambooth.training.optimizers import Group
 from tests.checkpointing import rewrite

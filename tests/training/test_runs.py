@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native, reading, run_info
 from dreambooth.bases import loading
-from dreambooth.errors import UserError
 from dreambooth.files import checkpoint_folders, locks
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import as_table, parse
 from dreambooth.options.resolved import resolve
 from dreambooth.options.training import RunOptions, TrainOptions

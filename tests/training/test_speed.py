@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
 from dreambooth.bases import compilation
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.training import loss_log
 from tests.running import adapter_after, digest, metrics, run_train
 

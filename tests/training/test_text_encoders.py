@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train_dreambooth_lora as train
 from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.bases import families, loading
-from dreambooth.errors import UserError
+from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.runtime.stops import Stop
 from tests.plain_diffusers import PROMPT, plain_clip

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.errors import UserError
-from dreambooth.files import atomic
+from dreambooth.io import writer
+from dreambooth.io.errors import UserError
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o000, 0o666)])
@@ -15,7 +15,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
     """Temporary files have 0600; a file that a web server or a colleague cannot read is a bug."""
     before = os.umask(umask)
     try:
-        atomic.write(tmp_path / "file", b"data")
+        writer.write(tmp_path / "file", b"data")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
@@ -23,7 +23,7 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
 
 def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     for data in (b"old", b"", b"new" * 1000):
-        atomic.write(tmp_path / "file", data)
+        writer.write(tmp_path / "file", data)
         assert (tmp_path / "file").read_bytes() == data
         assert os.listdir(tmp_path) == ["file"]
 
@@ -40,7 +40,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, error, tm
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)):
-        atomic.write(tmp_path / "file", b"new")
+        writer.write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -60,12 +60,12 @@ def test_the_data_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    atomic.write(tmp_path / "file", b"12345")
+    writer.write(tmp_path / "file", b"12345")
     assert calls[:2] == [("fsync", 5), ("replace", 0)]
 
 
 def test_a_folder_appears_with_all_its_files(tmp_path):
-    atomic.write_folder(tmp_path / "new", {"unet/a.bin": b"a", "b.json": b"b"})
+    writer.write_folder(tmp_path / "new", {"unet/a.bin": b"a", "b.json": b"b"})
     assert (tmp_path / "new" / "unet" / "a.bin").read_bytes() == b"a"
     assert (tmp_path / "new" / "b.json").read_bytes() == b"b"
     assert os.listdir(tmp_path) == ["new"]
@@ -76,8 +76,8 @@ def test_a_folder_appears_with_all_its_files(tmp_path):
 )
 def test_a_folder_whose_making_fails_is_not_there(error, tmp_path):
     def make() -> None:
-        with atomic.new_folder(tmp_path / "new") as temporary:
-            atomic.write_new(temporary / "file", b"data")
+        with writer.new_folder(tmp_path / "new") as temporary:
+            writer.write_new(temporary / "file", b"data")
             raise error
 
     with pytest.raises(type(error)):
@@ -86,9 +86,9 @@ def test_a_folder_whose_making_fails_is_not_there(error, tmp_path):
 
 
 def test_a_folder_with_files_is_not_replaced(tmp_path):
-    atomic.write_folder(tmp_path / "there", {"file": b"old"})
+    writer.write_folder(tmp_path / "there", {"file": b"old"})
     with pytest.raises(OSError, match="not empty"):
-        atomic.write_folder(tmp_path / "there", {"file": b"new"})
+        writer.write_folder(tmp_path / "there", {"file": b"new"})
     assert (tmp_path / "there" / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["there"]
 
@@ -96,7 +96,7 @@ def test_a_folder_with_files_is_not_replaced(tmp_path):
 def test_a_new_file_never_replaces_one(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(FileExistsError):
-        atomic.write_new(tmp_path / "file", b"new")
+        writer.write_new(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
@@ -105,20 +105,20 @@ def test_a_temporary_is_recognized_with_its_target(name, tmp_path, monkeypatch):
     """What a process that died left is removed by the next one, and nothing else is."""
     temporaries: list[Path] = []
     monkeypatch.setattr(os, "replace", lambda source, target: temporaries.append(Path(source)))
-    atomic.write(tmp_path / name, b"data")
+    writer.write(tmp_path / name, b"data")
     (temporary,) = temporaries
-    assert atomic.target_of(temporary.name) == name
-    assert atomic.target_of(name) is None
+    assert writer.target_of(temporary.name) == name
+    assert writer.target_of(name) is None
 
 
 @pytest.mark.parametrize("name", ["notes.tmp", ".notes.tmp", "notes.1.2.tmp", ".1.tmp", ".notes.1.tmp~"])
 def test_other_programs_files_are_no_temporaries(name):
-    assert atomic.target_of(name) is None
+    assert writer.target_of(name) is None
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_with_its_flag(tmp_path):
-    atomic.make_output_folder(tmp_path / "a" / "b", "--output_dir")
-    atomic.make_output_folder(tmp_path / "a" / "b", "--output_dir")
+    writer.make_output_folder(tmp_path / "a" / "b", "--output_dir")
+    writer.make_output_folder(tmp_path / "a" / "b", "--output_dir")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"^--output_dir: .*file cannot be made: "):
-        atomic.make_output_folder(tmp_path / "file", "--output_dir")
+        writer.make_output_folder(tmp_path / "file", "--output_dir")

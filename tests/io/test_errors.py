@@ -2,7 +2,15 @@
 
 import pytest
 
-from dreambooth.errors import few, is_memory_error, printable, reason_of, shortened, shown, type_and_reason
+from dreambooth.io.errors import (
+    few,
+    is_memory_error,
+    printable,
+    reason_of,
+    shortened,
+    shown,
+    type_and_reason,
+)
 
 ESCAPE = "\x1b[31m"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import infer
-from dreambooth.errors import UserError
-from dreambooth.options import adapter_sets, text_files, yaml_files
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError
+from dreambooth.options import adapter_sets
 from dreambooth.options.command_line import config_words
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TrainOptions
@@ -28,24 +29,24 @@ def written(folder: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_text_with_a_byte_order_mark_is_read(encoding, tmp_path):
-    assert text_files.read(written(tmp_path, TEXT.encode(encoding)), "text") == TEXT
+    assert reader.read_text(written(tmp_path, TEXT.encode(encoding)), "text") == TEXT
 
 
 @pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_both_byte_orders_are_read(mark, tmp_path):
-    assert text_files.read(written(tmp_path, ("\ufeff" + TEXT).encode(mark)), "text") == TEXT
+    assert reader.read_text(written(tmp_path, ("\ufeff" + TEXT).encode(mark)), "text") == TEXT
 
 
 def test_a_mark_where_two_files_were_joined_is_removed_and_a_word_joiner_is_not(tmp_path):
     content = "\ufeffone\r\n\ufeffa\ufeffb\n".encode()
-    assert text_files.read(written(tmp_path, content), "text") == "one\r\na\ufeffb\n"
+    assert reader.read_text(written(tmp_path, content), "text") == "one\r\na\ufeffb\n"
 
 
 def test_lines_end_at_line_feed_and_carriage_return_only():
     text = "".join(f"a{character}b" for character in WITHIN_LINES)
-    assert text_files.lines(f"{text}\n1\r2\r\n\n3") == [text, "1", "2", "", "3"]
-    assert text_files.lines("") == []
-    assert text_files.lines("1\n") == ["1"]
+    assert reader.lines(f"{text}\n1\r2\r\n\n3") == [text, "1", "2", "", "3"]
+    assert reader.lines("") == []
+    assert reader.lines("1\n") == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -66,29 +67,29 @@ def test_lines_end_at_line_feed_and_carriage_return_only():
 )
 def test_what_is_not_text_is_refused_with_its_place(content, fault, tmp_path):
     with pytest.raises(UserError, match=re.escape(f"--flag: {fault}")):
-        text_files.read(written(tmp_path, content), "--flag")
+        reader.read_text(written(tmp_path, content), "--flag")
 
 
 def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
     for name, make in {"pipe": os.mkfifo, "link": lambda path: path.symlink_to("/dev/zero")}.items():
         make(tmp_path / name)
         with pytest.raises(UserError, match=r"^where: not a regular file$"):
-            text_files.read(tmp_path / name, "where")
+            reader.read_text(tmp_path / name, "where")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         with pytest.raises(UserError, match=r"^where: not a regular file$"):
-            text_files.read(tmp_path / "socket", "where")
+            reader.read_text(tmp_path / "socket", "where")
     for name, fault in {
         ".": "Is a directory",
         "none": "No such file",
         "x" * 300: "File name too long",
     }.items():
         with pytest.raises(UserError, match=rf"^where: {fault}"):
-            text_files.read(tmp_path / name, "where")
+            reader.read_text(tmp_path / name, "where")
     path = written(tmp_path, b"12345")
-    assert text_files.read(path, "where", 5) == "12345"
+    assert reader.read_text(path, "where", 5) == "12345"
     with pytest.raises(UserError, match="where: over 4 bytes"):
-        text_files.read(path, "where", 4)
+        reader.read_text(path, "where", 4)
 
 
 # ---- the files of flags
@@ -122,14 +123,14 @@ def test_a_prompt_in_yaml_keeps_the_characters_that_end_no_line(character, form,
 
 def test_yaml_with_anchors_and_cycles_is_read_or_refused(tmp_path):
     path = written(tmp_path, "a: &a [x\u2028y]\nb: *a\n".encode())
-    assert yaml_files.load(path, "where")[0] == {"a": ["x\u2028y"], "b": ["x\u2028y"]}
-    content, _ = yaml_files.load(written(tmp_path, "a: &a [*a, '\u2028']\n".encode()), "where")
-    assert content["a"][0] is content["a"]
+    assert reader.read_yaml(path, "where") == {"a": ["x\u2028y"], "b": ["x\u2028y"]}
+    with pytest.raises(UserError, match="where: line 1: the value holds itself"):
+        reader.read_yaml(written(tmp_path, b"a: &a [*a, x]\n"), "where")
 
 
 def test_yaml_keeps_private_characters_of_its_own(tmp_path):
     path = written(tmp_path, "a: '\U000f0000\u2028\U000f0001'\n".encode())
-    assert yaml_files.load(path, "where")[0] == {"a": "\U000f0000\u2028\U000f0001"}
+    assert reader.read_yaml(path, "where") == {"a": "\U000f0000\u2028\U000f0001"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

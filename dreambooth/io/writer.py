@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dreambooth.errors import UserError, shown
+from dreambooth.io.errors import UserError, shown
 
 _TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9]+){1,2}\.tmp")
 

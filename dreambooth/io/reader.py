@@ -1,0 +1,231 @@
+"""The reader of files that another program or the user may have written: bytes, text, JSON and YAML.
+
+No other module opens such a file. Only regular files are read, never more bytes than a limit, and no open
+waits: a pipe, a device, a folder or a loop of links in place of a file is an error at once. Imports no torch.
+"""
+
+import codecs
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dreambooth.io.errors import UserError, reason_of, shortened
+
+LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no smaller limit
+_LARGEST_YAML = 2**20  # bytes
+_MOST_LEVELS = 64  # of lists and tables within each other
+_LONGEST_NUMBER = 32  # digits
+_MOST_VALUES = 100_000  # of a YAML file
+_LINE_END = re.compile(r"\r\n|\n|\r")
+# A byte-order mark at the start of the file, or of a line where one file was appended to another.
+_MARKS = re.compile(r"(?:\A|(?<=[\r\n]))\ufeff+")
+# The marks of UTF-32 come first: that of its little-endian form begins with the mark of UTF-16.
+_ENCODING_OF = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# YAML 1.1 ends lines at these characters. For YAML 1.2 and for every editor they are a part of the line.
+_WITHIN_LINES = "\x85\u2028\u2029"
+_NOT_REGULAR = "not a regular file"
+
+
+# --- bytes
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. With `follow_links=False` a link in its place is an error.
+
+    Raises OSError if it is not a regular file, cannot be opened, or `path` holds a NUL.
+    """
+    # without O_NONBLOCK, opening a pipe would wait until another program writes to it
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from None
+    except OSError as error:
+        is_socket, is_link = error.errno == errno.ENXIO, error.errno == errno.ELOOP and not follow_links
+        if is_socket or is_link:
+            raise OSError(error.errno, _NOT_REGULAR, os.fspath(path)) from None
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, _NOT_REGULAR, os.fspath(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path, where: str, largest: int = LARGEST, *, follow_links: bool = True) -> bytes:
+    """The content of a regular file of at most `largest` bytes. Messages begin with `where`.
+
+    Raises UserError if there is no such file, it is not regular, is larger, or cannot be read.
+    """
+    try:
+        with opened(path, follow_links=follow_links) as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or reason_of(error)}") from None
+    if len(data) > largest:
+        raise UserError(f"{where}: over {largest:,} bytes, which is too much for such a file")
+    return data
+
+
+# --- text
+
+
+def read_text(path: Path, where: str, largest: int = LARGEST) -> str:
+    """The text of a file, without byte-order marks. Line ends are those of the file.
+
+    The file is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. Raises UserError as `read_bytes` and
+    `decoded` do.
+    """
+    return decoded(read_bytes(path, where, largest), where)
+
+
+def decoded(data: bytes, where: str) -> str:
+    """The text that the bytes of a file encode; see `read_text`. Raises UserError with the place of the first
+    byte that is not text."""
+    mark = next((mark for mark in _ENCODING_OF if data.startswith(mark)), None)
+    encoding = _ENCODING_OF[mark] if mark else "utf-8"
+    name = encoding.upper()
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = len(_LINE_END.findall(data[: error.start].decode(encoding, errors="replace"))) + 1
+        values = " ".join(f"{byte:02x}" for byte in data[error.start : error.start + 4])
+        raise UserError(
+            f"{where}: not {name} text (byte {error.start}, in line {line}: {values}); save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = len(_LINE_END.findall(text[: text.index("\0")])) + 1
+        raise UserError(f"{where}: not a text file, line {line} has a NUL character; save it as UTF-8")
+    return _MARKS.sub("", text)
+
+
+def lines(text: str) -> list[str]:
+    r"""The lines of a text, which end with \n, \r\n or \r.
+
+    `str.splitlines` would also split at form feeds, U+0085, U+2028 and others, which a line may hold.
+    """
+    parts = _LINE_END.split(text)
+    return parts if parts[-1] else parts[:-1]
+
+
+# --- JSON
+
+
+def read_json(path: Path, where: str, largest: int = LARGEST) -> Any:
+    """The content of a JSON file. Raises UserError as `read_text` and `parsed_json` do."""
+    return parsed_json(read_text(path, where, largest), where)
+
+
+def read_json_table(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
+    """The content of a JSON file that holds a table. Raises UserError as `read_json` does."""
+    content = read_json(path, where, largest)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parsed_json(text: str | bytes, where: str) -> Any:
+    """The value that a JSON text holds. Messages begin with `where`.
+
+    Raises UserError if it is not JSON, has over 64 levels of lists and objects, or a number of over 32
+    digits.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON file: {reason_of(error)}") from None
+    _check_levels([value], where, 0)
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_levels(values: Iterable[Any], where: str, level: int) -> None:
+    """Raise UserError if lists and tables lie more than 64 levels deep: functions that go through them call
+    themselves."""
+    for value in values:
+        if isinstance(value, list | dict):
+            if level >= _MOST_LEVELS:
+                raise UserError(f"{where}: over {_MOST_LEVELS} levels of lists and objects")
+            _check_levels(value.values() if isinstance(value, dict) else value, where, level + 1)
+
+
+# --- YAML
+
+
+def read_yaml(path: Path, where: str) -> Any:
+    """The content of a YAML file of at most a megabyte; None if it is empty. Messages begin with `where`.
+
+    Raises UserError as `read_text` does, and if it is not YAML, gives a key twice, merges tables (`<<`), or
+    has more than 100,000 values, those behind aliases counted each time.
+    """
+    import yaml
+
+    text = read_text(path, where, _LARGEST_YAML)
+    # Stand-ins for the characters that YAML 1.1 would take for line ends: three that the text does not have.
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+    stand_ins = "".join(next(unused, "\ufffd") for _ in _WITHIN_LINES)
+    forth, back = str.maketrans(_WITHIN_LINES, stand_ins), str.maketrans(stand_ins, _WITHIN_LINES)
+    try:
+        loader = yaml.SafeLoader(text.translate(forth))
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_node(root, where, back, {})
+        return loader.construct_document(root)
+    # ValueError: a date such as 2026-02-31. TypeError: a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
+
+
+def _check_node(node: Any, where: str, table: dict[int, int], sizes: dict[int, int]) -> int:
+    """The number of values of a tree of YAML nodes, which may hold a node several times; `sizes` are those of
+    the nodes that were counted. Replaces characters in all texts, by `table`.
+
+    Raises UserError as `read_yaml` does.
+    """
+    line = f"{where}: line {node.start_mark.line + 1}"
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise UserError(f"{line}: the value holds itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    size = 1
+    if isinstance(node.value, str):
+        node.value = node.value.translate(table)
+    else:
+        keys = set()
+        for entry in node.value:
+            for child in entry if isinstance(entry, tuple) else [entry]:
+                size += _check_node(child, where, table, sizes)
+            if isinstance(entry, tuple) and isinstance(key := entry[0].value, str):
+                if entry[0].tag.endswith(":merge"):
+                    raise UserError(f"{line}: tables are not merged (<<); write the values out")
+                if key in keys:
+                    raise UserError(f"{line}: {shortened(key)} is given twice")
+                keys.add(key)
+    if size > _MOST_VALUES:
+        raise UserError(f"{line}: over {_MOST_VALUES:,} values")
+    sizes[id(node)] = size
+    return size
