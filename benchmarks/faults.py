@@ -6,6 +6,7 @@ Writes `benchmarks/results/faults.json` and the table in docs/exactness.md. Ends
 was broken. Takes minutes on two cores.
 """
 
+import functools
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from tests.faults import checkpoint_faults, run_faults
+from tests.faults import checkpoint_faults, folder_faults, run_faults
+from tests.faults.jobs import World
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "exactness.md"
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 MARKS = ("<!-- faults: written by make faults -->", "<!-- faults end -->")
+# A module of faults under whole runs lists in WORKS its functions of a world that return counts.
+WORKS: tuple[Callable[[World], dict[str, Any]], ...] = (*run_faults.WORKS, *folder_faults.WORKS)
 PEER_FAULTS = {"kill": "killed", "raise": "raises", "leave": "exits with 0", "hang": "hangs"}
 
 
@@ -212,12 +217,15 @@ def main() -> int:
         print(f"{name}: {json.dumps(counts)} ({seconds:.0f} s)", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        for part in run_faults.everything(Path(folder), parts):
-            keep(*part)
-    for work in (checkpoint_faults.count_all, bad_inputs):
-        if work.__name__ not in parts:
-            before = time.monotonic()
-            keep(work.__name__, work(), time.monotonic() - before)
+        world = World(Path(folder))
+        works: dict[str, Callable[[], dict[str, Any]]] = {
+            work.__name__: functools.partial(work, world) for work in WORKS
+        }
+        works |= {"checkpoints": checkpoint_faults.count_all, "bad_inputs": bad_inputs}
+        for name, work in works.items():
+            if name not in parts:
+                before = time.monotonic()
+                keep(name, work(), time.monotonic() - before)
     counts = {name: value for part in parts.values() for name, value in part["counts"].items()}
     seconds = {name: part["seconds"] for name, part in parts.items()}
     wrong = broken(counts)

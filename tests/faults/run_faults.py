@@ -1,256 +1,42 @@
 """Counts of faults under whole runs: processes killed, stopped, hung and lost, alone and under the real
 launchers.
 
-Every result is compared with an unbroken run of the same program on the same machine; no hash is stored. A
-trainer takes seconds to import what it needs, so runs of one process are forked from this one, which has
-imported it.
+Every result is compared with an unbroken run of the same program on the same machine; no hash is stored.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from accelerate.state import AcceleratorState
-
-import generate_class_images
-import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
-from dreambooth.data import class_images
 from dreambooth.files import checkpoint_folders
-from dreambooth.options.command_line import parse
-from dreambooth.options.pictures import ClassImageOptions
-from dreambooth.options.training import TrainOptions
-from dreambooth.runtime import stops
-from tests import tiny
-from tests.faults import inject
-from tests.running import as_main, free_port, on_processes
-
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = str(ROOT / "train_dreambooth_lora.py")
-ENVIRONMENT = {
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-LIMIT = 120.0  # seconds that anything here may take
-
-
-class World:
-    """A tiny base, photos, class images, and the words that train on them. All that could make runs differ is
-    on."""
-
-    def __init__(self, folder: Path):
-        torch.set_num_threads(1)
-        self.folder = folder
-        self.base = tiny.build_pipeline(folder / "base")
-        self.photos = tiny.make_photos(folder / "photos", 5, (90, 64))  # not square: crops are drawn
-
-    def words(self, out: Path, *, steps: int, world: int = 1, every: int = 2) -> list[str]:
-        """One step takes four micro-batches, on however many processes."""
-        words = f"""--pretrained_model_name_or_path {self.base} --instance_data_dir {self.photos}
-            --output_dir {out} --resolution 64 --seed 1 --train_batch_size 1
-            --gradient_accumulation_steps {4 // world} --max_train_steps {steps}
-            --checkpointing_steps {every} --train_text_encoder --lora_dropout 0.1
-            --with_prior_preservation --class_data_dir {self.folder / "class"} --num_class_images 3
-            --class_inference_steps 2 --lr_scheduler linear --lr_warmup_steps 2 --report_to none
-            --num_threads 1 --peer_timeout 10"""
-        return [*words.split(), "--instance_prompt", "a photo of sks dog", "--class_prompt", "a photo of dog"]
-
-    def command(
-        self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None
-    ) -> list[str]:
-        """A command line for `launcher`: torchrun or accelerate."""
-        script = ["-m", "tests.faults.inject", json.dumps(faults), SCRIPT] if faults else [SCRIPT]
-        if launcher == "torchrun":
-            front = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node",
-                str(world),
-                "--master_port",
-                str(free_port()),
-            ]
-        else:
-            config = "cpu.yaml" if world == 1 else "cpu_processes.yaml"
-            front = [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--config_file",
-                str(ROOT / "configs/accelerate" / config),
-            ]
-            front += ["--num_processes", str(world), "--main_process_port", str(free_port())]
-        return [*front, *script, *words]
-
-    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
-        with log.open("a") as file:
-            return subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-
-    def run(
-        self, words: Sequence[str], *, launcher: str, world: int = 1, faults: dict[str, Any] | None = None
-    ) -> tuple[int, str, float]:
-        """(exit status, all that was printed, seconds)."""
-        log = self.folder / f"log-{time.monotonic_ns()}"
-        started = time.monotonic()
-        process = self.start(self.command(words, launcher=launcher, world=world, faults=faults), log)
-        try:
-            code = process.wait(LIMIT)
-        finally:
-            end_all(process)
-        return code, log.read_text(), time.monotonic() - started
-
-
-def end_all(process: subprocess.Popen) -> None:
-    """Kill the remaining processes of a launcher, and its workers, which have sessions of their own."""
-    for pid in [*children(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def children(pid: int) -> list[int]:
-    """The descendants of a process, deepest last."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += [int(child), *children(int(child))]
-    return found
-
-
-def workers(pid: int) -> list[int]:
-    """The training processes under a launcher, by rank: those that run the script and are no launcher."""
-    found = []
-    for child in [pid, *children(pid)]:
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-            environment = dict(
-                line.partition("=")[::2] for line in Path(f"/proc/{child}/environ").read_text().split("\0")
-            )
-            if (
-                SCRIPT in words
-                and "torch.distributed.run" not in words
-                and "accelerate.commands.launch" not in words
-            ):
-                found.append((int(environment.get("RANK", "0")), child))
-    return [child for _, child in sorted(found)]
-
-
-def forked(work: Callable[[], object], log: Path) -> int:
-    """Fork a child that does `work` as a script would. Returns its process id. Its SystemExit is its exit
-    status."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        os.environ.update(ENVIRONMENT)
-        for number in (
-            stops.SIGNALS
-        ):  # a shell ignores SIGINT for what it runs in the background, and a trainer respects that
-            signal.signal(number, signal.SIG_DFL)
-        print_to(log)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        work()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-    finally:
-        os._exit(code)
-
-
-def print_to(log: Path) -> None:
-    """From now on this process prints to the end of `log`."""
-    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # pytest has put others there
-
-
-def train_on_forked_processes(words: list[str], log: Path, count: int) -> int:
-    """0 if all processes of one job have trained, else 1."""
-
-    def work() -> bool:
-        print_to(log)
-        train.main(parse(TrainOptions, "", words))
-        return True
-
-    return 0 if on_processes(work, count) == [True] * count else 1
-
-
-def train_forked(words: Sequence[str], log: Path, faults: dict[str, Any] | None = None) -> int:
-    def work() -> None:
-        inject.install(faults or {}, train.Training)
-        train.main(parse(TrainOptions, "", words))
-
-    return forked(work, log)
-
-
-def ended(child: int, limit: float = LIMIT) -> int:
-    """Exit status of a forked child. After `limit` seconds the child is killed and TimeoutError raised."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise TimeoutError(f"a run did not end within {limit} s")
-
-
-def steps_done(out: Path) -> int:
-    """Steps in metrics.jsonl."""
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss":') if path.exists() else 0
-
-
-def wait_for_step(out: Path, step: int, *, alive: Callable[[], bool]) -> None:
-    """Return once `step` is recorded, or the run has ended."""
-    end = time.monotonic() + LIMIT
-    while steps_done(out) < step and alive() and time.monotonic() < end:
-        time.sleep(0.005)
-
-
-def hashes(out: Path, step: int) -> str:
-    """One hash of a run's adapter and of the optimizer in its checkpoint."""
-    digest = hashlib.sha256((out / native.ADAPTER_NAME).read_bytes())
-    digest.update((out / f"checkpoint-{step}" / "optimizer.safetensors").read_bytes())
-    return digest.hexdigest()
-
-
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return False
-    return Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-
-
-# --- what is tried
+from tests.faults.jobs import (
+    ENVIRONMENT,
+    LIMIT,
+    ROOT,
+    SCRIPT,
+    World,
+    end_all,
+    ended,
+    hashes,
+    is_running,
+    steps_done,
+    train_forked,
+    train_on_forked_processes,
+    wait_for_step,
+    workers,
+)
+from tests.running import free_port
 
 
 def exact_worlds(
@@ -500,83 +286,6 @@ def not_a_number_on_one(world: World) -> dict[str, Any]:
     return {"not_a_number_stopped": right}
 
 
-def disk_full(world: World) -> dict[str, Any]:
-    """Files may not grow past 20 kB, as on a full disk.
-
-    A failed checkpoint is a message, and the run goes on. A failed adapter ends it with status 1."""
-    out, log = world.folder / "full", world.folder / "full.log"
-
-    def work() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        train.main(parse(TrainOptions, "", world.words(out, steps=4)))
-
-    code = ended(forked(work, log))
-    said, status = log.read_text(), json.loads((out / "status.json").read_text())
-    right = (
-        code == 1
-        and steps_done(out) == 4
-        and "checkpoint-2 could not be saved: File too large" in said
-        and status["state"] == "failed"
-    )
-    return {
-        "disk_full": right and not any(path.name.startswith((".tmp", "checkpoint")) for path in out.iterdir())
-    }
-
-
-def two_runs(world: World) -> dict[str, Any]:
-    """A second run in the folder of one that is at work is refused; the first one goes on unharmed."""
-    out, log = world.folder / "two", world.folder / "two.log"
-    words = world.words(out, steps=20, every=20)
-    first = train_forked(words, log, {"slow": 0.05})
-    wait_for_step(out, 2, alive=lambda: is_running(first))
-    code, said = as_main("train_dreambooth_lora.py", *words)
-    unharmed = ended(first) == 0 and steps_done(out) == 20
-    return {
-        "second_run_refused": code == 2
-        and f"another run is at work in {out}: process {first}" in said
-        and unharmed
-    }
-
-
-def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
-    """Class images killed at random pictures and made to the end: the set of an unbroken run."""
-    draw = random.Random(0)
-
-    def words(folder: Path) -> list[str]:
-        line = f"""--pretrained_model_name_or_path {world.base} --class_data_dir {folder}
-            --num_class_images 12 --sample_batch_size 2 --num_threads 1"""
-        return [*line.split(), "--class_prompt", "a photo of dog", "--class_inference_steps", "2"]
-
-    def make(folder: Path, die_after: int | None) -> int:
-        def work() -> None:
-            real, made = class_images._save, []
-
-            def save(*arguments: Any) -> None:
-                real(*arguments)
-                made.append(1)
-                if len(made) == die_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            class_images._save = save  # type: ignore[assignment]
-            generate_class_images.main(parse(ClassImageOptions, "", words(folder)))
-
-        return ended(forked(work, world.folder / "class.log"))
-
-    def pictures(folder: Path) -> dict[str, str]:
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.png")}
-
-    make(world.folder / "class-whole", None)
-    for _ in range(times):
-        if make(world.folder / "class-killed", draw.randrange(1, 4)) != -signal.SIGKILL:
-            raise RuntimeError("the run that was to be killed was not")
-    code = make(world.folder / "class-killed", None)
-    equal = pictures(world.folder / "class-whole") == pictures(world.folder / "class-killed")
-    return {
-        "class_image_kills": times,
-        "class_images_equal": code == 0 and equal and len(pictures(world.folder / "class-whole")) == 12,
-    }
-
-
 def one_process_where_two_were_asked_for(world: World) -> dict[str, Any]:
     """`accelerate launch --cpu --num_processes 2` starts one process; the run says so."""
     words = world.words(world.folder / "trap", steps=1)
@@ -605,25 +314,8 @@ def one_process_where_two_were_asked_for(world: World) -> dict[str, Any]:
     }
 
 
-def everything(folder: Path, done: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """(name, counts, seconds) of each of the above that is not in `done`."""
-    world = World(folder)
-    works = (
-        exact_worlds,
-        chaos,
-        seconds_to_stop,
-        launcher_stopped,
-        launcher_killed,
-        peers_lost,
-        not_a_number_on_one,
-        disk_full,
-        two_runs,
-        class_images_killed,
-        one_process_where_two_were_asked_for,
-    )
-    for work in works:
-        if work.__name__ in done:
-            continue
-        started = time.monotonic()
-        counts = work(world)  # type: ignore[operator]
-        yield work.__name__, counts, time.monotonic() - started
+# what `make faults` counts
+WORKS = (
+    *(exact_worlds, chaos, seconds_to_stop, launcher_stopped, launcher_killed, peers_lost),
+    *(not_a_number_on_one, one_process_where_two_were_asked_for),
+)

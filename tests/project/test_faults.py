@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults as matrix
-from tests.faults import run_faults
+from tests.faults import folder_faults, run_faults
+from tests.faults.jobs import World
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> run_faults.World:
-    return run_faults.World(tmp_path_factory.mktemp("faults"))
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.trains
@@ -55,17 +56,17 @@ def test_a_process_that_dies_ends_the_job_by_name(world):
 
 @pytest.mark.trains
 def test_a_full_disk_costs_checkpoints_and_says_so(world):
-    assert run_faults.disk_full(world)["disk_full"]
+    assert folder_faults.disk_full(world)["disk_full"]
 
 
 @pytest.mark.trains
 def test_a_second_run_in_a_folder_is_refused_and_the_first_unharmed(world):
-    assert run_faults.two_runs(world)["second_run_refused"]
+    assert folder_faults.two_runs(world)["second_run_refused"]
 
 
 @pytest.mark.trains
 def test_class_images_killed_and_completed_are_the_same_set(world):
-    assert run_faults.class_images_killed(world)["class_images_equal"]
+    assert folder_faults.class_images_killed(world)["class_images_equal"]
 
 
 @pytest.mark.trains
