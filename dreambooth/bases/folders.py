@@ -6,7 +6,6 @@ refused, because those can carry code. This module imports no torch.
 """
 
 import contextlib
-import json
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,12 @@ from typing import Any, Literal
 
 from dreambooth.bases import weight_names
 from dreambooth.files import digests, safetensors_files
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shortened, shown
 from dreambooth.options.training import BaseOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
-_LARGEST_JSON = 16 * 2**20
 KohyaFamily = Literal["sd1", "sd2", "sdxl"]  # the versions by which kohya's files name layers
 _LIBRARIES = {"diffusers", "transformers"}
 _NEVER_LOADED = {"safety_checker", "watermarker", "feature_extractor", "image_encoder"}
@@ -65,18 +64,7 @@ def no_index(folder: Path, name: str) -> str:
 
 def read_json(path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, starting with `flag`, if the file holds none."""
-    try:
-        if not path.is_file():
-            raise ValueError("there is no such file")
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it is over {_LARGEST_JSON:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it must be a table, and is a {type(content).__name__}")
-        return content
-    except (OSError, ValueError, RecursionError) as error:
-        reason = shown(" ".join(str(error).split()))
-        raise UserError(f"{flag}: {shown(path)} cannot be read ({reason})") from None
+    return reader.read_json_table(path, f"{flag}: {shown(path)}")
 
 
 def check(

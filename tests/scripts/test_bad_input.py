@@ -414,15 +414,13 @@ bad(
     only("pytorch_lora_weights.safetensors"),
     "That is an adapter, not a base",
 )
-bad("bases", "index that is no JSON", replaced("model_index.json", b"{"), "model_index.json cannot be read")
-bad(
-    "bases", "index that is a list", replaced("model_index.json", b"[1]"), "it must be a table, and is a list"
-)
+bad("bases", "index that is no JSON", replaced("model_index.json", b"{"), "model_index.json: not a JSON file")
+bad("bases", "index that is a list", replaced("model_index.json", b"[1]"), "must be a JSON object, got list")
 bad(
     "bases",
     "index nested without end",
     replaced("model_index.json", b"[" * 100_000),
-    "model_index.json cannot be read",
+    "model_index.json: not a JSON file",
 )
 bad(
     "bases",
@@ -477,13 +475,13 @@ bad(
     "bases",
     "part without a config",
     lambda folder: (folder / "vae" / "config.json").unlink(),
-    "vae/config.json cannot be read",
+    "vae/config.json: No such file or directory",
 )
 bad(
     "bases",
     "config that is no JSON",
     replaced("unet/config.json", b"\xff\xfe"),
-    "unet/config.json cannot be read",
+    "unet/config.json: not a JSON file",
 )
 bad(
     "bases",
