@@ -24,12 +24,11 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth.io import writer
+from dreambooth.io import reader, writer
 from dreambooth.io.errors import UserError
 
 FORMAT_VERSION = 1
@@ -212,28 +211,19 @@ def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = Tr
     """
     name = path.name
     try:
-        # a link is not followed, and a named pipe does not block
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode):
-                raise _DamagedCheckpoint(f"{name} is not a regular file")
-            if info.st_size > most or (exactly and info.st_size < most):
+        with reader.opened(path, follow_links=False) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most or (exactly and size < most):
                 raise _DamagedCheckpoint(
-                    f"{name} has {info.st_size:,} bytes instead of {'' if exactly else 'at most '}{most:,}"
+                    f"{name} has {size:,} bytes instead of {'' if exactly else 'at most '}{most:,}"
                 )
-            with open(descriptor, "rb", closefd=False) as file:
-                if not keep:
-                    return b"", hashlib.file_digest(file, "sha256").hexdigest()
-                data = file.read(most + 1)
-        finally:
-            os.close(descriptor)
+            if not keep:
+                return b"", hashlib.file_digest(file, "sha256").hexdigest()
+            data = file.read(most + 1)
+    except reader.NotRegular as error:
+        raise _DamagedCheckpoint(f"{name} is {error.strerror}") from None
     except OSError as error:
-        raise _DamagedCheckpoint(
-            f"{name} is a symbolic link"
-            if error.errno == errno.ELOOP
-            else f"{name} cannot be read ({error.strerror})"
-        ) from None
+        raise _DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
     return data, hashlib.sha256(data).hexdigest()
 
 
@@ -250,17 +240,15 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
     """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` turns it into `data`
     again."""
     try:
-        body = json.loads(data)
-        if not isinstance(body, dict) or "format_version" not in body:
-            raise _DamagedCheckpoint(f"{MANIFEST} is damaged")
-        version = body["format_version"]
+        body = reader.json_table(data, MANIFEST)
+        version = body.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise _DamagedCheckpoint(
                 f"{MANIFEST} is of format {version}; this program reads up to {FORMAT_VERSION}"
             )
         body.pop("sha256_of_the_rest", None)
         is_whole = version == FORMAT_VERSION and _sealed(body) == data
-    except (ValueError, RecursionError):
+    except (UserError, ValueError):  # ValueError: a number that is not finite
         is_whole = False
     if not is_whole:
         raise _DamagedCheckpoint(f"{MANIFEST} is damaged")
@@ -327,10 +315,8 @@ def publish(
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
     # through JSON first: it turns keys into strings and tuples into lists, as in a manifest that was read
-    body = json.loads(
-        json.dumps({"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table})
-    )
-    manifest = _sealed(body)
+    body = {"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table}
+    manifest = _sealed(reader.json_table(json.dumps(body), MANIFEST))
     try:
         content, problems = _examine(target, keep=False)
         if problems or content is None or content.fingerprint != hashlib.sha256(manifest).hexdigest():

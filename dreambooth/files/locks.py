@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreambooth.io.errors import UserError
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, shortened
 
 NAME = ".lock"
 
@@ -90,10 +91,10 @@ def _open(path: Path, flag: str) -> tuple[int, bool]:
 def _owner(descriptor: int) -> dict[str, Any] | None:
     """The description of a process in a lock file; None if there is none."""
     try:
-        owner = json.loads(os.pread(descriptor, 65536, 0))
-    except ValueError:
+        owner = reader.json_table(os.pread(descriptor, 65536, 0), NAME)
+    except UserError:
         return None
-    return owner if isinstance(owner, dict) and {"pid", "host", "since", "command"} <= owner.keys() else None
+    return owner if {"pid", "host", "since", "command"} <= owner.keys() else None
 
 
 def _holder(descriptor: int) -> str:
@@ -101,4 +102,5 @@ def _holder(descriptor: int) -> str:
     owner = _owner(descriptor)
     if owner is None:  # it holds the lock and has not written its name yet
         return "a process that has only just started"
-    return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    pid, host, since = (shortened(owner[name]) for name in ("pid", "host", "since"))
+    return f"process {pid} on {host}, since {since}"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dreambooth.io import writer
+from dreambooth.io import reader, writer
 from dreambooth.io.errors import UserError, few, shown
 
 _HEADER = b'{"record": "files that dreambooth wrote", "format": 1}\n'
@@ -75,7 +75,7 @@ class WrittenFiles:
             ends = max((number for number, line in enumerate(lines) if not line.grows), default=-1)
             growing = [line for line in lines[ends + 1 :] if line.grows and line.size < size]
             exact = {line.sha256 for line in lines if line.size == size}
-            with path.open("rb") as file:
+            with reader.opened(path, follow_links=False) as file:
                 if exact and hashlib.file_digest(file, "sha256").hexdigest() in exact:
                     return True
                 return any(_continues(file, line) for line in growing)
@@ -166,9 +166,7 @@ class WrittenFiles:
             headers = [
                 path.name
                 for path in self.folder.iterdir()
-                if _NAME.fullmatch(writer.target_of(path.name) or "")
-                and path.lstat().st_size <= len(_HEADER)
-                and _HEADER.startswith(path.read_bytes())
+                if _NAME.fullmatch(writer.target_of(path.name) or "") and _is_header(path)
             ]
             for name in (*sorted(self._temporaries), *headers):
                 path = self._plain_path(name)
@@ -185,13 +183,13 @@ class WrittenFiles:
         if not parts or ".." in parts or parts[0] == "/":
             return None  # a record from elsewhere may name any file
         path = self.folder
-        for part in parts:
-            path = path / part
-            if path.is_symlink():
-                return None
         try:
+            for part in parts:
+                path = path / part
+                if path.is_symlink():
+                    return None
             return path if stat.S_ISREG(path.lstat().st_mode) else None
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name that a file can have
             return None
 
     def _open_record(self) -> int:
@@ -219,16 +217,17 @@ class WrittenFiles:
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder):
                 if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    with open(entry.path, "rb") as file:
-                        if file.read(len(_HEADER)) == _HEADER:
-                            yield Path(entry.path)
+                    with reader.opened(entry.path, follow_links=False) as file:
+                        is_record = file.read(len(_HEADER)) == _HEADER
+                    if is_record:
+                        yield Path(entry.path)
 
     def _refresh(self) -> None:
         """Read what was appended to the records since the last time."""
         for path in self._records():
-            with path.open("rb") as file:
+            with reader.opened(path, follow_links=False) as file:
                 file.seek(self._read_to.get(path, 0))
-                data = file.read()
+                data = file.read(reader.LARGEST_LOG)
             data = data[: data.rfind(b"\n") + 1]
             self._read_to[path] = self._read_to.get(path, 0) + len(data)
             for text in data.splitlines():
@@ -237,16 +236,16 @@ class WrittenFiles:
     def _add(self, text: bytes) -> None:
         """Add a line of a record. What is no such line is ignored."""
         try:
-            line = json.loads(text)
-            name, temporary = line["file"], line.get("temporary")
-            self._lines.setdefault(name, []).append(
-                _Line(int(line["size"]), str(line["sha256"]), line.get("grows") is True)
-            )
-            # the name of a temporary has a random number: no other program writes a file of that name
-            if isinstance(temporary, str) and writer.target_of(PurePosixPath(temporary).name):
-                self._temporaries.add(temporary)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            line = reader.json_table(text, self.path.name)
+        except UserError:
             return
+        name, size, sha256, temporary = map(line.get, ("file", "size", "sha256", "temporary"))
+        if not (isinstance(name, str) and type(size) is int and size >= 0 and isinstance(sha256, str)):
+            return
+        self._lines.setdefault(name, []).append(_Line(size, sha256, line.get("grows") is True))
+        # the name of a temporary has a random number: no other program writes a file of that name
+        if isinstance(temporary, str) and writer.target_of(PurePosixPath(temporary).name):
+            self._temporaries.add(temporary)
 
 
 def _continues(file: BinaryIO, line: _Line) -> bool:
@@ -255,10 +254,18 @@ def _continues(file: BinaryIO, line: _Line) -> bool:
     file.seek(0)
     if hashlib.sha256(file.read(line.size)).hexdigest() != line.sha256:
         return False
-    rest = file.read()
+    rest = file.read(reader.LARGEST_LOG)
     try:
-        return all(isinstance(json.loads(text), dict) for text in rest.split(b"\n")[:-1])
-    except (ValueError, RecursionError):
+        return all(reader.json_table(text, "") is not None for text in rest.split(b"\n")[:-1])
+    except UserError:
+        return False
+
+
+def _is_header(path: Path) -> bool:
+    """Whether the file holds the beginning of a record, and nothing else."""
+    try:
+        return _HEADER.startswith(reader.read_bytes(path, path.name, len(_HEADER), follow_links=False))
+    except UserError:
         return False
 
 

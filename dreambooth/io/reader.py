@@ -7,17 +7,19 @@ waits: a pipe, a device, a folder or a loop of links in place of a file is an er
 import codecs
 import contextlib
 import errno
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dreambooth.io.errors import UserError, reason_of, shortened
 
-LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no smaller limit
+LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no other limit
+LARGEST_LOG = 2**30  # bytes, of a file that grows with a run's steps
 _LARGEST_YAML = 2**20  # bytes
 _MOST_LEVELS = 64  # of lists and tables within each other
 _LONGEST_NUMBER = 32  # digits
@@ -34,35 +36,40 @@ _ENCODING_OF = {
 }
 # YAML 1.1 ends lines at these characters. For YAML 1.2 and for every editor they are a part of the line.
 _WITHIN_LINES = "\x85\u2028\u2029"
-_NOT_REGULAR = "not a regular file"
+
+
+class NotRegular(OSError):
+    """A pipe, a device or a socket lies in place of a file, or a link where links are not followed."""
 
 
 # --- bytes
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[BinaryIO]:
+def opened(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading. With `follow_links=False` a link in its place is an error.
 
-    Raises OSError if it is not a regular file, cannot be opened, or `path` holds a NUL.
+    Raises NotRegular, IsADirectoryError for a folder, and OSError if it cannot be opened or `path` is not a
+    valid name.
     """
     # without O_NONBLOCK, opening a pipe would wait until another program writes to it
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
-    except ValueError as error:  # a NUL
+    except ValueError as error:  # a NUL, or a character that the file system's encoding lacks
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from None
     except OSError as error:
-        is_socket, is_link = error.errno == errno.ENXIO, error.errno == errno.ELOOP and not follow_links
-        if is_socket or is_link:
-            raise OSError(error.errno, _NOT_REGULAR, os.fspath(path)) from None
+        if error.errno == errno.ELOOP and not follow_links:
+            raise NotRegular(error.errno, "a symbolic link", os.fspath(path)) from None
+        if error.errno == errno.ENXIO:  # a socket
+            raise NotRegular(error.errno, "not a regular file", os.fspath(path)) from None
         raise
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, _NOT_REGULAR, os.fspath(path))
+            raise NotRegular(errno.EINVAL, "not a regular file", os.fspath(path))
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -128,31 +135,35 @@ def lines(text: str) -> list[str]:
 # --- JSON
 
 
-def read_json(path: Path, where: str, largest: int = LARGEST) -> Any:
-    """The content of a JSON file. Raises UserError as `read_text` and `parsed_json` do."""
-    return parsed_json(read_text(path, where, largest), where)
+def read_json(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
+    """The table in a JSON file. Raises UserError as `read_text` and `json_table` do."""
+    return json_table(read_text(path, where, largest), where)
 
 
-def read_json_table(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
-    """The content of a JSON file that holds a table. Raises UserError as `read_json` does."""
-    content = read_json(path, where, largest)
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: must be a JSON object, got {type(content).__name__}")
-    return content
+def json_table(text: str | bytes, where: str, *, unique_keys: bool = False) -> dict[str, Any]:
+    """The table that a JSON text holds. Messages begin with `where`.
 
-
-def parsed_json(text: str | bytes, where: str) -> Any:
-    """The value that a JSON text holds. Messages begin with `where`.
-
-    Raises UserError if it is not JSON, has over 64 levels of lists and objects, or a number of over 32
-    digits.
+    Raises UserError if it is not JSON, not a table, has over 64 levels of lists and tables, a number of over
+    32 digits, or, with `unique_keys`, a key twice in a table.
     """
     try:
-        value = json.loads(text, parse_int=_integer)
+        table = json.loads(text, parse_int=_integer, object_pairs_hook=_unique if unique_keys else None)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON file: {reason_of(error)}") from None
-    _check_levels([value], where, 0)
-    return value
+        raise UserError(f"{where}: not JSON: {reason_of(error)}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: must be a JSON object, got {type(table).__name__}")
+    _check_levels(table.values(), where, 1)
+    return table
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of `pairs`. Raises ValueError if a key appears twice."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"{shortened(key)} appears twice")
+        table[key] = value
+    return table
 
 
 def _integer(digits: str) -> int:
@@ -167,7 +178,7 @@ def _check_levels(values: Iterable[Any], where: str, level: int) -> None:
     for value in values:
         if isinstance(value, list | dict):
             if level >= _MOST_LEVELS:
-                raise UserError(f"{where}: over {_MOST_LEVELS} levels of lists and objects")
+                raise UserError(f"{where}: over {_MOST_LEVELS} levels of lists and tables")
             _check_levels(value.values() if isinstance(value, dict) else value, where, level + 1)
 
 

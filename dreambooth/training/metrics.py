@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io import reader
 from dreambooth.runtime import memory
 from dreambooth.runtime.stops import Stop
 
@@ -78,8 +79,8 @@ class Progress:
         """
         lines = []
         if first_step > 0 and self.files.is_written(self.path.name):
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        lines = [line for line in lines if json.loads(line)["step"] <= first_step]
+            lines = reader.read_text(self.path, str(self.path), reader.LARGEST_LOG).split("\n")[:-1]
+        lines = [line for line in lines if reader.json_table(line, str(self.path))["step"] <= first_step]
         lines += [json.dumps(self._memory_record(phase, first_step)) for phase in self.memory_by_phase]
         data = "".join(f"{line}\n" for line in lines).encode()
         try:

@@ -21,7 +21,9 @@ import torch
 from dreambooth.adapter_files import native
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io.errors import UserError, few
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, few, shown
+from dreambooth.options.paths import LARGEST_RECORD
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
@@ -103,7 +105,8 @@ def identity(
         "captions": captions,
         "start": start,
     }
-    return json.loads(json.dumps(record))  # tuples become lists, as in a record that was read from a file
+    # tuples become lists, as in a record that was read from a file
+    return reader.json_table(json.dumps(record), IDENTITY)
 
 
 def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
@@ -368,24 +371,24 @@ def _removable_files(files: WrittenFiles) -> list[str]:
 def read_identity(output_dir: Path) -> dict[str, Any] | None:
     """The record of the run in the folder; None if there is none. Raises UserError if it is damaged."""
     path = output_dir / IDENTITY
+    if not os.path.lexists(path):
+        return None
     advice = "move it away, or name another folder"
     try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output_dir: {path} cannot be read ({error}); {advice}") from None
+        record = reader.read_json(path, f"--output_dir: {shown(path)}", LARGEST_RECORD)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from None
     if not _is_identity(record):
-        raise UserError(f"--output_dir: {path} is damaged; {advice}")
+        raise UserError(f"--output_dir: {shown(path)} is damaged; {advice}")
     return record
 
 
-def _is_identity(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), dict) for name in ("flags", "pictures"))
-        and {"slots", "base"} <= value.keys()
-    )
+def _is_identity(record: Mapping[str, Any]) -> bool:
+    pictures = record.get("pictures")
+    tables = [record.get("flags"), record.get("captions", {}), pictures]
+    if isinstance(pictures, dict):
+        tables += pictures.values()
+    return all(isinstance(table, dict) for table in tables) and {"slots", "base"} <= record.keys()
 
 
 @dataclasses.dataclass
