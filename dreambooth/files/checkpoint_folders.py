@@ -240,7 +240,7 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
     """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` turns it into `data`
     again."""
     try:
-        body = reader.json_table(data, MANIFEST)
+        body = reader.parsed_json_table(data, MANIFEST)
         version = body.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise _DamagedCheckpoint(
@@ -316,7 +316,7 @@ def publish(
     }
     # through JSON first: it turns keys into strings and tuples into lists, as in a manifest that was read
     body = {"format_version": FORMAT_VERSION, "step": step, "identity": identity, "files": table}
-    manifest = _sealed(reader.json_table(json.dumps(body), MANIFEST))
+    manifest = _sealed(reader.parsed_json_table(json.dumps(body), MANIFEST))
     try:
         content, problems = _examine(target, keep=False)
         if problems or content is None or content.fingerprint != hashlib.sha256(manifest).hexdigest():

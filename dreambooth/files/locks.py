@@ -91,7 +91,7 @@ def _open(path: Path, flag: str) -> tuple[int, bool]:
 def _owner(descriptor: int) -> dict[str, Any] | None:
     """The description of a process in a lock file; None if there is none."""
     try:
-        owner = reader.json_table(os.pread(descriptor, 65536, 0), NAME)
+        owner = reader.parsed_json_table(os.pread(descriptor, 65536, 0), NAME)
     except UserError:
         return None
     return owner if {"pid", "host", "since", "command"} <= owner.keys() else None

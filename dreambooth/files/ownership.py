@@ -236,7 +236,7 @@ class WrittenFiles:
     def _add(self, text: bytes) -> None:
         """Add a line of a record. What is no such line is ignored."""
         try:
-            line = reader.json_table(text, self.path.name)
+            line = reader.parsed_json_table(text, self.path.name)
         except UserError:
             return
         name, size, sha256, temporary = map(line.get, ("file", "size", "sha256", "temporary"))
@@ -256,7 +256,7 @@ def _continues(file: BinaryIO, line: _Line) -> bool:
         return False
     rest = file.read(reader.LARGEST_LOG)
     try:
-        return all(reader.json_table(text, "") is not None for text in rest.split(b"\n")[:-1])
+        return all(reader.parsed_json_table(text, "") is not None for text in rest.split(b"\n")[:-1])
     except UserError:
         return False
 

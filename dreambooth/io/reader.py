@@ -135,12 +135,12 @@ def lines(text: str) -> list[str]:
 # --- JSON
 
 
-def read_json(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
-    """The table in a JSON file. Raises UserError as `read_text` and `json_table` do."""
-    return json_table(read_text(path, where, largest), where)
+def read_json_table(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
+    """The table in a JSON file. Raises UserError as `read_text` and `parsed_json_table` do."""
+    return parsed_json_table(read_text(path, where, largest), where)
 
 
-def json_table(text: str | bytes, where: str, *, unique_keys: bool = False) -> dict[str, Any]:
+def parsed_json_table(text: str | bytes, where: str, *, unique_keys: bool = False) -> dict[str, Any]:
     """The table that a JSON text holds. Messages begin with `where`.
 
     Raises UserError if it is not JSON, not a table, has over 64 levels of lists and tables, a number of over

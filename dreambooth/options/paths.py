@@ -120,7 +120,7 @@ def folder_of_run(config: Path) -> Path | None:
 def _is_record(path: Path) -> bool:
     """Whether the file is a run.json of this program."""
     try:
-        record = reader.read_json(path, _RUN_JSON, LARGEST_RECORD)
+        record = reader.read_json_table(path, _RUN_JSON, LARGEST_RECORD)
     except UserError:
         return False
     return isinstance(record.get("flags"), dict) and "pictures" in record

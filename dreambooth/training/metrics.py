@@ -80,7 +80,9 @@ class Progress:
         lines = []
         if first_step > 0 and self.files.is_written(self.path.name):
             lines = reader.read_text(self.path, str(self.path), reader.LARGEST_LOG).split("\n")[:-1]
-        lines = [line for line in lines if reader.json_table(line, str(self.path))["step"] <= first_step]
+        lines = [
+            line for line in lines if reader.parsed_json_table(line, str(self.path))["step"] <= first_step
+        ]
         lines += [json.dumps(self._memory_record(phase, first_step)) for phase in self.memory_by_phase]
         data = "".join(f"{line}\n" for line in lines).encode()
         try:

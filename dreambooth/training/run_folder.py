@@ -106,7 +106,7 @@ def identity(
         "start": start,
     }
     # tuples become lists, as in a record that was read from a file
-    return reader.json_table(json.dumps(record), IDENTITY)
+    return reader.parsed_json_table(json.dumps(record), IDENTITY)
 
 
 def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
@@ -375,7 +375,7 @@ def read_identity(output_dir: Path) -> dict[str, Any] | None:
         return None
     advice = "move it away, or name another folder"
     try:
-        record = reader.read_json(path, f"--output_dir: {shown(path)}", LARGEST_RECORD)
+        record = reader.read_json_table(path, f"--output_dir: {shown(path)}", LARGEST_RECORD)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
     if not _is_identity(record):
