@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dreambooth.files.ownership import check_apart
-from dreambooth.io import writer
+from dreambooth.io import console, writer
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.conversion import (
     COMMANDS,
@@ -36,7 +36,7 @@ def parse_command(words: Sequence[str]) -> Any:
     name, *rest = words or [""]
     if name in ("-h", "--help", "--help_all"):
         lines = "\n".join(f"  {command:<9} {text}" for command, (_, _, text) in COMMANDS.items())
-        print(f"{__doc__}\n\ncommands (each has its own --help):\n{lines}")
+        console.say(f"{__doc__}\n\ncommands (each has its own --help):\n{lines}")
         raise SystemExit(0)
     if name not in COMMANDS:
         fail(f"the first word must be a command, one of {', '.join(COMMANDS)}; got {name!r}")
@@ -99,11 +99,9 @@ def _read_named(path: str, base: Any) -> Adapter:
     base is given.
     """
     adapter = reading.read_additive(Path(path), base.layers() if base else None)
-    for note in adapter.notes:
-        print(f"note: {note}")
+    console.notes(adapter.notes)
     if base:
-        for note in run_info.notes(shown(path), adapter.metadata, base):
-            print(f"note: {note}")
+        console.notes(run_info.notes(shown(path), adapter.metadata, base))
         return adapter
     modules = {
         (component, name): module
@@ -185,7 +183,7 @@ def _write(path: Path, data: bytes) -> None:
         writer.write(path, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {shown(path)}")
+    console.say(f"wrote {shown(path)}")
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -194,20 +192,20 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
         writer.write_folder(folder, files)
     except OSError as error:
         raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {', '.join(shown(folder / name) for name in files)}")
+    console.say(f"wrote {', '.join(shown(folder / name) for name in files)}")
 
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
     """Write a LoRA in the native layout, and print its table."""
     data = writing.write_native(adapter, run_info.of(adapter.metadata), DTYPES[dtype])
-    print(tables.table(adapter))
+    console.say(tables.table(adapter))
     _write(path, data)
 
 
 def _print_kept(kept: Mapping[str, float]) -> None:
     """Print the kept share of the update's energy (its squared Frobenius norm), by component."""
     for component, share in kept.items():
-        print(f"{component}: {share:.4%} of the update's energy is kept")
+        console.say(f"{component}: {share:.4%} of the update's energy is kept")
 
 
 # ---- commands
@@ -216,9 +214,9 @@ def _print_kept(kept: Mapping[str, float]) -> None:
 def inspect(options: InspectOptions) -> None:
     """Print what an adapter holds, and whether it fits the base if one is given."""
     base = _base(options.base)
-    print(tables.report(reading.read(Path(options.adapter), base.layers() if base else None)))
+    console.say(tables.report(reading.read(Path(options.adapter), base.layers() if base else None)))
     if base:
-        print(f"\nfits {shown(options.base.pretrained_model_name_or_path)} ({base.family.name})")
+        console.say(f"\nfits {shown(options.base.pretrained_model_name_or_path)} ({base.family.name})")
 
 
 def convert(options: ConvertOptions) -> None:
@@ -237,7 +235,7 @@ def convert(options: ConvertOptions) -> None:
         adapter = _ranked(options, adapter, base)
     elif options.to == "lora":
         adapter = to_lora(adapter)[0]
-    print(tables.table(adapter))
+    console.say(tables.table(adapter))
     if options.to in ("native", "lora"):
         _write(path, writing.write_native(adapter, info, dtype))
     elif options.to == "kohya":
@@ -246,8 +244,7 @@ def convert(options: ConvertOptions) -> None:
         if base:
             info.setdefault("prediction_type", base.prediction_type)
         _write(path, writing.write_kohya(adapter, family, info, dtype, depth=depth))
-        for note in writing.kohya_notes(adapter):
-            print(f"note: {note}")
+        console.notes(writing.kohya_notes(adapter))
     else:
         _write_folder(folder, writing.write_peft(adapter, layer_names.installed_text_prefixes(), info, dtype))
 
@@ -304,8 +301,7 @@ def merge(options: MergeOptions) -> None:
     path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     base = _base(options.base)
     exact = merge_adapters([(shown(name), _read_named(name, base), weight) for name, weight in named])
-    for note in exact.notes:
-        print(f"note: {note}")
+    console.notes(exact.notes)
     merged, kept = to_lora(exact, options.rank)
     if options.rank:
         _print_kept(kept_shares(exact, kept))
@@ -350,7 +346,7 @@ def extract(options: ExtractOptions) -> None:
         targets |= {part: inject.layers_at(ends, shapes) for part, shapes in layers.items()}
     extraction = base_weights.extract(base.folder, tuned.folder, options.base.variant, targets, options.rank)
     for part, share in extraction.covered.items():
-        print(
+        console.say(
             f"{part}: {share:.4%} of the difference is in the layers of --target_preset"
             f" {options.target_preset}"
         )
@@ -371,20 +367,18 @@ def bake(options: BakeOptions) -> None:
                 f"--adapter: {shown(name)} is {', '.join(adapter.kinds).upper()}, which rotates weights:"
                 f" its own weight must be 1, got {weight:g}"
             )
-        print(f"{shown(name)}, weight {weight:g}", tables.table(adapter), sep="\n")
-        for note in (*adapter.notes, *run_info.notes(shown(name), adapter.metadata, base)):
-            print(f"note: {note}")
+        console.say(f"{shown(name)}, weight {weight:g}\n{tables.table(adapter)}")
+        console.notes([*adapter.notes, *run_info.notes(shown(name), adapter.metadata, base)])
         if skipped := run_info.of(adapter.metadata).get("clip_skip"):
-            print(f"note: {shown(name)} was trained with --clip_skip {skipped}: draw with that flag")
+            console.notes([f"{shown(name)} was trained with --clip_skip {skipped}: draw with that flag"])
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
     try:
         notes = base_weights.bake(base.folder, options.base.variant, list(layers), adapters, folder, dtype)
     except OSError as error:
         raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
-    for note in notes:
-        print(f"note: {note}")
-    print(f"wrote {shown(folder)}")
+    console.notes(notes)
+    console.say(f"wrote {shown(folder)}")
 
 
 _COMMAND_OF: dict[type, Any] = {

@@ -40,8 +40,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     accelerator = peers.accelerator
-    for note in launcher.notes():
-        print(f"note: {note}")
+    peers.say_notes(launcher.notes())
 
     # base, prompt and settings
     folder = Path(options.class_data_dir)
@@ -52,9 +51,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     prompts.check(
         loading.load_tokenizers(base), {"--class_prompt": options.class_prompt}, families.max_tokens(base)
     )
-    if accelerator.is_main_process:
-        for note in prompt_syntax.notes([options.class_prompt]):
-            print(f"note: {note}")
+    peers.say_notes(prompt_syntax.notes([options.class_prompt]))
     settings = class_images.make_settings(
         generation,
         prompt=options.class_prompt,
@@ -68,8 +65,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     # pictures
     peers.say_notes([*base.variant_notes(), *class_images.notes(folder)])
     class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
-    if accelerator.is_main_process:
-        print(f"{folder} holds {generation.num_class_images} class images")
+    peers.say(f"{folder} holds {generation.num_class_images} class images")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import class_images, picture_files
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
-from dreambooth.io import reader, writer
+from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime import launcher, processes
@@ -66,8 +66,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
     device = peers.accelerator.device
-    for note in launcher.notes():
-        print(f"note: {note}")
+    peers.say_notes(launcher.notes())
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
@@ -87,15 +86,14 @@ def infer(options: InferOptions, watch: Watch) -> None:
     # the output folder
     writer.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
-        for note in peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))):
-            print(f"note: {note}")
+        peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))))
         files = WrittenFiles(output_dir, peers.rank)
         names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
         peers.on_main(lambda: check_names(files, names))
         if peers.is_main:
-            print(variants.table(columns, loaded, options.fuse, dtype), end="")
-            for note in variants.notes(options, columns, loaded, base):
-                print(f"note: {note}")
+            if table := variants.table(columns, loaded, options.fuse, dtype):
+                console.say(table)
+            console.notes(variants.notes(options, columns, loaded, base))
             for name in (LIST, SHEET):  # of earlier pictures, which will be replaced
                 files.remove(name)
         peers.barrier()
@@ -274,7 +272,7 @@ def collect(
     files.write(SHEET, pictures.png(sheet, {"contact_sheet": len(records)}))
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
     files.write(LIST, text.encode())
-    print(f"wrote {len(records)} pictures and {SHEET} to {folder}")
+    console.say(f"wrote {len(records)} pictures and {SHEET} to {folder}")
 
 
 if __name__ == "__main__":

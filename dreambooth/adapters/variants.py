@@ -169,7 +169,7 @@ def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype
     """A table for the terminal: a line for each component and kind of each adapter of each variant, then
     notes on clip_skip and on what was left out of an adapter.
 
-    `dtype` is the models'. Each line ends with a newline; without variants and notes the text is "".
+    `dtype` is the models'. Without variants and notes the text is "".
     """
     columns = ("set", "adapter", "component", "kind", "modules", "rank", "weight")
     lines = [_line(*columns)] if loaded else []
@@ -198,7 +198,7 @@ def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype
             "note: the sets are drawn with different clip_skip, as their adapters were trained;"
             " --clip_skip sets one for all"
         )
-    return "".join(f"{line.rstrip()}\n" for line in [*lines, *dict.fromkeys(notes)])
+    return "\n".join(line.rstrip() for line in [*lines, *dict.fromkeys(notes)])
 
 
 def _line(label: str, name: str, component: str, kind: str, modules: Any, sizes: str, weight: str) -> str:

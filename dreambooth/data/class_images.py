@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.data import picture_files, sampling_order
 from dreambooth.files import locks, pictures
-from dreambooth.io import reader, writer
+from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
@@ -412,7 +412,7 @@ def make(
         watch.check()
         if not owners:  # the message appears once
             owners.append(owner)
-            tqdm.write(f"waiting for another run that is making class images in {folder}: {owner}")
+            console.say(f"waiting for another run that is making class images in {folder}: {owner}")
 
     with contextlib.ExitStack() as stack:
         peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait_for)))

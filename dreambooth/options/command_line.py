@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from dreambooth.io import reader
-from dreambooth.io.errors import UserError, printable, shown
+from dreambooth.io import console, reader
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options import help_page, paths, shipped_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
@@ -38,37 +39,48 @@ def parse(
     for word in typed:
         if word in _HELP:
             program = f"{Path(sys.argv[0]).name} {command}".rstrip()
-            print(help_page.page(kind, program, description, is_full=_HELP[word]))
+            console.say(help_page.page(kind, program, description, is_full=_HELP[word]))
             raise SystemExit(0)
     try:
+        _hide_token(kind, typed)
         saved, rest = _take_config(kind, paths.expand_words(shipped_files.located(typed), fields_of(kind)))
     except UserError as error:
         fail(error)
-    rest = _with_repeated_flags_joined(kind, rest)
-    with broken_rules() as broken, _escaped_errors([*saved, *rest]):
-        options = tyro.cli(kind, args=[*saved, *rest], config=_FLAT, use_underscores=True)
+    words = [*saved, *_with_repeated_flags_joined(kind, rest)]
+    with broken_rules() as broken, _escaped_errors():
+        options = tyro.cli(kind, args=words, config=_FLAT, use_underscores=True)
     if broken:
         fail("\n".join(broken))
     return options
 
 
 @contextlib.contextmanager
-def _escaped_errors(words: Sequence[str]) -> Iterator[None]:
-    """Print control characters as escapes in tyro's messages, which quote the words."""
-    if all(word.isprintable() for word in words):
-        yield
-        return
+def _escaped_errors() -> Iterator[None]:
+    """Print tyro's messages, which quote the words, as all others are printed."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
             yield
     finally:
-        sys.stderr.write(printable(messages.getvalue()))
+        if messages.getvalue():
+            console.error(messages.getvalue().rstrip("\n"), "")
+
+
+def _hide_token(kind: type, words: Sequence[str]) -> None:
+    """Hide the value of --hub_token in all messages. Raises UserError if the flag is misspelt."""
+    known = [*fields_of(kind), "hub_token"]
+    for word, value in itertools.pairwise([*words, ""]):
+        flag, is_joined, joined = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("-") and difflib.get_close_matches(name[:80], known, n=1) == ["hub_token"]:
+            console.hide(joined if is_joined else value if not value.startswith("-") else None)
+            if name not in known:
+                raise UserError(f"no flag {shown(flag[:80])}; did you mean --hub_token?")
 
 
 def fail(error: Exception | str) -> NoReturn:
     """Print a message, with a line for each problem, and exit with status 2."""
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    console.error(str(error))
     raise SystemExit(EXIT_USAGE)
 
 
@@ -146,6 +158,8 @@ def config_words(kind: type, path: Path) -> list[str]:
             near = difflib.get_close_matches(str(key)[:80], known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{where}: no flag '{shown(str(key)[:80])}'{hint}")
+        if key == "hub_token":
+            console.hide(str(value))
         if value is not None:
             words += _words_of(key, value, known[key].type, where)
     return shipped_files.located(words if run else paths.expand_words(words, known))
@@ -154,8 +168,7 @@ def config_words(kind: type, path: Path) -> list[str]:
 def _say_once(notes: Iterable[str]) -> None:
     """Print notes on the first of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
-        for note in notes:
-            print(f"note: {note}")
+        console.notes(notes)
 
 
 def _words_of(name: str, value: Any, kind: Any, where: str) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from tqdm import tqdm
 
+from dreambooth.io import console
 from dreambooth.io.errors import UserError, is_memory_error, reason_of, type_and_reason
 from dreambooth.runtime import launcher
 from dreambooth.runtime.stops import Stop, Watch
@@ -71,12 +71,12 @@ class Peers:
     def say(self, text: str) -> None:
         """Print on the main process, above its progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            console.say(text)
 
     def say_notes(self, notes: Iterable[str]) -> None:
         """Print each note on the main process."""
-        for note in notes:
-            self.say(f"note: {note}")
+        if self.is_main:
+            console.notes(notes)
 
     def sync_stop(self) -> None:
         """Raise the same Stop on every process if any of them must end. Called within a step.

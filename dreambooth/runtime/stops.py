@@ -9,11 +9,11 @@ at most, and leaves nothing half done.
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
+from dreambooth.io import console
 from dreambooth.io.errors import is_memory_error
 
 EXIT_FAILED = 1
@@ -99,7 +99,7 @@ def stoppable(max_minutes: float | None = None, *, advice: str = "") -> Iterator
         yield watch
     except Stop as stop:
         kind = "error" if stop.state == "failed" else "note"
-        print(f"{kind}: {stop.reason}{advice and '; '}{advice}", file=sys.stderr, flush=True)
+        console.error(f"{stop.reason}{advice and '; '}{advice}", f"{kind}: ")
         raise SystemExit(stop.exit_code) from None
     finally:
         watch.close()

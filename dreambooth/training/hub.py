@@ -20,6 +20,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io import console
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.training import ReportOptions
 from dreambooth.runtime.stops import Stop
@@ -192,7 +193,7 @@ def publish(reports: ReportOptions, output_dir: Path, card: str, pictures: Seque
     """Write the card and upload it with adapter files and `pictures`. Raises Stop if that fails."""
     try:
         WrittenFiles(output_dir).write(CARD, card.encode())
-        print(f"uploaded to {push(reports, output_dir, pictures)}")
+        console.say(f"uploaded to {push(reports, output_dir, pictures)}")
     except (OSError, UploadFailed) as error:
         raise Stop(str(error)) from None
 

@@ -58,8 +58,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
     peers.say_notes([*checked.init_adapter.notes, *device_notes])
     if options.adapter.dry_run:
-        if peers.is_main:
-            print(adapter_targets.table(checked.base, options.adapter, options.text))
+        peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
     cache = checks.choose_cache(options, len(subject.photos), encoded_dir, subject.folder)
     peers.say_notes(cache.notes)

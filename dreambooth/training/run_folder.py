@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import torch
 from dreambooth.adapter_files import native
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import reader
+from dreambooth.io import console, reader
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options.paths import LARGEST_RECORD
 from dreambooth.options.resolved import ResolvedTrainOptions
@@ -405,7 +404,7 @@ class Status:
         record = {
             "state": state,
             "step": self.step,
-            "reason": reason,
+            "reason": console.without_tokens(reason),
             "exit_code": exit_code,
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -414,7 +413,7 @@ class Status:
             self.files.write(STATUS, (json.dumps(record, indent=1) + "\n").encode())
         except OSError as error:  # a full disk must not hide the error that is being recorded
             path = self.files.folder / STATUS
-            print(f"warning: {path} cannot be written: {error.strerror or error}", file=sys.stderr)
+            console.warn(f"{path} cannot be written: {error.strerror or error}")
 
 
 @contextlib.contextmanager

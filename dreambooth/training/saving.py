@@ -13,6 +13,7 @@ from dreambooth.adapters import inject
 from dreambooth.bases import families
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io import console
 from dreambooth.runtime import environment
 from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
@@ -199,6 +200,5 @@ def write_kohya(adapter: Path, base: families.Base) -> None:
         WrittenFiles(path.parent).write(path.name, data)
     except OSError as error:
         raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
-    print(f"wrote {path}")
-    for note in writing.kohya_notes(content):
-        print(f"note: {note}")
+    console.say(f"wrote {path}")
+    console.notes(writing.kohya_notes(content))
