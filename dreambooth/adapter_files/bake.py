@@ -10,11 +10,10 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,8 +23,9 @@ from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import plain
 from dreambooth.adapter_files.reading import AnyAdapter
 from dreambooth.bases import folders, weight_names
+from dreambooth.files import safetensors_files
 from dreambooth.io import writer
-from dreambooth.io.errors import UserError, reason_of, shown
+from dreambooth.io.errors import UserError, shown
 
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
 _Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> the same with an adapter merged into it
@@ -33,15 +33,6 @@ _WEIGHT_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5
 
 
 # ---- reading
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{shown(path)}: not a complete safetensors file ({reason_of(error)})") from None
 
 
 def _layer(key: str) -> str:
@@ -56,7 +47,8 @@ class _BasePart:
         self.where = shown(folder / part)
         shapes = folders.weight_shapes(folder, part, variant)
         self.shapes = {plain(key): shape for key, shape in shapes.items()}
-        files = [stack.enter_context(_opened(path)) for path in folders.weight_files(folder, part, variant)]
+        paths = folders.weight_files(folder, part, variant)
+        files = [stack.enter_context(safetensors_files.opened(path)) for path in paths]
         self.places = {plain(key): (file, key) for file in files for key in sorted(file.keys())}
 
     def tensor(self, key: str) -> Tensor:
@@ -261,7 +253,7 @@ def _bake_part(
     size = 0
     for file in files:
         name = _plain_name(file.name, variant)
-        with _opened(file) as opened:
+        with safetensors_files.opened(file) as opened:
             tensors = {
                 key: _changed(opened.get_tensor(key), changes.get(_layer(key), []), dtype, f"{part}.{key}")
                 for key in sorted(opened.keys())

@@ -69,8 +69,7 @@ def of_file(
     if beside:
         fields = _json_table(shown(beside), reader.read_text(beside, shown(beside), _LONGEST_TEXT))
         return {component: _config(shown(beside), fields) for component in components}
-    text = metadata.get("lora_adapter_metadata", "{}")
-    content = _json_table(f"{where}: its metadata about the LoRA", text)
+    content = fields_in(metadata, f"{where}: its metadata about the LoRA")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
         owner, _, field = name.rpartition(".")
@@ -100,6 +99,11 @@ def _check_needless(where: str, owner: str, fields: Mapping[str, Any], component
             f"{where}: its metadata has {shown(scales[0][:80])}, which is for no part of this adapter of"
             f" {' and '.join(sorted(components))}: the adapter's scale is uncertain"
         )
+
+
+def fields_in(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The fields of peft's configurations in a file's metadata. Raises UserError as `_json_table` does."""
+    return _json_table(what, metadata.get("lora_adapter_metadata", "{}"))
 
 
 _LONGEST_TEXT = 4 * 2**20  # characters; a table of more takes gigabytes

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.adapter_files import layer_names, native, peft_config, rotations, tensor_names
@@ -27,7 +26,7 @@ from dreambooth.adapter_files.peft_config import AdapterConfig
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
-from dreambooth.io.errors import UserError, few, reason_of, shortened, shown
+from dreambooth.io.errors import UserError, few, shortened, shown
 
 AnyAdapter = Adapter | Rotations
 
@@ -184,7 +183,9 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
         raise UserError(f"{where}: the adapter is empty{only}")
     # the layer of each key, the tensors of each layer, and peft's configuration
     splits = _splits(where, shapes)
-    _check_values(where, header, splits)
+    # some programs store an alpha as a whole number
+    alphas = [key for key, (_, part) in splits.items() if part == "alpha"]
+    safetensors_files.check_values(where, header, splits, alphas)
     names = names or _names_in_file(where, shapes, splits, file.component)
     places = _places(where, shapes, splits, file.component, names)
     tensors = _unfused(where, _tensors(file, places, splits))
@@ -221,20 +222,6 @@ def _notes(where: str, keys: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _check_values(where: str, header: Header, splits: Mapping[str, Split]) -> None:
-    """Raise UserError if a tensor is empty, or not of floating-point numbers.
-
-    An alpha may also be a whole number, as some programs store it.
-    """
-    for key, (_, part) in splits.items():
-        dtype, shape = header.places[key][0], header.shapes[key]
-        if dtype not in safetensors_files.FLOATS and not (part == "alpha" and dtype[0] in "IU"):
-            floats = ", ".join(sorted(safetensors_files.FLOATS))
-            raise UserError(f"{where}: {shown(key)} has dtype {dtype}; it must be one of {floats}")
-        if 0 in shape:
-            raise UserError(f"{where}: {shown(key)} has no values: shape {shape}; the adapter is broken")
-
-
 def _tensors(
     file: _File, places: Mapping[str, Place], splits: Mapping[str, Split]
 ) -> dict[Place, dict[str, Tensor]]:
@@ -242,23 +229,13 @@ def _tensors(
 
     Raises UserError if one is not finite, or occurs twice.
     """
-    where = shown(file.path)
     tensors: dict[Place, dict[str, Tensor]] = {}
-    try:
-        with safe_open(file.path, framework="pt") as opened:
-            for key, place in places.items():
-                part = splits[key][1]
-                tensor = opened.get_tensor(key).float()
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"{where}: {shown(key)} has values that are not finite; the adapter is broken"
-                    )
-                parts = tensors.setdefault(place, {})
-                if part in parts:
-                    raise UserError(f"{where}: {'.'.join(place)} has its {part} twice, in two spellings")
-                parts[part] = tensor
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a complete safetensors file ({reason_of(error)})") from None
+    for key, tensor in safetensors_files.finite_tensors(file.path, places):
+        place, part = places[key], splits[key][1]
+        parts = tensors.setdefault(place, {})
+        if part in parts:
+            raise UserError(f"{shown(file.path)}: {'.'.join(place)} has its {part} twice, in two spellings")
+        parts[part] = tensor
     return tensors
 
 

@@ -8,22 +8,20 @@ a live model. peft computes the rotated weight of one layer at a time, on a copy
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth.adapter_files import layer_names
+from dreambooth.adapter_files import layer_names, peft_config
 from dreambooth.adapter_files.adapter import Row
 from dreambooth.adapter_files.layer_names import COMPONENTS, Layers, Shape
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
-from dreambooth.io.errors import UserError, reason_of, shown
+from dreambooth.io.errors import UserError, shown
 
 Fields = Mapping[str, Any]
 
@@ -43,15 +41,15 @@ class _RotationKind:
     """One kind: the names of its tensors in a layer, its fields, and functions of both.
 
     `problem` returns why tensors of these shapes, with these fields, cannot rotate a weight of that shape; ""
-    if they can. `config` returns peft's configuration for the tensors of one layer. `size` returns the side
-    of a block, or the number of reflections.
+    if they can. `size` returns the side of a block, or the number of reflections, and `of_size` the fields of
+    peft's configuration that state it.
     """
 
     parts: tuple[str, ...]
     fields: Mapping[str, _Field]
     problem: Callable[[Mapping[str, Shape], Shape, Fields], str]
-    config: Callable[[Mapping[str, Tensor], Fields], Any]
     size: Callable[[Mapping[str, Tensor]], int]
+    of_size: Callable[[int], dict[str, int]]
 
 
 def _is_flag(value: object) -> bool:
@@ -69,10 +67,6 @@ def _is_count(value: object) -> bool:
 def _side_of(elements: int) -> int:
     """The side of a skew-symmetric block with this number of entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
-
-
-def _oft_side(tensors: Mapping[str, Tensor]) -> int:
-    return _side_of(tensors["oft_R.weight"].shape[1])
 
 
 def _oft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
@@ -118,27 +112,6 @@ def _hra_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> 
     return ""
 
 
-# peft is imported late: it takes seconds, and reading a file does not need it
-
-
-def _oft_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
-    from peft import OFTConfig
-
-    return OFTConfig(r=0, oft_block_size=_oft_side(tensors), **fields)
-
-
-def _boft_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
-    from peft import BOFTConfig
-
-    return BOFTConfig(boft_block_size=tensors["boft_R"].shape[-1])
-
-
-def _hra_config(tensors: Mapping[str, Tensor], fields: Fields) -> Any:
-    from peft import HRAConfig
-
-    return HRAConfig(r=tensors["hra_u"].shape[1], **fields)
-
-
 _FLAG = "true or false"
 _KINDS = {
     "OFT": _RotationKind(
@@ -151,18 +124,22 @@ _KINDS = {
             "num_cayley_neumann_terms": _Field("a whole number from 1 to 100", _is_count, 5),
         },
         _oft_problem,
-        _oft_config,
-        _oft_side,
+        lambda tensors: _side_of(tensors["oft_R.weight"].shape[1]),
+        lambda size: {"r": 0, "oft_block_size": size},
     ),
     "BOFT": _RotationKind(
-        ("boft_R", "boft_s"), {}, _boft_problem, _boft_config, lambda tensors: tensors["boft_R"].shape[-1]
+        ("boft_R", "boft_s"),
+        {},
+        _boft_problem,
+        lambda tensors: tensors["boft_R"].shape[-1],
+        lambda size: {"boft_block_size": size},
     ),
     "HRA": _RotationKind(
         ("hra_u",),
         {"apply_GS": _Field(_FLAG, _is_flag, False)},
         _hra_problem,
-        _hra_config,
         lambda tensors: tensors["hra_u"].shape[1],
+        lambda size: {"r": size},
     ),
 }
 # Fields of peft that change what the tensors mean. Any value but false, none and empty is refused.
@@ -214,7 +191,7 @@ class Rotations:
 
         Raises UserError if the installed version of peft has other tensors for this kind.
         """
-        from peft import inject_adapter_in_model, set_peft_model_state_dict  # takes seconds
+        import peft  # takes seconds, and reading a file does not need it
 
         from dreambooth.adapter_files import peft_internals
 
@@ -224,15 +201,15 @@ class Rotations:
         copy = peft_internals.stand_in(weight.shape)
         copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
         model = torch.nn.ModuleDict({"layer": copy})
-        config = _KINDS[kind].config(tensors, fields)
-        config.target_modules, config.inference_mode = {"layer"}, True
+        values = _KINDS[kind].of_size(_KINDS[kind].size(tensors)) | fields
+        config = getattr(peft, f"{kind}Config")(target_modules=["layer"], inference_mode=True, **values)
         with torch.random.fork_rng(devices=[]), peft_internals.without_boft_extension():
-            inject_adapter_in_model(config, model, "turning")
+            peft.inject_adapter_in_model(config, model, "turning")
         # the adapter's tensors
         prefix = f"{kind.lower()}_"
         expected = {key for key in model.state_dict() if key.partition(".")[2].startswith(prefix)}
         state = {f"layer.{part}": tensor for part, tensor in tensors.items()}
-        result = set_peft_model_state_dict(model, state, "turning")
+        result = peft.set_peft_model_state_dict(model, state, "turning")
         if result.unexpected_keys or expected & set(result.missing_keys):
             raise UserError(
                 f"{component}.{layer}: this version of peft has other tensors for {kind}:"
@@ -281,9 +258,9 @@ def read(path: Path, header: Header, layers: Layers) -> Rotations:
     ones, or if it does not fit the base.
     """
     where = shown(path)
-    _check_dtypes(where, header)
+    safetensors_files.check_values(where, header, header.shapes)
     places = {key: _place(where, key) for key in header.shapes}
-    content = _content(where, header.metadata)
+    content = peft_config.fields_in(header.metadata, f"{where}: its metadata about the adapter")
     settings = {
         component: _settings(where, component, content)
         for component in sorted({place.component for place in places.values()})
@@ -292,16 +269,6 @@ def read(path: Path, header: Header, layers: Layers) -> Rotations:
     rotations = Rotations(components, settings, header.metadata)
     _check(where, rotations, content, layers)
     return rotations
-
-
-def _check_dtypes(where: str, header: Header) -> None:
-    """Raise UserError for a dtype that is not of floating-point numbers."""
-    allowed = safetensors_files.FLOATS
-    for key, (dtype, _) in header.places.items():
-        if dtype not in allowed:
-            raise UserError(
-                f"{where}: {shown(key)} has dtype {dtype}; it must be one of {', '.join(sorted(allowed))}"
-            )
 
 
 def _place(where: str, key: str) -> _Place:
@@ -323,36 +290,18 @@ def _tensors(
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The file's tensors, float32, by component, layer and part. Raises UserError if one is not finite or of
     another kind than its component."""
-    where = shown(path)
     components: dict[str, dict[str, dict[str, Tensor]]] = {
         name: {} for name in COMPONENTS if name in settings
     }
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key, place in sorted(places.items()):
-                kind, _ = settings[place.component]
-                if place.kind != kind:
-                    raise UserError(
-                        f"{where}: {key} is of {place.kind}, but in its metadata {place.component} has {kind}"
-                    )
-                tensor = file.get_tensor(key).float()
-                if not torch.isfinite(tensor).all():
-                    raise UserError(f"{where}: {key} has values that are not finite; the adapter is broken")
-                components[place.component].setdefault(place.layer, {})[place.part] = tensor
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: not a complete safetensors file ({reason_of(error)})") from None
+    for key, tensor in safetensors_files.finite_tensors(path, sorted(places)):
+        place = places[key]
+        kind, _ = settings[place.component]
+        if place.kind != kind:
+            raise UserError(
+                f"{shown(path)}: {key} is of {place.kind}, but in its metadata {place.component} has {kind}"
+            )
+        components[place.component].setdefault(place.layer, {})[place.part] = tensor
     return components
-
-
-def _content(where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The table of peft's fields in a file's metadata. Raises UserError if it is no JSON table."""
-    try:
-        content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: its metadata about the adapter is not a JSON table")
-    return content
 
 
 def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

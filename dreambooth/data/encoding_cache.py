@@ -32,13 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Version of the files and of how photos and prompts are encoded: entries of other versions are not used.
 _LAYOUT = 1
-_LIMITS = safetensors_files.Limits(
-    header_bytes=2**16,
-    tensors=8,
-    file_bytes=2**34,
-    dtypes=frozenset({"F32", "F16", "BF16"}),
-    empty_tensors=False,
-)
+_LIMITS = safetensors_files.Limits(tensors=8, file_bytes=2**34)
 # the files of this cache and of the decode cache, which share a folder
 _FILE = re.compile(r"(latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json")
 # Seconds. A temporary file that is still written to is younger, even if the clocks of two machines differ.
@@ -175,7 +169,7 @@ class EncodingCache:
             raise _Forbidden(f"{shown(path)} cannot be read (Permission denied)") from None
         except OSError as error:
             raise _Damaged(f"{shown(path)} cannot be read ({error.strerror or error})") from None
-        except SafetensorError as error:  # another program is writing to it
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
             raise _Damaged(f"{shown(path)} is damaged ({reason_of(error)})") from None
         if header.metadata.get("sha256") != _digest(entry.name, tensors):
             raise _Damaged(f"{shown(path)} is not as it was written (its SHA-256 differs)")

@@ -5,15 +5,16 @@ A file may come from anyone. The safetensors library refuses broken headers, but
 tensors (which take 20 seconds) and a key that appears twice. Any characters are allowed in a key: messages
 must not print it unescaped. A file that breaks a rule of the format is called incomplete; one that is over a
 limit of this program is not. Files of other formats are recognized by their first bytes, for a helpful
-message. This module imports torch only to write.
+message. This module imports torch only to read and write tensors.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ _BITS = (
     | dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6)
     | {"F4": 4}
 )
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+# bytes; the format's own limit. Headers may hold pictures and the tags of a whole data set.
+_LARGEST_HEADER = 100_000_000
 _LONGEST_KEY = 512
 _MOST_DIMENSIONS = 8
 # Quotes and brackets of a header for each tensor that is allowed; to parse more takes gigabytes. One tensor
@@ -54,27 +56,16 @@ _MAGIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The largest header, number of tensors and file that are accepted, their dtypes, and whether tensors may
-    be empty."""
+    """The largest number of tensors and of the file's bytes that are accepted. Dtypes are checked where
+    tensors are read."""
 
-    header_bytes: int
     tensors: int
     file_bytes: int
-    dtypes: frozenset[str]
-    empty_tensors: bool
 
 
-# Headers may hold pictures and the tags of a whole data set. Dtypes are checked where tensors are read.
-ADAPTER = Limits(
-    header_bytes=_LARGEST_HEADER,
-    tensors=20_000,
-    file_bytes=2 * 2**30,
-    dtypes=frozenset(_BITS),
-    empty_tensors=True,
-)
-# A base is large and may have indices or masks. Whether a part has the tensors it needs is checked when it is
-# loaded.
-BASE = dataclasses.replace(ADAPTER, tensors=200_000, file_bytes=2**40)
+ADAPTER = Limits(tensors=20_000, file_bytes=2 * 2**30)
+# Whether a part of a base has the tensors it needs is checked when it is loaded.
+BASE = Limits(tensors=200_000, file_bytes=2**40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +110,6 @@ def read(path: Path, limits: Limits) -> Header:
                 raise _Broken(
                     f"its header of {size:,} bytes is over {_LARGEST_HEADER:,}, the limit of the format"
                 )
-            if size > limits.header_bytes:
-                raise _OverLimit(f"its header of {size:,} bytes is over {limits.header_bytes:,}")
             file.seek(8)
             header = file.read(size)
             marks = sum(map(header.count, (b'"', b"[", b"{"))) - header.count(b'\\"')
@@ -179,7 +168,7 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
         raise _Broken("its metadata is not a table of strings")
     if len(content) > limits.tensors:
         raise _OverLimit(f"its {len(content):,} tensors are over {limits.tensors:,}")
-    entries = {key: _entry(key, value, limits) for key, value in content.items()}
+    entries = {key: _entry(key, value) for key, value in content.items()}
     position = 0
     for begin, end, key in sorted((begin, end, key) for key, (_, _, begin, end) in entries.items()):
         if begin != position:
@@ -196,7 +185,7 @@ def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> 
     )
 
 
-def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of a tensor, begin and end in bytes after the header. Raises _Broken or
     _OverLimit."""
     if len(key) > _LONGEST_KEY:
@@ -212,14 +201,50 @@ def _entry(key: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], 
         raise _Broken(f"{name} has an impossible shape or data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise _Broken(f"{name} has dtype {ascii(dtype)[:40]}; the format has {', '.join(sorted(_BITS))}")
-    if dtype not in limits.dtypes:
-        raise _Broken(f"{name} has dtype {dtype}; it must be one of {', '.join(sorted(limits.dtypes))}")
-    if 0 in shape and not limits.empty_tensors:
-        raise _Broken(f"{name} has no values: shape {shape}")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         size = end - begin
         raise _Broken(f"{name} of shape {shape} and dtype {dtype} does not fill its {size} bytes")
     return dtype, shape, begin, end
+
+
+def check_values(where: str, header: Header, keys: Iterable[str], alphas: Container[str] = ()) -> None:
+    """Raise UserError if a tensor of an adapter is empty, or not of floating-point numbers.
+
+    `alphas` are the keys of tensors that may also be of whole numbers.
+    """
+    for key in keys:
+        dtype, shape = header.places[key][0], header.shapes[key]
+        if dtype not in FLOATS and not (key in alphas and dtype[0] in "IU"):
+            allowed = ", ".join(sorted(FLOATS))
+            raise UserError(f"{where}: {shown(key)} has dtype {dtype}; it must be one of {allowed}")
+        if 0 in shape:
+            raise UserError(f"{where}: {shown(key)} has no values: shape {shape}; the adapter is broken")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The library's reader of a file's tensors, for torch. Raises UserError if the file is not complete or
+    cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{shown(path)}: not a complete safetensors file ({reason_of(error)})") from None
+
+
+def finite_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(key, tensor as float32) for each of `keys` of an adapter. Raises UserError as `opened` does, and if a
+    value is not finite."""
+    with opened(path) as file:
+        for key in keys:
+            tensor = file.get_tensor(key).float()
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{shown(path)}: {shown(key)} has values that are not finite; the adapter is broken"
+                )
+            yield key, tensor
 
 
 def stable_bytes(tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str]) -> bytes:
