@@ -4,7 +4,6 @@ them into a base.
 Files may follow the command, as in `convert_adapter.py convert FILE --to kohya --output NEW`, or the
 flag --adapter."""
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from dreambooth.options.conversion import (
     InspectOptions,
     KnownBase,
     MergeOptions,
-    NeededBase,
     ResizeOptions,
 )
 from dreambooth.runtime import startup, stops
@@ -82,7 +80,7 @@ def main(options: Any) -> None:
 # ---- reading
 
 
-def _base(options: KnownBase | NeededBase) -> Any:
+def _base(options: KnownBase) -> Any:
     """The base on disk, a checked `families.Base`; None if no base is given. Raises UserError."""
     model = options.model()
     if model is None:
@@ -329,7 +327,7 @@ def extract(options: ExtractOptions) -> None:
     variant, names = options.base.variant, (options.base.pretrained_model_name_or_path, options.tuned)
     has_variant = [folders.has_variant(Path(name), variant) for name in names]
     variants = [variant if has or not any(has_variant) else None for has in has_variant]
-    base = families.find(dataclasses.replace(options.base.model(), variant=variants[0]))
+    base = families.find(BaseOptions(names[0], revision=options.base.revision, variant=variants[0]))
     try:
         tuned = families.find(BaseOptions(options.tuned, variant=variants[1]))
         layers = layer_names.plain_layers(tuned.layers())

@@ -36,7 +36,7 @@ _BITS = (
     | {"F4": 4}
 )
 # bytes; the format's own limit. Headers may hold pictures and the tags of a whole data set.
-_LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 100_000_000
 _LONGEST_KEY = 512
 _MOST_DIMENSIONS = 8
 # Quotes and brackets of a header for each tensor that is allowed; to parse more takes gigabytes. One tensor
@@ -106,9 +106,9 @@ def read(path: Path, limits: Limits) -> Header:
                     f"its header should have {size:,} bytes, and {info.st_size - 8:,} follow: "
                     "cut off, or no safetensors file"
                 )
-            if size > _LARGEST_HEADER:
+            if size > LARGEST_HEADER:
                 raise _Broken(
-                    f"its header of {size:,} bytes is over {_LARGEST_HEADER:,}, the limit of the format"
+                    f"its header of {size:,} bytes is over {LARGEST_HEADER:,}, the limit of the format"
                 )
             file.seek(8)
             header = file.read(size)

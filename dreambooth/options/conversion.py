@@ -26,36 +26,23 @@ class KnownBase:
     """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`, for each part that has them."""
 
     def __post_init__(self) -> None:
-        named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
-        for name in ("revision", "variant"):
-            is_alone = self.pretrained_model_name_or_path is None and getattr(self, name) is not None
-            require(not is_alone, f"--{name} only works with --pretrained_model_name_or_path")
-        if self.pretrained_model_name_or_path is not None:
-            self.model()
+        if self.model() is None:
+            for name in ("revision", "variant"):
+                is_alone = getattr(self, name) is not None
+                require(not is_alone, f"--{name} only works with --pretrained_model_name_or_path")
 
     def model(self) -> BaseOptions | None:
-        """The base as an option group of the other scripts; None if it is not given."""
+        """The base as an option group, which checks the flags; None if it is not given."""
         name = self.pretrained_model_name_or_path
         return None if name is None else BaseOptions(name, revision=self.revision, variant=self.variant)
 
 
 @dataclasses.dataclass
-class NeededBase:
+class NeededBase(KnownBase):
     """Base model."""
 
-    pretrained_model_name_or_path: PathOrId
+    pretrained_model_name_or_path: PathOrId = dataclasses.field()  # without a default
     """Folder or hub id of the base."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit) of the base."""
-    variant: str | None = None
-    """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`, for each part that has them."""
-
-    def __post_init__(self) -> None:
-        self.model()
-
-    def model(self) -> BaseOptions:
-        """The base as an option group of the other scripts."""
-        return BaseOptions(self.pretrained_model_name_or_path, revision=self.revision, variant=self.variant)
 
 
 def _check_adapters(words: tuple[str, ...], minimum: int) -> None:

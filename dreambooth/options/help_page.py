@@ -68,14 +68,16 @@ def _heading(group: type) -> str:
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
-    """The string under each field in the source of the class, on one line."""
-    (definition,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
+    """The string under each field in the source of the class or of a class that it inherits from, on one
+    line."""
     texts = {}
-    for field, text in itertools.pairwise(definition.body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                texts[name] = " ".join(words.split())
+    for ancestor in reversed(kind.__mro__[:-1]):
+        (definition,) = ast.parse(inspect.getsource(ancestor)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in itertools.pairwise(definition.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    texts[name] = " ".join(words.split())
     return texts
 
 

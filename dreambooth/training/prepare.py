@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,33 +143,17 @@ def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: P
     """Decode and check instance photos and captions. `decoded` holds the photos that earlier runs decoded."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
-    allow_odd = options.allow_odd_photos
-    folder = _check_folder(
-        options, str(photo_set.folder), photo_set.flag, decoded, allow_odd_photos=allow_odd
+    folder = photos.check_folder(
+        photo_set.folder,
+        photo_set.flag,
+        max_pixels=options.max_image_pixels,
+        allow_odd_photos=options.allow_odd_photos,
+        follow_symlinks=options.follow_symlinks,
+        cache=decoded,
     )
     names = [photo.path.name for photo in folder.photos]
     texts, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options)
     return Subject(photo_set.folder, folder, texts, [*photo_set.notes, *folder.notes, *caption_notes])
-
-
-def _check_folder(
-    options: InstanceOptions,
-    folder: str,
-    flag: str,
-    decoded: DecodeCache | None,
-    *,
-    allow_odd_photos: bool,
-    made: Collection[str] = (),
-) -> photos.Folder:
-    return photos.check_folder(
-        folder,
-        flag,
-        max_pixels=options.max_image_pixels,
-        allow_odd_photos=allow_odd_photos,
-        follow_symlinks=options.follow_symlinks,
-        cache=decoded,
-        made=made,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,11 +350,15 @@ def make_class_images(
     prior, instance, base = run.class_images.options, run.options.instance, run.base
     folder, count = prior.class_data_dir, prior.generation.num_class_images
     class_images.make(Path(folder), run.class_images.settings, count, base, peers, watch)
-    # pictures of a tiny base are smaller than photos may be
-    allow_odd = instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE
-    made = class_images.names_made(Path(folder))
-    checked = _check_folder(
-        instance, folder, "--class_data_dir", decoded, allow_odd_photos=allow_odd, made=made
+    checked = photos.check_folder(
+        folder,
+        "--class_data_dir",
+        max_pixels=instance.max_image_pixels,
+        # pictures of a tiny base are smaller than photos may be
+        allow_odd_photos=instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE,
+        follow_symlinks=instance.follow_symlinks,
+        cache=decoded,
+        made=class_images.names_made(Path(folder)),
     )
     peers.say_notes(f"class images: {note}" for note in checked.notes)
     photos.check_disjoint(subject.checked, checked)
