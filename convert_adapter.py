@@ -340,7 +340,7 @@ def extract(options: ExtractOptions) -> None:
     preset = AdapterOptions(target_preset=options.target_preset)
     targets = {"unet": inject.layers_at(inject.unet_targets(preset), layers.pop("unet"))}
     if base.family.trains_text:
-        ends = inject.text_targets(0, 0, preset)
+        ends = inject.text_targets(preset)
         targets |= {part: inject.layers_at(ends, shapes) for part, shapes in layers.items()}
     extraction = base_weights.extract(base.folder, tuned.folder, options.base.variant, targets, options.rank)
     for part, share in extraction.covered.items():

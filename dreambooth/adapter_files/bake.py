@@ -263,11 +263,10 @@ def _bake_part(
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     # several files, or one under another name, need an index
-    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    if next(iter(weight_map.values())) != f"{stem}.safetensors":
+    if next(iter(weight_map.values())) != weight_names.single(part, weight_names.PLAIN):
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (target / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+        (target / weight_names.indexes(part, weight_names.PLAIN)[0]).write_text(text, encoding="utf-8")
     return notes
 
 

@@ -8,6 +8,7 @@ convolution has and a Linear has not.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class LoKr:
 
 
 Module = Lora | LoHa | LoKr
+AnyModule = TypeVar("AnyModule", bound=Module)
 
 
 def kind(module: Module) -> str:
@@ -94,10 +96,10 @@ def factors_by_name(module: LoHa | LoKr) -> dict[str, Tensor | None]:
     }
 
 
-def to(module: Module, device: torch.device) -> Module:
-    """The module with its tensors on the device."""
+def to(module: AnyModule, target: torch.device | torch.dtype) -> AnyModule:
+    """The module with its tensors on the device, or in the dtype."""
     tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    return dataclasses.replace(module, **{n: t.to(device) for n, t in tensors.items() if t is not None})
+    return dataclasses.replace(module, **{n: t.to(target) for n, t in tensors.items() if t is not None})
 
 
 def ndim(module: Module) -> int:
@@ -187,7 +189,7 @@ def as_lora(module: Module) -> Lora:
             # for a wide convolution
             return dataclasses.replace(extract(delta(module), largest)[0], magnitude=module.magnitude)
     up, down = _khatri_rao(module) if isinstance(module, LoHa) else _kronecker(module)
-    lora = Lora(down, up.reshape(*up.shape, *[1] * (down.ndim - 2)), module.magnitude)
+    lora = _shaped(down, up, down.shape[1:], module.magnitude)
     return shrink(lora, min(up.shape[0], math.prod(down.shape[1:])))[0]
 
 
@@ -209,9 +211,7 @@ def _kronecker(module: LoKr) -> tuple[Tensor, Tensor]:
     The singular values and vectors of a Kronecker product are the Kronecker products of those of its factors.
     """
     # in float64: in float32 the rounding of a product a @ b would appear as further ranks
-    tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    doubles = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
-    first, second = LoKr(**doubles).factors()
+    first, second = to(module, torch.float64).factors()
     (u1, s1, v1), (u2, s2, v2) = (
         torch.linalg.svd(factor.flatten(1), full_matrices=False) for factor in (first, second)
     )

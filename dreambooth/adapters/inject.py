@@ -260,30 +260,17 @@ def unet_targets(options: AdapterOptions) -> tuple[str, ...]:
     return options.unet_layers() or _UNET_PRESETS[options.target_preset]
 
 
-def text_targets(
-    layers: int,
-    unused: int,
-    options: AdapterOptions | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> tuple[str, ...]:
-    """The ends of the names of a text encoder's layers that get an adapter.
+def text_targets(options: AdapterOptions) -> tuple[str, ...]:
+    """The ends of the names of a text encoder's layers that get an adapter if the output of all is used."""
+    return options.text_layers() or _TEXT_PRESETS[options.target_preset]
 
-    The encoder has `layers` numbered layers. If the output of the last `unused` is not used, these get no
-    adapter, and the result is the full names of the other layers' projections. `shapes` has all layers of the
-    encoder by name; it is needed if --text_encoder_layers names more than single projections.
-    """
-    options = options or AdapterOptions()
-    ends = options.text_layers() or _TEXT_PRESETS[options.target_preset]
-    if not unused:
-        return ends
-    used = layers - unused
-    # without shapes, the names are built as CLIP has them
-    if shapes is None:
-        return tuple(
-            f"layers.{layer}.{'mlp' if end in ('fc1', 'fc2') else 'self_attn'}.{end}"
-            for layer in range(used)
-            for end in ends
-        )
+
+def used_text_targets(
+    options: AdapterOptions, used: int, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The names of a text encoder's layers that get an adapter if only the first `used` numbered layers have
+    an effect. `shapes` has all layers of the encoder."""
+    ends = text_targets(options)
     numbers = {layer: re.search(r"\blayers\.(\d+)\.", layer) for layer in layers_at(ends, shapes)}
     return tuple(layer for layer, number in numbers.items() if number is None or int(number[1]) < used)
 

@@ -36,7 +36,9 @@ def target_modules(
     if component == "unet":
         return inject.unet_targets(adapter)
     unused = families.unused_layers(base.family, component, text)
-    return inject.text_targets(families.text_layers(base, component), unused, adapter, shapes)
+    if not unused:
+        return inject.text_targets(adapter)
+    return inject.used_text_targets(adapter, families.text_layers(base, component) - unused, shapes)
 
 
 def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:

@@ -143,7 +143,7 @@ def _make(family: Family, options: AdapterOptions, rank: int | None, folder: Pat
             folder / component / f"{'diffusion_pytorch_' if is_unet else ''}model.safetensors",
         )
         weights |= {(component, path): weight for path, weight in own.items()}
-        targets = inject.unet_targets(options) if is_unet else inject.text_targets(12, 0, options)
+        targets = inject.unet_targets(options) if is_unet else inject.text_targets(options)
         added = inject.inject(component, layers, options, targets, seed=0)
         for name, parameter in added.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)

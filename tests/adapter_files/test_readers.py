@@ -20,7 +20,7 @@ def lora_on(family: Family, preset: str) -> Adapter:
     options = AdapterOptions(target_preset=preset)  # type: ignore[arg-type]
     components: dict[str, dict[str, deltas.Module]] = {}
     for component, model in {"unet": base.unet, **base.text}.items():
-        ends = inject.unet_targets(options) if component == "unet" else inject.text_targets(32, 0, options)
+        ends = inject.unet_targets(options) if component == "unet" else inject.text_targets(options)
         for name in layers_of(model):
             if f".{name}".endswith(tuple(f".{end}" for end in ends)):
                 outputs, inputs, *kernel = model.get_submodule(name).weight.shape

@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.kept import XL_UNET
 from dreambooth.adapters import inject
+from dreambooth.options.adapter import AdapterOptions
 from tests import tiny
 
 
@@ -62,14 +63,9 @@ def test_rank_4_trains_so_many_parameters_of_the_full_size_text_encoders(kind, l
     counts = []
     for unused in (0, 1):
         with torch.device("meta"):
-            component = tiny.inject_lora(
-                "text_encoder",
-                kind(config),
-                rank=4,
-                dropout=0.0,
-                targets=inject.text_targets(layers, unused),
-                seed=0,
-            )
+            model = kind(config)
+            targets = inject.used_text_targets(AdapterOptions(), layers - unused, inject.shapes_of(model))
+            component = tiny.inject_lora("text_encoder", model, rank=4, dropout=0.0, targets=targets, seed=0)
         counts.append(sum(p.numel() for _, p in component.named_parameters()))
     assert counts == [
         trained,
