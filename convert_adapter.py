@@ -56,7 +56,7 @@ import torch
 
 from dreambooth.adapter_files import bake as base_weights
 from dreambooth.adapter_files import deltas, layer_names, reading, run_info, tables, writing
-from dreambooth.adapter_files.adapter import Adapter, kept_shares, to_lora
+from dreambooth.adapter_files.adapter import Adapter, to_lora
 from dreambooth.adapter_files.adapter import merge as merge_adapters
 from dreambooth.adapter_files.deltas import Lora
 from dreambooth.adapter_files.layer_names import KohyaFamily
@@ -254,9 +254,8 @@ def _ranked(options: ConvertOptions, adapter: Adapter, base: Any) -> Adapter:
     """
     magnitudes = [kind for kind in adapter.kinds if kind.startswith("d")]
     if not magnitudes:
-        exact, _ = to_lora(adapter)
-        lora, shares = to_lora(exact, options.rank)
-        _print_kept(kept_shares(exact, shares))
+        lora, kept = to_lora(adapter, options.rank)
+        _print_kept(kept)
         return lora
     if not base:
         raise UserError(
@@ -302,16 +301,15 @@ def merge(options: MergeOptions) -> None:
     console.notes(exact.notes)
     merged, kept = to_lora(exact, options.rank)
     if options.rank:
-        _print_kept(kept_shares(exact, kept))
+        _print_kept(kept)
     _save(path, merged, options.dtype)
 
 
 def resize(options: ResizeOptions) -> None:
     """Write a LoRA of a smaller rank."""
     path = _new_file(options.output, options.base.pretrained_model_name_or_path)
-    exact, _ = to_lora(_read_named(options.adapter, _base(options.base)))
-    small, kept = to_lora(exact, options.rank)
-    _print_kept(kept_shares(exact, kept))
+    small, kept = to_lora(_read_named(options.adapter, _base(options.base)), options.rank)
+    _print_kept(kept)
     _save(path, small, options.dtype)
 
 

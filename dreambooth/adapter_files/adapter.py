@@ -81,34 +81,25 @@ class Adapter:
 
 
 def to_lora(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
-    """(the adapter with every module as LoRA or DoRA; by `component.layer`, the share of dW's squared entries
-    that the module keeps).
+    """(the adapter with every module as LoRA or DoRA; by component, the share of the squared entries of all
+    its dW that it keeps).
 
     The conversion is exact without `rank`. With it, modules of larger ranks become the nearest of that rank.
     """
     components: dict[str, dict[str, Module]] = {}
-    shares: dict[str, float] = {}
+    kept: dict[str, float] = {}
     for component, modules in adapter.components.items():
+        loras = components.setdefault(component, {})
+        held = total = 0.0
         for path, module in modules.items():
-            lora = deltas.as_lora(module)
-            lora, shares[f"{component}.{path}"] = deltas.shrink(lora, rank) if rank else (lora, 1.0)
-            components.setdefault(component, {})[path] = lora
-    return Adapter(components, adapter.metadata), shares
-
-
-def kept_shares(adapter: Adapter, module_shares: Mapping[str, float]) -> dict[str, float]:
-    """By component, the share of the squared entries of all its dW that is kept.
-
-    `adapter` is the one before the loss. `module_shares` are the shares of its modules, as `to_lora` returns
-    them.
-    """
-    shares: dict[str, float] = {}
-    for component, norms in adapter.norms().items():
-        squares = {path: norm**2 for path, norm in norms.items()}
-        total = sum(squares.values())
-        kept_total = sum(module_shares[f"{component}.{path}"] * square for path, square in squares.items())
-        shares[component] = kept_total / total if total else 1.0
-    return shares
+            loras[path] = exact = deltas.as_lora(module)
+            if rank is not None:
+                loras[path], share = deltas.shrink(exact, rank)
+                square = deltas.norm(exact) ** 2
+                total += square
+                held += share * square
+        kept[component] = held / total if total else 1.0
+    return Adapter(components, adapter.metadata), kept
 
 
 # ---- merging

@@ -53,16 +53,12 @@ class _FactoredLayer:
         # the model may have active adapters that are not on this layer
         active = [adapter for adapter in self.active_adapters if adapter in self.scaling]
         is_alone = active == [name] and not self.disable_adapters and not self.merged
-        if not is_alone or not self.cast_input_dtype_enabled or _drops(self, name):
+        drops = self.training and (self.rank_dropout[name] or self.module_dropout[name])
+        if not is_alone or not self.cast_input_dtype_enabled or drops:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
         chain = _loha_chain(self, name, x) if isinstance(self, loha.LoHaLayer) else _lokr_chain(self, name)
         return (result + _ChainUpdate.apply(chain, x, *chain.factors)).to(x.dtype)
-
-
-def _drops(layer: Any, name: str) -> bool:
-    """Whether a dropout of the adapter is in effect."""
-    return layer.training and bool(layer.rank_dropout[name] or layer.module_dropout[name])
 
 
 # peft's class -> its subclass with the forward above

@@ -99,8 +99,9 @@ def read(path: Path, limits: Limits) -> Header:
             if info.st_size < 8:
                 raise _Broken(f"it has {info.st_size} bytes; it was not written to its end")
             (size,) = struct.unpack("<Q", start[:8])
-            if (other_format := _other_format(start)) and (size > info.st_size - 8 or start[8:9] != b"{"):
-                raise _Broken(f"it is {other_format}")
+            others = [name for magic, name in _MAGIC.items() if start.startswith(magic)]
+            if others and (size > info.st_size - 8 or start[8:9] != b"{"):
+                raise _Broken(f"it is {others[0]}")
             if size > info.st_size - 8:
                 raise _Broken(
                     f"its header should have {size:,} bytes, and {info.st_size - 8:,} follow: "
@@ -130,11 +131,6 @@ def read(path: Path, limits: Limits) -> Header:
         raise UserError(
             f"{shown(path)}: not a complete safetensors file (it cannot be read: {error.strerror or error})"
         ) from None
-
-
-def _other_format(start: bytes) -> str:
-    """The format of a file by its first bytes, if it is often mistaken for safetensors; else ""."""
-    return next((description for magic, description in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def _json(header: bytes) -> dict[str, Any]:

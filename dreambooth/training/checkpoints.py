@@ -83,7 +83,7 @@ def restore(content: Content, components: list[Component], optimizer: torch.opti
     changed, if the checkpoint does not fit.
     """
     # Read and check everything.
-    state = _adapter_state(content)
+    state = native.by_component(_tensors(content, native.ADAPTER_NAME))
     trained, saved = (" and ".join(sorted(names)) for names in ((c.name for c in components), state))
     if trained != saved:
         raise UserError(f"{_FLAG}: {content.folder} holds an adapter of {saved}; this run trains {trained}")
@@ -125,11 +125,6 @@ def _tensors(content: Content, name: str) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{_FLAG}: {where} has values in {key} that are not finite")
     return tensors
-
-
-def _adapter_state(content: Content) -> dict[str, dict[str, torch.Tensor]]:
-    """The adapter's tensors by component and by peft's key."""
-    return native.by_component(_tensors(content, native.ADAPTER_NAME))
 
 
 def _checked_numbers(

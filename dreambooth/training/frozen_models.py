@@ -10,7 +10,7 @@ from dreambooth.bases import loading, quantization, schedulers
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds
 from dreambooth.data import encoding_cache, encodings
-from dreambooth.data.batches import PhotoRows, Source
+from dreambooth.data.batches import PhotoRows
 from dreambooth.io.errors import shown
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
@@ -63,7 +63,9 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     folder = start.cache.folder if start.cache.mode == "disk" else None
     cache = encoding_cache.EncodingCache(folder, lambda warning: peers.say(f"warning: {warning}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
-    prompts = prompts_of(start.sources, options.validation.validation_prompt)
+    prompts = [prompt for source in start.sources for prompt in source.distinct_prompts()]
+    if options.validation.validation_prompt is not None:
+        prompts += [options.validation.validation_prompt, ""]
     vae = prompt_cache = encoded = None
 
     # text encoders
@@ -94,13 +96,6 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
     return FrozenModels(parts, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast)
-
-
-def prompts_of(sources: Sequence[Source], validation_prompt: str | None) -> list[str]:
-    """Every prompt that a run needs: the prompts of its pictures; for validation, its prompt and the empty
-    one."""
-    trained = [prompt for source in sources for prompt in source.distinct_prompts()]
-    return [*trained, *([validation_prompt, ""] if validation_prompt is not None else [])]
 
 
 def _report_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:

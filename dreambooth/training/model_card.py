@@ -99,7 +99,8 @@ def _public(flags: Mapping[str, Any], base_folder: Path) -> _PublicFlags:
         flag: flags[flag] for flag in _PLACES_OR_IDS if flag in flags and _is_hub_id(flags[flag], base_folder)
     }
     local = [flag for flag in (*_PLACES, *_PLACES_OR_IDS) if flag in flags and flag not in hub_ids]
-    return _PublicFlags({**flags, **{flag: _last_part(flags[flag]) for flag in local}}, hub_ids)
+    last_parts = {flag: os.path.basename(os.path.abspath(flags[flag])) for flag in local}
+    return _PublicFlags({**flags, **last_parts}, hub_ids)
 
 
 def _front_matter(
@@ -278,10 +279,6 @@ def _is_hub_id(name: str, base_folder: Path) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _last_part(place: str) -> str:
-    return os.path.basename(os.path.abspath(place))
 
 
 # --- Markdown and YAML

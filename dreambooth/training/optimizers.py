@@ -297,10 +297,6 @@ _ParamGroups = list[dict[str, Any]]
 _StateTensors = dict[str, _StateTensor]
 
 
-def _no_constants(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class _OptimizerKind:
     """How one optimizer is made, and which fields its state has."""
@@ -313,7 +309,7 @@ class _OptimizerKind:
     """Fields of a parameter's state that are whole numbers."""
     numbers: dict[str, type] = dataclasses.field(default_factory=dict)
     """Fields of a group that are numbers and change with the steps, with their types. No settings."""
-    constants: Callable[[Any, torch.nn.Parameter], dict[str, torch.Tensor]] = _no_constants
+    constants: Callable[[Any, torch.nn.Parameter], dict[str, torch.Tensor]] = lambda *_: {}
     """(optimizer, parameter) -> tensors of the parameter's state that never change and are not stored."""
 
 
