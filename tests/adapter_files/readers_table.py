@@ -1,4 +1,4 @@
-"""What each program makes of each kind of adapter: `python -m tests.adapter_io.readers_table` writes the
+"""What each program makes of each kind of adapter: `python -m tests.adapter_files.readers_table` writes the
 table of docs/adapters.md.
 
 Every adapter is made as training makes it, on layers of Stable Diffusion 1.5 and XL at an eighth of
@@ -26,7 +26,7 @@ from dreambooth.options.adapter import AdapterOptions
 from tests.adapter_files.programs import PROGRAMS, Base, Family, NotReadError
 
 DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
-MARK = "<!-- made: python -m tests.adapter_io.readers_table -->"
+MARK = "<!-- made: python -m tests.adapter_files.readers_table -->"
 
 NARROWER = 8
 FAMILIES: tuple[Family, ...] = ("sd1", "sdxl")
