@@ -6,7 +6,6 @@ is run as a regular expression.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +66,7 @@ def of_file(
     applied.
     """
     if beside:
-        fields = _json_table(shown(beside), reader.read_text(beside, shown(beside), _LONGEST_TEXT))
+        fields = reader.read_json_table(beside, shown(beside), _LONGEST_TEXT)
         return {component: _config(shown(beside), fields) for component in components}
     content = fields_in(metadata, f"{where}: its metadata about the LoRA")
     parts: dict[str, dict[str, Any]] = {}
@@ -102,28 +101,12 @@ def _check_needless(where: str, owner: str, fields: Mapping[str, Any], component
 
 
 def fields_in(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
-    """The fields of peft's configurations in a file's metadata. Raises UserError as `_json_table` does."""
-    return _json_table(what, metadata.get("lora_adapter_metadata", "{}"))
+    """The fields of peft's configurations in a file's metadata. Raises UserError, which begins with
+    `what`, if they are no JSON table."""
+    return reader.parsed_json_table(metadata.get("lora_adapter_metadata", "{}"), what, _LONGEST_TEXT)
 
 
-_LONGEST_TEXT = 4 * 2**20  # characters; a table of more takes gigabytes
-
-
-def _json_table(what: str, text: str) -> dict[str, Any]:
-    """The table in a JSON text. Raises UserError, which begins with `what`, if it is not one or too long."""
-    if len(text) > _LONGEST_TEXT:
-        raise UserError(
-            f"{what}: over {_LONGEST_TEXT:,} characters are too many for the settings of an adapter"
-        )
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{what} is not a JSON table")
-    return content
-
-
+_LONGEST_TEXT = 4 * 2**20  # characters of settings; a table of more takes gigabytes
 _KINDS = ("LORA", "LOHA", "LOKR")
 _MOST_PATTERNS = 5_000  # more than any base has layers; every layer is compared with every pattern
 # Fields of peft that change what the tensors mean. Any value but false, none and empty is refused.

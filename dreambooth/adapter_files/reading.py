@@ -26,6 +26,7 @@ from dreambooth.adapter_files.peft_config import AdapterConfig
 from dreambooth.adapter_files.rotations import Rotations
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import Header
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shortened, shown
 
 AnyAdapter = Adapter | Rotations
@@ -76,7 +77,7 @@ def identity(path: Path) -> Identity:
     hashes = []
     try:
         for file in files:
-            with file.open("rb") as opened:
+            with reader.opened(file) as opened:
                 hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
@@ -199,9 +200,9 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
     for (component, path), parts in sorted(tensors.items()):
         config = configs.get(component, AdapterConfig())
         shape = names.layers[component][path]
-        reader = ModuleReader(f"{where}: {component}.{path}", shape, path, config, hint)
-        module = components.setdefault(component, {})[path] = reader.module(parts)
-        scales.setdefault(component, {})[path] = reader.scale(parts, module.rank)
+        module_reader = ModuleReader(f"{where}: {component}.{path}", shape, path, config, hint)
+        module = components.setdefault(component, {})[path] = module_reader.module(parts)
+        scales.setdefault(component, {})[path] = module_reader.scale(parts, module.rank)
         results = [tensor for tensor in vars(module).values() if isinstance(tensor, Tensor)]
         if not all(torch.isfinite(tensor).all() for tensor in results):
             raise UserError(f"{where}: {component}.{path} is not finite after multiplication by its scale")

@@ -4,13 +4,13 @@ This project's own record is read, and where it has none, the fields of kohya's 
 modelspec standard (`modelspec.*`). docs/adapters.md has a table of these fields.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.adapter_files.layer_names import KohyaFamily
-from dreambooth.io.errors import shortened
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, shortened
 
 if TYPE_CHECKING:  # its libraries take seconds, and most conversions need no base
     from dreambooth.bases import families
@@ -41,10 +41,9 @@ def of(metadata: Mapping[str, str]) -> dict[str, Any]:
     left out.
     """
     try:
-        record = json.loads(metadata.get("dreambooth", "{}"))
-    except (ValueError, RecursionError):
+        record = reader.parsed_json_table(metadata.get("dreambooth", "{}"), "")
+    except UserError:
         record = {}
-    record = dict(record) if isinstance(record, dict) else {}
     if not _is_count(record.get("clip_skip", 0)):
         del record["clip_skip"]
     return _of_other_programs(metadata) | record

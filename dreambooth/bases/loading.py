@@ -36,6 +36,7 @@ from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
 from dreambooth.files import digests, safetensors_files
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.options.training import TextOptions
 
@@ -201,7 +202,7 @@ class _Weight:
         unread = memoryview(b"")
         if tensor.numel():
             unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with self.path.open("rb", buffering=0) as file:
+        with reader.opened(self.path) as file:
             file.seek(self.start)
             while unread:
                 count = file.readinto(unread)

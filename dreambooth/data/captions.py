@@ -7,7 +7,6 @@ faults of these files are reported at once, each with its line, before anything 
 import csv
 import dataclasses
 import io
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -239,10 +238,8 @@ def _json_lines(text: str) -> _Table:
         if not line.strip():
             continue
         try:
-            cells = json.loads(line)
-        except (ValueError, RecursionError):
-            cells = None
-        if not isinstance(cells, dict):
+            cells = reader.parsed_json_table(line, "the line")
+        except UserError:
             problems.append(
                 f'line {number} is no JSON object, as in {{"file_name": "1.png", "text": "..."}}: '
                 f"{shortened(line.strip())}"

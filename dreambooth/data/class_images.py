@@ -35,6 +35,7 @@ from dreambooth.runtime.stops import Stop, Watch
 MANIFEST = "manifest.json"
 _FLAG = "--class_data_dir"
 _NAME = re.compile(r"class-\d{6}\.png")
+_LARGEST = 2**30  # bytes of a picture
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Default number of steps by sampler. With the embedded base, pictures after 25 steps of DPM-Solver++ (arXiv
 # 2211.01095) differ from those after 100 by at most one level of 255, in the median of pictures.
@@ -138,13 +139,13 @@ def _read_manifest(folder: Path) -> _Manifest | None:
     if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(reader.read_text(path, _FLAG))
+        content = reader.read_json_table(path, _FLAG, reader.LARGEST_RECORD)
         # manifests from before --class_scheduler existed have no scheduler
         settings = {"scheduler": "base", **content["settings"]}
         if not _is_valid(settings):
             raise ValueError
         return _Manifest(settings, dict(content["sha256"]))
-    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{_FLAG}: {path} is damaged, or another program's: name another folder, or move it and the"
             " class-*.png files away to make them again"
@@ -171,10 +172,11 @@ def _pending_hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.glob(".class-*.png.sha256")):
         name = path.name[1:].removesuffix(".sha256")
-        if _NAME.fullmatch(name) and path.is_file() and not path.is_symlink():
-            text = path.read_bytes()[:65].decode(errors="replace")
-            if re.fullmatch(r"[0-9a-f]{64}", text):
-                hashes[name] = text
+        if _NAME.fullmatch(name):
+            with contextlib.suppress(UserError):  # another program's
+                data = reader.read_bytes(path, path.name, 64, follow_links=False)
+                if re.fullmatch(rb"[0-9a-f]{64}", data):
+                    hashes[name] = data.decode()
     return hashes
 
 
@@ -265,7 +267,12 @@ def is_complete(folder: Path, settings: ClassImageSettings, total: int) -> bool:
 
 def _is_intact(path: Path, sha256: str | None) -> bool:
     """Whether the picture exists and has this hash."""
-    return sha256 is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    if sha256 is None:
+        return False
+    try:
+        return hashlib.sha256(reader.read_bytes(path, path.name, _LARGEST)).hexdigest() == sha256
+    except UserError:
+        return False
 
 
 def fill(

@@ -13,8 +13,8 @@ from typing import Any
 
 import PIL
 
-from dreambooth.io import writer
-from dreambooth.io.errors import shown
+from dreambooth.io import reader, writer
+from dreambooth.io.errors import UserError, shown
 
 NAME = "photos.json"
 _LAYOUT = 1  # version of the file and of the decoding in photos.py
@@ -83,16 +83,14 @@ def _is_replaceable(path: Path) -> bool:
     """Whether nothing has the file's name, or a file that this program wrote, by its first bytes."""
     if not os.path.lexists(path):
         return True
-    with path.open("rb") as file:
-        return not path.is_symlink() and file.read(len(_START)) == _START
+    with reader.opened(path, follow_links=False) as file:
+        return file.read(len(_START)) == _START
 
 
 def _read(path: Path) -> dict[str, Decoded]:
     """The content of the file; {} if it is missing, damaged or of another version."""
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            return {}
-        content = json.loads(path.read_bytes())
+        content = reader.read_json_table(path, NAME, _LARGEST)
         expected = (_LAYOUT, PIL.__version__, _digest(content["pictures"]))
         if (content["layout"], content["pillow"], content["sha256"]) != expected:
             return {}
@@ -100,5 +98,5 @@ def _read(path: Path) -> dict[str, Decoded]:
             sha256: Decoded((size[0], size[1]), pixels, tuple(remarks))
             for sha256, (size, pixels, remarks) in content["pictures"].items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return {}

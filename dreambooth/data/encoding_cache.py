@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from dreambooth.files import safetensors_files
-from dreambooth.io import writer
+from dreambooth.io import reader, writer
 from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.runtime.stops import Stop
 
@@ -156,11 +156,11 @@ class EncodingCache:
         """The tensors in an entry's file. Raises _Damaged if it cannot be used."""
         path = self._path(entry.name)
         try:
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # opening a pipe would wait otherwise
-            header = safetensors_files.read(path, _LIMITS)
-            if header.shapes != entry.shapes:
-                raise _Damaged(f"{shown(path)} has tensors of other shapes")
-            tensors = load(path.read_bytes())
+            with reader.opened(path) as file:
+                header = safetensors_files.read(path, _LIMITS)
+                if header.shapes != entry.shapes:
+                    raise _Damaged(f"{shown(path)} has tensors of other shapes")
+                tensors = load(file.read())
         except UserError as error:
             raise _Damaged(str(error)) from None
         except FileNotFoundError:

@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth.data import captions, picture_files
 from dreambooth.files import locks
-from dreambooth.io import writer
+from dreambooth.io import reader, writer
 from dreambooth.io.errors import UserError, few, shortened, shown, type_and_reason
 from dreambooth.options.photos import InstanceOptions
 
@@ -228,15 +227,8 @@ def _bytes(cell: Any) -> bytes:
     path = cell.get("path")
     if not isinstance(path, str):
         raise UserError("there is no picture")
-    try:
-        info = os.stat(path)
-        # a data set may name any path, even that of a device
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_PICTURE:
-            raise UserError(f"{shortened(path)} is no picture, or over {_LARGEST_PICTURE:,} bytes")
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the picture {shortened(path)} cannot be read: {reason}") from None
+    # a data set may name any path, even that of a device
+    return reader.read_bytes(Path(path), f"the picture {shortened(path)} cannot be read", _LARGEST_PICTURE)
 
 
 def _suffix(data: bytes) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import io
 import math
-import stat
+import os
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -19,10 +19,12 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from dreambooth.data import picture_files
 from dreambooth.data.decode_cache import DecodeCache, Decoded
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options.photos import MOST_PIXELS
 
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
+LARGEST = 2**33  # bytes of a file: the most pixels, unpacked, with 16 bits a channel
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
 
@@ -160,25 +162,27 @@ def _check(
     """(the photo, remarks). Raises UserError, without the file's name, if it cannot be used."""
     path = folder / name
     try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise UserError("a folder with a picture's ending; rename it, or move it away")
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device could wait forever
-            raise UserError("not a regular file")
-        if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"a link to {shown(path.resolve())}, outside the folder; "
-                "copy the file, or give --follow_symlinks"
-            )
-        if info.st_size == 0:
-            raise UserError("the file is empty")
-        with path.open("rb") as file:
+        with reader.opened(path) as file:
+            if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"a link to {shown(path.resolve())}, outside the folder; "
+                    "copy the file, or give --follow_symlinks"
+                )
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise UserError("the file is empty")
+            if size > LARGEST:
+                raise UserError(f"{size:,} bytes are over {LARGEST:,}; make it smaller")
             kind = picture_files.identify(file.read(picture_files.HEAD))
             if kind.format is None:
                 advice = kind.advice or "save it again or remove it"
                 raise UserError(f"by its content {kind.name}, which is not read; {advice}")
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except IsADirectoryError:
+        raise UserError("a folder with a picture's ending; rename it, or move it away") from None
+    except reader.NotRegular as error:
+        raise UserError(str(error.strerror)) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
     decoded = _decoded(path, digest, max_pixels, cache)
@@ -220,10 +224,7 @@ def load(path: Path) -> Image.Image:
 
 def load_checked(photo: Photo) -> Image.Image:
     """The photo as `load` returns it. Raises UserError if its file has changed since it was checked."""
-    try:
-        data = photo.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{shown(photo.path)} cannot be read: {error.strerror or error}") from None
+    data = reader.read_bytes(photo.path, f"{shown(photo.path)} cannot be read", LARGEST)
     if hashlib.sha256(data).hexdigest() != photo.sha256:
         raise UserError(f"{shown(photo.path)} has changed since the run was started; start again")
     try:

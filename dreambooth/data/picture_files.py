@@ -7,13 +7,13 @@ is decoded in `photos`.
 import dataclasses
 import os
 import re
-import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 from dreambooth.data import captions
 from dreambooth.files import pictures as png_files
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shown
 
 HEAD = 4096  # bytes that decide what a file is
@@ -194,13 +194,12 @@ def _is_caption_file(name: str, stems: set[str]) -> bool:
 def _kind_at(path: Path) -> Kind:
     """What lies at `path`."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return _FOLDER
-        if not stat.S_ISREG(mode):  # opening a pipe or a device could wait forever
-            return _SPECIAL
-        with path.open("rb") as file:
+        with reader.opened(path) as file:
             kind = identify(file.read(HEAD))
+    except IsADirectoryError:
+        return _FOLDER
+    except reader.NotRegular:
+        return _SPECIAL
     except OSError:
         return _UNREADABLE
     # camera raw files of many makers are TIFF files, whose first picture is a thumbnail

@@ -5,6 +5,8 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
+from dreambooth.io import reader
+
 # Large chunks, because after each chunk the thread waits up to 5 ms for Python's lock while imports run.
 _CHUNK = 32 * 2**20
 
@@ -36,7 +38,7 @@ def of(path: Path) -> bytes:
 def _sha256(path: Path, size: int) -> bytes:
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(min(_CHUNK, size + 1)))
-    with path.open("rb", buffering=0) as file:
+    with reader.opened(path) as file:
         while count := file.readinto(chunk):
             digest.update(chunk[:count])
     return digest.digest()

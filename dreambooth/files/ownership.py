@@ -73,7 +73,8 @@ class WrittenFiles:
             size = path.stat().st_size
             # a line of a growing file counts until a line with its last bytes follows
             ends = max((number for number, line in enumerate(lines) if not line.grows), default=-1)
-            growing = [line for line in lines[ends + 1 :] if line.grows and line.size < size]
+            is_log = size <= reader.LARGEST_LOG
+            growing = [line for line in lines[ends + 1 :] if is_log and line.grows and line.size < size]
             exact = {line.sha256 for line in lines if line.size == size}
             with reader.opened(path, follow_links=False) as file:
                 if exact and hashlib.file_digest(file, "sha256").hexdigest() in exact:
@@ -227,7 +228,7 @@ class WrittenFiles:
         for path in self._records():
             with reader.opened(path, follow_links=False) as file:
                 file.seek(self._read_to.get(path, 0))
-                data = file.read(reader.LARGEST_LOG)
+                data = file.read(min(reader.LARGEST_LOG, os.fstat(file.fileno()).st_size))
             data = data[: data.rfind(b"\n") + 1]
             self._read_to[path] = self._read_to.get(path, 0) + len(data)
             for text in data.splitlines():
@@ -254,7 +255,7 @@ def _continues(file: BinaryIO, line: _Line) -> bool:
     file.seek(0)
     if hashlib.sha256(file.read(line.size)).hexdigest() != line.sha256:
         return False
-    rest = file.read(reader.LARGEST_LOG)
+    rest = file.read()
     try:
         return all(reader.parsed_json_table(text, "") is not None for text in rest.split(b"\n")[:-1])
     except UserError:

@@ -6,12 +6,13 @@ The settings also mark a picture as one that this program wrote: it is never tak
 import io
 import json
 import math
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from dreambooth.io import reader
 
 THUMBNAIL = 160  # longer side of a picture on a contact sheet, in pixels
 _KEYWORD = "dreambooth"  # of the text chunk
@@ -42,12 +43,10 @@ def is_marked(path: Path) -> bool:
     again without its text.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe could wait for ever
-            return False
-        with path.open("rb") as file:
+        with reader.opened(path) as file:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
             # the text stands before the pixels; a chunk is length, kind, content, checksum
-            while is_png and len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            while is_png and (head := file.read(8))[4:].isalpha() and head[4:] != b"IDAT":
                 if head[4:] in (b"iTXt", b"tEXt", b"zTXt"):
                     keyword = _KEYWORD.encode() + b"\0"
                     if file.read(len(keyword)) == keyword:

@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import stat
+import os
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, reason_of, shortened, shown
 
 if TYPE_CHECKING:
@@ -89,22 +90,20 @@ def read(path: Path, limits: Limits) -> Header:
     """The header of a file. Raises UserError unless it is within `limits` and describes exactly the bytes
     that follow."""
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
-            raise _Broken("it is not a regular file")
-        if info.st_size > limits.file_bytes:
-            raise _OverLimit(f"{info.st_size:,} bytes are over {limits.file_bytes:,}")
-        with path.open("rb") as file:
+        with reader.opened(path) as file:
+            file_size = os.fstat(file.fileno()).st_size
+            if file_size > limits.file_bytes:
+                raise _OverLimit(f"{file_size:,} bytes are over {limits.file_bytes:,}")
             start = file.read(24)
-            if info.st_size < 8:
-                raise _Broken(f"it has {info.st_size} bytes; it was not written to its end")
+            if len(start) < 8:
+                raise _Broken(f"it has {len(start)} bytes; it was not written to its end")
             (size,) = struct.unpack("<Q", start[:8])
             others = [name for magic, name in _MAGIC.items() if start.startswith(magic)]
-            if others and (size > info.st_size - 8 or start[8:9] != b"{"):
+            if others and (size > file_size - 8 or start[8:9] != b"{"):
                 raise _Broken(f"it is {others[0]}")
-            if size > info.st_size - 8:
+            if size > file_size - 8:
                 raise _Broken(
-                    f"its header should have {size:,} bytes, and {info.st_size - 8:,} follow: "
+                    f"its header should have {size:,} bytes, and {file_size - 8:,} follow: "
                     "cut off, or no safetensors file"
                 )
             if size > LARGEST_HEADER:
@@ -119,8 +118,8 @@ def read(path: Path, limits: Limits) -> Header:
                     f"its header describes more than {limits.tensors:,} tensors, or metadata with as many"
                     f" quotes and brackets ({marks:,})"
                 )
-            content = _json(header)
-        return _checked(content, 8 + size, info.st_size - 8 - size, limits)
+        content = _json(header)
+        return _checked(content, 8 + size, file_size - 8 - size, limits)
     except _Broken as error:
         raise UserError(f"{shown(path)}: not a complete safetensors file ({error})") from None
     except _OverLimit as error:
@@ -135,22 +134,10 @@ def read(path: Path, limits: Limits) -> Header:
 
 def _json(header: bytes) -> dict[str, Any]:
     """The header's content. Raises _Broken if it is no JSON object, or has a key twice."""
-
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "a key"
-            raise _Broken(f"{shown(twice)} appears twice in its header")
-        return content
-
     try:
-        content = json.loads(header.decode("utf-8"), object_pairs_hook=table)
-    except (ValueError, RecursionError) as error:
-        raise _Broken(f"its header is not JSON: {reason_of(error, 100)}") from None
-    if not isinstance(content, dict):
-        raise _Broken("its header is not a table")
-    return content
+        return reader.parsed_json_table(header, "its header", LARGEST_HEADER, unique_keys=True)
+    except UserError as error:
+        raise _Broken(str(error)) from None
 
 
 def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:

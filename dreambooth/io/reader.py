@@ -19,6 +19,7 @@ from typing import Any
 from dreambooth.io.errors import UserError, reason_of, shortened
 
 LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no other limit
+LARGEST_RECORD = 64 * 2**20  # bytes, of this program's records that list every picture
 LARGEST_LOG = 2**30  # bytes, of a file that grows with a run's steps
 _LARGEST_YAML = 2**20  # bytes
 _MOST_LEVELS = 64  # of lists and tables within each other
@@ -83,12 +84,11 @@ def read_bytes(path: Path, where: str, largest: int = LARGEST, *, follow_links: 
     """
     try:
         with opened(path, follow_links=follow_links) as file:
-            data = file.read(largest + 1)
+            if os.fstat(file.fileno()).st_size <= largest:
+                return file.read()
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or reason_of(error)}") from None
-    if len(data) > largest:
-        raise UserError(f"{where}: over {largest:,} bytes, which is too much for such a file")
-    return data
+    raise UserError(f"{where}: over {largest:,} bytes, which is too much for such a file")
 
 
 # --- text
@@ -137,15 +137,19 @@ def lines(text: str) -> list[str]:
 
 def read_json_table(path: Path, where: str, largest: int = LARGEST) -> dict[str, Any]:
     """The table in a JSON file. Raises UserError as `read_text` and `parsed_json_table` do."""
-    return parsed_json_table(read_text(path, where, largest), where)
+    return parsed_json_table(read_text(path, where, largest), where, largest)
 
 
-def parsed_json_table(text: str | bytes, where: str, *, unique_keys: bool = False) -> dict[str, Any]:
-    """The table that a JSON text holds. Messages begin with `where`.
+def parsed_json_table(
+    text: str | bytes, where: str, largest: int = LARGEST, *, unique_keys: bool = False
+) -> dict[str, Any]:
+    """The table that a JSON text of at most `largest` characters holds. Messages begin with `where`.
 
-    Raises UserError if it is not JSON, not a table, has over 64 levels of lists and tables, a number of over
-    32 digits, or, with `unique_keys`, a key twice in a table.
+    Raises UserError if it is longer, not JSON, not a table, has over 64 levels of lists and tables, a number
+    of over 32 digits, or, with `unique_keys`, a key twice in a table.
     """
+    if len(text) > largest:
+        raise UserError(f"{where}: over {largest:,} characters, which is too much for such a text")
     try:
         table = json.loads(text, parse_int=_integer, object_pairs_hook=_unique if unique_keys else None)
     except (ValueError, RecursionError) as error:
@@ -188,12 +192,19 @@ def _check_levels(values: Iterable[Any], where: str, level: int) -> None:
 def read_yaml(path: Path, where: str) -> Any:
     """The content of a YAML file of at most a megabyte; None if it is empty. Messages begin with `where`.
 
-    Raises UserError as `read_text` does, and if it is not YAML, gives a key twice, merges tables (`<<`), or
-    has more than 100,000 values, those behind aliases counted each time.
+    Raises UserError as `read_text` and `parsed_yaml` do.
+    """
+    return parsed_yaml(read_text(path, where, _LARGEST_YAML), where)
+
+
+def parsed_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text holds; None if it is empty. Messages begin with `where`.
+
+    Raises UserError if it is not YAML, gives a key twice, merges tables (`<<`), or has more than 100,000
+    values, those behind aliases counted each time.
     """
     import yaml
 
-    text = read_text(path, where, _LARGEST_YAML)
     # Stand-ins for the characters that YAML 1.1 would take for line ends: three that the text does not have.
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
     stand_ins = "".join(next(unused, "\ufffd") for _ in _WITHIN_LINES)
@@ -231,6 +242,7 @@ def _check_node(node: Any, where: str, table: dict[int, int], sizes: dict[int, i
             for child in entry if isinstance(entry, tuple) else [entry]:
                 size += _check_node(child, where, table, sizes)
             if isinstance(entry, tuple) and isinstance(key := entry[0].value, str):
+                line = f"{where}: line {entry[0].start_mark.line + 1}"
                 if entry[0].tag.endswith(":merge"):
                     raise UserError(f"{line}: tables are not merged (<<); write the values out")
                 if key in keys:

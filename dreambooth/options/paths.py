@@ -31,7 +31,6 @@ PathInOutput = Annotated[str, PathMark("file in output")]
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|[({])")
 _RUN_YAML, _RUN_JSON = "run.yaml", "run.json"  # as training/run_folder.py names them
-LARGEST_RECORD = 64 * 2**20  # bytes of a run.json
 
 
 def mark_of(kind: Any) -> PathMark | None:
@@ -120,7 +119,7 @@ def folder_of_run(config: Path) -> Path | None:
 def _is_record(path: Path) -> bool:
     """Whether the file is a run.json of this program."""
     try:
-        record = reader.read_json_table(path, _RUN_JSON, LARGEST_RECORD)
+        record = reader.read_json_table(path, _RUN_JSON, reader.LARGEST_RECORD)
     except UserError:
         return False
     return isinstance(record.get("flags"), dict) and "pictures" in record

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shortened
 
 _PRECISIONS = ("no", "fp16", "bf16")
@@ -114,6 +115,7 @@ def _too_few_processes() -> list[str]:
 def _command_line(pid: int) -> str:
     """The command line of a process; "" if it cannot be read."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:  # this system has no /proc
+        data = reader.read_bytes(Path(f"/proc/{pid}/cmdline"), "the command line")
+        return data.replace(b"\0", b" ").decode(errors="replace")
+    except UserError:  # this system has no /proc
         return ""

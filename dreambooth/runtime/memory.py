@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError
 
 Reading = Mapping[str, float]
@@ -48,7 +49,8 @@ def _resident() -> dict[str, float]:
     """Bytes of this process in main memory."""
     status = Path("/proc/self/status")
     if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        lines = reader.lines(reader.read_text(status, str(status)))
+        fields = dict(line.split(":", 1) for line in lines)
         if {"VmRSS", "VmHWM"} <= fields.keys():
             now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # "  1234 kB"
             return {"resident_gib": now, "peak_resident_gib": peak}

@@ -18,6 +18,7 @@ from dreambooth.adapter_files import native
 from dreambooth.adapters.inject import Component
 from dreambooth.files import checkpoint_folders, safetensors_files
 from dreambooth.files.checkpoint_folders import Content
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.training import optimizers
 
@@ -67,11 +68,8 @@ def save(
 def read_state(content: Content) -> dict[str, Any]:
     """The `state` that `save` wrote, with the step. Raises UserError if it is damaged."""
     where = content.folder / STATE
-    try:
-        state = json.loads(_file(content, STATE))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{_FLAG}: {where} is damaged ({error})") from None
-    if not isinstance(state, dict) or state.get("step") != content.step:
+    state = reader.parsed_json_table(_file(content, STATE), f"{_FLAG}: {where} is damaged")
+    if state.get("step") != content.step:
         raise UserError(f"{_FLAG}: {where} is damaged (it is not of step {content.step})")
     return state
 

@@ -4,10 +4,10 @@ The functions raise UserError for a mistake that the user must correct. They ret
 but is probably not what the user wants.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -23,6 +23,7 @@ from dreambooth.adapter_files import native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompt_syntax, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
+from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
@@ -348,8 +349,10 @@ def check_no_steps_lost(resume_from: str, run: RunOptions) -> None:
 def _last_record(path: Path, *, whole_file: bool) -> dict[str, Any]:
     """The JSON table in a file, or on its last whole line; {} if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text if whole_file else text.rstrip().rpartition("\n")[2])
-    except (OSError, ValueError):
+        text = reader.read_text(path, path.name, reader.LARGEST_LOG)
+    except UserError:
         return {}
-    return record if isinstance(record, dict) else {}
+    for record in [text] if whole_file else reversed(reader.lines(text)):
+        with contextlib.suppress(UserError):  # a torn line
+            return reader.parsed_json_table(record, path.name)
+    return {}

@@ -16,11 +16,12 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME
-from dreambooth.io.errors import printable
+from dreambooth.io import reader
+from dreambooth.io.errors import UserError, printable
 from dreambooth.options import paths
 from dreambooth.options.command_line import fields_of
 from dreambooth.options.training import TrainOptions
@@ -242,12 +243,15 @@ def _licence(
 def _local_card(base_folder: Path) -> Any:
     """The front matter of the card in the base's folder, {} if it is damaged; None if there is no card."""
     readme = base_folder / CARD
-    if not readme.is_file() or readme.stat().st_size > _LARGEST_CARD:
+    if not readme.is_file():
         return None
     try:
-        return metadata_load(readme) or {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
+        text = reader.read_text(readme, CARD, _LARGEST_CARD)
+        front_matter = REGEX_YAML_BLOCK.search(text)
+        card = reader.parsed_yaml(front_matter[2], CARD) if front_matter else {}
+    except UserError:
         return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _stated(value: object) -> str | list[str] | None:

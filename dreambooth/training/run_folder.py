@@ -22,7 +22,6 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console, reader
 from dreambooth.io.errors import UserError, few, shown
-from dreambooth.options.paths import LARGEST_RECORD
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
@@ -374,7 +373,7 @@ def read_identity(output_dir: Path) -> dict[str, Any] | None:
         return None
     advice = "move it away, or name another folder"
     try:
-        record = reader.read_json_table(path, f"--output_dir: {shown(path)}", LARGEST_RECORD)
+        record = reader.read_json_table(path, f"--output_dir: {shown(path)}", reader.LARGEST_RECORD)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
     if not _is_identity(record):

@@ -118,7 +118,7 @@ def test_a_folder_without_an_adapter_says_what_it_holds(base, tmp_path):
 
 
 METADATA = {
-    "no JSON": ("[", "is not a JSON table"),
+    "no JSON": ("[", "its metadata about the LoRA: not JSON: "),
     "other kind": ('{"unet.peft_type": "OFT"}', "has peft_type = 'OFT'"),
     "other rank": ('{"unet.r": 5, "unet.lora_alpha": 5}', "has rank 4, but its metadata has 5"),
     "odd alpha": (

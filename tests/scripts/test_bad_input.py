@@ -414,13 +414,13 @@ bad(
     only("pytorch_lora_weights.safetensors"),
     "That is an adapter, not a base",
 )
-bad("bases", "index that is no JSON", replaced("model_index.json", b"{"), "model_index.json: not a JSON file")
+bad("bases", "index that is no JSON", replaced("model_index.json", b"{"), "model_index.json: not JSON")
 bad("bases", "index that is a list", replaced("model_index.json", b"[1]"), "must be a JSON object, got list")
 bad(
     "bases",
     "index nested without end",
     replaced("model_index.json", b"[" * 100_000),
-    "model_index.json: not a JSON file",
+    "model_index.json: not JSON",
 )
 bad(
     "bases",
@@ -481,7 +481,7 @@ bad(
     "bases",
     "config that is no JSON",
     replaced("unet/config.json", b"\xff\xfe"),
-    "unet/config.json: not a JSON file",
+    "unet/config.json: not JSON",
 )
 bad(
     "bases",
@@ -624,10 +624,10 @@ header("header of 10^9 bytes", raw(ONE, bytes(16), size=10**9), "1,000,000,000 b
 header("header of 2^64-1 bytes", raw(ONE, bytes(16), size=2**64 - 1), "18,446,744,073,709,551,615 bytes")
 header("short body", raw(ONE, bytes(8)), "cut off")
 header("bytes left over", raw(ONE, bytes(24)), "bytes left over")
-header("header that is no JSON", raw(b"{" * 64), "its header is not JSON")
-header("header that is a list", raw([1]), "its header is not a table")
-header("header nested without end", raw(b"[" * 200_000), "its header is not JSON")
-header("header that is no text", raw(b"\xff" * 64), "its header is not JSON")
+header("header that is no JSON", raw(b"{" * 64), "its header: not JSON")
+header("header that is a list", raw([1]), "its header: must be a JSON object")
+header("header nested without end", raw(b"[" * 200_000), "its header: not JSON")
+header("header that is no text", raw(b"\xff" * 64), "its header: not JSON")
 header("tensors that overlap", raw({K: tensor(), K2: tensor(8, 24)}, bytes(24)), "overlaps")
 header("gap between tensors", raw({K: tensor(), K2: tensor(24, 40)}, bytes(40)), "gap")
 header(
@@ -669,7 +669,7 @@ header(
     "its 30,000 tensors are over 20,000, the most that is read here; the format itself has no such limit",
     is_complete=True,
 )
-header("half of a text", lambda: raw(b'{"' + 4_000_000 * rb"\"", size=8_000_002), "its header is not JSON")
+header("half of a text", lambda: raw(b'{"' + 4_000_000 * rb"\"", size=8_000_002), "its header: not JSON")
 header(
     "metadata in a million fields",
     lambda: raw({"__metadata__": {f"{n}": "" for n in range(300_000)}}),
@@ -863,7 +863,7 @@ bad(
     "no adapter is in this folder",
     "name the .safetensors file itself",
 )
-bad("adapters", "pipe", as_a_pipe, "it is not a regular file")
+bad("adapters", "pipe", as_a_pipe, "it cannot be read: not a regular file")
 bad(
     "adapters",
     "over two gibibytes",
@@ -987,19 +987,19 @@ bad(
     "adapters",
     "metadata nested without end",
     metadata("[" * 200_000),
-    "its metadata about the LoRA is not a JSON table",
+    "its metadata about the LoRA: not JSON: ",
 )
 bad(
     "adapters",
     "number of 6000 digits in the metadata",
     metadata('{"unet.r": ' + "9" * 6000 + "}"),
-    "is not a JSON table",
+    "its metadata about the LoRA: not JSON: a number of 6000 digits",
 )
 bad(
     "adapters",
     "metadata that is no table",
     metadata("[" * 9),
-    "its metadata about the LoRA is not a JSON table",
+    "its metadata about the LoRA: not JSON: ",
 )
 bad(
     "adapters",
