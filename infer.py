@@ -258,7 +258,7 @@ def collect(
     remaining = iter(records)
     for number, variant in enumerate(columns):
         for prompt, seed in variant.jobs:
-            with Image.open(folder / next(remaining)["file"]) as image:
+            with reader.opened(folder / next(remaining)["file"]) as file, Image.open(file) as image:
                 # scaled at once: thousands of pictures at full size are gigabytes
                 thumbnails[number, prompt, seed] = pictures.scaled(image.convert("RGB"), pictures.THUMBNAIL)
     sheet_columns = [(number, seed) for seed in options.seeds for number in range(len(columns))]

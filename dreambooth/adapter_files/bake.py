@@ -266,7 +266,7 @@ def _bake_part(
     if next(iter(weight_map.values())) != weight_names.single(part, weight_names.PLAIN):
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (target / weight_names.indexes(part, weight_names.PLAIN)[0]).write_text(text, encoding="utf-8")
+        writer.write_new(target / weight_names.indexes(part, weight_names.PLAIN)[0], text.encode())
     return notes
 
 
@@ -338,5 +338,5 @@ def _remove_absent_parts(folder: Path, target: Path) -> list[str]:
     ]
     if absent:
         content = index | {part: [None, None] for part in absent}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        writer.write(path, (json.dumps(content, indent=2) + "\n").encode())
     return [f"the base has no folder {part}: it is removed from the new model_index.json" for part in absent]

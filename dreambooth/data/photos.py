@@ -4,6 +4,7 @@
 are in the order of their names, so that a run does not depend on the file system.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -252,10 +253,11 @@ def _decode(
     Without `max_pixels` only the limit MOST_PIXELS holds.
     """
     try:
-        with warnings.catch_warnings(record=True) as warned:
+        source = reader.opened(path) if data is None else contextlib.nullcontext(data)
+        with warnings.catch_warnings(record=True) as warned, source as file:
             # Record all warnings, print none: those on size are errors below, and the others name no file.
             warnings.simplefilter("always")
-            with Image.open(path if data is None else data, formats=picture_files.FORMATS) as image:
+            with Image.open(file, formats=picture_files.FORMATS) as image:
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise _over(max_pixels, image.width, image.height)
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.

@@ -237,6 +237,7 @@ def stable_bytes(tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str]
 
     data = save(dict(sorted(tensors.items())), metadata)
     (size,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    table = reader.parsed_json_table(data[8 : 8 + size], "the header", LARGEST_HEADER)
+    header = json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
