@@ -6,7 +6,7 @@ from typing import Literal
 from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.paths import FilePath, PathOrId
-from dreambooth.options.rules import named, require
+from dreambooth.options.rules import at_least, named, require
 from dreambooth.options.training import BaseOptions
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -64,10 +64,6 @@ def _check_file(output: str) -> None:
     )
 
 
-def _check_rank(rank: int | None) -> None:
-    require(rank is None or rank >= 1, f"--rank must be at least 1, got {rank}")
-
-
 @dataclasses.dataclass
 class InspectOptions:
     """All flags of `inspect`."""
@@ -103,7 +99,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         named("adapter", self.adapter)
-        _check_rank(self.rank)
+        at_least(self, 1, "rank")
         require(
             self.rank is None or self.to in ("lora", "kohya"),
             "--rank only works with --to lora or kohya; the command `resize` lowers the rank of an adapter",
@@ -137,7 +133,7 @@ class MergeOptions:
     def __post_init__(self) -> None:
         _check_adapters(self.adapter, 2)
         _check_file(self.output)
-        _check_rank(self.rank)
+        at_least(self, 1, "rank")
 
 
 @dataclasses.dataclass
@@ -156,7 +152,7 @@ class ResizeOptions:
 
     def __post_init__(self) -> None:
         named("adapter", self.adapter)
-        _check_rank(self.rank)
+        at_least(self, 1, "rank")
         _check_file(self.output)
 
 
@@ -180,7 +176,7 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         named("tuned", self.tuned)
-        _check_rank(self.rank)
+        at_least(self, 1, "rank")
         _check_file(self.output)
 
 

@@ -195,14 +195,6 @@ def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> i
     return peers.broadcast(random.SystemRandom().randrange(2**31))
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassImages:
-    """Which class images a run trains on, and how missing ones are generated."""
-
-    options: ResolvedPriorOptions
-    settings: class_images.ClassImageSettings
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedRun:
     """A run with all its options, and the values that its record (`run_folder.identity`) is made of."""
@@ -217,8 +209,8 @@ class NamedRun:
     claim: output_folder.Claim
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
-    class_images: ClassImages | None
-    """None without prior preservation."""
+    class_images: class_images.ClassImageSettings | None
+    """How missing class images are generated; None without prior preservation."""
     slots: int
     """Micro-batches a step, of all processes."""
     max_steps: int
@@ -306,10 +298,7 @@ def name_run(
     )
     peers.say(f"seed: {seed}")
     fingerprint = base.fingerprint()
-    prior_images = None
-    if prior:
-        settings = class_images.settings_of(prior, base, fingerprint, accelerator.device)
-        prior_images = ClassImages(prior, settings)
+    device = accelerator.device
     counts = [len(subject.photos), *([prior.generation.num_class_images] if prior else [])]
     pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
@@ -328,12 +317,10 @@ def name_run(
         claim=claim,
         crops=crops,
         crops_are_cut_from="latents" if has_latents else "pixels",
-        class_images=prior_images,
+        class_images=class_images.settings_of(prior, base, fingerprint, device) if prior else None,
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
-        environment=run_folder.environment_of(
-            resolved.run, accelerator.device, is_compiled=options.speed.compile
-        ),
+        environment=run_folder.environment_of(resolved.run, device, is_compiled=options.speed.compile),
     )
 
 
@@ -345,11 +332,12 @@ def make_class_images(
 
     Raises UserError if an instance photo is among them.
     """
+    prior, instance, base = run.options.prior, run.options.instance, run.base
     if run.class_images is None:
         return []
-    prior, instance, base = run.class_images.options, run.options.instance, run.base
+    assert isinstance(prior, ResolvedPriorOptions)
     folder, count = prior.class_data_dir, prior.generation.num_class_images
-    class_images.make(Path(folder), run.class_images.settings, count, base, peers, watch)
+    class_images.make(Path(folder), run.class_images, count, base, peers, watch)
     checked = photos.check_folder(
         folder,
         "--class_data_dir",
