@@ -25,12 +25,15 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import families
 from dreambooth.options.training import BaseOptions
+from dreambooth.training import validation
 from tests import tiny
 from tests.running import run_train
 
 # tyro looks for the help of every flag in the source of the options, anew for each command line.
 inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
 torch.set_num_threads(1)  # the same last bits on any machine
+# Steps of a validation picture. tests/bases/test_families.py holds the number that users get.
+validation._INFERENCE_STEPS = 4
 # A shell that runs the tests in its background leaves SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

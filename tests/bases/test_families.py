@@ -31,6 +31,7 @@ from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import BaseOptions, TextOptions, TrainOptions
+from dreambooth.training import validation
 from tests import tiny
 from tests.plain_diffusers import PROMPT, plain_clip
 from tests.running import digest, main_on_two_processes, run_train, train_words
@@ -95,19 +96,18 @@ def run(request, runs) -> Run:
     return runs(request.param)
 
 
+def sampling_steps(kind: str) -> int:
+    """Steps of a validation picture: for Stable Diffusion as many as users get, fewer for the others."""
+    return 25 if kind == "sd" else validation._INFERENCE_STEPS
+
+
 def trained(kind: str, base: Path, photos: Path, out: Path) -> Run:
     torch.set_num_threads(1)
     words = [*STEPS.split(), *WORDS[kind].split()]
-    run_train(
-        base,
-        photos,
-        out,
-        *words,
-        "--validation_steps=2",
-        "--num_validation_images=1",
-        "--validation_prompt",
-        PROMPT,
-    )
+    pictures = ["--validation_steps=2", "--num_validation_images=1", "--validation_prompt", PROMPT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "_INFERENCE_STEPS", sampling_steps(kind))
+        run_train(base, photos, out, *words, *pictures)
     return Run(kind, base, photos, out, words)
 
 
@@ -190,14 +190,14 @@ def test_plain_diffusers_draws_what_infer_draws(run, tmp_path):
 def test_validation_shows_what_plain_diffusers_draws_with_the_files(run):
     """Along the way the adapter in memory, at the end the finished file; to one of 255 levels."""
     scheduler = {"edm": EDMEulerScheduler, "if": DDPMScheduler}.get(run.kind, DPMSolverMultistepScheduler)
-    seed = sampling_order.key(1, "validation", 0)
+    seed, steps = sampling_order.key(1, "validation", 0), sampling_steps(run.kind)
     for path, folder in (
         (run.out / "validation" / "step-000002-00.png", run.out / "checkpoint-2"),
         (run.out / "validation" / "image_0.png", run.out),
     ):
         pipeline = plain_pipeline(run, scheduler)
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_NAME)
-        assert np.abs(plain_picture(run, pipeline, seed, 25) - pixels(path)).max() <= 1, path.name
+        assert np.abs(plain_picture(run, pipeline, seed, steps) - pixels(path)).max() <= 1, path.name
 
 
 @pytest.mark.trains
@@ -457,7 +457,8 @@ def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     pipeline = plain_pipeline(run, DDPMScheduler)
     pipeline.load_lora_weights(tmp_path / "checkpoint-4", weight_name=ADAPTER_NAME)
-    drawn = plain_picture(run, pipeline, sampling_order.key(1, "validation", 0), 25)
+    seed, steps = sampling_order.key(1, "validation", 0), validation._INFERENCE_STEPS
+    drawn = plain_picture(run, pipeline, seed, steps)
     assert np.abs(drawn - pixels(tmp_path / "validation" / "step-000004-00.png")).max() <= 1
 
 

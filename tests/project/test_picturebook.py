@@ -132,12 +132,12 @@ def test_demo_subjects_are_held_out_and_their_pictures_are_what_the_script_draws
 
 @pytest.mark.slow
 def test_reader_is_right_on_fresh_renders():
-    """At least 99 % per attribute; the pictures are found valid."""
-    truths = scenes(200, "fresh")
+    """Every attribute of 60 renders; the pictures are found valid. figures.json has the share of 200."""
+    truths = scenes(60, "fresh")
     pictures = [draw(scene) for scene in truths]
     shares = accuracy(pictures, truths)
-    assert min(shares.values()) >= 0.99, shares
-    assert all(read(picture).valid for picture in pictures[:20])
+    assert min(shares.values()) == 1, shares
+    assert all(read(picture).valid for picture in pictures[:10])
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_reader_is_right_on_fresh_renders():
 )
 def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
     rng = np.random.default_rng(0)
-    truths = scenes(50, "degraded")
+    truths = scenes(25, "degraded")
     shares = accuracy([degraded(draw(scene), blur, sigma, rng) for scene in truths], truths)
     assert all(shares[name] >= share for name, share in least.items()), shares
 
@@ -199,7 +199,7 @@ def test_reader_degrades_slowly_with_blur_and_noise(blur, sigma, least):
 def test_a_reading_above_the_gate_is_right():
     """On renders that are blurred and noisy but pass a gate, 95 % of its attributes are read right."""
     rng = np.random.default_rng(1)
-    truths = scenes(60, "gates")
+    truths = scenes(40, "gates")
     readings = [read(degraded(draw(scene), 1.3, 20, rng)) for scene in truths]
     named = ("kind", "colour", "place", "accessory", "accessory_colour")
     for gate, top, names in (
@@ -262,7 +262,7 @@ def test_invalid_pictures_count_as_wrong_not_as_missing():
 
 @pytest.mark.slow
 def test_spread_is_zero_for_the_prior_and_large_for_one_identity():
-    many = [read(draw(scene)) for scene in scenes(60, "spread")]
+    many = [read(draw(scene)) for scene in scenes(40, "spread")]
     one = [read(draw(Scene("dog", "red", "snow", Identity(1, 2, 3, 0))))] * 20
     assert max(score.spread(many).values()) < 0.3
     assert min(score.spread(one).values()) > 0.7
@@ -297,17 +297,17 @@ def test_the_base_meets_its_targets_and_the_card_repeats_the_figures():
 
 @pytest.mark.slow
 def test_base_draws_what_prompts_ask_for():
-    """A small sample of what the report measures on 512 prompts, with room for the luck of 16."""
+    """A small sample of what the report measures on 512 prompts, with room for the luck of 8."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = [base_report.report_prompt(number) for number in range(16)]
-    images = base_report.draw_prompts(pipeline, prompts, base_report.Options(batch_size=16))
+    prompts = [base_report.report_prompt(number) for number in range(8)]
+    images = base_report.draw_prompts(pipeline, prompts, base_report.Options(batch_size=8))
     scores = score.prompt_scores([read(image) for image in images], prompts)
     assert scores["valid"] >= 0.7, scores
     assert min(scores[name] for name in ("class", "place", "colour", "accessory")) >= 0.75, scores
-    assert base_report.reconstruction_psnr(pipeline.vae, pictures=32) >= base_report.PSNR_TARGET
+    assert base_report.reconstruction_psnr(pipeline.vae, pictures=8) >= base_report.PSNR_TARGET
 
 
 def test_all_colours_can_be_told_apart():
