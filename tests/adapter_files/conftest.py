@@ -7,9 +7,11 @@ import pytest
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from dreambooth.adapter_files import reading
+from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import folders
-from tests.adapter_files.files_made import KINDS, Models, with_adapter
+from tests.adapter_files.files_made import KINDS, Models, peft_file, with_adapter
 
 
 @pytest.fixture(scope="module")
@@ -40,5 +42,19 @@ def adapted(loaded) -> Callable[[str], Models]:
                 name: with_adapter(copy.deepcopy(model), KINDS[kind](name)) for name, model in loaded.items()
             }
         return made[kind]
+
+    return of_kind
+
+
+@pytest.fixture(scope="module")
+def adapter_of(adapted, base, tmp_path_factory) -> Callable[[str], Adapter]:
+    """The adapter of a kind, read from peft's own file, once for each kind."""
+    read: dict[str, Adapter] = {}
+
+    def of_kind(kind: str) -> Adapter:
+        if kind not in read:
+            path = peft_file(tmp_path_factory.mktemp("peft") / "peft.safetensors", adapted(kind))
+            read[kind] = reading.read_additive(path, base)
+        return read[kind]
 
     return of_kind

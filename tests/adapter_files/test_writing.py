@@ -50,11 +50,10 @@ def expect_same_outputs(loaded: Models, models: Models, data: bytes, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_survives_every_layout(kind, adapted, base, tmp_path):
+def test_every_kind_survives_every_layout(kind, adapted, adapter_of, base, tmp_path):
     """From peft's own file, written in our layout and in kohya's, read again: each layer adds what peft
     computes for it."""
-    models = adapted(kind)
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
+    models, adapter = adapted(kind), adapter_of(kind)
     expect_same_deltas(adapter, models)
     for layout in ("native", "kohya"):
         again = read_bytes(rewritten(adapter, layout), tmp_path / f"{layout}.safetensors", base)
@@ -73,21 +72,20 @@ def test_one_component_alone_is_an_adapter(component, layout, adapted, base, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
-def test_any_kind_becomes_the_same_lora(kind, adapted, base, tmp_path):
+def test_any_kind_becomes_the_same_lora(kind, adapted, adapter_of):
     """LoHa and LoKr too, with or without a core, to the last bits of float32."""
-    models = adapted(kind)
-    lora, kept = to_lora(reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base))
+    lora, kept = to_lora(adapter_of(kind))
     assert lora.kinds == ("lora",)
     assert set(kept.values()) == {1.0}
-    expect_same_deltas(lora, models)
+    expect_same_deltas(lora, adapted(kind))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, base, tmp_path):
-    models = adapted(kind)
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float16) for kind in KINDS), ("dora", torch.bfloat16)]
+)
+def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapter_of, base, tmp_path):
+    adapter = adapter_of(kind)
     again = read_bytes(writing.write_kohya(adapter, "sd1", {}, dtype), tmp_path / "half.safetensors", base)
     for component, modules in adapter.components.items():
         for path, module in modules.items():
@@ -103,31 +101,31 @@ def test_half_precision_costs_its_rounding_and_no_more(kind, dtype, adapted, bas
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("kind", LORAS)
-def test_plain_diffusers_loads_lora_from_both_layouts(kind, layout, adapted, loaded, base, tmp_path):
+def test_plain_diffusers_loads_lora_from_both_layouts(kind, layout, adapted, adapter_of, loaded, tmp_path):
     """Mixed ranks and alphas included, which diffusers gets wrong from kohya's files as they usually are."""
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    adapter = adapter_of(kind)
     expect_same_outputs(loaded, adapted(kind), rewritten(adapter, layout), tmp_path)
 
 
 @pytest.mark.slow
-def test_plain_diffusers_loads_dora_from_our_layout(adapted, loaded, base, tmp_path):
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("dora")), base)
+def test_plain_diffusers_loads_dora_from_our_layout(adapted, adapter_of, loaded, tmp_path):
+    adapter = adapter_of("dora")
     expect_same_outputs(loaded, adapted("dora"), writing.write_native(adapter, {}), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["native", "kohya"])
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_plain_diffusers_loads_loha_and_lokr_as_lora(kind, layout, adapted, loaded, base, tmp_path):
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
-    expect_same_outputs(loaded, adapted(kind), rewritten(to_lora(adapter)[0], layout), tmp_path)
+def test_plain_diffusers_loads_loha_and_lokr_as_lora(kind, adapted, loaded, adapter_of, tmp_path):
+    """From our layout and from kohya's in turn: the test of LoRA has both."""
+    layout = ("native", "kohya")[LYCORIS.index(kind) % 2]
+    expect_same_outputs(loaded, adapted(kind), rewritten(to_lora(adapter_of(kind))[0], layout), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("lokr")])
-def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, tmp_path):
+def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, adapter_of, loaded, tmp_path):
     """The metadata make peft cut every factor as the file has it."""
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+    adapter = adapter_of(kind)
     (tmp_path / "native.safetensors").write_bytes(writing.write_native(adapter, {}))
     unet = copy.deepcopy(loaded["unet"])
     unet.load_lora_adapter(tmp_path / "native.safetensors", prefix="unet", use_safetensors=True)
@@ -138,8 +136,8 @@ def test_diffusers_unet_loads_lokr_from_our_layout(kind, adapted, loaded, base, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, base, tmp_path):
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted(kind)), base)
+def test_peft_makes_the_same_modules_from_our_metadata(kind, adapter_of, loaded, tmp_path):
+    adapter = adapter_of(kind)
     (tmp_path / "native.safetensors").write_bytes(data := writing.write_native(adapter, {}))
     (size,) = torch.frombuffer(bytearray(data[:8]), dtype=torch.int64)
     fields = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["lora_adapter_metadata"])
@@ -170,12 +168,11 @@ def test_peft_makes_the_same_modules_from_our_metadata(kind, adapted, loaded, ba
 @pytest.mark.slow
 @needs_lycoris
 @pytest.mark.parametrize("kind", KINDS)
-def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_path):
+def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, adapter_of):
     """With LyCORIS' own functions and its rule for scales."""
     from lycoris.functional import locon, loha, lokr
 
-    models = adapted(kind)
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", models), base)
+    models, adapter = adapted(kind), adapter_of(kind)
     tensors = load(writing.write_kohya(adapter, "sd1", {}))
     stems = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
     for (component, path), layer in tuner_layers(models).items():
@@ -211,8 +208,8 @@ def test_lycoris_computes_the_same_from_our_kohya_file(kind, adapted, base, tmp_
         assert (found.reshape(shape) - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapted, base, tmp_path):
-    adapter = reading.read_additive(peft_file(tmp_path / "peft.safetensors", adapted("mixed ranks")), base)
+def test_kohya_lora_has_one_rank_and_alpha_for_each_component(adapter_of, base, tmp_path):
+    adapter = adapter_of("mixed ranks")
     tensors = load(
         data := writing.write_kohya(
             adapter, "sd2", {"resolution": 768, "seed": 5, "prediction_type": "v_prediction"}

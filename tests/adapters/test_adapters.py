@@ -1,11 +1,8 @@
 """Adapters on models, their files, and plain diffusers, which loads them as they were trained."""
 
 import copy
-import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -288,30 +285,12 @@ def test_tensors_lie_at_multiples_of_eight_after_a_sorted_header(models):
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
-def digest(base: str) -> str:
-    return hashlib.sha256(packed(trained(inject(load_models(Path(base)))))).hexdigest()
-
-
 @pytest.mark.slow
-def test_the_same_adapter_gives_the_same_bytes_in_every_process(tiny_base, models):
+def test_the_same_adapter_gives_the_same_bytes(tiny_base, models):
+    """In other processes, each with an order of its own for sets, too: tests/project/test_faults.py."""
     components = trained(inject(models))
     assert packed(components) == packed(components)
-    code = (
-        "import sys, torch; from tests import conftest; from tests.adapters import test_adapters;"
-        " print(test_adapters.digest(sys.argv[1]))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_base)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    assert done.stdout.split()[-1] == hashlib.sha256(packed(components)).hexdigest()
-    assert digest(str(tiny_base)) == hashlib.sha256(packed(components)).hexdigest()
+    assert packed(trained(inject(load_models(tiny_base)))) == packed(components)
 
 
 @pytest.mark.slow

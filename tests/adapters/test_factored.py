@@ -262,14 +262,13 @@ def predict(unet: Any, number: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize(
-    "config",
+    ("config", "checkpointing"),
     [
-        LoHaConfig(r=2, alpha=2, target_modules=WIDE),
-        LoKrConfig(r=4, alpha=8, target_modules=WIDE, decompose_factor=8),
+        (LoHaConfig(r=2, alpha=2, target_modules=WIDE), False),
+        (LoKrConfig(r=4, alpha=8, target_modules=WIDE, decompose_factor=8), True),
     ],
-    ids=["loha", "lokr"],
+    ids=["loha", "lokr with gradient checkpointing"],
 )
 def test_three_steps_train_the_same_adapter_as_peft(tiny_base, config, checkpointing):
     trained = []

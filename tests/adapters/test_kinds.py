@@ -39,16 +39,12 @@ FULL_SD15 = {
 }
 # Trainable parameters on the UNet of Stable Diffusion 1.5, by kind, rank and layers.
 COUNTS = {
-    ("lora", 4, "attn"): 797_184,
-    ("lora", 8, "attn"): 1_594_368,
     ("lora", 8, "attn_ff"): 3_391_488,
     ("lora", 4, "full"): 4_203_264,
     ("dora", 4, "attn"): 897_024,
     ("loha", 4, "attn"): 1_594_368,
-    ("loha", 4, "full"): 8_406_528,
     ("loha cp", 4, "full"): 4_877_888,
     ("lokr", 4, "attn"): 106_496,
-    ("lokr", 8, "full"): 481_136,
     ("lokr cp", 8, "full"): 391_408,
     ("lokr both", 4, "attn"): 56_000,
     ("oft", None, "attn"): 1_541_568,

@@ -191,7 +191,7 @@ def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(
     request, mine, tmp_path, base, more
 ):
     """Wherever crops are fixed; and random ones of a base in pixels, which has no grid. With class images,
-    and prompts on disk."""
+    and prompts on disk. In the second run of a mode the class images are there."""
     common = [
         *prior_words(tmp_path / "class"),
         "--max_train_steps",
@@ -204,7 +204,7 @@ def test_a_run_is_the_same_with_its_encodings_in_memory_on_disk_or_nowhere(
     if base == "tiny_if":
         common += ["--resolution", "32"]
     digests = set()
-    for mode in ("memory", "disk", "disk", "off"):
+    for mode in ("disk", "memory", "off"):
         out = tmp_path / f"{mode}-{len(list(tmp_path.iterdir()))}"
         digests.add(
             digest(run_train(request.getfixturevalue(base), mine, out, *common, "--cache_latents", mode))
