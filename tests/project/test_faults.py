@@ -27,9 +27,9 @@ def test_one_two_and_four_processes_and_a_resume_between_them_give_the_same_byte
 
 @pytest.mark.trains
 def test_random_faults_leave_the_adapter_as_it_would_have_been(world):
-    found = run_faults.chaos(world, faults=4, share_of_two=0)
+    found = run_faults.chaos(world, faults=2, share_of_two=0)
     assert found["final_hash_equal"]
-    assert found["faults_recovered"] == found["faults_injected"] == 4
+    assert found["faults_recovered"] == found["faults_injected"] == 2
     assert found["steps_lost_max"] <= found["checkpoint_interval"] + 1
 
 
