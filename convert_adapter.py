@@ -175,21 +175,15 @@ def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        if os.path.lexists(path):
-            raise Stop(f"{path} has appeared since the start; move it away, and start again")
-        writer.write(path, data)
-    except OSError as error:
-        raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
+    if os.path.lexists(path):
+        raise Stop(f"{shown(path)} has appeared since the start; move it away, and start again")
+    writer.write(path, data)
     console.say(f"wrote {shown(path)}")
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files, or none. Their keys are paths in the folder."""
-    try:
-        writer.write_folder(folder, files)
-    except OSError as error:
-        raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
+    writer.write_folder(folder, files)
     console.say(f"wrote {', '.join(shown(folder / name) for name in files)}")
 
 
@@ -369,10 +363,7 @@ def bake(options: BakeOptions) -> None:
             console.notes([f"{shown(name)} was trained with --clip_skip {skipped}: draw with that flag"])
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
-    try:
-        notes = base_weights.bake(base.folder, options.base.variant, list(layers), adapters, folder, dtype)
-    except OSError as error:
-        raise Stop(f"{folder} cannot be written: {error.strerror or error}") from None
+    notes = base_weights.bake(base.folder, options.base.variant, list(layers), adapters, folder, dtype)
     console.notes(notes)
     console.say(f"wrote {shown(folder)}")
 

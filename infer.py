@@ -30,7 +30,7 @@ from dreambooth.data import class_images, picture_files
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import console, reader, writer
-from dreambooth.io.errors import UserError, few, shown
+from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
@@ -86,7 +86,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
     # the output folder
     writer.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
-        peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(output_dir, "--output_dir"))))
+        peers.say_notes(locks.hold_for(peers, stack, output_dir, "--output_dir"))
         files = WrittenFiles(output_dir, peers.rank)
         names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
         peers.on_main(lambda: check_names(files, names))
@@ -99,15 +99,10 @@ def infer(options: InferOptions, watch: Watch) -> None:
         peers.barrier()
         # draw
         pipeline = pipelines.load_pipeline(base, dtype, device)
-        try:
-            draw_all(options, pipeline, base, columns, records, loaded, files, peers, watch)
-            peers.barrier()
-            if peers.is_main:
-                collect(options, columns, [record for chunk in records for record in chunk], files)
-        except OSError as error:
-            raise Stop(
-                f"{error.filename or output_dir} cannot be written: {error.strerror or error}"
-            ) from None
+        draw_all(options, pipeline, base, columns, records, loaded, files, peers, watch)
+        peers.barrier()
+        if peers.is_main:
+            collect(options, columns, [record for chunk in records for record in chunk], files)
 
 
 def check_folder(options: InferOptions) -> Path:
@@ -258,9 +253,15 @@ def collect(
     remaining = iter(records)
     for number, variant in enumerate(columns):
         for prompt, seed in variant.jobs:
-            with reader.opened(folder / next(remaining)["file"]) as file, Image.open(file) as image:
-                # scaled at once: thousands of pictures at full size are gigabytes
-                thumbnails[number, prompt, seed] = pictures.scaled(image.convert("RGB"), pictures.THUMBNAIL)
+            path = folder / next(remaining)["file"]
+            try:
+                with reader.opened(path) as file, Image.open(file) as image:
+                    # scaled at once: thousands of pictures at full size are gigabytes
+                    thumbnails[number, prompt, seed] = pictures.scaled(
+                        image.convert("RGB"), pictures.THUMBNAIL
+                    )
+            except OSError as error:
+                raise Stop(f"{shown(path)}, drawn by this run, cannot be read: {reason_of(error)}") from None
     sheet_columns = [(number, seed) for seed in options.seeds for number in range(len(columns))]
     rows = [
         (prompt, [thumbnails.get((number, prompt, seed)) for number, seed in sheet_columns])

@@ -7,9 +7,9 @@ its other files.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -238,7 +238,7 @@ def _bake_part(
     if not changes and dtype is None and not (variant and len(files) > 1):
         _copy_folder(folder / part, variant, target)
         return []
-    target.mkdir()
+    writer.make_folder(target)
     # everything but the weights
     notes = []
     for entry in sorted((folder / part).iterdir()):
@@ -258,7 +258,10 @@ def _bake_part(
                 key: _changed(opened.get_tensor(key), changes.get(_layer(key), []), dtype, f"{part}.{key}")
                 for key in sorted(opened.keys())
             }
-        save_file(tensors, target / name, {"format": "pt"})
+        try:
+            save_file(tensors, target / name, {"format": "pt"})
+        except SafetensorError as error:
+            raise writer.WriteError(errno.EIO, reason_of(error), str(target / name)) from None
         writer.flush(target / name)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -300,7 +303,7 @@ def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
 
     Raises UserError if the variant's weights are in several files.
     """
-    target.mkdir()
+    writer.make_folder(target)
     entries = {entry.name: entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     if variant and (shards := [name for name in entries if f".{variant}" in name and ".index." in name]):
         raise UserError(
@@ -319,8 +322,7 @@ def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     if not source.is_file():
         raise UserError(f"{shown(source)} is not a regular file; a base must hold only files and folders")
-    shutil.copyfile(source, target)
-    writer.flush(target)
+    writer.copy_new(source, target)
 
 
 def _remove_absent_parts(folder: Path, target: Path) -> list[str]:

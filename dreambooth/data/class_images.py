@@ -299,7 +299,7 @@ def fill(
     if is_done:
         return 0
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        writer.make_folder(folder, parents=True)
         _write_manifest(folder, settings)
     wait()
 
@@ -422,7 +422,7 @@ def make(
             console.say(f"waiting for another run that is making class images in {folder}: {owner}")
 
     with contextlib.ExitStack() as stack:
-        peers.on_main(lambda: stack.enter_context(locks.hold(folder, _FLAG, wait_for)))
+        locks.hold_for(peers, stack, folder, _FLAG, wait_for)
         fill(
             folder,
             settings,
@@ -479,5 +479,4 @@ def _write_manifest(folder: Path, settings: ClassImageSettings) -> None:
     content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
     writer.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     for name in pending:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(folder / f".{name}.sha256")
+        writer.remove(folder / f".{name}.sha256")

@@ -332,7 +332,8 @@ def publish(
         _prune(target, step, limit)
     except OSError as error:
         raise PruneFailed(
-            f"{target.name} is saved, but an older checkpoint in {output_dir} could not be removed: {error}"
+            f"{target.name} is saved, but an older checkpoint in {output_dir} could not be removed:"
+            f" {error.strerror or error}"
         ) from error
     return target
 
@@ -354,7 +355,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
         raise FileExistsError(errno.EEXIST, "what has its name is not this program's; move it away")
     try:
         # the files, under a name that is no checkpoint's
-        os.mkdir(temporary)
+        writer.make_folder(temporary)
         for name, data in files.items():
             writer.write_new(temporary / name, data)
         writer.flush(temporary)
@@ -364,9 +365,9 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
                 _remove(replaced, step)  # of a run that died after it had finished its new checkpoint
             keep_old = keep_old and not os.path.lexists(replaced)
             aside = replaced if keep_old else _unused(output_dir / f".bad-step-{step}")
-            os.rename(target, aside)
+            writer.move(target, aside)
             moved = aside
-        os.rename(temporary, target)
+        writer.move(temporary, target)
         placed = True
         writer.flush(output_dir)
         # read back
@@ -375,9 +376,9 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
     except BaseException:
         # undo the renames, the last one first
         if placed:
-            os.rename(target, temporary)
+            writer.move(target, temporary)
         if moved is not None:
-            os.rename(moved, target)
+            writer.move(moved, target)
         # the first error is reported; the next run sweeps what cannot be removed now
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -413,8 +414,8 @@ def _remove(folder: Path, step: int) -> None:
     """Remove a whole checkpoint. It is renamed first, so that no half-removed folder has a checkpoint's
     name."""
     trash = folder.with_name(f".trash-step-{step}-{os.getpid()}-{secrets.token_hex(4)}")
-    os.rename(folder, trash)
-    shutil.rmtree(trash)
+    writer.move(folder, trash)
+    writer.remove(trash)
 
 
 def sweep(output_dir: Path) -> list[str]:
@@ -433,7 +434,7 @@ def sweep(output_dir: Path) -> list[str]:
                 if match is not None:
                     _remove(path, int(match[1]))
                 else:
-                    shutil.rmtree(path)
+                    writer.remove(path)
             except OSError as error:
                 raise UserError(
                     f"--output_dir: {path}, left by a run that died, cannot be removed ({error.strerror})"

@@ -106,7 +106,7 @@ class WrittenFiles:
         another program has written a file with the record's name."""
         try:
             if os.path.lexists(self.path):
-                os.close(self._open_record())
+                self._is_torn()
             taken = self.foreign(names)
         except FileExistsError:
             taken = [self.path.name]
@@ -134,7 +134,7 @@ class WrittenFiles:
         temporary = writer.temporary(path)
         line = {"temporary": str(PurePosixPath(name).with_name(temporary.name))}
         self.record(name, len(data), hashlib.sha256(data).hexdigest(), grows=grows, **line)
-        path.parent.mkdir(exist_ok=True)
+        writer.make_folder(path.parent)
         writer.write(path, data, temporary)
 
     def record(self, name: str, size: int, sha256: str, *, grows: bool = False, **more: str) -> None:
@@ -142,19 +142,12 @@ class WrittenFiles:
         line = {"file": name, "size": size, "sha256": sha256, **({"grows": True} if grows else {}), **more}
         if not os.path.lexists(self.path):
             writer.write(self.path, _HEADER)
-        descriptor = self._open_record()
-        try:
-            end = os.fstat(descriptor).st_size
-            is_torn = os.pread(descriptor, 1, end - 1) != b"\n"
-            writer.write_all(descriptor, b"\n" * is_torn + json.dumps(line).encode() + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        writer.append(self.path, b"\n" * self._is_torn() + json.dumps(line).encode() + b"\n")
 
     def remove(self, name: str) -> None:
         """Remove the file if `is_written`. Raises OSError."""
         if self.is_written(name):
-            (self.folder / name).unlink()
+            writer.remove(self.folder / name)
 
     def sweep(self) -> list[str]:
         """Remove temporary files that processes of this program left when they died. Returns their names.
@@ -172,7 +165,7 @@ class WrittenFiles:
             for name in (*sorted(self._temporaries), *headers):
                 path = self._plain_path(name)
                 if path is not None:
-                    path.unlink()
+                    writer.remove(path)
                     swept.append(name)
         return swept
 
@@ -193,24 +186,21 @@ class WrittenFiles:
         except (OSError, ValueError):  # ValueError: no name that a file can have
             return None
 
-    def _open_record(self) -> int:
-        """The record, opened to append. Raises FileExistsError if this program did not write it."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        reason = "it is no record of this program; move it away"
+    def _is_torn(self) -> bool:
+        """Whether the record's last line is half a line. Raises FileExistsError if this program did not write
+        the record."""
         try:
-            descriptor = os.open(self.path, flags)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise FileExistsError(errno.EEXIST, reason, str(self.path)) from None
-            raise
-        size, is_file = os.fstat(descriptor).st_size, stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if is_file and os.pread(descriptor, len(_HEADER), 0) == _HEADER:
-            tail = os.pread(descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
-            end = tail.rpartition(b"\n")[2].rstrip(b"\0")  # after a power cut a file may end in zeros
-            # a torn line is of a process that died; anything else was added by somebody
-            if _LINE_START.startswith(end[: len(_LINE_START)]):
-                return descriptor
-        os.close(descriptor)
+            with reader.opened(self.path, follow_links=False) as file:
+                is_record = file.read(len(_HEADER)) == _HEADER
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_LINE))
+                end = file.read().rpartition(b"\n")[2]
+        except (reader.NotRegular, IsADirectoryError):
+            is_record = False
+        # A torn line is of a process that died, and after a power cut it may end in zeros. Anything else was
+        # added by somebody.
+        if is_record and _LINE_START.startswith(end.rstrip(b"\0")[: len(_LINE_START)]):
+            return bool(end)
+        reason = "it is no record of this program; move it away"
         raise FileExistsError(errno.EEXIST, reason, str(self.path))
 
     def _records(self) -> Iterator[Path]:

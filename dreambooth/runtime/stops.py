@@ -7,6 +7,7 @@ at most, and leaves nothing half done.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dreambooth.io import console
-from dreambooth.io.errors import is_memory_error
+from dreambooth.io.errors import is_memory_error, shown
+from dreambooth.io.writer import FolderLost, WriteError
 
 EXIT_FAILED = 1
 EXIT_TIME = 75  # EX_TEMPFAIL of sysexits.h: the user may start the run again to continue it
@@ -96,7 +98,8 @@ def stoppable(max_minutes: float | None = None, *, advice: str = "") -> Iterator
     watch = Watch(max_minutes)
     watch.is_immediate = True
     try:
-        yield watch
+        with write_errors_explained():
+            yield watch
     except Stop as stop:
         kind = "error" if stop.state == "failed" else "note"
         console.error(f"{stop.reason}{advice and '; '}{advice}", f"{kind}: ")
@@ -120,6 +123,25 @@ def _has_launcher() -> bool:
 def _handled_signals() -> list[signal.Signals]:
     """SIGNALS without those that the parent process ignores, as nohup does with SIGHUP."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def write_errors_explained() -> Iterator[None]:
+    """Turn a failed write within the block into a Stop that names the file and the reason.
+
+    Libraries write too: their errors are told from others by what only a disk reports.
+    """
+    try:
+        yield
+    except FolderLost as error:
+        raise Stop(str(error)) from None
+    except OSError as error:
+        name = shown(error.filename or "a file")
+        if isinstance(error, WriteError | FileExistsError):
+            raise Stop(f"{name} cannot be written: {error.strerror}") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise Stop(f"{name}: {error.strerror}") from None
+        raise
 
 
 @contextlib.contextmanager

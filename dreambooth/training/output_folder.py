@@ -83,7 +83,7 @@ def claim(
             peers.say(
                 f"note: removed half-written files of runs that died from {shown(cache.folder)}: {names}"
             )
-    peers.say_notes(peers.on_main(lambda: stack.enter_context(locks.hold(folder, "--output_dir"))))
+    peers.say_notes(locks.hold_for(peers, stack, folder, "--output_dir"))
     if swept := peers.on_main(lambda: checkpoint_folders.sweep(folder) + WrittenFiles(folder).sweep()):
         peers.say(f"note: removed half-written files of a run that died: {', '.join(swept)}")
     if resume_from is None:

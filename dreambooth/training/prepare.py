@@ -33,7 +33,7 @@ from dreambooth.options.resolved import (
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
-from dreambooth.runtime.stops import Watch, memory_errors_explained
+from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained
 from dreambooth.training import adapter_targets, checks, hub, metrics, output_folder, rates, run_folder
 from dreambooth.training.start import Start
 
@@ -72,6 +72,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
+    stack.enter_context(write_errors_explained())
     stack.enter_context(memory_errors_explained())
 
     # class images

@@ -329,20 +329,17 @@ def begin(
 ) -> None:
     """Write run.json and run.yaml. A run resumed in its folder keeps its run.json, and an edited run.yaml.
 
-    `overwrite` first removes `removable`. Raises Stop if a file cannot be removed or written.
+    `overwrite` first removes `removable`. Raises OSError if a file cannot be removed or written.
     """
     files = WrittenFiles(output_dir)
-    try:
-        if not is_resumed:
-            if overwrite:
-                checkpoint_folders.remove(output_dir)
-                for name in _removable_files(files):
-                    files.remove(name)
-            files.write(IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
-        if not (is_resumed and is_edited(output_dir)):
-            files.write(OPTIONS, run_yaml.encode())
-    except OSError as error:
-        raise Stop(f"{error.filename} cannot be written: {error.strerror or error}") from None
+    if not is_resumed:
+        if overwrite:
+            checkpoint_folders.remove(output_dir)
+            for name in _removable_files(files):
+                files.remove(name)
+        files.write(IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
+    if not (is_resumed and is_edited(output_dir)):
+        files.write(OPTIONS, run_yaml.encode())
 
 
 def is_edited(output_dir: Path) -> bool:

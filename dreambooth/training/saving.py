@@ -15,7 +15,6 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console
 from dreambooth.runtime import environment
-from dreambooth.runtime.stops import Stop
 from dreambooth.training import checkpoints, optimizers, run_folder
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
@@ -130,12 +129,9 @@ class Saver:
         self.peers.barrier()
 
     def save_adapter(self, step: int) -> None:
-        """Write the finished adapter. Raises Stop if it cannot be written."""
+        """Write the finished adapter. Raises OSError if it cannot be written."""
         if self.peers.is_main:
-            try:
-                self._write_adapter(step)
-            except OSError as error:
-                raise Stop(f"{self.adapter} cannot be written: {error.strerror or error}") from None
+            self._write_adapter(step)
             mebibytes = self.adapter.stat().st_size / 2**20
             self.peers.say(f"wrote {self.adapter} ({mebibytes:.2f} MiB)")
         self.peers.barrier()
@@ -188,7 +184,7 @@ class Saver:
 def write_kohya(adapter: Path, base: families.Base) -> None:
     """Write the finished adapter in kohya's format beside it, as `convert_adapter.py convert` does.
 
-    Raises Stop if it cannot be written.
+    Raises OSError if it cannot be written.
     """
     assert base.kohya_family is not None  # checked with the flags
     layers = base.layers()
@@ -196,9 +192,6 @@ def write_kohya(adapter: Path, base: families.Base) -> None:
     info = run_info.of(content.metadata) | {"prediction_type": base.prediction_type}
     data = writing.write_kohya(content, base.kohya_family, info, depth=depth)
     path = adapter.with_name(native.KOHYA_NAME)
-    try:
-        WrittenFiles(path.parent).write(path.name, data)
-    except OSError as error:
-        raise Stop(f"{path} cannot be written: {error.strerror or error}") from None
+    WrittenFiles(path.parent).write(path.name, data)
     console.say(f"wrote {path}")
     console.notes(writing.kohya_notes(content))

@@ -336,7 +336,7 @@ def test_an_adapter_that_does_not_fit_in_the_end_is_an_error(
 
     def full(path, data, *temporary):
         if path.name == native.ADAPTER_NAME:
-            raise OSError(28, "No space left on device")
+            raise writer.WriteError(28, "No space left on device", str(path))
         real(path, data, *temporary)
 
     monkeypatch.setattr(writer, "write", full)
