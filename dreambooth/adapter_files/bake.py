@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from dreambooth.adapter_files.reading import AnyAdapter
 from dreambooth.bases import folders, weight_names
 from dreambooth.files import safetensors_files
 from dreambooth.io import writer
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import UserError, reason_of, shown
 
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
 _Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> the same with an adapter merged into it
