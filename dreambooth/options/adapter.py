@@ -5,10 +5,10 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from dreambooth.options.paths import FilePath
-from dreambooth.options.rules import at_least, is_default, named, require
+from dreambooth.options.rules import Decay, Group, Range, Rank, is_default, require
 
 # Flags that only work with some kinds.
 _KINDS_OF_FLAG = {
@@ -30,9 +30,12 @@ _KINDS_OF_FLAG = {
     "boft_block_size": ("boft",),
 }
 
+Alpha = Annotated[float, Range(0, 2**16, over=True)]
+BlockSize = Annotated[int, Range(2, 2**16)]
+
 
 @dataclasses.dataclass
-class AdapterOptions:
+class AdapterOptions(Group):
     """Adapter."""
 
     adapter: Literal["lora", "loha", "lokr", "oft", "boft", "hra"] = "lora"
@@ -40,12 +43,12 @@ class AdapterOptions:
     layers only), BOFT (2311.06243) or HRA (2405.17484). diffusers loads LoRA files; LoHa and LoKr files are
     for ComfyUI and A1111, by --output_kohya_format or convert_adapter.py; only infer.py loads the last
     three."""
-    rank: int = 4
+    rank: Rank = 4
     """Rank of the update matrices. For HRA: the number of reflections, which is even. OFT and BOFT have block
     sizes instead."""
-    lora_alpha: float | None = None
+    lora_alpha: Alpha | None = None
     """The update is scaled by alpha / rank; adapter files hold the scaled update. Default: the rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: Decay = 0.0
     """LoRA: dropout on the input of the update matrices during training."""
     use_dora: bool = False
     """LoRA: DoRA (arXiv 2402.09353), which also trains the magnitude of each output. For diffusers and
@@ -53,26 +56,26 @@ class AdapterOptions:
     use_rslora: bool = False
     """LoRA: scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small
     ones."""
-    text_encoder_rank: int | None = None
+    text_encoder_rank: Rank | None = None
     """Rank in the text encoder. Default: --rank."""
-    text_encoder_alpha: float | None = None
+    text_encoder_alpha: Alpha | None = None
     """Alpha in the text encoder. Default: --text_encoder_rank if that is given, else --lora_alpha."""
-    text_encoder_dropout: float | None = None
+    text_encoder_dropout: Decay | None = None
     """Dropout in the text encoder. Default: --lora_dropout."""
-    rank_dropout: float = 0.0
+    rank_dropout: Decay = 0.0
     """LoHa and LoKr: probability of dropping a rank during training."""
-    module_dropout: float = 0.0
+    module_dropout: Decay = 0.0
     """LoHa, LoKr and OFT: probability of leaving out a layer's update in a training step."""
     decompose_both: bool = False
     """LoKr: decompose both Kronecker factors into low-rank matrices."""
-    decompose_factor: int = -1
+    decompose_factor: Annotated[int, Range(-1, 2**16)] = -1
     """LoKr: largest side of the first Kronecker factor; -1 divides each width as evenly as possible. LyCORIS
     cannot read layers in which it is over the root of the width."""
     use_effective_conv2d: bool = False
     """LoHa and LoKr: decompose 3 x 3 kernels too (CP, called tucker)."""
-    oft_block_size: int = 32
+    oft_block_size: BlockSize = 32
     """OFT: side of the rotated blocks."""
-    boft_block_size: int = 4
+    boft_block_size: BlockSize = 4
     """BOFT: side of the rotated blocks."""
     apply_gs: bool = False
     """HRA: keep the reflections orthogonal (Gram-Schmidt)."""
@@ -101,21 +104,7 @@ class AdapterOptions:
     dry_run: bool = False
     """Print what would be trained (layers, parameters, file sizes) without loading weights, and stop."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 1, "rank", "text_encoder_rank")
-        for name in ("rank", "text_encoder_rank"):
-            value = getattr(self, name)
-            require(value is None or value <= 1024, f"--{name} must be at most 1024, got {value}")
-        for name in ("lora_dropout", "text_encoder_dropout", "rank_dropout", "module_dropout"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < 1, f"--{name} must be in [0, 1), got {value}")
-        for name in ("lora_alpha", "text_encoder_alpha"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 < value <= 2**16,
-                f"--{name} must be over 0 and at most {2**16}, got {value}",
-            )
-        named("init_adapter", self.init_adapter)
+    def _check(self) -> None:
         for name in ("lora_layers", "text_encoder_layers"):
             value = getattr(self, name)
             layers = None if value is None else _words(value)
@@ -132,9 +121,7 @@ class AdapterOptions:
                 is_default(self, name) or self.adapter in kinds,
                 f"--{name} only works with --adapter {choices}",
             )
-        factor = self.decompose_factor
-        require(factor == -1 or factor >= 1, f"--decompose_factor must be -1 or at least 1, got {factor}")
-        at_least(self, 2, "oft_block_size", "boft_block_size")
+        require(self.decompose_factor != 0, "--decompose_factor must be -1 or at least 1, got 0")
         if self.adapter in ("oft", "boft"):
             require(
                 is_default(self, "rank") and self.text_encoder_rank is None,

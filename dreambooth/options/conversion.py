@@ -1,31 +1,32 @@
 """The options of convert_adapter.py, one class for each command. Imports no torch."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
 from dreambooth.options.paths import FilePath, PathOrId
-from dreambooth.options.rules import at_least, named, require
+from dreambooth.options.rules import Group, Name, Range, require
 from dreambooth.options.training import BaseOptions
 
 Dtype = Literal["fp32", "fp16", "bf16"]
+Rank = Annotated[int, Range(1, 2**16)]  # of a sum of adapters it may be larger than that of a run
 
 
 @dataclasses.dataclass
-class KnownBase:
+class KnownBase(Group):
     """Base model that the adapter is for."""
 
     pretrained_model_name_or_path: PathOrId | None = None
     """Folder or hub id of the base. With it, the name and width of every layer are checked. Files in kohya's
     format, LoHa and LoKr cannot be converted without it, since they lack names or shapes. Only the headers of
     the base's files are read, but for --rank of a DoRA."""
-    revision: str | None = None
+    revision: Name | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
     """Preferred weight files of the base: fp16 prefers `*.fp16.safetensors`, for each part that has them."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if self.model() is None:
             for name in ("revision", "variant"):
                 is_alone = getattr(self, name) is not None
@@ -48,7 +49,6 @@ class NeededBase(KnownBase):
 def _check_adapters(words: tuple[str, ...], minimum: int) -> None:
     require(len(words) >= minimum, f"--adapter: give {minimum} files or more, got {len(words)}")
     for word in words:
-        named("adapter", word)
         try:
             _, weight = adapter_sets.split(word, "--adapter")
         except UserError as error:
@@ -58,26 +58,22 @@ def _check_adapters(words: tuple[str, ...], minimum: int) -> None:
 
 
 def _check_file(output: str) -> None:
-    named("output", output)
     require(
         output.endswith(".safetensors"), f"--output must be the name of a .safetensors file, got {output}"
     )
 
 
 @dataclasses.dataclass
-class InspectOptions:
+class InspectOptions(Group):
     """All flags of `inspect`."""
 
     base: KnownBase
     adapter: FilePath
     """Adapter file, the folder of a run, or a folder in peft's format."""
 
-    def __post_init__(self) -> None:
-        named("adapter", self.adapter)
-
 
 @dataclasses.dataclass
-class ConvertOptions:
+class ConvertOptions(Group):
     """All flags of `convert`."""
 
     base: KnownBase
@@ -91,21 +87,18 @@ class ConvertOptions:
     component, for PeftModel.from_pretrained."""
     output: FilePath
     """File to write; with --to peft a folder, new or empty."""
-    rank: int | None = None
+    rank: Rank | None = None
     """With --to lora or kohya: the largest rank; the nearest plain LoRA of that rank is written, and the kept
     share of the update is printed. For a DoRA this needs the base. Default: exact."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
-    def __post_init__(self) -> None:
-        named("adapter", self.adapter)
-        at_least(self, 1, "rank")
+    def _check(self) -> None:
         require(
             self.rank is None or self.to in ("lora", "kohya"),
             "--rank only works with --to lora or kohya; the command `resize` lowers the rank of an adapter",
         )
         if self.to == "peft":
-            named("output", self.output)
             require(
                 not self.output.endswith(".safetensors"),
                 f"--output must be the name of a folder with --to peft, got {self.output}",
@@ -115,7 +108,7 @@ class ConvertOptions:
 
 
 @dataclasses.dataclass
-class MergeOptions:
+class MergeOptions(Group):
     """All flags of `merge`."""
 
     base: KnownBase
@@ -124,46 +117,43 @@ class MergeOptions:
     says so and the file records none."""
     output: FilePath
     """File to write."""
-    rank: int | None = None
+    rank: Rank | None = None
     """Largest rank; the nearest LoRA of that rank is written, and the kept share of the update is printed.
     Default: exact, with the ranks of all adapters together."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _check_adapters(self.adapter, 2)
         _check_file(self.output)
-        at_least(self, 1, "rank")
 
 
 @dataclasses.dataclass
-class ResizeOptions:
+class ResizeOptions(Group):
     """All flags of `resize`."""
 
     base: KnownBase
     adapter: FilePath
     """Adapter file, the folder of a run, or a folder in peft's format."""
-    rank: int
+    rank: Rank
     """Largest rank. Layers of a larger rank become the nearest of this rank; the others do not change."""
     output: FilePath
     """File to write."""
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
-    def __post_init__(self) -> None:
-        named("adapter", self.adapter)
-        at_least(self, 1, "rank")
+    def _check(self) -> None:
         _check_file(self.output)
 
 
 @dataclasses.dataclass
-class ExtractOptions:
+class ExtractOptions(Group):
     """All flags of `extract`."""
 
     base: NeededBase
     tuned: PathOrId
     """Folder or hub id of the fine-tuned base."""
-    rank: int
+    rank: Rank
     """Rank of the LoRA."""
     output: FilePath
     """File to write."""
@@ -174,14 +164,12 @@ class ExtractOptions:
     dtype: Dtype = "fp32"
     """Precision of the file."""
 
-    def __post_init__(self) -> None:
-        named("tuned", self.tuned)
-        at_least(self, 1, "rank")
+    def _check(self) -> None:
         _check_file(self.output)
 
 
 @dataclasses.dataclass
-class BakeOptions:
+class BakeOptions(Group):
     """All flags of `bake`."""
 
     base: NeededBase
@@ -192,9 +180,8 @@ class BakeOptions:
     dtype: Dtype | None = None
     """Precision of the UNet and the text encoders. Default: the precision of the base."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _check_adapters(self.adapter, 1)
-        named("merge_to", self.merge_to)
 
 
 # Command: (its options, the flag that takes the words right after the command, its description).

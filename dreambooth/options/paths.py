@@ -8,14 +8,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shown
+from dreambooth.options.rules import Rule, rules_of
+
+_LONGEST = 3500  # bytes; Linux takes 4096, and files in the folder have names of their own
 
 
 @dataclasses.dataclass(frozen=True)
-class PathMark:
+class PathMark(Rule):
     """Marks the type of a field whose value is a path.
 
     `file` is a path, alone or as FILE:WEIGHT. `file or id` may be the id of a repository on the hub instead.
@@ -23,6 +26,15 @@ class PathMark:
     """
 
     kind: Literal["file", "file or id", "file in output"]
+
+    def broken_by(self, value: str) -> str | None:
+        """A path must not be empty: "" is the working folder. It must fit into run.yaml, which is UTF-8."""
+        if not value.strip() or "\0" in value:
+            return "must be the name of a file or folder"
+        path = os.fsencode(os.path.abspath(value))
+        if len(path) > _LONGEST or max(map(len, path.split(b"/"))) > 255:
+            return f"must be a path of at most {_LONGEST} bytes, and of names of at most 255 bytes"
+        return None if path.decode(errors="replace").encode() == path else "must be a path in UTF-8"
 
 
 FilePath = Annotated[str, PathMark("file")]
@@ -35,10 +47,7 @@ _RUN_YAML, _RUN_JSON = "run.yaml", "run.json"  # as training/run_folder.py names
 
 def mark_of(kind: Any) -> PathMark | None:
     """The mark in a field's type (also in `PATH | None` and `tuple[PATH, ...]`); None if it is no path."""
-    if isinstance(kind, PathMark):
-        return kind
-    arguments = (*get_args(kind), *getattr(kind, "__metadata__", ()))
-    return next((mark for mark in map(mark_of, arguments) if mark is not None), None)
+    return next((rule for rule in rules_of(kind) if isinstance(rule, PathMark)), None)
 
 
 # ---- home folders and variables

@@ -1,16 +1,27 @@
 """The flags of instance photos, and of class images for prior preservation. Imports no torch."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from dreambooth.options.paths import FilePath, PathOrId
-from dreambooth.options.rules import at_least, named, require, require_side
+from dreambooth.options.rules import (
+    Amount,
+    BatchSize,
+    Group,
+    Name,
+    Probability,
+    Range,
+    Seed,
+    Side,
+    Steps,
+    require,
+)
 
 MOST_PIXELS = 1_000_000_000  # of a picture: unpacked, they are 3 GB
 
 
 @dataclasses.dataclass
-class InstanceOptions:
+class InstanceOptions(Group):
     """Instance photos: the pictures of the subject."""
 
     instance_prompt: str
@@ -21,22 +32,22 @@ class InstanceOptions:
     dataset_name: PathOrId | None = None
     """Data set with the photos: a folder (photos in it or in its `train`), or a hub id, which needs the
     datasets package."""
-    dataset_config_name: str | None = None
+    dataset_config_name: Name | None = None
     """Configuration of the hub's data set."""
     cache_dir: FilePath | None = None
     """Folder in which the hub's data set is stored. Default: the folder of the datasets package."""
-    image_column: str = "image"
+    image_column: Name = "image"
     """Column of the data set with the photos. In a folder's metadata.jsonl, `image` is the column
     `file_name`."""
-    caption_column: str | None = None
+    caption_column: Name | None = None
     """Column with a caption for each photo, in the data set or in metadata.jsonl (or .csv) beside the photos.
     Without such a file, the caption of a photo is read from the .txt file beside it. A photo with an empty
     caption gets --instance_prompt. Default: no captions."""
-    caption_dropout: float = 0.0
+    caption_dropout: Probability = 0.0
     """Probability of replacing an instance caption with the empty prompt."""
-    repeats: int = 1
+    repeats: Annotated[int, Range(1, 10**6)] = 1
     """Number of times that one pass (see --num_train_epochs) visits every photo."""
-    resolution: int | None = None
+    resolution: Side | None = None
     """Side of the square training crop, in pixels; a multiple of 8. Default: 512; 1024 for Stable Diffusion
     XL; 64 for DeepFloyd IF."""
     center_crop: bool = False
@@ -47,37 +58,19 @@ class InstanceOptions:
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = "lanczos"
     """Interpolation that resizes photos to the resolution."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: Annotated[int, Range(0, 128)] = 0
     """Processes that load photos ahead with --cache_latents off; 0 loads in the training process. The samples
     are the same."""
-    max_image_pixels: int = 64_000_000
+    max_image_pixels: Annotated[int, Range(4096, MOST_PIXELS)] = 64_000_000
     """Largest accepted picture, in pixels: a small file can decompress to gigabytes."""
     allow_odd_photos: bool = False
     """Accept pictures with a side under 64 pixels."""
     follow_symlinks: bool = False
     """Accept links to pictures outside the folder."""
 
-    def __post_init__(self) -> None:
-        require_side("resolution", self.resolution)
-        require(
-            self.resolution is None or self.resolution <= 8192,
-            f"--resolution must be at most 8192, got {self.resolution}",
-        )
-        at_least(self, 0, "dataloader_num_workers")
-        at_least(self, 1, "repeats")
-        require(
-            0 <= self.caption_dropout <= 1,
-            f"--caption_dropout must be from 0 to 1, got {self.caption_dropout}",
-        )
+    def _check(self) -> None:
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
-        for name in ("dataset_name", "dataset_config_name", "cache_dir", "caption_column", "image_column"):
-            named(name, getattr(self, name))
-        require(
-            4096 <= self.max_image_pixels <= MOST_PIXELS,
-            f"--max_image_pixels must be from 4096 to {MOST_PIXELS}, got {self.max_image_pixels}",
-        )
-        named("instance_data_dir", self.instance_data_dir)
         require(
             self.instance_prompt.strip() != "",
             '--instance_prompt must not be empty; for example "a photo of sks dog"',
@@ -85,20 +78,20 @@ class InstanceOptions:
 
 
 @dataclasses.dataclass
-class GenerationOptions:
+class GenerationOptions(Group):
     """Generation of class images."""
 
-    num_class_images: int = 100
+    num_class_images: Annotated[int, Range(1, 10**6)] = 100
     """Number of class images in the folder; missing ones are generated."""
-    sample_batch_size: int = 4
+    sample_batch_size: BatchSize = 4
     """Class images generated at once, per process. Another number gives other pixels."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
     """Precision of the generation; "no" is fp32. Default: the precision of the class images in the folder;
     without any, bf16 where the hardware computes in it (GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX),
     else fp16 on a GPU and fp32 elsewhere."""
-    class_guidance_scale: float = 7.5
+    class_guidance_scale: Amount = 7.5
     """Classifier-free guidance scale."""
-    class_inference_steps: int | None = None
+    class_inference_steps: Steps | None = None
     """Sampling steps. Default: the steps of the class images in the folder; without any, 25 for
     --class_scheduler dpm and 50 for base."""
     class_scheduler: Literal["dpm", "base"] | None = None
@@ -106,29 +99,24 @@ class GenerationOptions:
     the class images in the folder; without any, dpm, but base for a base in pixels or with an EDM
     scheduler."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 1, "num_class_images", "sample_batch_size", "class_inference_steps")
-        at_least(self, 0, "class_guidance_scale")
-
 
 @dataclasses.dataclass
-class PriorOptions:
+class PriorOptions(Group):
     """Prior preservation: class images keep the base from forgetting the class (arXiv 2208.12242, eq. 2)."""
 
     with_prior_preservation: bool = False
     """Train on class images beside the instance photos."""
-    prior_loss_weight: float = 1.0
+    prior_loss_weight: Amount = 1.0
     """Weight of the class images' loss."""
     class_data_dir: FilePath | None = None
     """Folder of class images; missing ones are generated."""
     class_prompt: str | None = None
     """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
-    class_seed: int | None = None
+    class_seed: Seed | None = None
     """Seed of the class images. Default: the seed of the class images in the folder, else --seed, else 0."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 0, "prior_loss_weight")
+    def _check(self) -> None:
         if self.with_prior_preservation:
             require(
                 self.class_data_dir is not None,

@@ -7,12 +7,22 @@ from typing import ClassVar, Literal
 from dreambooth.options.adapter_sets import LARGEST_WEIGHT
 from dreambooth.options.paths import FilePath
 from dreambooth.options.photos import GenerationOptions
-from dreambooth.options.rules import at_least, named, require, require_side
+from dreambooth.options.rules import (
+    Amount,
+    BatchSize,
+    CountOrZero,
+    Group,
+    Seed,
+    Side,
+    Steps,
+    Threads,
+    require,
+)
 from dreambooth.options.training import BaseOptions
 
 
 @dataclasses.dataclass
-class ClassImageOptions:
+class ClassImageOptions(Group):
     """All flags of generate_class_images.py."""
 
     COMMON_FLAGS: ClassVar = (
@@ -27,24 +37,21 @@ class ClassImageOptions:
     class_prompt: str
     """Prompt of the class images."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
-    seed: int = 0
+    seed: Seed = 0
     """Picture k depends on this seed and k alone."""
-    resolution: int | None = None
+    resolution: Side | None = None
     """Side of the pictures, in pixels. Default: the base's resolution."""
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 1, "num_threads")
-        at_least(self, 0, "seed")
+    def _check(self) -> None:
         require(
             self.class_prompt.strip() != "", '--class_prompt must not be empty; for example "a photo of dog"'
         )
-        require_side("resolution", self.resolution)
 
 
 @dataclasses.dataclass
-class InferOptions:
+class InferOptions(Group):
     """All flags of infer.py."""
 
     COMMON_FLAGS: ClassVar = (
@@ -84,30 +91,28 @@ class InferOptions:
     changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
     output_dir: FilePath = "pictures"
     """Folder for the pictures, their list (images.json) and the contact sheet."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds; every prompt is drawn once with each."""
     negative_prompt: str = ""
     """Negative prompt."""
-    num_inference_steps: int = 25
+    num_inference_steps: Steps = 25
     """Sampling steps."""
-    guidance_scale: float = 7.5
+    guidance_scale: Amount = 7.5
     """Classifier-free guidance scale; 1 is no guidance."""
-    clip_skip: int | None = None
+    clip_skip: CountOrZero | None = None
     """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
     with, else 0. It is in the metadata of the adapter. kohya's ss_clip_skip counts one more (2 is 1 here),
     and is not read for Stable Diffusion XL."""
-    resolution: int | None = None
+    resolution: Side | None = None
     """Side of the pictures, in pixels. Default: the base's resolution."""
-    batch_size: int = 4
+    batch_size: BatchSize = 4
     """Pictures drawn at once. On a CPU, another number changes the last bits of pictures."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the pipeline."""
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 1, "num_inference_steps", "batch_size", "num_threads")
-        at_least(self, 0, "guidance_scale", "clip_skip")
+    def _check(self) -> None:
         # the sets of --adapters_file may have all prompts
         is_optional = self.adapters_file is not None
         sources = bool(self.prompt) + bool(self.prompts_file)
@@ -116,14 +121,7 @@ class InferOptions:
             "give either --prompt or --prompts_file",
         )
         require(all(prompt.strip() for prompt in self.prompt), "--prompt must not be empty")
-        require(
-            bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds),
-            f"--seeds must be numbers from 0 on, got {self.seeds}",
-        )
-        for adapter in self.adapter:
-            named("adapter", adapter)
-        named("prompts_file", self.prompts_file)
-        named("adapters_file", self.adapters_file)
+        require(bool(self.seeds), "--seeds must be numbers from 0 on, got none")
         require(not (self.adapter and self.adapters_file), "give either --adapter or --adapters_file")
         has_adapters = bool(self.adapter or self.adapters_file)
         require(has_adapters or not self.compare, "--compare needs an --adapter to compare with the base")
@@ -137,7 +135,6 @@ class InferOptions:
             "--adapter_weights needs --adapter; a set in --adapters_file has its own `weights`",
         )
         self.factors()
-        require_side("resolution", self.resolution)
 
     def factors(self) -> tuple[float, ...]:
         """The numbers of --sweep; (1.0,) without it."""

@@ -7,11 +7,12 @@ import contextlib
 import contextvars
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
+
+from dreambooth.io.errors import shortened
 
 EXIT_USAGE = 2  # wrong flags or bad input, reported before any slow work
 
@@ -44,25 +45,80 @@ def require(condition: bool, message: str) -> None:
     broken.append(message)
 
 
-def named(flag: str, value: str | None) -> None:
-    """Require that `value` can be the name of a file or folder, or a hub id; None is allowed.
+class Rule:
+    """Marks the type of a field. Each value of the field has to follow the rule; None is not checked."""
 
-    It must not be empty: as a path, "" is the working folder.
-    """
-    require(
-        value is None or (value.strip() != "" and "\0" not in value),
-        f"--{flag} must be the name of a file or folder, got {value!r}",
-    )
+    def broken_by(self, value: Any) -> str | None:
+        """What the value must be: the end of a message after the name of the flag. None if it is that."""
+        raise NotImplementedError
 
 
-def at_least(group: Any, minimum: float, *names: str) -> None:
-    """Require finite numbers of at least `minimum` in these fields of a group; None is allowed."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None:
-            require(
-                math.isfinite(value) and value >= minimum, f"--{name} must be at least {minimum}, got {value}"
-            )
+@dataclasses.dataclass(frozen=True)
+class Range(Rule):
+    """A number from `least` to `most`; neither of them with `over` and `under`."""
+
+    least: float
+    most: float
+    over: bool = False
+    under: bool = False
+    multiple: int = 1
+
+    def broken_by(self, value: float) -> str | None:
+        if value % self.multiple or (self.multiple > 1 and value < self.least):
+            return f"must be a positive multiple of {self.multiple}"
+        if not (value > self.least if self.over else value >= self.least):  # also if it is not a number
+            return f"must be {'over' if self.over else 'at least'} {self.least}"
+        if not (value < self.most if self.under else value <= self.most):
+            return f"must be {'under' if self.under else 'at most'} {self.most}"
+        return None
+
+
+class NotEmpty(Rule):
+    """A text with a character that is no space."""
+
+    def broken_by(self, value: str) -> str | None:
+        return None if value.strip() else "must not be empty"
+
+
+# Types of fields. The largest values are past all use; larger ones would overflow or fill the memory.
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Steps = Annotated[int, Range(1, 100_000)]  # of a sampler, as many as a base may have timesteps
+Threads = Annotated[int, Range(1, 1024)]
+BatchSize = Annotated[int, Range(1, 4096)]
+Rank = Annotated[int, Range(1, 1024)]
+Side = Annotated[int, Range(8, 8192, multiple=8)]  # in pixels
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Amount = Annotated[float, Range(0, 10**9)]
+AmountOverZero = Annotated[float, Range(0, 10**9, over=True)]
+Probability = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, under=True)]  # also the probability of a dropout
+Name = Annotated[str, NotEmpty()]
+
+
+def rules_of(kind: Any) -> Iterator[Rule]:
+    """The rules in a field's type, also in `RULED | None` and `tuple[RULED, ...]`."""
+    if isinstance(kind, Rule):
+        yield kind
+    for part in (*get_args(kind), *getattr(kind, "__metadata__", ())):
+        yield from rules_of(part)
+
+
+@dataclasses.dataclass
+class Group:
+    """A group of flags. It checks the rule of each field's type, then the group's own rules."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for rule in rules_of(field.type):
+                for one in value if isinstance(value, tuple) else [] if value is None else [value]:
+                    if phrase := rule.broken_by(one):
+                        require(False, f"--{field.name} {phrase}, got {shortened(repr(one))}")
+        self._check()
+
+    def _check(self) -> None:
+        """Check the rules that are not in a type: those of several fields, and of texts."""
 
 
 def group_of(field: dataclasses.Field) -> type | None:
@@ -80,11 +136,3 @@ def require_package(is_needed: bool, flag: str, package: str, install: str) -> N
     if is_needed:
         is_installed = importlib.util.find_spec(package) is not None
         require(is_installed, f"{flag} needs the {package} package, which is not installed: {install}")
-
-
-def require_side(name: str, value: int | None) -> None:
-    """Require a side in pixels that is a multiple of 8; None is allowed."""
-    require(
-        value is None or (value > 0 and value % 8 == 0),
-        f"--{name} must be a positive multiple of 8, got {value}",
-    )

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Literal
 
 from dreambooth.options.paths import FilePath
-from dreambooth.options.rules import named, require_package
+from dreambooth.options.rules import Group, require_package
 
 
 @dataclasses.dataclass
-class SpeedOptions:
+class SpeedOptions(Group):
     """Speed and memory."""
 
     cache_latents: Literal["auto", "memory", "disk", "off"] = "auto"
@@ -29,8 +29,7 @@ class SpeedOptions:
     """Keep activations for the backward pass in the computer's memory instead of the GPU's: slower steps, the
     same result. Only works on GPUs."""
 
-    def __post_init__(self) -> None:
-        named("encoded_dir", self.encoded_dir)
+    def _check(self) -> None:
         for kind, package in (("int8", "torchao"), ("nf4", "bitsandbytes")):
             require_package(
                 self.quantize_base == kind, f"--quantize_base {kind}", package, f"pip install '.[{package}]'"

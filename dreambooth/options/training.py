@@ -13,14 +13,28 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from dreambooth.io.errors import shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.paths import FilePath, PathInOutput, PathOrId
 from dreambooth.options.photos import InstanceOptions, PriorOptions
-from dreambooth.options.rules import at_least, is_default, named, require, require_package
+from dreambooth.options.rules import (
+    Amount,
+    AmountOverZero,
+    BatchSize,
+    Count,
+    CountOrZero,
+    Group,
+    Name,
+    Range,
+    Seed,
+    Threads,
+    is_default,
+    require,
+    require_package,
+)
 from dreambooth.options.speed import SpeedOptions
 
 # Flags that have no effect without another flag.
@@ -35,7 +49,7 @@ _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction
 
 
 @dataclasses.dataclass
-class BaseOptions:
+class BaseOptions(Group):
     """Base model: its weights stay frozen."""
 
     pretrained_model_name_or_path: PathOrId
@@ -43,7 +57,7 @@ class BaseOptions:
     `picturebook/model` is the embedded one."""
     pretrained_vae_model_name_or_path: PathOrId | None = None
     """Folder or hub id of a VAE that replaces the base's VAE."""
-    revision: str | None = None
+    revision: Name | None = None
     """Hub revision (branch, tag or commit) of every part of the base."""
     variant: str | None = None
     """Preferred weight files: fp16 prefers `*.fp16.safetensors`, for each part of the base that has them."""
@@ -52,10 +66,7 @@ class BaseOptions:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Prediction type of the base, if its scheduler's configuration is wrong."""
 
-    def __post_init__(self) -> None:
-        named("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
-        named("pretrained_vae_model_name_or_path", self.pretrained_vae_model_name_or_path)
-        named("tokenizer_name", self.tokenizer_name)
+    def _check(self) -> None:
         # the variant becomes part of a file name
         is_valid = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
         require(is_valid, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
@@ -67,59 +78,46 @@ class BaseOptions:
 
 
 @dataclasses.dataclass
-class TextOptions:
+class TextOptions(Group):
     """Text encoder."""
 
     train_text_encoder: bool = False
     """Train an adapter on the text encoder too (on both, if the base has two)."""
-    train_text_encoder_frac: float = 1.0
-    """Fraction of the run in which the text encoder is trained. Afterwards the prompts are encoded once more,
-    and the text encoder is freed."""
-    clip_skip: int | None = None
+    train_text_encoder_frac: Annotated[float, Range(0, 1, over=True)] = 1.0
+    """Fraction of the run in which the text encoder is trained, over 0. Afterwards the prompts are encoded
+    once more, and the text encoder is freed."""
+    clip_skip: CountOrZero | None = None
     """Number of final layers of the text encoder to skip. Stable Diffusion XL always skips one; this number
     is added."""
     pre_compute_text_embeddings: bool = False
     """Encode the prompts once and free the text encoder. This is always done if the text encoder is not
     trained; the flag is kept for old command lines."""
-    tokenizer_max_length: int | None = None
+    tokenizer_max_length: Annotated[int, Range(3, 4096)] | None = None
     """Length in tokens to which prompts are padded. Default: the maximum length of the text encoder."""
     text_encoder_use_attention_mask: bool = False
     """Mask the padding tokens in the text encoder. For DeepFloyd IF they are always masked. Stable Diffusion
     was trained without the mask, and its pipelines draw without it."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 3, "tokenizer_max_length")
-        at_least(self, 0, "clip_skip")
-        fraction = self.train_text_encoder_frac
-        require(
-            0 < fraction <= 1,
-            f"--train_text_encoder_frac must be over 0 and at most 1, got {fraction}; "
-            "without --train_text_encoder the text encoder is not trained",
-        )
+    def _check(self) -> None:
         both = self.train_text_encoder and self.pre_compute_text_embeddings
         require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
 
 
 @dataclasses.dataclass
-class ObjectiveOptions:
+class ObjectiveOptions(Group):
     """Training objective."""
 
-    snr_gamma: float | None = None
+    snr_gamma: AmountOverZero | None = None
     """Min-SNR weighting (arXiv 2303.09556): errors at low noise levels get smaller weights; 5 is usual.
     Default: no weighting."""
-    noise_offset: float = 0.0
+    noise_offset: Amount = 0.0
     """Standard deviation of an offset that is added to the noise, one value per channel: the model then
     reaches darker and brighter pictures."""
     do_edm_style_training: bool = False
     """EDM-style training on continuous noise levels (arXiv 2206.00364). Always on for a base with an EDM
     scheduler."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 0, "noise_offset")
-        require(
-            self.snr_gamma is None or 0 < self.snr_gamma < float("inf"),
-            f"--snr_gamma must be over 0, got {self.snr_gamma}; leave it out for none",
-        )
+    def _check(self) -> None:
         both = self.do_edm_style_training and self.snr_gamma is not None
         require(
             not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training."
@@ -127,26 +125,26 @@ class ObjectiveOptions:
 
 
 @dataclasses.dataclass
-class RunOptions:
+class RunOptions(Group):
     """Run: length, output folder, precision."""
 
     output_dir: FilePath = "lora-dreambooth-model"
     """Folder for the adapter, checkpoints, logs and validation pictures."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of every random choice. Default: a seed is drawn, printed and stored in run.yaml."""
-    train_batch_size: int = 4
+    train_batch_size: BatchSize = 4
     """Instance photos in one forward pass, per process. Prior preservation adds as many class images."""
-    num_train_epochs: int = 1
+    num_train_epochs: Count = 1
     """Passes over the photos (over the class images, if they are more); used without --max_train_steps."""
-    max_train_steps: int | None = None
+    max_train_steps: Count | None = None
     """Number of optimizer steps; overrides --num_train_epochs."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, Range(1, 10**6)] = 1
     """Forward and backward passes per optimizer step, per process."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: Count = 500
     """Steps between checkpoints."""
-    checkpoints_total_limit: int | None = None
+    checkpoints_total_limit: Count | None = None
     """Number of checkpoints to keep; the oldest is removed once a newer one is complete. Default: keep
     all."""
     resume_from_checkpoint: PathInOutput | None = None
@@ -156,33 +154,28 @@ class RunOptions:
     start again."""
     allow_data_change: bool = False
     """Resume even if photos or class images differ from those that the checkpoint was trained on."""
-    max_train_minutes: float | None = None
+    max_train_minutes: Amount | None = None
     """Stop after this many minutes, with a checkpoint and exit status 75. --resume_from_checkpoint latest
     continues the run."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen weights and of the arithmetic. The adapter's weights are always float32.
     Default: the setting of `accelerate`."""
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     """CPU threads. Default: torch's choice. On a CPU, another number changes the last bits of results."""
     gradient_sync: Literal["exact", "ddp"] = "exact"
     """How gradients of processes are summed. `exact` adds them in a fixed order: every number of processes
     gives the same bits. `ddp` adds them once a step in the backend's order: it moves less data, and the
     result is the same up to rounding."""
-    peer_timeout: float = 600.0
+    peer_timeout: Annotated[float, Range(1, 10**6)] = 600.0
     """Seconds that a process waits for the other processes within a step before it fails."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
     enable_xformers_memory_efficient_attention: bool = False
     """Use the attention of the xformers package instead of torch's."""
-    local_rank: int = -1
+    local_rank: Annotated[int, Range(-1, 2**16)] = -1
     """Set by old distributed launchers. Used as LOCAL_RANK if that is not set."""
 
-    def __post_init__(self) -> None:
-        at_least(
-            self, 1, "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"
-        )
-        at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "num_threads", "peer_timeout")
-        at_least(self, 0, "seed", "max_train_minutes")
+    def _check(self) -> None:
         require(
             not (self.overwrite and self.resume_from_checkpoint),
             "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",
@@ -203,16 +196,16 @@ class RunOptions:
 
 
 @dataclasses.dataclass
-class ValidationOptions:
+class ValidationOptions(Group):
     """Validation pictures."""
 
     validation_prompt: str | None = None
     """Prompt of the validation pictures. Default: no validation pictures."""
-    num_validation_images: int = 4
+    num_validation_images: Annotated[int, Range(1, 10_000)] = 4
     """Number of pictures at each validation."""
-    validation_epochs: int = 50
+    validation_epochs: Count = 50
     """Passes (as in --num_train_epochs) between validations; the first validation follows the first pass."""
-    validation_steps: int | None = None
+    validation_steps: Count | None = None
     """Steps between validations; overrides --validation_epochs."""
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = None
     """Sampler of the validation pictures. Default: the multistep DPM solver; DDPM for DeepFloyd IF; the
@@ -225,8 +218,7 @@ class ValidationOptions:
     class_labels_conditioning: str | None = None
     """`timesteps` for second-stage models. Refused: no supported base is a second stage."""
 
-    def __post_init__(self) -> None:
-        at_least(self, 1, "num_validation_images", "validation_epochs", "validation_steps")
+    def _check(self) -> None:
         require(
             self.validation_prompt is None or self.validation_prompt.strip() != "",
             "--validation_prompt must not be empty",
@@ -237,7 +229,7 @@ class ValidationOptions:
 
 
 @dataclasses.dataclass
-class ReportOptions:
+class ReportOptions(Group):
     """Logs and uploads. metrics.jsonl is always written."""
 
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
@@ -248,13 +240,12 @@ class ReportOptions:
     """Upload adapter, model card and pictures to the hub when the run is finished."""
     hub_token: str | None = None
     """Token for --push_to_hub; it is never written to a file. Default: the token of `hf auth login`."""
-    hub_model_id: str | None = None
+    hub_model_id: Name | None = None
     """Repository for --push_to_hub. Default: the name of the output folder."""
     hub_private_repo: bool = False
     """Create the repository as a private one."""
 
-    def __post_init__(self) -> None:
-        named("hub_model_id", self.hub_model_id)
+    def _check(self) -> None:
         for tracker, extra in (("wandb", "wandb"), ("comet_ml", "comet")):
             require_package(
                 self.report_to == tracker, f"--report_to {tracker}", tracker, f"pip install '.[{extra}]'"
@@ -270,7 +261,7 @@ def pictures_of_pass(counts: Sequence[int], repeats: int) -> int:
 
 
 @dataclasses.dataclass
-class TrainOptions:
+class TrainOptions(Group):
     """All flags of train_dreambooth_lora.py."""
 
     COMMON_FLAGS: ClassVar = (
@@ -294,7 +285,7 @@ class TrainOptions:
     validation: ValidationOptions = dataclasses.field(default_factory=ValidationOptions)
     reports: ReportOptions = dataclasses.field(default_factory=ReportOptions)
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         require(
             self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values()),
             "--lr_pattern: --optimizer prodigy has one step size for all parts; "
