@@ -17,11 +17,12 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import tyro
 
 from dreambooth.io import console, reader
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import UserError, shortened, shown
 from dreambooth.options import help_page, paths, shipped_files
 from dreambooth.options.rules import EXIT_USAGE, BooleanWord, broken_rules, group_of
 
 Options = TypeVar("Options")
+_LONGEST = 2**16  # characters of a word
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 # For tyro, dashes and underscores in the names of flags are the same.
 _HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
@@ -43,6 +44,7 @@ def parse(
             raise SystemExit(0)
     try:
         _hide_token(kind, typed)
+        _check_texts(typed)
         saved, rest = _take_config(kind, paths.expand_words(shipped_files.located(typed), fields_of(kind)))
     except UserError as error:
         fail(error)
@@ -50,7 +52,7 @@ def parse(
     with broken_rules() as broken, _escaped_errors():
         options = tyro.cli(kind, args=words, config=_FLAT, use_underscores=True)
     if broken:
-        fail("\n".join(broken))
+        fail("\n".join(dict.fromkeys(broken)))
     return options
 
 
@@ -82,6 +84,21 @@ def fail(error: Exception | str) -> NoReturn:
     """Print a message, with a line for each problem, and exit with status 2."""
     console.error(str(error))
     raise SystemExit(EXIT_USAGE)
+
+
+def _check_texts(words: Iterable[str]) -> None:
+    """Raise UserError if a word is over 65,536 characters, has a NUL character, or is not UTF-8: such a text
+    fits into no file that a run writes."""
+    where = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            where, is_joined, value = word.partition("=")
+            where, word = shortened(where), value if is_joined else word
+        if len(word) > _LONGEST:
+            raise UserError(f"{where}: a text of {len(word):,} characters; the most are {_LONGEST:,}")
+        # bytes of the command line that are not UTF-8 come as surrogates
+        if odd := next((n for n, c in enumerate(word, 1) if c == "\0" or "\ud800" <= c <= "\udfff"), 0):
+            raise UserError(f"{where}: character {odd} is NUL or not UTF-8; give another text or name")
 
 
 def fields_of(kind: type) -> dict[str, dataclasses.Field]:
@@ -162,6 +179,7 @@ def config_words(kind: type, path: Path) -> list[str]:
             console.hide(str(value))
         if value is not None:
             words += _words_of(key, value, known[key].type, where)
+    _check_texts(words)
     return shipped_files.located(words if run else paths.expand_words(words, known))
 
 

@@ -64,7 +64,7 @@ class Range(Rule):
     multiple: int = 1
 
     def broken_by(self, value: float) -> str | None:
-        if value % self.multiple or (self.multiple > 1 and value < self.least):
+        if self.multiple > 1 and (value % self.multiple or value < self.least):
             return f"must be a positive multiple of {self.multiple}"
         if not (value > self.least if self.over else value >= self.least):  # also if it is not a number
             return f"must be {'over' if self.over else 'at least'} {self.least}"
@@ -88,7 +88,7 @@ Threads = Annotated[int, Range(1, 1024)]
 BatchSize = Annotated[int, Range(1, 4096)]
 Rank = Annotated[int, Range(1, 1024)]
 Side = Annotated[int, Range(8, 8192, multiple=8)]  # in pixels
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Seed = Annotated[int, Range(0, 2**64 - 1)]
 Amount = Annotated[float, Range(0, 10**9)]
 AmountOverZero = Annotated[float, Range(0, 10**9, over=True)]
 Probability = Annotated[float, Range(0, 1)]
