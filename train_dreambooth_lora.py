@@ -195,8 +195,7 @@ class Training:
             range(self.first_step, self.max_steps),
             slots=self.slots,
             batch_size=run.train_batch_size,
-            rank=self.peers.rank,
-            world=self.peers.world,
+            peers=self.peers,
             workers=self.options.instance.dataloader_num_workers,
         )
         progress = metrics.Progress(

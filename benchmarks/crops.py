@@ -77,9 +77,7 @@ def measure(base: families.Base, checked: list[photos.Photo], resolution: int) -
             # one pixel along the longer side, to where there is room
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
-            pixels = [
-                crops.pixel_values(photos.load(photo.path), crops.square(at)) for at in ((left, top), other)
-            ]
+            pixels = [crops.pixel_values(photos.load(photo), crops.square(at)) for at in ((left, top), other)]
             direct, shifted = (autoencoder.encode(vae, crop[None]).mean for crop in pixels)
             cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - direct, direct))
             moved.append(rms(shifted - direct, direct))
@@ -101,7 +99,7 @@ def main(folder: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as wide:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_files.ENDINGS)
         for number, path in enumerate(paths):
-            image = photos.load(path)
+            image = photos.decode(path.read_bytes())[0]
             width, height = min(image.width, image.height * 3 // 2), min(image.height, image.width * 2 // 3)
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image.crop((left, top, left + width, top + height)).save(Path(wide, f"{number:04d}.png"))

@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,6 +16,9 @@ from dreambooth.data import photos, sampling_order
 from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
 from dreambooth.data.photos import Photo
+from dreambooth.io.errors import UserError
+from dreambooth.runtime.processes import Peers
+from dreambooth.runtime.stops import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +142,18 @@ class PhotoRows(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> torch.Tensor:
         return torch.stack([self._pixels(source, row) for source in self.sources])
 
+    def __getitems__(self, rows: list[int]) -> torch.Tensor | UserError:
+        """Float32 [rows, sources, 3, resolution, resolution]; the error if a photo cannot be used.
+
+        An error that a loading process raises would reach the training process as a traceback.
+        """
+        try:
+            return torch.stack([self[row] for row in rows])
+        except UserError as error:
+            return error
+
     def _pixels(self, source: Source, row: int) -> torch.Tensor:
-        image = photos.load(source.photos[self.photo(source, row)].path)
+        image = photos.load(source.photos[self.photo(source, row)])
         box = self.crops.square(self.corner(source, row))
         return self.crops.pixel_values(image, box, is_mirrored=self.is_mirrored(source, row))
 
@@ -152,25 +166,31 @@ def micro_batches(
     *,
     slots: int,
     batch_size: int,
-    rank: int,
-    world: int,
+    peers: Peers,
     workers: int = 0,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of all `steps`, in order.
 
     With `encoded` the latents are cut from encoded photos. Without it, `workers` processes load photos, and
-    `vae` encodes them. A step has `slots` micro-batches of `batch_size` rows over all `world` processes.
+    `vae` encodes them. A step has `slots` micro-batches of `batch_size` rows over all `peers`.
+
+    Raises Stop, on every process, if a photo or the cache has been damaged since it was checked.
     """
     order = [
         (step, slot, sampling_order.rows_of_slot(step, slot, slots=slots, batch_size=batch_size))
         for step in steps
-        for slot in sampling_order.my_slots(slots, rank=rank, world=world)
+        for slot in sampling_order.my_slots(slots, rank=peers.rank, world=peers.world)
     ]
     if encoded is not None:
         posteriors = _cached_posteriors(dataset, encoded, [rows for _, _, rows in order])
     else:
         posteriors = _fresh_posteriors(dataset, vae, [rows for _, _, rows in order], workers)
-    for (step, slot, rows), posterior in zip(order, posteriors, strict=True):
+    for step, slot, rows in order:
+        try:
+            posterior = next(posteriors)
+        except Stop as stop:
+            peers.sync_stop(stop)
+            raise
         samples = [(source, row) for source in dataset.sources for row in rows]
         prompts = [dataset.prompt(source, row) for source, row in samples]
         frames = [dataset.frame(source, row) for source, row in samples]
@@ -202,9 +222,20 @@ def _fresh_posteriors(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[list(rows) for rows in order],  # type: ignore[arg-type]
         num_workers=workers,
+        collate_fn=_unchanged,
         persistent_workers=workers > 0,
     )
     for pixel_values in loader:  # [rows, sources, 3, resolution, resolution]
+        if isinstance(pixel_values, UserError):
+            raise Stop(
+                f"{pixel_values}. Once the picture is as it was, --resume_from_checkpoint latest continues "
+                "the run"
+            )
         by_source = pixel_values.transpose(0, 1).flatten(0, 1)  # [sources * rows, 3, ...]
         posterior = autoencoder.encode(vae, by_source)
         yield Posterior(posterior.mean.cpu(), posterior.std.cpu())
+
+
+def _unchanged(batch: Any) -> Any:
+    """Batches come whole from `PhotoRows.__getitems__`."""
+    return batch

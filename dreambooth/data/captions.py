@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreambooth.data import picture_files
 from dreambooth.io import reader
-from dreambooth.io.errors import UserError, few, reason_of, shortened, shown
+from dreambooth.io.errors import UserError, few, shortened, shown
 from dreambooth.options.photos import InstanceOptions
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # the first that exists is read
 _MOST_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -60,7 +60,7 @@ def read(
     characters. Raises UserError, with one line per fault, if captions cannot be read, are not text, or belong
     to other photos.
     """
-    metadata = [name for name in METADATA if os.path.lexists(folder / name)]
+    metadata = [name for name in picture_files.METADATA if os.path.lexists(folder / name)]
     texts = {name: text for name in names if os.path.lexists(folder / (text := Path(name).stem + ".txt"))}
     if instance.caption_column is None:
         return {}, _unread_note(folder, metadata, texts, instance)
@@ -76,7 +76,9 @@ def read(
         )
     else:
         example = shown(Path(names[0]).stem if names else "photo")
-        looked_for = f"{' or '.join(METADATA)} or a .txt file beside each photo, as in {example}.txt"
+        looked_for = (
+            f"{' or '.join(picture_files.METADATA)} or a .txt file beside each photo, as in {example}.txt"
+        )
         raise UserError(
             f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}"
         )
@@ -278,17 +280,11 @@ def _comma_separated(text: str) -> _Table:
 def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
     """The text of a file in the folder. Raises UserError, which begins with the file's name, if it cannot be
     used."""
-    path, where = folder / file, shown(file)
-    try:
-        is_outside = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, in older versions of Python
-        raise UserError(f"{where}: {reason_of(error)}") from None
-    if is_outside and path.is_file() and not instance.follow_symlinks:
-        raise UserError(
-            f"{where}: a link to {shown(path.resolve())}, outside the folder; copy the file, or give "
-            "--follow_symlinks"
-        )
-    return reader.read_text(path, where)
+    where = shown(file)
+    data = picture_files.read_within(
+        folder, file, where, reader.LARGEST, follow_symlinks=instance.follow_symlinks
+    )
+    return reader.decoded(data, where)
 
 
 def _one_line(caption: str) -> str:

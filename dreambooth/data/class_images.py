@@ -35,7 +35,6 @@ from dreambooth.runtime.stops import Stop, Watch
 MANIFEST = "manifest.json"
 _FLAG = "--class_data_dir"
 _NAME = re.compile(r"class-\d{6}\.png")
-_LARGEST = 2**30  # bytes of a picture
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Default number of steps by sampler. With the embedded base, pictures after 25 steps of DPM-Solver++ (arXiv
 # 2211.01095) differ from those after 100 by at most one level of 255, in the median of pictures.
@@ -270,7 +269,7 @@ def _is_intact(path: Path, sha256: str | None) -> bool:
     if sha256 is None:
         return False
     try:
-        return hashlib.sha256(reader.read_bytes(path, path.name, _LARGEST)).hexdigest() == sha256
+        return hashlib.sha256(reader.read_bytes(path, path.name, picture_files.LARGEST)).hexdigest() == sha256
     except UserError:
         return False
 

@@ -109,9 +109,7 @@ def encode_photos(
         for entry in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
             check()
             part = parts[entry]
-            pixel_values = crops.pixel_values(
-                photos.load_checked(part.photo), part.box, is_mirrored=part.is_mirrored
-            )
+            pixel_values = crops.pixel_values(photos.load(part.photo), part.box, is_mirrored=part.is_mirrored)
             posterior = autoencoder.encode(vae, pixel_values[None])
             cache.store(entry, {"mean": posterior.mean, "std": posterior.std})
 

@@ -23,7 +23,6 @@ from dreambooth.options.photos import InstanceOptions
 
 _FLAG = "--dataset_name"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_LARGEST_PICTURE = 512 * 2**20  # bytes
 _MOST_PROBLEMS = 20
 _LAYOUT = 1  # version of the folders in the cache: another version is written anew
 
@@ -75,7 +74,7 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _holds_photos(folder: Path) -> bool:
-    has_captions = any(os.path.lexists(folder / name) for name in captions.METADATA)
+    has_captions = any(os.path.lexists(folder / name) for name in picture_files.METADATA)
     return has_captions or bool(picture_files.list_folder(folder, _FLAG).pictures)
 
 
@@ -199,7 +198,7 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
         )
     if not lines:
         raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
-    writer.write_new(folder / captions.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
+    writer.write_new(folder / picture_files.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
 
 
 def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
@@ -228,7 +227,9 @@ def _bytes(cell: Any) -> bytes:
     if not isinstance(path, str):
         raise UserError("there is no picture")
     # a data set may name any path, even that of a device
-    return reader.read_bytes(Path(path), f"the picture {shortened(path)} cannot be read", _LARGEST_PICTURE)
+    return reader.read_bytes(
+        Path(path), f"the picture {shortened(path)} cannot be read", picture_files.LARGEST
+    )
 
 
 def _suffix(data: bytes) -> str:

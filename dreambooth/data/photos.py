@@ -4,16 +4,13 @@
 are in the order of their names, so that a run does not depend on the file system.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import math
-import os
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -25,7 +22,6 @@ from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options.photos import MOST_PIXELS
 
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
-LARGEST = 2**33  # bytes of a file: the most pixels, unpacked, with 16 bits a channel
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
 
@@ -161,32 +157,15 @@ def _check(
     cache: DecodeCache | None,
 ) -> tuple[Photo, list[str]]:
     """(the photo, remarks). Raises UserError, without the file's name, if it cannot be used."""
-    path = folder / name
-    try:
-        with reader.opened(path) as file:
-            if not follow_symlinks and not path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(
-                    f"a link to {shown(path.resolve())}, outside the folder; "
-                    "copy the file, or give --follow_symlinks"
-                )
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise UserError("the file is empty")
-            if size > LARGEST:
-                raise UserError(f"{size:,} bytes are over {LARGEST:,}; make it smaller")
-            kind = picture_files.identify(file.read(picture_files.HEAD))
-            if kind.format is None:
-                advice = kind.advice or "save it again or remove it"
-                raise UserError(f"by its content {kind.name}, which is not read; {advice}")
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except IsADirectoryError:
-        raise UserError("a folder with a picture's ending; rename it, or move it away") from None
-    except reader.NotRegular as error:
-        raise UserError(str(error.strerror)) from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}") from None
-    decoded = _decoded(path, digest, max_pixels, cache)
+    data = picture_files.read_within(
+        folder, name, "cannot be read", picture_files.LARGEST, follow_symlinks=follow_symlinks
+    )
+    kind = picture_files.identify(data)
+    if kind.format is None:
+        advice = kind.advice or "save it again or remove it"
+        raise UserError(f"by its content {kind.name}, which is not read; {advice}")
+    digest = hashlib.sha256(data).hexdigest()
+    decoded = _decoded(data, digest, max_pixels, cache)
     (width, height), remarks = decoded.size, list(decoded.remarks)
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{width} x {height} pixels is too small; each side must have at least {MIN_SIDE}")
@@ -197,16 +176,16 @@ def _check(
         )
     if max(width, height) > ODD_ASPECT * min(width, height):
         remarks.append(_LONG)
-    return Photo(path, decoded.size, digest, decoded.pixels_sha256), remarks
+    return Photo(folder / name, decoded.size, digest, decoded.pixels_sha256), remarks
 
 
-def _decoded(path: Path, digest: str, max_pixels: int, cache: DecodeCache | None) -> Decoded:
-    """The result of decoding, from the cache if it has the file. A cached photo must be within the present
-    limits."""
+def _decoded(data: bytes, digest: str, max_pixels: int, cache: DecodeCache | None) -> Decoded:
+    """The result of decoding a file, from the cache if it has the file. A cached photo must be within the
+    present limits."""
     cached = cache.of(digest) if cache else None
     if cached is not None and math.prod(cached.size) <= max_pixels and set(cached.remarks) <= _REMARKS:
         return cached
-    image, remarks = _decode(path, max_pixels)
+    image, remarks = decode(data, max_pixels)
     width, height = image.size
     pixels_sha256 = hashlib.sha256(f"{width} {height} ".encode() + image.tobytes()).hexdigest()
     decoded = Decoded(image.size, pixels_sha256, tuple(remarks))
@@ -215,23 +194,17 @@ def _decoded(path: Path, digest: str, max_pixels: int, cache: DecodeCache | None
     return decoded
 
 
-def load(path: Path) -> Image.Image:
-    """The photo, upright and sRGB. Transparent parts are over white, 16-bit grey is scaled to 8 bits.
-
-    Raises UserError, without the file's name, if it cannot be used.
-    """
-    return _decode(path, max_pixels=None)[0]
-
-
-def load_checked(photo: Photo) -> Image.Image:
-    """The photo as `load` returns it. Raises UserError if its file has changed since it was checked."""
-    data = reader.read_bytes(photo.path, f"{shown(photo.path)} cannot be read", LARGEST)
+def load(photo: Photo) -> Image.Image:
+    """The photo as `decode` returns it, from its file. Raises UserError if the file has changed since it was
+    checked, or cannot be read."""
+    path = shown(photo.path)
+    data = reader.read_bytes(photo.path, f"{path} cannot be read", picture_files.LARGEST)
     if hashlib.sha256(data).hexdigest() != photo.sha256:
-        raise UserError(f"{shown(photo.path)} has changed since the run was started; start again")
+        raise UserError(f"{path} has changed since the run was started; restore it, or start a new run")
     try:
-        return _decode(photo.path, None, io.BytesIO(data))[0]
+        return decode(data)[0]
     except UserError as error:
-        raise UserError(f"{shown(photo.path)}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses pictures of twice this number
@@ -245,20 +218,18 @@ def _over(max_pixels: int, width: int, height: int) -> UserError:
     return UserError(f"{width} x {height} is over {max_pixels:,} pixels; {advice}")
 
 
-def _decode(
-    path: Path, max_pixels: int | None, data: BinaryIO | None = None
-) -> tuple[Image.Image, list[str]]:
-    """(the photo as `load` returns it, remarks), read from `data` if given, else from `path`.
+def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, list[str]]:
+    """(the photo, remarks) from the content of its file. The photo is upright and sRGB; transparent parts are
+    over white, and 16-bit grey is scaled to 8 bits.
 
-    Without `max_pixels` only the limit MOST_PIXELS holds.
+    Raises UserError, without the file's name, if it cannot be used or has over `max_pixels`.
     """
     try:
-        source = reader.opened(path) if data is None else contextlib.nullcontext(data)
-        with warnings.catch_warnings(record=True) as warned, source as file:
+        with warnings.catch_warnings(record=True) as warned:
             # Record all warnings, print none: those on size are errors below, and the others name no file.
             warnings.simplefilter("always")
-            with Image.open(file, formats=picture_files.FORMATS) as image:
-                if max_pixels is not None and image.width * image.height > max_pixels:
+            with Image.open(io.BytesIO(data), formats=picture_files.FORMATS) as image:
+                if image.width * image.height > max_pixels:
                     raise _over(max_pixels, image.width, image.height)
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.
                 frames = getattr(image, "n_frames", 1)

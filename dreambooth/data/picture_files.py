@@ -11,12 +11,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
-from dreambooth.data import captions
 from dreambooth.files import pictures as png_files
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shown
 
 HEAD = 4096  # bytes that decide what a file is
+LARGEST = 2**32  # bytes of a picture's file: the most pixels, unpacked
+METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder: the first that exists is read
 _SAVE = "save it as PNG or JPEG"
 # Formats that are read, by Pillow's name, with the usual ending first.
 READ = {
@@ -172,6 +173,22 @@ def list_folder(folder: Path, flag: str, made: Collection[str] = ()) -> Listing:
     return Listing(pictures, dict(sorted(skipped.items(), key=lambda entry: entry[0] is _HIDDEN)))
 
 
+def read_within(folder: Path, name: str, where: str, largest: int, *, follow_symlinks: bool) -> bytes:
+    """The content of a file in a folder of the user. Messages begin with `where`.
+
+    Raises UserError as `reader.read_bytes` does, and without `follow_symlinks` if the file lies in another
+    folder, behind a link.
+    """
+    data = reader.read_bytes(folder / name, where, largest)
+    target = (folder / name).resolve()
+    if not follow_symlinks and not target.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{where}: a link to {shown(target)}, outside the folder; copy the file, or give "
+            "--follow_symlinks"
+        )
+    return data
+
+
 def names(folder: Path, flag: str) -> list[str]:
     """The names in a folder, sorted independently of locale and file system."""
     try:
@@ -188,7 +205,7 @@ def names(folder: Path, flag: str) -> list[str]:
 
 def _is_caption_file(name: str, stems: set[str]) -> bool:
     """Whether a file holds captions; `stems` are the names of the pictures without ending."""
-    return name in captions.METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
+    return name in METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
 
 
 def _kind_at(path: Path) -> Kind:

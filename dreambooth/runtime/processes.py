@@ -78,13 +78,14 @@ class Peers:
         if self.is_main:
             console.notes(notes)
 
-    def sync_stop(self) -> None:
-        """Raise the same Stop on every process if any of them must end. Called within a step.
+    def sync_stop(self, failure: Stop | None = None) -> None:
+        """Raise the same Stop on every process if any of them must end, this one because of `failure`. Called
+        within a step.
 
         A process that stopped alone would leave the others in an exchange that never ends. The exchange uses
         gloo also with GPUs, so that a process that died is noticed before the GPUs' own exchange begins.
         """
-        pending = self.watch.pending()
+        pending = failure or self.watch.pending()
         if self.world == 1:
             if pending:
                 raise pending

@@ -82,7 +82,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         written(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
         "by its content an SVG drawing",
     ),
-    "no bytes": ("empty.jpg", written(b""), "the file is empty"),
+    "no bytes": ("empty.jpg", written(b""), "by its content an empty file"),
     "animated GIF as WEBP": ("moving.webp", written(lambda: animation("GIF")), "animated, 3 frames"),
     "animated WEBP": ("moving.webp", written(lambda: animation("WEBP")), "animated, 3 frames"),
     "animated PNG": ("moving.png", written(lambda: animation("PNG")), "animated, 3 frames"),
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "200 x 15 pixels is too small; each side must have at least 16",
     ),
     "pipe": ("pipe.png", os.mkfifo, "not a regular file"),
-    "folder": ("folder.png", os.mkdir, "a folder with a picture's ending"),
+    "folder": ("folder.png", os.mkdir, "cannot be read: Is a directory"),
     "device": ("zero.png", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "link to nothing": (
         "link.png",

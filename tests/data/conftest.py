@@ -25,7 +25,7 @@ def work(monkeypatch) -> Work:
         lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels),
     )
     spy(monkeypatch, prompts.TextParts, "__call__", lambda self, words: done.prompts.extend(words))
-    spy(monkeypatch, photos, "_decode", lambda path, *others, **more: done.decoded.append(path.name))
+    spy(monkeypatch, photos, "decode", lambda data, *others: done.decoded.append(data))
     for part in ("load_vae", "load_encoders", "load_unet"):
         spy(
             monkeypatch,

@@ -36,7 +36,7 @@ class Work:
     pictures: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     prompts: list[str] = dataclasses.field(default_factory=list)
     loaded: list[str] = dataclasses.field(default_factory=list)
-    decoded: list[str] = dataclasses.field(default_factory=list)
+    decoded: list[bytes] = dataclasses.field(default_factory=list)
 
 
 def spy(monkeypatch, owner: Any, name: str, see: Callable[..., Any]) -> None:

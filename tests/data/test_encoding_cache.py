@@ -132,7 +132,7 @@ def test_a_photo_that_changes_after_it_was_checked_is_not_taken_for_the_one_that
     """Else its latents would be found under the other's name ever after."""
     photo = photo_of(tmp_path, (64, 64))
     tiny.make_photos(tmp_path, 1, seed=5)
-    with pytest.raises(UserError, match=r"photo-0\.png has changed since the run was started; start again"):
+    with pytest.raises(UserError, match=r"photo-0\.png has changed since the run was started; restore it"):
         encoded_photo(families.find(BaseOptions(str(tiny_base))), photo)
     photo.path.unlink()
     with pytest.raises(UserError, match=r"photo-0\.png cannot be read: No such file"):
@@ -144,7 +144,7 @@ def test_a_photo_that_cannot_be_unpacked_any_more_is_named(tmp_path):
     path.write_bytes(b"no picture")
     photo = photos.Photo(path, (64, 64), hashlib.sha256(b"no picture").hexdigest(), "")
     with pytest.raises(UserError) as refusal:
-        photos.load_checked(photo)
+        photos.load(photo)
     assert (
         str(refusal.value)
         == f"{path}: not a whole picture (Pillow does not recognize it); save it again or remove it"

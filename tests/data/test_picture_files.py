@@ -89,7 +89,7 @@ def test_a_picture_is_read_under_any_ending_and_none(format, name, tmp_path):
     checked = photos.check_folder(tmp_path, FLAG)
     assert [(photo.path.name, photo.size) for photo in checked.photos] == [(name, (64, 64))]
     expected = Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-    assert photos.load(checked.photos[0].path).tobytes() == expected
+    assert photos.load(checked.photos[0]).tobytes() == expected
 
 
 @pytest.mark.parametrize("format", picture_files.READ)

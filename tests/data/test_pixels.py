@@ -52,7 +52,7 @@ def test_photos_come_upright(orientation, tmp_path):
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
     assert photos.check_folder(tmp_path, FLAG).photos[0].size == (96, 64)
-    assert photos.load(tmp_path / "photo.png").tobytes() == upright.tobytes()
+    assert loaded(tmp_path / "photo.png").tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,10 @@ def test_photos_come_upright(orientation, tmp_path):
 def test_a_broken_orientation_is_ignored(exif, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(encoded(noise(80, 64), "JPEG", exif=exif))
     assert photos.check_folder(tmp_path, FLAG).photos[0].size == (80, 64)
+
+
+def loaded(path: Path) -> Image.Image:
+    return photos.decode(path.read_bytes())[0]
 
 
 def big_endian_tiff(pixels: np.ndarray) -> bytes:
@@ -94,7 +98,7 @@ def test_16_bit_grey_is_scaled_not_clipped(kind, tmp_path):
     path.write_bytes(
         big_endian_tiff(grey) if kind.startswith("big") else encoded(Image.fromarray(grey), kind)
     )
-    found = np.asarray(photos.load(path)).astype(int)
+    found = np.asarray(loaded(path)).astype(int)
     assert found.shape == (64, 64, 3)
     assert np.abs(found - (grey[..., None] / 257)).max() <= 1
     assert (found[0, 0] == 0).all()
@@ -136,7 +140,7 @@ def palette() -> Image.Image:
 def test_pictures_become_rgb_over_white(image, settings, expected, tmp_path):
     """A hidden colour under transparent parts does not leak into training."""
     image.save(tmp_path / "photo.png", **settings)
-    found = photos.load(tmp_path / "photo.png")
+    found = loaded(tmp_path / "photo.png")
     assert (found.mode, found.size) == ("RGB", (64, 64))
     assert set(found.get_flattened_data()) == {expected}
 
@@ -183,9 +187,9 @@ def test_colours_of_a_profile_become_srgb(tmp_path):
         ("p3", display_p3()),
     ):
         Image.new("RGB", (64, 64), (60, 200, 60)).save(tmp_path / f"{name}.png", icc_profile=profile)
-    assert photos.load(tmp_path / "plain.png").getpixel((5, 5)) == (60, 200, 60)
-    assert photos.load(tmp_path / "srgb.png").getpixel((5, 5)) == (60, 200, 60)
-    red, green, _ = typing.cast(tuple[int, int, int], photos.load(tmp_path / "p3.png").getpixel((5, 5)))
+    assert loaded(tmp_path / "plain.png").getpixel((5, 5)) == (60, 200, 60)
+    assert loaded(tmp_path / "srgb.png").getpixel((5, 5)) == (60, 200, 60)
+    red, green, _ = typing.cast(tuple[int, int, int], loaded(tmp_path / "p3.png").getpixel((5, 5)))
     assert green > 202
     assert red < 50
     assert not any("profile" in note for note in photos.check_folder(tmp_path, FLAG).notes)
@@ -193,7 +197,7 @@ def test_colours_of_a_profile_become_srgb(tmp_path):
 
 def test_ink_colours_become_rgb(tmp_path):
     Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(tmp_path / "photo.tif")
-    assert photos.load(tmp_path / "photo.tif").getpixel((5, 5)) == (255, 0, 0)
+    assert loaded(tmp_path / "photo.tif").getpixel((5, 5)) == (255, 0, 0)
 
 
 # --- resize and crop
@@ -221,7 +225,7 @@ def cropped(
     path: Path, resolution: int, interpolation: str = "lanczos", corner: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Pixels of the crop at `corner`, or of the one from the middle."""
-    crops, image = Crops(resolution, interpolation, center_crop=corner is None), photos.load(path)
+    crops, image = Crops(resolution, interpolation, center_crop=corner is None), loaded(path)
     return crops.pixel_values(image, crops.square(corner or crops.middle_corner(image.size)))
 
 

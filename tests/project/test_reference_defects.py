@@ -249,9 +249,10 @@ def dataset(tmp_path) -> batches.PhotoRows:
 def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, dataset):
     """Over several passes, with more class images than photos: as without a cache."""
     base, cpu = families.find(BaseOptions(str(tiny_base))), torch.device("cpu")
+    alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
 
     def means(encoded: encodings.EncodedPhotos | None, vae: AutoencoderKL | None) -> torch.Tensor:
-        words: dict[str, Any] = {"slots": 1, "batch_size": 2, "rank": 0, "world": 1}
+        words: dict[str, Any] = {"slots": 1, "batch_size": 2, "peers": alone}
         return torch.stack(
             [
                 batch.posterior.mean
@@ -261,7 +262,6 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
 
     crops = dataclasses.replace(dataset.crops, stride=base.vae_stride)
     pictures = [picture for source in dataset.sources for picture in source.pictures()]
-    alone: Any = types.SimpleNamespace(rank=0, world=1, is_main=True)
     cached = means(
         encodings.encode_photos(
             encoding_cache.EncodingCache(None, print), base, pictures, crops, cpu, alone, lambda: None

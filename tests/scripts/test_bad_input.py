@@ -262,7 +262,7 @@ bad(
     "photos",
     "link out of the folder",
     add("link.png", outside),
-    "link.png: a link to ",
+    "link.png: cannot be read: a link to ",
     "elsewhere.png, outside the folder",
     "--follow_symlinks",
 )
@@ -271,19 +271,19 @@ bad(
     "several at once",
     several,
     "--instance_data_dir: a.png: by its content a text file, which is not read",
-    "--instance_data_dir: b.jpg: the file is empty",
+    "--instance_data_dir: b.jpg: by its content an empty file, which is not read",
 )
 bad(
     "photos",
     "escapes in a name",
     add(f"{ESCAPE}.png", lambda path: path.write_bytes(b"")),
-    r"--instance_data_dir: '\x1b[2J.png': the file is empty",
+    r"--instance_data_dir: '\x1b[2J.png': by its content an empty file, which is not read",
 )
 bad(
     "photos",
     "a line in a name",
     add("x\nerror: y.png", lambda path: path.write_bytes(b"")),
-    r"'x\nerror: y.png': the file is empty",
+    r"'x\nerror: y.png': by its content an empty file, which is not read",
 )
 bad("photos", "no folder", lambda folder: shutil.rmtree(folder), "--instance_data_dir: there is no folder ")
 bad("photos", "empty folder", emptied, "--instance_data_dir: no picture in ", "it is empty")
@@ -1538,7 +1538,7 @@ def checked_and_loaded(path: Path) -> None:
     (photo,) = photos.check_folder(path.parent, "--instance_data_dir").photos
     crops = Crops(32, "lanczos", center_crop=True)
     box = crops.square(crops.middle_corner(photo.size))
-    assert crops.pixel_values(photos.load(photo.path), box).isfinite().all()
+    assert crops.pixel_values(photos.load(photo), box).isfinite().all()
 
 
 @pytest.mark.parametrize(

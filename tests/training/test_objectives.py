@@ -301,8 +301,7 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
             range(2),
             slots=1,
             batch_size=2,
-            rank=0,
-            world=1,
+            peers=training.peers,
         )
         for batch in batches:
             loss = training.micro_step(batch)["loss"]
