@@ -3,43 +3,20 @@
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import reader
+from dreambooth.io import console, reader
 from dreambooth.runtime import memory
 from dreambooth.runtime.stops import Stop
-
-TRACKER_NAME = "dreambooth-lora"
-
-
-def trackers(report_to: str) -> tuple[list[str], list[str]]:
-    """(names of the trackers for Accelerator, notes for the user). `report_to` is a tracker, all or none."""
-    installed = {
-        "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
-        "wandb": importlib.util.find_spec("wandb") is not None,
-        "comet_ml": importlib.util.find_spec("comet_ml") is not None,
-    }
-    if report_to == "none":
-        return [], []
-    wanted = list(installed) if report_to == "all" else [report_to]
-    notes = []
-    if report_to == "tensorboard" and not installed["tensorboard"]:
-        notes.append(
-            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', "
-            "or --report_to none"
-        )
-    return [name for name in wanted if installed[name]], notes
 
 
 class Progress:
@@ -138,19 +115,13 @@ class Progress:
                 self.file.truncate(self.size)  # no half line stays
             if not self.has_failed:
                 reason = error.strerror or error
-                tqdm.write(f"warning: metrics.jsonl cannot be written: {reason}; the run goes on")
+                console.warn(f"metrics.jsonl cannot be written: {reason}; the run goes on")
             self.has_failed = True
 
     def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
         """Send pictures to the trackers that take them."""
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pixels = np.stack([np.asarray(image) for image in images])
-                tracker.writer.add_images(name, pixels, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                import wandb
-
-                tracker.log({name: [wandb.Image(image, caption=prompt) for image in images]}, step=step)
+            tracker.images(name, images, prompt, step)
 
     def close(self) -> None:
         self.bar.close()
@@ -158,11 +129,3 @@ class Progress:
             with contextlib.suppress(OSError):  # a full disk: reported by `_write`
                 self.file.close()
                 self.files.record(self.path.name, self.size, self.sha256.hexdigest())
-
-
-def jsonable(table: dict[str, Any]) -> dict[str, Any]:
-    """Options in the types that trackers accept: numbers, strings and booleans."""
-    return {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in table.items()
-    }

@@ -12,17 +12,17 @@ from dreambooth.io import writer
 from dreambooth.io.errors import shown
 from dreambooth.options.training import RunOptions, TrainOptions
 from dreambooth.runtime.processes import Peers
-from dreambooth.training import checkpoints, checks, metrics, run_folder
+from dreambooth.training import checkpoints, checks, run_folder, trackers
 
 
-def check_apart_from_input(options: TrainOptions, trackers: list[str]) -> Path:
+def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> Path:
     """The output folder. Raises UserError unless folders that the run writes to lie apart from those that it
     reads, and from folders of class images."""
     prior = options.prior
     classes = prior.class_data_dir if prior.with_prior_preservation else None
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
     encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
-    logs = logs_dir(options, trackers)
+    logs = logs_dir(options, tracker_names)
     check_apart(
         {
             "--output_dir": output_dir,
@@ -60,9 +60,9 @@ class Claim:
         )
 
 
-def logs_dir(options: TrainOptions, trackers: list[str]) -> Path | None:
+def logs_dir(options: TrainOptions, tracker_names: list[str]) -> Path | None:
     """The folder that trackers write to; None without trackers."""
-    return Path(options.run.output_dir) / options.reports.logging_dir if trackers else None
+    return Path(options.run.output_dir) / options.reports.logging_dir if tracker_names else None
 
 
 def claim(
@@ -75,7 +75,7 @@ def claim(
     resume_from, folder = run.resume_from_checkpoint, Path(run.output_dir)
     writer.make_output_folder(folder, "--output_dir")
     if logs is not None:
-        writer.make_output_folder(logs / metrics.TRACKER_NAME, "--logging_dir")
+        writer.make_output_folder(logs / trackers.PROJECT, "--logging_dir")
     if cache.mode == "disk":
         writer.make_output_folder(cache.folder, "--encoded_dir")
         if swept := peers.on_main(lambda: encoding_cache.sweep(cache.folder)):

@@ -34,7 +34,7 @@ from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions,
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained
-from dreambooth.training import adapter_targets, checks, hub, metrics, output_folder, rates, run_folder
+from dreambooth.training import adapter_targets, checks, hub, output_folder, rates, run_folder, trackers
 from dreambooth.training.start import Start
 
 
@@ -44,10 +44,10 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct.
     """
-    trackers, notes = metrics.trackers(options.reports.report_to)
-    peers = join_processes(options.run, options.reports, watch, trackers)
+    tracker_names, notes = trackers.installed(options.reports.report_to)
+    peers = join_processes(options.run, options.reports, watch, tracker_names)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = output_folder.check_apart_from_input(options, trackers)
+    output_dir = output_folder.check_apart_from_input(options, tracker_names)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -64,7 +64,9 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, trackers))
+    claim = output_folder.claim(
+        options.run, cache, peers, stack, output_folder.logs_dir(options, tracker_names)
+    )
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
     instance = subject.source(options.instance)
@@ -100,7 +102,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
 
 
-def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, trackers: list[str]) -> Peers:
+def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracker_names: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
     launcher.adopt_local_rank(run.local_rank)
     if run.num_threads:
@@ -110,7 +112,7 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
         watch,
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
-        log_with=trackers or None,
+        log_with=[trackers.Tracker(name, logging_dir) for name in tracker_names] or None,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
     )
     peers.say_notes(launcher.notes(run.gradient_accumulation_steps))

@@ -16,7 +16,7 @@ from dreambooth.options.command_line import as_table, fields_of, without_token, 
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime.processes import Peers
-from dreambooth.training import metrics, run_folder
+from dreambooth.training import run_folder, trackers
 from dreambooth.training.checks import AdapterState, Cache
 
 
@@ -75,5 +75,4 @@ class Start:
             )
         self.peers.barrier()
         if accelerator.log_with:
-            options = metrics.jsonable(without_token(as_table(self.options)))
-            accelerator.init_trackers(metrics.TRACKER_NAME, config=options)
+            accelerator.init_trackers(trackers.PROJECT, config=without_token(as_table(self.options)))

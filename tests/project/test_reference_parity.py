@@ -19,7 +19,7 @@ from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.resolved import resolve
 from dreambooth.options.training import TrainOptions
-from dreambooth.training import frozen_models, metrics
+from dreambooth.training import frozen_models, trackers
 from tests import tiny
 from tests.options.reference import REFERENCE, TRAIN, flat, pretend_everything_is_installed
 from tests.project.reference_runs import ROOT, TWO_STEPS, checkpoints_in, records, run, spy
@@ -268,7 +268,7 @@ def test_trackers_write_to_the_logging_folder_and_never_the_token(
 ):
     with monkeypatch.context() as without:
         without.setattr(importlib.util, "find_spec", lambda name: None)
-        assert "tensorboard is not installed" in metrics.trackers("tensorboard")[1][0]
+        assert "tensorboard is not installed" in trackers.installed("tensorboard")[1][0]
     pytest.importorskip("tensorboard", reason="tensorboard is an optional extra")
     run(
         tiny_base,

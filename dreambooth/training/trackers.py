@@ -1,0 +1,113 @@
+"""The trackers of --report_to. A tracker that fails costs its records, never the run."""
+
+import contextlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+
+from dreambooth.io import console
+from dreambooth.io.errors import shown, type_and_reason
+
+PROJECT = "dreambooth-lora"
+
+
+def installed(report_to: str) -> tuple[list[str], list[str]]:
+    """(names of the trackers to use, notes for the user). `report_to` is a tracker, all or none."""
+    is_installed = {
+        "tensorboard": any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")),
+        "wandb": importlib.util.find_spec("wandb") is not None,
+        "comet_ml": importlib.util.find_spec("comet_ml") is not None,
+    }
+    if report_to == "none":
+        return [], []
+    wanted = list(is_installed) if report_to == "all" else [report_to]
+    notes = []
+    if report_to == "tensorboard" and not is_installed["tensorboard"]:
+        notes.append(
+            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', "
+            "or --report_to none"
+        )
+    return [name for name in wanted if is_installed[name]], notes
+
+
+class Tracker(GeneralTracker):
+    """One of accelerate's trackers. At its first error it is dropped, with a warning.
+
+    Accelerator calls the methods on the main process only.
+    """
+
+    requires_logging_directory = False  # accelerate's tracker gets the folder from here
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        self.tracker: Any = None  # accelerate's; None before `start` and after an error
+        super().__init__()  # checks that these exist
+
+    def start(self) -> None:
+        kind = LOGGER_TYPE_TO_CLASS[self.name]
+        folder = [self.folder] if kind.requires_logging_directory else []
+        with self._losing_records():
+            self.tracker = kind(PROJECT, *folder)
+            _silence_writer_threads()
+            self.tracker.start()
+
+    def store_init_configuration(self, values: Mapping[str, Any]) -> None:
+        """Record options, as numbers, strings and booleans."""
+        table = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}
+        self._do(lambda tracker: tracker.store_init_configuration(table))
+
+    def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        self._do(lambda tracker: tracker.log(values, step=step, **kwargs))
+
+    def images(self, name: str, images: Sequence[Image.Image], prompt: str, step: int) -> None:
+        """Record pictures, if the tracker takes them."""
+        if self.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            self._do(lambda tracker: tracker.writer.add_images(name, pixels, step, dataformats="NHWC"))
+        elif self.name == "wandb":
+            self._do(lambda tracker: tracker.log({name: _captioned(images, prompt)}, step=step))
+
+    def finish(self) -> None:
+        self._do(lambda tracker: tracker.finish())
+
+    def _do(self, work: Callable[[Any], object]) -> None:
+        if self.tracker is not None:
+            with self._losing_records():
+                work(self.tracker)
+
+    @contextlib.contextmanager
+    def _losing_records(self) -> Iterator[None]:
+        """Drop the tracker, with a warning, if the block raises. A library may also exit."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            console.warn(
+                f"--report_to {self.name}: {shown(self.folder)} gets no more records"
+                f" ({type_and_reason(error)}); the run goes on"
+            )
+            failed, self.tracker = self.tracker, None
+            with contextlib.suppress(Exception, SystemExit):
+                failed.finish()  # ends its threads and processes, which might wait at the end of the run
+
+
+def _captioned(images: Sequence[Image.Image], prompt: str) -> list[Any]:
+    import wandb
+
+    return [wandb.Image(image, caption=prompt) for image in images]
+
+
+def _silence_writer_threads() -> None:
+    """Print no traceback of TensorBoard's writing thread: the next call raises its error again."""
+    report = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard"):
+            report(failure)
+
+    threading.excepthook = hook
