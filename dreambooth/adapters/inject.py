@@ -145,7 +145,7 @@ def _boft(plan: Plan) -> BOFTConfig:
 
 
 def _hra(plan: Plan) -> HRAConfig:
-    return HRAConfig(r=plan.rank, apply_GS=plan.options.apply_gs, target_modules=list(plan.targets))
+    return HRAConfig(r=plan.rank, target_modules=list(plan.targets))
 
 
 KINDS = {

@@ -22,7 +22,6 @@ _KINDS_OF_FLAG = {
     "module_dropout": ("loha", "lokr", "oft"),
     "decompose_both": ("lokr",),
     "use_effective_conv2d": ("loha", "lokr"),
-    "apply_gs": ("hra",),
     "rank_pattern": ("lora", "loha", "lokr"),
     "output_kohya_format": ("lora", "loha", "lokr"),
     "decompose_factor": ("lokr",),
@@ -78,7 +77,7 @@ class AdapterOptions(Group):
     boft_block_size: BlockSize = 4
     """BOFT: side of the rotated blocks."""
     apply_gs: bool = False
-    """HRA: keep the reflections orthogonal (Gram-Schmidt)."""
+    """HRA with orthogonal reflections. It is refused, since it cannot start as the base."""
     target_preset: Literal["attn", "attn_ff", "full"] = "attn"
     """Layers that get an adapter. attn: every attention projection. attn_ff: also the feed-forward layers and
     the projections into and out of attention blocks. full: also convolutions and time embeddings. In the text
@@ -133,6 +132,13 @@ class AdapterOptions(Group):
                 require(
                     value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}"
                 )
+        # HRA starts as the base by pairs of equal reflections. Gram-Schmidt leaves of one of them rounding errors,
+        # which peft divides by their norm: the base is damaged, and gradients overflow.
+        require(
+            not self.apply_gs,
+            "--apply_gs cannot be trained: the product of orthogonal reflections is never the identity, so "
+            "that the adapter would not start as the base; leave it out",
+        )
         # For kernels larger than 1 x 1, peft's OFT is not the identity at the start: it sums rotated patches.
         require(
             self.adapter != "oft" or self.target_preset != "full",

@@ -332,6 +332,7 @@ def test_a_dry_run_prints_the_counts_loads_no_weights_and_leaves_nothing(
             "--rank does not work with --adapter oft; give --oft_block_size",
         ),
         (["--adapter", "hra", "--rank", "3"], "--rank must be even with --adapter hra, got 3"),
+        (["--adapter", "hra", "--apply_gs"], "--apply_gs cannot be trained: the product of"),
         (["--adapter", "lokr", "--use_dora"], "--use_dora only works with --adapter lora"),
         (
             ["--adapter", "boft", "--lora_alpha", "4"],
