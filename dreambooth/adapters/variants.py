@@ -14,7 +14,7 @@ import torch
 from dreambooth.adapter_files import layer_names, reading, run_info
 from dreambooth.adapter_files.reading import AnyAdapter, Identity
 from dreambooth.adapters import apply
-from dreambooth.bases import families, loading, prompt_syntax, prompts
+from dreambooth.bases import families, loading, prompt_syntax, prompts, schedulers
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
@@ -112,7 +112,8 @@ def plan(
 
 def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> None:
     """Raise UserError if a prompt, a clip_skip or a weight of a variant does not work with the base and the
-    adapters."""
+    adapters, or the base has fewer timesteps than --num_inference_steps."""
+    schedulers.check_steps("--num_inference_steps", options.num_inference_steps, base)
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
     texts["--negative_prompt"] = options.negative_prompt
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))

@@ -49,6 +49,13 @@ def sampler_of(flag: str | None, base: Base) -> str:
     return flag or ("dpm" if base.family.has_vae and not base.is_edm else "base")
 
 
+def check_steps(flag: str, steps: int, base: Base) -> None:
+    """Raise UserError if pictures cannot be drawn in this many steps: the base has fewer timesteps."""
+    timesteps = base.config("scheduler")["num_train_timesteps"]
+    if steps > timesteps:
+        raise UserError(f"{flag} must be at most {timesteps}, the timesteps of the base; got {steps}")
+
+
 def class_sampler(base_scheduler: Any, wanted: str) -> Any:
     """The scheduler that draws class images: DPM-Solver++ if `wanted` is "dpm", the base's own if "base"."""
     return _dpm_solver(base_scheduler.config) if wanted == "dpm" else base_scheduler

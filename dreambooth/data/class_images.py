@@ -380,11 +380,13 @@ def make_settings(
 ) -> ClassImageSettings:
     """The set that these options describe; `side` is in pixels. Raises UserError as `sampler_of` does."""
     scheduler = schedulers.sampler_of(generation.class_scheduler, base)
+    steps = generation.class_inference_steps or STEPS[scheduler]
+    schedulers.check_steps("--class_inference_steps", steps, base)
     return ClassImageSettings(
         base=fingerprint,
         prompt=prompt,
         seed=seed,
-        steps=generation.class_inference_steps or STEPS[scheduler],
+        steps=steps,
         guidance_scale=generation.class_guidance_scale,
         batch_size=generation.sample_batch_size,
         side=side,

@@ -125,7 +125,7 @@ class ValidationPictures:
                     prompt,
                     negative,
                     [sampling_order.key(self.seed, "validation", number)],
-                    num_inference_steps=_INFERENCE_STEPS,
+                    num_inference_steps=min(_INFERENCE_STEPS, pipeline.scheduler.config.num_train_timesteps),
                     guidance_scale=_GUIDANCE_SCALE,
                     side=self.resolution,
                     check=self.check,
