@@ -7,7 +7,6 @@ checks a base on disk without loading a model.
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from diffusers import (
     IFPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import folders, noise_levels, prompts, weight_names
+from dreambooth.bases import configs, folders, noise_levels, prompts, weight_names
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.files import digests
@@ -54,16 +54,15 @@ class Family:
     """Tokens of a padded prompt. None is the number of positions of the text encoder."""
 
     @property
-    def classes(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, type]:
         """The class that each model must have, by its folder."""
-        vae = {"vae": "AutoencoderKL"} if self.has_vae else {}
-        encoders = {encoder: kind.__name__ for encoder, (_, kind) in self.text.items()}
-        return {"unet": "UNet2DConditionModel", **vae, **encoders}
+        vae = {"vae": AutoencoderKL} if self.has_vae else {}
+        return {"unet": UNet2DConditionModel, **vae, **{name: kind for name, (_, kind) in self.text.items()}}
 
     @property
     def folders(self) -> tuple[str, ...]:
         """The folders that a base of this family must have."""
-        return (*(tokenizer for tokenizer, _ in self.text.values()), *self.classes, "scheduler")
+        return (*(tokenizer for tokenizer, _ in self.text.values()), *self.kinds, "scheduler")
 
 
 FAMILIES = {
@@ -118,9 +117,11 @@ class Base:
         return self.given_vae if part == "vae" and self.given_vae else self.folder / part
 
     def config(self, part: str) -> dict[str, Any]:
-        """The configuration file of a part. Raises UserError if it cannot be read."""
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return folders.read_json(self.part_folder(part) / name)
+        """The configuration of a model, with its class's defaults filled in, or of the scheduler. Raises
+        UserError if it cannot be read."""
+        if part == "scheduler":
+            return folders.read_json(self.part_folder(part) / "scheduler_config.json")
+        return configs.read(self.family.kinds[part], self.part_folder(part) / "config.json")
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files that a part is loaded from. Raises UserError if there are none."""
@@ -147,7 +148,7 @@ class Base:
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the pictures that the base draws by default."""
-        return int(self.config("unet").get("sample_size", 64)) * self.vae_stride
+        return (self.config("unet")["sample_size"] or 64) * self.vae_stride
 
     @property
     def vae_stride(self) -> int:
@@ -160,12 +161,8 @@ class Base:
 
     @property
     def vae_config(self) -> Mapping[str, Any] | None:
-        """The VAE's configuration with its class's defaults filled in; None for a base that works on
-        pixels."""
-        if not self.family.has_vae:
-            return None
-        parameters = inspect.signature(AutoencoderKL.__init__).parameters
-        return {name: parameter.default for name, parameter in parameters.items()} | self.config("vae")
+        """The VAE's configuration; None for a base that works on pixels."""
+        return self.config("vae") if self.family.has_vae else None
 
     @property
     def is_edm(self) -> bool:
@@ -252,11 +249,11 @@ def find(options: BaseOptions) -> Base:
         folder,
         name,
         index,
-        family.classes,
+        {part: kind.__name__ for part, kind in family.kinds.items()},
         family.folders,
-        variant=options.variant,
         is_tokenizer_given=options.tokenizer_name is not None,
     )
+    configs.check(folder, name, family.kinds, options.variant)
     noise_levels.check(folder, name, index)
     vae_name = options.pretrained_vae_model_name_or_path
     given_vae = _find_vae(vae_name, family, folder, options.variant) if vae_name else None
@@ -308,7 +305,7 @@ def _find_vae(name: str, family: Family, base_folder: Path, variant: str | None)
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise _no_such_hub_id(VAE_FLAG, name, error) from None
-    folders.check_vae(folder, name, base_folder, variant)
+    configs.check_vae(folder, name, base_folder, variant)
     return folder
 
 
@@ -353,7 +350,7 @@ def _tokenizer_lengths(base: Base) -> list[int]:
 
 def text_layers(base: Base, encoder: str) -> int:
     """The number of layers of a text encoder."""
-    return int(base.config(encoder).get("num_hidden_layers", 12))
+    return int(base.config(encoder)["num_hidden_layers"])
 
 
 def unused_layers(family: Family, encoder: str, text: TextOptions) -> int:
@@ -386,9 +383,8 @@ def check_text(base: Base, text: TextOptions) -> None:
 def prompt_embed_shapes(base: Base, tokens: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of one prompt's `PromptEmbeds`, by field, for a prompt of so many tokens."""
     unet = base.config("unet")
-    projected = unet.get("encoder_hid_dim")
-    width = unet["cross_attention_dim"] if projected is None else projected
+    width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
     if "text_encoder_2" not in base.family.text:
         return {"embeds": (1, tokens, width)}
-    pooled = base.config("text_encoder_2").get("projection_dim", 512)
+    pooled = base.config("text_encoder_2")["projection_dim"]
     return {"embeds": (1, tokens, width), "pooled": (1, pooled)}

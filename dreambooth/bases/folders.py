@@ -1,5 +1,4 @@
-"""Checks a base's folder before anything of it is loaded: parts, classes, widths, and the headers of weight
-files.
+"""Checks a base's folder before anything of it is loaded: its parts, their classes and their weight files.
 
 A base may come from anyone. Nothing here imports what its files name, and weights in .bin or .ckpt files are
 refused, because those can carry code. This module imports no torch.
@@ -74,47 +73,34 @@ def check(
     classes: Mapping[str, str],
     folders: Sequence[str],
     *,
-    variant: str | None,
     is_tokenizer_given: bool,
 ) -> None:
-    """Raise UserError, with one line per fault, if a base cannot be loaded.
+    """Raise UserError, with one line per fault, if a base has not the parts of its family.
 
-    `name` is how the user named it, `index` the content of its model_index.json. The base must have all
+    `name` is how the user named the base, `index` the content of its model_index.json. The base must have all
     `folders`, and models of `classes`. With `is_tokenizer_given`, --tokenizer_name replaces the folder
     "tokenizer".
     """
-    # folders
     wanted = [part for part in folders if not (part == "tokenizer" and is_tokenizer_given)]
     if missing := [part for part in wanted if not (folder / part).is_dir()]:
         raise UserError(f"{BASE_FLAG}: {shown(name)} lacks the folders {', '.join(missing)}")
-
-    # classes
     _raise(_foreign(index, classes))
-
-    # configurations
-    configs = {part: read_json(folder / part / "config.json") for part in classes}
-    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     paths = {part: folder / part / "tokenizer_config.json" for part in wanted if part.startswith("tokenizer")}
-    tokenizers = {part: read_json(path) for part, path in paths.items() if path.is_file()}
-    with_code = [part for part, config in (configs | tokenizers).items() if "auto_map" in config]
+    paths = {part: path for part, path in paths.items() if path.exists()}
+    paths |= {part: folder / part / "config.json" for part in classes}
     _raise(
         [
             f"the {part} of {shown(name)} names code of its own (auto_map), which is not run"
-            for part in with_code
+            for part, path in paths.items()
+            if "auto_map" in read_json(path)
         ]
     )
-    _raise(_wrong_kinds(configs, classes, name))
-    _raise(_misfits(configs, name))
-
-    # weights
-    _check_variant(folder, name, classes, variant)
-    _raise(_bad_weights(folder, configs, variant))
 
 
-def _check_variant(folder: Path, name: str, parts: Iterable[str], variant: str | None) -> None:
+def check_variant(folder: Path, name: str, parts: Iterable[str], variant: str | None) -> None:
     """Raise UserError if a part has its weights in other variants only, or if no part has `variant`.
 
-    Parts without any safetensors weights are left to `_bad_weights`.
+    Parts without any safetensors weights are left to `weight_files`.
     """
     available = {part: weight_names.variants(_file_names(folder / part), part) for part in parts}
     problem = weight_names.problem(available, variant or weight_names.PLAIN)
@@ -133,32 +119,9 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def check_vae(folder: Path, name: str, base_folder: Path, variant: str | None) -> None:
-    """Raise UserError unless `folder`, which the user named `name`, holds a VAE with latents like the
-    base's, and weights as `given_vae_files` returns them."""
-    config = read_json(folder / "config.json", VAE_FLAG)
-    base_config = read_json(base_folder / "vae" / "config.json")
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise UserError(f"{VAE_FLAG}: {shown(name)} is a {shortened(kind)}; it must be an AutoencoderKL")
-    channels, base_channels = config.get("latent_channels"), base_config["latent_channels"]
-    blocks, base_blocks = config.get("block_out_channels"), base_config["block_out_channels"]
-    depth = len(blocks) if isinstance(blocks, list) else None
-    if channels != base_channels or depth != len(base_blocks):
-        latents = f"{_value(channels)} channels at 1/{2 ** ((depth or 1) - 1)}"
-        base_latents = f"{base_channels} channels at 1/{2 ** (len(base_blocks) - 1)}"
-        raise UserError(f"{VAE_FLAG}: {shown(name)} has latents of {latents}; the base has {base_latents}")
-    given_vae_files(folder, variant)
-
-
 def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise UserError("\n".join(f"{BASE_FLAG}: {problem}" for problem in problems))
-
-
-def _value(value: object) -> str:
-    """A JSON value for a message in which the number 1 and the text "1" must differ."""
-    return ascii(value)[:80]
 
 
 def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
@@ -183,106 +146,6 @@ def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
             )
         elif part in classes and kind != classes[part]:
             problems.append(f"model_index.json: {part} is a {shortened(kind)}; it must be a {classes[part]}")
-    return problems
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _text_parts(configs: Mapping[str, Any]) -> list[str]:
-    return [part for part in configs if part.startswith("text_encoder")]
-
-
-def _width_field(config: Mapping[str, Any]) -> str:
-    """The field of a text encoder's config that holds its width. T5 has another than CLIP."""
-    return "d_model" if "d_model" in config else "hidden_size"
-
-
-def _text_width_field(unet: Mapping[str, Any]) -> str:
-    """The field of a UNet's config that holds the width of the text: the first if the UNet projects the
-    text."""
-    return "encoder_hid_dim" if unet.get("encoder_hid_dim") is not None else "cross_attention_dim"
-
-
-def _wrong_kinds(
-    configs: Mapping[str, Mapping[str, Any]], classes: Mapping[str, str], name: str
-) -> list[str]:
-    """Faults of single values: a number is no number, or a class is another."""
-    problems = []
-    required = [("unet", "in_channels")]
-    required += [(part, _width_field(configs[part])) for part in _text_parts(configs)]
-    required.append(("unet", _text_width_field(configs["unet"])))
-    if "vae" in configs:
-        required.append(("vae", "latent_channels"))
-        blocks = configs["vae"].get("block_out_channels")
-        if not isinstance(blocks, list) or not blocks or not all(map(_is_number, blocks)) or len(blocks) > 10:
-            problems.append(
-                f"the vae of {shown(name)} has block_out_channels {_value(blocks)}; it must be a list of "
-                "whole numbers"
-            )
-    values = [(part, field, configs[part].get(field)) for part, field in required]
-
-    # fields with the defaults that diffusers and transformers give them
-    optional = [("unet", "sample_size", 64)]
-    for part in _text_parts(configs):
-        optional += [(part, "max_position_embeddings", 77), (part, "num_hidden_layers", 12)]
-    if "text_encoder_2" in configs:
-        optional += [("unet", "addition_time_embed_dim", 256), ("text_encoder_2", "projection_dim", 512)]
-        optional += [("unet", "projection_class_embeddings_input_dim", 2816)]
-    values += [(part, field, configs[part].get(field, default)) for part, field, default in optional]
-
-    problems += [
-        f"the {part} of {shown(name)} has {field} {_value(value)}; it must be a whole number"
-        for part, field, value in values
-        if not _is_number(value)
-    ]
-    for part in ("unet", "vae"):
-        if part in configs and (kind := configs[part].get("_class_name", classes[part])) != classes[part]:
-            problems.append(
-                f"the {part} of {shown(name)} is a {shortened(kind)}; it must be a {classes[part]}"
-            )
-    return problems
-
-
-def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
-    """Faults between configurations: parts that do not belong together, and bases that cannot be trained
-    here."""
-    unet, problems = configs["unet"], []
-    encoders = _text_parts(configs)
-    text_width = sum(configs[part][_width_field(configs[part])] for part in encoders)
-    unet_width = unet[_text_width_field(unet)]
-    if unet_width != text_width:
-        gives = "encoders give" if len(encoders) > 1 else "encoder gives"
-        problems.append(
-            f"the UNet of {shown(name)} takes {unet_width} wide text and its text {gives} {text_width}: "
-            "parts of two different bases"
-        )
-    if "text_encoder_2" in configs:
-        # the pooled embedding, and six embedded numbers: original size, crop corner, target size
-        projection = configs["text_encoder_2"].get("projection_dim", 512)
-        added = projection + 6 * unet.get("addition_time_embed_dim", 256)
-        if (taken := unet.get("projection_class_embeddings_input_dim", 2816)) != added:
-            problems.append(
-                f"the UNet of {shown(name)} takes {taken} numbers of text and size and gets {added}: "
-                "parts of two different bases"
-            )
-    if "vae" in configs and unet["in_channels"] != configs["vae"]["latent_channels"]:
-        channels = f"{unet['in_channels']} channels and its VAE gives {configs['vae']['latent_channels']}"
-        problems.append(
-            f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for "
-            "inpainting"
-        )
-    if "vae" not in configs and unet["in_channels"] != 3:
-        problems.append(
-            f"the UNet of {shown(name)} takes {unet['in_channels']} channels and not 3: "
-            "a second stage, which is not trained here"
-        )
-    if unet.get("time_cond_proj_dim") is not None:
-        problems.append(
-            f"the UNet of {shown(name)} takes the guidance scale as an input (time_cond_proj_dim): "
-            "a distilled base, which is not trained here"
-        )
     return problems
 
 
@@ -363,39 +226,6 @@ def weight_shapes(folder: Path, part: str, variant: str | None) -> dict[str, tup
         except UserError as error:
             raise UserError(f"{BASE_FLAG}: {error}") from None
     return shapes
-
-
-def _bad_weights(folder: Path, configs: Mapping[str, Mapping[str, Any]], variant: str | None) -> list[str]:
-    """Faults of weight files: one weight of each part must have the width that config.json states."""
-    # by part: how the key of that weight may end, and its width
-    wanted: dict[str, tuple[tuple[str, ...], int]] = {
-        "unet": (("conv_in.weight",), configs["unet"]["in_channels"])
-    }
-    if "vae" in configs:
-        wanted["vae"] = ("decoder.conv_in.weight",), configs["vae"]["latent_channels"]
-    for part in _text_parts(configs):
-        field = _width_field(configs[part])
-        # T5 ties two names to one tensor, and either may have been saved
-        t5, clip = ("shared.weight", "embed_tokens.weight"), ("token_embedding.weight",)
-        wanted[part] = t5 if field == "d_model" else clip, configs[part][field]
-    problems = []
-    for part, (ends, width) in wanted.items():
-        try:
-            shapes = weight_shapes(folder, part, variant)
-        except UserError as error:
-            problems.append(str(error).removeprefix(f"{BASE_FLAG}: "))
-            continue
-        shape = next((shape for key, shape in shapes.items() if key.endswith(ends)), None)
-        if shape is None:
-            problems.append(
-                f"the weights in {shown(folder / part)} are of something else: they have no {ends[0]}"
-            )
-        elif len(shape) < 2 or width != shape[1]:
-            problems.append(
-                f"the weights in {shown(folder / part)} are of another model: {ends[0]} has shape {shape}, "
-                f"and config.json says {width}"
-            )
-    return problems
 
 
 def hash_ahead(base: BaseOptions) -> None:

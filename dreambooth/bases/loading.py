@@ -31,7 +31,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dreambooth.bases import families
+from dreambooth.bases import configs, families
 from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
@@ -48,6 +48,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -138,11 +140,7 @@ def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -
     UNet and VAE are in channels_last: on a CPU, convolutions take minutes in another layout and seconds in
     this one.
     """
-    kind = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        **{encoder: kind for encoder, (_, kind) in base.family.text.items()},
-    }[part]
+    kind = base.family.kinds[part]
     files = base.weight_files(part)
     if part == "vae" and base.given_vae:
         context = _explained(VAE_FLAG, "it", str(base.given_vae))
@@ -282,7 +280,7 @@ def _diffusers_model(
     mismatched = [
         (name, weights[key].shape, wanted[name].shape) for name, key in keys.items() if name in wanted
     ]
-    _check(wanted.keys() - keys.keys(), mismatched)
+    configs.check_fit(wanted.keys() - keys.keys(), mismatched)
 
     def read(name: str) -> torch.Tensor:
         tensor = weights[keys[name]][...]
@@ -301,7 +299,8 @@ def _diffusers_model(
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Suppresses transformers' table of missing and unused keys: `_check` raises what matters of it."""
+    """Suppresses transformers' table of missing and unused keys: what matters of it, `configs.check_fit`
+    raises."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_let_through(record: logging.LogRecord) -> bool:
@@ -316,7 +315,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _transformers_model(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
-    config = kind.config_class.from_pretrained(folder)
+    config = kind.config_class(**configs.read(kind, folder / "config.json"))
     with _without_report():
         model, report = kind.from_pretrained(
             None,
@@ -326,27 +325,6 @@ def _transformers_model(kind: Any, folder: Path, weights: Mapping[str, _Weight],
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _check(report["missing_keys"], report["mismatched_keys"])
+    configs.check_fit(report["missing_keys"], report["mismatched_keys"])
     model.config.name_or_path = str(folder)
     return model
-
-
-def _check(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """Raise UserError, in one line, if weights are missing or have other shapes than the model's.
-
-    `shapes` are (name, shape in the file, shape in the model).
-    """
-    faults = []
-    if names := sorted(missing):
-        faults.append(f"lack {shown(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-    mismatched = sorted(
-        (name, tuple(in_file), tuple(in_model))
-        for name, in_file, in_model in shapes
-        if tuple(in_file) != tuple(in_model)
-    )
-    if mismatched:
-        name, in_file, in_model = mismatched[0]
-        more = f" and {len(mismatched) - 1} more of other shapes" if len(mismatched) > 1 else ""
-        faults.append(f"have {shown(name)} of shape {in_file}, which must be {in_model}{more}")
-    if faults:
-        raise UserError(f"its weights do not fit its config.json: they {'; they '.join(faults)}")

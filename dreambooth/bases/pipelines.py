@@ -47,7 +47,7 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
     if options.tokenizer_name:
         parts["tokenizer"] = loading.load_tokenizers(base)[0]
     if family.has_vae:
-        overflows = dtype == torch.float16 and base.config("vae").get("force_upcast", True)
+        overflows = dtype == torch.float16 and base.config("vae")["force_upcast"]
         parts["vae"] = loading.load_part(base, "vae", torch.float32 if overflows else dtype, device)
     parts |= {part: loading.load_part(base, part, dtype, device) for part in ("unet", *family.text)}
     if family.pipeline is StableDiffusionXLPipeline:

@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import AutoConfig
 
 from dreambooth.adapter_files import layer_names, writing
 from dreambooth.adapters import inject
-from dreambooth.bases import families
+from dreambooth.bases import configs, families
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import TextOptions
 
@@ -91,11 +89,8 @@ def table(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> st
     """
     # peft builds BOFT's matrices on the CPU: a model on the meta device cannot take them.
     with torch.device("cpu" if adapter.adapter == "boft" else "meta"):
-        config = base.config("unet")
-        models: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
-        if text.train_text_encoder:
-            for name, (_, model_class) in base.family.text.items():
-                models[name] = model_class(AutoConfig.from_pretrained(base.folder / name))
+        names = ["unet", *(base.family.text if text.train_text_encoder else ())]
+        models = {name: configs.build(base.family.kinds[name], base.config(name)) for name in names}
         components = []
         for name, model in models.items():
             modules = target_modules(base, name, adapter, text, inject.shapes_of(model))

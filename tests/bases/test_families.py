@@ -567,11 +567,11 @@ def test_the_fingerprint_is_of_the_weights_that_are_loaded(tiny_base, tmp_path):
 
 def test_the_advised_clip_skip_is_one_that_every_encoder_can_follow(tiny_xl, tmp_path):
     folder = shutil.copytree(tiny_xl, tmp_path / "base")
+    base = families.find(BaseOptions(str(folder)))
     for part, layers in (("text_encoder", 9), ("text_encoder_2", 4)):
         config = json.loads((folder / part / "config.json").read_text())
         config["num_hidden_layers"] = layers
         (folder / part / "config.json").write_text(json.dumps(config))
-    base = families.find(BaseOptions(str(folder)))
     with pytest.raises(
         UserError, match="--clip_skip must be at most 3, text_encoder_2 has no more"
     ) as refused:

@@ -501,13 +501,13 @@ bad(
     "bases",
     "text for a width",
     edited("unet/config.json", cross_attention_dim="32"),
-    "cross_attention_dim '32'; it must be a whole number",
+    "cross_attention_dim is '32'; it must be a whole number",
 )
 bad(
     "bases",
     "no blocks",
     edited("vae/config.json", block_out_channels=[]),
-    "block_out_channels []; it must be a list",
+    "block_out_channels is []; it must be a list",
 )
 bad(
     "bases",
@@ -554,14 +554,13 @@ bad(
     "bases",
     "weights of something else",
     replaced(UNET, save({"a.weight": torch.zeros(1)})),
-    "are of something else",
+    "unet: its weights do not fit its config.json: they lack conv_in.bias and 207 more",
 )
 bad(
     "bases",
     "weights of another width",
-    replaced(TEXT, save({"token_embedding.weight": torch.zeros(2, 8)})),
-    "are of another model",
-    "says 32",
+    replaced(TEXT, save({"embeddings.token_embedding.weight": torch.zeros(2, 8)})),
+    "they have embeddings.token_embedding.weight of shape (2, 8), which must be (640, 32)",
 )
 bad(
     "bases",
