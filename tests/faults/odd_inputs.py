@@ -2,10 +2,10 @@
 
     python -m tests.faults.odd_inputs [--cases N] [--seed S] [--show WORD]
 
-Each case is a command on tiny files, in a process forked from one that has imported everything. It has to be
-refused (status 2 and a message), be stopped (status 1 and a message), or succeed: without a traceback,
-within 5 seconds of processor time, and without a change to a byte that belongs to the user. Prints the counts,
-and every violation; the exit status is 1 if there was one.
+Each case is a command on tiny files, in a process forked from one that has imported everything. It has to
+be refused (status 2 and a message), be stopped (status 1 and a message), or succeed: without a traceback,
+within 5 seconds of processor time, and without a change to a byte that belongs to the user. Prints the
+counts, and every violation; the exit status is 1 if there was one.
 """
 
 import argparse
@@ -50,8 +50,8 @@ MEMORY = 4 * 2**30  # bytes that a case may take beside what is imported
 # --- odd things
 
 
-def _text(content: bytes) -> Callable[[Path, Path], None]:
-    return lambda path, users: path.write_bytes(content) and None
+def _text(content: bytes) -> Callable[[Path, Path], object]:
+    return lambda path, users: path.write_bytes(content)
 
 
 def _socket(path: Path, users: Path) -> None:
@@ -73,7 +73,7 @@ def _sparse(path: Path, users: Path) -> None:
 
 
 # Each puts something at a free path. The second argument is a folder with files of the user.
-ODD: dict[str, Callable[[Path, Path], None]] = {
+ODD: dict[str, Callable[[Path, Path], object]] = {
     "FIFO": lambda path, users: os.mkfifo(path),
     "folder": _folder,
     "empty folder": lambda path, users: path.mkdir(),
@@ -161,12 +161,11 @@ class Case(NamedTuple):
 def commands() -> dict[str, Command]:
     """By name. Paths are relative to the place, which is the working folder."""
     here = Path()
-    quick = ("--max_train_steps", "3", "--checkpointing_steps", "1", "--num_threads", "1")
+    quick = ("--max_train_steps", "1", "--checkpointing_steps", "1", "--num_threads", "1")
     prior = prior_words(here / "class", "--output_kohya_format")
     words = ("train", *train_words(here / "base", here / "photos", here / "out", *quick, *prior))
-    captions = ("--caption_column", "text")
     base = ("--pretrained_model_name_or_path", "base")
-    generate = ("generate", *base, "--class_data_dir", "class", "--num_class_images", "4")
+    generate: tuple[str, ...] = ("generate", *base, "--class_data_dir", "class", "--num_class_images", "4")
     generate += ("--class_prompt", "a photo of dog", "--class_inference_steps", "2", "--seed", "1")
     draw = ("infer", *base, "--output_dir", "pictures", "--num_inference_steps", "1", "--num_threads", "1")
     adapter = "adapter.safetensors"
@@ -174,12 +173,14 @@ def commands() -> dict[str, Command]:
     of_train = ("base", "photos", "class")
     table = {
         "train": Command(words, (*_in("class", CLASS), *_in("photos", PHOTOS), *_in("base", BASE)), of_train),
-        "train, captions": Command(
-            (*words, *captions), tuple(_in("photos", PHOTOS)), (*of_train, "captions")
+        "train on captions": Command(
+            (*words, "--caption_column", "text"), tuple(_in("photos", PHOTOS)), (*of_train, "captions")
         ),
         "train into": Command(words, tuple(_in("out", OUT)), (*of_train, "out/")),
         "resume": Command(
-            (*words, "--resume_from_checkpoint", "latest"), tuple(_in("out", OUT)), (*of_train, "out")
+            (*words, "--resume_from_checkpoint", "latest", "--max_train_steps", "3"),
+            tuple(_in("out", OUT)),
+            (*of_train, "out"),
         ),
         "overwrite": Command((*words, "--overwrite"), tuple(_in("out", OUT)), (*of_train, "out")),
         "train from": Command(
@@ -295,8 +296,8 @@ def in_child(work: Callable[[], None], log: Path, home: Path) -> tuple[int, str]
             AcceleratorState._reset_state(reset_partial_state=True)
             work()
             code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
         except DoorPassed:
             code = 0
         except BaseException:
@@ -513,9 +514,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--show", default="", help="only cases with this in their name, with what was printed"
-    )
+    parser.add_argument("--show", default="", help="only cases with this in their name")
     options = parser.parse_args()
     started = time.monotonic()
     total = count_all(None if options.show else options.cases, options.seed, show=options.show)
