@@ -44,10 +44,10 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct.
     """
-    tracker_names, notes = trackers.installed(options.reports.report_to)
-    peers = join_processes(options.run, options.reports, watch, tracker_names)
+    log_with, notes = trackers.installed(options.reports.report_to)
+    peers = join_processes(options.run, options.reports, watch, log_with)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = output_folder.check_apart_from_input(options, tracker_names)
+    output_dir = output_folder.check_apart_from_input(options, log_with)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
     # input
@@ -64,9 +64,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = output_folder.claim(
-        options.run, cache, peers, stack, output_folder.logs_dir(options, tracker_names)
-    )
+    claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
     instance = subject.source(options.instance)
@@ -102,7 +100,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     )
 
 
-def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracker_names: list[str]) -> Peers:
+def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_with: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
     launcher.adopt_local_rank(run.local_rank)
     if run.num_threads:
@@ -112,7 +110,7 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, tracke
         watch,
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
-        log_with=[trackers.Tracker(name, logging_dir) for name in tracker_names] or None,
+        log_with=[trackers.Tracker(name, logging_dir) for name in log_with] or None,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
     )
     peers.say_notes(launcher.notes(run.gradient_accumulation_steps))

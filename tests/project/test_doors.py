@@ -61,7 +61,6 @@ EXCEPTIONS = {
         "safe_open",
     ): "The library reads tensors whose header was checked.",
     ("training/metrics.py", "_open", ".open"): "Lines are appended to metrics.jsonl.",
-    ("training/metrics.py", "_write", "tqdm.write"): "The module of the records has no console yet.",
 }
 
 
