@@ -11,6 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Iterable
+from urllib.parse import quote
 
 from dreambooth.io.errors import printable
 
@@ -27,7 +28,7 @@ _secrets: set[str] = set()
 def hide(secret: str | None) -> None:
     """From now on no message shows `secret`."""
     if secret:
-        _secrets.add(secret)
+        _secrets.update((secret, quote(secret, safe="")))
 
 
 def without_tokens(text: str) -> str:
