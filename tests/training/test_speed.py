@@ -68,10 +68,12 @@ def test_a_step_that_is_found_not_finite_late_was_not_taken_nor_any_after_it(
 @pytest.mark.trains
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
-    """Traced and differentiated by torch.compile. The C++ compiler, which takes minutes for all blocks, is
-    tried by the check that a run begins with."""
+    """Traced and differentiated by torch.compile: the three blocks in the middle, since every other shape
+    takes seconds. The C++ compiler is tried by the check that a run begins with."""
     compile_blocks, counts = compilation.compile_blocks, []
-    monkeypatch.setattr(compilation, "compile_blocks", lambda unet: counts.append(compile_blocks(unet)))
+    monkeypatch.setattr(
+        compilation, "compile_blocks", lambda unet: counts.append(compile_blocks(unet.mid_block))
+    )
     compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
     words = [
@@ -86,8 +88,7 @@ def test_compiled_blocks_learn_the_same_to_rounding(tiny_base, photos_dir, tmp_p
     ]
     plain = load_file(run_train(tiny_base, photos_dir, tmp_path / "plain", *words))
     compiled = load_file(run_train(tiny_base, photos_dir, tmp_path / "compiled", *words, "--compile"))
-    assert len(counts) == 1
-    assert counts[0] > 5
+    assert counts == [3]
     assert plain.keys() == compiled.keys()
     for key, tensor in plain.items():
         # Adam's first steps are all of one size: where a gradient is next to nothing, rounding turns their
