@@ -22,7 +22,10 @@ COUNTING = [needs("adamw8bit"), needs("prodigy"), needs("adafactor")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("own", "theirs"), [needs(*pair) for pair in itertools.permutations(OPTIMIZERS, 2)])
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [needs(*pair) for pair in zip(OPTIMIZERS, [*OPTIMIZERS[1:], OPTIMIZERS[0]], strict=True)],
+)
 def test_the_state_of_one_optimizer_is_refused_by_another(own, theirs, loaded, tmp_path):
     first, second = Run(loaded, theirs), Run(loaded, own, seed=8)
     first.step(1)
@@ -100,10 +103,10 @@ def test_a_group_s_number_that_is_none_is_refused(name, loaded, tmp_path):
     folder = first.save(tmp_path, 1)
     fields = json.loads((folder / "state.json").read_text())["optimizer"]["groups"]["unet"]
     assert fields.keys() >= {"k"}
-    for field, right in fields.items():
-        for value in WRONG:
-            put_number(folder, "groups", "unet", field, value)
-            assert_refused(second, folder, f"state.json is damaged: {field} of group unet must be a")
+    # every field and every wrong value at least once
+    for (field, right), value in zip(itertools.cycle(fields.items()), WRONG, strict=False):
+        put_number(folder, "groups", "unet", field, value)
+        assert_refused(second, folder, f"state.json is damaged: {field} of group unet must be a")
         put_number(folder, "groups", "unet", field, right)
     second.restore(folder)
     assert_same(second.everything(), first.everything())
@@ -178,11 +181,13 @@ def test_numbers_that_the_program_cannot_have_written_are_refused(name, what, lo
 @pytest.mark.parametrize("name", EACH)
 def test_tensors_that_are_not_exactly_the_optimizer_s_are_refused(name, loaded, tmp_path):
     """A field missing, of another shape or dtype; a field or a parameter too many; a parameter missing."""
-    first, second = Run(loaded, name, rank=64), Run(loaded, name, rank=64, seed=8)
+    # only large parameters have 8-bit moments
+    rank, least = (64, 4096) if name == "adamw8bit" else (4, 1)
+    first, second = Run(loaded, name, rank=rank), Run(loaded, name, rank=rank, seed=8)
     first.step(1)
     folder = first.save(tmp_path, 1)
     whole = load((folder / "optimizer.safetensors").read_bytes())
-    parameter = next(key for key, value in first.named if value.numel() >= 4096)
+    parameter = next(key for key, value in first.named if value.numel() >= least)
     fields = [key for key in whole if key.startswith(f"{parameter}|")]
     assert len(fields) >= 2
 
