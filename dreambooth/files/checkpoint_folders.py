@@ -364,7 +364,7 @@ def _put(target: Path, step: int, files: dict[str, bytes], *, keep_old: bool) ->
             if keep_old and not verify(replaced):
                 _remove(replaced, step)  # of a run that died after it had finished its new checkpoint
             keep_old = keep_old and not os.path.lexists(replaced)
-            aside = replaced if keep_old else _unused(output_dir / f".bad-step-{step}")
+            aside = replaced if keep_old else writer.unused(output_dir / f".bad-step-{step}")
             writer.move(target, aside)
             moved = aside
         writer.move(temporary, target)
@@ -451,15 +451,6 @@ def _holds_only_files(folder: Path) -> bool:
         entry.is_file(follow_symlinks=False) and re.fullmatch(r"\w+\.(json|safetensors)", entry.name)
         for entry in os.scandir(folder)
     )
-
-
-def _unused(path: Path) -> Path:
-    """`path` if nothing has that name, else `path-2`, `path-3`, ..."""
-    number, unused = 1, path
-    while os.path.lexists(unused):
-        number += 1
-        unused = path.with_name(f"{path.name}-{number}")
-    return unused
 
 
 # --- room on the disk

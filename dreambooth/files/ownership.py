@@ -83,6 +83,25 @@ class WrittenFiles:
         except OSError:
             return False
 
+    def begins_as_written(self, name: str) -> bool:
+        """Whether the file exists, and begins with the bytes of a file that grows, as this program wrote it.
+
+        What follows may be damaged, or a user's.
+        """
+        self._refresh()
+        if (path := self._plain_path(name)) is None:
+            return False
+        lines = [line for line in self._lines.get(name, []) if line.grows]
+        with contextlib.suppress(OSError), reader.opened(path, follow_links=False) as file:
+            return any(_begins(file, line) for line in lines)
+        return False
+
+    def set_aside(self, name: str) -> Path:
+        """Rename the file to `.bad-<name>`, with a number if need be. Returns the path. Raises OSError."""
+        aside = writer.unused(self.folder / f".bad-{name}")
+        writer.move(self.folder / name, aside)
+        return aside
+
     def written(self) -> list[str]:
         """The names of the present files that this program wrote."""
         self._refresh()
@@ -239,11 +258,16 @@ class WrittenFiles:
             self._temporaries.add(temporary)
 
 
+def _begins(file: BinaryIO, line: _Line) -> bool:
+    """Whether the file begins with the bytes of `line`."""
+    file.seek(0)
+    return hashlib.sha256(file.read(line.size)).hexdigest() == line.sha256
+
+
 def _continues(file: BinaryIO, line: _Line) -> bool:
     """Whether the file begins with the bytes of `line`, and every finished line after them is a JSON
     object."""
-    file.seek(0)
-    if hashlib.sha256(file.read(line.size)).hexdigest() != line.sha256:
+    if not _begins(file, line):
         return False
     rest = file.read()
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shown
 
-_CHUNK = 2**24  # bytes that a copy holds in memory
+_CHUNK = 2**26  # bytes that a copy holds in memory
 _GUARDS: dict[Path, Callable[[], None]] = {}  # by folder, as its flag names it and as an absolute path
 _TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9]+){1,2}\.tmp")
 
@@ -95,27 +95,31 @@ def write(path: Path, data: bytes, beside: Path | None = None) -> None:
 def write_new(path: Path, data: bytes) -> None:
     """Write and flush a new file, with mode 0666 less the umask. Raises FileExistsError if it exists."""
     with _writing(path), _opened(path, os.O_CREAT | os.O_EXCL) as descriptor:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is reported
+                path.unlink()
+            raise
 
 
 def copy_new(source: Path, path: Path) -> None:
     """Copy a regular file to a new one, and flush it. Raises OSError if `source` cannot be read."""
-    with reader.opened(source) as file, _opened(path, os.O_CREAT | os.O_EXCL) as descriptor:
+    with reader.opened(source) as file:
+        write_new(path, file.read(_CHUNK))
         while data := file.read(_CHUNK):
-            with _writing(path):
-                write_all(descriptor, data)
-        with _writing(path):
-            os.fsync(descriptor)
+            append(path, data)
 
 
-def append(path: Path, data: bytes) -> None:
+def append(path: Path, data: bytes, *, flushed: bool = True) -> None:
     """Write at the end of an existing file, and flush it. A failure leaves the file as it was."""
     with _writing(path), _opened(path, os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
         try:
             write_all(descriptor, data)
-            os.fsync(descriptor)
+            if flushed:
+                os.fsync(descriptor)
         except BaseException:
             os.ftruncate(descriptor, size)
             raise
@@ -162,6 +166,15 @@ def move(source: Path, target: Path) -> None:
     """Rename a file or folder."""
     with _writing(source), _writing(target):
         os.rename(source, target)
+
+
+def unused(path: Path) -> Path:
+    """`path` if nothing has that name, else `path-2`, `path-3`, ..."""
+    number, name = 1, path
+    while os.path.lexists(name):
+        number += 1
+        name = path.with_name(f"{path.name}-{number}")
+    return name
 
 
 def remove(path: Path) -> None:

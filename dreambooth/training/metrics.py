@@ -1,22 +1,21 @@
 """Records of a run's progress: metrics.jsonl, the trackers, and the progress bar."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import console, reader
+from dreambooth.io import console, reader, writer
+from dreambooth.io.errors import UserError, shown
 from dreambooth.runtime import memory
-from dreambooth.runtime.stops import Stop
 
 
 class Progress:
@@ -45,31 +44,37 @@ class Progress:
         self.path, self.files = path, WrittenFiles(path.parent)
         self.size, self.sha256 = 0, hashlib.sha256()  # of what was written
         self.memory_by_phase = memory_by_phase
-        self.file = self._open(first_step) if self.is_main else None
+        if self.is_main:
+            self._begin(first_step)
         self.clock_start, self.clock_step = time.monotonic(), first_step
         self.has_failed = False
 
-    def _open(self, first_step: int) -> BinaryIO:
-        """The file, opened to append. Of an earlier start it keeps the records up to `first_step`.
+    def _begin(self, first_step: int) -> None:
+        """Write the file new. Of an earlier start it keeps the records up to `first_step`.
 
-        Raises Stop if it cannot be written.
+        A file that holds anything else is moved aside. Raises OSError if it cannot be written.
         """
         lines = []
-        if first_step > 0 and self.files.is_written(self.path.name):
-            lines = reader.read_text(self.path, str(self.path), reader.LARGEST_LOG).split("\n")[:-1]
-        lines = [
-            line for line in lines if reader.parsed_json_table(line, str(self.path))["step"] <= first_step
+        if first_step > 0 and self.files.begins_as_written(self.path.name):
+            data = reader.read_bytes(self.path, str(self.path), reader.LARGEST_LOG)
+            *complete, _ = data.split(b"\n")  # after the last line end: nothing, or half a record
+            steps = [_step_of(line) for line in complete]
+            kept = [line for line, step in zip(complete, steps, strict=True) if 0 <= step <= first_step]
+            if -1 in steps or not self.files.is_written(self.path.name):
+                aside = self.files.set_aside(self.path.name)
+                note = (
+                    f"{shown(self.path)} was damaged or edited: its {len(kept)} records up to step"
+                    f" {first_step} are kept; the file itself is now {shown(aside.name)}"
+                )
+                console.notes([note])
+            lines = kept
+        lines += [
+            json.dumps(self._memory_record(phase, first_step)).encode() for phase in self.memory_by_phase
         ]
-        lines += [json.dumps(self._memory_record(phase, first_step)) for phase in self.memory_by_phase]
-        data = "".join(f"{line}\n" for line in lines).encode()
-        try:
-            self.files.write(self.path.name, data, grows=True)
-            file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise Stop(f"{self.path} cannot be written: {error.strerror or error}") from None
+        data = b"".join(line + b"\n" for line in lines)
+        self.files.write(self.path.name, data, grows=True)
         self.size = len(data)
         self.sha256.update(data)
-        return file
 
     def restart_clock(self, step: int) -> None:
         """Leave the time since the last step (validation, a checkpoint) out of images per second."""
@@ -80,7 +85,7 @@ class Progress:
 
         Images per second are those since the clock was restarted.
         """
-        if self.file is None or not records:
+        if not self.is_main or not records:
             return
         last = records[-1][0]
         seconds = max(time.monotonic() - self.clock_start, 1e-9)
@@ -95,7 +100,7 @@ class Progress:
     def note_memory(self, phase: str, step: int) -> None:
         """Record the memory of this process at the end of `phase`, after `step` steps."""
         self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
-        if self.file is not None:
+        if self.is_main:
             self._write(self._memory_record(phase, step))
 
     def _memory_record(self, phase: str, step: int) -> dict[str, Any]:
@@ -103,16 +108,12 @@ class Progress:
 
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. If the disk is full, the record is lost, with a warning; the run goes on."""
-        assert self.file is not None
         data = json.dumps(record).encode() + b"\n"
         try:
-            if self.file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, "No space left on device")
+            writer.append(self.path, data, flushed=False)
             self.size += len(data)
             self.sha256.update(data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.truncate(self.size)  # no half line stays
             if not self.has_failed:
                 reason = error.strerror or error
                 console.warn(f"metrics.jsonl cannot be written: {reason}; the run goes on")
@@ -125,7 +126,15 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-        if self.file is not None:
+        if self.is_main:
             with contextlib.suppress(OSError):  # a full disk: reported by `_write`
-                self.file.close()
                 self.files.record(self.path.name, self.size, self.sha256.hexdigest())
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; -1 for a line that is no record."""
+    try:
+        step = reader.parsed_json_table(line, "").get("step")
+    except UserError:
+        return -1
+    return step if type(step) is int and step >= 0 else -1

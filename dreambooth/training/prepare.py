@@ -258,8 +258,8 @@ class NamedRun:
         names = run_folder.names_to_write(self.options)
         # users edit run.yaml to resume with other flags
         keeps_options = self.claim.continues_folder and run_folder.is_edited(self.claim.folder)
-        names = [name for name in names if not (keeps_options and name == run_folder.OPTIONS)]
-        run_folder.check_names(self.claim.folder, names, range(first_step + 1, self.max_steps + 1))
+        replaced = run_folder.replaced(self.claim.folder, names, is_resumed=self.claim.continues_folder)
+        run_folder.check_names(self.claim.folder, replaced, range(first_step + 1, self.max_steps + 1))
         if not self.claim.continues_folder:
             is_resumed = run.resume_from_checkpoint is not None
             run_folder.check_new(self.claim.folder, record, overwrite=run.overwrite, is_resumed=is_resumed)

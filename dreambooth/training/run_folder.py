@@ -283,6 +283,18 @@ def names_to_write(options: ResolvedTrainOptions) -> list[str]:
     return names
 
 
+def replaced(output_dir: Path, names: Sequence[str], *, is_resumed: bool) -> list[str]:
+    """Those of `names` that are written over what has the name. A resumed run keeps an edited run.yaml, and
+    moves a damaged metrics.jsonl aside."""
+    if not is_resumed:
+        return list(names)
+    kept = {
+        OPTIONS: is_edited(output_dir),
+        METRICS: WrittenFiles(output_dir).begins_as_written(METRICS),
+    }
+    return [name for name in names if not kept.get(name, False)]
+
+
 def final_picture(number: int) -> str:
     """The file name of a picture of the finished adapter, in the folder VALIDATION."""
     return f"image_{number}.png"

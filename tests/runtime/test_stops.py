@@ -358,12 +358,14 @@ def test_records_and_pictures_that_do_not_fit_do_not_end_the_run(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    class Full:
-        write = flush = truncate = close = full
-        writelines = staticmethod(lambda lines: None)
-
-    real = writer.write
-    monkeypatch.setattr(train.metrics.Progress, "_open", lambda progress, first_step: Full())
+    real, real_append = writer.write, writer.append
+    monkeypatch.setattr(
+        writer,
+        "append",
+        lambda path, *data, **named: (
+            full() if path.name == "metrics.jsonl" else real_append(path, *data, **named)
+        ),
+    )
     monkeypatch.setattr(pictures, "png", full)
     monkeypatch.setattr(
         writer,
