@@ -188,7 +188,7 @@ def names_made(folder: Path) -> set[str]:
 def notes(folder: Path) -> list[str]:
     """Notes for the user on files of the folder that are no class images. Raises UserError if it cannot be
     read."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         return []
     skipped = picture_files.list_folder(folder, _FLAG, names_made(folder)).described()
     return [f"skipped in {shown(folder)}: {skipped}"] if skipped else []
@@ -200,7 +200,7 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
 
     Raises UserError if the folder holds a set made with other settings, or a file that would be overwritten.
     """
-    if not folder.exists():
+    if not os.path.exists(folder):
         return list(range(total))
     if not folder.is_dir():
         raise UserError(f"{_FLAG}: {folder} is not a folder")

@@ -290,15 +290,21 @@ def _is_header(path: Path) -> bool:
 def check_apart(
     outputs: Mapping[str, str | None], inputs: Mapping[str, str | None], bases: Mapping[str, str | None]
 ) -> None:
-    """Check that no folder that is written to is, holds or lies in a folder that is read.
+    """Check that no folder that is written to is, holds or lies in a folder that is read, and that none is
+    written to under two flags.
 
-    Keys are flags, in the order of the message; values are paths, or None for a flag that was not given. A
-    name in `bases` that is not on this disk is the id of a repository, and passed over. Links and other
-    spellings of a path do not matter. Raises UserError.
+    The later of two `outputs` may lie in the earlier one, as logs do in the output folder. Keys are flags, in
+    the order of the message; values are paths, or None for a flag that was not given. A name in `bases` that
+    is not on this disk is the id of a repository, and passed over. Links and other spellings of a path do not
+    matter. Raises UserError.
     """
     local = {flag: name for flag, name in bases.items() if name is not None and os.path.lexists(name)}
     sources = {**inputs, **local}
-    for (out_flag, output), (in_flag, source) in itertools.product(outputs.items(), sources.items()):
+    pairs = [
+        *itertools.product(outputs.items(), sources.items()),
+        *itertools.combinations(outputs.items(), 2),
+    ]
+    for (out_flag, output), (in_flag, source) in pairs:
         if output is None or source is None or out_flag == in_flag or "\0" in output + source:
             continue
         out_chain, in_chain = _chain(output), _chain(source)
@@ -306,13 +312,13 @@ def check_apart(
             relation = "is"
         elif any(_same(folder, in_chain[0]) for folder in out_chain):
             relation = "lies in"
-        elif any(_same(folder, out_chain[0]) for folder in in_chain):
+        elif in_flag in sources and any(_same(folder, out_chain[0]) for folder in in_chain):
             relation = "holds"
         else:
             continue
         raise UserError(
-            f"{out_flag}: {shown(output)} {relation} {shown(source)}, which {in_flag} names: what is written"
-            " and what is read must lie apart; name another folder"
+            f"{out_flag}: {shown(output)} {relation} {shown(source)}, which {in_flag} names: they must lie"
+            " apart; name another folder"
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dreambooth.data import class_images, encoding_cache
 from dreambooth.files import checkpoint_folders, locks
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import writer
-from dreambooth.io.errors import shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.training import RunOptions, TrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import checkpoints, checks, run_folder, trackers
@@ -23,16 +24,21 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
     encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
     logs = logs_dir(options, tracker_names)
-    check_apart(
-        {
-            "--output_dir": output_dir,
-            "--class_data_dir": classes,
-            "--encoded_dir": encoded_dir,
-            "--logging_dir": None if logs is None else str(logs),
-        },
-        {"--instance_data_dir": photo_folder, "--class_data_dir": classes},
-        {"--dataset_name": options.instance.dataset_name, **options.base.sources()},
-    )
+    inputs = {"--instance_data_dir": photo_folder, "--class_data_dir": classes}
+    sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}
+    written = {"--output_dir": output_dir, "--class_data_dir": classes, "--encoded_dir": encoded_dir}
+    if logs is not None:
+        check_apart({"--logging_dir": str(logs)}, inputs, sources)
+        written["--logging_dir"] = str(logs / trackers.PROJECT)
+    check_apart(written, inputs | {"--cache_dir": options.instance.cache_dir}, sources)
+    # folders that the run makes itself, which must hold nothing else
+    for flag in ("--encoded_dir", "--logging_dir"):
+        path = Path(os.path.realpath(written.get(flag) or os.devnull))
+        for folder in (path, *path.parents):
+            if folder.parent == Path(os.path.realpath(output_dir)) and run_folder.is_made(folder.name):
+                raise UserError(
+                    f"{flag}: {shown(path)} lies in {shown(folder)} of --output_dir; name another"
+                )
     class_images.check_outside(Path(output_dir), "--output_dir")
     return Path(output_dir)
 

@@ -20,7 +20,7 @@ import torch
 from dreambooth.adapter_files import native
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import console, reader
+from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
@@ -341,11 +341,14 @@ def begin(
 ) -> None:
     """Write run.json and run.yaml. A run resumed in its folder keeps its run.json, and an edited run.yaml.
 
-    `overwrite` first removes `removable`. Raises OSError if a file cannot be removed or written.
+    `overwrite` first removes `removable`. Raises OSError if a file cannot be removed or written, UserError as
+    `removable` does, before anything is changed.
     """
     files = WrittenFiles(output_dir)
     if not is_resumed:
         if overwrite:
+            removable(output_dir)  # the folder may have changed while class images were made
+            files.check_free((IDENTITY, OPTIONS), "--output_dir")
             checkpoint_folders.remove(output_dir)
             for name in _removable_files(files):
                 files.remove(name)
@@ -360,10 +363,36 @@ def is_edited(output_dir: Path) -> bool:
 
 
 def removable(output_dir: Path) -> list[str]:
-    """The names of what --overwrite removes: files of a run as this program wrote them, whole checkpoints."""
+    """The names of what --overwrite removes: files of a run as this program wrote them, whole checkpoints.
+
+    Raises UserError if something else than a file or a folder has such a name, or cannot be removed.
+    """
     checkpoints = [path for _, path in checkpoint_folders.list_checkpoints(output_dir)]
     undamaged = [path.name for path in checkpoints if not checkpoint_folders.verify(path)]
-    return [*_removable_files(WrittenFiles(output_dir)), *undamaged]
+    odd = [path for name in _FILES if os.path.lexists(path := output_dir / name) and not _is_plain(path)]
+    odd += [path for path in checkpoints if path.is_symlink() or not path.is_dir()]
+    if odd:
+        raise UserError(
+            f"--overwrite: {few(odd)} is no plain file or folder, and nothing was removed; move it away"
+        )
+    names = [*_removable_files(WrittenFiles(output_dir)), *undamaged]
+    paths = {path for name in names for path in ((output_dir / name).parent, output_dir / name)}
+    if locked := [path for path in sorted(paths) if path.is_dir() and not os.access(path, os.W_OK | os.X_OK)]:
+        raise UserError(
+            f"--overwrite: {shown(locked[0])} cannot be emptied, and nothing was removed:"
+            f" {writer.why_not_writable(locked[0])}"
+        )
+    return names
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a regular file that this user may read, and no link."""
+    return path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
+
+
+def is_made(name: str) -> bool:
+    """Whether a run makes folders of that name in its output folder."""
+    return name == VALIDATION or name.startswith("checkpoint-")
 
 
 def _removable_files(files: WrittenFiles) -> list[str]:

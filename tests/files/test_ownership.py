@@ -1,5 +1,6 @@
 """A file is replaced or removed only as this program wrote it."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -193,6 +194,31 @@ def test_folders_beside_each_other_are_allowed(output, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     check_apart({"--output_dir": output}, {"--instance_data_dir": "photos"}, {"--base": "owner/name"})
     check_apart({"--output_dir": "."}, {}, {"--base": "owner/name"})
+
+
+OUTPUTS = ("--output_dir", "--class_data_dir", "--encoded_dir", "--logging_dir")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "relation"),
+    [
+        ("run", "run", "is"),
+        ("run", "link", "is"),
+        ("run", "here/../run", "is"),
+        ("run/new", "run", "lies in"),
+        ("link/new", "run", "lies in"),
+    ],
+)
+def test_two_folders_that_are_written_are_not_the_same(first, second, relation, tmp_path, monkeypatch):
+    """Each has a lock, and closing one would release the other."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "here"):
+        Path(name).mkdir()
+    Path("link").symlink_to("run")
+    for one, other in itertools.combinations(OUTPUTS, 2):
+        with pytest.raises(UserError, match=rf"^{one}: .* {relation} .*, which {other} names: they must lie"):
+            check_apart({one: first, other: second}, {}, {})
+        check_apart({one: "run", other: "run/encoded"}, {}, {})
 
 
 # --- pictures
