@@ -3,6 +3,7 @@ without a network."""
 
 import functools
 import gc
+import importlib.metadata
 import inspect
 import os
 import signal
@@ -29,8 +30,11 @@ from dreambooth.training import validation
 from tests import tiny
 from tests.running import run_train
 
-# tyro looks for the help of every flag in the source of the options, anew for each command line.
+# tyro looks for the help of every flag in the source of the options, anew for each command line; a run looks
+# for the versions of libraries several times, and flushes a dozen files, which no test needs.
 inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+importlib.metadata.version = functools.cache(importlib.metadata.version)  # type: ignore[assignment]
+os.fsync = lambda descriptor: None  # type: ignore[assignment,misc]
 torch.set_num_threads(1)  # the same last bits on any machine
 # Steps of a validation picture. tests/bases/test_families.py holds the number that users get.
 validation._INFERENCE_STEPS = 4

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from dreambooth.bases import folders
@@ -34,6 +35,8 @@ _LAYER_COUNTS = (
 )
 # Narrower types than the class has: this program computes with these fields.
 _TYPES: dict[str, Any] = {"cross_attention_dim": int, "sample_size": int | None, "eos_token_id": int}
+# Models without data, by class and configuration: building one takes seconds, and a run checks its base twice.
+_MODELS: dict[tuple[type, str], nn.Module] = {}
 _RANGE = (0, _LARGEST)
 _SHARE, _SMALL, _FACTOR = (0, 0.999), (1e-12, 1), (1e-6, 10**6)
 _RANGES: dict[str, tuple[float, float]] = {
@@ -123,9 +126,12 @@ def check_weights(kind: type, folder: Path, files: Iterable[Path], flag: str = B
     """Raise UserError, starting with `flag`, unless the configuration in `folder` makes a model of class
     `kind` whose weights are in the safetensors `files`. Only headers are read."""
     config = read(kind, folder / "config.json", flag)
+    key = kind, repr(config)
     try:
-        with torch.device("meta"):
-            model = build(kind, config)
+        if key not in _MODELS:
+            with torch.device("meta"), no_init_weights():
+                _MODELS[key] = build(kind, config)
+        model = _MODELS[key]
     except Exception as error:  # the libraries raise anything for values that do not fit each other
         if is_memory_error(error):
             raise
