@@ -35,7 +35,7 @@ _LAYER_COUNTS = (
 )
 # Narrower types than the class has: this program computes with these fields.
 _TYPES: dict[str, Any] = {"cross_attention_dim": int, "sample_size": int | None, "eos_token_id": int}
-# Models without data, by class and configuration: building one takes seconds, and a run checks its base twice.
+# Models without data, by class and configuration: building one takes seconds, and a base is checked twice.
 _MODELS: dict[tuple[type, str], nn.Module] = {}
 _RANGE = (0, _LARGEST)
 _SHARE, _SMALL, _FACTOR = (0, 0.999), (1e-12, 1), (1e-6, 10**6)
