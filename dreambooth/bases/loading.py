@@ -40,6 +40,8 @@ from dreambooth.io import reader
 from dreambooth.io.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.options.training import TextOptions
 
+_LARGEST_TOKENIZER = 128 * 2**20  # bytes of one of its files
+_WORDS = ("tokenizer.json", "vocab.json", "vocab.txt")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -89,15 +91,32 @@ class FrozenParts:
 def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
     """One tokenizer for each text encoder. --tokenizer_name replaces the first. Raises UserError if one
     cannot be loaded."""
+    places = [(str(base.folder), BASE_FLAG, folder) for folder, _ in base.family.text.values()]
+    if base.options.tokenizer_name:
+        places[0] = (base.options.tokenizer_name, "--tokenizer_name", "")
+    for name, flag, folder in places:
+        with _explained(flag, folder or "it", name):
+            _check_tokenizer(Path(name, folder))
     settings = {"use_fast": True, "trust_remote_code": False}
-    tokenizers = [
-        from_pretrained(AutoTokenizer, str(base.folder), BASE_FLAG, subfolder=folder, **settings)
-        for folder, _ in base.family.text.values()
-        if not (folder == "tokenizer" and base.options.tokenizer_name)
-    ]
-    if name := base.options.tokenizer_name:
-        tokenizers.insert(0, from_pretrained(AutoTokenizer, name, "--tokenizer_name", **settings))
-    return tuple(tokenizers)
+    return tuple(
+        from_pretrained(AutoTokenizer, name, flag, subfolder=folder, **settings)
+        for name, flag, folder in places
+    )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise UserError unless the files of a tokenizer's folder can be read, one with words among them.
+
+    transformers passes over what is no file, and makes a tokenizer of other words. A `folder` that does not
+    exist may be the id of a repository.
+    """
+    if not folder.is_dir():
+        return
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".model", ".txt")]
+    for path in paths:
+        reader.read_bytes(path, shown(path.name), _LARGEST_TOKENIZER)
+    if not any(path.name.startswith(_WORDS) or path.suffix == ".model" for path in paths):
+        raise UserError(f"it has none of {', '.join(_WORDS)} and *.model")
 
 
 def text_without_encoders(
