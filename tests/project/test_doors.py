@@ -39,28 +39,15 @@ OF_MODULES = {
 # The functions of io/ have names of this list; they are called on the module.
 DOORS = {"reader", "writer", "console"}
 
-# (file of dreambooth/ or script, function, what it calls) -> why it does so itself
+# File of dreambooth/ or script, function, what it uses: why it does so itself.
 EXCEPTIONS = {
-    (
-        "adapter_files/bake.py",
-        "_bake_part",
-        "save_file",
-    ): "Weights of gigabytes go to a new folder without a copy in memory.",
-    (
-        "adapter_files/bake.py",
-        "_copy",
-        "shutil.copyfile",
-    ): "Files of gigabytes are copied from a checked base to a new folder.",
-    ("data/photos.py", "_decode", "Image.open"): "Pillow decodes what the reader has opened.",
-    ("infer.py", "collect", "Image.open"): "Pillow decodes what the reader has opened.",
-    ("files/locks.py", "_open", "os.open"): "A lock is made if it is missing, and stays open.",
-    ("files/ownership.py", "_open_record", "os.open"): "Lines are appended to the record.",
-    (
-        "files/safetensors_files.py",
-        "opened",
-        "safe_open",
-    ): "The library reads tensors whose header was checked.",
-    ("training/metrics.py", "_open", ".open"): "Lines are appended to metrics.jsonl.",
+    "adapter_files/bake.py _bake_part save_file": "Gigabytes go to a new folder without a copy in memory.",
+    "data/photos.py decode Image.open": "Pillow decodes bytes that the reader has read.",
+    "infer.py collect Image.open": "Pillow decodes a file that the reader has opened.",
+    "files/locks.py _directory os.open": "The locked folder stays open, to be compared before each write.",
+    "files/locks.py _make os.open": "A lock that is missing is made, and stays open.",
+    "files/locks.py _open os.open": "A lock stays open for as long as it is held.",
+    "files/safetensors_files.py opened safe_open": "The library reads tensors after the header was checked.",
 }
 
 
@@ -86,11 +73,11 @@ def doors_in(source: str) -> Iterator[tuple[str, str]]:
     yield from walk(ast.parse(source), "")
 
 
-def uses() -> set[tuple[str, str, str]]:
-    """(file, function, what it uses) for all of the product but io/."""
+def uses() -> set[str]:
+    """File, function and what it uses, for all of the product but io/."""
     files = [path for path in (ROOT / "dreambooth").rglob("*.py") if path.parent.name != "io"]
     return {
-        (str(path.relative_to(ROOT)).removeprefix("dreambooth/"), *use)
+        " ".join([str(path.relative_to(ROOT)).removeprefix("dreambooth/"), *use])
         for path in (*files, *ROOT.glob("*.py"))
         for use in doors_in(path.read_text(encoding="utf-8"))
     }
