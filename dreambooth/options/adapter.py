@@ -132,8 +132,8 @@ class AdapterOptions(Group):
                 require(
                     value is None or value % 2 == 0, f"--{name} must be even with --adapter hra, got {value}"
                 )
-        # HRA starts as the base by pairs of equal reflections. Gram-Schmidt leaves of one of them rounding errors,
-        # which peft divides by their norm: the base is damaged, and gradients overflow.
+        # HRA starts as the base by pairs of equal reflections. Gram-Schmidt leaves of one of them rounding
+        # errors, which peft divides by their norm: the base is damaged, and gradients overflow.
         require(
             not self.apply_gs,
             "--apply_gs cannot be trained: the product of orthogonal reflections is never the identity, so "
