@@ -100,7 +100,7 @@ def rules_of(kind: Any) -> Iterator[Rule]:
     """The rules in a field's type, also in `RULED | None` and `tuple[RULED, ...]`."""
     if isinstance(kind, Rule):
         yield kind
-    for part in (*get_args(kind), *getattr(kind, "__metadata__", ())):
+    for part in get_args(kind):
         yield from rules_of(part)
 
 

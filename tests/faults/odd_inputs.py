@@ -10,7 +10,9 @@ counts, and every violation; the exit status is 1 if there was one.
 
 import argparse
 import collections
-import hashlib
+import functools
+import gc
+import inspect
 import json
 import os
 import random
@@ -26,6 +28,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries below read it when they are imported
 
 import torch
 from accelerate.state import AcceleratorState
@@ -331,16 +335,15 @@ def is_waiting(pid: int) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """What every entry of a folder is, and its content, by relative path."""
+    """What every entry of a folder is, by relative path: any write changes the time of a file."""
     table = {}
     for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        content = str(stat.S_IFMT(mode))
-        if path.is_symlink():
-            content = f"-> {os.readlink(path)}"
-        elif stat.S_ISREG(mode):
-            size = path.stat().st_size
-            content = str(size) if size > 2**30 else hashlib.sha256(path.read_bytes()).hexdigest()
+        entry = path.lstat()
+        content = stat.filemode(entry.st_mode)
+        if stat.S_ISREG(entry.st_mode):
+            content += f" {entry.st_size} bytes, {entry.st_mtime_ns}, {entry.st_ino}"
+        elif stat.S_ISLNK(entry.st_mode):
+            content += f" -> {os.readlink(path)}"
         table[str(path.relative_to(folder))] = content
     return table
 
@@ -354,6 +357,7 @@ class World:
         self.commands = commands()
         template = self.template = folder / "template"
         self.log = folder / "log"
+        self.clean = ""
         (template / "users").mkdir(parents=True)
         (template / "users" / "precious.txt").write_text("a user's\n")
         tiny.build_pipeline(template / "base")
@@ -407,21 +411,23 @@ class World:
     def result(self, case: Case) -> tuple[str, list[str], str]:
         """(how the case ended, what is wrong, what was printed)."""
         command = self.commands[case.command]
-        place = self.place("place", command.uses)
-        try:
-            if case.target:
-                target = place / case.target
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                target.unlink(missing_ok=True)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                ODD[case.odd](target, place / "users")
-            before = snapshot(place)
-            to_the_door = not case.target and command.words[0] != "convert"
-            code, said = self._run(place, (*command.words, *case.more), to_the_door=to_the_door)
-            after = snapshot(place)
-        finally:
-            shutil.rmtree(place)
+        place = self.folder / "place"
+        if self.clean != case.command:
+            shutil.rmtree(place, ignore_errors=True)
+            self.place("place", command.uses)
+        if case.target:
+            target = place / case.target
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            target.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            ODD[case.odd](target, place / "users")
+        before = snapshot(place)
+        to_the_door = not case.target and command.words[0] != "convert"
+        code, said = self._run(place, (*command.words, *case.more), to_the_door=to_the_door)
+        after = snapshot(place)
+        # a place in which nothing has changed serves the next case of the command
+        self.clean = case.command if not case.target and before == after else ""
         wrong = [f"{name} has changed" for name in changed(case, before, after)]
         ended = {0: "passed", 1: "stopped", 2: "refused"}.get(code, "traceback")
         if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
@@ -458,13 +464,16 @@ def drawn(cases: int | None, seed: int) -> list[Case]:
     groups = [list(folder_cases()), list(flag_cases())]
     if cases is None:
         return [case for group in groups for case in group]
-    return [case for group in groups for case in draw.sample(group, min(len(group), cases // 2))]
+    chosen = [case for group in groups for case in draw.sample(group, min(len(group), cases // 2))]
+    return sorted(chosen, key=lambda case: (case.command, case.name))
 
 
 def results(folder: Path, cases: list[Case], workers: int) -> Iterator[tuple[Case, str, list[str], str]]:
     """(case, how it ended, what is wrong, what was printed) for each case."""
-    torch.set_num_threads(1)  # before the processes are forked
     world = World(folder)
+    # tyro looks for the help texts at every parse
+    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+    gc.freeze()
     children = []
     for rank in range(workers):
         if child := os.fork():
@@ -476,7 +485,7 @@ def results(folder: Path, cases: list[Case], workers: int) -> Iterator[tuple[Cas
             world.log = world.folder / "log"
             with (world.folder / "results").open("w") as file:
                 for number in range(rank, len(cases), workers):
-                    print(json.dumps([number, *world.result(cases[number])]), file=file)
+                    print(json.dumps([number, *world.result(cases[number])]), file=file, flush=True)
         except BaseException:
             traceback.print_exc()
         finally:
