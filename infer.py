@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
     variants.check(options, columns, loaded, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
-    records = all_records(options, columns, loaded)
+    settings = {"base": options.base.name(), "base_fingerprint": peers.on_main(base.fingerprint)}
+    records = all_records(options, columns, loaded, settings)
     # the output folder
     writer.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
@@ -175,25 +176,21 @@ def draw_all(
 
 
 def all_records(
-    options: InferOptions, columns: Sequence[Variant], loaded: Loaded
+    options: InferOptions, columns: Sequence[Variant], loaded: Loaded, settings: Mapping[str, Any]
 ) -> list[list[dict[str, Any]]]:
-    """For each variant the records of its pictures, as images.json lists them."""
+    """For each variant the records of its pictures, as images.json lists them: file name, prompt, seed,
+    `settings`, and the settings of the variant."""
     records: list[list[dict[str, Any]]] = []
     for variant in columns:
-        records.append(_records(options, variant, loaded, sum(map(len, records))))
+        suffix = "_base" if loaded and not variant.set else ""
+        shared = {**settings, **_settings(options, variant, loaded)}
+        records.append(
+            [
+                {"file": f"{number:05d}_{seed}{suffix}.png", "prompt": prompt, "seed": seed, **shared}
+                for number, (prompt, seed) in enumerate(variant.jobs, sum(map(len, records)))
+            ]
+        )
     return records
-
-
-def _records(
-    options: InferOptions, variant: Variant, loaded: Loaded, first_number: int
-) -> list[dict[str, Any]]:
-    """File name, prompt, seed and settings of each picture of a variant; the first has `first_number`."""
-    suffix = "_base" if loaded and not variant.set else ""
-    settings = _settings(options, variant, loaded)
-    return [
-        {"file": f"{number:05d}_{seed}{suffix}.png", "prompt": prompt, "seed": seed, **settings}
-        for number, (prompt, seed) in enumerate(variant.jobs, first_number)
-    ]
 
 
 def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[str, Any]:
@@ -212,7 +209,6 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
         "steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "clip_skip": variant.clip_skip,
-        "base": options.base.pretrained_model_name_or_path,
         "set": variant.set.name if variant.set else None,
         "adapter": " + ".join(labels) or None,
         "adapters": adapters,

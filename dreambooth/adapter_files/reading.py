@@ -60,7 +60,8 @@ def read_additive(path: Path, layers: Layers | None = None) -> Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """How pictures name an adapter: the last two parts of its path, and a hash of its files."""
+    """How pictures name an adapter: the name of its file, after that of its folder if runs give the file its
+    name, and a hash of its files. Pictures are shown to others: the rest of the path is left out."""
 
     label: str
     sha256: str
@@ -83,7 +84,8 @@ def identity(path: Path) -> Identity:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     absolute = location.absolute()
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return Identity(f"{absolute.parent.name}/{absolute.name}", sha256)
+    is_of_run = absolute.name == native.ADAPTER_NAME and absolute.parent != Path.home()
+    return Identity(f"{absolute.parent.name}/{absolute.name}" if is_of_run else absolute.name, sha256)
 
 
 # ---- files

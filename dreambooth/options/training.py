@@ -71,6 +71,11 @@ class BaseOptions(Group):
         is_valid = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
         require(is_valid, f"--variant must be letters and digits, as in fp16, got {self.variant!r}")
 
+    def name(self) -> str:
+        """The hub id, or the name of the folder without its path, which is no concern of others."""
+        path = self.pretrained_model_name_or_path
+        return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+
     def sources(self) -> dict[str, str | None]:
         """By flag, the folders or hub ids that the base is read from; None for a flag that is not given."""
         names = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name")

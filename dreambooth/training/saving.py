@@ -20,14 +20,13 @@ from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
 
-def adapter_info(flags: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
+def adapter_info(flags: Mapping[str, Any], base_name: str, base_fingerprint: str | None) -> dict[str, Any]:
     """The record of a run in the metadata of its adapter file, without the number of steps.
 
     `flags` are all flags of the run.
     """
-    base = flags["pretrained_model_name_or_path"]
     return {
-        "base_model": Path(base).name if Path(base).exists() else base,  # no path of this machine
+        "base_model": base_name,
         "base_fingerprint": base_fingerprint,
         "versions": environment.versions(run_folder.LIBRARIES),
         "seed": flags["seed"],
@@ -55,7 +54,7 @@ class Saver:
 
     def __init__(self, start: Start, trainables: Trainables):
         self.run, self.peers, self.output_dir = start.options.run, start.peers, start.output_dir
-        self.info = adapter_info(start.flags, start.identity["base"])
+        self.info = adapter_info(start.flags, start.base.options.name(), start.identity["base"])
         self.identity, self.environment = start.identity, start.environment
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
         self.components = list(trainables.components)
