@@ -7,7 +7,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.training import TrainOptions
 from tests.faults.jobs import World, ended, forked, is_running, steps_done, train_forked, wait_for_step
+from tests.faults.ownership_faults import snapshot
 from tests.running import as_main
 
 
@@ -57,6 +60,56 @@ def two_runs(world: World) -> dict[str, Any]:
         and f"another run is at work in {out}: process {first}" in said
         and unharmed
     }
+
+
+def _moved(out: Path) -> None:
+    out.rename(out.with_name(f"{out.name}-moved"))
+
+
+def _replaced(out: Path) -> None:
+    """Another run begins in the folder's place."""
+    _moved(out)
+    shutil.copytree(out.with_name(f"{out.name}-moved"), out)
+
+
+def _lock_removed(out: Path) -> None:
+    (out / ".lock").unlink()
+
+
+def _lock_taken(out: Path) -> None:
+    _lock_removed(out)
+    (out / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "today"}')
+
+
+# what happens to the folder of a run that trains, and what the run then says; "" where it goes on
+CHANGES: dict[Callable[[Path], None], str] = {
+    _moved: "was moved or removed while this run was at work there",
+    shutil.rmtree: "was moved or removed while",
+    _replaced: "was moved or removed, and another folder has its name",
+    _lock_taken: "was locked by process 1 on elsewhere, since today",
+    _lock_removed: "",
+}
+
+
+def folder_lost(world: World, changes: Iterable[Callable[[Path], None]] = tuple(CHANGES)) -> dict[str, Any]:
+    """The folder of a run that trains is moved, removed or given to another run: the run writes nothing there,
+    and ends with one message and status 1. Control: a lock that alone was removed is made again."""
+    right = 0
+    for change in changes:
+        out = world.folder / f"lost-{change.__name__}"
+        log = out.with_suffix(".log")
+        run = train_forked(world.words(out, steps=12, every=2), log, {"slow": 0.03})
+        wait_for_step(out, 3, alive=lambda run=run: is_running(run))  # type: ignore[misc]
+        change(out)
+        before = snapshot(out)
+        code, said = ended(run), log.read_text()
+        if message := CHANGES[change]:
+            ends = [line for line in said.splitlines() if line.startswith("error: ")]
+            is_right = code == 1 and len(ends) == 1 and message in ends[0] and snapshot(out) == before
+        else:
+            is_right = code == 0 and steps_done(out) == 12 and (out / ".lock").is_file()
+        right += is_right and "Traceback" not in said
+    return {"folders_lost": len(list(changes)), "folders_lost_right": right}
 
 
 def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
@@ -99,4 +152,4 @@ def class_images_killed(world: World, *, times: int = 3) -> dict[str, Any]:
 
 
 # what `make faults` counts
-WORKS = (disk_full, two_runs, class_images_killed)
+WORKS = (disk_full, two_runs, folder_lost, class_images_killed)

@@ -65,6 +65,12 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_unharmed(world):
 
 
 @pytest.mark.trains
+def test_a_run_whose_folder_was_given_to_another_writes_nothing_there(world):
+    changes = (folder_faults._replaced, folder_faults._lock_removed)
+    assert folder_faults.folder_lost(world, changes)["folders_lost_right"] == 2
+
+
+@pytest.mark.trains
 def test_class_images_killed_and_completed_are_the_same_set(world):
     assert folder_faults.class_images_killed(world)["class_images_equal"]
 
