@@ -91,6 +91,7 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ("faults_recovered", counts["faults_injected"]),
         ("final_hash_equal", True),
         ("stops_right", counts["stops"]),
+        ("folders_lost_right", counts["folders_lost"]),
         *(
             (name, True)
             for name in (
@@ -159,6 +160,12 @@ ROWS = (
     (
         "one of two processes: {peer_kinds}",
         "{peers_right} of {peers} jobs ended with its name and the last step saved",
+    ),
+    (
+        "the folder of a run that trains moved, removed, given to another run or locked by it; its lock alone"
+        " removed",
+        "{folders_lost_right} of {folders_lost} runs wrote nothing there and ended with one message, or, with"
+        " the lock made again, trained on",
     ),
     (
         "class images killed and completed",

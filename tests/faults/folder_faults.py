@@ -92,14 +92,14 @@ CHANGES: dict[Callable[[Path], None], str] = {
 
 
 def folder_lost(world: World, changes: Iterable[Callable[[Path], None]] = tuple(CHANGES)) -> dict[str, Any]:
-    """The folder of a run that trains is moved, removed or given to another run: the run writes nothing there,
-    and ends with one message and status 1. Control: a lock that alone was removed is made again."""
+    """The folder of a run that trains is moved, removed or given to another run: the run writes nothing
+    there, and ends with one message and status 1. Control: a lock that alone was removed is made again."""
     right = 0
     for change in changes:
         out = world.folder / f"lost-{change.__name__}"
         log = out.with_suffix(".log")
-        run = train_forked(world.words(out, steps=12, every=2), log, {"slow": 0.03})
-        wait_for_step(out, 3, alive=lambda run=run: is_running(run))  # type: ignore[misc]
+        run = train_forked(world.words(out, steps=8, every=2), log, {"slow": 0.03})
+        wait_for_step(out, 2, alive=lambda run=run: is_running(run))  # type: ignore[misc]
         change(out)
         before = snapshot(out)
         code, said = ended(run), log.read_text()
@@ -107,7 +107,7 @@ def folder_lost(world: World, changes: Iterable[Callable[[Path], None]] = tuple(
             ends = [line for line in said.splitlines() if line.startswith("error: ")]
             is_right = code == 1 and len(ends) == 1 and message in ends[0] and snapshot(out) == before
         else:
-            is_right = code == 0 and steps_done(out) == 12 and (out / ".lock").is_file()
+            is_right = code == 0 and steps_done(out) == 8 and (out / ".lock").is_file()
         right += is_right and "Traceback" not in said
     return {"folders_lost": len(list(changes)), "folders_lost_right": right}
 
