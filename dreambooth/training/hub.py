@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -21,7 +20,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import UserError, shortened, shown
 from dreambooth.options.training import ReportOptions
 from dreambooth.runtime.stops import Stop
 from dreambooth.training.run_folder import CARD
@@ -119,6 +118,7 @@ def _token(reports: ReportOptions) -> tuple[str, str]:
             trouble = f" (it cannot be read: {type(error).__name__})"
         if token is None:
             raise UserError(f"--push_to_hub needs a token{trouble}: {login}")
+    console.hide(token)
     if not _TOKEN.fullmatch(token):
         raise UserError(
             f"--push_to_hub: the token of {source} is empty or has characters that no token has: {login}"
@@ -141,7 +141,7 @@ def _account(token: str, source: str) -> str:
         status = answer.status_code
         account = answer.json() if status == 200 else None
     except Exception as error:  # errors of httpx, of addresses, of sockets, of JSON
-        trouble = _reason(error, token)
+        trouble = _reason(error)
     # Raised here and not above: the library's errors carry the token in their request's headers.
     if status == 401:
         raise UserError(f"{hub} refuses the token of {source}: {advice}")
@@ -173,7 +173,7 @@ def _check_private(repository: str, token: str) -> None:
     except RepositoryNotFoundError:
         pass  # the upload creates it
     except Exception as error:  # as in `_account`
-        trouble = _reason(error, token)
+        trouble = _reason(error)
     if trouble:
         raise UserError(
             f"--hub_private_repo: the visibility of {repository} cannot be read: {trouble}. "
@@ -203,7 +203,6 @@ def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> s
 
     Returns the URL of the repository. Raises UploadFailed.
     """
-    token: str | None = None
     repository = reports.hub_model_id or _folder_name(output_dir)
     kohya = [KOHYA_NAME] if (output_dir / KOHYA_NAME).exists() else []
     names = [ADAPTER_NAME, *kohya, CARD, *pictures]
@@ -217,7 +216,7 @@ def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> s
     except (
         Exception
     ) as error:  # unexpected answers: the library raises ValueError, KeyError, RuntimeError, ...
-        reason = _reason(error, token)
+        reason = _reason(error)
     # Raised here and not above: the library's error carries the token in its request's headers.
     private = ["--private"] if reports.hub_private_repo else []
     included = [word for name in names for word in ("--include", name)]
@@ -259,9 +258,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
         session.timeout = before
 
 
-def _reason(error: Exception, token: str | None) -> str:
-    """The error's message on one line, of about 400 characters at most, with the token taken out."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    for secret in {token, quote(token, safe="")} if token else ():
-        text = re.sub(re.escape(secret), "<token>", text, flags=re.IGNORECASE)
-    return shown(text if len(text) <= 400 else f"{text[:400]} ...")
+def _reason(error: Exception) -> str:
+    """The error's message on one line, of at most 400 characters, with the token taken out before the cut."""
+    return shortened(console.without_tokens(" ".join(str(error).split())) or type(error).__name__, 400)
