@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from tests.faults import checkpoint_faults, folder_faults, run_faults
+from tests.faults import checkpoint_faults, folder_faults, output_faults, run_faults
 from tests.faults.jobs import World
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,11 @@ PAGE = ROOT / "docs" / "exactness.md"
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 MARKS = ("<!-- faults: written by make faults -->", "<!-- faults end -->")
 # A module of faults under whole runs lists in WORKS its functions of a world that return counts.
-WORKS: tuple[Callable[[World], dict[str, Any]], ...] = (*run_faults.WORKS, *folder_faults.WORKS)
+WORKS: tuple[Callable[[World], dict[str, Any]], ...] = (
+    *run_faults.WORKS,
+    *folder_faults.WORKS,
+    *output_faults.WORKS,
+)
 PEER_FAULTS = {"kill": "killed", "raise": "raises", "leave": "exits with 0", "hang": "hangs"}
 
 
@@ -92,6 +96,9 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ("final_hash_equal", True),
         ("stops_right", counts["stops"]),
         ("folders_lost_right", counts["folders_lost"]),
+        ("outputs_lost_right", counts["outputs_lost"]),
+        ("outputs_lost_equal", True),
+        ("outputs_lost_control", True),
         *(
             (name, True)
             for name in (
@@ -168,6 +175,11 @@ ROWS = (
         " the lock made again, trained on",
     ),
     (
+        "log written, log on a full disk, pipe closed, streams closed, tracker's disk full, terminal lost,"
+        " terminal lost with nohup",
+        "{outputs_lost_right} of {outputs_lost} runs ended as they had to; bytes {outputs_hash} each other",
+    ),
+    (
         "class images killed and completed",
         "{class_image_kills} times; pictures {class_hash} an unbroken set's",
     ),
@@ -189,6 +201,7 @@ def table(counts: dict[str, Any]) -> str:
     values = counts | {
         "final_hash": equal[counts["final_hash_equal"]],
         "worlds_hash": equal[counts["worlds_equal"]],
+        "outputs_hash": equal[counts["outputs_lost_equal"]],
         "class_hash": equal[counts["class_images_equal"]],
         "runs": len(counts["worlds"]),
         "peers": len(counts["peers_lost"]),
