@@ -39,6 +39,7 @@ import generate_class_images
 import infer
 import train_dreambooth_lora as train
 from dreambooth.bases import loading, pipelines
+from dreambooth.io import reader
 from dreambooth.options.command_line import fields_of, parse
 from dreambooth.options.conversion import COMMANDS
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
@@ -502,13 +503,26 @@ def results(folder: Path, cases: list[Case], workers: int) -> Iterator[tuple[Cas
         raise RuntimeError(f"{count} of {len(cases)} cases were run")
 
 
+def control(folder: Path) -> bool:
+    """Whether the fuzzer sees a fault that is made on purpose: JSON that is read without a limit of depth."""
+    careful = reader.parsed_json
+    reader.parsed_json = lambda text, where: json.loads(text)
+    try:
+        world = World(folder)
+        case = Case("control", "draw a run", "base/unet/config.json", "deep JSON")
+        return bool(world.result(case)[1])
+    finally:
+        reader.parsed_json = careful
+
+
 def count_all(cases: int | None = 2400, seed: int = 0, *, show: str = "") -> dict[str, Any]:
     """The counts of `make faults`. Violations are printed."""
     ends: collections.Counter[str] = collections.Counter()
     counts = {"odd_inputs": 0, "odd_tracebacks": 0, "odd_hangs": 0, "odd_changes": 0}
     with tempfile.TemporaryDirectory() as folder:
+        seen = control(Path(folder) / "control")
         chosen = [case for case in drawn(cases, seed) if show in case.name]
-        for case, ended, wrong, said in results(Path(folder), chosen, os.cpu_count() or 1):
+        for case, ended, wrong, said in results(Path(folder) / "cases", chosen, os.cpu_count() or 1):
             ends[ended] += 1
             counts["odd_inputs"] += 1
             counts["odd_tracebacks"] += ended == "traceback"
@@ -516,7 +530,7 @@ def count_all(cases: int | None = 2400, seed: int = 0, *, show: str = "") -> dic
             counts["odd_changes"] += any("changed" in phrase for phrase in wrong)
             if wrong or show:
                 print(f"{case.name}: {ended}: {'; '.join(wrong)}\n    {said.strip()[-1500:]!r}", flush=True)
-    return {**counts, "odd_ends": dict(ends)}
+    return {**counts, "odd_control_seen": seen, "odd_ends": dict(sorted(ends.items()))}
 
 
 if __name__ == "__main__":
