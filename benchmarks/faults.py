@@ -25,7 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from tests.faults import checkpoint_faults, folder_faults, output_faults, run_faults
+from tests.faults import (
+    checkpoint_faults,
+    folder_faults,
+    odd_inputs,
+    output_faults,
+    ownership_faults,
+    run_faults,
+)
 from tests.faults.jobs import World
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +91,12 @@ def bad_inputs() -> dict[str, int]:
     }
 
 
+def ownership() -> dict[str, int]:
+    """Counts of folders with random files of a user, of which none may change."""
+    with tempfile.TemporaryDirectory() as folder:
+        return ownership_faults.count(Path(folder), 300)
+
+
 def broken(counts: dict[str, Any]) -> list[str]:
     """One phrase for each promise that the counts break."""
     equal = [
@@ -111,6 +124,8 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ),
         *((name, True) for name in ("class_images_equal", "one_process_said")),
         *((name, 0) for name in ("bad_input_tests_failed", "fuzz_tests_failed", "payloads_executed")),
+        *((name, 0) for name in ("layouts_violated", "odd_tracebacks", "odd_hangs", "odd_changes")),
+        ("odd_control_seen", True),
     ]
     phrases = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
     phrases += [
@@ -124,6 +139,7 @@ def broken(counts: dict[str, Any]) -> list[str]:
         ("damaged", 200),
         ("bad_inputs", 60),
         ("fuzzed_files", 500),
+        ("odd_inputs", 2000),
     ]
     phrases += [
         f"{name} is only {counts[name]}, not {wanted}" for name, wanted in least if counts[name] < wanted
@@ -191,6 +207,14 @@ ROWS = (
         "fuzzed pictures, adapters, configs and manifests",
         "{fuzzed_files} files, {fuzz_tests_failed} kinds with a traceback",
     ),
+    (
+        "pipes, devices, link loops, deep JSON, ... in place of each file; odd values of each flag",
+        "{odd_inputs} cases, {odd_tracebacks} tracebacks, {odd_hangs} hangs, {odd_changes} changed files",
+    ),
+    (
+        "files of the user under names that the scripts write",
+        "{layouts} folders, {layouts_violated} with a changed file",
+    ),
     ("code carried in files", "{payloads_executed} times executed"),
 )
 
@@ -242,6 +266,7 @@ def main() -> int:
             work.__name__: functools.partial(work, world) for work in WORKS
         }
         works |= {"checkpoints": checkpoint_faults.count_all, "bad_inputs": bad_inputs}
+        works |= {"ownership": ownership, "odd_inputs": odd_inputs.count_all}
         for name, work in works.items():
             if name not in parts:
                 before = time.monotonic()

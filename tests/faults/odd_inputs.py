@@ -503,16 +503,15 @@ def results(folder: Path, cases: list[Case], workers: int) -> Iterator[tuple[Cas
         raise RuntimeError(f"{count} of {len(cases)} cases were run")
 
 
-def control(folder: Path) -> bool:
-    """Whether the fuzzer sees a fault that is made on purpose: JSON that is read without a limit of depth."""
-    careful = reader.parsed_json
-    reader.parsed_json = lambda text, where: json.loads(text)
+def sees_a_fault(world: World) -> bool:
+    """Whether a fault that is made on purpose is seen as one: JSON that is read without a limit of depth."""
+    careful = reader.read_json_table
+    reader.read_json_table = lambda path, *_: json.loads(path.read_text())
     try:
-        world = World(folder)
-        case = Case("control", "draw a run", "base/unet/config.json", "deep JSON")
-        return bool(world.result(case)[1])
+        case = Case("control", "generate", "base/unet/config.json", "deep JSON")
+        return world.result(case)[0] == "traceback"
     finally:
-        reader.parsed_json = careful
+        reader.read_json_table = careful
 
 
 def count_all(cases: int | None = 2400, seed: int = 0, *, show: str = "") -> dict[str, Any]:
@@ -520,7 +519,7 @@ def count_all(cases: int | None = 2400, seed: int = 0, *, show: str = "") -> dic
     ends: collections.Counter[str] = collections.Counter()
     counts = {"odd_inputs": 0, "odd_tracebacks": 0, "odd_hangs": 0, "odd_changes": 0}
     with tempfile.TemporaryDirectory() as folder:
-        seen = control(Path(folder) / "control")
+        seen = sees_a_fault(World(Path(folder) / "control"))
         chosen = [case for case in drawn(cases, seed) if show in case.name]
         for case, ended, wrong, said in results(Path(folder) / "cases", chosen, os.cpu_count() or 1):
             ends[ended] += 1
