@@ -373,7 +373,8 @@ def removable(output_dir: Path) -> list[str]:
     odd += [path for path in checkpoints if path.is_symlink() or not path.is_dir()]
     if odd:
         raise UserError(
-            f"--overwrite: {few(odd)} is no plain file or folder, and nothing was removed; move it away"
+            f"--overwrite: {shown(output_dir)} holds {few([path.name for path in odd])}, which is no plain"
+            " file or folder; nothing was removed: move it away"
         )
     names = [*_removable_files(WrittenFiles(output_dir)), *undamaged]
     paths = {path for name in names for path in ((output_dir / name).parent, output_dir / name)}
