@@ -213,9 +213,7 @@ def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> s
             return _upload(
                 HfApi(token=token), repository, output_dir, names, is_private=reports.hub_private_repo
             )
-    except (
-        Exception
-    ) as error:  # unexpected answers: the library raises ValueError, KeyError, RuntimeError, ...
+    except Exception as error:  # unexpected answers: the library raises ValueError, KeyError, ...
         reason = _reason(error)
     # Raised here and not above: the library's error carries the token in its request's headers.
     private = ["--private"] if reports.hub_private_repo else []

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,55 +45,54 @@ class Tracker(GeneralTracker):
     requires_logging_directory = False  # accelerate's tracker gets the folder from here
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
-        self.tracker: Any = None  # accelerate's; None before `start` and after an error
+        self.name, self.folder, self.has_failed = name, folder, False
+        self.tracker: Any = None  # accelerate's; it is made by `start`
         super().__init__()  # checks that these exist
 
     def start(self) -> None:
+        if self.name == "tensorboard":
+            # its writing thread would print a traceback of an error that the next call raises again
+            report = threading.excepthook
+            threading.excepthook = lambda failure: None if _is_writer(failure.thread) else report(failure)
+        self._do(self._start)
+
+    def _start(self) -> None:
         kind = LOGGER_TYPE_TO_CLASS[self.name]
-        folder = [self.folder] if kind.requires_logging_directory else []
-        with self._losing_records():
-            self.tracker = kind(PROJECT, *folder)
-            _silence_writer_threads()
-            self.tracker.start()
+        self.tracker = kind(PROJECT, *([self.folder] if kind.requires_logging_directory else []))
+        self.tracker.start()
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Record options, as numbers, strings and booleans."""
         table = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}
-        self._do(lambda tracker: tracker.store_init_configuration(table))
+        self._do(lambda: self.tracker.store_init_configuration(table))
 
     def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
-        self._do(lambda tracker: tracker.log(values, step=step, **kwargs))
+        self._do(lambda: self.tracker.log(values, step=step, **kwargs))
 
     def images(self, name: str, images: Sequence[Image.Image], prompt: str, step: int) -> None:
         """Record pictures, if the tracker takes them."""
         if self.name == "tensorboard":
             pixels = np.stack([np.asarray(image) for image in images])
-            self._do(lambda tracker: tracker.writer.add_images(name, pixels, step, dataformats="NHWC"))
+            self._do(lambda: self.tracker.writer.add_images(name, pixels, step, dataformats="NHWC"))
         elif self.name == "wandb":
-            self._do(lambda tracker: tracker.log({name: _captioned(images, prompt)}, step=step))
+            self._do(lambda: self.tracker.log({name: _captioned(images, prompt)}, step=step))
 
     def finish(self) -> None:
-        self._do(lambda tracker: tracker.finish())
+        self._do(lambda: self.tracker.finish())
 
-    def _do(self, work: Callable[[Any], object]) -> None:
-        if self.tracker is not None:
-            with self._losing_records():
-                work(self.tracker)
-
-    @contextlib.contextmanager
-    def _losing_records(self) -> Iterator[None]:
-        """Drop the tracker, with a warning, if the block raises. A library may also exit."""
+    def _do(self, work: Callable[[], object]) -> None:
+        """Call `work`, unless the tracker has failed. An error makes it fail, with a warning."""
         try:
-            yield
-        except (Exception, SystemExit) as error:
+            if not self.has_failed:
+                work()
+        except (Exception, SystemExit) as error:  # a library may also exit
+            self.has_failed = True
             console.warn(
                 f"--report_to {self.name}: {shown(self.folder)} gets no more records"
                 f" ({type_and_reason(error)}); the run goes on"
             )
-            failed, self.tracker = self.tracker, None
             with contextlib.suppress(Exception, SystemExit):
-                failed.finish()  # ends its threads and processes, which might wait at the end of the run
+                self.tracker.finish()  # ends its threads, which might wait at the end of the run
 
 
 def _captioned(images: Sequence[Image.Image], prompt: str) -> list[Any]:
@@ -102,12 +101,5 @@ def _captioned(images: Sequence[Image.Image], prompt: str) -> list[Any]:
     return [wandb.Image(image, caption=prompt) for image in images]
 
 
-def _silence_writer_threads() -> None:
-    """Print no traceback of TensorBoard's writing thread: the next call raises its error again."""
-    report = threading.excepthook
-
-    def hook(failure: threading.ExceptHookArgs) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard"):
-            report(failure)
-
-    threading.excepthook = hook
+def _is_writer(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard")
