@@ -34,7 +34,11 @@ _LAYER_COUNTS = (
     *("num_hidden_layers", "num_layers"),
 )
 # Narrower types than the class has: this program computes with these fields.
-_TYPES: dict[str, Any] = {"cross_attention_dim": int, "sample_size": int | None, "eos_token_id": int}
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("cross_attention_dim", "eos_token_id"), int),
+    **dict.fromkeys(("attention_dropout", "layer_norm_eps"), float),
+    "sample_size": int | None,
+}
 # Models without data, by class and configuration: building one takes seconds, and a base is checked twice.
 _MODELS: dict[tuple[type, str], nn.Module] = {}
 _RANGE = (0, _LARGEST)
@@ -98,7 +102,8 @@ def read(kind: type, path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
     if kind is AutoencoderKL and not problems:
         problems += _vae_faults(config)
     if not problems and (layers := _most_layers(config)) > _MOST_LAYERS:
-        counts = ", ".join(_state(config, field) for field in _LAYER_COUNTS if config.get(field))
+        counted = [field for field in (*_LAYER_COUNTS, "block_out_channels") if config.get(field)]
+        counts = ", ".join(_state(config, field) for field in counted)
         problems.append(f"{counts}: up to {layers:,} layers, and the most that are loaded are {_MOST_LAYERS}")
     if problems:
         raise UserError("\n".join(f"{flag}: {shown(path)}: {problem}" for problem in problems))

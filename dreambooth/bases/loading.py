@@ -90,18 +90,28 @@ class FrozenParts:
 
 def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
     """One tokenizer for each text encoder. --tokenizer_name replaces the first. Raises UserError if one
-    cannot be loaded."""
+    cannot be loaded, fails, or gives tokens that its encoder does not have."""
     places = [(str(base.folder), BASE_FLAG, folder) for folder, _ in base.family.text.values()]
     if base.options.tokenizer_name:
         places[0] = (base.options.tokenizer_name, "--tokenizer_name", "")
-    for name, flag, folder in places:
-        with _explained(flag, folder or "it", name):
-            _check_tokenizer(Path(name, folder))
-    settings = {"use_fast": True, "trust_remote_code": False}
     return tuple(
-        from_pretrained(AutoTokenizer, name, flag, subfolder=folder, **settings)
-        for name, flag, folder in places
+        _tokenizer(*place, base.config(encoder)["vocab_size"])
+        for place, encoder in zip(places, base.family.text, strict=True)
     )
+
+
+def _tokenizer(name: str, flag: str, subfolder: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    with _explained(flag, subfolder or "it", name):
+        _check_tokenizer(Path(name, subfolder))
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, subfolder=subfolder, use_fast=True, trust_remote_code=False
+        )
+        # of odd files a tokenizer can be made that fails when it is used
+        tokenizer.decode(tokenizer("a", verbose=False).input_ids)
+        tokens = tokenizer(["a"], padding="max_length", max_length=8, truncation=True).input_ids[0]
+        if max(tokens) >= vocab_size:
+            raise UserError(f"it has a token {max(tokens)}, and its text encoder has {vocab_size} tokens")
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -196,9 +206,10 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {error}") from None
-    # for malformed files the libraries raise KeyError, TypeError, AttributeError, ...
-    except Exception as error:
-        if is_memory_error(error):
+    # for malformed files the libraries raise KeyError, TypeError, ...; those in Rust a BaseException
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if is_memory_error(error) or not (isinstance(error, Exception) or is_panic):
             raise
         reason = type_and_reason(error)
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {reason}") from None

@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
-from dreambooth.bases import folders
+from dreambooth.bases import configs, folders
 from dreambooth.bases.folders import BASE_FLAG
 from dreambooth.io.errors import UserError, shortened, shown, type_and_reason
 
@@ -78,6 +78,7 @@ def check(folder: Path, name: str, index: Mapping[str, Any]) -> None:
         )
     problems = _edm_faults(config) if kind in EDM else _discrete_faults(config)
     problems += _shared_faults(config)
+    problems = problems or configs.faults(getattr(diffusers, str(kind)), config)
     if problems:
         raise UserError("\n".join(f"{BASE_FLAG}: {place}: {problem}" for problem in problems))
     _try(config, str(_index_class(index)), place)
