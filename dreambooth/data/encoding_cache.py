@@ -73,7 +73,7 @@ def sweep(folder: Path) -> list[str]:
         try:
             is_ours = _FILE.fullmatch(writer.target_of(path.name) or "")
             if is_ours and path.lstat().st_mtime < time.time() - _OLD:
-                path.unlink()
+                writer.remove(path)
                 removed.append(path.name)
         except OSError:  # the file is another user's, or another run has just removed it
             continue

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
             for path in folder.parent.iterdir():
                 # a dead process left it: a living one would hold the lock
                 if writer.target_of(path.name):
-                    shutil.rmtree(path)
+                    writer.remove(path)
         try:
             with writer.new_folder(folder) as temporary:
                 _write(temporary, rows, instance)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -292,12 +291,8 @@ class Cache:
     notes: list[str]
 
 
-def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_folder: Path) -> Cache:
-    """The cache for `photo_count` instance photos and the class images. `folder` is for a cache on disk.
-
-    Raises UserError if a cache on disk would be written into the output folder itself, into `photos_folder`
-    or among the class images.
-    """
+def choose_cache(options: TrainOptions, photo_count: int, folder: Path) -> Cache:
+    """The cache for `photo_count` instance photos and the class images. `folder` is for a cache on disk."""
     speed, prior = options.speed, options.prior
     is_folder_given = speed.encoded_dir is not None
     pictures = photo_count * (2 if options.instance.random_flip else 1)
@@ -308,19 +303,6 @@ def choose_cache(options: TrainOptions, photo_count: int, folder: Path, photos_f
         notes.append("You need not use --dataloader_num_workers without --cache_latents off.")
     if mode != "disk" and is_folder_given:
         notes.append(f"You need not use --encoded_dir with --cache_latents {mode}.")
-    if mode == "disk":
-        real_folder = os.path.realpath(folder)
-        if real_folder == os.path.realpath(options.run.output_dir):
-            raise UserError(
-                f"--encoded_dir and --output_dir must be two folders, got {shown(folder)} for both; "
-                "leave --encoded_dir out"
-            )
-        class_folder = prior.class_data_dir if prior.with_prior_preservation else None
-        for pictures_folder in (photos_folder, class_folder):
-            if pictures_folder is not None and real_folder == os.path.realpath(pictures_folder):
-                raise UserError(
-                    f"--encoded_dir: {shown(folder)} is a folder of pictures; name another folder"
-                )
     return Cache(mode, folder, notes)
 
 

@@ -60,7 +60,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     if options.adapter.dry_run:
         peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
-    cache = checks.choose_cache(options, len(subject.photos), encoded_dir, subject.folder)
+    cache = checks.choose_cache(options, len(subject.photos), encoded_dir)
     peers.say_notes(cache.notes)
 
     # output folder
@@ -121,7 +121,6 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_wi
 class Subject:
     """The checked instance photos and captions."""
 
-    folder: Path
     checked: photos.Folder
     """The photos in the folder, and what was found out about them."""
     captions: dict[str, str]
@@ -154,7 +153,7 @@ def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: P
     )
     names = [photo.path.name for photo in folder.photos]
     texts, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options)
-    return Subject(photo_set.folder, folder, texts, [*photo_set.notes, *folder.notes, *caption_notes])
+    return Subject(folder, texts, [*photo_set.notes, *folder.notes, *caption_notes])
 
 
 @dataclasses.dataclass(frozen=True)

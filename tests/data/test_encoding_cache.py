@@ -233,7 +233,7 @@ def test_encodings_have_a_folder_of_their_own(tiny_base, mine, tmp_path, no_mode
         UserError,
         match=r"--encoded_dir: .* cannot be made"
         if where == "a loop"
-        else "--encoded_dir and --output_dir must be two",
+        else "--output_dir: .* is .*, which --encoded_dir names",
     ):
         run_train(tiny_base, mine, out, *ON_DISK, str(folder))
 
