@@ -1158,6 +1158,12 @@ bad(
 )
 bad(
     "infer",
+    "more steps than the base has timesteps",
+    lambda folder: ["--prompt", "dog", "--num_inference_steps", "1001"],
+    "--num_inference_steps must be at most 1000, the timesteps of the base; got 1001",
+)
+bad(
+    "infer",
     "compare without an adapter",
     lambda folder: ["--prompt", "dog", "--compare"],
     "--compare needs an --adapter",

@@ -74,3 +74,9 @@ def test_class_folder_of_other_settings_is_refused(tiny_base, tiny_v_base, tmp_p
     ):
         with pytest.raises(UserError, match=said):
             make_class_images(base, tmp_path / "class", *more)
+
+
+def test_more_steps_than_the_base_has_timesteps_are_refused_at_once(tiny_base, tmp_path, no_models):
+    with pytest.raises(UserError, match="--class_inference_steps must be at most 1000, the timesteps of"):
+        make_class_images(tiny_base, tmp_path / "class", "--class_inference_steps", "1001")
+    assert not (tmp_path / "class").exists()
