@@ -26,7 +26,7 @@ from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
-from dreambooth.data import class_images, picture_files
+from dreambooth.data import captions, class_images, picture_files
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import console, reader, writer
@@ -48,6 +48,8 @@ def read_prompts(options: InferOptions) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise UserError(f"{where}: no prompt in it")
+    if fault := next(filter(None, map(captions.fault_of, prompts)), None):
+        raise UserError(f"{where}: a prompt {fault}")
     return prompts
 
 

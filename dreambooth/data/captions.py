@@ -18,6 +18,9 @@ from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shortened, shown
 from dreambooth.options.photos import InstanceOptions
 
+LONGEST = 10_000  # characters of a caption: text encoders take the first few hundred at most
+_LARGEST_TEXT = 4 * LONGEST + 4  # bytes of a .txt file: a character has up to four, and a mark may come first
+_MOST_LINES = 200_000  # of a metadata file
 _MOST_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -125,7 +128,7 @@ def _from_metadata(
         if fault := _fault_of_name(name, wanted):
             problems.append(f"{where}: {shortened(name_of)} {fault}")
             continue
-        if fault := _fault_of_caption(caption):
+        if fault := fault_of(caption):
             problems.append(f"{where}: the caption {fault}")
             caption = ""
         if name in first:
@@ -159,10 +162,15 @@ def _fault_of_name(name: object, wanted: set[str]) -> str | None:
     return None
 
 
-def _fault_of_caption(caption: object) -> str | None:
+def fault_of(caption: object) -> str | None:
     """What is wrong with a caption; None if nothing is."""
     if not isinstance(caption, str):
         return f"is {shortened(caption)}, which is not text"
+    if len(caption) > LONGEST:
+        return (
+            f"has {len(caption):,} characters; the most are {LONGEST:,}, since text encoders take only the "
+            "beginning"
+        )
     # halves of surrogate pairs: JSON can spell them, and no tokenizer takes them
     if "\0" in caption or any("\ud800" <= c <= "\udfff" for c in caption):
         return f"holds a code that is no character: {shortened(caption)}"
@@ -176,12 +184,13 @@ def _from_texts(
     captions, problems = {}, []
     for name, file in texts.items():
         try:
-            caption = _text(folder, file, instance)
+            caption = _text(folder, file, instance, _LARGEST_TEXT)
         except UserError as error:
             problems.append(str(error))
             continue
-        if fault := _fault_of_caption(caption):
+        if fault := fault_of(caption):
             problems.append(f"{shown(file)} {fault}")
+            continue
         captions[name] = _one_line(caption)
     return captions, problems
 
@@ -197,9 +206,9 @@ def _unread_note(
             return [
                 f"captions may lie beside the photos ({error}); they are not read without --caption_column"
             ]
-        with_text = [
-            column for column in table.columns if column != name_column(instance) and _is_text(table, column)
-        ]
+        cells = [cell for _, row in table.rows for cell in row.items() if cell[1] is not None]
+        others = {column for column, value in cells if not isinstance(value, str)} | {name_column(instance)}
+        with_text = [column for column in dict(cells) if column not in others]
         if with_text:
             return [
                 f"captions lie beside the photos ({file}); --caption_column {shortened(with_text[0])} reads "
@@ -212,12 +221,6 @@ def _unread_note(
     return []
 
 
-def _is_text(table: _Table, column: str) -> bool:
-    """Whether all cells of a column are text."""
-    values = [cells[column] for _, cells in table.rows if cells.get(column) is not None]
-    return bool(values) and all(isinstance(value, str) for value in values)
-
-
 def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
     """A note on caption files besides the first metadata file, which are not read."""
     unread = [*metadata[1:], *([".txt files"] if texts else [])]
@@ -227,8 +230,10 @@ def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:
-    """The content of a metadata file. Raises UserError as `_text` does."""
-    text = _text(folder, file, instance)
+    """The content of a metadata file. Raises UserError as `_text` does, and if it has over 200,000 lines."""
+    text = _text(folder, file, instance, reader.LARGEST)
+    if max(text.count("\n"), text.count("\r")) > _MOST_LINES:
+        raise UserError(f"{shown(file)}: over {_MOST_LINES:,} lines")
     return _json_lines(text) if file.endswith(".jsonl") else _comma_separated(text)
 
 
@@ -277,13 +282,11 @@ def _comma_separated(text: str) -> _Table:
     return _Table(columns, rows, problems)
 
 
-def _text(folder: Path, file: str, instance: InstanceOptions) -> str:
+def _text(folder: Path, file: str, instance: InstanceOptions, largest: int) -> str:
     """The text of a file in the folder. Raises UserError, which begins with the file's name, if it cannot be
     used."""
     where = shown(file)
-    data = picture_files.read_within(
-        folder, file, where, reader.LARGEST, follow_symlinks=instance.follow_symlinks
-    )
+    data = picture_files.read_within(folder, file, where, largest, follow_symlinks=instance.follow_symlinks)
     return reader.decoded(data, where)
 
 

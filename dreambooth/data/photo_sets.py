@@ -178,8 +178,8 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
     for number, row in enumerate(_each(rows)):
         try:
             caption = row[instance.caption_column] if instance.caption_column else None
-            if caption is not None and not isinstance(caption, str):
-                raise UserError(f"the caption is {shortened(ascii(caption))}, which is not text")
+            if caption is not None and (fault := captions.fault_of(caption)):
+                raise UserError(f"the caption {fault}")
             data = _bytes(row[instance.image_column])
             name = f"{number:05}{_suffix(data)}"
         except UserError as error:

@@ -380,3 +380,32 @@ def test_unreadable_captions_that_are_not_asked_for_stop_nothing(folder):
             "read without --caption_column"
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("a.txt", "x" * 10_001, "a.txt has 10,001 characters; the most are 10,000"),
+        ("a.txt", "x" * 15_000_000, "a.txt: over 40,004 bytes"),
+        ("a.txt", "x\n" * 100_000, "a.txt: over 40,004 bytes"),
+        ("metadata.jsonl", '{"text": "x"}\n' * 1_000_000, "metadata.jsonl: over 200,000 lines"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "' + "x" * 1_000_000 + '"}',
+            "metadata.jsonl line 1: the caption has 1,000,000 characters",
+        ),
+        ("metadata.jsonl", "[" * 1_000_000, "metadata.jsonl line 1 is no JSON object"),
+        ("metadata.csv", 'file_name,text\na.png,"' + "x" * 11_000 + '"', "the caption has 11,000 characters"),
+        ("metadata.csv", 'file_name,text\na.png,"' + "x" * 1_000_000 + '"', "field larger than field limit"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_caption_that_is_far_too_long_is_refused_at_once(folder, file, text, said):
+    (folder / file).write_text(text)
+    assert said in refusal(folder)
+
+
+def test_the_longest_caption_is_taken(folder):
+    """In UTF-32, with the longest characters."""
+    (folder / "a.txt").write_bytes(("\U0001f600" * 10_000).encode("utf-32"))
+    assert len(read(folder)[0]["a.png"]) == 10_000
