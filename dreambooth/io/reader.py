@@ -21,7 +21,7 @@ from dreambooth.io.errors import UserError, reason_of, shortened
 LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no other limit
 LARGEST_RECORD = 64 * 2**20  # bytes, of this program's records that list every picture
 LARGEST_LOG = 2**30  # bytes, of a file that grows with a run's steps
-_LARGEST_YAML = 2**20  # bytes
+_LARGEST_YAML = 2**18  # bytes; reading more takes seconds
 _MOST_LEVELS = 64  # of lists and tables within each other
 _LONGEST_NUMBER = 32  # digits
 _MOST_VALUES = 100_000  # of a YAML file
@@ -190,7 +190,7 @@ def _check_levels(values: Iterable[Any], where: str, level: int) -> None:
 
 
 def read_yaml(path: Path, where: str) -> Any:
-    """The content of a YAML file of at most a megabyte; None if it is empty. Messages begin with `where`.
+    """The content of a YAML file of at most 256 KiB; None if it is empty. Messages begin with `where`.
 
     Raises UserError as `read_text` and `parsed_yaml` do.
     """
@@ -205,12 +205,20 @@ def parsed_yaml(text: str, where: str) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, token_class: Any) -> None:
+            if self.flow_level >= _MOST_LEVELS:  # each token takes time for each level
+                raise yaml.YAMLError(f"over {_MOST_LEVELS} levels")
+            super().fetch_flow_collection_start(token_class)
+
+    if len(text) > _LARGEST_YAML:
+        raise UserError(f"{where}: over {_LARGEST_YAML:,} characters, which is too much for such a text")
     # Stand-ins for the characters that YAML 1.1 would take for line ends: three that the text does not have.
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
     stand_ins = "".join(next(unused, "\ufffd") for _ in _WITHIN_LINES)
     forth, back = str.maketrans(_WITHIN_LINES, stand_ins), str.maketrans(stand_ins, _WITHIN_LINES)
     try:
-        loader = yaml.SafeLoader(text.translate(forth))
+        loader = Loader(text.translate(forth))
         root = loader.get_single_node()
         if root is None:
             return None

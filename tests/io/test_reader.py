@@ -4,11 +4,15 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import infer
+from dreambooth.data import picture_files
+from dreambooth.files import digests, pictures
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets
@@ -147,3 +151,200 @@ def test_captions_are_read_in_every_encoding(encoding, name, tmp_path):
     (tmp_path / name).write_bytes(text.encode(encoding))
     instance = InstanceOptions("dog", instance_data_dir=str(tmp_path), caption_column="text")
     assert captions.read(tmp_path, "--instance_data_dir", ["1.png"], instance)[0] == {"1.png": "a dog"}
+
+
+# ---- odd things in place of files
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def make_links_to_each_other(path: Path) -> None:
+    path.symlink_to("b")
+    path.with_name("b").symlink_to(path.name)
+
+
+def make_link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("b"))
+    path.symlink_to("b")
+
+
+def make_a_terabyte(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+ODD: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a socket": make_socket,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a terminal": lambda path: path.symlink_to("/dev/tty"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "two links to each other": make_links_to_each_other,
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to a pipe": make_link_to_a_pipe,
+    "a link to its folder": lambda path: path.symlink_to("."),
+    "a terabyte of zeros": make_a_terabyte,
+}
+ODD_TEXTS = {
+    "nothing": b"",
+    "half of a table": b'{"step": 1, "file": "a',
+    "a list": b"[1, 2]",
+    "a text": b'"step"',
+    "a number": b"1",
+    "lists without end": b"[" * 200_000,
+    "tables without end": b'{"a":' * 200_000,
+    "65 levels": b'{"a":' * 65 + b"1" + b"}" * 65,
+    "levels of both kinds": b'{"a":[' * 300 + b"1" + b"]}" * 300,
+    "a number of 400 digits": b'{"step": ' + b"9" * 400 + b"}",
+    "a negative number of 33 digits": b'{"step": [-' + b"9" * 33 + b"]}",
+    "no UTF-8": b'{"step": "\xff\xfe"}',
+    "zeros": bytes(100),
+    "two tables": b"{}{}",
+    "a comma too many": b'{"step": 1,}',
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("read", [reader.read_text, reader.read_json_table, reader.read_yaml])
+def test_what_lies_in_place_of_a_file_is_refused_at_once(read, odd, tmp_path):
+    ODD[odd](tmp_path / "a")
+    with pytest.raises(UserError, match=r"^where: "):
+        read(tmp_path / "a", "where")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 256, "b/c", ""])
+def test_a_name_that_no_file_can_have_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^where: "):
+        reader.read_bytes(Path(name), "where")
+
+
+@pytest.mark.parametrize("content", ODD_TEXTS.values(), ids=list(ODD_TEXTS))
+def test_a_text_that_is_no_table_is_refused(content, tmp_path):
+    with pytest.raises(UserError, match=r"^where: "):
+        reader.read_json_table(written(tmp_path, content), "where")
+    with pytest.raises(UserError, match=r"^where: "):
+        reader.parsed_json_table(content, "where")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_large_tables_of_real_bases_are_read(encoding, tmp_path):
+    index = {
+        "weight_map": {f"down_blocks.{number}.weight": "model-00001.safetensors" for number in range(9000)}
+    }
+    path = written(tmp_path, json.dumps(index, indent=2).encode(encoding))
+    assert reader.read_json_table(path, "where") == index
+    deep = '{"a":' * 63 + "{}" + "}" * 63
+    assert reader.parsed_json_table(deep, "where") == json.loads(deep)
+
+
+def test_a_link_is_followed_only_where_that_is_allowed(tmp_path):
+    written(tmp_path, b"1")
+    (tmp_path / "link").symlink_to("text.txt")
+    assert reader.read_bytes(tmp_path / "link", "where") == b"1"
+    with pytest.raises(UserError, match="where: a symbolic link"):
+        reader.read_bytes(tmp_path / "link", "where", follow_links=False)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": {"a": 1, "c": 2, "a": 3}}', '{"": 1, "": 2}'])
+def test_a_key_of_json_may_be_given_once_where_that_matters(text):
+    assert reader.parsed_json_table(text, "where")
+    with pytest.raises(UserError, match=r"where: not JSON: .*appears twice"):
+        reader.parsed_json_table(text, "where", unique_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("rank: 4\nseed: 1\nrank: 8\n", "line 3: rank is given twice"),
+        ("rank: 4\n'rank': 4\n", "line 2: rank is given twice"),
+        ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n", "line 5: c is given twice"),
+        ("{a: 1, b: 2, a: 3}\n", "line 1: a is given twice"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n", "line 3: tables are not merged"),
+        ("a: &a {b: 1}\nc:\n  <<: [*a, *a]\n", "line 3: tables are not merged"),
+        ("a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1},*a{n - 1}]\n" for n in range(1, 40)), "values"),
+        ("[" * 2000, "over 64 levels"),
+        (f"- {'[' * 500}{']' * 500}\n" * 200, "over 64 levels"),
+        ("- a\n" * 80_000, "over 262,144 bytes"),
+        ("a: 1\n---\nb: 2\n", "not a YAML file"),
+        ("? [a]\n: 1\n", "not a YAML file"),
+        ("a: !!python/object:os.system x\n", "not a YAML file"),
+        ("a: " + "9" * 5000, "not a YAML file"),
+    ],
+)
+def test_odd_yaml_is_refused_with_its_line(text, fault, tmp_path):
+    with pytest.raises(UserError, match=f"^where: .*{fault}"):
+        reader.read_yaml(written(tmp_path, text.encode()), "where")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": 5, "size": 1, "sha256": "x"}',
+        '{"file": "a\\u0000", "size": 1, "sha256": "x"}',
+        '{"file": "\\ud800", "size": 1, "sha256": "x"}',
+        '{"file": "a", "size": Infinity, "sha256": "x"}',
+        '{"file": "a", "size": -1, "sha256": ""}',
+        '{"file": ["a"], "size": 1, "sha256": "x"}',
+        '{"file": "a", "size": ' + "9" * 400 + ', "sha256": "x"}',
+        '{"file": "' + "a" * 5000 + '", "size": 1, "sha256": "x"}',
+        '{"file": {"a": 1}}',
+        "[" * 10_000,
+    ],
+)
+def test_an_odd_line_in_the_record_of_written_files_is_passed_over(line, tmp_path):
+    files = WrittenFiles(tmp_path)
+    files.write("mine", b"1")
+    with files.path.open("a") as record:
+        record.write(f"{line}\n")
+    again = WrittenFiles(tmp_path)
+    assert again.written() == ["mine"]
+    assert again.foreign(["mine", "a"]) == []
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_marks_digests_and_kinds_of_odd_things_are_told_at_once(odd, tmp_path):
+    path = tmp_path / "a.png"
+    ODD[odd](path)
+    assert not pictures.is_marked(path)
+    assert picture_files.list_folder(tmp_path, "--flag").pictures == ["a.png"]
+    if odd != "a terabyte of zeros":
+        with pytest.raises(OSError, match=r"."):
+            digests.of(path)
+
+
+def test_a_picture_of_zeros_behind_a_header_is_not_searched_to_its_end(tmp_path):
+    path = written(tmp_path, b"\x89PNG\r\n\x1a\n")
+    os.truncate(path, 2**40)
+    assert not pictures.is_marked(path)
+
+
+@pytest.mark.parametrize("odd", [name for name in ODD if name != "a link to its folder"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "merges.txt", "spiece.model"])
+def test_an_odd_file_of_a_tokenizer_is_not_passed_over(name, odd, tiny_base, tmp_path):
+    from dreambooth.bases import families, loading
+
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in (tiny_base / "tokenizer").iterdir():
+        (tokenizer / path.name).symlink_to(path)
+    (tokenizer / name).unlink(missing_ok=True)
+    ODD[odd](tokenizer / name)
+    base = families.find(BaseOptions(str(tiny_base), tokenizer_name=str(tokenizer)))
+    with pytest.raises(UserError, match=f"^--tokenizer_name: it of .* cannot be loaded: {name}: "):
+        loading.load_tokenizers(base)
+
+
+def test_a_tokenizer_without_words_is_refused(tiny_base, tmp_path):
+    from dreambooth.bases import families, loading
+
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (tiny_base / "tokenizer/tokenizer_config.json").read_bytes()
+    )
+    base = families.find(BaseOptions(str(tiny_base), tokenizer_name=str(tmp_path)))
+    with pytest.raises(UserError, match=r"it has none of tokenizer\.json"):
+        loading.load_tokenizers(base)

@@ -182,7 +182,7 @@ config(
     "'validation_images' must be a value or a list of values",
 )
 config("with a date that cannot be", b"output_dir: 2026-02-31\n", "not a YAML file")
-config("of a megabyte", b"# " + b"x" * 2**20 + b"\n", "over 1,048,576 bytes")
+config("of 256 KiB", b"# " + b"x" * 2**18 + b"\n", "over 262,144 bytes")
 config(
     "with a name that ends early",
     b'init_adapter: "a\\0b"\n',
