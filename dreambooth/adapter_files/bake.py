@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import functools
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -201,8 +202,12 @@ def bake(
     base's unchanged weight, and the changes are added, as in a pipeline with several adapters. The names of
     weight files lose the variant, so that `from_pretrained` without a variant loads them. `target` is
     complete or absent. Raises UserError if a value is not finite in its dtype, or if the base holds something
-    that cannot be copied.
+    that cannot be copied, or that is larger than the space on the disk.
     """
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(_WEIGHT_ENDS)]
+    if sum(path.stat().st_size for path in files) > shutil.disk_usage(target.parent).free:
+        largest = max(files, key=lambda path: path.stat().st_size)
+        raise UserError(f"--merge_to: too little space for what is copied of the base, as {shown(largest)}")
     notes: list[str] = []
     with writer.new_folder(target) as temporary:
         for entry in sorted(folder.iterdir()):
