@@ -232,10 +232,11 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
                 if image.width * image.height > max_pixels:
                     raise _over(max_pixels, image.width, image.height)
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format not in ("TIFF", "MPO"):
-                    raise UserError(f"animated, {frames} frames; save the one that you want as a picture")
-                remarks = [_PAGES] if frames > 1 and image.format == "TIFF" else []
+                # `n_frames` would read all of them, of which there may be millions.
+                has_frames = getattr(image, "is_animated", False)
+                if has_frames and image.format not in ("TIFF", "MPO"):
+                    raise UserError("animated; save the frame that you want as a picture")
+                remarks = [_PAGES] if has_frames and image.format == "TIFF" else []
                 image.load()
                 orientation = _orientation(image)
                 if orientation is None or any("EXIF" in str(warning.message) for warning in warned):

@@ -16,6 +16,7 @@ from dreambooth.io import reader
 
 THUMBNAIL = 160  # longer side of a picture on a contact sheet, in pixels
 _KEYWORD = "dreambooth"  # of the text chunk
+_LAST_TEXT = 2**22  # bytes within which the text begins: a file may have millions of chunks
 _LABEL_HEIGHT, _HEADING_HEIGHT, _MARGIN = 20, 22, 6  # pixels
 
 
@@ -47,6 +48,8 @@ def is_marked(path: Path) -> bool:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
             # the text stands before the pixels; a chunk is length, kind, content, checksum
             while is_png and (head := file.read(8))[4:].isalpha() and head[4:] != b"IDAT":
+                if file.tell() > _LAST_TEXT:
+                    return False
                 if head[4:] in (b"iTXt", b"tEXt", b"zTXt"):
                     keyword = _KEYWORD.encode() + b"\0"
                     if file.read(len(keyword)) == keyword:

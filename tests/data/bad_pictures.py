@@ -83,9 +83,9 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "by its content an SVG drawing",
     ),
     "no bytes": ("empty.jpg", written(b""), "by its content an empty file"),
-    "animated GIF as WEBP": ("moving.webp", written(lambda: animation("GIF")), "animated, 3 frames"),
-    "animated WEBP": ("moving.webp", written(lambda: animation("WEBP")), "animated, 3 frames"),
-    "animated PNG": ("moving.png", written(lambda: animation("PNG")), "animated, 3 frames"),
+    "animated GIF as WEBP": ("moving.webp", written(lambda: animation("GIF")), "animated; save the frame"),
+    "animated WEBP": ("moving.webp", written(lambda: animation("WEBP")), "animated; save the frame"),
+    "animated PNG": ("moving.png", written(lambda: animation("PNG")), "animated; save the frame"),
     "bomb of 169 million pixels": (
         "bomb.png",
         written(lambda: png_by_header(13_000)),
