@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import random
 import re
 import sys
 import tempfile
@@ -26,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from tests.faults import (
+    base_config_faults,
     checkpoint_faults,
     folder_faults,
     odd_inputs,
@@ -97,6 +99,16 @@ def ownership() -> dict[str, int]:
         return ownership_faults.count(Path(folder), 300)
 
 
+def base_configs(most: int = 1000) -> dict[str, int]:
+    """Counts of bases with one odd value in one field of one configuration file."""
+    with tempfile.TemporaryDirectory() as folder:
+        bases = base_config_faults.build(Path(folder))
+        drawn = random.Random(0).sample(list(base_config_faults.cases(bases)), most)
+        _, wrong = base_config_faults.count(bases, drawn)
+    print("\n".join(wrong))
+    return {"odd_fields": len(drawn), "odd_fields_failed": len(wrong)}
+
+
 def broken(counts: dict[str, Any]) -> list[str]:
     """One phrase for each promise that the counts break."""
     equal = [
@@ -125,7 +137,7 @@ def broken(counts: dict[str, Any]) -> list[str]:
         *((name, True) for name in ("class_images_equal", "one_process_said")),
         *((name, 0) for name in ("bad_input_tests_failed", "fuzz_tests_failed", "payloads_executed")),
         *((name, 0) for name in ("layouts_violated", "odd_tracebacks", "odd_hangs", "odd_changes")),
-        ("odd_control_seen", True),
+        *(("odd_control_seen", True), ("odd_fields_failed", 0)),
     ]
     phrases = [f"{name} is {counts[name]}, not {wanted}" for name, wanted in equal if counts[name] != wanted]
     phrases += [
@@ -215,6 +227,10 @@ ROWS = (
         "files of the user under names that the scripts write",
         "{layouts} folders, {layouts_violated} with a changed file",
     ),
+    (
+        "odd values in the fields of a base's configurations",
+        "{odd_fields} cases, {odd_fields_failed} with neither a message nor a working base",
+    ),
     ("code carried in files", "{payloads_executed} times executed"),
 )
 
@@ -266,7 +282,7 @@ def main() -> int:
             work.__name__: functools.partial(work, world) for work in WORKS
         }
         works |= {"checkpoints": checkpoint_faults.count_all, "bad_inputs": bad_inputs}
-        works |= {"ownership": ownership, "odd_inputs": odd_inputs.count_all}
+        works |= {"ownership": ownership, "odd_inputs": odd_inputs.count_all, "base_configs": base_configs}
         for name, work in works.items():
             if name not in parts:
                 before = time.monotonic()
