@@ -8,6 +8,7 @@ if there was one.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -125,13 +126,13 @@ def outcome(work: Callable[[], object], seconds: float = SECONDS, memory: int = 
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as answer:
-        said = answer.read()
+        received = answer.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not said:
+    if not received:
         return (
             ("hang", "") if code in (-signal.SIGPROF, -signal.SIGALRM) else ("crash", f"exit status {code}")
         )
-    verdict, message = json.loads(said)
+    verdict, message = json.loads(received)
     return verdict, message
 
 
@@ -157,7 +158,7 @@ def count(bases: dict[str, Path], drawn: Iterable[Case]) -> tuple[Counter[str], 
     wrong = []
     for case in drawn:
         with replaced(bases, case) as folder:
-            verdict, message = outcome(lambda folder=folder: load_and_predict(folder))
+            verdict, message = outcome(functools.partial(load_and_predict, folder))
         if verdict == "refused" and (
             len(message) > 2000 or not all(map(str.isprintable, message.split("\n")))
         ):
