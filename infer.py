@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
     variants.check(options, columns, loaded, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
-    settings = {"base": options.base.name(), "base_fingerprint": peers.on_main(base.fingerprint)}
-    records = all_records(options, columns, loaded, settings)
+    records = all_records(options, columns, loaded)
     # the output folder
     writer.make_output_folder(output_dir, "--output_dir")
     with contextlib.ExitStack() as stack:
@@ -178,17 +177,16 @@ def draw_all(
 
 
 def all_records(
-    options: InferOptions, columns: Sequence[Variant], loaded: Loaded, settings: Mapping[str, Any]
+    options: InferOptions, columns: Sequence[Variant], loaded: Loaded
 ) -> list[list[dict[str, Any]]]:
-    """For each variant the records of its pictures, as images.json lists them: file name, prompt, seed,
-    `settings`, and the settings of the variant."""
+    """For each variant the records of its pictures, as images.json lists them."""
     records: list[list[dict[str, Any]]] = []
     for variant in columns:
         suffix = "_base" if loaded and not variant.set else ""
-        shared = {**settings, **_settings(options, variant, loaded)}
+        settings = _settings(options, variant, loaded)
         records.append(
             [
-                {"file": f"{number:05d}_{seed}{suffix}.png", "prompt": prompt, "seed": seed, **shared}
+                {"file": f"{number:05d}_{seed}{suffix}.png", "prompt": prompt, "seed": seed, **settings}
                 for number, (prompt, seed) in enumerate(variant.jobs, sum(map(len, records)))
             ]
         )
@@ -207,6 +205,7 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
             | ({"weights": parts} if parts else {})
         )
     return {
+        "base": options.base.name(),
         "negative_prompt": options.negative_prompt,
         "steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,

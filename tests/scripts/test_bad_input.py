@@ -1215,7 +1215,7 @@ bad(
 )
 bad("infer", "sets that are a list", sets_file("- a.safetensors\n"), "must be a table of sets", "got list")
 bad("infer", "sets that are no YAML", sets_file("a: [\n"), "not a YAML file")
-bad("infer", "a set twice", sets_file("a: []\nb: []\na: []\n"), "the set a appears twice")
+bad("infer", "a set twice", sets_file("a: []\nb: []\na: []\n"), "line 3: a is given twice")
 bad(
     "infer",
     "unknown key of a set",

@@ -86,7 +86,7 @@ def test_a_key_that_is_twice_in_a_set_is_refused(tmp_path):
     path = tmp_path / "sets.yaml"
     path.write_text("dog:\n  adapters: [my_dog]\n  prompts: a dog\n  adapters: [other]\n")
     words = ["--pretrained_model_name_or_path", "b", "--prompt", "p", "--adapters_file", str(path)]
-    with pytest.raises(UserError, match=r"sets\.yaml: set dog has 'adapters' twice"):
+    with pytest.raises(UserError, match=r"sets\.yaml: line 4: adapters is given twice"):
         sets_of(words)
 
 
