@@ -85,44 +85,26 @@ def kind(module: Module) -> str:
     return name if module.magnitude is None else name.replace("l", "d", 1)
 
 
-def factors_by_name(module: LoHa | LoKr) -> dict[str, Tensor | None]:
+def factors_by_name(module: LoHa | LoKr) -> dict[str, Tensor]:
     """The module's tensors except the magnitude, by the names that peft and LyCORIS share: a LoHa's w1a is
     hada_w1_a."""
     prefix = "hada" if isinstance(module, LoHa) else "lokr"
     return {
-        "_".join([prefix, field.name[:2], *field.name[2:]]): getattr(module, field.name)
-        for field in dataclasses.fields(module)
-        if field.name != "magnitude"
+        "_".join([prefix, name[:2], *name[2:]]): tensor
+        for name, tensor in vars(module).items()
+        if name != "magnitude" and tensor is not None
     }
 
 
 def to(module: AnyModule, target: torch.device | torch.dtype) -> AnyModule:
     """The module with its tensors on the device, or in the dtype."""
-    tensors = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    return dataclasses.replace(module, **{n: t.to(target) for n, t in tensors.items() if t is not None})
-
-
-def ndim(module: Module) -> int:
-    """Number of dimensions of the layer's weight: 2 for a Linear, 4 for a convolution."""
-    return len(shape(module))
+    tensors = {name: tensor.to(target) for name, tensor in vars(module).items() if tensor is not None}
+    return dataclasses.replace(module, **tensors)
 
 
 def shape(module: Module) -> tuple[int, ...]:
-    """Shape of the layer's weight."""
-    if isinstance(module, Lora):
-        return (module.up.shape[0], *module.down.shape[1:])
-    if isinstance(module, LoHa):
-        return _product_shape(module.w1a, module.w1b, module.t1)
-    first = module.w1.shape if module.w1 is not None else _product_shape(module.w1a, module.w1b, None)
-    second = module.w2.shape if module.w2 is not None else _product_shape(module.w2a, module.w2b, module.t2)
-    return (first[0] * second[0], first[1] * second[1], *second[2:])
-
-
-def _product_shape(a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[int, ...]:
-    """Shape of the product of a, b and the core, if there is one."""
-    if a is None or b is None:
-        raise ValueError("a factor of a LoKr is neither dense nor a product")
-    return (a.shape[0], *b.shape[1:]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
+    """Shape of the layer's weight: that of dW, which is computed without data."""
+    return tuple(delta(to(module, torch.device("meta"))).shape)
 
 
 def _dense(dense: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
@@ -146,9 +128,9 @@ def delta(module: Module) -> Tensor:
     if isinstance(module, Lora):
         return (module.up.flatten(1) @ module.down.flatten(1)).reshape(-1, *module.down.shape[1:])
     if isinstance(module, LoHa):
-        return _dense(None, module.w1a, module.w1b, module.t1) * _dense(
-            None, module.w2a, module.w2b, module.t2
-        )
+        halves = (module.w1a, module.w1b, module.t1), (module.w2a, module.w2b, module.t2)
+        first, second = (_dense(None, *half) for half in halves)
+        return first * second
     first, second = module.factors()
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
@@ -188,19 +170,23 @@ def as_lora(module: Module) -> Lora:
             # dW cannot have more than this rank, and Khatri-Rao products would be larger than dW: gigabytes
             # for a wide convolution
             return dataclasses.replace(extract(delta(module), largest)[0], magnitude=module.magnitude)
-    up, down = _khatri_rao(module) if isinstance(module, LoHa) else _kronecker(module)
+        up, down = khatri_rao(module.w1a, module.w1b, module.w2a, module.w2b, module.t1, module.t2)
+    else:
+        up, down = _kronecker(module)
     lora = _shaped(down, up, down.shape[1:], module.magnitude)
     return shrink(lora, min(up.shape[0], math.prod(down.shape[1:])))[0]
 
 
-def _khatri_rao(module: LoHa) -> tuple[Tensor, Tensor]:
+def khatri_rao(
+    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(up, down) of rank r * s, for a LoHa whose two products have ranks r and s.
 
     Each column of `up` is the entry-wise product of a column of each half, each row of `down` that of two
     rows.
     """
-    columns1, rows1 = columns_and_rows(module.w1a, module.w1b, module.t1)
-    columns2, rows2 = columns_and_rows(module.w2a, module.w2b, module.t2)
+    columns1, rows1 = columns_and_rows(w1a, w1b, t1)
+    columns2, rows2 = columns_and_rows(w2a, w2b, t2)
     down = (rows1[:, None] * rows2[None]).flatten(0, 1)
     return (columns1[:, :, None] * columns2[:, None, :]).flatten(1), down
 
@@ -254,10 +240,7 @@ def _shaped(down: Tensor, up: Tensor, inner: Sequence[int], magnitude: Tensor | 
 
 
 def pad(lora: Lora, rank: int) -> Lora:
-    """The LoRA with its factors padded with zeros to `rank`: dW stays the same. Raises ValueError if `rank`
-    is smaller than the LoRA's."""
-    if rank < lora.rank:
-        raise ValueError(f"a LoRA of rank {lora.rank} cannot be padded to {rank}")
+    """The LoRA with its factors padded with zeros to `rank`, at least its own: dW stays the same."""
     more = rank - lora.rank
     down = torch.cat([lora.down, lora.down.new_zeros(more, *lora.down.shape[1:])])
     up = torch.cat([lora.up, lora.up.new_zeros(lora.up.shape[0], more, *lora.up.shape[2:])], dim=1)
@@ -266,12 +249,7 @@ def pad(lora: Lora, rank: int) -> Lora:
 
 def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     """The LoRA whose dW is the weighted sum of the dW of `loras`, exactly. Its rank is the sum of their
-    ranks.
-
-    Raises ValueError for DoRA: magnitudes cannot be added.
-    """
-    if any(lora.magnitude is not None for lora in loras):
-        raise ValueError("the magnitudes of DoRA cannot be added")
+    ranks. None may have a magnitude: these cannot be added."""
     up = torch.cat([lora.up * weight for lora, weight in zip(loras, weights, strict=True)], dim=1)
     return Lora(torch.cat([lora.down for lora in loras]), up)
 

@@ -81,12 +81,8 @@ def _peft_tensors(module: Module) -> dict[str, Tensor]:
 def _lycoris_tensors(module: LoHa | LoKr) -> dict[str, Tensor]:
     """A module's tensors by the names that peft and LyCORIS share. Both flatten the kernel of a product's
     second factor."""
-    tensors = deltas.factors_by_name(module)
-    return {
-        name: tensor.flatten(1) if name.endswith("_b") else tensor
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    factors = deltas.factors_by_name(module)
+    return {name: tensor.flatten(1) if name.endswith("_b") else tensor for name, tensor in factors.items()}
 
 
 def _peft_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def write_kohya(
             ranks.add(alpha)
             parts["alpha"] = torch.tensor(float(alpha))
             if module.magnitude is not None:
-                parts["dora_scale"] = module.magnitude.reshape(-1, *[1] * (deltas.ndim(module) - 1))
+                parts["dora_scale"] = module.magnitude.reshape(-1, *[1] * (len(deltas.shape(module)) - 1))
             stem = layer_names.kohya_stem(component, path, family, depth)
             tensors |= {f"{stem}.{name}": tensor for name, tensor in parts.items()}
     metadata = _kohya_metadata(adapter, family, info, max(ranks, default=1))
@@ -267,7 +263,7 @@ def _kohya_metadata(
         arguments["algo"] = next(iter(kinds)) if len(kinds) == 1 else "mixed"
         if any(module.magnitude is not None for module in modules):
             arguments |= {"dora_wd": "True", "wd_on_out": "True"}
-    if any(deltas.ndim(module) > 2 for module in modules):
+    if any(len(deltas.shape(module)) > 2 for module in modules):
         arguments |= {"conv_dim": str(rank), "conv_alpha": str(rank)}
     is_v_prediction = info.get("prediction_type") == "v_prediction"
     versions = {"sd1": "sd_v1", "sd2": "sd_v2_v" if is_v_prediction else "sd_v2", "sdxl": "sdxl_base_v1-0"}

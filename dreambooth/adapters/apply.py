@@ -204,16 +204,15 @@ def _fill_lora(layer: Any, name: str, module: Lora, weight: Tensor) -> None:
 
 def _fill_factors(layer: Any, name: str, module: LoHa | LoKr, weight: Tensor) -> None:
     """Replace the tensors of the adapter in a LoHa or LoKr layer. `weight` is the layer's."""
-    tensors = deltas.factors_by_name(module)
-    has_core = any(part.endswith(("t1", "t2")) and tensor is not None for part, tensor in tensors.items())
-    for part, tensor in tensors.items():
-        holder = getattr(layer, part)
+    for holder in (getattr(layer, part) for part in layer.adapter_layer_names):
         if name in holder:
             del holder[name]
-        if tensor is not None:
-            # without a core, peft flattens the kernel into the columns of the last factor
-            is_flat = part.endswith("_b") and not has_core
-            holder[name] = _frozen(tensor.flatten(1) if is_flat else tensor, weight)
+    factors = deltas.factors_by_name(module)
+    has_core = any(part.endswith(("t1", "t2")) for part in factors)
+    for part, tensor in factors.items():
+        # without a core, peft flattens the kernel into the columns of the last factor
+        is_flat = part.endswith("_b") and not has_core
+        getattr(layer, part)[name] = _frozen(tensor.flatten(1) if is_flat else tensor, weight)
 
 
 class _Dora:

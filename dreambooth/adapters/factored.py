@@ -30,7 +30,7 @@ from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
 from torch import Tensor
 
-from dreambooth.adapter_files.deltas import columns_and_rows
+from dreambooth.adapter_files.deltas import columns_and_rows, khatri_rao
 
 # Measured forward and backward, Linear of 192 to 1280 and 3x3 of 128 and 320, ranks 2 to 20: chain and dense
 # update take the same time where the chain needs 0.75 to 1 times the multiplications. Its products are small
@@ -136,19 +136,13 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
     base = layer.get_base_layer()
     shape, geometry = base.weight.shape, _geometry(base)
 
-    def halves(
-        w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Columns and rows of the first product, then of the second."""
-        return (*columns_and_rows(w1a, w1b, t1), *columns_and_rows(w2a, w2b, t2))
+    def in_two(*factors: Tensor) -> list[Tensor]:
+        up, down = khatri_rao(*factors)
+        return [_kernel(down.reshape(-1, *shape[1:]), geometry), up * scale]
 
-    def khatri_rao(*factors: Tensor) -> list[Tensor]:
-        columns1, rows1, columns2, rows2 = halves(*factors)
-        down = (rows1[:, None] * rows2[None]).reshape(-1, *shape[1:])  # [r * r, in(, kh, kw)]
-        return [_kernel(down, geometry), (columns1[:, :, None] * columns2[:, None, :]).flatten(1) * scale]
-
-    def dense(*factors: Tensor) -> list[Tensor]:
-        columns1, rows1, columns2, rows2 = halves(*factors)
+    def dense(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, *cores: Tensor) -> list[Tensor]:
+        columns1, rows1 = columns_and_rows(w1a, w1b, *cores[:1])
+        columns2, rows2 = columns_and_rows(w2a, w2b, *cores[1:])
         product = ((columns1 * scale) @ rows1.flatten(1)) * (columns2 @ rows2.flatten(1))
         return [_kernel(product.reshape(shape), geometry)]
 
@@ -157,7 +151,7 @@ def _loha_chain(layer: Any, name: str, x: Tensor) -> _Chain:
     tokens = x.numel() // shape[1]
     # the dense update is built from two products of this rank, at the cost of 2 * rank further tokens
     if rank**2 * (inputs + outputs) * tokens < SAVING * outputs * inputs * (tokens + 2 * rank):
-        return _Chain([_Link(geometry=geometry), _Link()], factors, khatri_rao, len(shape) == 4)
+        return _Chain([_Link(geometry=geometry), _Link()], factors, in_two, len(shape) == 4)
     return _Chain([_Link(geometry=geometry)], factors, dense, len(shape) == 4)
 
 
