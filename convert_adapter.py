@@ -26,11 +26,8 @@ from dreambooth.runtime import startup, stops
 
 
 def parse_command(words: Sequence[str]) -> Any:
-    """The options of a command; the first of `words` is its name.
-
-    Exits with status 2 and one message if there is no such command or a flag is wrong, and with 0 after
-    --help.
-    """
+    """The options of a command; the first of `words` is its name. Exits with status 2 and one message if
+    there is no such command or a flag is wrong, and with 0 after --help."""
     name, *rest = words or [""]
     if name in ("-h", "--help", "--help_all"):
         lines = "\n".join(f"  {command:<9} {text}" for command, (_, _, text) in COMMANDS.items())
@@ -69,10 +66,8 @@ _GIVE_BASE = "give --pretrained_model_name_or_path"
 
 
 def main(options: Any) -> None:
-    """Run the command that `options` belong to. Output files are written whole or not at all.
-
-    Raises UserError for a user's mistake, SystemExit if a signal or a full disk ends the command.
-    """
+    """Run the command that `options` belong to. Output files are written whole or not at all. Raises
+    UserError for a user's mistake, SystemExit if a signal or a full disk ends the command."""
     with stops.stoppable():
         _COMMAND_OF[type(options)](options)
 
@@ -90,54 +85,40 @@ def _base(options: KnownBase) -> Any:
     return families.find(model)
 
 
-def _read_named(path: str, base: Any) -> Adapter:
+def _read_named(path: Path, base: Any) -> Adapter:
     """The adapter in a file or folder; each module has the name and the shape of its layer in the base.
 
     Raises UserError as `reading.read_additive` does, or if a name or shape is known with a base only and no
     base is given.
     """
-    adapter = reading.read_additive(Path(path), base.layers() if base else None)
+    adapter = reading.read_additive(path, base.layers() if base else None)
     console.notes(adapter.notes)
     if base:
         console.notes(run_info.notes(shown(path), adapter.metadata, base))
         return adapter
-    modules = {
-        (component, name): module
-        for component, by_name in adapter.components.items()
-        for name, module in by_name.items()
-    }
-    for _, name in modules:
-        if layer_names.is_raw(name):
-            raise UserError(
-                f"{shown(path)}: {name} is a name in kohya's layout, which is resolved by the base's layers;"
-                f" {_GIVE_BASE}"
-            )
-    for (component, name), module in modules.items():
-        if not isinstance(module, Lora):
-            raise UserError(
-                f"{shown(path)}: {component}.{name} is a {deltas.kind(module)}, which has no kernel size;"
-                f" {_GIVE_BASE}"
-            )
+    for component, modules in adapter.components.items():
+        for name, module in modules.items():
+            if layer_names.is_raw(name):
+                raise UserError(
+                    f"{shown(path)}: {name} is a name in kohya's layout, which is resolved by the base's"
+                    f" layers; {_GIVE_BASE}"
+                )
+            if not isinstance(module, Lora):
+                raise UserError(
+                    f"{shown(path)}: {component}.{name} is a {deltas.kind(module)}, which has no kernel size;"
+                    f" {_GIVE_BASE}"
+                )
     return adapter
-
-
-def _weighted(words: Sequence[str]) -> list[tuple[str, float]]:
-    """(file, weight) of each FILE or FILE:WEIGHT."""
-    return [(str(path), weight) for path, weight in (adapter_sets.split(word, "--adapter") for word in words)]
 
 
 # ---- writing
 
 
-def _new_file(output: str, *bases: str | None) -> Path:
-    """The path of the file to write; its folder is made.
-
-    Raises UserError if it lies in one of `bases`, if it exists or cannot be written: an existing file may be
-    the user's.
-    """
+def _new_file(output: str, base: str | None, tuned: str | None = None) -> Path:
+    """The path of the file to write; its folder is made. Raises UserError if it lies in one of the bases, if
+    it exists or cannot be written: an existing file may be the user's."""
     path = Path(output)
-    names = ("--pretrained_model_name_or_path", "--tuned")
-    check_apart({"--output": output}, {}, dict(zip(names, bases, strict=False)))
+    check_apart({"--output": output}, {}, {"--pretrained_model_name_or_path": base, "--tuned": tuned})
     try:
         if path.is_dir():
             raise UserError(f"--output: {shown(output)} is a folder; name a file")
@@ -150,10 +131,8 @@ def _new_file(output: str, *bases: str | None) -> Path:
 
 
 def _new_folder(flag: str, name: str, inputs: Sequence[Path]) -> Path:
-    """The path of the folder to write, which is not made yet; `flag` gave its `name`.
-
-    Raises UserError unless it is new or empty, and outside of the `inputs`.
-    """
+    """The path of the folder to write, which is not made yet; `flag` gave its `name`. Raises UserError unless
+    it is new or empty, and outside of the `inputs`."""
     path = Path(name)
     try:
         if path.exists() and not path.is_dir():
@@ -179,12 +158,6 @@ def _write(path: Path, data: bytes) -> None:
         raise Stop(f"{shown(path)} has appeared since the start; move it away, and start again")
     writer.write(path, data)
     console.say(f"wrote {shown(path)}")
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all files, or none. Their keys are paths in the folder."""
-    writer.write_folder(folder, files)
-    console.say(f"wrote {', '.join(shown(folder / name) for name in files)}")
 
 
 def _save(path: Path, adapter: Adapter, dtype: str) -> None:
@@ -221,7 +194,7 @@ def convert(options: ConvertOptions) -> None:
     else:
         path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     base = _base(options.base)
-    adapter = _read_named(options.adapter, base)
+    adapter = _read_named(Path(options.adapter), base)
     info = run_info.of(adapter.metadata)
     if options.rank:
         adapter = _ranked(options, adapter, base)
@@ -238,44 +211,40 @@ def convert(options: ConvertOptions) -> None:
         _write(path, writing.write_kohya(adapter, family, info, dtype, depth=depth))
         console.notes(writing.kohya_notes(adapter))
     else:
-        _write_folder(folder, writing.write_peft(adapter, layer_names.installed_text_prefixes(), info, dtype))
+        files = writing.write_peft(adapter, layer_names.installed_text_prefixes(), info, dtype)
+        writer.write_folder(folder, files)
+        console.say(f"wrote {', '.join(shown(folder / name) for name in files)}")
 
 
 def _ranked(options: ConvertOptions, adapter: Adapter, base: Any) -> Adapter:
-    """The LoRA of --rank that is nearest to the adapter; prints the share that it keeps.
-
-    Raises UserError if the adapter has magnitudes (DoRA) and no base is given.
-    """
+    """The LoRA of --rank that is nearest to the adapter; prints the share that it keeps. Raises UserError if
+    the adapter has magnitudes (DoRA) and no base is given."""
     magnitudes = [kind for kind in adapter.kinds if kind.startswith("d")]
-    if not magnitudes:
-        lora, kept = to_lora(adapter, options.rank)
-        _print_kept(kept)
-        return lora
-    if not base:
+    if magnitudes and not base:
         raise UserError(
             f"--rank: {shown(options.adapter)} is a {magnitudes[0]}, whose change depends on the base's"
             f" weights; {_GIVE_BASE}, or lower the rank of its matrices with `resize`"
         )
     assert options.rank is not None  # as in `convert`
-    lora, kept = base_weights.ranked_lora(adapter, base.folder, options.base.variant, options.rank)
+    if magnitudes:
+        lora, kept = base_weights.ranked_lora(adapter, base.folder, options.base.variant, options.rank)
+    else:
+        lora, kept = to_lora(adapter, options.rank)
     _print_kept(kept)
     return lora
 
 
 def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
-    """The model version, which decides the names in kohya's layout.
-
-    Raises UserError if the version is unknown, or kohya's layout has no names for it.
-    """
+    """The model version, which decides the names in kohya's layout. Raises UserError if the version is
+    unknown, or kohya's layout has no names for it."""
     if base and base.kohya_family is None:
         raise UserError(f"--to kohya: {base.family.name} has no names in kohya's layout")
     if "text_encoder_2" in adapter.components:
         return "sdxl"
     if base:
-        family: KohyaFamily = base.kohya_family
-        return family
+        return base.kohya_family  # type: ignore[no-any-return]
     # by the width of the text that the UNet reads
-    by_width: dict[int, KohyaFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+    by_width = layer_names.FAMILY_OF_WIDTH
     unet = adapter.components.get("unet", {})
     widths = {deltas.shape(module)[1] for name, module in unet.items() if re.search(r"attn2\.to_[kv]$", name)}
     if len(widths) != 1 or not widths <= by_width.keys():
@@ -288,10 +257,10 @@ def _family(path: str, adapter: Adapter, base: Any) -> KohyaFamily:
 
 def merge(options: MergeOptions) -> None:
     """Merge several adapters into one LoRA."""
-    named = _weighted(options.adapter)
+    weighted = [adapter_sets.split(word, "--adapter") for word in options.adapter]
     path = _new_file(options.output, options.base.pretrained_model_name_or_path)
     base = _base(options.base)
-    exact = merge_adapters([(shown(name), _read_named(name, base), weight) for name, weight in named])
+    exact = merge_adapters([(shown(file), _read_named(file, base), weight) for file, weight in weighted])
     console.notes(exact.notes)
     merged, kept = to_lora(exact, options.rank)
     if options.rank:
@@ -302,7 +271,7 @@ def merge(options: MergeOptions) -> None:
 def resize(options: ResizeOptions) -> None:
     """Write a LoRA of a smaller rank."""
     path = _new_file(options.output, options.base.pretrained_model_name_or_path)
-    small, kept = to_lora(_read_named(options.adapter, _base(options.base)), options.rank)
+    small, kept = to_lora(_read_named(Path(options.adapter), _base(options.base)), options.rank)
     _print_kept(kept)
     _save(path, small, options.dtype)
 
@@ -350,17 +319,17 @@ def bake(options: BakeOptions) -> None:
     folder = _new_folder("--merge_to", options.merge_to, [base.folder])
     layers = base.layers()
     adapters = []
-    for name, weight in _weighted(options.adapter):
-        adapter = reading.read(Path(name), layers)
+    for file, weight in (adapter_sets.split(word, "--adapter") for word in options.adapter):
+        adapter = reading.read(file, layers)
         if not adapter.is_additive and weight != 1:
             raise UserError(
-                f"--adapter: {shown(name)} is {', '.join(adapter.kinds).upper()}, which rotates weights:"
+                f"--adapter: {shown(file)} is {', '.join(adapter.kinds).upper()}, which rotates weights:"
                 f" its own weight must be 1, got {weight:g}"
             )
-        console.say(f"{shown(name)}, weight {weight:g}\n{tables.table(adapter)}")
-        console.notes([*adapter.notes, *run_info.notes(shown(name), adapter.metadata, base)])
+        console.say(f"{shown(file)}, weight {weight:g}\n{tables.table(adapter)}")
+        console.notes([*adapter.notes, *run_info.notes(shown(file), adapter.metadata, base)])
         if skipped := run_info.of(adapter.metadata).get("clip_skip"):
-            console.notes([f"{shown(name)} was trained with --clip_skip {skipped}: draw with that flag"])
+            console.notes([f"{shown(file)} was trained with --clip_skip {skipped}: draw with that flag"])
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
     notes = base_weights.bake(base.folder, options.base.variant, list(layers), adapters, folder, dtype)

@@ -7,7 +7,7 @@ HRA.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,11 +20,8 @@ from dreambooth.io.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The modules of one component and kind.
-
-    `sizes` has one number for each module: its rank, None if its factors are dense. For OFT and BOFT it is
-    the side of a block, for HRA the number of reflections.
-    """
+    """The modules of one component and kind. `sizes` has one number for each module: its rank, None if its
+    factors are dense. For OFT and BOFT it is the side of a block, for HRA the number of reflections."""
 
     component: str
     kind: str
@@ -61,13 +58,6 @@ class Adapter:
                 ranks[component, kind] = [m.rank for m in modules.values() if deltas.kind(m) == kind]
         return [Row(component, kind, tuple(sizes)) for (component, kind), sizes in ranks.items()]
 
-    def norms(self) -> dict[str, dict[str, float]]:
-        """Frobenius norm of the update of each layer, by component."""
-        return {
-            component: {layer: deltas.norm(module) for layer, module in modules.items()}
-            for component, modules in self.components.items()
-        }
-
     def adapted(self, component: str, layer: str, weight: Tensor) -> Tensor:
         """The layer's weight with the adapter merged into it. `weight` is the base's, float32; the result has
         its shape and device."""
@@ -80,11 +70,15 @@ class Adapter:
         return deltas.delta(module) if module.magnitude is None else deltas.adapted(module, weight) - weight
 
 
-def to_lora(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, dict[str, float]]:
+def to_lora(
+    adapter: Adapter, rank: int | None = None, weight_of: Callable[[str, str], Tensor] | None = None
+) -> tuple[Adapter, dict[str, float]]:
     """(the adapter with every module as LoRA or DoRA; by component, the share of the squared entries of all
     its dW that it keeps).
 
     The conversion is exact without `rank`. With it, modules of larger ranks become the nearest of that rank.
+    `weight_of` returns the base's weight by component and layer, float32. With it and `rank` a module with a
+    magnitude becomes the plain LoRA nearest to its change of that weight, which has full rank.
     """
     components: dict[str, dict[str, Module]] = {}
     kept: dict[str, float] = {}
@@ -92,12 +86,19 @@ def to_lora(adapter: Adapter, rank: int | None = None) -> tuple[Adapter, dict[st
         loras = components.setdefault(component, {})
         held = total = 0.0
         for path, module in modules.items():
-            loras[path] = exact = deltas.as_lora(module)
-            if rank is not None:
-                loras[path], share = deltas.shrink(exact, rank)
+            if rank is None:
+                loras[path] = deltas.as_lora(module)
+                continue
+            if weight_of is None or module.magnitude is None:
+                exact = deltas.as_lora(module)
                 square = deltas.norm(exact) ** 2
-                total += square
-                held += share * square
+                loras[path], share = deltas.shrink(exact, rank)
+            else:
+                change = adapter.update(component, path, weight_of(component, path))
+                square = float(change.double().square().sum())
+                loras[path], share = deltas.extract(change, rank)
+            total += square
+            held += share * square
         kept[component] = held / total if total else 1.0
     return Adapter(components, adapter.metadata), kept
 
@@ -114,16 +115,14 @@ def merge(parts: Sequence[tuple[str, Adapter, float]]) -> Adapter:
     """
     components: dict[str, dict[str, Module]] = {}
     for component in COMPONENTS:
-        layers = {path for _, adapter, _ in parts for path in adapter.components.get(component, {})}
-        for path in sorted(layers):
-            terms = [
-                (name, adapter.components[component][path], weight)
-                for name, adapter, weight in parts
-                if path in adapter.components.get(component, {})
-            ]
-            _check_add_up(f"{component}.{path}", [(name, module) for name, module, _ in terms])
-            loras = [deltas.as_lora(module) for _, module, _ in terms]
-            weights = [weight for _, _, weight in terms]
+        terms: dict[str, list[tuple[str, Module, float]]] = {}  # by layer
+        for name, adapter, weight in parts:
+            for path, module in adapter.components.get(component, {}).items():
+                terms.setdefault(path, []).append((name, module, weight))
+        for path, summed in sorted(terms.items()):
+            names, modules, weights = zip(*summed, strict=True)
+            _check_add_up(f"{component}.{path}", list(zip(names, modules, strict=True)))
+            loras = [deltas.as_lora(module) for module in modules]
             components.setdefault(component, {})[path] = deltas.concatenate(loras, weights)
     info, notes = run_info.merged([(name, run_info.of(adapter.metadata)) for name, adapter, _ in parts])
     return Adapter(components, {"dreambooth": json.dumps(info)}, notes=tuple(notes))

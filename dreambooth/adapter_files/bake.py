@@ -8,10 +8,9 @@ its other files.
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreambooth.adapter_files import deltas
-from dreambooth.adapter_files.adapter import Adapter
+from dreambooth.adapter_files.adapter import Adapter, to_lora
 from dreambooth.adapter_files.deltas import Module
 from dreambooth.adapter_files.layer_names import plain
 from dreambooth.adapter_files.reading import AnyAdapter
@@ -30,7 +29,6 @@ from dreambooth.io import writer
 from dreambooth.io.errors import UserError, reason_of, shown
 
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
-_Adapted = Callable[[Tensor], Tensor]  # a layer's weight, float32 -> the same with an adapter merged into it
 _WEIGHT_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
@@ -157,30 +155,12 @@ def ranked_lora(
     """(the LoRA of at most `rank` nearest to what the adapter changes in this base; by component, the share
     of the squared change that it keeps).
 
-    The base's weights are read only for layers with a magnitude: their change is the scaled W + dW minus W,
-    which has full rank. Raises UserError if a value of the base is not finite.
+    The base's weights are read only for layers with a magnitude. Raises UserError if a value of the base is
+    not finite.
     """
-    components: dict[str, dict[str, Module]] = {}
-    kept: dict[str, float] = {}
-    for part, modules in adapter.components.items():
-        held = total = 0.0
-        loras: dict[str, Module] = {}
-        with contextlib.ExitStack() as stack:
-            base = _BasePart(stack, folder, part, variant)
-            keys = {_layer(key): key for key in base.shapes if key.endswith(".weight")}
-            for layer, module in modules.items():
-                if module.magnitude is None:
-                    square = deltas.norm(module) ** 2
-                    loras[layer], share = deltas.shrink(deltas.as_lora(module), rank)
-                else:
-                    change = adapter.update(part, layer, base.tensor(keys[layer]).float())
-                    square = float(change.double().square().sum())
-                    loras[layer], share = deltas.extract(change, rank)
-                total += square
-                held += share * square
-        components[part] = loras
-        kept[part] = held / total if total else 1.0
-    return Adapter(components, adapter.metadata), kept
+    with contextlib.ExitStack() as stack:
+        parts = {part: _BasePart(stack, folder, part, variant) for part in adapter.components}
+        return to_lora(adapter, rank, lambda part, layer: parts[part].tensor(f"{layer}.weight").float())
 
 
 # ---- adapters merged into a copy
@@ -234,14 +214,9 @@ def _bake_part(
     dtype: torch.dtype | None,
 ) -> list[str]:
     """Write to `target` a copy of one part with the adapters merged into it. Returns notes as `bake` does."""
-    # by layer: the functions that merge one adapter each, and the adapters' weights
     files = folders.weight_files(folder, part, variant)
-    changes: dict[str, list[tuple[_Adapted, float]]] = {}
-    for adapter, weight in adapters:
-        for layer in adapter.components.get(part, {}):
-            adapted = functools.partial(adapter.adapted, part, layer)
-            changes.setdefault(layer, []).append((adapted, weight))
-    if not changes and dtype is None and not (variant and len(files) > 1):
+    is_changed = any(part in adapter.components for adapter, _ in adapters)
+    if not is_changed and dtype is None and not (variant and len(files) > 1):
         _copy_folder(folder / part, variant, target)
         return []
     writer.make_folder(target)
@@ -261,7 +236,7 @@ def _bake_part(
         name = _plain_name(file.name, variant)
         with safetensors_files.opened(file) as opened:
             tensors = {
-                key: _changed(opened.get_tensor(key), changes.get(_layer(key), []), dtype, f"{part}.{key}")
+                key: _changed(opened.get_tensor(key), adapters, dtype, part, key)
                 for key in sorted(opened.keys())
             }
         try:
@@ -280,22 +255,24 @@ def _bake_part(
 
 
 def _changed(
-    weight: Tensor, changes: Sequence[tuple[_Adapted, float]], dtype: torch.dtype | None, key: str
+    weight: Tensor, adapters: Sequence[Weighted], dtype: torch.dtype | None, part: str, key: str
 ) -> Tensor:
-    """The weight with the adapters merged into it, in `dtype`, or in the weight's if that is None.
+    """The weight with this key of a part, with the adapters merged into it, in `dtype`, or in the weight's if
+    that is None.
 
-    Weights that are not floating point keep their dtype. Raises UserError, naming `key`, if a value is not
-    finite in the new dtype.
+    Weights that are not floating point keep their dtype. Raises UserError if a value is not finite in the new
+    dtype.
     """
     new_dtype = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-    if changes:
+    layer = _layer(key)
+    if changing := [(a, scale) for a, scale in adapters if layer in a.components.get(part, {})]:
         base = weight.float()
         # an adapter's weight scales its whole change, magnitudes included, as in `adapters.apply`
-        weight = base + sum(scale * (adapted(base) - base) for adapted, scale in changes)
+        weight = base + sum(scale * (a.adapted(part, layer, base) - base) for a, scale in changing)
     weight = weight.to(new_dtype).contiguous()
     if weight.is_floating_point() and not torch.isfinite(weight).all():
         name = str(new_dtype).removeprefix("torch.")
-        raise UserError(f"{key} is not finite in {name}; give another --dtype")
+        raise UserError(f"{part}.{key} is not finite in {name}; give another --dtype")
     return weight
 
 
@@ -306,9 +283,7 @@ def _plain_name(name: str, variant: str | None) -> str:
 
 def _copy_folder(folder: Path, variant: str | None, target: Path) -> None:
     """Copy a folder and the folders in it; a weight file that exists only as `variant` loses it in its name.
-
-    Raises UserError if the variant's weights are in several files.
-    """
+    Raises UserError if the variant's weights are in several files."""
     writer.make_folder(target)
     entries = {entry.name: entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     if variant and (shards := [name for name in entries if f".{variant}" in name and ".index." in name]):

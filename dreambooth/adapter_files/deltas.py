@@ -31,10 +31,8 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoHa:
-    """dW = (w1a @ w1b) * (w2a @ w2b), where * multiplies entry by entry (FedPara, arXiv 2108.06098).
-
-    A convolution may have cores t1 and t2. Each a @ b is then a Tucker product with its core.
-    """
+    """dW = (w1a @ w1b) * (w2a @ w2b), where * multiplies entry by entry (FedPara, arXiv 2108.06098). A
+    convolution may have cores t1 and t2. Each a @ b is then a Tucker product with its core."""
 
     w1a: Tensor  # [out, rank]; with a core [rank, out]
     w1b: Tensor  # [rank, in(, kh, kw)]; with a core [rank, in]
@@ -51,10 +49,8 @@ class LoHa:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoKr:
-    """dW = kron(w1, w2), with out = l * k and in = m * n (LyCORIS, arXiv 2309.14859).
-
-    Each factor is either dense or a product: w1 = w1a @ w1b, w2 = w2a @ w2b, which may have a Tucker core t2.
-    """
+    """dW = kron(w1, w2), with out = l * k and in = m * n (LyCORIS, arXiv 2309.14859). Each factor is either
+    dense or a product: w1 = w1a @ w1b, w2 = w2a @ w2b, which may have a Tucker core t2."""
 
     w1: Tensor | None = None  # [l, m]
     w1a: Tensor | None = None  # [l, rank]
@@ -157,11 +153,8 @@ def adapted(module: Module, weight: Tensor) -> Tensor:
 
 
 def as_lora(module: Module) -> Lora:
-    """The LoRA with the same dW, exact but for rounding, and the same magnitude.
-
-    Its rank is that of the exact conversion, or out or in * kh * kw if one of these is smaller. A LoRA is
-    returned unchanged.
-    """
+    """The LoRA with the same dW, exact but for rounding, and the same magnitude. Its rank is that of the
+    exact conversion, or out or in * kh * kw if one of these is smaller. A LoRA is returned unchanged."""
     if isinstance(module, Lora):
         return module
     if isinstance(module, LoHa):
@@ -180,11 +173,8 @@ def as_lora(module: Module) -> Lora:
 def khatri_rao(
     w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, t1: Tensor | None = None, t2: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(up, down) of rank r * s, for a LoHa whose two products have ranks r and s.
-
-    Each column of `up` is the entry-wise product of a column of each half, each row of `down` that of two
-    rows.
-    """
+    """(up, down) of rank r * s, for a LoHa whose two products have ranks r and s. Each column of `up` is the
+    entry-wise product of a column of each half, each row of `down` that of two rows."""
     columns1, rows1 = columns_and_rows(w1a, w1b, t1)
     columns2, rows2 = columns_and_rows(w2a, w2b, t2)
     down = (rows1[:, None] * rows2[None]).flatten(0, 1)
@@ -192,10 +182,8 @@ def khatri_rao(
 
 
 def _kronecker(module: LoKr) -> tuple[Tensor, Tensor]:
-    """(up, down) of rank(w1) * rank(w2), from the singular value decompositions of w1 and w2.
-
-    The singular values and vectors of a Kronecker product are the Kronecker products of those of its factors.
-    """
+    """(up, down) of rank(w1) * rank(w2), from the singular value decompositions of w1 and w2. The singular
+    values and vectors of a Kronecker product are the Kronecker products of those of its factors."""
     # in float64: in float32 the rounding of a product a @ b would appear as further ranks
     first, second = to(module, torch.float64).factors()
     (u1, s1, v1), (u2, s2, v2) = (

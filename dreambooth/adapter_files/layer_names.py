@@ -10,7 +10,7 @@ and `with_prefix` add it to names that are written or looked up in a model.
 
 import difflib
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dreambooth.bases.folders import KohyaFamily
 
@@ -18,6 +18,14 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 Shape = tuple[int, ...]
 Layers = Mapping[str, Mapping[str, Shape]]  # component -> layer -> shape of its weight
 
+FAMILY_NAMES: dict[str | None, str] = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+    None: "DeepFloyd IF",  # has no names in kohya's layout
+}
+# By the width of the text embeddings that the UNet takes.
+FAMILY_OF_WIDTH: dict[int, KohyaFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 TEXT_PREFIX = "text_model."
 EMBEDDINGS = ("token_embedding", "position_embedding")
 
@@ -45,10 +53,8 @@ def with_prefix(path: str, prefix: str) -> str:
 
 
 def stored(component: str, name: str) -> str:
-    """A layer's name in adapter files, for its plain name: with the prefix if it is a text encoder's.
-
-    Older libraries and other programs accept these layers only with it.
-    """
+    """A layer's name in adapter files, for its plain name: with the prefix if it is a text encoder's. Older
+    libraries and other programs accept these layers only with it."""
     return name if component == "unet" else with_prefix(name, TEXT_PREFIX)
 
 
@@ -72,6 +78,12 @@ def installed_text_prefixes() -> dict[str, str]:
 
 # ---- from a key to a layer
 
+
+def flat(name: str) -> str:
+    """A layer's name with underscores for dots, as in kohya's keys."""
+    return name.replace(".", "_")
+
+
 # What stands before a layer's name in the files of programs, by component; written with dots.
 _PREFIXES_OF = {
     "unet": ("unet", "lora_unet", "lycoris_unet", "diffusion_model", "model.diffusion_model"),
@@ -90,19 +102,11 @@ _PREFIXES_OF = {
         "conditioner.embedders.1.model",
     ),
 }
-# Prefix, flat -> components. The longest is tried first. The last two do not name the component.
-_LONGEST_FIRST = sorted(
-    (
-        (f"{prefix.replace('.', '_')}_", component)
-        for component, prefixes in _PREFIXES_OF.items()
-        for prefix in prefixes
-    ),
-    key=lambda item: -len(item[0]),
-)
-_OWNERS = {prefix: (component,) for prefix, component in _LONGEST_FIRST} | {
-    "lycoris_": COMPONENTS,
-    "": COMPONENTS,
+# Prefix, flat -> components. The first two do not name the component.
+_OWNERS: dict[str, tuple[str, ...]] = {"lycoris_": COMPONENTS, "": COMPONENTS} | {
+    flat(f"{prefix}."): (component,) for component, prefixes in _PREFIXES_OF.items() for prefix in prefixes
 }
+_LONGEST_FIRST = sorted(_OWNERS, key=len, reverse=True)
 # The layers behind these have OpenCLIP's names. Its `text_projection` is the transpose of a Linear's weight.
 _OPEN_CLIP_PREFIXES = (
     "cond_stage_model_model_",
@@ -162,9 +166,7 @@ class LayerNames:
 
     def nearest(self, stem: str, fits_else: bool) -> str:
         """The end of a message about `stem`, which is no layer: the layer whose name is most like it.
-
-        `fits_else`: whether other keys of the file are for layers of this base.
-        """
+        `fits_else`: whether other keys of the file are for layers of this base."""
         owners, rest = next(_parted(stem, ""))
         names = {flat(layer): f"{owner}.{layer}" for owner in owners for layer in self.layers.get(owner, {})}
         closest = difflib.get_close_matches(flat(rest)[:150], names, n=1, cutoff=0)
@@ -203,16 +205,14 @@ _OPEN_CLIP = {"self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj
 
 
 def _parted(stem: str, component: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(components that the stem may be for, layer's name in the file) for each prefix that fits.
-
-    `component` is the file's, or "".
-    """
+    """(components that the stem may be for, layer's name in the file) for each prefix that fits. `component`
+    is the file's, or ""."""
     stem = _WRAPPERS.sub("", stem)
     flat_stem = flat(stem)  # as long as `stem`
-    for prefix, owners in _OWNERS.items():
+    for prefix in _LONGEST_FIRST:
         if flat_stem.startswith(prefix):
             rest = stem[len(prefix) :]
-            possible = tuple(owner for owner in owners if component in ("", owner))
+            possible = tuple(owner for owner in _OWNERS[prefix] if component in ("", owner))
             is_transposed = prefix in _OPEN_CLIP_PREFIXES and rest == "text_projection"
             if possible and rest and not is_transposed:
                 yield possible, rest
@@ -267,31 +267,9 @@ def is_raw(path: str) -> bool:
     return "." not in path and path.startswith((*_RAW_PREFIXES.values(), "lora_te1_"))
 
 
-def absent_layers(
-    component: str, targets: Iterable[str], layers: Iterable[str], present: Container[str]
-) -> str:
-    """The end of a message about the layers that end with one of `targets` and are not in `present`; "" if
-    there are none."""
-    ends = tuple(f".{target}" for target in targets)
-    expected = {name for name in layers if f".{name}".endswith(ends)} if ends else set()
-    absent = sorted(name for name in expected if name not in present)
-    if not absent:
-        return ""
-    return (
-        f"{len(absent)} of the {len(expected)} layers of {component} that it was trained on, e.g. {absent[0]}"
-    )
-
-
-def flat(name: str) -> str:
-    """A layer's name with underscores for dots, as in kohya's keys."""
-    return name.replace(".", "_")
-
-
 def depth_of(unet: Iterable[str]) -> int:
     """Number of resnets in a down block of the UNet, from the names of its layers; 2 if there are none.
-
-    Stability's numbering of blocks depends on it.
-    """
+    Stability's numbering of blocks depends on it."""
     matches = (re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name) for name in unet)
     return 1 + max([int(match[1]) for match in matches if match], default=1)
 

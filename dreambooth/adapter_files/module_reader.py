@@ -122,12 +122,9 @@ class ModuleReader:
         shape = (1, outputs, *ones) if is_peft else (outputs, 1, *ones)
         if tuple(tensor.shape) not in ((outputs,), shape):
             # LyCORIS' [1, in, ...] has one norm for each input: another method
-            by_input = not is_peft and tensor.ndim > 1 and tensor.shape[0] == 1
-            hint = (
-                ": magnitudes of inputs (LyCORIS without wd_on_out) are not supported"
-                if by_input
-                else self.hint
-            )
+            hint = self.hint
+            if not is_peft and tensor.ndim > 1 and tensor.shape[0] == 1:
+                hint = ": magnitudes of inputs (LyCORIS without wd_on_out) are not supported"
             raise UserError(
                 f"{self.where}: its magnitude of shape {tuple(tensor.shape)}"
                 f" does not have one number for each of {outputs} outputs{hint}"
@@ -136,9 +133,7 @@ class ModuleReader:
 
     def scale(self, tensors: Mapping[str, Tensor], rank: int | None) -> float:
         """The factor of dW: alpha / rank from the module's alpha, else from peft's configuration, else 1.
-
-        Raises UserError if alpha is not a usable number, or if the configuration has another rank.
-        """
+        Raises UserError if alpha is not a usable number, or if the configuration has another rank."""
         config_rank = self.config.rank_of(self.path)
         if "alpha" in tensors:
             if tensors["alpha"].numel() != 1 or not peft_config.is_alpha(alpha := tensors["alpha"].item()):

@@ -7,12 +7,12 @@ is run as a regular expression.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth.adapter_files.deltas import Module
-from dreambooth.adapter_files.layer_names import COMPONENTS, Shape, absent_layers, plain
+from dreambooth.adapter_files.layer_names import COMPONENTS, plain
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shown
 
@@ -68,11 +68,7 @@ def of_file(
     if beside:
         fields = reader.read_json_table(beside, shown(beside), _LONGEST_TEXT)
         return {component: _config(shown(beside), fields) for component in components}
-    content = fields_in(metadata, f"{where}: its metadata about the LoRA")
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in content.items():
-        owner, _, field = name.rpartition(".")
-        parts.setdefault(owner, {})[field] = value
+    parts = fields_in(metadata, f"{where}: its metadata about the LoRA")
     # files of diffusers' `save_lora_adapter`: neither keys nor fields name the component
     if parts.keys() == {""} and len(components) == 1:
         parts = {next(iter(components)): parts[""]}
@@ -100,10 +96,15 @@ def _check_needless(where: str, owner: str, fields: Mapping[str, Any], component
         )
 
 
-def fields_in(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
-    """The fields of peft's configurations in a file's metadata. Raises UserError, which begins with
-    `what`, if they are no JSON table."""
-    return reader.parsed_json_table(metadata.get("lora_adapter_metadata", "{}"), what, _LONGEST_TEXT)
+def fields_in(metadata: Mapping[str, str], what: str) -> dict[str, dict[str, Any]]:
+    """The fields of peft's configurations in a file's metadata, by component: what stands before a name's
+    last dot. Raises UserError, which begins with `what`, if they are no JSON table."""
+    content = reader.parsed_json_table(metadata.get("lora_adapter_metadata", "{}"), what, _LONGEST_TEXT)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        owner, _, field = name.rpartition(".")
+        parts.setdefault(owner, {})[field] = value
+    return parts
 
 
 _LONGEST_TEXT = 4 * 2**20  # characters of settings; a table of more takes gigabytes
@@ -168,7 +169,7 @@ def _config(where: str, fields: Mapping[str, Any]) -> AdapterConfig:
         if not isinstance(fields.get(name, False), bool):
             raise wrong(name, "true or false")
         values[name] = fields.get(name, False)
-    return AdapterConfig(**values, targets=_targets(fields))
+    return AdapterConfig(**values, targets=targets(fields))
 
 
 def _names_alone(where: str, field: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,31 +183,31 @@ def _names_alone(where: str, field: str, pattern: Mapping[str, Any]) -> dict[str
     return names
 
 
-def _targets(fields: Mapping[str, Any]) -> tuple[str, ...]:
+def targets(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """The names in `target_modules`; () if it is a pattern, or if other fields exclude layers."""
-    targets = fields.get("target_modules")
+    names = fields.get("target_modules")
     is_narrowed = any(fields.get(name) for name in ("exclude_modules", "layers_to_transform"))
-    if is_narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    if is_narrowed or not isinstance(names, list):
         return ()
-    return tuple(plain(name) for name in targets)
+    return tuple(plain(name) for name in names if isinstance(name, str))
 
 
-def check_whole(
-    where: str,
-    component: str,
-    config: AdapterConfig,
-    modules: Mapping[str, Module],
-    layers: Mapping[str, Shape],
+def check_targets(
+    where: str, component: str, targets: Iterable[str], layers: Iterable[str], modules: Mapping[str, object]
 ) -> None:
-    """Raise UserError if the adapter of a component is incomplete.
+    """Raise UserError if one of the base's `layers` whose name ends with one of `targets` has no module."""
+    ends = tuple(f".{target}" for target in targets)
+    expected = {name for name in layers if f".{name}".endswith(ends)}
+    if absent := sorted(expected - modules.keys()):
+        raise UserError(
+            f"{where} lacks {len(absent)} of the {len(expected)} layers of {component} that it was trained"
+            f" on, e.g. {absent[0]}; the adapter is incomplete"
+        )
 
-    It is if one of the base's `layers` that the configuration targets has no module, or if a module of DoRA
-    has no magnitude.
-    """
-    if absent := absent_layers(component, config.targets, layers, modules):
-        raise UserError(f"{where} lacks {absent}; the adapter is incomplete")
-    plain_modules = sorted(path for path, module in modules.items() if module.magnitude is None)
-    if config.use_dora and plain_modules:
+
+def check_magnitudes(where: str, component: str, modules: Mapping[str, Module]) -> None:
+    """Raise UserError if a module of a DoRA has no magnitude."""
+    if plain_modules := sorted(path for path, module in modules.items() if module.magnitude is None):
         raise UserError(
             f"{where} is a DoRA and has no magnitudes for {len(plain_modules)} layers of {component},"
             f" e.g. {plain_modules[0]}; the adapter is incomplete"

@@ -34,10 +34,8 @@ def tuners(model: nn.Module) -> dict[str, Any]:
 
 
 def add_layers(model: nn.Module, config: Any, name: str, keys: Iterable[str]) -> None:
-    """Put peft's layers of the adapter `name` on the layers that `keys` of a state dict name.
-
-    Their tensors are on the meta device; the caller replaces them.
-    """
+    """Put peft's layers of the adapter `name` on the layers that `keys` of a state dict name. Their tensors
+    are on the meta device; the caller replaces them."""
     with warnings.catch_warnings():
         # peft warns of several adapters on one model, which are intended, and of keys that do not match the
         # config; the keys alone decide the layers here
@@ -67,11 +65,8 @@ def without_boft_extension() -> Iterator[None]:
 
 
 def set_variant(layer: Any, name: str, variant: Any) -> None:
-    """Make `variant` compute the adapter `name` of a LoRA layer.
-
-    peft calls its methods forward, merge_safe, merge_unsafe and unmerge with the layer and the adapter's
-    name, and supports_lora_conversion.
-    """
+    """Make `variant` compute the adapter `name` of a LoRA layer. peft calls its methods forward, merge_safe,
+    merge_unsafe and unmerge with the layer and the adapter's name, and supports_lora_conversion."""
     layer.lora_variant[name] = variant
 
 
@@ -84,12 +79,10 @@ def set_magnitude(layer: Any, name: str, magnitude: nn.Parameter) -> None:
     layer.lora_magnitude_vector[name] = holder
 
 
-@contextlib.contextmanager
-def unmerged_weight(layer: Any) -> Iterator[Tensor]:
+def unmerged_weight(layer: Any) -> contextlib.AbstractContextManager[Tensor]:
     """Within the block: the weight of a LoRA layer's base layer without the adapters that LoRA has merged
     into it."""
-    with layer._unmerged_base_weight() as weight:
-        yield weight
+    return layer._unmerged_base_weight()  # type: ignore[no-any-return]
 
 
 def cache_store(layer: Any, name: str, added: Tensor) -> None:

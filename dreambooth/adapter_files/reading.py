@@ -158,19 +158,18 @@ def _joined(path: Path, files: list[_File], layers: Layers | None) -> Adapter:
     """The adapter in all `files`, which lie at `path`. Raises UserError if two files are for one
     component."""
     names = None if layers is None else LayerNames(layers)
-    parts: list[Adapter] = []
+    parts: dict[str, Adapter] = {}  # by component
     for file in files:
         part = _read_file(file, names)
-        for component in part.components:
-            if any(component in earlier.components for earlier in parts):
-                raise UserError(f"{shown(path)}: two of its files are for {component}")
-        parts.append(part)
-    components = {
-        name: part.components[name] for name in COMPONENTS for part in parts if name in part.components
-    }
-    metadata = {field: text for part in parts for field, text in part.metadata.items()}
-    scales = {name: by_layer for part in parts for name, by_layer in part.scales.items()}
-    return Adapter(components, metadata, scales, tuple(note for part in parts for note in part.notes))
+        if twice := parts.keys() & part.components.keys():
+            raise UserError(f"{shown(path)}: two of its files are for {min(twice)}")
+        parts |= dict.fromkeys(part.components, part)
+    return Adapter(
+        {name: parts[name].components[name] for name in COMPONENTS if name in parts},
+        {field: text for part in parts.values() for field, text in part.metadata.items()},
+        {name: part.scales[name] for name, part in parts.items()},
+        tuple(dict.fromkeys(note for part in parts.values() for note in part.notes)),
+    )
 
 
 Place = tuple[str, str]  # component and layer
@@ -209,7 +208,10 @@ def _read_file(file: _File, names: LayerNames | None) -> Adapter:
         if not all(torch.isfinite(tensor).all() for tensor in results):
             raise UserError(f"{where}: {component}.{path} is not finite after multiplication by its scale")
     for component, config in configs.items():
-        peft_config.check_whole(where, component, config, components[component], names.layers[component])
+        modules = components[component]
+        peft_config.check_targets(where, component, config.targets, names.layers[component], modules)
+        if config.use_dora:
+            peft_config.check_magnitudes(where, component, modules)
     return Adapter(components, header.metadata, scales, _notes(where, header.shapes))
 
 
@@ -228,10 +230,8 @@ def _notes(where: str, keys: Iterable[str]) -> tuple[str, ...]:
 def _tensors(
     file: _File, places: Mapping[str, Place], splits: Mapping[str, Split]
 ) -> dict[Place, dict[str, Tensor]]:
-    """The file's tensors, float32, by place and part.
-
-    Raises UserError if one is not finite, or occurs twice.
-    """
+    """The file's tensors, float32, by place and part. Raises UserError if one is not finite, or occurs
+    twice."""
     tensors: dict[Place, dict[str, Tensor]] = {}
     for key, tensor in safetensors_files.finite_tensors(file.path, places):
         place, part = places[key], splits[key][1]
@@ -256,21 +256,21 @@ def _unfused(where: str, tensors: Mapping[Place, dict[str, Tensor]]) -> dict[Pla
     """
     result: dict[Place, dict[str, Tensor]] = {}
     for (component, path), parts in tensors.items():
-        thirds = [path]
-        if path.endswith(layer_names.FUSED):
-            thirds = [f"{path.removesuffix('in_proj')}{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        if not path.endswith(layer_names.FUSED):
+            result[component, path] = parts
+            continue
         rows = {name: tensor.shape[0] for name, tensor in parts.items() if name in _BY_OUTPUT and tensor.ndim}
-        if len(thirds) == 3 and ("hada_t1" in parts or any(size % 3 for size in rows.values())):
+        if "hada_t1" in parts or any(size % 3 for size in rows.values()):
             raise UserError(
                 f"{where}: {component}.{path} is one module for three layers of the base (q_proj, k_proj,"
                 f" v_proj), and cannot be split into three: its outputs are {rows}"
             )
-        for n, layer in enumerate(thirds):
-            if (component, layer) in result or (len(thirds) == 3 and (component, layer) in tensors):
+        for n, third in enumerate(("q_proj", "k_proj", "v_proj")):
+            layer = path.removesuffix("in_proj") + third
+            if (component, layer) in tensors:
                 raise UserError(f"{where}: {component}.{layer} occurs twice, in two spellings")
             result[component, layer] = {
-                name: tensor.chunk(len(thirds))[n] if name in rows and len(thirds) == 3 else tensor
-                for name, tensor in parts.items()
+                name: tensor.chunk(3)[n] if name in rows else tensor for name, tensor in parts.items()
             }
     return result
 
@@ -280,17 +280,17 @@ def _unfused(where: str, tensors: Mapping[Place, dict[str, Tensor]]) -> dict[Pla
 
 def _splits(where: str, shapes: Mapping[str, Shape]) -> dict[str, Split]:
     """The split of each key. Raises UserError for a key of no known layout."""
-    # a key with a `*` belongs to another program's embedding, whatever its end
-    splits = {
-        key: None if "*" in key else tensor_names.split(name)
-        for key, name in tensor_names.without_name(shapes).items()
-    }
-    if unknown := sorted(key for key, split in splits.items() if split is None):
+    splits: dict[str, Split] = {}
+    for key, name in tensor_names.without_name(shapes).items():
+        # a key with a `*` belongs to another program's embedding, whatever its end
+        if "*" not in key and (split := tensor_names.split(name)):
+            splits[key] = split
+    if unknown := sorted(shapes.keys() - splits.keys()):
         raise UserError(
-            f"{where}: {len(unknown)} of {len(splits)} keys belong to no kind of adapter that is supported,"
+            f"{where}: {len(unknown)} of {len(shapes)} keys belong to no kind of adapter that is supported,"
             f" e.g. {shortened(unknown[0], 200)}{_foreign(unknown)}"
         )
-    return {key: split for key, split in splits.items() if split is not None}
+    return splits
 
 
 def _foreign(keys: Iterable[str]) -> str:
@@ -319,9 +319,7 @@ def _names_in_file(
     where: str, shapes: Mapping[str, Shape], splits: Mapping[str, Split], component: str
 ) -> LayerNames:
     """The layers that the file names, with shapes from its tensors; they take the place of a base's layers.
-
-    Raises UserError if a key names no component, or if the tensors of a layer make no module.
-    """
+    Raises UserError if a key names no component, or if the tensors of a layer make no module."""
     modules: dict[Place, dict[str, Shape]] = collections.defaultdict(dict)
     stems: dict[str, Place] = {}
     for key, (stem, part) in splits.items():
@@ -405,7 +403,6 @@ def _places(
     return places
 
 
-_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 _CROSS_ATTENTION = re.compile(
     r"attn2[._](?:processor\.)?to_[kv]\b|attn2_to_[kv]\.|attn2\.processor\.to_[kv]_lora"
 )
@@ -421,19 +418,14 @@ def _other_family(shapes: Mapping[str, Shape], names: LayerNames) -> str:
     # the widths in the adapter: the inputs of its modules on cross-attention's keys and values
     modules: dict[str, dict[str, Shape]] = collections.defaultdict(dict)
     for key, shape in shapes.items():
-        if _CROSS_ATTENTION.search(key) and len(shape) > 1 and (split := tensor_names.split(key)):
+        if _CROSS_ATTENTION.search(key) and (split := tensor_names.split(key)):
             modules[split[0]][split[1]] = shape
-    widths = set()
-    for parts in modules.values():
-        first, second = (parts.get(f"lokr_w{n}", parts.get(f"lokr_w{n}_b")) for n in (1, 2))
-        if rows := parts.get("down", parts.get("hada_w1_b")):
-            widths.add(rows[1])
-        elif first and second:
-            widths.add(first[1] * second[1])
+    widths = {shape[1] for shape in map(_shape_from, modules.values()) if len(shape) > 1}
     if len(base_widths) != 1 or len(widths) != 1 or base_widths == widths:
         return ""
+    of_width = {n: layer_names.FAMILY_NAMES[family] for n, family in layer_names.FAMILY_OF_WIDTH.items()}
     both = (widths.pop(), base_widths.pop())
-    named = [f"{width} ({_FAMILIES[width]})" if width in _FAMILIES else str(width) for width in both]
+    named = [f"{width} ({of_width[width]})" if width in of_width else str(width) for width in both]
     return (
         f"; the adapter is for another base: its UNet takes text of width {named[0]}, this one's {named[1]}"
     )

@@ -24,6 +24,7 @@ from dreambooth.files.safetensors_files import Header
 from dreambooth.io.errors import UserError, shown
 
 Fields = Mapping[str, Any]
+Place = tuple[str, str, str, str]  # component, layer, kind, and which of the layer's tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class _RotationKind:
     of_size: Callable[[int], dict[str, int]]
 
 
+_MISFIT = "; the adapter is for another base, or broken"
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -77,10 +81,7 @@ def _oft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> 
         return f"its oft_R has shape {shape}, which is no set of rotations"
     blocks, remainder = divmod(weight[1], _side_of(shape[1]))
     if remainder or shape[0] != (1 if fields["block_share"] else blocks):
-        return (
-            f"its oft_R has shape {shape}, which does not rotate {weight[1]} inputs;"
-            " the adapter is for another base, or broken"
-        )
+        return f"its oft_R has shape {shape}, which does not rotate {weight[1]} inputs{_MISFIT}"
     return ""
 
 
@@ -96,8 +97,7 @@ def _boft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) ->
     if len(sides) != 2 or sides[0] != sides[1] or blocks * sides[0] != inputs or shapes["boft_s"] != scales:
         return (
             f"it has boft_R of shape {shapes['boft_R']} and boft_s of shape {shapes['boft_s']},"
-            f" which do not rotate {inputs} inputs and scale {weight[0]} outputs;"
-            " the adapter is for another base, or broken"
+            f" which do not rotate {inputs} inputs and scale {weight[0]} outputs{_MISFIT}"
         )
     return ""
 
@@ -105,10 +105,7 @@ def _boft_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) ->
 def _hra_problem(shapes: Mapping[str, Shape], weight: Shape, fields: Fields) -> str:
     shape, inputs = shapes["hra_u"], math.prod(weight[1:])
     if len(shape) != 2 or shape[0] != inputs or not 0 < shape[1] <= 4096:
-        return (
-            f"its hra_u has shape {shape}, which does not reflect {inputs} inputs;"
-            " the adapter is for another base, or broken"
-        )
+        return f"its hra_u has shape {shape}, which does not reflect {inputs} inputs{_MISFIT}"
     return ""
 
 
@@ -161,7 +158,6 @@ class Rotations:
     is_additive: ClassVar[bool] = False
     notes: ClassVar[tuple[str, ...]] = ()
     size_title: ClassVar[str] = "side of blocks, or reflections"
-    scales: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -176,10 +172,6 @@ class Rotations:
             sizes = tuple(_KINDS[kind].size(tensors) for tensors in modules.values())
             rows.append(Row(component, kind.lower(), sizes))
         return rows
-
-    def norms(self) -> dict[str, dict[str, float]]:
-        """{}: without a base there is no update to measure."""
-        return {}
 
     def update(self, component: str, layer: str, weight: Tensor) -> Tensor:
         """`adapted` minus `weight`."""
@@ -240,16 +232,6 @@ def _split(key: str) -> tuple[str, str, str] | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """The tensor that a key of the file names."""
-
-    component: str
-    layer: str
-    kind: str
-    part: str
-
-
 def read(path: Path, header: Header, layers: Layers) -> Rotations:
     """The adapter in a file for whose header `has_keys` is true. `layers` are the base's: shapes of weights
     by component and layer.
@@ -260,25 +242,25 @@ def read(path: Path, header: Header, layers: Layers) -> Rotations:
     where = shown(path)
     safetensors_files.check_values(where, header, header.shapes)
     places = {key: _place(where, key) for key in header.shapes}
-    content = peft_config.fields_in(header.metadata, f"{where}: its metadata about the adapter")
+    fields = peft_config.fields_in(header.metadata, f"{where}: its metadata about the adapter")
     settings = {
-        component: _settings(where, component, content)
-        for component in sorted({place.component for place in places.values()})
+        component: _settings(where, component, fields.get(component, {}))
+        for component in sorted({component for component, _, _, _ in places.values()})
     }
     components = _tensors(path, places, settings)
     rotations = Rotations(components, settings, header.metadata)
-    _check(where, rotations, content, layers)
+    _check(where, rotations, fields, layers)
     return rotations
 
 
-def _place(where: str, key: str) -> _Place:
+def _place(where: str, key: str) -> Place:
     """The place of a key. Raises UserError if it is not one of peft's for these kinds, with a component in
     front."""
     if parts := _split(key):
         stem, kind, part = parts
         component, _, layer = stem.partition(".")
         if component in COMPONENTS:
-            return _Place(component, layer_names.plain(layer), kind, part)
+            return component, layer_names.plain(layer), kind, part
     raise UserError(
         f"{where}: the key {shown(key)} is not one of peft's keys (unet.*, text_encoder.*)"
         " of OFT, BOFT or HRA"
@@ -286,7 +268,7 @@ def _place(where: str, key: str) -> _Place:
 
 
 def _tensors(
-    path: Path, places: Mapping[str, _Place], settings: Mapping[str, tuple[str, Any]]
+    path: Path, places: Mapping[str, Place], settings: Mapping[str, tuple[str, Any]]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The file's tensors, float32, by component, layer and part. Raises UserError if one is not finite or of
     another kind than its component."""
@@ -294,23 +276,19 @@ def _tensors(
         name: {} for name in COMPONENTS if name in settings
     }
     for key, tensor in safetensors_files.finite_tensors(path, sorted(places)):
-        place = places[key]
-        kind, _ = settings[place.component]
-        if place.kind != kind:
+        component, layer, kind, part = places[key]
+        stated, _ = settings[component]
+        if kind != stated:
             raise UserError(
-                f"{shown(path)}: {key} is of {place.kind}, but in its metadata {place.component} has {kind}"
+                f"{shown(path)}: {key} is of {kind}, but in its metadata {component} has {stated}"
             )
-        components[place.component].setdefault(place.layer, {})[place.part] = tensor
+        components[component].setdefault(layer, {})[part] = tensor
     return components
 
 
-def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _settings(where: str, component: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(kind, its fields of peft's configuration). Every value is checked; other fields are not passed on.
-
-    Raises UserError for a missing kind, or a value that is wrong or not supported.
-    """
-    prefix = f"{component}."
-    fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+    Raises UserError for a missing kind, or a value that is wrong or not supported."""
 
     def wrong(name: str, rule: str) -> UserError:
         value = ascii(fields.get(name))[:80]
@@ -333,7 +311,9 @@ def _settings(where: str, component: str, content: Mapping[str, Any]) -> tuple[s
     return kind, values
 
 
-def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers: Layers) -> None:
+def _check(
+    where: str, rotations: Rotations, content: Mapping[str, Mapping[str, Any]], layers: Layers
+) -> None:
     """Raise UserError unless the adapter can rotate every layer that it names, and has all layers that it was
     trained on."""
     by_plain_name = layer_names.plain_layers(layers)
@@ -351,8 +331,5 @@ def _check(where: str, rotations: Rotations, content: Mapping[str, Any], layers:
             shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
             if problem := _KINDS[kind].problem(shapes, weights[layer], fields):
                 raise UserError(f"{place}: {problem}")
-        targets = content.get(f"{component}.target_modules")
-        names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
-        ends = [layer_names.plain(name) for name in names]
-        if absent := layer_names.absent_layers(component, ends, weights, modules):
-            raise UserError(f"{where} lacks {absent}; the adapter is incomplete")
+        ends = peft_config.targets(content[component])
+        peft_config.check_targets(where, component, ends, weights, modules)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dreambooth.adapter_files.layer_names import KohyaFamily
+from dreambooth.adapter_files.layer_names import FAMILY_NAMES, KohyaFamily
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shortened
 
@@ -24,12 +24,6 @@ _FAMILY_OF: dict[str, KohyaFamily] = {
     "stable-diffusion-xl": "sdxl",
     "stable-diffusion-v1": "sd1",
     "stable-diffusion-v2": "sd2",
-}
-_NAME_OF: dict[KohyaFamily | None, str] = {
-    "sd1": "Stable Diffusion 1.x",
-    "sd2": "Stable Diffusion 2.x",
-    "sdxl": "Stable Diffusion XL",
-    None: "DeepFloyd IF",
 }
 
 
@@ -62,20 +56,14 @@ def _of_other_programs(metadata: Mapping[str, str]) -> dict[str, Any]:
         info["resolution"] = int(match[1])
     # kohya counts layers from the end, so that 1 is the last; its training of Stable Diffusion XL ignores
     # the flag
-    count = _kohya_clip_skip(metadata)
-    if count is not None and _family(metadata) != "sdxl":
-        info["clip_skip"] = count - 1
+    count = re.fullmatch(r"[1-9]\d?", metadata.get("ss_clip_skip", "").strip())
+    if count and _family(metadata) != "sdxl":
+        info["clip_skip"] = int(count[0]) - 1
     if prediction_type := _prediction_type(metadata):
         info["prediction_type"] = prediction_type
     if _is_true(metadata.get("ss_zero_terminal_snr")):
         info["zero_terminal_snr"] = True
     return info
-
-
-def _kohya_clip_skip(metadata: Mapping[str, str]) -> int | None:
-    """ss_clip_skip, from 1 on; None if it is not a number."""
-    text = metadata.get("ss_clip_skip", "").strip()
-    return int(text) if re.fullmatch(r"[1-9]\d?", text) else None
 
 
 def _prediction_type(metadata: Mapping[str, str]) -> str | None:
@@ -107,10 +95,8 @@ def _family(metadata: Mapping[str, str]) -> KohyaFamily | str | None:
 
 
 def kohya_fields(info: Mapping[str, Any], family: KohyaFamily) -> dict[str, str]:
-    """The fields of kohya's layout that say how to draw an adapter. `info` is about its training run.
-
-    They are written only where they differ from what every program does without them.
-    """
+    """The fields of kohya's layout that say how to draw an adapter. `info` is about its training run. They
+    are written only where they differ from what every program does without them."""
     fields = {}
     skipped = info.get("clip_skip", 0)
     if _is_count(skipped) and skipped:
@@ -144,10 +130,10 @@ def notes(name: str, metadata: Mapping[str, str], base: "families.Base") -> list
         )
     trained_family = _family(metadata)
     if trained_family is not None and trained_family != base.kohya_family:
-        trained_name = next((text for key, text in _NAME_OF.items() if key == trained_family), None)
+        trained_name = FAMILY_NAMES.get(trained_family) or shortened(trained_family)
         lines.append(
-            f"the metadata of {name} say that it is for {trained_name or shortened(trained_family)}, and this"
-            f" base is a {_NAME_OF[base.kohya_family]}"
+            f"the metadata of {name} say that it is for {trained_name}, and this base is a"
+            f" {FAMILY_NAMES[base.kohya_family]}"
         )
     stated = metadata.get("ss_clip_skip", "").strip()
     if "clip_skip" not in info and stated.lower() not in ("", "none", "0", "1", "2"):
@@ -165,10 +151,8 @@ def notes(name: str, metadata: Mapping[str, str], base: "families.Base") -> list
 
 
 def merged(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
-    """(what holds for the sum of adapters, notes). `runs` are (name for messages, `of` its metadata).
-
-    Fields with one value in all runs are kept. A prediction type is kept where no other run has another one.
-    """
+    """(what holds for the sum of adapters, notes). `runs` are (name for messages, `of` its metadata). Fields
+    with one value in all runs are kept. A prediction type is kept where no other run has another one."""
     first = runs[0][1]
     info = {
         field: value

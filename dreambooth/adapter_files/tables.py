@@ -4,7 +4,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from dreambooth.adapter_files import run_info
+from dreambooth.adapter_files import deltas, run_info
+from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.reading import AnyAdapter
 from dreambooth.io.errors import shortened, shown
 
@@ -28,7 +29,7 @@ def table(adapter: AnyAdapter) -> str:
 def report(adapter: AnyAdapter) -> str:
     """`table`, the metadata and notes; for an additive adapter, also its scales and norms."""
     sections = [table(adapter)]
-    if adapter.is_additive:
+    if isinstance(adapter, Adapter):
         sections += [_scales(adapter.scales), _norms(adapter)]
     notes = "".join(f"\nnote: {note}" for note in adapter.notes)
     return "\n\n".join([*sections, _training(adapter.metadata), _metadata(adapter.metadata)]) + notes
@@ -44,12 +45,12 @@ def _scales(scales: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _norms(adapter: AnyAdapter) -> str:
+def _norms(adapter: Adapter) -> str:
     """A table of the update's Frobenius norms, with the scale, by block of the UNet and by text encoder."""
     blocks: dict[str, list[float]] = defaultdict(list)
-    for component, norms in adapter.norms().items():
-        for layer, norm in norms.items():
-            blocks[_block(component, layer)].append(norm)
+    for component, modules in adapter.components.items():
+        for layer, module in modules.items():
+            blocks[_block(component, layer)].append(deltas.norm(module))
     lines = [f"{'block':<24} {'layers':>6} {'norm of the update':>20} {'largest of a layer':>20}"]
     for name, block_norms in blocks.items():
         total = sum(norm * norm for norm in block_norms) ** 0.5
@@ -70,9 +71,10 @@ def _block(component: str, layer: str) -> str:
 def _training(metadata: Mapping[str, str]) -> str:
     """What the metadata say on how to draw the adapter, as infer.py understands them."""
     info = run_info.of(metadata)
-    lines = [f"clip_skip        {info.get('clip_skip', 0)} (final layers of the text encoder to skip)"]
-    lines.append(f"prediction_type  {shortened(info.get('prediction_type', 'not stated'))}")
-    return "\n".join(lines)
+    return (
+        f"clip_skip        {info.get('clip_skip', 0)} (final layers of the text encoder to skip)\n"
+        f"prediction_type  {shortened(info.get('prediction_type', 'not stated'))}"
+    )
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:

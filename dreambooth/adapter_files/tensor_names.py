@@ -4,28 +4,16 @@ import re
 from collections.abc import Iterable
 
 # End of a key -> which tensor of a module it is.
-_ENDS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A": "down",
-    "lora_B": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_linear_layer.down.weight": "down",
-    "lora_linear_layer.up.weight": "up",
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "dora_scale": "dora_scale",
-    "alpha": "alpha",
-    "diff": "diff",
-} | {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
-_ENDS |= {
-    name: name
-    for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-}
+_DOWN = ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight", "lora_down.weight")
+_UP = ("lora_B.weight", "lora_B", "lora.up.weight", "lora_linear_layer.up.weight", "lora_up.weight")
+_SAME_NAME = (
+    *("dora_scale", "alpha", "diff"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+_ENDS = dict.fromkeys(_DOWN, "down") | dict.fromkeys(_UP, "up") | {name: name for name in _SAME_NAME}
+_ENDS |= {"lora_mid.weight": "mid"}
+_ENDS |= dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight"), "magnitude")
 _OLD_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}

@@ -252,10 +252,8 @@ def _is_swapped(module: LoKr) -> bool:
 def _kohya_metadata(
     adapter: Adapter, family: KohyaFamily, info: Mapping[str, Any], rank: int
 ) -> dict[str, str]:
-    """The metadata by which kohya's scripts and A1111 recognize a file; `rank` is the largest.
-
-    There are no names and no times in it: they differ between runs.
-    """
+    """The metadata by which kohya's scripts and A1111 recognize a file; `rank` is the largest. There are no
+    names and no times in it: they differ between runs."""
     kinds = {kind.replace("d", "l", 1) for kind in adapter.kinds}
     modules = [module for part in adapter.components.values() for module in part.values()]
     arguments: dict[str, str] = {}
@@ -330,10 +328,8 @@ def _peft_state_name(name: str) -> str:
 
 
 def _check_peft_makes(component: str, modules: Mapping[str, Module], fields: Mapping[str, Any]) -> None:
-    """Raise UserError unless peft makes modules of these shapes from the configuration.
-
-    It is tried on layers without data.
-    """
+    """Raise UserError unless peft makes modules of these shapes from the configuration. It is tried on layers
+    without data."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
     from dreambooth.adapter_files import peft_internals  # late: importing peft takes seconds
