@@ -27,6 +27,7 @@ from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.deltas import LoHa, LoKr, Lora
 from dreambooth.adapter_files.peft_internals import tuners
 from dreambooth.adapter_files.reading import AnyAdapter
+from dreambooth.adapters import inject
 
 Weight = float | Mapping[str, float]
 """One number for all layers, or numbers by part of a model (`unet`, `unet.up_blocks`, ...). The number of the
@@ -40,14 +41,8 @@ def layers_of(models: Models) -> dict[str, dict[str, tuple[int, ...]]]:
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for component, model in models.items():
         inside_tuners = tuple(f"{path}." for path in tuners(model))
-        weights = {
-            name: getattr(module, "weight", None)
-            for name, module in model.named_modules()
-            if not name.startswith(inside_tuners)
-        }
-        layers[component] = {
-            name: tuple(weight.shape) for name, weight in weights.items() if isinstance(weight, Tensor)
-        }
+        shapes = inject.shapes_of(model)
+        layers[component] = {n: shape for n, shape in shapes.items() if not n.startswith(inside_tuners)}
     return layers
 
 
@@ -299,37 +294,25 @@ def fused(models: Models, adapters: list[tuple[AnyAdapter, Weight]]) -> Iterator
     try:
         with torch.no_grad():
             for component, model in models.items():
-                for name in _layers_in(component, [adapter for adapter, _ in adapters]):
-                    weights = [(adapter, weight_at(weight, component, name)) for adapter, weight in adapters]
-                    active = [
-                        (adapter, weight)
-                        for adapter, weight in weights
-                        if weight and name in adapter.components.get(component, {})
-                    ]
-                    if active:
-                        parameter: nn.Parameter = _base_layer(model, name).weight
-                        base = parameter.detach().float()
-                        total = base + sum(w * adapter.update(component, name, base) for adapter, w in active)
-                        originals.append((parameter, parameter.data))
-                        # with the memory format of the layer's weight
-                        parameter.data = torch.empty_like(parameter.data).copy_(total)
+                changes: dict[str, list[tuple[AnyAdapter, float]]] = {}  # by layer
+                for adapter, weights in adapters:
+                    for name in adapter.components.get(component, {}):
+                        if weight := weight_at(weights, component, name):
+                            changes.setdefault(name, []).append((adapter, weight))
+                for name, weighted in changes.items():
+                    layer: Any = model.get_submodule(_live_path(model, name))
+                    if isinstance(layer, BaseTunerLayer):
+                        layer = layer.get_base_layer()
+                    parameter = layer.weight
+                    base = parameter.detach().float()
+                    total = base + sum(w * adapter.update(component, name, base) for adapter, w in weighted)
+                    originals.append((parameter, parameter.data))
+                    # with the memory format of the layer's weight
+                    parameter.data = torch.empty_like(parameter.data).copy_(total)
         yield
     finally:
         for parameter, tensor in originals:
             parameter.data = tensor
-
-
-def _layers_in(component: str, adapters: Iterable[AnyAdapter]) -> list[str]:
-    """The layers of a component that at least one of the adapters changes, each once."""
-    return list(
-        dict.fromkeys(layer for adapter in adapters for layer in adapter.components.get(component, {}))
-    )
-
-
-def _base_layer(model: nn.Module, layer: str) -> Any:
-    """The layer of the base with this plain name, inside peft's layers if there are any."""
-    module = model.get_submodule(_live_path(model, layer))
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 # ---- live or fused

@@ -41,10 +41,8 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, p
 
 
 class _FactoredLayer:
-    """The forward of peft's LoHa and LoKr layers if `factored_adapter` is the only active adapter.
-
-    The classes in `_CLASSES` inherit from this class first, then from peft's.
-    """
+    """The forward of peft's LoHa and LoKr layers if `factored_adapter` is the only active adapter. The
+    classes in `_CLASSES` inherit from this class first, then from peft's."""
 
     factored_adapter: str
 
@@ -312,10 +310,8 @@ def _through(link: _Link, weight: Tensor, x: Tensor, is_image: bool) -> Tensor:
 def _back(
     link: _Link, weight: Tensor, x: Tensor, gradient: Tensor, is_image: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of the link's input, gradient of its weight), from `gradient`, that of its output.
-
-    `wanted` says which of the two are needed; the other is None.
-    """
+    """(gradient of the link's input, gradient of its weight), from `gradient`, that of its output. `wanted`
+    says which of the two are needed; the other is None."""
     if link.geometry is not None:
         stride, padding, dilation = link.geometry
         kernels = weight.repeat(link.groups, 1, 1, 1)

@@ -39,22 +39,16 @@ _UNET_PRESETS = {
         *("conv", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
     ),
 }
-_TEXT_PRESETS = {
-    "attn": TEXT_ENCODER_TARGETS,
-    "attn_ff": (*TEXT_ENCODER_TARGETS, "fc1", "fc2"),
-    "full": (*TEXT_ENCODER_TARGETS, "fc1", "fc2"),
-}
+_TEXT_WITH_FF = (*TEXT_ENCODER_TARGETS, "fc1", "fc2")
+_TEXT_PRESETS = {"attn": TEXT_ENCODER_TARGETS, "attn_ff": _TEXT_WITH_FF, "full": _TEXT_WITH_FF}
 _SUFFIX = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_).*")
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of adapter.
-
-    `config` makes peft's configuration from a plan. `carrier` is the part of a key that marks the tensor into
-    which the scale is multiplied; "" if the kind has no scale.
-    """
+    """One kind of adapter. `config` makes peft's configuration from a plan. `carrier` is the part of a key
+    that marks the tensor into which the scale is multiplied; "" if the kind has no scale."""
 
     config: Callable[["Plan"], Any]
     carrier: str
@@ -62,11 +56,8 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The settings of one model's adapter.
-
-    `rank`, `alpha` and `dropout` are this model's. `targets` are the ends of the names of the adapted layers.
-    `ranks` has the layers whose rank is another.
-    """
+    """The settings of one model's adapter. `rank`, `alpha` and `dropout` are this model's. `targets` are the
+    ends of the names of the adapted layers. `ranks` has the layers whose rank is another."""
 
     options: AdapterOptions
     rank: int
@@ -84,17 +75,12 @@ class Plan:
 
 def _patterns(plan: Plan) -> dict[str, Any]:
     """The fields of peft's configuration that name layers."""
-    return {
-        "target_modules": list(plan.targets),
-        "rank_pattern": _anchored(plan.ranks),
-        "alpha_pattern": _anchored(plan.alphas),
-    }
-
-
-def _anchored(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with keys that match one layer each. peft reads keys as regular expressions for the end of a
-    layer's name."""
-    return {f"^{re.escape(layer)}": value for layer, value in table.items()}
+    # peft reads keys as regular expressions for the end of a layer's name: each of these matches one layer
+    ranks, alphas = (
+        {f"^{re.escape(layer)}": value for layer, value in table.items()}
+        for table in (plan.ranks, plan.alphas)
+    )
+    return {"target_modules": list(plan.targets), "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def _lora(plan: Plan) -> LoraConfig:
@@ -120,10 +106,6 @@ def _factors(plan: Plan) -> dict[str, Any]:
     } | _patterns(plan)
 
 
-def _loha(plan: Plan) -> LoHaConfig:
-    return LoHaConfig(**_factors(plan))
-
-
 def _lokr(plan: Plan) -> LoKrConfig:
     options = plan.options
     return LoKrConfig(
@@ -144,17 +126,13 @@ def _boft(plan: Plan) -> BOFTConfig:
     return BOFTConfig(boft_block_size=plan.options.boft_block_size, target_modules=list(plan.targets))
 
 
-def _hra(plan: Plan) -> HRAConfig:
-    return HRAConfig(r=plan.rank, target_modules=list(plan.targets))
-
-
 KINDS = {
     "lora": Kind(_lora, ".lora_B."),
-    "loha": Kind(_loha, ".hada_w1_a"),
+    "loha": Kind(lambda plan: LoHaConfig(**_factors(plan)), ".hada_w1_a"),
     "lokr": Kind(_lokr, ".lokr_w1"),  # the first factor, dense or the first half of its product
     "oft": Kind(_oft, ""),
     "boft": Kind(_boft, ""),
-    "hra": Kind(_hra, ""),
+    "hra": Kind(lambda plan: HRAConfig(r=plan.rank, target_modules=list(plan.targets)), ""),
 }
 
 
@@ -195,10 +173,8 @@ class Component:
         return bool(self._scales)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors by peft's key with the plain layer name, `<layer>.lora_A.weight`.
-
-        The scale is multiplied into one tensor of each layer, so that alpha is the rank.
-        """
+        """The adapter's tensors by peft's key with the plain layer name, `<layer>.lora_A.weight`. The scale
+        is multiplied into one tensor of each layer, so that alpha is the rank."""
         # save_embedding_layers=False: "auto" would request a config from the hub at every save
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         tensors = {}
@@ -280,11 +256,10 @@ def _is_part(part: str, name: str) -> bool:
     return f".{part}." in f".{name}."
 
 
-def by_part(table: Mapping[str, float], name: str) -> float | None:
+def by_part(table: dict[str, float] | dict[str, int], name: str) -> float | None:
     """The value of the last part in `table` that `name`, a component and a layer, contains; None if it
     contains none."""
-    values = [value for part, value in table.items() if _is_part(part, name)]
-    return values[-1] if values else None
+    return next((value for part, value in reversed(table.items()) if _is_part(part, name)), None)
 
 
 def unknown_parts(flag: str, parts: Iterable[str], layers: Sequence[str]) -> list[str]:
@@ -353,11 +328,8 @@ def inject(
 def _plan(
     name: str, options: AdapterOptions, targets: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Plan:
-    """The plan for the model `name`.
-
-    For a text encoder the --text_encoder_* flags replace the common ones. --rank_pattern replaces the rank of
-    single layers. Without a flag alpha is the rank.
-    """
+    """The plan for the model `name`. For a text encoder the --text_encoder_* flags replace the common ones.
+    --rank_pattern replaces the rank of single layers. Without a flag alpha is the rank."""
     is_text = name != "unet"
     rank, alpha, dropout = options.rank, options.lora_alpha, options.lora_dropout
     if is_text and options.text_encoder_rank is not None:

@@ -38,11 +38,8 @@ Loaded = Mapping[Path, LoadedAdapter]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One column of the contact sheet.
-
-    `set` holds the adapters with the weights that are drawn; None is the base without adapters. `jobs` are
-    the (prompt, seed) of the column's pictures.
-    """
+    """One column of the contact sheet. `set` holds the adapters with the weights that are drawn; None is the
+    base without adapters. `jobs` are the (prompt, seed) of the column's pictures."""
 
     label: str
     set: AdapterSet | None
@@ -119,12 +116,18 @@ def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, ba
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
     for variant in {variant.clip_skip: variant for variant in variants}.values():
         _check_clip_skip(options, variant, loaded, base)
-    for variant in variants:
-        for weighted in variant.adapters:
+    for adapter_set in filter(None, (variant.set for variant in variants)):
+        for weighted in adapter_set.adapters:
             adapter = loaded[weighted.path].adapter
-            if variant.set and not adapter.is_additive:
-                what = f"{variant.set.where}: {shown(weighted.path)} is {', '.join(adapter.kinds).upper()}"
-                _check_rotation(what, weighted.weights, options.fuse)
+            if adapter.is_additive:
+                continue
+            what = f"{adapter_set.where}: {shown(weighted.path)} is {', '.join(adapter.kinds).upper()}"
+            if odd := [weight for weight in weighted.weights.values() if weight not in (0, 1)]:
+                raise UserError(
+                    f"{what}, which rotates weights: its own weight must be 0 or 1, got {odd[0]:g}"
+                )
+            if options.fuse == "no":
+                raise UserError(f"{what}, which is always fused; leave --fuse no out")
 
 
 def _check_clip_skip(options: InferOptions, variant: Variant, loaded: Loaded, base: families.Base) -> None:
@@ -154,16 +157,6 @@ def notes(
         *syntax_notes,
         *(note for label, fields in metadata.items() for note in run_info.notes(label, fields, base)),
     ]
-
-
-def _check_rotation(what: str, weights: Mapping[str, float], fuse: apply.Fusing) -> None:
-    """Raise UserError unless an adapter of OFT, BOFT or HRA has weights 0 or 1 only and may be fused. `what`
-    begins the message."""
-    for weight in weights.values():
-        if weight not in (0, 1):
-            raise UserError(f"{what}, which rotates weights: its own weight must be 0 or 1, got {weight:g}")
-    if fuse == "no":
-        raise UserError(f"{what}, which is always fused; leave --fuse no out")
 
 
 def table(variants: Sequence[Variant], loaded: Loaded, fuse: apply.Fusing, dtype: torch.dtype) -> str:

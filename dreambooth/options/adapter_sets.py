@@ -73,9 +73,7 @@ def _number(text: str) -> float | None:
 
 def split(word: str, where: str) -> tuple[Path, float]:
     """(file or folder, weight) of `FILE` or `FILE:WEIGHT`. A word that is the name of a file is that file.
-
-    `where` begins the message. Raises UserError if the weight is no number, or too large.
-    """
+    `where` begins the message. Raises UserError if the weight is no number, or too large."""
     head, _, tail = word.rpartition(":")
     if not head or _exists(word) or "/" in tail:
         return Path(word), 1.0
@@ -150,10 +148,8 @@ def _factor(flag: str, entry: str) -> tuple[str, float]:
 
 
 def check_parts(sets: Sequence[AdapterSet], layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if a factor is for a part that the base does not have.
-
-    `layers` of the base are by component and plain name.
-    """
+    """Raise UserError if a factor is for a part that the base does not have. `layers` of the base are by
+    component and plain name."""
     parts = set(layers)
     for component, modules in layers.items():
         for module in modules:

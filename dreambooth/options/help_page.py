@@ -38,7 +38,7 @@ def page(kind: type, program: str, description: str, *, is_full: bool) -> str:
     for heading, entries in itertools.groupby(shown, key=lambda flag: flag[0]):
         lines += ["", *_wrapped(heading, width)]
         for _, field, text in entries:
-            lines += _wrapped(f"  {_usage(field)}", width, indent=10)
+            lines += _wrapped(f"  --{field.name} {_metavar(field.type)}", width, indent=10)
             lines += _wrapped(f"      {text}{_default(field)}", width, indent=6)
     if len(shown) < len(flags):
         lines += ["", *_wrapped(f"{len(flags) - len(shown)} more flags are listed by --help_all.", width)]
@@ -81,13 +81,8 @@ def _field_docstrings(kind: type) -> dict[str, str]:
     return texts
 
 
-def _usage(field: dataclasses.Field) -> str:
-    """The flag and what its value looks like: "--rank INT"."""
-    value = _metavar(field.type)
-    return f"--{field.name} {value}" if value else f"--{field.name}"
-
-
 def _metavar(kind: Any) -> str:
+    """What a value of this type looks like: "INT". Empty for a switch."""
     if kind is BooleanWord:
         return "{True, False}"
     origin, arguments = get_origin(kind), get_args(kind)
@@ -112,9 +107,8 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    """Lines of at most `width` columns; the first is indented as the text is, the others by `indent`.
-
-    Line breaks in the text are ignored."""
+    """Lines of at most `width` columns; the first is indented as the text is, the others by `indent`. Line
+    breaks in the text are ignored."""
     start = len(text) - len(text.lstrip())
     return textwrap.wrap(
         " ".join(text.split()),

@@ -94,10 +94,8 @@ def resolve(
     mixed_precision: str,
     prior: ResolvedPriorOptions | None = None,
 ) -> ResolvedTrainOptions:
-    """The options with the defaults of the base's `family`: sd, sdxl or if.
-
-    `prior` is the resolved group if class images are used.
-    """
+    """The options with the defaults of the base's `family`: sd, sdxl or if. `prior` is the resolved group if
+    class images are used."""
     resolution = resolution_of(options.instance, family)
     return _as(
         ResolvedTrainOptions,

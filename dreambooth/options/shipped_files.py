@@ -11,11 +11,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 _ROOTS = (_PACKAGE.parent, _PACKAGE / "scripts")
 _FLAGS = (
-    "--config",
-    "--pretrained_model_name_or_path",
-    "--instance_data_dir",
-    "--prompts_file",
-    "--adapters_file",
+    *("--config", "--pretrained_model_name_or_path", "--instance_data_dir"),
+    *("--prompts_file", "--adapters_file"),
 )
 
 
