@@ -28,7 +28,7 @@ _secrets: set[str] = set()
 def hide(secret: str | None) -> None:
     """From now on no message shows `secret`."""
     if secret:
-        _secrets.update((secret, quote(secret, safe="")))
+        _secrets.update((secret, quote(secret, safe="", errors="replace")))
 
 
 def without_tokens(text: str) -> str:
