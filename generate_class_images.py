@@ -39,7 +39,6 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     peers = processes.join(watch, peer_timeout=600)
-    accelerator = peers.accelerator
     peers.say_notes(launcher.notes())
 
     # base, prompt and settings
@@ -54,12 +53,11 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     peers.say_notes(prompt_syntax.notes([options.class_prompt]))
     settings = class_images.make_settings(
         generation,
-        prompt=options.class_prompt,
-        seed=options.seed,
-        side=options.resolution or base.default_resolution,
-        base=base,
-        fingerprint=base.fingerprint(),
-        device=accelerator.device,
+        options.class_prompt,
+        options.seed,
+        options.resolution or base.default_resolution,
+        base,
+        peers.accelerator.device,
     )
 
     # pictures

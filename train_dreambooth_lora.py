@@ -134,14 +134,13 @@ class Training:
         """The UNet's output, [B, C, h, w], without a predicted variance."""
         unet = self.frozen.parts.unet
         prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
-        time_ids = batch.time_ids(self.dataset.crops.resolution)
         offload = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
         with self.accelerator.autocast(), offload:
             model_output = unet(
                 task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last),
                 task.timesteps,
                 prompt_embeds.embeds,
-                added_cond_kwargs=prompt_embeds.added_cond_kwargs(time_ids),
+                added_cond_kwargs=prompt_embeds.added_cond_kwargs(batch.time_ids),
             ).sample
         # the second half of the channels is the predicted variance, in a UNet that predicts it
         has_variance = unet.config.out_channels == 2 * unet.config.in_channels

@@ -23,7 +23,7 @@ from dreambooth.bases import folders
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.files import safetensors_files
 from dreambooth.files.safetensors_files import FLOATS
-from dreambooth.io.errors import UserError, is_memory_error, shortened, shown, type_and_reason
+from dreambooth.io.errors import UserError, is_memory_error, raise_all, shortened, shown, type_and_reason
 
 _LARGEST = 2**20  # of any number
 _MOST_LAYERS = 512  # of a model, counted as blocks times layers of a block times transformer layers
@@ -61,8 +61,7 @@ def check(folder: Path, name: str, kinds: Mapping[str, type], variant: str | Non
     `name` is how the user named the base, `kinds` the class of each model. Only headers of weights are read.
     """
     configs = {part: read(kind, folder / part / "config.json") for part, kind in kinds.items()}
-    if problems := _misfits(configs, name):
-        raise UserError("\n".join(f"{BASE_FLAG}: {problem}" for problem in problems))
+    raise_all(f"{BASE_FLAG}: {problem}" for problem in _misfits(configs, name))
     folders.check_variant(folder, name, kinds, variant)
     problems = []
     for part, kind in kinds.items():
@@ -70,8 +69,7 @@ def check(folder: Path, name: str, kinds: Mapping[str, type], variant: str | Non
             check_weights(kind, folder / part, folders.weight_files(folder, part, variant))
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def check_vae(folder: Path, name: str, base_folder: Path, variant: str | None) -> None:
@@ -105,8 +103,7 @@ def read(kind: type, path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
         counted = [field for field in (*_LAYER_COUNTS, "block_out_channels") if config.get(field)]
         counts = ", ".join(_state(config, field) for field in counted)
         problems.append(f"{counts}: up to {layers:,} layers, and the most that are loaded are {_MOST_LAYERS}")
-    if problems:
-        raise UserError("\n".join(f"{flag}: {shown(path)}: {problem}" for problem in problems))
+    raise_all(f"{flag}: {shown(path)}: {problem}" for problem in problems)
     return config
 
 
@@ -136,12 +133,12 @@ def check_weights(kind: type, folder: Path, files: Iterable[Path], flag: str = B
         if key not in _MODELS:
             with torch.device("meta"), no_init_weights():
                 _MODELS[key] = build(kind, config)
-        model = _MODELS[key]
     except Exception as error:  # the libraries raise anything for values that do not fit each other
         if is_memory_error(error):
             raise
         reason = type_and_reason(error)
         raise UserError(f"{flag}: no model can be made of {shown(folder)}/config.json ({reason})") from None
+    model = _MODELS[key]
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for path in files:
@@ -288,7 +285,7 @@ def _vae_faults(config: Mapping[str, Any]) -> list[str]:
 def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     """Faults between configurations: parts that do not belong together, and bases that cannot be trained
     here."""
-    unet, problems = configs["unet"], []
+    unet, phrases = configs["unet"], []
     vae, second = configs.get("vae"), configs.get("text_encoder_2")
     widths = [
         config.get("d_model", config.get("hidden_size"))
@@ -299,34 +296,23 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
     unet_width = unet["encoder_hid_dim" if projects else "cross_attention_dim"]
     if unet_width != sum(widths):
         gives = "encoders give" if len(widths) > 1 else "encoder gives"
-        problems.append(
-            f"the UNet of {shown(name)} takes {unet_width} wide text and its text {gives} {sum(widths)}: "
-            "parts of two different bases"
-        )
+        text = f"{unet_width} wide text and its text {gives} {sum(widths)}"
+        phrases.append(f" takes {text}: parts of two different bases")
     if second:
         # the pooled embedding, and six embedded numbers: original size, crop corner, target size
         added = second["projection_dim"] + 6 * (unet["addition_time_embed_dim"] or 0)
         if (taken := unet["projection_class_embeddings_input_dim"]) != added:
-            problems.append(
-                f"the UNet of {shown(name)} takes {taken} numbers of text and size and gets {added}: "
-                "parts of two different bases"
-            )
-    if vae and unet["in_channels"] != vae["latent_channels"]:
-        channels = f"{unet['in_channels']} channels and its VAE gives {vae['latent_channels']}"
-        problems.append(
-            f"the UNet of {shown(name)} takes {channels}: parts of two different bases, or a base for "
-            "inpainting"
-        )
-    if not vae and unet["in_channels"] != 3:
-        problems.append(
-            f"the UNet of {shown(name)} takes {unet['in_channels']} channels and not 3: "
-            "a second stage, which is not trained here"
-        )
+            numbers = f"{taken} numbers of text and size and gets {added}"
+            phrases.append(f" takes {numbers}: parts of two different bases")
+    channels = unet["in_channels"]
+    if vae and channels != vae["latent_channels"]:
+        given = f"{channels} channels and its VAE gives {vae['latent_channels']}"
+        phrases.append(f" takes {given}: parts of two different bases, or a base for inpainting")
+    if not vae and channels != 3:
+        phrases.append(f" takes {channels} channels and not 3: a second stage, which is not trained here")
     if unet["time_cond_proj_dim"] is not None:
-        problems.append(
-            f"the UNet of {shown(name)} takes the guidance scale as an input (time_cond_proj_dim): "
-            "a distilled base, which is not trained here"
-        )
+        given = "the guidance scale as an input (time_cond_proj_dim)"
+        phrases.append(f" takes {given}: a distilled base, which is not trained here")
     # what the UNet takes beside latents, timesteps and text
     inputs = {
         "class_embed_type": None,
@@ -334,9 +320,9 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
         "encoder_hid_dim_type": "text_proj" if projects and unet["encoder_hid_dim_type"] else None,
         "addition_embed_type": "text_time" if second else None if vae else "text",
     }
-    problems += [
-        f"the UNet of {shown(name)}: {_state(unet, field)}; for such a base it must be {wanted or 'null'}"
+    phrases += [
+        f": {_state(unet, field)}; for such a base it must be {wanted or 'null'}"
         for field, wanted in inputs.items()
         if unet[field] != wanted
     ]
-    return problems
+    return [f"the UNet of {shown(name)}{fault}" for fault in phrases]

@@ -29,10 +29,6 @@ from dreambooth.files import digests
 from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.options.training import BaseOptions, TextOptions
 
-# Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks
-# training images.
-UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -132,18 +128,11 @@ class Base:
     def variant_notes(self) -> list[str]:
         """A note for the user if parts are loaded from files that are not of --variant."""
         variant = self.options.variant
-        parts = ["unet", *self.family.text, *(["vae"] if self.family.has_vae else [])]
-        kinds = {
-            part: weight_names.variants([path.name for path in self.part_folder(part).iterdir()], part)
-            for part in parts
-            if not (part == "vae" and self.given_vae)
-        }
-        plain = [part for part, names in kinds.items() if variant and variant not in names]
-        return (
-            [f"there are no {variant} weights of {', '.join(plain)}: the plain ones are loaded"]
-            if plain
-            else []
-        )
+        parts = ["unet", *self.family.text, *(["vae"] if self.family.has_vae and not self.given_vae else [])]
+        plain = [part for part in parts if variant not in folders.variants_in(self.folder / part, part)]
+        if not variant or not plain:
+            return []
+        return [f"there are no {variant} weights of {', '.join(plain)}: the plain ones are loaded"]
 
     @property
     def default_resolution(self) -> int:
@@ -235,10 +224,8 @@ def find(options: BaseOptions) -> Base:
             if not (folder / "model_index.json").is_file():
                 raise UserError(folders.no_index(folder, name))
         elif folder.exists():
-            how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-            raise UserError(
-                f"{BASE_FLAG}: {shown(name)} is a single file; convert it to a diffusers folder first: {how}"
-            )
+            how = f"convert it to a diffusers folder first: {folders.CONVERT}"
+            raise UserError(f"{BASE_FLAG}: {shown(name)} is a single file; {how}")
         else:
             folder = _download(options)
     except OSError as error:
@@ -255,9 +242,7 @@ def find(options: BaseOptions) -> Base:
     )
     configs.check(folder, name, family.kinds, options.variant)
     noise_levels.check(folder, name, index)
-    vae_name = options.pretrained_vae_model_name_or_path
-    given_vae = _find_vae(vae_name, family, folder, options.variant) if vae_name else None
-    return Base(family, folder, given_vae, options, index)
+    return Base(family, folder, _find_vae(options, family, folder), options, index)
 
 
 def _download(options: BaseOptions) -> Path:
@@ -272,7 +257,7 @@ def _download(options: BaseOptions) -> Path:
                 revision=options.revision,
                 variant=options.variant,
                 use_safetensors=True,
-                **{part: None for part in UNUSED_PARTS if part in index},
+                **{part: None for part in folders.UNUSED_PARTS if part in index},
             )
         )
     except (OSError, ValueError) as error:
@@ -295,7 +280,11 @@ def _hub_variant_problem(options: BaseOptions) -> str | None:
     return weight_names.problem(available, options.variant or weight_names.PLAIN) if available else None
 
 
-def _find_vae(name: str, family: Family, base_folder: Path, variant: str | None) -> Path:
+def _find_vae(options: BaseOptions, family: Family, base_folder: Path) -> Path | None:
+    """The folder of the VAE that replaces the base's; None without one."""
+    name = options.pretrained_vae_model_name_or_path
+    if not name:
+        return None
     if not family.has_vae:
         raise UserError(f"{VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
     folder = Path(name)
@@ -305,7 +294,7 @@ def _find_vae(name: str, family: Family, base_folder: Path, variant: str | None)
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise _no_such_hub_id(VAE_FLAG, name, error) from None
-    configs.check_vae(folder, name, base_folder, variant)
+    configs.check_vae(folder, name, base_folder, options.variant)
     return folder
 
 
@@ -348,11 +337,6 @@ def _tokenizer_lengths(base: Base) -> list[int]:
     return [length for length in lengths if type(length) is int and length > 0]
 
 
-def text_layers(base: Base, encoder: str) -> int:
-    """The number of layers of a text encoder."""
-    return int(base.config(encoder)["num_hidden_layers"])
-
-
 def unused_layers(family: Family, encoder: str, text: TextOptions) -> int:
     """How many of a text encoder's last layers have no effect on the prompt embeddings."""
     # the pooled embedding of Stable Diffusion XL's second encoder comes from its last layer, whatever
@@ -370,7 +354,7 @@ def check_text(base: Base, text: TextOptions) -> None:
     if text.clip_skip and base.family.encode is prompts.encode_t5:
         raise UserError(f"--clip_skip: {base.family.name} has no CLIP; leave it out")
     limits = [
-        (text_layers(base, encoder) - 1 - unused, encoder)
+        (base.config(encoder)["num_hidden_layers"] - 1 - unused, encoder)
         for encoder, unused in base.family.unused_layers.items()
     ]
     most, encoder = min(limits, default=(0, ""))

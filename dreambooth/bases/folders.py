@@ -14,15 +14,18 @@ from typing import Any, Literal
 from dreambooth.bases import weight_names
 from dreambooth.files import digests, safetensors_files
 from dreambooth.io import reader
-from dreambooth.io.errors import UserError, shortened, shown
+from dreambooth.io.errors import UserError, raise_all, shortened, shown
 from dreambooth.options.training import BaseOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 KohyaFamily = Literal["sd1", "sd2", "sdxl"]  # the versions by which kohya's files name layers
 _LIBRARIES = {"diffusers", "transformers"}
-_NEVER_LOADED = {"safety_checker", "watermarker", "feature_extractor", "image_encoder"}
+# Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks
+# training images.
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
 _OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")
+CONVERT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"  # in messages
 _OTHER_SCRIPTS = {
     "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
     "FluxPipeline": "train_dreambooth_lora_flux.py",
@@ -33,32 +36,23 @@ def unknown_class(name: str, pipeline: object, known: Sequence[str]) -> str:
     """The message for a base whose pipeline class is not one of `known`."""
     script = _OTHER_SCRIPTS.get(pipeline) if isinstance(pipeline, str) else None
     advice = f"; diffusers' {script} trains it" if script else ""
-    return (
-        f"{BASE_FLAG}: {shown(name)} is a {shortened(pipeline)}; "
-        f"this version trains {', '.join(known)}{advice}"
-    )
+    trained = ", ".join(known)
+    return f"{BASE_FLAG}: {shown(name)} is a {shortened(pipeline)}; this version trains {trained}{advice}"
 
 
 def no_index(folder: Path, name: str) -> str:
     """The message for a folder without model_index.json, with what the folder may be instead."""
     names = sorted(path.name for path in folder.iterdir())
     content = ", ".join(shown(n) for n in names[:5]) or "nothing"
-    message = (
-        f"{BASE_FLAG}: {shown(name)} is not a diffusers pipeline folder: "
-        f"it has no model_index.json; it holds {content}"
-    )
+    advice = ""
     if (folder.absolute().parent / "model_index.json").is_file():
-        return f"{message}. It is one part of a base: name the folder above it"
-    if "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
-        return (
-            f"{message}. That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
-        )
-    if any(n.endswith((".safetensors", *_OBJECT_FILES)) for n in names):
-        return (
-            f"{message}. Convert a single-file base with "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
-    return message
+        advice = ". It is one part of a base: name the folder above it"
+    elif "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
+        advice = ". That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
+    elif any(n.endswith((".safetensors", *_OBJECT_FILES)) for n in names):
+        advice = f". Convert a single-file base with {CONVERT}"
+    lack = f"is not a diffusers pipeline folder: it has no model_index.json; it holds {content}"
+    return f"{BASE_FLAG}: {shown(name)} {lack}{advice}"
 
 
 def read_json(path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
@@ -84,16 +78,14 @@ def check(
     wanted = [part for part in folders if not (part == "tokenizer" and is_tokenizer_given)]
     if missing := [part for part in wanted if not (folder / part).is_dir()]:
         raise UserError(f"{BASE_FLAG}: {shown(name)} lacks the folders {', '.join(missing)}")
-    _raise(_foreign(index, classes))
+    raise_all(f"{BASE_FLAG}: {problem}" for problem in _foreign(index, classes))
     paths = {part: folder / part / "tokenizer_config.json" for part in wanted if part.startswith("tokenizer")}
     paths = {part: path for part, path in paths.items() if path.exists()}
     paths |= {part: folder / part / "config.json" for part in classes}
-    _raise(
-        [
-            f"the {part} of {shown(name)} names code of its own (auto_map), which is not run"
-            for part, path in paths.items()
-            if "auto_map" in read_json(path)
-        ]
+    raise_all(
+        f"{BASE_FLAG}: the {part} of {shown(name)} names code of its own (auto_map), which is not run"
+        for part, path in paths.items()
+        if "auto_map" in read_json(path)
     )
 
 
@@ -102,7 +94,7 @@ def check_variant(folder: Path, name: str, parts: Iterable[str], variant: str | 
 
     Parts without any safetensors weights are left to `weight_files`.
     """
-    available = {part: weight_names.variants(_file_names(folder / part), part) for part in parts}
+    available = {part: variants_in(folder / part, part) for part in parts}
     problem = weight_names.problem(available, variant or weight_names.PLAIN)
     if problem and all(available.values()):
         flag = "--variant" if variant else BASE_FLAG
@@ -112,16 +104,12 @@ def check_variant(folder: Path, name: str, parts: Iterable[str], variant: str | 
 def has_variant(folder: Path, variant: str | None) -> bool:
     """Whether any part of the base in `folder` has weights of this variant."""
     parts = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-    return any(variant in weight_names.variants(_file_names(part), part.name) for part in parts)
+    return any(variant in variants_in(part, part.name) for part in parts)
 
 
-def _file_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        raise UserError("\n".join(f"{BASE_FLAG}: {problem}" for problem in problems))
+def variants_in(folder: Path, part: str) -> set[str]:
+    """The variants, `weight_names.PLAIN` among them, that the files in `folder` have of a part."""
+    return weight_names.variants([path.name for path in folder.iterdir() if path.is_file()], part)
 
 
 def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
@@ -139,7 +127,7 @@ def _foreign(index: Mapping[str, Any], classes: Mapping[str, str]) -> list[str]:
         if library is None and part in classes:
             problems.append(f"model_index.json leaves out {part}")
         # unused parts may be of any library: some bases name a module of diffusers for them
-        elif library is not None and library not in _LIBRARIES and part not in _NEVER_LOADED:
+        elif library is not None and library not in _LIBRARIES and part not in UNUSED_PARTS:
             problems.append(
                 f"model_index.json: {shortened(part)} comes from {shortened(library)}; only diffusers and "
                 "transformers are loaded"
@@ -172,9 +160,8 @@ def weight_files(
     if objects := [n for n in names if n.endswith(_OBJECT_FILES)]:
         raise UserError(
             f"{flag}: {shown(part_folder)} has its weights in {shown(objects[0])} only, serialized Python "
-            "objects, "
-            "which can carry code and are not loaded. If you trust it, load it once with diffusers and "
-            "save_pretrained(FOLDER, safe_serialization=True)"
+            "objects, which can carry code and are not loaded. If you trust it, load it once with diffusers "
+            "and save_pretrained(FOLDER, safe_serialization=True)"
         )
     content = ", ".join(map(shown, names[:5]))
     wanted = weight_names.single(part_kind, weight_names.PLAIN)
@@ -187,7 +174,7 @@ def given_vae_files(folder: Path, variant: str | None) -> list[Path]:
 
     Raises UserError as `weight_files` does, or if none of these is the case.
     """
-    kinds = weight_names.variants(_file_names(folder), "vae")
+    kinds = variants_in(folder, "vae")
     if kinds and not kinds & {weight_names.PLAIN, variant}:
         if len(kinds) > 1:
             raise UserError(
@@ -202,9 +189,8 @@ def given_vae_files(folder: Path, variant: str | None) -> list[Path]:
 def _shards(index: Path, flag: str) -> list[Path]:
     """The files that an index of shards names."""
     table = read_json(index, flag).get("weight_map")
-    names: list[str] = []
-    if isinstance(table, dict) and all(isinstance(name, str) for name in table.values()):
-        names = sorted(set(table.values()))
+    values = list(table.values()) if isinstance(table, dict) else []
+    names = sorted(set(values)) if all(isinstance(name, str) for name in values) else []
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # a bare name, never a path
             raise UserError(

@@ -164,22 +164,13 @@ def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DCon
 
 
 def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of one part, frozen and in eval mode.
-
-    UNet and VAE are in channels_last: on a CPU, convolutions take minutes in another layout and seconds in
-    this one.
-    """
-    kind = base.family.kinds[part]
+    """The model of one part, frozen and in eval mode."""
     files = base.weight_files(part)
+    place = BASE_FLAG, part, str(base.folder)
     if part == "vae" and base.given_vae:
-        context = _explained(VAE_FLAG, "it", str(base.given_vae))
-    else:
-        context = _explained(BASE_FLAG, part, str(base.folder))
-    with context:
-        is_convolutional = part in ("unet", "vae")
-        return load_model(
-            kind, base.part_folder(part), files, dtype=dtype, device=device, channels_last=is_convolutional
-        )
+        place = VAE_FLAG, "it", str(base.given_vae)
+    with _explained(*place):
+        return load_model(base.family.kinds[part], base.part_folder(part), files, dtype, device)
 
 
 def tokenizer_identity(name: str) -> str:
@@ -227,49 +218,36 @@ class _Weight:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=_DTYPES[self.dtype])
-        unread = memoryview(b"")
-        if tensor.numel():
-            unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if not tensor.numel():
+            return tensor
+        values = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with reader.opened(self.path) as file:
             file.seek(self.start)
-            while unread:
-                count = file.readinto(unread)
-                if not count:
-                    raise UserError(
-                        f"{shown(self.path)} ends within {self.key}: it has changed since it was checked"
-                    )
-                unread = unread[count:]
+            if file.readinto(values) < values.nbytes:
+                raise UserError(
+                    f"{shown(self.path)} ends within {self.key}: it has changed since it was checked"
+                )
         return tensor
 
 
 def load_model(
-    kind: type,
-    folder: Path,
-    files: Sequence[Path],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    channels_last: bool = False,
+    kind: type, folder: Path, files: Sequence[Path], dtype: torch.dtype, device: torch.device
 ) -> Any:
     """A model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of
-    `files`.
+    the safetensors `files`.
 
-    The files are safetensors. The model is on `device` and in `dtype`, except for what the library keeps in
-    float32, in eval mode and without gradients. `channels_last` is the layout of weights with four
-    dimensions. Weights that the model lacks are ignored, as `from_pretrained` does: many bases hold the rest
-    of CLIP. Raises UserError if the files lack a weight of the model, or have it in another shape.
+    The model is on `device` and in `dtype`, except for what the library keeps in float32, in eval mode and
+    without gradients. One of diffusers is in channels_last: on a CPU, convolutions take minutes in another
+    layout and seconds in this one. Weights that the model lacks are ignored, as `from_pretrained` does: many
+    bases hold the rest of CLIP. Raises UserError if the files lack a weight of the model, or have it in
+    another shape.
     """
     weights = _weights(files)
     if issubclass(kind, ModelMixin):
-        layout = torch.channels_last if channels_last else torch.preserve_format
-        model = _diffusers_model(kind, folder, weights, dtype, device, layout)
+        model = _diffusers_model(kind, folder, weights, dtype, device)
     else:
         model = _transformers_model(kind, folder, weights, dtype)
-    model.requires_grad_(False).eval().to(device)
-    if channels_last:
-        # for buffers, and for weights of one pixel and channel, which count as being in both layouts
-        model.to(memory_format=torch.channels_last)
-    return model
+    return model.requires_grad_(False).eval().to(device)
 
 
 def _weights(files: Iterable[Path]) -> dict[str, _Weight]:
@@ -284,26 +262,16 @@ def _weights(files: Iterable[Path]) -> dict[str, _Weight]:
     return weights
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
+def _diffusers_model(
+    kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype, device: torch.device
+) -> Any:
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with no_init_weights(), accelerate.init_empty_weights():
+            model = kind.from_config(kind.load_config(folder))
     finally:
-        torch.set_default_dtype(before)
-
-
-def _diffusers_model(
-    kind: Any,
-    folder: Path,
-    weights: Mapping[str, _Weight],
-    dtype: torch.dtype,
-    device: torch.device,
-    layout: torch.memory_format,
-) -> Any:
-    with _default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights():
-        model = kind.from_config(kind.load_config(folder))
+        torch.set_default_dtype(default_dtype)
     keys = {key: key for key in weights}
     model._fix_state_dict_keys_on_load(keys)  # attention layers of older VAEs have other names
     wanted = model.state_dict()
@@ -314,17 +282,17 @@ def _diffusers_model(
 
     def read(name: str) -> torch.Tensor:
         tensor = weights[keys[name]][...]
-        weight_dtype = dtype if tensor.is_floating_point() else tensor.dtype
         is_kept = any(part in name.split(".") for part in kind._keep_in_fp32_modules or ())
-        if tensor.is_floating_point() and is_kept:
-            weight_dtype = torch.float32
-        memory_format = layout if tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, weight_dtype, memory_format=memory_format)
+        float_dtype = torch.float32 if is_kept else dtype
+        weight_dtype = float_dtype if tensor.is_floating_point() else tensor.dtype
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, weight_dtype, memory_format=layout)
 
     with ThreadPoolExecutor(_READERS) as pool:
         model.load_state_dict(dict(zip(wanted, pool.map(read, wanted), strict=True)), assign=True)
     model.register_to_config(_name_or_path=str(folder))
-    return model
+    # for buffers, and for weights of one pixel and channel, which count as being in both layouts
+    return model.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ have others.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerSchedu
 
 from dreambooth.bases import configs, folders
 from dreambooth.bases.folders import BASE_FLAG
-from dreambooth.io.errors import UserError, shortened, shown, type_and_reason
+from dreambooth.io.errors import UserError, raise_all, shortened, shown, type_and_reason
 
 # Solvers on the levels of DDPM: each computes the same alphas_cumprod from the same fields.
 DISCRETE = (
@@ -55,9 +55,7 @@ def check_class(index: Mapping[str, Any], name: str) -> None:
 
     `name` is how the user named the base.
     """
-    kind = _index_class(index)
-    if kind not in (*DISCRETE, *EDM):
-        raise UserError(_unknown(f"model_index.json of {shown(name)}", kind))
+    _check_kind(_index_class(index), f"model_index.json of {shown(name)}")
 
 
 def check(folder: Path, name: str, index: Mapping[str, Any]) -> None:
@@ -69,8 +67,7 @@ def check(folder: Path, name: str, index: Mapping[str, Any]) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     config, place = folders.read_json(path), shown(path)
     kind = config.get("_class_name")
-    if kind not in (*DISCRETE, *EDM):
-        raise UserError(_unknown(place, kind))
+    _check_kind(kind, place)
     if (kind in EDM) != is_edm(index):
         raise UserError(
             f"{BASE_FLAG}: {place} is of a {kind} and model_index.json names {_index_class(index)}: "
@@ -79,8 +76,7 @@ def check(folder: Path, name: str, index: Mapping[str, Any]) -> None:
     problems = _edm_faults(config) if kind in EDM else _discrete_faults(config)
     problems += _shared_faults(config)
     problems = problems or configs.faults(getattr(diffusers, str(kind)), config)
-    if problems:
-        raise UserError("\n".join(f"{BASE_FLAG}: {place}: {problem}" for problem in problems))
+    raise_all(f"{BASE_FLAG}: {place}: {problem}" for problem in problems)
     _try(config, str(_index_class(index)), place)
 
 
@@ -89,14 +85,16 @@ def _index_class(index: Mapping[str, Any]) -> object:
     return entry[-1] if isinstance(entry, list | tuple) and len(entry) == 2 else entry
 
 
-def _unknown(place: str, kind: object) -> str:
-    """The message for a scheduler of a class that is not known."""
+def _check_kind(kind: object, place: str) -> None:
+    """Raise UserError unless the class of scheduler that the file `place` names is known."""
+    if kind in (*DISCRETE, *EDM):
+        return
+    named = "no class of the scheduler"
+    if isinstance(kind, str) and kind:
+        other = next((text for part, text in _OTHER_KINDS.items() if part in kind), "another scheduler")
+        named = f"{shortened(kind)}, {other}, whose noise levels are not known here"
     known = f"known are {', '.join(DISCRETE)}, and for EDM {', '.join(EDM)}"
-    if not isinstance(kind, str) or not kind:
-        return f"{BASE_FLAG}: {place} names no class of the scheduler; {known}"
-    other = next((text for part, text in _OTHER_KINDS.items() if part in kind), "another scheduler")
-    unknown = f"{shortened(kind)}, {other}, whose noise levels are not known here"
-    return f"{BASE_FLAG}: {place} names {unknown}; {known}"
+    raise UserError(f"{BASE_FLAG}: {place} names {named}; {known}")
 
 
 def _shared_faults(config: Mapping[str, Any]) -> list[str]:
@@ -146,17 +144,12 @@ def _discrete_faults(config: Mapping[str, Any]) -> list[str]:
 
 def _edm_faults(config: Mapping[str, Any]) -> list[str]:
     """Faults of the fields that EDM's levels are computed from."""
-    rules: dict[str, Callable[[float], bool]] = {
-        "sigma_min": lambda value: 0 < value < 1e6,
-        "sigma_max": lambda value: 0 < value < 1e6,
-        "sigma_data": lambda value: 0 < value < 1e6,
-        "rho": lambda value: 0 < value <= 100,
-    }
+    most = {"sigma_min": 1e6, "sigma_max": 1e6, "sigma_data": 1e6, "rho": 100}
     filled = {"rho": 7.0, **config}  # diffusers' default
     problems = [
         _fault(filled, field, "it must be a number over 0")
-        for field, is_valid in rules.items()
-        if not _is_number(filled.get(field)) or not is_valid(filled[field])
+        for field in most
+        if not _is_number(filled.get(field)) or not 0 < filled[field] <= most[field]
     ]
     if not problems and config["sigma_min"] >= config["sigma_max"]:
         problems.append(f"sigma_min {config['sigma_min']} is not under sigma_max {config['sigma_max']}")
@@ -182,13 +175,14 @@ def _try(config: Mapping[str, Any], kind: str, place: str) -> None:
     DDPM's formula gives.
     """
     try:
-        kinds: list[tuple[Any, Mapping[str, str]]] = [(getattr(diffusers, kind), {})]
+        kinds: list[tuple[Any, Mapping[str, str]]] = [
+            (DDPMScheduler, {}),
+            (DPMSolverMultistepScheduler, DPM_SOLVER),
+        ]
         if kind in EDM:
-            kinds.append((EDMEulerScheduler, {}))
-        else:
-            kinds += [(DDPMScheduler, {}), (DPMSolverMultistepScheduler, DPM_SOLVER)]
+            kinds = [(EDMEulerScheduler, {})]
         made = []
-        for scheduler_class, settings in kinds:
+        for scheduler_class, settings in [(getattr(diffusers, kind), {}), *kinds]:
             try:
                 scheduler = scheduler_class.from_config(dict(config), **settings)
                 scheduler.set_timesteps(10)

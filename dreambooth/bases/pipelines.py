@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from dreambooth.bases import autoencoder, families, loading
-from dreambooth.bases.families import UNUSED_PARTS, Base
-from dreambooth.bases.folders import BASE_FLAG
+from dreambooth.bases.families import Base
+from dreambooth.bases.folders import BASE_FLAG, UNUSED_PARTS
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.bases.schedulers import fixed_variance
@@ -99,10 +99,8 @@ def draw(
     negative = negative if len(negative.embeds) == count else negative.rows([0] * count)
     arguments: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
     if prompts.pooled is not None:
-        arguments |= {
-            "pooled_prompt_embeds": prompts.pooled,
-            "negative_pooled_prompt_embeds": negative.pooled,
-        }
+        arguments["pooled_prompt_embeds"] = prompts.pooled
+        arguments["negative_pooled_prompt_embeds"] = negative.pooled
     vae = getattr(pipeline, "vae", None)
     if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
         arguments["callback_on_step_end"] = _after_each_step(check)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import raise_all, shown
 
 # Prompts whose embeddings stay on the device: some 40 MB with Stable Diffusion XL's in float32.
 _MOST_ON_DEVICE = 64
@@ -39,11 +39,9 @@ class PromptEmbeds:
     def added_cond_kwargs(self, time_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids`
         are float32 [rows, 6]."""
-        return (
-            None
-            if self.pooled is None
-            else {"text_embeds": self.pooled, "time_ids": time_ids.to(self.pooled.device)}
-        )
+        if self.pooled is None:
+            return None
+        return {"text_embeds": self.pooled, "time_ids": time_ids.to(self.pooled.device)}
 
 
 def stack(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
@@ -52,25 +50,17 @@ def stack(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
     return PromptEmbeds(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
 
 
-@dataclasses.dataclass(frozen=True)
 class PromptCache:
-    """Embeddings of prompts that were encoded once; `read` returns those of one prompt."""
+    """Embeddings of `prompts` that were encoded once; `read` returns those of one prompt. A few are kept on
+    the device; if there are many, each use calls `read`."""
 
-    read: Callable[[str], PromptEmbeds]
+    def __init__(self, read: Callable[[str], PromptEmbeds], prompts: Sequence[str], device: torch.device):
+        is_kept = len(prompts) <= _MOST_ON_DEVICE
+        self.read = {p: read(p).to(device) for p in prompts}.__getitem__ if is_kept else read
 
     def of(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The embeddings of these prompts, one row each."""
         return stack([self.read(prompt) for prompt in prompts])
-
-
-def prompt_cache(
-    read: Callable[[str], PromptEmbeds], prompts: Sequence[str], device: torch.device
-) -> PromptCache:
-    """A cache of `prompts`. A few are kept on the device; if there are many, each use calls `read`."""
-    if len(prompts) > _MOST_ON_DEVICE:
-        return PromptCache(read)
-    on_device = {prompt: read(prompt).to(device) for prompt in prompts}
-    return PromptCache(on_device.__getitem__)
 
 
 @dataclasses.dataclass
@@ -104,7 +94,7 @@ class TextParts:
         for prompt in dict.fromkeys(prompts):
             check()
             embeds[prompt] = self([prompt]).to(torch.device("cpu"))
-        return prompt_cache(embeds.__getitem__, list(embeds), device)
+        return PromptCache(embeds.__getitem__, list(embeds), device)
 
     def tokenize(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask) by the tokenizer at index `number`, each [prompts, max_tokens]."""
@@ -210,5 +200,4 @@ def check(
                 f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: "
                 f"{_shortened(repr(cut))}. Make it shorter"
             )
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)

@@ -5,10 +5,10 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from dreambooth.bases import autoencoder
 from dreambooth.bases.autoencoder import Posterior
@@ -40,21 +40,8 @@ class Source:
 
     def pictures(self) -> list[tuple[Photo, bool]]:
         """Every (photo, whether mirrored) that a row may have."""
-        return [
-            (photo, is_mirrored)
-            for photo in self.photos
-            for is_mirrored in ((False, True) if self.random_flip else (False,))
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """Stable Diffusion XL's size conditioning of a photo: original size and corner of the crop, in pixels."""
-
-    height: int
-    width: int
-    top: int
-    left: int
+        mirrorings = (False, True) if self.random_flip else (False,)
+        return [(photo, is_mirrored) for photo in self.photos for is_mirrored in mirrorings]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +56,12 @@ class MicroBatch:
     """The numbers of the rows, the same for each source."""
     posterior: Posterior
     prompts: list[str]
-    frames: list[Frame]
-
-    def time_ids(self, resolution: int) -> torch.Tensor:
-        """Stable Diffusion XL's sizes of each row, float32 [rows, 6]: original height and width, crop top and
-        left, target height and width."""
-        sizes = [(f.height, f.width, f.top, f.left, resolution, resolution) for f in self.frames]
-        return torch.tensor(sizes, dtype=torch.float32)
+    time_ids: torch.Tensor
+    """Stable Diffusion XL's sizes of each row in pixels, float32 [rows, 6]: original height and width, crop
+    top and left, target height and width."""
 
 
-class PhotoRows(torch.utils.data.Dataset):
+class PhotoRows(Dataset):
     """The data set of rows. Item `row` is the cropped photo of each source, float32 [sources, 3, resolution,
     resolution] in [-1, 1]."""
 
@@ -103,36 +86,27 @@ class PhotoRows(torch.utils.data.Dataset):
 
     def corner(self, source: Source, row: int) -> Corner:
         """(left, top) of the crop in the resized, possibly mirrored photo."""
-        size = source.photos[self.photo(source, row)].size
-        if self.crops.center_crop:
-            return self.crops.middle_corner(size)
-        room = self.crops.room(size)
-        return sampling_order.crop_of_row(self.seed, source.purpose, row, room, self.crops.stride)
+        size, crops = source.photos[self.photo(source, row)].size, self.crops
+        if crops.center_crop:
+            return crops.middle_corner(size)
+        return sampling_order.crop_of_row(self.seed, source.purpose, row, crops.room(size), crops.stride)
 
-    def frame(self, source: Source, row: int) -> Frame:
-        """The size conditioning of this row."""
+    def time_ids(self, source: Source, row: int) -> tuple[int, ...]:
+        """The sizes of this row, as in `MicroBatch.time_ids`."""
         width, height = source.photos[self.photo(source, row)].size
         left, top = self.corner(source, row)
-        return Frame(height, width, top, left)
+        return height, width, top, left, self.crops.resolution, self.crops.resolution
 
     def randn(self, name: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of
         other names are independent."""
-        return torch.cat(
-            [
-                sampling_order.noise_of_rows(self.seed, f"{s.purpose}-{name}", rows, shape)
-                for s in self.sources
-            ]
-        )
+        purposes = [f"{source.purpose}-{name}" for source in self.sources]
+        return torch.cat([sampling_order.noise_of_rows(self.seed, p, rows, shape) for p in purposes])
 
     def timesteps(self, rows: range, count: int) -> torch.Tensor:
         """Timestep indices for the rows of each source, uniform in 0..count-1, int64 [sources * rows]."""
-        return torch.cat(
-            [
-                sampling_order.timesteps_of_rows(self.seed, f"{s.purpose}-timestep", rows, count)
-                for s in self.sources
-            ]
-        )
+        purposes = [f"{source.purpose}-timestep" for source in self.sources]
+        return torch.cat([sampling_order.timesteps_of_rows(self.seed, p, rows, count) for p in purposes])
 
     def describe(self, rows: list[int]) -> str:
         """The rows and the names of their photos, as they may stand in a message."""
@@ -181,10 +155,11 @@ def micro_batches(
         for step in steps
         for slot in sampling_order.my_slots(slots, rank=peers.rank, world=peers.world)
     ]
+    rows_in_order = [rows for _, _, rows in order]
     if encoded is not None:
-        posteriors = _cached_posteriors(dataset, encoded, [rows for _, _, rows in order])
+        posteriors = _cached_posteriors(dataset, encoded, rows_in_order)
     else:
-        posteriors = _fresh_posteriors(dataset, vae, [rows for _, _, rows in order], workers)
+        posteriors = _fresh_posteriors(dataset, vae, rows_in_order, workers)
     for step, slot, rows in order:
         try:
             posterior = next(posteriors)
@@ -193,8 +168,8 @@ def micro_batches(
             raise
         samples = [(source, row) for source in dataset.sources for row in rows]
         prompts = [dataset.prompt(source, row) for source, row in samples]
-        frames = [dataset.frame(source, row) for source, row in samples]
-        yield MicroBatch(step, slot, rows, posterior, prompts, frames)
+        time_ids = [dataset.time_ids(source, row) for source, row in samples]
+        yield MicroBatch(step, slot, rows, posterior, prompts, torch.tensor(time_ids, dtype=torch.float32))
 
 
 def _cached_posteriors(dataset: PhotoRows, encoded: EncodedPhotos, order: list[range]) -> Iterator[Posterior]:
@@ -218,11 +193,11 @@ def _fresh_posteriors(
     dataset: PhotoRows, vae: AutoencoderKL | None, order: list[range], workers: int
 ) -> Iterator[Posterior]:
     """The posteriors of each micro-batch, encoded from photos that are loaded for it."""
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[list(rows) for rows in order],  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=default_convert,  # a batch comes from `PhotoRows.__getitems__` as it is
         persistent_workers=workers > 0,
     )
     for pixel_values in loader:  # [rows, sources, 3, resolution, resolution]
@@ -234,8 +209,3 @@ def _fresh_posteriors(
         by_source = pixel_values.transpose(0, 1).flatten(0, 1)  # [sources * rows, 3, ...]
         posterior = autoencoder.encode(vae, by_source)
         yield Posterior(posterior.mean.cpu(), posterior.std.cpu())
-
-
-def _unchanged(batch: Any) -> Any:
-    """Batches come whole from `PhotoRows.__getitems__`."""
-    return batch

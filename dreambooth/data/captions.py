@@ -70,20 +70,19 @@ def read(
     check_columns(instance)
     if metadata:
         captions, problems = _from_metadata(folder, metadata[0], names, instance, instance.caption_column)
-        notes = _passed_over_note(metadata, texts)
+        others = [*metadata[1:], *([".txt files"] if texts else [])]
+        unread = f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"
+        notes = [unread] if others else []
     elif texts:
         captions, problems = _from_texts(folder, texts, instance)
         without = [name for name in names if name not in texts]
-        notes = (
-            [f"no .txt file lies beside {few(without)}: trained with --instance_prompt"] if without else []
-        )
+        lacking = f"no .txt file lies beside {few(without)}: trained with --instance_prompt"
+        notes = [lacking] if without else []
     else:
         example = shown(Path(names[0]).stem if names else "photo")
-        looked_for = (
-            f"{' or '.join(picture_files.METADATA)} or a .txt file beside each photo, as in {example}.txt"
-        )
         raise UserError(
-            f"--caption_column: there are no captions in {shown(folder)}; looked for {looked_for}"
+            f"--caption_column: there are no captions in {shown(folder)}; looked for "
+            f"{' or '.join(picture_files.METADATA)} or a .txt file beside each photo, as in {example}.txt"
         )
     if problems:
         more = len(problems) - _MOST_PROBLEMS
@@ -185,13 +184,11 @@ def _from_texts(
     for name, file in texts.items():
         try:
             caption = _text(folder, file, instance, _LARGEST_TEXT)
+            if fault := fault_of(caption):
+                raise UserError(f"{shown(file)} {fault}")
+            captions[name] = _one_line(caption)
         except UserError as error:
             problems.append(str(error))
-            continue
-        if fault := fault_of(caption):
-            problems.append(f"{shown(file)} {fault}")
-            continue
-        captions[name] = _one_line(caption)
     return captions, problems
 
 
@@ -219,14 +216,6 @@ def _unread_note(
             "captions lie beside the photos (.txt files); --caption_column text reads them (any word does)"
         ]
     return []
-
-
-def _passed_over_note(metadata: Sequence[str], texts: Mapping[str, str]) -> list[str]:
-    """A note on caption files besides the first metadata file, which are not read."""
-    unread = [*metadata[1:], *([".txt files"] if texts else [])]
-    if not unread:
-        return []
-    return [f"captions are read from {metadata[0]}; not from the {' and '.join(unread)} beside it"]
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:

@@ -75,26 +75,15 @@ _FLAGS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Manifest:
-    """The content of manifest.json."""
-
-    settings: dict[str, Any]
-    """As `ClassImageSettings`, but fields may be missing."""
-    hashes: dict[str, str]
-    """SHA-256 of each picture, by file name."""
-
-
 def made_with(folder: Path) -> dict[str, Any]:
     """The settings of the class images in a folder, by field; {} without a manifest."""
-    manifest = _read_manifest(folder)
-    return manifest.settings if manifest else {}
+    return _read_manifest(folder)[0]
 
 
 def is_set(folder: Path) -> bool:
     """Whether the folder holds class images that this program made."""
     try:
-        return _read_manifest(folder) is not None
+        return bool(made_with(folder))
     except UserError:  # the manifest of another program
         return False
 
@@ -132,18 +121,22 @@ def precision_of(flag: str | None, device: torch.device) -> str:
     return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
-def _read_manifest(folder: Path) -> _Manifest | None:
-    """The folder's manifest, None without one. Raises UserError if it is damaged."""
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings, SHA-256 of each picture by file name) from the folder's manifest; ({}, {}) without one.
+
+    The settings are those of `ClassImageSettings`, but fields may be missing. Raises UserError if the
+    manifest is damaged.
+    """
     path = folder / MANIFEST
     if not os.path.lexists(path):
-        return None
+        return {}, {}
     try:
         content = reader.read_json_table(path, _FLAG, reader.LARGEST_RECORD)
         # manifests from before --class_scheduler existed have no scheduler
         settings = {"scheduler": "base", **content["settings"]}
         if not _is_valid(settings):
             raise ValueError
-        return _Manifest(settings, dict(content["sha256"]))
+        return settings, dict(content["sha256"])
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{_FLAG}: {path} is damaged, or another program's: name another folder, or move it and the"
@@ -153,13 +146,9 @@ def _read_manifest(folder: Path) -> _Manifest | None:
 
 def _is_valid(settings: dict[str, Any]) -> bool:
     """Whether the settings that serve as defaults of flags have values that the flags allow."""
-    seed, steps, side = (settings.get(name, 1) for name in ("seed", "steps", "side"))
-    are_numbers = all(type(number) is int for number in (seed, steps, side))
+    numbers = [(settings.get(name, 1), least) for name, least in (("seed", 0), ("steps", 1), ("side", 1))]
     return (
-        are_numbers
-        and seed >= 0
-        and steps >= 1
-        and side >= 1
+        all(type(number) is int and number >= least for number, least in numbers)
         and settings.get("precision", "fp32") in _DTYPES
         and settings["scheduler"] in STEPS
     )
@@ -181,8 +170,7 @@ def _pending_hashes(folder: Path) -> dict[str, str]:
 
 def names_made(folder: Path) -> set[str]:
     """The file names of the pictures that this program made for the folder."""
-    manifest = _read_manifest(folder)
-    return {*(manifest.hashes if manifest else {}), *_pending_hashes(folder)}
+    return {*_read_manifest(folder)[1], *_pending_hashes(folder)}
 
 
 def notes(folder: Path) -> list[str]:
@@ -204,12 +192,10 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
         return list(range(total))
     if not folder.is_dir():
         raise UserError(f"{_FLAG}: {folder} is not a folder")
-    manifest = _read_manifest(folder)
-    if manifest is not None:
-        _check_settings(folder, manifest.settings, settings)
-
-    # Without a manifest no picture is known to be of this set.
-    hashes = manifest.hashes | _pending_hashes(folder) if manifest else {}
+    made, hashes = _read_manifest(folder)
+    if made:  # without a manifest no picture is known to be of this set
+        _check_settings(folder, made, settings)
+        hashes |= _pending_hashes(folder)
     listing = picture_files.list_folder(folder, _FLAG, hashes)
     users = sum(not _NAME.fullmatch(name) for name in listing.pictures)
     missing, changed = [], []
@@ -221,19 +207,16 @@ def missing_numbers(folder: Path, settings: ClassImageSettings, total: int) -> l
                 changed.append(name)
     names = sorted(path.name for path in folder.iterdir())
     unknown = [name for name in names if _NAME.fullmatch(name) and name not in hashes]
-    advice = "rename it or name another folder"
-    if unknown:
-        raise UserError(
-            f"{_FLAG}: {folder / unknown[0]} is in no manifest and would be overwritten; {advice}"
-        )
-    if changed:
-        raise UserError(
-            f"{_FLAG}: {folder / changed[0]} is not as it was made (its SHA-256 differs) and would be"
-            f" overwritten; remove it to have it made again, {advice}"
-        )
     pending = [f".{file_name(k)}.sha256" for k in missing if file_name(k) not in hashes]
-    if taken := [name for name in pending if not _is_vacant(folder / name)]:
-        raise UserError(f"{_FLAG}: {folder / taken[0]} would be overwritten; {advice}")
+    taken = [name for name in pending if not _is_vacant(folder / name)]
+    for kept, reason, remedy in (
+        (unknown, " is in no manifest and", ""),
+        (changed, " is not as it was made (its SHA-256 differs) and", "remove it to have it made again, "),
+        (taken, "", ""),
+    ):
+        if kept:
+            advice = f"{remedy}rename it or name another folder"
+            raise UserError(f"{_FLAG}: {folder / kept[0]}{reason} would be overwritten; {advice}")
     return missing
 
 
@@ -352,30 +335,18 @@ def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
     return resolve_prior(dataclasses.replace(prior, generation=generation), class_seed=class_seed)
 
 
-def settings_of(
-    prior: ResolvedPriorOptions, base: families.Base, fingerprint: str, device: torch.device
-) -> ClassImageSettings:
-    """The set that training needs. `fingerprint` is the base's. Raises UserError as `sampler_of` does."""
+def settings_of(prior: ResolvedPriorOptions, base: families.Base, device: torch.device) -> ClassImageSettings:
+    """The set that training needs. Raises UserError as `sampler_of` does."""
     side = made_with(Path(prior.class_data_dir)).get("side", base.default_resolution)
-    return make_settings(
-        prior.generation,
-        prompt=prior.class_prompt,
-        seed=prior.class_seed,
-        side=side,
-        base=base,
-        fingerprint=fingerprint,
-        device=device,
-    )
+    return make_settings(prior.generation, prior.class_prompt, prior.class_seed, side, base, device)
 
 
 def make_settings(
     generation: GenerationOptions,
-    *,
     prompt: str,
     seed: int,
     side: int,
     base: families.Base,
-    fingerprint: str,
     device: torch.device,
 ) -> ClassImageSettings:
     """The set that these options describe; `side` is in pixels. Raises UserError as `sampler_of` does."""
@@ -383,7 +354,7 @@ def make_settings(
     steps = generation.class_inference_steps or STEPS[scheduler]
     schedulers.check_steps("--class_inference_steps", steps, base)
     return ClassImageSettings(
-        base=fingerprint,
+        base=base.fingerprint(),
         prompt=prompt,
         seed=seed,
         steps=steps,
@@ -474,9 +445,8 @@ def _save(path: Path, image: Any, settings: dict[str, Any]) -> None:
 
 def _write_manifest(folder: Path, settings: ClassImageSettings) -> None:
     """Write the manifest with all known hashes, and remove the files of pending ones."""
-    manifest = _read_manifest(folder)
     pending = _pending_hashes(folder)
-    hashes = (manifest.hashes if manifest else {}) | pending
+    hashes = _read_manifest(folder)[1] | pending
     content = {"settings": dataclasses.asdict(settings), "sha256": dict(sorted(hashes.items()))}
     writer.write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     for name in pending:

@@ -15,16 +15,6 @@ Size = tuple[int, int]
 Corner = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    # the same: Pillow's nearest samples at pixel centres, as torch's "nearest-exact" does
-    "nearest_exact": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 # Longest side of an encoded box, in crops: a VAE's memory grows with its input, and a panorama is not encoded
 # in one.
 _LONGEST_BOX = 3
@@ -37,7 +27,7 @@ class Crops:
     resolution: int
     """Side of the square crop, in pixels."""
     interpolation: str
-    """A key of `INTERPOLATIONS`."""
+    """A value of --image_interpolation_mode: the name of a filter of Pillow, or "nearest_exact"."""
     center_crop: bool
     stride: int = 1
     """Random crops start at multiples of it: the VAE's stride where crops are cut from stored latents, else
@@ -75,11 +65,8 @@ class Crops:
         return left, top, left + self.resolution, top + self.resolution
 
     def encoded_box(self, size: Size, corner: Corner) -> Box:
-        """The box that is encoded for the crop at `corner`.
-
-        If crops are fixed it is the crop itself. Otherwise it is the full photo up to its last complete
-        latent, or a part of a very long photo.
-        """
+        """The box that is encoded for the crop at `corner`: a crop that is fixed, else the full photo up to
+        its last complete latent, or a part of a very long photo."""
         if self.is_fixed(size):
             return self.square(self.middle_corner(size))
         sides = zip(self.resized_size(size), corner, strict=True)
@@ -105,7 +92,9 @@ class Crops:
     def pixel_values(self, image: Image.Image, box: Box, *, is_mirrored: bool = False) -> torch.Tensor:
         """Float32 [3, height, width] in [-1, 1]: the image resized, mirrored if `is_mirrored`, cut to
         `box`."""
-        image = image.resize(self.resized_size(image.size), INTERPOLATIONS[self.interpolation])
+        # Pillow's nearest samples at pixel centres, as torch's "nearest-exact" does
+        resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
+        image = image.resize(self.resized_size(image.size), resampling)
         if is_mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = image.crop(box)

@@ -41,20 +41,14 @@ class DecodeCache:
         self.decoded = _read(self.path)
         self.is_changed = False
 
-    def of(self, sha256: str) -> Decoded | None:
-        """The entry of a file with this hash; None if there is none."""
-        return self.decoded.get(sha256)
-
     def add(self, sha256: str, decoded: Decoded) -> None:
         """Add an entry, in memory; `save` writes it."""
         self.decoded[sha256] = decoded
         self.is_changed = True
 
     def save(self) -> list[str]:
-        """Write the file, merged with what other runs have added to it. Returns warnings for the user.
-
-        Without new photos nothing is written.
-        """
+        """Write the file if there are new photos, merged with what other runs have added to it. Returns
+        warnings for the user."""
         if not self.is_changed:
             return []
         table = {

@@ -39,18 +39,6 @@ _FILE = re.compile(r"(latents|prompt)-[0-9a-f]{64}\.safetensors|photos\.json")
 _OLD = 24 * 60 * 60
 
 
-class _Damaged(Exception):
-    """An entry's file cannot be used; the message says why."""
-
-
-class _Missing(_Damaged):
-    """The file does not exist."""
-
-
-class _Forbidden(_Damaged):
-    """The file may not be read."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """The name of a cache entry and the shapes of its tensors."""
@@ -101,17 +89,17 @@ class EncodingCache:
             return False
         try:
             self._read(entry)
-        except _Missing:
+        except FileNotFoundError:
             return False
-        except _Forbidden as error:
+        except PermissionError:
             if not self.forbidden:
                 self.warn(
-                    f"{error}: encodings in files that may not be read are made again "
-                    "and kept in memory for this run only"
+                    f"{shown(self._path(entry.name))} cannot be read (Permission denied): encodings in files "
+                    "that may not be read are made again and kept in memory for this run only"
                 )
             self.forbidden.add(entry.name)
             return False
-        except _Damaged:
+        except (UserError, OSError):
             self.damaged.append(self._path(entry.name).name)
             return False
         return True
@@ -142,37 +130,32 @@ class EncodingCache:
             return self.in_memory[entry.name]
         try:
             return self._read(entry)
-        except _Damaged as error:
-            raise Stop(
-                f"{error}; it was intact when the run began. "
-                "With --resume_from_checkpoint latest the run continues and encodes it again"
-            ) from None
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{shown(self._path(entry.name))} cannot be read ({error.strerror or error})"
+        raise Stop(
+            f"{fault}; it was intact when the run began. "
+            "With --resume_from_checkpoint latest the run continues and encodes it again"
+        )
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
 
     def _read(self, entry: Entry) -> Tensors:
-        """The tensors in an entry's file. Raises _Damaged if it cannot be used."""
+        """The tensors in an entry's file. Raises UserError if it is damaged, OSError if it cannot be read."""
         path = self._path(entry.name)
         try:
             with reader.opened(path) as file:
                 header = safetensors_files.read(path, _LIMITS)
                 if header.shapes != entry.shapes:
-                    raise _Damaged(f"{shown(path)} has tensors of other shapes")
+                    raise UserError(f"{shown(path)} has tensors of other shapes")
                 tensors = load(file.read())
-        except UserError as error:
-            raise _Damaged(str(error)) from None
-        except FileNotFoundError:
-            raise _Missing(f"{shown(path)} is missing") from None
-        except PermissionError:
-            raise _Forbidden(f"{shown(path)} cannot be read (Permission denied)") from None
-        except OSError as error:
-            raise _Damaged(f"{shown(path)} cannot be read ({error.strerror or error})") from None
         except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-            raise _Damaged(f"{shown(path)} is damaged ({reason_of(error)})") from None
+            raise UserError(f"{shown(path)} is damaged ({reason_of(error)})") from None
         if header.metadata.get("sha256") != _digest(entry.name, tensors):
-            raise _Damaged(f"{shown(path)} is not as it was written (its SHA-256 differs)")
+            raise UserError(f"{shown(path)} is not as it was written (its SHA-256 differs)")
         return tensors
 
 

@@ -8,13 +8,13 @@ folder share the work.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import PIL
 import torch
 from tqdm import tqdm
 
-from dreambooth.bases import autoencoder, families, loading, prompts
+from dreambooth.bases import autoencoder, families, loading
 from dreambooth.bases.autoencoder import Posterior
 from dreambooth.bases.families import Base
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
@@ -93,8 +93,27 @@ def encode_photos(
     digests = {"vae": base.part_digest("vae")} if base.family.has_vae else {}
     channels = base.latent_channels
     last_bits = environment(device, ("torch", "diffusers"), **processor(device)) | {"pillow": PIL.__version__}
+
+    def entry_of(part: Part) -> Entry:
+        left, top, right, bottom = part.box
+        content = {
+            # the same file may have other pixels with another decoder
+            "photo": [part.photo.sha256, part.photo.pixels_sha256],
+            "transform": {
+                "resolution": crops.resolution,
+                "interpolation": crops.interpolation,
+                "mirrored": part.is_mirrored,
+                "box": part.box,
+            },
+            "vae": digests.get("vae"),
+            "dtype": "float32",
+            "around": last_bits,
+        }
+        shape = (1, channels, (bottom - top) // crops.stride, (right - left) // crops.stride)
+        return Entry(name_of("latents", content), {"mean": shape, "std": shape})
+
     entries = {
-        part: _entry_of(part, crops, channels, vae=digests.get("vae"), last_bits=last_bits)
+        part: entry_of(part)
         for photo, is_mirrored in pictures
         for part in (Part(photo, is_mirrored, box) for box in crops.encoded_boxes(photo.size))
     }
@@ -117,31 +136,6 @@ def encode_photos(
     return EncodedPhotos(cache, entries, crops)
 
 
-def _entry_of(
-    part: Part, crops: Crops, channels: int, *, vae: str | None, last_bits: Mapping[str, Any]
-) -> Entry:
-    """The cache entry of a part's latents.
-
-    `vae` is the digest of the VAE's files, `last_bits` what changes the last bits of the result.
-    """
-    left, top, right, bottom = part.box
-    content = {
-        # the same file may have other pixels with another decoder
-        "photo": [part.photo.sha256, part.photo.pixels_sha256],
-        "transform": {
-            "resolution": crops.resolution,
-            "interpolation": crops.interpolation,
-            "mirrored": part.is_mirrored,
-            "box": part.box,
-        },
-        "vae": vae,
-        "dtype": "float32",
-        "around": last_bits,
-    }
-    shape = (1, channels, (bottom - top) // crops.stride, (right - left) // crops.stride)
-    return Entry(name_of("latents", content), {"mean": shape, "std": shape})
-
-
 def encode_prompts(
     cache: EncodingCache,
     base: Base,
@@ -159,7 +153,6 @@ def encode_prompts(
     Raises UserError if an encoder changed while it was read.
     """
     # Name the entry of every prompt.
-    distinct = list(dict.fromkeys(wanted))
     shapes = families.prompt_embed_shapes(base, text.max_tokens)
     digests = {encoder: base.part_digest(encoder) for encoder in base.family.text}
     common = {
@@ -173,7 +166,7 @@ def encode_prompts(
         "around": environment(device, ("torch", "transformers"), **processor(device)),
     }
     entries: dict[str, Entry] = {}
-    for prompt in distinct:
+    for prompt in dict.fromkeys(wanted):
         tokens = [[ids.tolist() for ids in text.tokenize(n, [prompt])] for n in range(len(text.tokenizers))]
         name = name_of("prompt", {"text": prompt, "tokens": tokens, **common})
         entries[prompt] = Entry(name, shapes)
@@ -195,7 +188,7 @@ def encode_prompts(
         return PromptEmbeds(tensors["embeds"], tensors.get("pooled"))
 
     _fill(cache, list(prompt_of), encode, peers, check)
-    return prompts.prompt_cache(read, distinct, device)
+    return PromptCache(read, list(entries), device)
 
 
 def _check_unchanged(base: Base, digests: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from dreambooth.data import captions, picture_files
 from dreambooth.files import locks
 from dreambooth.io import reader, writer
-from dreambooth.io.errors import UserError, few, shortened, shown, type_and_reason
+from dreambooth.io.errors import UserError, few, raise_all, shortened, shown, type_and_reason
 from dreambooth.options.photos import InstanceOptions
 
 _FLAG = "--dataset_name"
@@ -66,15 +66,12 @@ def _local_folder(name: str) -> Path | None:
                     f"{_FLAG}: {shown(name)} is not a folder; name the folder that holds the pictures"
                 )
             return None
-        train = folder / "train"
-        return train if train.is_dir() and not _holds_photos(folder) else folder
+        has_captions = any(os.path.lexists(folder / name) for name in picture_files.METADATA)
+        if has_captions or not (folder / "train").is_dir():
+            return folder
+        return folder if picture_files.list_folder(folder, _FLAG).pictures else folder / "train"
     except OSError as error:  # no permission, or a name that is too long
         raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
-
-
-def _holds_photos(folder: Path) -> bool:
-    has_captions = any(os.path.lexists(folder / name) for name in picture_files.METADATA)
-    return has_captions or bool(picture_files.list_folder(folder, _FLAG).pictures)
 
 
 def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
@@ -100,16 +97,10 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
             f"{type_and_reason(error)}"
         ) from None
     notes = _check_columns(dataset, Image, instance)
-    wanted = [instance.image_column] + ([instance.caption_column] if instance.caption_column else [])
-    rows = dataset.select_columns(wanted).cast_column(instance.image_column, Image(decode=False))
-    content = [
-        _LAYOUT,
-        name,
-        instance.dataset_config_name,
-        dataset._fingerprint,
-        instance.image_column,
-        instance.caption_column,
-    ]
+    columns = [instance.image_column, instance.caption_column]
+    rows = dataset.select_columns([column for column in columns if column])
+    rows = rows.cast_column(instance.image_column, Image(decode=False))
+    content = [_LAYOUT, name, instance.dataset_config_name, dataset._fingerprint, *columns]
     root = Path(instance.cache_dir or config.HF_DATASETS_CACHE) / "dreambooth-photos"
     folder = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     try:
@@ -130,20 +121,16 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
     texts = [
         column for column, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
-    problems = []
-    for flag, column, suitable, kind in (
-        ("--image_column", instance.image_column, pictures, "pictures"),
-        ("--caption_column", instance.caption_column, texts, "text"),
-    ):
-        if column is not None and column not in suitable:
-            columns = f"those with {kind}: {few(suitable, 20) or 'none'}"
-            columns += f"; all its columns: {few(list(kinds), 20) or 'none'}"
-            problems.append(
-                f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {kind}; "
-                f"{columns}"
-            )
-    if problems:
-        raise UserError("\n".join(problems))
+    problems = [
+        f"{flag}: {shown(instance.dataset_name)} has no column {shortened(column)} with {kind}; those with "
+        f"{kind}: {few(suitable, 20) or 'none'}; all its columns: {few(list(kinds), 20) or 'none'}"
+        for flag, column, suitable, kind in (
+            ("--image_column", instance.image_column, pictures, "pictures"),
+            ("--caption_column", instance.caption_column, texts, "text"),
+        )
+        if column is not None and column not in suitable
+    ]
+    raise_all(problems)
     if instance.caption_column is None and texts:
         return (
             f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column "
@@ -187,14 +174,13 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
             continue
         writer.write_new(folder / name, data)
         cells = {captions.name_column(instance): name}
-        lines.append(
-            json.dumps(cells | ({instance.caption_column: caption or ""} if instance.caption_column else {}))
-        )
+        if instance.caption_column:
+            cells[instance.caption_column] = caption or ""
+        lines.append(json.dumps(cells))
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        raise UserError(
-            "\n".join(problems[:_MOST_PROBLEMS] + ([f"{_FLAG}: and {more} more rows"] if more > 0 else []))
-        )
+        tail = [f"{_FLAG}: and {more} more rows"] if more > 0 else []
+        raise UserError("\n".join([*problems[:_MOST_PROBLEMS], *tail]))
     if not lines:
         raise UserError(f"{_FLAG}: {shown(instance.dataset_name)} has no rows in its train split")
     writer.write_new(folder / picture_files.METADATA[0], "".join(f"{line}\n" for line in lines).encode())
@@ -202,27 +188,20 @@ def _write(folder: Path, rows: Any, instance: InstanceOptions) -> None:
 
 def _each(rows: Any) -> Iterator[Mapping[str, Any]]:
     """The rows. Raises UserError if the cached data set is damaged."""
-    remaining = iter(rows)
-    while True:
-        try:
-            row = next(remaining)
-        except StopIteration:
-            return
-        except Exception as error:  # for damaged files Arrow raises anything
-            raise UserError(
-                f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name "
-                "another --cache_dir"
-            ) from None
-        yield row
+    try:
+        yield from rows
+    except Exception as error:  # for damaged files Arrow raises anything
+        raise UserError(
+            f"{_FLAG}: the cached data set cannot be read ({type_and_reason(error)}); remove it, or name "
+            "another --cache_dir"
+        ) from None
 
 
 def _bytes(cell: Any) -> bytes:
     """A photo's file from a cell of the form {"bytes": the file or None, "path": its path}."""
-    if not isinstance(cell, Mapping):
-        raise UserError("there is no picture")
-    if cell.get("bytes") is not None:
-        return bytes(cell["bytes"])
-    path = cell.get("path")
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, None)
+    if data is not None:
+        return bytes(data)
     if not isinstance(path, str):
         raise UserError("there is no picture")
     # a data set may name any path, even that of a device

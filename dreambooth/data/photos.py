@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from dreambooth.data import picture_files
 from dreambooth.data.decode_cache import DecodeCache, Decoded
 from dreambooth.io import reader
-from dreambooth.io.errors import UserError, few, reason_of, shown
+from dreambooth.io.errors import UserError, few, raise_all, reason_of, shown
 from dreambooth.options.photos import MOST_PIXELS
 
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
@@ -101,14 +101,12 @@ def check_folder(
     for name in listing.pictures:
         try:
             photo, remarks = _check(folder, name, max_pixels, allow_odd_photos, follow_symlinks, cache)
+            photos.append(photo)
+            for remark in remarks:
+                names_by_remark.setdefault(remark, []).append(name)
         except UserError as error:
             problems.append(f"{flag}: {shown(name)}: {error}")
-            continue
-        photos.append(photo)
-        for remark in remarks:
-            names_by_remark.setdefault(remark, []).append(name)
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
     # Notes for the user.
     notes = _duplicates(photos)
@@ -122,17 +120,16 @@ def check_disjoint(instance: Folder, classes: Folder) -> None:
     """Raise UserError if photos of the subject are among the class images, which must not show the
     subject."""
     subjects = {photo.pixels_sha256: photo.path for photo in instance.photos}
-    pairs = [
-        (subjects[photo.pixels_sha256], photo.path)
+    same = [
+        f"{shown(photo.path)} is {shown(subjects[photo.pixels_sha256].name)}"
         for photo in classes.photos
         if photo.pixels_sha256 in subjects
     ]
-    if pairs:
-        examples = "; ".join(f"{shown(path)} is {shown(subject.name)}" for subject, path in pairs[:3])
-        more = f"; and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    if same:
+        examples = "; ".join(same[:3]) + (f"; and {len(same) - 3} more" if len(same) > 3 else "")
         raise UserError(
-            f"--class_data_dir: {len(pairs)} of the class images are photos of the subject: "
-            f"{examples}{more}. Remove them there"
+            f"--class_data_dir: {len(same)} of the class images are photos of the subject: {examples}. "
+            "Remove them there"
         )
 
 
@@ -182,7 +179,7 @@ def _check(
 def _decoded(data: bytes, digest: str, max_pixels: int, cache: DecodeCache | None) -> Decoded:
     """The result of decoding a file, from the cache if it has the file. A cached photo must be within the
     present limits."""
-    cached = cache.of(digest) if cache else None
+    cached = cache.decoded.get(digest) if cache else None
     if cached is not None and math.prod(cached.size) <= max_pixels and set(cached.remarks) <= _REMARKS:
         return cached
     image, remarks = decode(data, max_pixels)
@@ -210,14 +207,6 @@ def load(photo: Photo) -> Image.Image:
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses pictures of twice this number
 
 
-def _over(max_pixels: int, width: int, height: int) -> UserError:
-    """The error for a picture with more than `max_pixels`."""
-    advice = "make it smaller"
-    if width * height <= MOST_PIXELS:
-        advice += f", or give --max_image_pixels {width * height}"
-    return UserError(f"{width} x {height} is over {max_pixels:,} pixels; {advice}")
-
-
 def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, list[str]]:
     """(the photo, remarks) from the content of its file. The photo is upright and sRGB; transparent parts are
     over white, and 16-bit grey is scaled to 8 bits.
@@ -229,8 +218,10 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
             # Record all warnings, print none: those on size are errors below, and the others name no file.
             warnings.simplefilter("always")
             with Image.open(io.BytesIO(data), formats=picture_files.FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise _over(max_pixels, image.width, image.height)
+                if (pixels := image.width * image.height) > max_pixels:
+                    advice = f", or give --max_image_pixels {pixels}" if pixels <= MOST_PIXELS else ""
+                    rule = f"is over {max_pixels:,} pixels; make it smaller{advice}"
+                    raise UserError(f"{image.width} x {image.height} {rule}")
                 # Phones write MPO files as .jpg: their second picture is a preview. A TIFF may have pages.
                 # `n_frames` would read all of them, of which there may be millions.
                 has_frames = getattr(image, "is_animated", False)
@@ -251,14 +242,9 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
         raise UserError("there is not enough memory to unpack it; make it smaller") from None
     # for broken files Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise UserError(f"not a whole picture ({_reason(error)}); save it again or remove it") from None
-
-
-def _reason(error: Exception) -> str:
-    """What Pillow says of a broken file, without the file's name."""
-    if isinstance(error, UnidentifiedImageError):
-        return "Pillow does not recognize it"  # its own message holds nothing but the name
-    return reason_of(error)
+        is_unknown = isinstance(error, UnidentifiedImageError)  # whose message holds nothing but a name
+        reason = "Pillow does not recognize it" if is_unknown else reason_of(error)
+        raise UserError(f"not a whole picture ({reason}); save it again or remove it") from None
 
 
 def _orientation(image: Image.Image) -> int | None:

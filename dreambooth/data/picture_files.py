@@ -4,6 +4,7 @@ Phones, browsers and mail programs give pictures wrong endings, or none. Only na
 is decoded in `photos`.
 """
 
+import codecs
 import dataclasses
 import os
 import re
@@ -57,66 +58,40 @@ _HIDDEN, _FOLDER = Kind("a hidden or system file"), Kind("a folder")
 _UNREADABLE, _SPECIAL = Kind("an unreadable file"), Kind("a special file")
 _EMPTY, _TEXT, _UNKNOWN = Kind("an empty file"), Kind("a text file"), Kind("a file of an unknown kind")
 _ZEROS = Kind("a file of zeros only", advice="copy it again")
-_RAW = Kind("a camera raw picture", advice=_SAVE)
 _HTML = Kind("an HTML page", advice="download the picture itself")
-_LFS = Kind("a Git LFS pointer", advice="git lfs pull fetches the file itself")
-_SVG, _VIDEO = Kind("an SVG drawing", advice=_SAVE), Kind("a video")
-_ICON, _PDF = Kind("an icon", advice=_SAVE), Kind("a PDF file", advice="save its pictures as PNG or JPEG")
+_RAW, _SVG = Kind("a camera raw picture", advice=_SAVE), Kind("an SVG drawing", advice=_SAVE)
 _HEIC = Kind("a HEIC picture", advice="convert it to JPEG or PNG")
-_JXL = Kind("a JPEG XL picture", advice=_SAVE)
-_ARCHIVE = Kind("an archive")
 _DRAWN = Kind(
     "a picture of this program",
     advice="what it draws is no photo; a picture that another program saves anew, as JPEG, counts as one",
 )
-_SOUND = Kind("a sound file")
-_WEIGHTS = Kind("a safetensors file")
+_VIDEO, _SOUND, _WEIGHTS = Kind("a video"), Kind("a sound file"), Kind("a safetensors file")
 _KINDS = {name: Kind(f"a {name} picture", name) for name in READ}
 
-# The first bytes of files; longer ones come first where one begins like another.
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (b"\x89PNG\r\n\x1a\n", _KINDS["PNG"]),
-    (b"\xff\xd8\xff", _KINDS["JPEG"]),
-    (b"GIF87a", _KINDS["GIF"]),
-    (b"GIF89a", _KINDS["GIF"]),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", _KINDS["JPEG2000"]),
-    (b"\xff\x4f\xff\x51", _KINDS["JPEG2000"]),
-    (b"qoif", _KINDS["QOI"]),
-    (b"\xff\x0a", _JXL),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", _JXL),
-    (b"8BPS", Kind("a Photoshop file", advice=_SAVE)),
-    (b"gimp xcf", Kind("a GIMP file", advice=_SAVE)),
-    (b"%PDF", _PDF),
-    (b"\0\0\1\0", _ICON),
-    (b"\0\0\2\0", _ICON),
-    (b"icns", _ICON),
-    (b"FUJIFILMCCD-RAW", _RAW),
-    (b"IIRO", _RAW),
-    (b"IIRS", _RAW),
-    (b"MMOR", _RAW),
-    (b"IIU\0", _RAW),
-    (b"\0MRM", _RAW),
-    (b"FOVb", _RAW),
-    (b"PK\3\4", _ARCHIVE),
-    (b"PK\5\6", _ARCHIVE),
-    (b"\x1f\x8b", _ARCHIVE),
-    (b"BZh", _ARCHIVE),
-    (b"\xfd7zXZ\0", _ARCHIVE),
-    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
-    (b"Rar!\x1a\7", _ARCHIVE),
-    (b"\x28\xb5\x2f\xfd", _ARCHIVE),
-    (b"\x1a\x45\xdf\xa3", _VIDEO),
-    (b"\0\0\1\xba", _VIDEO),
-    (b"\0\0\1\xb3", _VIDEO),
-    (b"FLV\1", _VIDEO),
-    (b"ID3", _SOUND),
-    (b"OggS", _SOUND),
-    (b"fLaC", _SOUND),
-    (b"\x93NUMPY", Kind("a NumPy file")),
-    (b"L\0\0\0\1\x14\2\0", Kind("a Windows shortcut", advice="copy the file that it names")),
-    (b"\0\5\x16\7", Kind("an AppleDouble file of macOS", advice="copy the picture itself")),
-    (b"version https://git-lfs", _LFS),
-)
+# The first bytes of files. No file begins like one of another kind.
+_MAGIC: dict[Kind, tuple[bytes, ...]] = {
+    _KINDS["PNG"]: (b"\x89PNG\r\n\x1a\n",),
+    _KINDS["JPEG"]: (b"\xff\xd8\xff",),
+    _KINDS["GIF"]: (b"GIF87a", b"GIF89a"),
+    _KINDS["JPEG2000"]: (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    _KINDS["QOI"]: (b"qoif",),
+    Kind("a JPEG XL picture", advice=_SAVE): (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    Kind("a Photoshop file", advice=_SAVE): (b"8BPS",),
+    Kind("a GIMP file", advice=_SAVE): (b"gimp xcf",),
+    Kind("a PDF file", advice="save its pictures as PNG or JPEG"): (b"%PDF",),
+    Kind("an icon", advice=_SAVE): (b"\0\0\1\0", b"\0\0\2\0", b"icns"),
+    _RAW: (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"\0MRM", b"FOVb"),
+    Kind("an archive"): (
+        *(b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"),
+        *(b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\7", b"\x28\xb5\x2f\xfd"),
+    ),
+    _VIDEO: (b"\x1a\x45\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"FLV\1"),
+    _SOUND: (b"ID3", b"OggS", b"fLaC"),
+    Kind("a NumPy file"): (b"\x93NUMPY",),
+    Kind("a Windows shortcut", advice="copy the file that it names"): (b"L\0\0\0\1\x14\2\0",),
+    Kind("an AppleDouble file of macOS", advice="copy the picture itself"): (b"\0\5\x16\7",),
+    Kind("a Git LFS pointer", advice="git lfs pull fetches the file itself"): (b"version https://git-lfs",),
+}
 # Brands of files in the container of MP4: ISO/IEC 14496-12, section 4.3.
 _AVIF_BRANDS, _RAW_BRANDS = {b"avif", b"avis"}, {b"crx "}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -226,8 +201,8 @@ def _kind_at(path: Path) -> Kind:
 def identify(data: bytes) -> Kind:
     """What a file is whose content, or whose beginning, is `data`."""
     head = data[:HEAD]
-    for start, kind in _MAGIC:
-        if head.startswith(start):
+    for kind, starts in _MAGIC.items():
+        if head.startswith(starts):
             return kind
     if head[:4] == b"RIFF":
         return {b"WEBP": _KINDS["WEBP"], b"AVI ": _VIDEO, b"WAVE": _SOUND}.get(head[8:12], _UNKNOWN)
@@ -248,9 +223,8 @@ def identify(data: bytes) -> Kind:
 
 def _in_mp4_container(head: bytes) -> Kind:
     """HEIC, AVIF, camera raw or video, by the brands that a file names as its own and as compatible."""
-    end = int.from_bytes(head[:4], "big")
-    major, compatible = head[8:12], head[16 : max(16, min(end, HEAD))]
-    brands = {compatible[start : start + 4] for start in range(0, len(compatible), 4)} | {major}
+    compatible = head[16 : max(16, int.from_bytes(head[:4], "big"))]
+    brands = {head[8:12], *(compatible[start : start + 4] for start in range(0, len(compatible), 4))}
     if brands & _AVIF_BRANDS:
         return _KINDS["AVIF"]
     if brands & _RAW_BRANDS:
@@ -286,12 +260,10 @@ def _text_kind(head: bytes) -> Kind:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _TEXT
     try:
-        # the last character may be cut
-        text = head[: HEAD - 4].decode("utf-8-sig") if len(head) == HEAD else head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if len(head) < HEAD or error.start < HEAD - 8:
-            return _UNKNOWN
-        text = head[: error.start].decode("utf-8-sig")
+        # the last character of a longer file may be cut
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=len(head) < HEAD)
+    except UnicodeDecodeError:
+        return _UNKNOWN
     if re.search(r"[\0-\x08\x0e-\x1a\x1c-\x1f]", text):
         return _UNKNOWN
     start = text.lstrip().lower()

@@ -4,12 +4,18 @@ The scripts print the message of a UserError and exit with status 2. Names and t
 breaks, terminal escapes or a megabyte of characters: messages take them through a function of this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
     """The message names the flag or file, the rule, the value found, and what to do: one line for each
     problem."""
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise UserError with one line for each problem; nothing without any."""
+    if message := "\n".join(problems):
+        raise UserError(message)
 
 
 def shown(name: object) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dreambooth.io import reader
-from dreambooth.io.errors import UserError, shortened
+from dreambooth.io.errors import UserError, raise_all, shortened
 
 _PRECISIONS = ("no", "fp16", "bf16")
 _TRUE = ("1", "true", "t", "yes", "y", "on")
@@ -62,8 +62,7 @@ def check(mixed_precision: str | None) -> None:
         value = os.environ.get(name)
         if value is not None and re.fullmatch(r"-1|\d{1,9}", value) is None:
             problems.append(f"{name} in the environment must be a whole number, got {shortened(value)}")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def notes(accumulation: int = 1) -> list[str]:

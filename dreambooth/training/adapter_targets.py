@@ -36,7 +36,8 @@ def target_modules(
     unused = families.unused_layers(base.family, component, text)
     if not unused:
         return inject.text_targets(adapter)
-    return inject.used_text_targets(adapter, families.text_layers(base, component) - unused, shapes)
+    layers = base.config(component)["num_hidden_layers"]
+    return inject.used_text_targets(adapter, layers - unused, shapes)
 
 
 def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:

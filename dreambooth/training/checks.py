@@ -23,7 +23,7 @@ from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompt_syntax, prompts, quantization, schedulers
 from dreambooth.data import encodings, photos
 from dreambooth.io import reader
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import UserError, raise_all, shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
 from dreambooth.runtime import memory
@@ -78,8 +78,7 @@ def check_base(options: TrainOptions, base: families.Base) -> None:
         except UserError as error:
             problems.append(str(error))
     problems += _wrong_layers(options.adapter, options.text, base)
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def _wrong_layers(adapter: AdapterOptions, text: TextOptions, base: families.Base) -> list[str]:

@@ -297,7 +297,6 @@ def name_run(
         options, base.family.key, seed=seed, mixed_precision=accelerator.mixed_precision, prior=prior
     )
     peers.say(f"seed: {seed}")
-    fingerprint = base.fingerprint()
     device = accelerator.device
     counts = [len(subject.photos), *([prior.generation.num_class_images] if prior else [])]
     pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
@@ -311,13 +310,13 @@ def name_run(
     return NamedRun(
         options=resolved,
         base=base,
-        fingerprint=fingerprint,
+        fingerprint=base.fingerprint(),
         captions=subject.captions,
         init_digest=checked.init_adapter.digest,
         claim=claim,
         crops=crops,
         crops_are_cut_from="latents" if has_latents else "pixels",
-        class_images=class_images.settings_of(prior, base, fingerprint, device) if prior else None,
+        class_images=class_images.settings_of(prior, base, device) if prior else None,
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
         environment=run_folder.environment_of(resolved.run, device, is_compiled=options.speed.compile),

@@ -43,7 +43,7 @@ def ours(
     base: Path, part: str, kind: type, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Any:
     files = folders.weight_files(base, part, variant)
-    return loading.load_model(kind, base / part, files, dtype=dtype, device=CPU, channels_last=part in KINDS)
+    return loading.load_model(kind, base / part, files, dtype=dtype, device=CPU)
 
 
 def theirs(
@@ -321,7 +321,7 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def load(part):
     files = folders.weight_files(folder, part, None)
-    place = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "channels_last": True}
+    place = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     return loading.load_model(UNet2DConditionModel, folder / part, files, **place)
 load("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -84,12 +84,10 @@ def test_training_takes_the_size_of_the_set_that_is_there(tiny_base, tmp_path):
     base = families.find(BaseOptions(str(tiny_base)))
     prior = resolve_prior(prior_of(tmp_path / "set"), class_seed=0)
     device = torch.device("cpu")
-    wanted = class_images.settings_of(prior, base, base.fingerprint(), device)
+    wanted = class_images.settings_of(prior, base, device)
     assert wanted.side == base.default_resolution
     fill(tmp_path / "set", 2, settings=dataclasses.replace(wanted, side=128))
-    assert class_images.settings_of(prior, base, base.fingerprint(), device) == dataclasses.replace(
-        wanted, side=128
-    )
+    assert class_images.settings_of(prior, base, device) == dataclasses.replace(wanted, side=128)
 
 
 # --- sampler
@@ -117,7 +115,7 @@ def wanted(base: families.Base, folder: Path, **flags: Any) -> ClassImageSetting
     """The set that a training run with these flags wants."""
     prior = class_images.adopt(prior_of(folder, **flags), 3)
     assert prior is not None
-    return class_images.settings_of(prior, base, base.fingerprint(), torch.device("cpu"))
+    return class_images.settings_of(prior, base, torch.device("cpu"))
 
 
 def make_old(folder: Path) -> None:

@@ -338,12 +338,12 @@ def test_few_prompts_wait_on_the_device_and_many_are_read_at_each_visit():
         return prompts.PromptEmbeds(torch.full((1, 2, 3), float(prompt)))
 
     few, many = ([str(number) for number in range(count)] for count in (64, 65))
-    prompt_cache = prompts.prompt_cache(one, few, CPU)
+    prompt_cache = prompts.PromptCache(one, few, CPU)
     assert read == few
     assert prompt_cache.of(["7", "7", "3"]).embeds[:, 0, 0].tolist() == [7, 7, 3]
     assert read == few
     read.clear()
-    prompt_cache = prompts.prompt_cache(one, many, CPU)
+    prompt_cache = prompts.PromptCache(one, many, CPU)
     assert read == []
     assert prompt_cache.of(["7", "64"]).embeds[:, 0, 0].tolist() == [7, 64]
     assert read == ["7", "64"]
