@@ -113,10 +113,8 @@ def _from_metadata(
         problems.append(f"{file} has no column {shortened(caption_column)} (--caption_column); {columns}")
     if name_of not in table.columns:
         flag = " (--image_column)" if instance.image_column != "image" else ""
-        return {}, [
-            *problems,
-            f"{file} has no column {shortened(name_of)}{flag} with the names of the pictures; {columns}",
-        ]
+        lacking = f"no column {shortened(name_of)}{flag} with the names of the pictures"
+        return {}, [*problems, f"{file} has {lacking}; {columns}"]
     wanted, elsewhere = set(names), []
     first: dict[str, int] = {}  # the line that names a picture
     captions: dict[str, str] = {}
@@ -196,26 +194,21 @@ def _unread_note(
     folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceOptions
 ) -> list[str]:
     """A note on captions that exist but are not read without --caption_column."""
-    for file in metadata[:1]:
-        try:
-            table = _table(folder, file, instance)
-        except UserError as error:  # no reason to stop, since the file is not needed
-            return [
-                f"captions may lie beside the photos ({error}); they are not read without --caption_column"
-            ]
-        cells = [cell for _, row in table.rows for cell in row.items() if cell[1] is not None]
-        others = {column for column, value in cells if not isinstance(value, str)} | {name_column(instance)}
-        with_text = [column for column in dict(cells) if column not in others]
-        if with_text:
-            return [
-                f"captions lie beside the photos ({file}); --caption_column {shortened(with_text[0])} reads "
-                "them"
-            ]
-    if texts and not metadata:
-        return [
-            "captions lie beside the photos (.txt files); --caption_column text reads them (any word does)"
-        ]
-    return []
+    if not metadata:
+        note = "captions lie beside the photos (.txt files); --caption_column text reads them (any word does)"
+        return [note] if texts else []
+    try:
+        table = _table(folder, metadata[0], instance)
+    except UserError as error:  # no reason to stop, since the file is not needed
+        unread = "they are not read without --caption_column"
+        return [f"captions may lie beside the photos ({error}); {unread}"]
+    cells = [cell for _, row in table.rows for cell in row.items() if cell[1] is not None]
+    others = {column for column, value in cells if not isinstance(value, str)} | {name_column(instance)}
+    with_text = [shortened(column) for column in dict(cells) if column not in others]
+    return [
+        f"captions lie beside the photos ({metadata[0]}); --caption_column {column} reads them"
+        for column in with_text[:1]
+    ]
 
 
 def _table(folder: Path, file: str, instance: InstanceOptions) -> _Table:

@@ -70,7 +70,7 @@ def _local_folder(name: str) -> Path | None:
         if has_captions or not (folder / "train").is_dir():
             return folder
         return folder if picture_files.list_folder(folder, _FLAG).pictures else folder / "train"
-    except OSError as error:  # no permission, or a name that is too long
+    except OSError as error:  # no permission
         raise UserError(f"{_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
 
 
@@ -131,12 +131,10 @@ def _check_columns(dataset: Any, image_kind: type, instance: InstanceOptions) ->
         if column is not None and column not in suitable
     ]
     raise_all(problems)
-    if instance.caption_column is None and texts:
-        return (
-            f"{shown(instance.dataset_name)} has text beside its pictures; --caption_column "
-            f"{shortened(texts[0])} takes it as captions",
-        )
-    return ()
+    if instance.caption_column or not texts:
+        return ()
+    advice = f"--caption_column {shortened(texts[0])} takes it as captions"
+    return (f"{shown(instance.dataset_name)} has text beside its pictures; {advice}",)
 
 
 def _write_once(folder: Path, rows: Any, instance: InstanceOptions) -> None:
