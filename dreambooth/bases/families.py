@@ -232,14 +232,9 @@ def find(options: BaseOptions) -> Base:
         raise UserError(f"{BASE_FLAG}: {shown(name)} cannot be read: {error.strerror or error}") from None
     index = folders.read_json(folder / "model_index.json")
     family = _family_of(index, name)
-    folders.check(
-        folder,
-        name,
-        index,
-        {part: kind.__name__ for part, kind in family.kinds.items()},
-        family.folders,
-        is_tokenizer_given=options.tokenizer_name is not None,
-    )
+    parts = [part for part in family.folders if part != "tokenizer" or options.tokenizer_name is None]
+    classes = {part: kind.__name__ for part, kind in family.kinds.items()}
+    folders.check(folder, name, index, classes, parts)
     configs.check(folder, name, family.kinds, options.variant)
     noise_levels.check(folder, name, index)
     return Base(family, folder, _find_vae(options, family, folder), options, index)

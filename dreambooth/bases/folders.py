@@ -61,25 +61,17 @@ def read_json(path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
 
 
 def check(
-    folder: Path,
-    name: str,
-    index: Mapping[str, Any],
-    classes: Mapping[str, str],
-    folders: Sequence[str],
-    *,
-    is_tokenizer_given: bool,
+    folder: Path, name: str, index: Mapping[str, Any], classes: Mapping[str, str], parts: Sequence[str]
 ) -> None:
     """Raise UserError, with one line per fault, if a base has not the parts of its family.
 
-    `name` is how the user named the base, `index` the content of its model_index.json. The base must have all
-    `folders`, and models of `classes`. With `is_tokenizer_given`, --tokenizer_name replaces the folder
-    "tokenizer".
+    `name` is how the user named the base, `index` the content of its model_index.json. The base must have the
+    folders `parts`, and models of `classes`.
     """
-    wanted = [part for part in folders if not (part == "tokenizer" and is_tokenizer_given)]
-    if missing := [part for part in wanted if not (folder / part).is_dir()]:
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise UserError(f"{BASE_FLAG}: {shown(name)} lacks the folders {', '.join(missing)}")
     raise_all(f"{BASE_FLAG}: {problem}" for problem in _foreign(index, classes))
-    paths = {part: folder / part / "tokenizer_config.json" for part in wanted if part.startswith("tokenizer")}
+    paths = {part: folder / part / "tokenizer_config.json" for part in parts if part.startswith("tokenizer")}
     paths = {part: path for part, path in paths.items() if path.exists()}
     paths |= {part: folder / part / "config.json" for part in classes}
     raise_all(

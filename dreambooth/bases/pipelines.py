@@ -8,12 +8,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth.bases import autoencoder, families, loading
+from dreambooth.bases import autoencoder, loading
 from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG, UNUSED_PARTS
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptEmbeds, TextParts
 from dreambooth.bases.schedulers import fixed_variance
+from dreambooth.options.training import TextOptions
 
 
 def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -> Any:
@@ -67,14 +68,10 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
 
 def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
     """The tokenizers and text encoders of a pipeline, set to encode prompts as training does."""
-    return TextParts(
-        encode=base.family.encode,
-        tokenizers=tuple(getattr(pipeline, tokenizer) for tokenizer, _ in base.family.text.values()),
-        encoders={encoder: getattr(pipeline, encoder) for encoder in base.family.text},
-        max_tokens=families.max_tokens(base),
-        clip_skip=clip_skip,
-        zeros_for_empty=base.zeros_for_empty,
-    )
+    tokenizers = tuple(getattr(pipeline, tokenizer) for tokenizer, _ in base.family.text.values())
+    text = loading.text_without_encoders(base, tokenizers, TextOptions(clip_skip=clip_skip))
+    text.encoders = {encoder: getattr(pipeline, encoder) for encoder in base.family.text}
+    return text
 
 
 def draw(

@@ -73,11 +73,11 @@ class TextParts:
     """By folder of the base, which is also the name of the component in adapter files."""
     max_tokens: int
     """Tokens of a padded prompt."""
-    attention_mask: bool = False
+    attention_mask: bool
     """Whether padding is masked in the encoders."""
-    clip_skip: int = 0
+    clip_skip: int
     """How many of the last layers are skipped."""
-    zeros_for_empty: bool = False
+    zeros_for_empty: bool
     """Whether the embeddings of the empty prompt are zeros, as in the training of Stable Diffusion XL."""
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -188,14 +188,9 @@ def check(
                 f"{_shortened(flag)} has {len(prompt):,} characters; "
                 f"only {limit} tokens, about as many words, are read. Make it shorter"
             )
-            continue
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
+        elif any("\ud800" <= character <= "\udfff" for character in prompt):  # undecodable bytes of a flag
             problems.append(f"{_shortened(flag)} has bytes in it that are no UTF-8 text")
-            continue
-        cut = max((words_cut(tokenizer, prompt, limit) for tokenizer in tokenizers), key=len)
-        if cut:
+        elif cut := max((words_cut(tokenizer, prompt, limit) for tokenizer in tokenizers), key=len):
             problems.append(
                 f"{_shortened(flag)} is longer than {limit} tokens; cut off would be: "
                 f"{_shortened(repr(cut))}. Make it shorter"
