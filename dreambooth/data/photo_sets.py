@@ -76,15 +76,16 @@ def _local_folder(name: str) -> Path | None:
 
 def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
     """The photos of a data set of the hub, in a folder of the cache. Raises UserError as `find` does."""
+    no_folder = f"{_FLAG}: there is no folder {shown(name)}, and"
     # a name like "imagefolder" would make the package read all pictures of the working directory
     if not _HUB_ID.fullmatch(name):
-        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and a hub id is of the form OWNER/NAME")
+        raise UserError(f"{no_folder} a hub id is of the form OWNER/NAME")
     try:
         from datasets import Image, config, load_dataset
     except ImportError as error:
         why = "" if error.name == "datasets" else f" ({type_and_reason(error)})"
         install = f"for a hub id the datasets package is needed: pip install '.[datasets]'{why}"
-        raise UserError(f"{_FLAG}: there is no folder {shown(name)}, and {install}") from None
+        raise UserError(f"{no_folder} {install}") from None
     captions.check_columns(instance)
     try:
         dataset = load_dataset(
@@ -92,10 +93,7 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         )
     # errors of the package, of files, the network, Parquet and archives: all have a useful message
     except Exception as error:
-        raise UserError(
-            f"{_FLAG}: there is no folder {shown(name)}, and as a hub id it cannot be read: "
-            f"{type_and_reason(error)}"
-        ) from None
+        raise UserError(f"{no_folder} as a hub id it cannot be read: {type_and_reason(error)}") from None
     notes = _check_columns(dataset, Image, instance)
     columns = [instance.image_column, instance.caption_column]
     rows = dataset.select_columns([column for column in columns if column])
@@ -107,10 +105,8 @@ def _of_hub(name: str, instance: InstanceOptions) -> PhotoSet:
         if not folder.is_dir():
             _write_once(folder, rows, instance)
     except OSError as error:
-        raise UserError(
-            f"--cache_dir: the pictures of {name} cannot be written to {shown(root)}: "
-            f"{error.strerror or error}"
-        ) from None
+        reason = f"cannot be written to {shown(root)}: {error.strerror or error}"
+        raise UserError(f"--cache_dir: the pictures of {name} {reason}") from None
     return PhotoSet(folder, _FLAG, notes)
 
 
