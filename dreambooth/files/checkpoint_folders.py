@@ -456,15 +456,15 @@ def _holds_only_files(folder: Path) -> bool:
 # --- room on the disk
 
 
-def room_note(output_dir: Path, last_size: int) -> str | None:
-    """A warning if less than 1.5 times the size of the last checkpoint is free on the disk; None
+def room_note(last: Path) -> str | None:
+    """A warning if less than 1.5 times the size of the checkpoint `last` is free on the disk; None
     otherwise."""
-    with contextlib.suppress(OSError):  # the error comes again when the checkpoint is written
-        free = shutil.disk_usage(output_dir).free
+    with contextlib.suppress(OSError):  # moved away already; else it comes again with the next checkpoint
+        last_size, free = size(last), shutil.disk_usage(last).free
         if free < 1.5 * last_size:
             return (
-                f"{output_dir} has {free:,} bytes free; the last checkpoint took {last_size:,}, the next may "
-                "not fit. Make room"
+                f"{last.parent} has {free:,} bytes free; the last checkpoint took {last_size:,}, the next "
+                "may not fit. Make room"
             )
     return None
 

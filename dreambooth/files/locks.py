@@ -176,7 +176,7 @@ class _Lock:
         """Whether the lock file of the folder is the open one."""
         try:
             return os.path.samestat(os.lstat(self.path), os.fstat(self.file))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return False
 
     def _describe(self) -> None:
@@ -227,7 +227,9 @@ def _check_directory(folder: Path, directory: int) -> None:
     """Raise FolderLost unless the path `folder` still leads to the open directory."""
     try:
         info = os.stat(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         raise _lost(folder, "was moved or removed") from None
     if not os.path.samestat(info, os.fstat(directory)):
         raise _lost(folder, "was moved or removed, and another folder has its name")

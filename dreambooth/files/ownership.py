@@ -93,7 +93,8 @@ class WrittenFiles:
             return False
         lines = [line for line in self._lines.get(name, []) if line.grows]
         with contextlib.suppress(OSError), reader.opened(path, follow_links=False) as file:
-            return any(_begins(file, line) for line in lines)
+            fits = os.fstat(file.fileno()).st_size <= reader.LARGEST_LOG
+            return fits and any(_begins(file, line) for line in lines)
         return False
 
     def set_aside(self, name: str) -> Path:

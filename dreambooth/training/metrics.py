@@ -38,14 +38,14 @@ class Progress:
         """
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.is_main = accelerator.is_main_process
-        self.bar = tqdm(
-            total=last_step, initial=first_step, desc="training", unit="step", disable=not self.is_main
-        )
         self.path, self.files = path, WrittenFiles(path.parent)
         self.size, self.sha256 = 0, hashlib.sha256()  # of what was written
         self.memory_by_phase = memory_by_phase
         if self.is_main:
             self._begin(first_step)
+        self.bar = tqdm(
+            total=last_step, initial=first_step, desc="training", unit="step", disable=not self.is_main
+        )
         self.clock_start, self.clock_step = time.monotonic(), first_step
         self.has_failed = False
 

@@ -469,6 +469,9 @@ def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[St
         write(stop.state, stop.reason, stop.exit_code)
         raise
     except UserError as error:
+        if status.step > first_step:  # a file of this run, lost since it was written, is no mistake in a flag
+            write("failed", str(error), EXIT_FAILED)
+            raise Stop(str(error)) from None
         write("failed", str(error), EXIT_USAGE)
         raise
     except BaseException as error:

@@ -176,7 +176,7 @@ class Saver:
             self.peers.say(f"warning: {error}")
             folder = self.output_dir / f"checkpoint-{step}"
         self.saved = step
-        if note := checkpoint_folders.room_note(self.output_dir, checkpoint_folders.size(folder)):
+        if note := checkpoint_folders.room_note(folder):
             self.peers.say(f"warning: {note}")
 
 

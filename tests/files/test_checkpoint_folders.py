@@ -345,8 +345,13 @@ def test_a_disk_that_will_soon_be_full_is_told_before(tmp_path, monkeypatch):
     """1.5 times the size of the last checkpoint must be free."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1500, 1500))
-    assert checkpoint_folders.room_note(tmp_path, 1000) is None
-    note = checkpoint_folders.room_note(tmp_path, 1001)
+    last = tmp_path / "checkpoint-1"
+    assert checkpoint_folders.room_note(last) is None  # somebody moves finished ones elsewhere
+    last.mkdir()
+    (last / "state.json").write_bytes(b"x" * 1000)
+    assert checkpoint_folders.room_note(last) is None
+    (last / "state.json").write_bytes(b"x" * 1001)
+    note = checkpoint_folders.room_note(last)
     assert (
         note
         == f"{tmp_path} has 1,500 bytes free; the last checkpoint took 1,001, the next may not fit. Make room"

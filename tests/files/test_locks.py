@@ -162,6 +162,11 @@ def replaced_by_a_link(out: Path) -> None:
     out.symlink_to("b")
 
 
+def replaced_by_a_loop(out: Path) -> None:
+    moved(out)
+    out.symlink_to(out)
+
+
 def restored_from_a_copy(out: Path) -> None:
     shutil.copytree(out, out.with_name("b"))
     shutil.rmtree(out)
@@ -185,6 +190,7 @@ CHANGES: dict[Callable[[Path], object], str] = {
     replaced: ANOTHER,
     replaced_by_a_file: "out was moved or removed",
     replaced_by_a_link: ANOTHER,
+    replaced_by_a_loop: GONE,
     restored_from_a_copy: ANOTHER,
     locked_by_another_run: "out was locked by process 1 on elsewhere, since 2026-01-01 00:00:00 while",
     an_odd_lock: "out got another file .lock while",
