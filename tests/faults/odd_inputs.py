@@ -3,7 +3,7 @@
     python -m tests.faults.odd_inputs [--cases N] [--seed S] [--show WORD]
 
 Each case is a command on tiny files, in a process forked from one that has imported everything. It has to
-be refused (status 2 and a message), be stopped (status 1 and a message), or succeed: without a traceback,
+be refused (status 2 and a message), be stopped (status 1 or 75 and a message), or succeed: without a traceback,
 within 5 seconds of processor time, and without a change to a byte that belongs to the user. Prints the
 counts, and every violation; the exit status is 1 if there was one.
 """
@@ -44,7 +44,7 @@ from dreambooth.options.command_line import fields_of, parse
 from dreambooth.options.conversion import COMMANDS
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
-from dreambooth.runtime import startup
+from dreambooth.runtime import startup, stops
 from tests import tiny
 from tests.running import prior_words, train_words
 
@@ -430,7 +430,7 @@ class World:
         # a place in which nothing has changed serves the next case of the command
         self.clean = case.command if not case.target and before == after else ""
         wrong = [f"{name} has changed" for name in changed(case, before, after)]
-        ended = {0: "passed", 1: "stopped", 2: "refused"}.get(code, "traceback")
+        ended = {0: "passed", 1: "stopped", 2: "refused", stops.EXIT_TIME: "stopped"}.get(code, "traceback")
         if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
             ended = "hang"
         if "Traceback (most recent call last)" in said:
