@@ -15,31 +15,23 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
 
 from pathlib import Path
 
-import torch
-
 from dreambooth.bases import families, loading, prompt_syntax, prompts
 from dreambooth.data import class_images
 from dreambooth.files import ownership
-from dreambooth.runtime import launcher, processes
+from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
 
 
 def main(options: ClassImageOptions) -> None:
-    """Draw the missing class images. Raises UserError if the folder holds another set.
-
-    A signal raises SystemExit; finished pictures stay, and the next start draws the others.
-    """
+    """Draw the missing class images. Raises UserError if the folder holds another set. A signal raises
+    SystemExit; finished pictures stay, and the next start draws the others."""
     with stops.stoppable(advice="the next start draws the missing pictures") as watch:
         generate(options, watch)
 
 
 def generate(options: ClassImageOptions, watch: Watch) -> None:
     """`main` without its handling of signals."""
-    # processes
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
-    peers = processes.join(watch, peer_timeout=600)
-    peers.say_notes(launcher.notes())
+    peers = processes.join(watch, threads=options.num_threads, peer_timeout=600)
 
     # base, prompt and settings
     folder = Path(options.class_data_dir)

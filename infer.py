@@ -32,7 +32,7 @@ from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options import adapter_sets
-from dreambooth.runtime import launcher, processes
+from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
 
@@ -54,21 +54,16 @@ def read_prompts(options: InferOptions) -> list[str]:
 
 
 def main(options: InferOptions) -> None:
-    """Draw and save every picture, then write `images.json` and `contact_sheet.png`.
-
-    Raises UserError for a user's mistake, SystemExit if a signal ends the program.
-    """
+    """Draw and save every picture, then write `images.json` and `contact_sheet.png`. Raises UserError for a
+    user's mistake, SystemExit if a signal ends the program."""
     with stops.stoppable(advice="images.json is written at the end, and was not") as watch:
         infer(options, watch)
 
 
 def infer(options: InferOptions, watch: Watch) -> None:
     """`main` without its handling of signals."""
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
-    peers = processes.join(watch, peer_timeout=600)
+    peers = processes.join(watch, threads=options.num_threads, peer_timeout=600)
     device = peers.accelerator.device
-    peers.say_notes(launcher.notes())
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]

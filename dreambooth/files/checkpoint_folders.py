@@ -79,10 +79,8 @@ class Content:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything with a checkpoint's name, oldest first, damaged ones included.
-
-    Raises UserError if the folder cannot be read.
-    """
+    """(step, path) of everything with a checkpoint's name, oldest first, damaged ones included. Raises
+    UserError if the folder cannot be read."""
     try:
         paths = list(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError as error:
@@ -92,14 +90,12 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def verify(folder: Path) -> list[str]:
-    """The problems of a checkpoint: [] if every byte is as it was written, and no file is missing or
-    added."""
+    """The problems of a checkpoint: [] if every byte is as it was written and no file is missing or added."""
     return _examine(folder, keep=False)[1]
 
 
 def read(folder: Path) -> Content:
-    """A checkpoint with its bytes; each file is read once. Raises UserError if the checkpoint has a
-    problem."""
+    """A checkpoint with its bytes; each file is read once. Raises UserError if it has a problem."""
     content, problems = _examine(folder, keep=True)
     if content is None or problems:
         raise UserError(f"{_FLAG}: {folder} cannot be used: {'; '.join(problems)}")
@@ -204,11 +200,8 @@ def _names(folder: Path) -> set[str]:
 
 
 def _read_plain(path: Path, most: int, *, exactly: bool = False, keep: bool = True) -> tuple[bytes, str]:
-    """(the bytes of the file if `keep`, else b""; their SHA-256).
-
-    Raises _DamagedCheckpoint if it is not a regular file, has more than `most` bytes, or, with `exactly`, has
-    fewer.
-    """
+    """(the bytes of the file if `keep`, else b""; their SHA-256). Raises _DamagedCheckpoint if it is not a
+    regular file, has more than `most` bytes, or, with `exactly`, has fewer."""
     name = path.name
     try:
         with reader.opened(path, follow_links=False) as file:
@@ -237,8 +230,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _parse_manifest(data: bytes) -> dict[str, Any]:
-    """The manifest, without its hash. Raises _DamagedCheckpoint unless `_sealed` turns it into `data`
-    again."""
+    """The manifest without its hash. Raises _DamagedCheckpoint unless `_sealed` gives `data` again."""
     try:
         body = reader.parsed_json_table(data, MANIFEST)
         version = body.get("format_version")
@@ -253,28 +245,20 @@ def _parse_manifest(data: bytes) -> dict[str, Any]:
     if not is_whole:
         raise _DamagedCheckpoint(f"{MANIFEST} is damaged")
     step, identity, files = body.get("step"), body.get("identity"), body.get("files")
-    if (
-        type(step) is not int
-        or step < 0
-        or not isinstance(identity, dict)
-        or not isinstance(files, dict)
-        or not files
-    ):
+    has_step = type(step) is int and step >= 0
+    if not (has_step and isinstance(identity, dict) and isinstance(files, dict) and files):
         raise _DamagedCheckpoint(f"{MANIFEST} lacks step, identity or files")
     for name, entry in files.items():
         plain = (
             isinstance(entry, dict)
             and type(entry.get("size")) is int
             and entry["size"] >= 0
-            and _is_sha256(entry.get("sha256"))
+            and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"])
         )
         if not plain or not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise _DamagedCheckpoint(f"{MANIFEST} has an invalid entry {name!r}")
     return body
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def is_foreign(folder: Path, names: Collection[str] = ()) -> bool:
@@ -411,18 +395,15 @@ def remove(output_dir: Path) -> None:
 
 
 def _remove(folder: Path, step: int) -> None:
-    """Remove a whole checkpoint. It is renamed first, so that no half-removed folder has a checkpoint's
-    name."""
+    """Remove a whole checkpoint. It is renamed first: no half-removed folder has a checkpoint's name."""
     trash = folder.with_name(f".trash-step-{step}-{os.getpid()}-{secrets.token_hex(4)}")
     writer.move(folder, trash)
     writer.remove(trash)
 
 
 def sweep(output_dir: Path) -> list[str]:
-    """Remove half-written and half-removed checkpoints of processes that died. Returns their names.
-
-    The caller must hold the folder's lock. Raises UserError if something cannot be removed.
-    """
+    """Remove half-written and half-removed checkpoints of processes that died. Returns their names. The
+    caller must hold the folder's lock. Raises UserError if something cannot be removed."""
     swept = []
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
         match = re.fullmatch(r"\.replaced-step-([0-9]+)", path.name)

@@ -16,9 +16,7 @@ _lock = threading.Lock()
 
 def of(path: Path) -> bytes:
     """The SHA-256 of the file, 32 bytes. If another thread is computing it, this one waits for the result.
-
-    Raises OSError if the file cannot be read.
-    """
+    Raises OSError if the file cannot be read."""
     info = path.stat()
     key = (path.absolute(), info.st_ino, info.st_size, info.st_mtime_ns)
     with _lock:

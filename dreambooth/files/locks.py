@@ -187,10 +187,8 @@ class _Lock:
                 os.pwrite(self.file, json.dumps(self.owner).encode(), 0)
 
     def check(self) -> None:
-        """Raise FolderLost unless the folder is the one that was locked, by this process still.
-
-        If only the lock file was removed, it is made again. Raises OSError if that fails.
-        """
+        """Raise FolderLost unless the folder is the one that was locked, by this process still. If only the
+        lock file was removed, it is made again. Raises OSError if that fails."""
         if self._is_in_place():
             return
         _check_directory(self.folder, self.directory)

@@ -85,9 +85,7 @@ class WrittenFiles:
 
     def begins_as_written(self, name: str) -> bool:
         """Whether the file exists, and begins with the bytes of a file that grows, as this program wrote it.
-
-        What follows may be damaged, or a user's.
-        """
+        What follows may be damaged, or a user's."""
         self._refresh()
         if (path := self._plain_path(name)) is None:
             return False
@@ -143,10 +141,7 @@ class WrittenFiles:
 
     def write(self, name: str, data: bytes, *, grows: bool = False) -> None:
         """Write the file whole or not at all, and record it first. With `grows` lines of JSON may be appended
-        to it later.
-
-        Raises OSError if it cannot be written, FileExistsError if its name is `foreign`.
-        """
+        to it later. Raises OSError if it cannot be written, FileExistsError if its name is `foreign`."""
         path = self.folder / name
         if self.foreign([name]):
             reason = "this program did not write what has that name, or it was changed since; move it away"
@@ -170,10 +165,8 @@ class WrittenFiles:
             writer.remove(self.folder / name)
 
     def sweep(self) -> list[str]:
-        """Remove temporary files that processes of this program left when they died. Returns their names.
-
-        The caller must hold the folder's lock.
-        """
+        """Remove temporary files that processes of this program left when they died. Returns their names. The
+        caller must hold the folder's lock."""
         self._refresh()
         swept = []
         with contextlib.suppress(OSError):  # they only take room
@@ -266,8 +259,7 @@ def _begins(file: BinaryIO, line: _Line) -> bool:
 
 
 def _continues(file: BinaryIO, line: _Line) -> bool:
-    """Whether the file begins with the bytes of `line`, and every finished line after them is a JSON
-    object."""
+    """Whether the file begins with the bytes of `line`, and every whole line after them is a JSON object."""
     if not _begins(file, line):
         return False
     rest = file.read()

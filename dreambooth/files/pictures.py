@@ -1,7 +1,5 @@
-"""Pictures as files: PNG with the settings of the picture, and contact sheets.
-
-The settings also mark a picture as one that this program wrote: it is never taken for a photo.
-"""
+"""Pictures as files: PNG with the settings of the picture, and contact sheets. The settings also mark a
+picture as one that this program wrote: it is never taken for a photo."""
 
 import io
 import json
@@ -22,10 +20,7 @@ _LABEL_HEIGHT, _HEADING_HEIGHT, _MARGIN = 20, 22, 6  # pixels
 
 def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
     """The bytes of a PNG file. `settings` are stored as JSON in one text chunk, `dreambooth`: see
-    `is_marked`.
-
-    With a chunk for each setting, a prompt could forge another setting.
-    """
+    `is_marked`. With a chunk for each setting, a prompt could forge another setting."""
     buffer = io.BytesIO()
     if settings is None:
         image.save(buffer, format="PNG")
@@ -38,11 +33,8 @@ def png(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
 
 def is_marked(path: Path) -> bool:
-    """Whether `png` wrote the file, with settings. Its pixels are not decoded.
-
-    A file that is no PNG, or that cannot be read, has no mark; nor has a picture that another program saved
-    again without its text.
-    """
+    """Whether `png` wrote the file, with settings. Its pixels are not decoded. A file that is no PNG, or that
+    cannot be read, has no mark; nor has a picture that another program saved again without its text."""
     try:
         with reader.opened(path) as file:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
@@ -62,10 +54,8 @@ def is_marked(path: Path) -> bool:
 
 
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:
-    """The picture, resized so that its longer side has `longer_side` pixels.
-
-    A picture enlarged by a factor of 2 or more is not smoothed.
-    """
+    """The picture, resized so that its longer side has `longer_side` pixels. A picture enlarged by a factor
+    of 2 or more is not smoothed."""
     scale = longer_side / max(image.size)
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
@@ -76,10 +66,8 @@ def contact_sheet(
     columns: Sequence[str] = (),
     side: int = THUMBNAIL,
 ) -> Image.Image:
-    """A sheet of pictures, their longer sides scaled to `side` pixels.
-
-    Each of `rows` is (label, pictures); None leaves a cell empty. `columns` are headings.
-    """
+    """A sheet of pictures, their longer sides scaled to `side` pixels. Each of `rows` is (label, pictures);
+    None leaves a cell empty. `columns` are headings."""
     font = ImageFont.load_default(13)
     top_margin = _MARGIN + (_HEADING_HEIGHT if columns else 0)
     row_height = _LABEL_HEIGHT + side + _MARGIN

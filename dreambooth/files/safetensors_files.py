@@ -118,9 +118,9 @@ def read(path: Path, limits: Limits) -> Header:
                     f"its header describes more than {limits.tensors:,} tensors, or metadata with as many"
                     f" quotes and brackets ({marks:,})"
                 )
-        content = _json(header)
+        content = reader.parsed_json_table(header, "its header", LARGEST_HEADER, unique_keys=True)
         return _checked(content, 8 + size, file_size - 8 - size, limits)
-    except _Broken as error:
+    except (_Broken, UserError) as error:
         raise UserError(f"{shown(path)}: not a complete safetensors file ({error})") from None
     except _OverLimit as error:
         raise UserError(
@@ -130,14 +130,6 @@ def read(path: Path, limits: Limits) -> Header:
         raise UserError(
             f"{shown(path)}: not a complete safetensors file (it cannot be read: {error.strerror or error})"
         ) from None
-
-
-def _json(header: bytes) -> dict[str, Any]:
-    """The header's content. Raises _Broken if it is no JSON object, or has a key twice."""
-    try:
-        return reader.parsed_json_table(header, "its header", LARGEST_HEADER, unique_keys=True)
-    except UserError as error:
-        raise _Broken(str(error)) from None
 
 
 def _checked(content: dict[str, Any], start: int, body: int, limits: Limits) -> Header:
@@ -191,10 +183,8 @@ def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def check_values(where: str, header: Header, keys: Iterable[str], alphas: Container[str] = ()) -> None:
-    """Raise UserError if a tensor of an adapter is empty, or not of floating-point numbers.
-
-    `alphas` are the keys of tensors that may also be of whole numbers.
-    """
+    """Raise UserError if a tensor of an adapter is empty, or not of floating-point numbers. `alphas` are the
+    keys of tensors that may also be of whole numbers."""
     for key in keys:
         dtype, shape = header.places[key][0], header.shapes[key]
         if dtype not in FLOATS and not (key in alphas and dtype[0] in "IU"):

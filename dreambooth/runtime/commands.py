@@ -1,7 +1,5 @@
-"""The commands of an installed copy. Each runs one of the four scripts, as `python SCRIPT` in a checkout.
-
-A checkout has the scripts at its root; pyproject.toml installs them into the package `dreambooth.scripts`.
-"""
+"""The commands of an installed copy. Each runs one of the four scripts, as `python SCRIPT` in a checkout. A
+checkout has the scripts at its root; pyproject.toml installs them into the package `dreambooth.scripts`."""
 
 import functools
 import runpy

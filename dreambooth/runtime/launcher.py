@@ -1,7 +1,5 @@
 """The settings of the launcher (`accelerate launch`, its configuration file, torchrun) in the environment.
-
-What cannot be done is refused before accelerate is set up, and what is ignored is said.
-"""
+What cannot be done is refused before accelerate is set up, and what is ignored is said."""
 
 import os
 import re
@@ -25,10 +23,8 @@ _OF_SHARDED_MODELS = {
 
 
 def adopt_local_rank(local_rank: int) -> None:
-    """Set LOCAL_RANK, which accelerate reads, from --local_rank of an old launcher.
-
-    -1, and 0 without a launcher, set nothing. Raises UserError for another rank without a launcher.
-    """
+    """Set LOCAL_RANK, which accelerate reads, from --local_rank of an old launcher. -1, and 0 without a
+    launcher, set nothing. Raises UserError for another rank without a launcher."""
     if local_rank < 0 or "LOCAL_RANK" in os.environ:
         return
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
@@ -43,9 +39,7 @@ def adopt_local_rank(local_rank: int) -> None:
 
 def check(mixed_precision: str | None) -> None:
     """Raise UserError, with a line for each, if the launcher has settings that cannot be followed.
-
-    `mixed_precision` is the precision that replaces the launcher's; None for no other.
-    """
+    `mixed_precision` is the precision that replaces the launcher's; None for no other."""
     problems = [
         f"the launcher's configuration turns on {name} ({variable}), which this program cannot do: each "
         "process holds the whole base; turn it off in `accelerate config` or the file of --config_file"
@@ -67,9 +61,7 @@ def check(mixed_precision: str | None) -> None:
 
 def notes(accumulation: int = 1) -> list[str]:
     """Notes for the user: settings of the launcher that are ignored, and processes that it did not start.
-
-    `accumulation` is --gradient_accumulation_steps.
-    """
+    `accumulation` is --gradient_accumulation_steps."""
     environment = os.environ
     ignored = []
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")

@@ -22,13 +22,18 @@ _ROLL_CALL = datetime.timedelta(seconds=10)  # time to answer it
 _FOR_EVER = datetime.timedelta(days=30)  # gloo has no "never"
 
 
-def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
-    """Join the processes that the launcher started.
+def join(
+    watch: Watch, *, peer_timeout: float, threads: int | None = None, accumulation: int = 1, **settings: Any
+) -> "Peers":
+    """Join the processes that the launcher started, and print notes on the launcher's settings.
 
-    `peer_timeout` is the timeout of exchanges within a step, in seconds; `settings` go to `Accelerator`.
+    `peer_timeout` is the timeout of exchanges within a step, in seconds. `threads` is --num_threads and
+    `accumulation` is --gradient_accumulation_steps; `settings` go to `Accelerator`.
     Raises UserError if the launcher's settings cannot be followed, or if accelerate joined fewer processes
     than were started: each would do all the work, in the same folder.
     """
+    if threads:
+        torch.set_num_threads(threads)
     launcher.check(settings.get("mixed_precision"))
     timeout = datetime.timedelta(seconds=peer_timeout)
     try:
@@ -46,7 +51,9 @@ def join(watch: Watch, *, peer_timeout: float, **settings: Any) -> "Peers":
             f"the launcher started {started} processes and accelerate joined {accelerator.num_processes}; "
             "without a GPU set ACCELERATE_USE_CPU=true for torchrun"
         )
-    return Peers(accelerator, watch, timeout)
+    peers = Peers(accelerator, watch, timeout)
+    peers.say_notes(launcher.notes(accumulation))
+    return peers
 
 
 class Peers:
@@ -147,11 +154,8 @@ class Peers:
         return result  # type: ignore[return-value]
 
     def check_same(self, values: Mapping[str, str]) -> None:
-        """Raise UserError on every process if the values of one differ from the main process's.
-
-        Nodes may have other photos, another base or another version. The keys of `values` name them in the
-        message.
-        """
+        """Raise UserError on every process if the values of one differ from the main process's. Nodes may
+        have other photos, another base or another version. The keys of `values` name them in the message."""
         if self.world == 1:
             return
         of_rank: list[Any] = [None] * self.world
@@ -189,10 +193,8 @@ class Peers:
         return Stop(f"the connection to the other processes failed ({reason_of(error)})")
 
     def _roll_call(self) -> list[int]:
-        """On the main process, the ranks that do not answer; [] on the others.
-
-        Each process sends one message, since a failed barrier does not name the lost process.
-        """
+        """On the main process, the ranks that do not answer; [] on the others. Each process sends one
+        message, since a failed barrier does not name the lost process."""
         if not self.is_main:
             with contextlib.suppress(RuntimeError):  # the main process is lost
                 _work(dist.isend(torch.ones(1), dst=0, group=self.group)).wait(_ROLL_CALL)

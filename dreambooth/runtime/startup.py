@@ -18,8 +18,7 @@ Options = TypeVar("Options")
 
 
 def begin() -> None:
-    """Call this first. During the slow imports a signal then ends the process at once, without a
-    traceback."""
+    """Call this first: during the slow imports a signal ends the process at once, without a traceback."""
     console.protect()
     stops.default_signals()
     gc.disable()  # imports make a million objects and no garbage: collecting takes a quarter of their time

@@ -25,10 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 class Stop(BaseException):
     """The run ends, for `reason` and with `exit_code`. `state` is `stopped` if the user or the system stopped
-    it, else `failed`.
-
-    A BaseException, so that no library's `except Exception` swallows it.
-    """
+    it, else `failed`. A BaseException, so that no library's `except Exception` swallows it."""
 
     def __init__(self, reason: str, exit_code: int = EXIT_FAILED, state: str = "failed"):
         super().__init__(reason)
@@ -90,11 +87,8 @@ class Watch:
 
 @contextlib.contextmanager
 def stoppable(max_minutes: float | None = None, *, advice: str = "") -> Iterator[Watch]:
-    """The Watch of a script, with `is_immediate` set.
-
-    A Stop within the block becomes one line on stderr, its reason and `advice`, and SystemExit with its exit
-    code.
-    """
+    """The Watch of a script, with `is_immediate` set. A Stop within the block becomes one line on stderr, its
+    reason and `advice`, and SystemExit with its exit code."""
     watch = Watch(max_minutes)
     watch.is_immediate = True
     try:
@@ -127,10 +121,8 @@ def _handled_signals() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def write_errors_explained() -> Iterator[None]:
-    """Turn a failed write within the block into a Stop that names the file and the reason.
-
-    Libraries write too: their errors are told from others by what only a disk reports.
-    """
+    """Turn a failed write within the block into a Stop that names the file and the reason. Libraries write
+    too: their errors are told from others by what only a disk reports."""
     try:
         yield
     except FolderLost as error:

@@ -8,6 +8,7 @@ import torch
 from dreambooth.adapter_files import layer_names, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import configs, families
+from dreambooth.data import sampling_order
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import TextOptions
 
@@ -40,11 +41,26 @@ def target_modules(
     return inject.used_text_targets(adapter, layers - unused, shapes)
 
 
-def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:
-    """The layers that get an adapter, by component, read from the headers of the base's weight files.
+def inject_adapters(
+    models: Mapping[str, torch.nn.Module],
+    base: families.Base,
+    adapter: AdapterOptions,
+    text: TextOptions,
+    seed: int,
+) -> list[inject.Component]:
+    """The UNet and text encoders in `models`, by component, with their adapters. Initial values depend on
+    `seed` and the component's name alone."""
+    components = []
+    for name, model in models.items():
+        modules = target_modules(base, name, adapter, text, inject.shapes_of(model))
+        init_seed = sampling_order.key(seed, "lora-init", name)
+        components.append(inject.inject(name, model, adapter, modules, seed=init_seed))
+    return components
 
-    Text encoders are included with --train_text_encoder, if they can be trained in the base's family.
-    """
+
+def trained_layers(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> dict[str, Targets]:
+    """The layers that get an adapter, by component, read from the headers of the base's weight files. Text
+    encoders are included with --train_text_encoder, if they can be trained in the base's family."""
     targets = {}
     for component, shapes in layer_names.plain_layers(base.layers()).items():
         if component == "unet" or (text.train_text_encoder and base.family.trains_text):
@@ -84,17 +100,12 @@ def reader_notes(base: families.Base, adapter: AdapterOptions, text: TextOptions
 
 
 def table(base: families.Base, adapter: AdapterOptions, text: TextOptions) -> str:
-    """The table of adapters that a run prints at its start, and the size of the adapter file.
-
-    No weights are read.
-    """
+    """The table of adapters that a run prints at its start, and the size of the adapter file. No weights are
+    read."""
     # peft builds BOFT's matrices on the CPU: a model on the meta device cannot take them.
     with torch.device("cpu" if adapter.adapter == "boft" else "meta"):
         names = ["unet", *(base.family.text if text.train_text_encoder else ())]
         models = {name: configs.build(base.family.kinds[name], base.config(name)) for name in names}
-        components = []
-        for name, model in models.items():
-            modules = target_modules(base, name, adapter, text, inject.shapes_of(model))
-            components.append(inject.inject(name, model, adapter, modules, seed=0))
+        components = inject_adapters(models, base, adapter, text, seed=0)
     size = sum(p.numel() for component in components for _, p in component.named_parameters())
     return f"{inject.describe(components)}\nadapter file {4 * size / 2**20:.2f} MiB"

@@ -75,11 +75,8 @@ def read_state(content: Content) -> dict[str, Any]:
 
 
 def restore(content: Content, components: list[Component], optimizer: torch.optim.Optimizer) -> None:
-    """Fill adapters and optimizer from a checkpoint.
-
-    The optimizer holds only the parameters that are still trained. Raises UserError, before anything is
-    changed, if the checkpoint does not fit.
-    """
+    """Fill adapters and optimizer from a checkpoint. The optimizer holds only the parameters that are still
+    trained. Raises UserError, before anything is changed, if the checkpoint does not fit."""
     # Read and check everything.
     state = native.by_component(_tensors(content, native.ADAPTER_NAME))
     trained, saved = (" and ".join(sorted(names)) for names in ((c.name for c in components), state))
@@ -96,14 +93,23 @@ def restore(content: Content, components: list[Component], optimizer: torch.opti
     run_state, tensors = read_state(content), _tensors(content, OPTIMIZER)
     raw_tensors = {key.removesuffix(_RAW): value for key, value in tensors.items() if key.endswith(_RAW)}
     tensors = {key: value for key, value in tensors.items() if not key.endswith(_RAW)}
-    numbers = _checked_numbers(content.folder, run_state, tensors, names, optimizer)
+    # with fp16 the first steps may be skipped until the loss scale fits: the optimizer has not stepped then
+    has_stepped = bool(tensors) or "grad_scaler" not in run_state
+    path, numbers = content.folder / STATE, run_state.get("optimizer")
+    try:
+        checked_numbers = optimizers.read_numbers(optimizer, names, numbers, has_stepped=has_stepped)
+        path = content.folder / OPTIMIZER
+        if has_stepped:
+            optimizers.check_tensors(optimizer, names, tensors)
+    except UserError as error:
+        raise UserError(f"{_FLAG}: {path} {error}") from None
     raw = _raw_parameters(content.folder, raw_tensors, components, optimizer)
     # Fill.
     for component in components:
         component.load_state_dict(state[component.name])
     for parameter, value in raw.items():
         parameter.data.copy_(value)
-    optimizers.fill(optimizer, names, tensors, numbers)
+    optimizers.fill(optimizer, names, tensors, checked_numbers)
 
 
 def _file(content: Content, name: str) -> bytes:
@@ -123,27 +129,6 @@ def _tensors(content: Content, name: str) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{_FLAG}: {where} has values in {key} that are not finite")
     return tensors
-
-
-def _checked_numbers(
-    folder: Path,
-    state: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    names: dict[int, str],
-    optimizer: torch.optim.Optimizer,
-) -> optimizers.StateNumbers:
-    """The optimizer's numbers. Raises UserError unless numbers and tensors are exactly this optimizer's."""
-    # with fp16 the first steps may be skipped until the loss scale fits: the optimizer has not stepped then
-    has_stepped = bool(tensors) or "grad_scaler" not in state
-    path = folder / STATE
-    try:
-        numbers = optimizers.read_numbers(optimizer, names, state.get("optimizer"), has_stepped=has_stepped)
-        path = folder / OPTIMIZER
-        if has_stepped:
-            optimizers.check_tensors(optimizer, names, tensors)
-    except UserError as error:
-        raise UserError(f"{_FLAG}: {path} {error}") from None
-    return numbers
 
 
 def _raw_parameters(

@@ -210,8 +210,7 @@ def read_init_adapter(adapter: AdapterOptions, text: TextOptions, base: families
 
 
 def _check_ranks(path: Path, state: AdapterState, adapter: AdapterOptions) -> None:
-    """Raise UserError if the ranks of a LoRA are not those of --rank, --text_encoder_rank and
-    --rank_pattern."""
+    """Raise UserError unless a LoRA has the ranks of --rank, --text_encoder_rank and --rank_pattern."""
     problems = []
     ranks: dict[str, int] = {}  # of each layer in the file
     defaults: dict[str, int] = {}  # without --rank_pattern

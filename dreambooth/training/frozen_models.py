@@ -13,7 +13,6 @@ from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows
 from dreambooth.io.errors import shown
 from dreambooth.runtime import memory
-from dreambooth.runtime.processes import Peers
 from dreambooth.training.start import Start
 
 
@@ -83,7 +82,10 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     else:
         pictures = [picture for source in start.sources for picture in source.pictures()]
         encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
-        _report_damaged(cache, peers)
+        if files := cache.damaged:
+            names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+            damaged = f"{len(files)} files in {shown(cache.folder)} were damaged and have been encoded again"
+            peers.say_notes([f"{damaged}: {names}"])
     memory.release()
     readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
 
@@ -96,14 +98,3 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
     return FrozenModels(parts, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast)
-
-
-def _report_damaged(cache: encoding_cache.EncodingCache, peers: Peers) -> None:
-    """Print a note on damaged cache files, whose content was encoded again."""
-    if files := cache.damaged:
-        names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        note = (
-            f"{len(files)} files in {shown(cache.folder)} were damaged and have been encoded again: {names}"
-        )
-        peers.say_notes([note])
-        cache.damaged = []

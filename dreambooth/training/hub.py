@@ -199,10 +199,8 @@ def publish(reports: ReportOptions, output_dir: Path, card: str, pictures: Seque
 
 
 def push(reports: ReportOptions, output_dir: Path, pictures: Sequence[str]) -> str:
-    """Upload adapter files, card and `pictures`, names in `output_dir`, as one commit.
-
-    Returns the URL of the repository. Raises UploadFailed.
-    """
+    """Upload adapter files, card and `pictures`, names in `output_dir`, as one commit. Returns the URL of the
+    repository. Raises UploadFailed."""
     repository = reports.hub_model_id or _folder_name(output_dir)
     kohya = [KOHYA_NAME] if (output_dir / KOHYA_NAME).exists() else []
     names = [ADAPTER_NAME, *kohya, CARD, *pictures]

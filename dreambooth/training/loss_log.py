@@ -19,11 +19,8 @@ def steps_between_readings(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """The numbers of one optimizer step. `step` counts from 0.
-
-    `losses` are by name, [slots] each, and `grad_norm` is a scalar; both are on the device. `learning_rates`
-    are by their names in the log.
-    """
+    """The numbers of one optimizer step. `step` counts from 0. `losses` are by name, [slots] each, and
+    `grad_norm` is a scalar; both are on the device. `learning_rates` are by their names in the log."""
 
     step: int
     losses: dict[str, torch.Tensor]
@@ -58,10 +55,8 @@ class LossLog:
         self.unread: list[StepRecord] = []
 
     def check(self, record: StepRecord) -> None:
-        """Raise Stop if the record's numbers are not finite. Call this before the optimizer steps.
-
-        On a GPU nothing is raised: the device skips the step.
-        """
+        """Raise Stop if the record's numbers are not finite. Call this before the optimizer steps. On a GPU
+        nothing is raised: the device skips the step."""
         if self.steps_between_readings == 1:
             self._raise_if_nonfinite(record)
         else:
@@ -80,10 +75,8 @@ class LossLog:
         return len(self.unread) >= self.steps_between_readings
 
     def drop_skipped(self) -> Stop | None:
-        """Drop skipped steps from the records and from `completed`.
-
-        Returns the reason why they were skipped; None if none was.
-        """
+        """Drop skipped steps from the records and from `completed`. Returns the reason why they were skipped;
+        None if none was."""
         for index, record in enumerate(self.unread):
             try:
                 self._raise_if_nonfinite(record)

@@ -31,11 +31,8 @@ class Progress:
         images_per_step: int,
         memory_by_phase: dict[str, memory.Reading],
     ):
-        """`path` is the path of metrics.jsonl.
-
-        `memory_by_phase` holds the readings of the phases before the first step. Later readings are added to
-        it.
-        """
+        """`path` is the path of metrics.jsonl. `memory_by_phase` holds the readings of the phases before the
+        first step. Later readings are added to it."""
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.is_main = accelerator.is_main_process
         self.path, self.files = path, WrittenFiles(path.parent)
@@ -50,10 +47,8 @@ class Progress:
         self.has_failed = False
 
     def _begin(self, first_step: int) -> None:
-        """Write the file new. Of an earlier start it keeps the records up to `first_step`.
-
-        A file that holds anything else is moved aside. Raises OSError if it cannot be written.
-        """
+        """Write the file new. Of an earlier start it keeps the records up to `first_step`. A file that holds
+        anything else is moved aside. Raises OSError if it cannot be written."""
         lines = []
         if first_step > 0 and self.files.begins_as_written(self.path.name):
             data = reader.read_bytes(self.path, str(self.path), reader.LARGEST_LOG)
@@ -81,10 +76,8 @@ class Progress:
         self.clock_start, self.clock_step = time.monotonic(), step
 
     def steps(self, records: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Record steps, each as (step counted from 1, values by name).
-
-        Images per second are those since the clock was restarted.
-        """
+        """Record steps, each as (step counted from 1, values by name). Images per second are those since the
+        clock was restarted."""
         if not self.is_main or not records:
             return
         last = records[-1][0]

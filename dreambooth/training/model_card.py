@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -23,7 +22,7 @@ from dreambooth.adapter_files.native import ADAPTER_NAME
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, printable
 from dreambooth.options import paths
-from dreambooth.options.command_line import fields_of
+from dreambooth.options.command_line import fields_of, yaml_text
 from dreambooth.options.training import TrainOptions
 from dreambooth.training import programs
 from dreambooth.training.run_folder import CARD
@@ -75,20 +74,22 @@ def model_card(
     licence, about_licence = _licence(base_folder, hub_id, flags.get("revision"), token)
     name = repository or public.values["output_dir"]
     is_lora = flags["adapter"] == "lora"  # plain diffusers loads it
+    rank = f" of rank {flags['rank']}" if flags["adapter"] not in ("oft", "boft") else ""
+    files = programs.readers(flags, "", has_kohya_names=family != "if")
     sections = [
-        f"---\n{_yaml(_front_matter(flags, licence, hub_id, family, pictures))}---",
+        f"---\n{yaml_text(_front_matter(flags, licence, hub_id, family, pictures))}---",
         f"# {_prose(name)}",
-        f"{_kind_and_rank(flags)} for {public.link('pretrained_model_name_or_path')}, trained on photos of "
-        "one subject with [DreamBooth](https://arxiv.org/abs/2208.12242).",
+        f"{_KINDS[flags['adapter']]}{rank} for {public.link('pretrained_model_name_or_path')}, trained on "
+        "photos of one subject with [DreamBooth](https://arxiv.org/abs/2208.12242).",
         f"Trigger prompt: {_prose(flags['instance_prompt'])}",
         _gallery(pictures, flags.get("validation_prompt")),
         "## Use",
         _fenced(_example(public, name, family), "python") if is_lora else "",
-        _about_files(flags, family),
+        "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in files),
         "## Training",
         "\n".join(f"- {line}" for line in _about_training(public)),
         "All options:",
-        _fenced(_yaml(public.values), "yaml"),
+        _fenced(yaml_text(public.values), "yaml"),
         "## Licence",
         about_licence,
     ]
@@ -124,22 +125,11 @@ def _front_matter(
     return front
 
 
-def _kind_and_rank(flags: Mapping[str, Any]) -> str:
-    rank = f" of rank {flags['rank']}" if flags["adapter"] not in ("oft", "boft") else ""
-    return _KINDS[flags["adapter"]] + rank
-
-
 def _gallery(pictures: Sequence[str], prompt: str | None) -> str:
     lines = [f"![picture {number}](./{quote(name)})" for number, name in enumerate(pictures)]
     if pictures and prompt:
         lines.append(f"\nDrawn with the prompt: {_prose(prompt)}")
     return "\n".join(lines)
-
-
-def _about_files(flags: Mapping[str, Any], family: str) -> str:
-    """Lines on which file is for which program."""
-    phrases = programs.readers(flags, "", has_kohya_names=family != "if")
-    return "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in phrases)
 
 
 def _about_training(public: _PublicFlags) -> list[str]:
@@ -200,11 +190,9 @@ _CLIP_SKIP_LINES = (
 
 
 def _scheduler_lines(flags: Mapping[str, Any], family: str) -> list[str]:
-    changes = []
-    if flags.get("prediction_type"):
-        changes.append(f"{{'prediction_type': {flags['prediction_type']!r}}}")
+    changes = [{"prediction_type": flags["prediction_type"]}] if flags.get("prediction_type") else []
     if family == "if":  # the predicted variance is not trained, and no longer fits the trained mean
-        changes.append("{'variance_type': 'fixed_small'}")
+        changes.append({"variance_type": "fixed_small"})
     lines = []
     for change in changes:
         lines.append(f"settings = pipeline.scheduler.config | {change}")
@@ -263,15 +251,11 @@ def _stated(value: object) -> str | list[str] | None:
 
 def _address(link: object, hub_id: str | None, revision: str | None) -> str | None:
     """The link of a base's card, made absolute; None if it is no link, or relative to an unknown address."""
-    if not isinstance(link, str):
-        return None
-    if link.startswith(("https://", "http://")):
+    if isinstance(link, str) and link.startswith(("https://", "http://")):
         return link
-    return (
-        f"{constants.ENDPOINT}/{hub_id}/blob/{quote(revision or 'main', safe='')}/{quote(link)}"
-        if hub_id
-        else None
-    )
+    if not isinstance(link, str) or hub_id is None:
+        return None
+    return f"{constants.ENDPOINT}/{hub_id}/blob/{quote(revision or 'main', safe='')}/{quote(link)}"
 
 
 def _is_hub_id(name: str, base_folder: Path) -> bool:
@@ -285,7 +269,7 @@ def _is_hub_id(name: str, base_folder: Path) -> bool:
     return True
 
 
-# --- Markdown and YAML
+# --- Markdown
 
 
 def _link(hub_id: str) -> str:
@@ -296,10 +280,6 @@ def _prose(text: str) -> str:
     """The text, escaped so that a line of Markdown shows it as it is: no tag, link, emphasis or code."""
     line = html.escape(" ".join(printable(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:@^=.])", r"\\\1", line)
-
-
-def _yaml(table: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True)
 
 
 def _fenced(text: str, language: str) -> str:

@@ -1,7 +1,5 @@
-"""Training objectives: epsilon, v-prediction, EDM; Min-SNR weights.
-
-All tensors are [B, C, h, w] and float32 unless another shape is given.
-"""
+"""Training objectives: epsilon, v-prediction, EDM; Min-SNR weights. All tensors are [B, C, h, w] and float32
+unless another shape is given."""
 
 import dataclasses
 from typing import TypeAlias
@@ -31,10 +29,8 @@ class Task:
     """As `c_skip`."""
 
     def prediction(self, model_output: torch.Tensor) -> torch.Tensor:
-        """The prediction to compare with `target`, [B, C, h, w].
-
-        It is the UNet's output; for EDM and Euler c_skip * noisy_latents + c_out * output.
-        """
+        """The prediction to compare with `target`, [B, C, h, w]. It is the UNet's output; for EDM and Euler
+        c_skip * noisy_latents + c_out * output."""
         if self.c_skip is None or self.c_out is None:
             return model_output
         return self.c_skip * self.noisy_latents + self.c_out * model_output.float()
@@ -76,10 +72,8 @@ def _ddpm_task(
 def min_snr_weights(
     noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float
 ) -> torch.Tensor:
-    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, [B].
-
-    Source: Min-SNR, arXiv 2303.09556, section 3.4.
-    """
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, [B]. Source: Min-SNR,
+    arXiv 2303.09556, section 3.4."""
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     if noise_scheduler.config.prediction_type == "v_prediction":

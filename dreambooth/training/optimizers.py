@@ -19,26 +19,17 @@ from dreambooth.options.optimizer import OptimizerOptions
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parameters of one trained component with one learning rate and weight decay."""
+    """Parameters of one trained component with one learning rate and weight decay, by torch's names."""
 
     name: str
-    parameters: list[torch.nn.Parameter]
-    learning_rate: float
+    params: list[torch.nn.Parameter]
+    lr: float
     weight_decay: float
 
 
 def make(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer of --optimizer. Its groups also have `name`, and `initial_lr` for `set_learning_rate`."""
-    param_groups = [
-        {
-            "name": g.name,
-            "params": list(g.parameters),
-            "lr": g.learning_rate,
-            "initial_lr": g.learning_rate,
-            "weight_decay": g.weight_decay,
-        }
-        for g in groups
-    ]
+    param_groups = [{**vars(group), "initial_lr": group.lr} for group in groups]
     return _KINDS[options.optimizer].make(options, param_groups)
 
 
@@ -48,17 +39,14 @@ def schedules_itself(options: OptimizerOptions) -> bool:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set the learning rate of every group to `factor` times `initial_lr`.
-
-    Returns the rate of the next step by group name, with the optimizer's own warm-up.
-    """
+    """Set the learning rate of every group to `factor` times `initial_lr`. Returns the rate of the next step
+    by group name, with the optimizer's own warm-up."""
     rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
         warmup = group.get("warmup_steps", 0)  # the schedule-free optimizer's own; others have none
-        rates[group["name"]] = group["lr"] * (
-            (group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0
-        )
+        share = (group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0
+        rates[group["name"]] = group["lr"] * share
     return rates
 
 
@@ -79,10 +67,8 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
-    """Let steps change neither parameters nor state while `flag`, a float scalar on the device, is 1.
-
-    The host does not wait: torch's fused kernel reads the flag on the device, like GradScaler's flag.
-    """
+    """Let steps change neither parameters nor state while `flag`, a float scalar on the device, is 1. The
+    host does not wait: torch's fused kernel reads the flag on the device, like GradScaler's flag."""
     fused: Any = optimizer
     fused.found_inf = flag
 
@@ -124,7 +110,7 @@ class StateNumbers:
     """The numbers of an optimizer's state, by field."""
 
     parameters: dict[str, dict[str, int]]  # by parameter name
-    groups: list[dict[str, float]]  # in the optimizer's order
+    groups: dict[str, dict[str, float]]  # by group name
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
@@ -142,24 +128,18 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
 def state_numbers(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
     """The numbers of the optimizer's state and its kind, as JSON types."""
     kind = _kind(optimizer)
-    stepped = {
-        names[id(parameter)]: state
-        for parameter in _parameters(optimizer)
-        if (state := optimizer.state.get(parameter))
-    }
     return {
         "kind": _name(optimizer),
         "groups": {
             group["name"]: {field: type_(group[field]) for field, type_ in kind.numbers.items()}
             for group in optimizer.param_groups
-        }
-        if kind.numbers
-        else {},
+            if kind.numbers
+        },
         "parameters": {
-            name: {field: int(state[field]) for field in kind.counts} for name, state in stepped.items()
-        }
-        if kind.counts
-        else {},
+            names[id(parameter)]: {field: int(state[field]) for field in kind.counts}
+            for parameter in _parameters(optimizer)
+            if kind.counts and (state := optimizer.state.get(parameter))
+        },
     }
 
 
@@ -176,7 +156,7 @@ def read_numbers(
     if numbers is None:
         if name != "adamw":
             raise UserError(f"has no state of --optimizer {name}: it was written with another optimizer")
-        return StateNumbers({}, [{} for _ in optimizer.param_groups])
+        return StateNumbers({}, {})
     table = _checked_table(numbers, ("kind", "groups", "parameters"), "optimizer")
     if table["kind"] != name:
         raise UserError(
@@ -187,25 +167,20 @@ def read_numbers(
     for name in group_names:
         for field, value in _checked_table(groups[name], kind.numbers, f"group {name}").items():
             _check_number(value, kind.numbers[field], f"{field} of group {name}")
-    trained = (
-        [names[id(parameter)] for parameter in _parameters(optimizer)] if kind.counts and has_stepped else []
-    )
+    has_counts = bool(kind.counts) and has_stepped
+    trained = [names[id(parameter)] for parameter in _parameters(optimizer) if has_counts]
     parameters = _checked_table(table["parameters"], trained, "parameters of the optimizer")
     for name in trained:
         for field, value in _checked_table(parameters[name], kind.counts, name).items():
             _check_number(value, int, f"{field} of {name}")
-    return StateNumbers(
-        parameters, [groups[group["name"]] if kind.numbers else {} for group in optimizer.param_groups]
-    )
+    return StateNumbers(parameters, groups)
 
 
 def check_tensors(
     optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Raise UserError unless `tensors` are exactly those of this optimizer after a step.
-
-    The message begins with the verb; the caller puts the file before it.
-    """
+    """Raise UserError unless `tensors` are exactly those of this optimizer after a step. The message begins
+    with the verb; the caller puts the file before it."""
     kind = _kind(optimizer)
     expected = {
         names[id(parameter)]: kind.tensors(optimizer, group, parameter)
@@ -237,13 +212,12 @@ def fill(
     """Put a checked state into the optimizer. `tensors` are empty if it had not stepped yet."""
     kind = _kind(optimizer)
     optimizer.state.clear()
-    for group, values in zip(optimizer.param_groups, numbers.groups, strict=True):
-        group.update(values)
+    for group in optimizer.param_groups:
+        group.update(numbers.groups[group["name"]] if numbers.groups else {})
         for parameter in group["params"] if tensors else ():
             name, state = names[id(parameter)], optimizer.state[parameter]
             for field in kind.tensors(optimizer, group, parameter):
-                tensor = tensors[f"{name}|{field}"]
-                state[field] = tensor.to(parameter.device)
+                state[field] = tensors[f"{name}|{field}"].to(parameter.device)
             state.update(numbers.parameters.get(name, {}))
             state.update(kind.constants(optimizer, parameter))
 

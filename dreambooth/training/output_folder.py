@@ -104,9 +104,7 @@ def claim(
 
 def find_checkpoint(resume_from: str, run: RunOptions, peers: Peers) -> Path | None:
     """The checkpoint folder that --resume_from_checkpoint names. None, with a message, if there is no run.
-
-    Raises UserError if the output folder has the record of a run and no checkpoint, although one was due.
-    """
+    Raises UserError if the output folder has the record of a run and no checkpoint, although one was due."""
     choice = checkpoint_folders.choose(resume_from, Path(run.output_dir))
     for reason in choice.skipped:
         peers.say(f"warning: passed over {reason}")

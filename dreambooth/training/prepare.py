@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
@@ -24,12 +23,7 @@ from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
-from dreambooth.options.resolved import (
-    ResolvedPriorOptions,
-    ResolvedTrainOptions,
-    resolution_of,
-    resolve,
-)
+from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolution_of, resolve
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import launcher, processes
 from dreambooth.runtime.processes import Peers
@@ -40,10 +34,8 @@ from dreambooth.training.start import Start
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
     """Prepare all that a run needs before its models are loaded. --dry_run prints its table: then None.
-
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
-    mistake that the user can correct.
-    """
+    mistake that the user can correct."""
     log_with, notes = trackers.installed(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, log_with)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
@@ -76,9 +68,10 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     stack.enter_context(memory_errors_explained())
 
     # class images
-    sources = [instance, *make_class_images(run, subject, decoded, peers, watch)]
-    if decoded and cache.mode == "disk":
-        _save_decoded(decoded, peers)
+    sources = [instance, *make_class_images(run, decoded, peers, watch)]
+    if decoded and cache.mode == "disk" and peers.is_main:
+        for warning in decoded.save():
+            peers.say(f"warning: {warning}")
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
 
@@ -103,18 +96,16 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_with: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
     launcher.adopt_local_rank(run.local_rank)
-    if run.num_threads:
-        torch.set_num_threads(run.num_threads)
     logging_dir = Path(run.output_dir) / reports.logging_dir
-    peers = processes.join(
+    return processes.join(
         watch,
+        threads=run.num_threads,
+        accumulation=run.gradient_accumulation_steps,
         peer_timeout=run.peer_timeout,
         mixed_precision=run.mixed_precision,
         log_with=[trackers.Tracker(name, logging_dir) for name in log_with] or None,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
     )
-    peers.say_notes(launcher.notes(run.gradient_accumulation_steps))
-    return peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +163,9 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     base = families.find(options.base)
     checks.check_base(options, base)
     tokenizers = loading.load_tokenizers(base)
-    class_prompt = options.prior.class_prompt if options.prior.with_prior_preservation else None
     prompts = {
         "--instance_prompt": options.instance.instance_prompt,
-        "--class_prompt": class_prompt,
+        "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
         "--validation_prompt": options.validation.validation_prompt,
     }
     prompt_notes = checks.check_prompts(prompts, subject.captions, options.text, base, tokenizers)
@@ -200,12 +190,10 @@ class NamedRun:
     """A run with all its options, and the values that its record (`run_folder.identity`) is made of."""
 
     options: ResolvedTrainOptions
-    base: families.Base
+    subject: Subject
+    checked: CheckedBase
     fingerprint: str
     """Of the base."""
-    captions: dict[str, str]
-    init_digest: str | None
-    """SHA-256 of the tensors of --init_adapter."""
     claim: output_folder.Claim
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
@@ -218,13 +206,12 @@ class NamedRun:
 
     def record(self, sources: list[Source]) -> dict[str, Any]:
         """The record that identifies this run, with the pictures of `sources`."""
-        checkpoint = self.claim.checkpoint
-        start = self.init_digest
+        checkpoint, start = self.claim.checkpoint, self.checked.init_adapter.digest
         if checkpoint and start is None:
             start = checkpoint.identity.get("start")
         varies = any(not self.crops.is_fixed(photo.size) for source in sources for photo in source.photos)
         flags = as_table(self.options)
-        if name := self.base.options.tokenizer_name:
+        if name := self.checked.base.options.tokenizer_name:
             flags["tokenizer_name"] = loading.tokenizer_identity(name)
         return run_folder.identity(
             flags,
@@ -232,7 +219,7 @@ class NamedRun:
             slots=self.slots,
             base=self.fingerprint,
             pictures={s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in sources},
-            captions=self.captions,
+            captions=self.subject.captions,
             max_steps=self.max_steps,
             start=start,
             crops=self.crops_are_cut_from if varies else None,
@@ -240,7 +227,7 @@ class NamedRun:
 
     def rate_notes(self) -> list[str]:
         """Notes on learning rates that leave the adapter next to untrained."""
-        text_encoders = self.base.family.text if self.options.text.train_text_encoder else ()
+        text_encoders = self.checked.base.family.text if self.options.text.train_text_encoder else ()
         is_scaled = self.options.optimization.scale_lr
         scale = self.slots * self.options.run.train_batch_size if is_scaled else 1
         return rates.notes(self.options, ("unet", *text_encoders), self.max_steps, scale)
@@ -264,9 +251,8 @@ class NamedRun:
             run_folder.check_new(self.claim.folder, record, overwrite=run.overwrite, is_resumed=is_resumed)
         if checkpoint is None:
             removed = run_folder.removable(self.claim.folder) if run.overwrite else []
-            return [f"--overwrite removes {', '.join(removed)} from {shown(self.claim.folder)}"] * bool(
-                removed
-            )
+            note = f"--overwrite removes {', '.join(removed)} from {shown(self.claim.folder)}"
+            return [note] if removed else []
         notes = run_folder.check_resume(
             checkpoint, self.claim.state, record, self.environment, allow_data_change=run.allow_data_change
         )
@@ -309,10 +295,9 @@ def name_run(
     )
     return NamedRun(
         options=resolved,
-        base=base,
+        subject=subject,
+        checked=checked,
         fingerprint=base.fingerprint(),
-        captions=subject.captions,
-        init_digest=checked.init_adapter.digest,
         claim=claim,
         crops=crops,
         crops_are_cut_from="latents" if has_latents else "pixels",
@@ -323,15 +308,10 @@ def name_run(
     )
 
 
-def make_class_images(
-    run: NamedRun, subject: Subject, decoded: DecodeCache | None, peers: Peers, watch: Watch
-) -> list[Source]:
+def make_class_images(run: NamedRun, decoded: DecodeCache | None, peers: Peers, watch: Watch) -> list[Source]:
     """Generate missing class images and check all of them. Returns their source; [] without prior
-    preservation.
-
-    Raises UserError if an instance photo is among them.
-    """
-    prior, instance, base = run.options.prior, run.options.instance, run.base
+    preservation. Raises UserError if an instance photo is among them."""
+    prior, instance, base = run.options.prior, run.options.instance, run.checked.base
     if run.class_images is None:
         return []
     assert isinstance(prior, ResolvedPriorOptions)
@@ -348,13 +328,6 @@ def make_class_images(
         made=class_images.names_made(Path(folder)),
     )
     peers.say_notes(f"class images: {note}" for note in checked.notes)
-    photos.check_disjoint(subject.checked, checked)
+    photos.check_disjoint(run.subject.checked, checked)
     pictures = checked.photos[:count]
     return [Source("class", pictures, [prior.class_prompt] * len(pictures))]
-
-
-def _save_decoded(decoded: DecodeCache, peers: Peers) -> None:
-    """Save the cache of decoded photos, on the main process. A failure is a warning."""
-    if peers.is_main:
-        for warning in decoded.save():
-            peers.say(f"warning: {warning}")

@@ -237,22 +237,14 @@ def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     """A note for each difference between two environments."""
     effect = "the result may differ in its last bits"
     before = {"compile": False, **before}  # checkpoints older than --compile do not record it
-    notes = [
-        f"{name} was {before.get(name)} and is {value}: {effect}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    removed = [name for name in before if name not in now]
-    return notes + [
-        f"{name} was {before[name]} and is not recorded by this version: {effect}" for name in removed
-    ]
+    changes = {name: f"is {value}" for name, value in now.items() if before.get(name) != value}
+    changes |= {name: "is not recorded by this version" for name in before if name not in now}
+    return [f"{name} was {before.get(name)} and {change}: {effect}" for name, change in changes.items()]
 
 
 def check_names(output_dir: Path, names: Sequence[str], steps: range) -> None:
-    """Check that the run may write the files `names` and checkpoints after `steps` in `output_dir`.
-
-    Raises UserError if one of these names is taken by something that this program did not write.
-    """
+    """Check that the run may write the files `names` and checkpoints after `steps` in `output_dir`. Raises
+    UserError if one of these names is taken by something that this program did not write."""
     files = WrittenFiles(output_dir)
     if not files.has_record and (output_dir / IDENTITY).exists() and read_identity(output_dir):
         raise UserError(
@@ -321,16 +313,13 @@ def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_r
             "Name another folder, or give --resume_from_checkpoint latest with that run's flags to continue "
             "it, or --overwrite to remove it"
         )
-    elif not is_resumed and _has_results(output_dir):
+    elif not is_resumed and (
+        checkpoint_folders.list_checkpoints(output_dir) or (output_dir / native.ADAPTER_NAME).exists()
+    ):
         raise UserError(
             f"--output_dir: {output_dir} holds this run already; --resume_from_checkpoint latest continues "
             "it, --overwrite starts it again"
         )
-
-
-def _has_results(output_dir: Path) -> bool:
-    checkpoints = checkpoint_folders.list_checkpoints(output_dir)
-    return bool(checkpoints) or (output_dir / native.ADAPTER_NAME).exists()
 
 
 # --- the files
@@ -364,12 +353,11 @@ def is_edited(output_dir: Path) -> bool:
 
 def removable(output_dir: Path) -> list[str]:
     """The names of what --overwrite removes: files of a run as this program wrote them, whole checkpoints.
-
-    Raises UserError if something else than a file or a folder has such a name, or cannot be removed.
-    """
+    Raises UserError if something else than a file or a folder has such a name, or cannot be removed."""
     checkpoints = [path for _, path in checkpoint_folders.list_checkpoints(output_dir)]
     undamaged = [path.name for path in checkpoints if not checkpoint_folders.verify(path)]
-    odd = [path for name in _FILES if os.path.lexists(path := output_dir / name) and not _is_plain(path)]
+    present = [path for name in _FILES if os.path.lexists(path := output_dir / name)]
+    odd = [path for path in present if path.is_symlink() or not (path.is_file() and os.access(path, os.R_OK))]
     odd += [path for path in checkpoints if path.is_symlink() or not path.is_dir()]
     if odd:
         raise UserError(
@@ -384,11 +372,6 @@ def removable(output_dir: Path) -> list[str]:
             f" {writer.why_not_writable(locked[0])}"
         )
     return names
-
-
-def _is_plain(path: Path) -> bool:
-    """Whether it is a regular file that this user may read, and no link."""
-    return path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
 
 
 def is_made(name: str) -> bool:
@@ -431,9 +414,7 @@ def _is_identity(record: Mapping[str, Any]) -> bool:
 @dataclasses.dataclass
 class Status:
     """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status.
-
-    Scripts can read the exit status there: torchrun turns every status other than 0 into 1.
-    """
+    Scripts can read the exit status there: torchrun turns every status other than 0 into 1."""
 
     files: WrittenFiles
     step: int
@@ -456,10 +437,8 @@ class Status:
 
 @contextlib.contextmanager
 def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[Status]:
-    """Write `status.json` at the begin and at the end of the block, on the main process only.
-
-    Yields the record; set its `step` before the block ends.
-    """
+    """Write `status.json` at the begin and at the end of the block, on the main process only. Yields the
+    record; set its `step` before the block ends."""
     status = Status(WrittenFiles(output_dir), first_step)
     write = status.write if is_main else lambda *args: None
     write("running")

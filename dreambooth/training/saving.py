@@ -21,10 +21,8 @@ from dreambooth.training.trainables import Trainables
 
 
 def adapter_info(flags: Mapping[str, Any], base_name: str, base_fingerprint: str | None) -> dict[str, Any]:
-    """The record of a run in the metadata of its adapter file, without the number of steps.
-
-    `flags` are all flags of the run.
-    """
+    """The record of a run in the metadata of its adapter file, without the number of steps. `flags` are all
+    flags of the run."""
     return {
         "base_model": base_name,
         "base_fingerprint": base_fingerprint,
@@ -47,10 +45,8 @@ class _Snapshot:
 
 
 class Saver:
-    """Writes adapter and checkpoints to the output folder, on the main process.
-
-    The manifest of each checkpoint has the run's identity, and its state has the run's environment.
-    """
+    """Writes adapter and checkpoints to the output folder, on the main process. The manifest of each
+    checkpoint has the run's identity, and its state has the run's environment."""
 
     def __init__(self, start: Start, trainables: Trainables):
         self.run, self.peers, self.output_dir = start.options.run, start.peers, start.output_dir
@@ -91,10 +87,8 @@ class Saver:
         return hashlib.sha256(self.pack(step)).hexdigest()
 
     def take_snapshot(self, step: int) -> None:
-        """Copy the content of a checkpoint of `step`. Later saves write this copy.
-
-        Called at the end of a run, before the adapter is removed from its models.
-        """
+        """Copy the content of a checkpoint of `step`. Later saves write this copy. Called at the end of a
+        run, before the adapter is removed from its models."""
         self.snapshot = self._snapshot_of(step)
 
     def _snapshot_of(self, step: int) -> _Snapshot:
@@ -137,9 +131,7 @@ class Saver:
 
     def save_early_end(self, step: int, last_step: int) -> None:
         """Write checkpoint and adapter of `step`, the last completed step. A failure is printed as a warning.
-
-        There is no barrier, since the other processes may be dead.
-        """
+        There is no barrier, since the other processes may be dead."""
         if not self.peers.is_main or step == 0:
             return
         for name, write in (("checkpoint", self._write_newer_checkpoint), ("adapter", self._write_adapter)):
@@ -181,10 +173,8 @@ class Saver:
 
 
 def write_kohya(adapter: Path, base: families.Base) -> None:
-    """Write the finished adapter in kohya's format beside it, as `convert_adapter.py convert` does.
-
-    Raises OSError if it cannot be written.
-    """
+    """Write the finished adapter in kohya's format beside it, as `convert_adapter.py convert` does. Raises
+    OSError if it cannot be written."""
     assert base.kohya_family is not None  # checked with the flags
     layers = base.layers()
     content, depth = reading.read_additive(adapter, layers), layer_names.depth_of(layers["unet"])

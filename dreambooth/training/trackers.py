@@ -24,23 +24,19 @@ def installed(report_to: str) -> tuple[list[str], list[str]]:
         "wandb": importlib.util.find_spec("wandb") is not None,
         "comet_ml": importlib.util.find_spec("comet_ml") is not None,
     }
-    if report_to == "none":
-        return [], []
-    wanted = list(is_installed) if report_to == "all" else [report_to]
-    notes = []
-    if report_to == "tensorboard" and not is_installed["tensorboard"]:
-        notes.append(
-            "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', "
-            "or --report_to none"
-        )
-    return [name for name in wanted if is_installed[name]], notes
+    names = [name for name in is_installed if report_to in (name, "all") and is_installed[name]]
+    if report_to != "tensorboard" or names:
+        return names, []
+    note = (
+        "tensorboard is not installed, so only metrics.jsonl is written: pip install '.[tensorboard]', "
+        "or --report_to none"
+    )
+    return [], [note]
 
 
 class Tracker(GeneralTracker):
-    """One of accelerate's trackers. At its first error it is dropped, with a warning.
-
-    Accelerator calls the methods on the main process only.
-    """
+    """One of accelerate's trackers. At its first error it is dropped, with a warning. Accelerator calls the
+    methods on the main process only."""
 
     requires_logging_directory = False  # accelerate's tracker gets the folder from here
 

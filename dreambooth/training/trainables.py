@@ -9,28 +9,28 @@ from diffusers.optimization import get_scheduler
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation
 from dreambooth.bases.loading import FrozenParts
-from dreambooth.data import sampling_order
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import UserError
-from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.resolved import ResolvedOptimizerOptions
-from dreambooth.options.training import TextOptions
 from dreambooth.training import adapter_targets, checkpoints, optimizers
 from dreambooth.training.checks import AdapterState
 from dreambooth.training.start import Start
 
 
 class Trainables:
-    """The adapters of one run, with their optimizer, learning-rate schedule and fp16 scaler.
-
-    `components` are the models with an adapter that is still trained; text encoders leave the list in
-    `drop_text_encoders`.
-    """
+    """The adapters of one run, with their optimizer, learning-rate schedule and fp16 scaler. `components` are
+    the models with an adapter that is still trained; text encoders leave the list in `drop_text_encoders`."""
 
     def __init__(self, start: Start, parts: FrozenParts, max_steps: int):
         options, accelerator = start.options, start.peers.accelerator
         run, optimization, self.device = options.run, options.optimization, accelerator.device
-        self.components = inject_adapters(parts, options.adapter, options.text, run.seed)
+        models: dict[str, torch.nn.Module] = {"unet": parts.unet}
+        if options.text.train_text_encoder:
+            assert parts.text is not None
+            models |= parts.text.encoders
+        self.components = adapter_targets.inject_adapters(
+            models, parts.base, options.adapter, options.text, run.seed
+        )
         for component in self.components:
             if options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
@@ -83,10 +83,7 @@ class Trainables:
 
     def start_from(self, state: AdapterState) -> None:
         """Fill the adapters from `state`, the tensors of --init_adapter. A component that `state` lacks keeps
-        its random initial values.
-
-        Raises UserError if tensors do not fit.
-        """
+        its random initial values. Raises UserError if tensors do not fit."""
         for component in self.components:
             if component.name in state:
                 try:
@@ -138,26 +135,6 @@ class Trainables:
             yield
         for component in self.components:
             component.model.train()
-
-
-def inject_adapters(
-    parts: FrozenParts, adapter: AdapterOptions, text: TextOptions, seed: int
-) -> list[inject.Component]:
-    """Put adapters on the UNet and, with --train_text_encoder, on the text encoders.
-
-    Returns the models with their adapters. Initial values depend on `seed` and the component's name alone.
-    """
-    models: dict[str, torch.nn.Module] = {"unet": parts.unet}
-    if text.train_text_encoder:
-        assert parts.text is not None
-        models |= parts.text.encoders
-    components = []
-    for name, model in models.items():
-        shapes = inject.shapes_of(model)
-        modules = adapter_targets.target_modules(parts.base, name, adapter, text, shapes)
-        init_seed = sampling_order.key(seed, "lora-init", name)
-        components.append(inject.inject(name, model, adapter, modules, seed=init_seed))
-    return components
 
 
 def parameter_groups(

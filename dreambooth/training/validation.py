@@ -26,10 +26,8 @@ _GUIDANCE_SCALE = 7.5
 
 
 class ValidationPictures:
-    """Draws --validation_prompt with the models in memory. Without the flag, nothing is drawn.
-
-    Each picture has a seed of its own, so drawing changes no random number of the training.
-    """
+    """Draws --validation_prompt with the models in memory. Without the flag, nothing is drawn. Each picture
+    has a seed of its own, so drawing changes no random number of the training."""
 
     def __init__(self, start: Start, frozen: FrozenModels, trainables: Trainables, check: Callable[[], None]):
         """`check` is called between the sampling steps of a picture."""
@@ -53,10 +51,8 @@ class ValidationPictures:
         return step % steps_per_epoch == 0 and (epochs - 1) % self.options.validation_epochs == 0
 
     def draw_current(self, step: int, progress: metrics.Progress) -> None:
-        """Draw with the adapter after `step` steps, on the main process; the other processes wait.
-
-        The pictures are written to validation/ in the output folder and sent to the trackers.
-        """
+        """Draw with the adapter after `step` steps, on the main process; the other processes wait. The
+        pictures are written to validation/ in the output folder and sent to the trackers."""
         if self.peers.is_main and self.prompt is not None:
             with self._models_for_drawing():
                 images = self._draw(self._pipeline(), *self._embeds(self.prompt))
@@ -133,10 +129,8 @@ class ValidationPictures:
         return images
 
     def _save(self, images: list[Image.Image], file_names: list[str], step: int) -> list[str]:
-        """Write the pictures to validation/. Returns their names, relative to the output folder.
-
-        A failure, such as a full disk, is printed as a warning; [] is returned.
-        """
+        """Write the pictures to validation/. Returns their names, relative to the output folder. A failure,
+        such as a full disk, is printed as a warning; [] is returned."""
         names = [f"{run_folder.VALIDATION}/{file_name}" for file_name in file_names]
         try:
             for image, name in zip(images, names, strict=True):
