@@ -24,6 +24,7 @@ from dreambooth.options.photos import MOST_PIXELS
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
+MOST_ASPECT = 50  # every part of a photo is encoded, and its shorter side may be enlarged before
 
 # EXIF orientation -> the transposition that makes the stored pixels upright. 1 is upright.
 _TURNS = {
@@ -166,6 +167,8 @@ def _check(
     (width, height), remarks = decoded.size, list(decoded.remarks)
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{width} x {height} pixels is too small; each side must have at least {MIN_SIDE}")
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise UserError(f"{width} x {height} pixels is over {MOST_ASPECT} times as long as wide; cut it")
     if min(width, height) < ODD_SIDE and not allow_odd_photos:
         raise UserError(
             f"{width} x {height} pixels is small; each side must have at least {ODD_SIDE}; "

@@ -17,7 +17,7 @@ from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shown
 
 HEAD = 4096  # bytes that decide what a file is
-LARGEST = 2**32  # bytes of a picture's file: the most pixels, unpacked
+LARGEST = 2**29  # bytes of a picture's file: 64 million pixels, unpacked, of four colours of 16 bits
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder: the first that exists is read
 _SAVE = "save it as PNG or JPEG"
 # Formats that are read, by Pillow's name, with the usual ending first.

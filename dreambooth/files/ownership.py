@@ -204,7 +204,7 @@ class WrittenFiles:
         the record."""
         try:
             with reader.opened(self.path, follow_links=False) as file:
-                is_record = file.read(len(_HEADER)) == _HEADER
+                is_record = _is_record(file)
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_LINE))
                 end = file.read().rpartition(b"\n")[2]
         except (reader.NotRegular, IsADirectoryError):
@@ -222,7 +222,7 @@ class WrittenFiles:
             for entry in os.scandir(self.folder):
                 if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with reader.opened(entry.path, follow_links=False) as file:
-                        is_record = file.read(len(_HEADER)) == _HEADER
+                        is_record = _is_record(file)
                     if is_record:
                         yield Path(entry.path)
 
@@ -231,7 +231,7 @@ class WrittenFiles:
         for path in self._records():
             with reader.opened(path, follow_links=False) as file:
                 file.seek(self._read_to.get(path, 0))
-                data = file.read(min(reader.LARGEST_LOG, os.fstat(file.fileno()).st_size))
+                data = file.read()
             data = data[: data.rfind(b"\n") + 1]
             self._read_to[path] = self._read_to.get(path, 0) + len(data)
             for text in data.splitlines():
@@ -250,6 +250,11 @@ class WrittenFiles:
         # the name of a temporary has a random number: no other program writes a file of that name
         if isinstance(temporary, str) and writer.target_of(PurePosixPath(temporary).name):
             self._temporaries.add(temporary)
+
+
+def _is_record(file: BinaryIO) -> bool:
+    """Whether it is a record, of a size that one can have."""
+    return file.read(len(_HEADER)) == _HEADER and os.fstat(file.fileno()).st_size <= reader.LARGEST_RECORD
 
 
 def _begins(file: BinaryIO, line: _Line) -> bool:

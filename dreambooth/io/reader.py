@@ -20,10 +20,10 @@ from dreambooth.io.errors import UserError, reason_of, shortened
 
 LARGEST = 16 * 2**20  # bytes, of a file whose caller sets no other limit
 LARGEST_RECORD = 64 * 2**20  # bytes, of this program's records that list every picture
-LARGEST_LOG = 2**30  # bytes, of a file that grows with a run's steps
+LARGEST_LOG = 2**28  # bytes, of a file that grows with a run's steps
 _LARGEST_YAML = 2**18  # bytes; reading more takes seconds
 _MOST_LEVELS = 64  # of lists and tables within each other
-_LONGEST_NUMBER = 32  # digits
+_LONGEST_NUMBER = 32  # characters
 _MOST_VALUES = 100_000  # of a YAML file
 _LINE_END = re.compile(r"\r\n|\n|\r")
 # A byte-order mark at the start of the file, or of a line where one file was appended to another.
@@ -200,8 +200,8 @@ def read_yaml(path: Path, where: str) -> Any:
 def parsed_yaml(text: str, where: str) -> Any:
     """The value that a YAML text holds; None if it is empty. Messages begin with `where`.
 
-    Raises UserError if it is not YAML, gives a key twice, merges tables (`<<`), or has more than 100,000
-    values, those behind aliases counted each time.
+    Raises UserError if it is not YAML, gives a key twice, merges tables (`<<`), has a number of over 32
+    characters, or more than 100,000 values, those behind aliases counted each time.
     """
     import yaml
 
@@ -224,8 +224,9 @@ def parsed_yaml(text: str, where: str) -> Any:
             return None
         _check_node(root, where, back, {})
         return loader.construct_document(root)
-    # ValueError: a date such as 2026-02-31. TypeError: a list as a key.
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # constructors raise anything: for a date such as 2026-02-31, a list as a key
         raise UserError(f"{where}: not a YAML file: {reason_of(error)}") from None
 
 
@@ -244,6 +245,8 @@ def _check_node(node: Any, where: str, table: dict[int, int], sizes: dict[int, i
     size = 1
     if isinstance(node.value, str):
         node.value = node.value.translate(table)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:
+            raise UserError(f"{line}: a number of {len(node.value)} characters")
     else:
         keys = set()
         for entry in node.value:

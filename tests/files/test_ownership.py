@@ -241,3 +241,12 @@ def test_pictures_of_this_program_are_marked_and_others_are_not(tmp_path):
 def test_no_byte_of_a_user_changes_whatever_script_runs(tmp_path):
     violations = {seed: wrong for seed, wrong, _ in ownership_faults.fuzz(tmp_path, range(6)) if wrong}
     assert violations == {}
+
+
+def test_a_record_of_a_terabyte_is_none_of_this_program(tmp_path):
+    files = WrittenFiles(tmp_path)
+    files.write("mine", b"1")
+    os.truncate(files.path, 2**40)
+    assert WrittenFiles(tmp_path).foreign(["mine"]) == ["mine"]
+    with pytest.raises(OSError, match="no record of this program"):
+        WrittenFiles(tmp_path).record("a", 1, "")

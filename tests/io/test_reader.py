@@ -273,7 +273,10 @@ def test_a_key_of_json_may_be_given_once_where_that_matters(text):
         ("a: 1\n---\nb: 2\n", "not a YAML file"),
         ("? [a]\n: 1\n", "not a YAML file"),
         ("a: !!python/object:os.system x\n", "not a YAML file"),
-        ("a: " + "9" * 5000, "not a YAML file"),
+        ("a: " + "9" * 5000, "line 1: a number of 5000 characters"),
+        ("- 1\n- 0x" + "f" * 5000, "line 2: a number of 5002 characters"),
+        ("a: " + ":".join(["59"] * 4000) + ".5", "line 1: a number of 12001 characters"),
+        *((f"a: !!{tag}", "not a YAML file") for tag in ("bool x", "int ''", "float ''", "timestamp x")),
     ],
 )
 def test_odd_yaml_is_refused_with_its_line(text, fault, tmp_path):
