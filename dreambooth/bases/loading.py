@@ -40,7 +40,7 @@ from dreambooth.io import reader
 from dreambooth.io.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.options.training import TextOptions
 
-_LARGEST_TOKENIZER = 128 * 2**20  # bytes of one of its files
+_LARGEST_TOKENIZER = 32 * 2**20  # bytes of one of its files
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt")
 _DTYPES = {
     "F64": torch.float64,

@@ -31,7 +31,7 @@ class PathMark(Rule):
         """A path must not be empty: "" is the working folder. It must fit into run.yaml, which is UTF-8."""
         if not value.strip() or "\0" in value:
             return "must be the name of a file or folder"
-        path = os.fsencode(os.path.abspath(value))
+        path = os.path.abspath(value).encode(errors="surrogatepass")
         if len(path) > _LONGEST or max(map(len, path.split(b"/"))) > 255:
             return f"must be a path of at most {_LONGEST} bytes, and of names of at most 255 bytes"
         return None if path.decode(errors="replace").encode() == path else "must be a path in UTF-8"

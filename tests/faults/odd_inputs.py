@@ -3,9 +3,9 @@
     python -m tests.faults.odd_inputs [--cases N] [--seed S] [--show WORD]
 
 Each case is a command on tiny files, in a process forked from one that has imported everything. It has to
-be refused (status 2 and a message), be stopped (status 1 or 75 and a message), or succeed: without a traceback,
-within 5 seconds of processor time, and without a change to a byte that belongs to the user. Prints the
-counts, and every violation; the exit status is 1 if there was one.
+be refused (status 2 and a message), be stopped (status 1 or 75 and a message), or succeed: without a
+traceback, within 5 seconds of processor time, and without a change to a byte that belongs to the user.
+Prints the counts, and every violation; the exit status is 1 if there was one.
 """
 
 import argparse

@@ -79,9 +79,8 @@ def test_weights_are_hashed_ahead_and_not_again(tiny_xl, monkeypatch):
     assert families.find(BaseOptions(str(tiny_xl))).fingerprint() == first
 
 
-@pytest.mark.parametrize("name", ["nowhere", "\ud800", "x" * 5000])
-def test_what_is_wrong_with_a_base_is_not_said_by_the_thread(name, capfd):
-    folders.hash_ahead(BaseOptions(name))
+def test_what_is_wrong_with_a_base_is_not_said_by_the_thread(capfd):
+    folders.hash_ahead(BaseOptions("nowhere"))
     for thread in threading.enumerate():
         if thread.name == "hash_ahead":
             thread.join()

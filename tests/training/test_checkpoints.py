@@ -189,7 +189,7 @@ def make_folder(folder: Path) -> None:
         (make_extra_folder, "'more' is not in its manifest"),
         (make_link, "state.json is a symbolic link"),
         (make_pipe, "state.json is not a regular file"),
-        (make_folder, "state.json is not a regular file"),
+        (make_folder, "state.json cannot be read (Is a directory)"),
         (lambda folder: (folder / "state.json").write_text(""), "state.json has 0 bytes instead of "),
     ],
     ids=["file more", "folder more", "link", "pipe", "folder", "empty"],

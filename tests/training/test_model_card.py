@@ -16,6 +16,7 @@ from dreambooth.bases import families
 from dreambooth.options import resolved
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import as_table, fields_of, without_token
+from dreambooth.options.rules import Name
 from dreambooth.options.training import TrainOptions
 from dreambooth.training import model_card
 from tests.training.fake_hub import PICTURES, TOKEN, card, chosen
@@ -187,7 +188,8 @@ def test_no_path_of_the_machine_and_no_token_is_in_the_card(tmp_path, server):
         "hub_model_id",
         "hub_token",
     }
-    texts = {name for name, field in fields_of(TrainOptions).items() if field.type in (str, str | None)}
+    kinds = (str, str | None, Name, Name | None)
+    texts = {name for name, field in fields_of(TrainOptions).items() if field.type in kinds}
     assert texts == prompts | not_places  # a new flag is marked as a path, or is none
     places = {*model_card._PLACES, *model_card._PLACES_OR_IDS}
     at = {
