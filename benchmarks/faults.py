@@ -99,7 +99,7 @@ def ownership() -> dict[str, int]:
         return ownership_faults.count(Path(folder), 300)
 
 
-def base_configs(most: int = 1000) -> dict[str, int]:
+def base_configs(most: int = 600) -> dict[str, int]:
     """Counts of bases with one odd value in one field of one configuration file."""
     with tempfile.TemporaryDirectory() as folder:
         bases = base_config_faults.build(Path(folder))

@@ -24,7 +24,7 @@ from dreambooth.options.photos import MOST_PIXELS
 MAX_PIXELS = 64_000_000  # a small file can unpack to gigabytes
 MIN_SIDE = 16
 ODD_SIDE, ODD_ASPECT = 64, 3
-MOST_ASPECT = 50  # every part of a photo is encoded, and its shorter side may be enlarged before
+MOST_ASPECT = 200  # every part of a photo is encoded, and its shorter side may be enlarged before
 
 # EXIF orientation -> the transposition that makes the stored pixels upright. 1 is upright.
 _TURNS = {
