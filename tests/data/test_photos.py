@@ -168,7 +168,8 @@ def test_a_photo_over_two_hundred_times_as_long_as_wide_is_refused(tmp_path):
     noise(64, 64 * 200).save(tmp_path / "long.png")
     assert len(photos.check_folder(tmp_path, FLAG).photos) == 1
     noise(64, 64 * 200 + 1).save(tmp_path / "long.png")
-    assert refusal(tmp_path) == f"{FLAG}: long.png: 64 x 12801 pixels is over 200 times as long as wide; cut it"
+    said = f"{FLAG}: long.png: 64 x 12801 pixels is over 200 times as long as wide; cut it"
+    assert refusal(tmp_path) == said
 
 
 def test_a_photo_more_than_three_times_as_long_as_wide_is_remarked_on(tmp_path):
