@@ -45,7 +45,7 @@ _CMYK = "converted from CMYK, whose colours are not quite those on screens: {}"
 _TRANSPARENT = "transparent parts are shown over white: {}"
 _PAGES = "only the first page is taken: {}"
 _GREY = "without colour: {}"
-_REMARKS = {_BAD_EXIF, _BAD_PROFILE, _CMYK, _TRANSPARENT, _PAGES, _GREY}  # those of `_decode`
+_REMARKS = {_BAD_EXIF, _BAD_PROFILE, _CMYK, _TRANSPARENT, _PAGES, _GREY}  # those of `decode`
 _LONG = f"more than {ODD_ASPECT} times as long as wide, so that a square crop shows little of it: {{}}"
 
 

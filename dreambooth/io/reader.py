@@ -84,8 +84,10 @@ def read_bytes(path: Path, where: str, largest: int = LARGEST, *, follow_links: 
     """
     try:
         with opened(path, follow_links=follow_links) as file:
-            if os.fstat(file.fileno()).st_size <= largest:
-                return file.read()
+            # the first size is 0 for files of /proc; the second one counts what was added meanwhile
+            is_small = os.fstat(file.fileno()).st_size <= largest
+            if is_small and len(data := file.read(largest + 1)) <= largest:
+                return data
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or reason_of(error)}") from None
     raise UserError(f"{where}: over {largest:,} bytes, which is too much for such a file")

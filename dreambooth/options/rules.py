@@ -3,6 +3,7 @@
 Imports no torch: --help and messages about wrong flags are printed at once.
 """
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -45,12 +46,12 @@ def require(condition: bool, message: str) -> None:
     broken.append(message)
 
 
-class Rule:
+class Rule(abc.ABC):
     """Marks the type of a field. Each value of the field has to follow the rule; None is not checked."""
 
+    @abc.abstractmethod
     def broken_by(self, value: Any) -> str | None:
         """What the value must be: the end of a message after the name of the flag. None if it is that."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
