@@ -121,7 +121,9 @@ def together(work: Callable[[processes.Peers], Any], count: int = 2) -> list[Any
 
     def joined() -> Any:
         try:
-            return work(processes.join(Watch(), peer_timeout=4))
+            peers = processes.join(Watch(), peer_timeout=4)
+            peers.barrier()  # else a process that ends early may be lost before the others have joined
+            return work(peers)
         except (Stop, UserError) as error:
             return f"{type(error).__name__}: {error}"
 

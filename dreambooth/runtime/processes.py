@@ -30,7 +30,7 @@ def join(
     `peer_timeout` is the timeout of exchanges within a step, in seconds. `threads` is --num_threads and
     `accumulation` is --gradient_accumulation_steps; `settings` go to `Accelerator`.
     Raises UserError if the launcher's settings cannot be followed, or if accelerate joined fewer processes
-    than were started: each would do all the work, in the same folder.
+    than were started: each would do all the work, in the same folder. Raises Stop if a process is lost.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -51,7 +51,13 @@ def join(
             f"the launcher started {started} processes and accelerate joined {accelerator.num_processes}; "
             "without a GPU set ACCELERATE_USE_CPU=true for torchrun"
         )
-    peers = Peers(accelerator, watch, timeout)
+    try:
+        peers = Peers(accelerator, watch, timeout)
+    except RuntimeError as error:
+        if is_memory_error(error):
+            raise
+        watch.check()  # a launcher signals the others when a process has died
+        raise Stop(f"a process was lost before all had joined ({reason_of(error)})") from None
     peers.say_notes(launcher.notes(accumulation))
     return peers
 
