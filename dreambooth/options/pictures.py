@@ -18,6 +18,7 @@ from dreambooth.options.rules import (
     Threads,
     require,
 )
+from dreambooth.options.speed import GraphOptions
 from dreambooth.options.training import BaseOptions
 
 
@@ -43,6 +44,7 @@ class ClassImageOptions(Group):
     """Side of the pictures, in pixels. Default: the base's resolution."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
+    speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
 
     def _check(self) -> None:
         require(
@@ -111,6 +113,7 @@ class InferOptions(Group):
     """Precision of the pipeline."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
+    speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
 
     def _check(self) -> None:
         # the sets of --adapters_file may have all prompts

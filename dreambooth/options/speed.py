@@ -8,7 +8,17 @@ from dreambooth.options.rules import Group, require_package
 
 
 @dataclasses.dataclass
-class SpeedOptions(Group):
+class GraphOptions(Group):
+    """Speed."""
+
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """Record the kernels of a step once, as CUDA graphs, and replay them: the same bits, and several times as
+    fast where the GPU waits for the host. `auto` does so on CUDA GPUs; a note says where it is not possible.
+    `off` launches each kernel."""
+
+
+@dataclasses.dataclass
+class SpeedOptions(GraphOptions):
     """Speed and memory."""
 
     cache_latents: Literal["auto", "memory", "disk", "off"] = "auto"

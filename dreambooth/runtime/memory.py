@@ -86,7 +86,8 @@ def trim() -> None:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. It is copied to a GPU asynchronously, from pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    is_copied_ahead = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_copied_ahead else tensor.to(device)
 
 
 def summary(phases: Mapping[str, Reading]) -> str:
