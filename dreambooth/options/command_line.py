@@ -129,7 +129,9 @@ def _take_config(kind: type, words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _config_file(name: str) -> Path:
-    return Path(paths.expanded(name, "--config"))
+    path = Path(paths.expanded(name, "--config"))
+    shipped_files.check_recipe(path)
+    return path
 
 
 def _with_repeated_flags_joined(kind: type, words: list[str]) -> list[str]:

@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from dreambooth.io.errors import UserError, shown
+
 _PACKAGE = Path(__file__).parents[1]
 _ROOTS = (_PACKAGE.parent, _PACKAGE / "scripts")
 _FLAGS = (
     *("--config", "--pretrained_model_name_or_path", "--instance_data_dir"),
     *("--prompts_file", "--adapters_file"),
 )
+_RENAMED_RECIPES = {"sd15_6gb.yaml": "sd15_4gb.yaml", "sdxl_12gb.yaml": "sdxl_8gb.yaml"}
 
 
 def located(words: Iterable[str]) -> list[str]:
@@ -38,3 +41,10 @@ def _path(value: str) -> str:
             if (root / value).exists():
                 return str(root / value)
     return value
+
+
+def check_recipe(path: Path) -> None:
+    """Raise UserError if `path`, of --config, is the former name of a recipe, and no such file exists."""
+    if path.name in _RENAMED_RECIPES and not os.path.lexists(path):
+        name = f"configs/{_RENAMED_RECIPES[path.name]}"
+        raise UserError(f"--config {shown(path)}: this recipe has a new name; give --config {name}")

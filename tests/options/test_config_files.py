@@ -194,6 +194,23 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, fragment, tmp_path,
     assert fragment in message
 
 
+@pytest.mark.parametrize(
+    ("former", "name"), [("sd15_6gb.yaml", "sd15_4gb.yaml"), ("sdxl_12gb.yaml", "sdxl_8gb.yaml")]
+)
+def test_the_former_name_of_a_recipe_meets_one_message_with_the_new_one(
+    former, name, tmp_path, monkeypatch, capsys
+):
+    message = refusal(TrainOptions, [*TRAIN, "--config", f"configs/{former}"], capsys)
+    assert message == (
+        f"error: --config configs/{former}: this recipe has a new name; give --config configs/{name}"
+    )
+    assert (ROOT / "configs" / name).is_file()
+    # a file of the user with that name is read as any other
+    monkeypatch.chdir(tmp_path)
+    Path(former).write_text("rank: 9")
+    assert command_line.parse(TrainOptions, "", [*TRAIN, "--config", former]).adapter.rank == 9
+
+
 def test_config_without_a_name_is_refused(capsys):
     assert (
         refusal(TrainOptions, [*TRAIN, "--config"], capsys) == "error: --config needs the name of a YAML file"

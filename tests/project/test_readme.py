@@ -135,7 +135,7 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch):
     assert (tmp_path / "my_dog_base" / "model_index.json").is_file()
     for name in (
         *("my_dog_lora", "my_face_lora", "my_dog_xl", "my_dog_if"),
-        *("my_dog_captioned", "my_dog_prior", "my_dog_6gb", "my_dog_12gb"),
+        *("my_dog_captioned", "my_dog_prior", "my_dog_4gb", "my_dog_6gb", "my_dog_8gb"),
     ):
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
