@@ -1,0 +1,199 @@
+"""A recorder for CPUs in the place of CUDA graphs.
+
+It shows on a CPU what a CUDA graph would do with a function: the function's Python code runs once, while it
+is recorded, and every replay runs the recorded operators on the same memory. So a constant that Python
+computed, an input that was forgotten, a tensor that was replaced or freed, and a number that the host reads
+are noticed here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dreambooth.runtime.graphs import Tensors
+
+aten = torch.ops.aten
+# The host waits for the GPU to read their results, which a graph cannot hold.
+_HOST_READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+}
+_HOST_COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+# They allocate, and compute nothing.
+_ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outside:
+    """A tensor that lives longer than the recording. A graph has its address, and does not keep it alive."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise AssertionError(
+                f"a replay reads a tensor {list(self.size)} that was freed after the recording"
+            )
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One operator, with its arguments, and its results in their places."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: list[torch.Tensor]  # of new memory
+
+
+class _NoCopies(TorchFunctionMode):
+    """Raises RuntimeError where a GPU's tensor would be copied to the host, or one be made of the host's
+    numbers. On a CPU these are no operators."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        is_copied_to_device = func in (torch.tensor, torch.as_tensor) and keywords.get("device") is not None
+        if func in _HOST_COPIES or is_copied_to_device:
+            raise RuntimeError(_refusal(func.__name__))
+        return func(*args, **keywords)
+
+
+class _NoReads(TorchDispatchMode):
+    """Raises RuntimeError where the host reads a result, as PyTorch does during a capture."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = tree_leaves(args[1:2]) if func.overloadpacket in (aten.index, aten.index_put_) else []
+        is_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if func in _HOST_READS or is_mask:
+            raise RuntimeError(_refusal(str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class _Recording(_NoReads):
+    """Takes down every operator, those of backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.made: dict[int, torch.UntypedStorage] = {}  # memory that the function allocated, by address
+        self.untouched: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # (memory from outside, its old bytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        for tensor in _written(func, args, keywords):
+            self._keep(tensor)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = {_address(tensor) for tensor in _tensors((args, keywords))}
+        results = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
+        for tensor in results:
+            self.made[_address(tensor)] = tensor.untyped_storage()
+        if func.overloadpacket not in _ALLOCATIONS:
+            arguments, keywords = tree_map_only(torch.Tensor, self._bound, (args, keywords))
+            self.calls.append(_Call(func, arguments, keywords, [tensor.detach() for tensor in results]))
+        return result
+
+    def _bound(self, tensor: torch.Tensor) -> Any:
+        if _address(tensor) in self.made:
+            return tensor.detach()
+        weak, place = StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())
+        return _Outside(weak, tensor.dtype, tensor.size(), tensor.stride(), place)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        """Copy memory from outside before it is written to for the first time."""
+        address = _address(tensor)
+        if address not in self.made and address not in self.untouched:
+            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            self.untouched[address] = memory, memory.clone()
+
+
+class TapeRecorder:
+    """A `dreambooth.runtime.graphs.Recorder` for functions on CPUs."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.recorded: list[
+            list[torch.Tensor]
+        ] = []  # by recording, the outputs in memory that recordings share
+
+    def rehearse(self, function: Callable[[], Tensors]) -> None:
+        with _NoCopies(), _NoReads():
+            function()
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
+        recording, random_state = _Recording(), torch.get_rng_state()
+        with _NoCopies(), recording, mock.patch.object(torch, "manual_seed", _refuse_to_seed):
+            outputs = function()
+        # a recording computes nothing
+        torch.set_rng_state(random_state)
+        for memory, content in recording.untouched.values():
+            memory.copy_(content)
+        recording.untouched.clear()
+        pooled = [output for output in outputs.values() if _address(output) in recording.made]
+        _spoil(pooled)
+        place = len(self.recorded)
+        self.recorded.append(pooled)
+
+        @torch.no_grad()
+        def replay() -> None:
+            for call in recording.calls:
+                arguments, keywords = tree_map_only(
+                    _Outside, _Outside.tensor, (call.arguments, call.keywords)
+                )
+                given = {_address(tensor) for tensor in _tensors((arguments, keywords))}
+                fresh = [
+                    t for t in _tensors(call.operator(*arguments, **keywords)) if _address(t) not in given
+                ]
+                for result, value in zip(call.results, fresh, strict=True):
+                    result.copy_(value)
+            # recordings share memory: a later one's outputs may lie where this one computes
+            for later in self.recorded[place + 1 :]:
+                _spoil(later)
+
+        return outputs, replay
+
+
+def _refusal(name: str) -> str:
+    return f"operation not permitted when stream is capturing: {name}"
+
+
+def _refuse_to_seed(seed: int) -> None:
+    raise RuntimeError(_refusal("manual_seed"))
+
+
+def _spoil(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 77)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Of the memory that a tensor shares with its views."""
+    return tensor.untyped_storage()._cdata
+
+
+def _written(operator: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The arguments that an operator changes in place."""
+    for place, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else keywords.get(argument.name)
+            yield from _tensors(value)
