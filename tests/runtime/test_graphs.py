@@ -1,0 +1,163 @@
+"""Functions that are recorded and replayed: the bits of a launch, and a launch where a replay cannot be had."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dreambooth.runtime import graphs
+from dreambooth.runtime.graphs import Graphs, Tensors
+from tests.tape import TapeRecorder
+
+CPU = torch.device("cpu")
+
+
+class CountingTape(TapeRecorder):
+    """Counts its recordings."""
+
+    made = 0
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
+        CountingTape.made += 1
+        return super().record(function)
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> Graphs:
+    """Graphs that record on this CPU."""
+    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(CountingTape, "made", 0)
+    return Graphs(CPU, note=notes.append, make_recorder=CountingTape)
+
+
+def test_nothing_is_recorded_on_a_cpu(notes: list[str]) -> None:
+    launched = Graphs(CPU, note=notes.append)
+    function = launched.replayed(lambda inputs: {"sum": inputs["x"].sum()})
+    assert launched.reason == "only CUDA GPUs have graphs"
+    assert function({"x": torch.ones(3)})["sum"] == 3
+    assert notes == []
+
+
+def test_each_shape_is_recorded_once_and_replayed(taped: Graphs, notes: list[str]) -> None:
+    calls = []
+
+    def function(inputs: Tensors) -> Tensors:
+        calls.append(inputs["x"].shape)
+        return {"double": inputs["x"] * 2, "sum": inputs["x"].sum() + inputs["y"]}
+
+    replayed = taped.replayed(function)
+    for number in range(3):
+        for size in (2, 5):
+            x, y = torch.arange(float(size)) + number, torch.tensor(float(number))
+            outputs = replayed({"x": x, "y": y})
+            assert torch.equal(outputs["double"], x * 2)
+            assert torch.equal(outputs["sum"], x.sum() + y)
+    assert CountingTape.made == 2
+    assert len(calls) == 6  # launched, rehearsed, recorded: of each shape
+    assert taped.reason is None
+    assert notes == []
+    taped.forget()
+    assert torch.equal(replayed({"x": torch.ones(2), "y": torch.ones(())})["sum"], torch.tensor(3.0))
+    assert CountingTape.made == 3
+
+
+def test_recording_leaves_no_trace_in_state_and_random_numbers(taped: Graphs) -> None:
+    total = torch.zeros(3)
+
+    def add(inputs: Tensors) -> Tensors:
+        total.add_(inputs["x"]).mul_(1.5)
+        return {"noise": torch.rand(3)}
+
+    def run(function: Callable[[Tensors], Tensors]) -> list[torch.Tensor]:
+        total.zero_()
+        torch.manual_seed(0)
+        noises = [function({"x": torch.full((3,), float(n))})["noise"].clone() for n in range(4)]
+        return [*noises, total.clone(), torch.get_rng_state()]
+
+    assert all(map(torch.equal, run(taped.replayed(add, lambda: [total])), run(add)))
+    assert taped.reason is None
+
+
+def reads_a_number(inputs: Tensors) -> Tensors:
+    return {"share": inputs["x"] / inputs["x"].sum().item()}
+
+
+class Counts:
+    """Python runs it anew at each launch, and not at a replay."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        self.number += 1
+        return {"number": inputs["x"] * self.number}
+
+
+class HidesState:
+    """Its state is not among the tensors that are restored after a recording."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(())
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        self.total += 1
+        return {"total": self.total + inputs["x"]}
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (
+            reads_a_number,
+            "RuntimeError: operation not permitted when stream is capturing: aten._local_scalar",
+        ),
+        (Counts(), "replayed and launched kernels differ in number"),
+        (HidesState(), "replayed and launched kernels differ in total"),
+    ],
+)
+def test_what_cannot_be_replayed_is_launched_from_then_on(
+    function: Callable[[Tensors], Tensors], reason: str, taped: Graphs, notes: list[str]
+) -> None:
+    other = taped.replayed(lambda inputs: {"x": inputs["x"] + 1})
+    other({"x": torch.zeros(2)})
+    replayed = taped.replayed(function)
+    first = {name: value.clone() for name, value in replayed({"x": torch.ones(2)}).items()}
+    replayed({"x": torch.ones(2)})
+    assert taped.reason is not None
+    assert taped.reason.startswith(reason)
+    assert notes == [f"steps are launched kernel by kernel, not replayed from a CUDA graph: {taped.reason}"]
+    if function is reads_a_number:
+        assert first["share"].tolist() == [0.5, 0.5]
+    assert other({"x": torch.zeros(2)})["x"].tolist() == [1, 1]
+    assert CountingTape.made <= 2  # no second attempt
+
+
+def test_state_is_as_launched_once_where_recording_fails(taped: Graphs) -> None:
+    total = torch.zeros(2)
+
+    def function(inputs: Tensors) -> Tensors:
+        total.add_(inputs["x"])
+        return {"number": total.sum() * total.sum().item(), "noise": torch.rand(1)}
+
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    replayed = taped.replayed(function, lambda: [total])
+    noises = [replayed({"x": torch.ones(2)})["noise"].clone() for _ in range(2)]
+    assert torch.equal(torch.cat(noises), expected)
+    assert total.tolist() == [2, 2]
+
+
+def test_number_of_recordings_is_bounded(taped: Graphs, notes: list[str]) -> None:
+    replayed = taped.replayed(lambda inputs: {"sum": inputs["x"].sum()})
+    for size in range(1, 20):
+        assert replayed({"x": torch.ones(size)})["sum"] == size
+    assert CountingTape.made == 16
+    assert replayed({"x": torch.ones(19)})["sum"] == 19
+    assert taped.reason is None
+    assert notes == []
