@@ -1,4 +1,4 @@
-"""Functions that are recorded and replayed: the bits of a launch, and a launch where a replay cannot be had."""
+"""Recorded functions: they have the bits of launched ones, and are launched where that cannot be had."""
 
 from collections.abc import Callable
 
