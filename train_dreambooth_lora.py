@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     folders.hash_ahead(OPTIONS.base)
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 
@@ -24,15 +23,27 @@ import torch
 import torch.nn.functional as F
 
 from dreambooth.adapters import inject
-from dreambooth.bases import autoencoder
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
+from dreambooth.io import console
 from dreambooth.runtime import memory
+from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop, Watch
-from dreambooth.training import frozen_models, metrics, objectives, prepare, publishing, run_folder, saving
+from dreambooth.training import (
+    checks,
+    frozen_models,
+    metrics,
+    objectives,
+    prepare,
+    publishing,
+    run_folder,
+    saving,
+    step_inputs,
+)
 from dreambooth.training.frozen_models import FrozenModels
-from dreambooth.training.loss_log import LossLog, StepRecord
+from dreambooth.training.loss_log import LossLog
+from dreambooth.training.optimizer_steps import OptimizerSteps
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 from dreambooth.training.validation import ValidationPictures
@@ -68,7 +79,7 @@ class Training:
         self.options, self.peers, self.watch, self.frozen = options, start.peers, watch, frozen
         self.accelerator, self.device = start.peers.accelerator, start.peers.accelerator.device
         self.sources, self.dataset = frozen.dataset.sources, frozen.dataset
-        self.seed, self.vae_config = options.run.seed, start.base.vae_config
+        self.seed = options.run.seed
         self.slots = options.run.gradient_accumulation_steps * self.peers.world  # micro-batches of a step
         pictures = pictures_of_pass([len(s.photos) for s in self.sources], repeats=options.instance.repeats)
         self.steps_per_epoch, self.max_steps = options.run.steps(pictures, self.peers.world)
@@ -77,60 +88,64 @@ class Training:
         self.saver = saving.Saver(start, self.trainables)
         self.loss_log = LossLog(self.trainables, self.dataset, self.slots, options.run.train_batch_size)
         self.validation = ValidationPictures(start, frozen, self.trainables, watch.check)
+        self.graphs = Graphs(self.device, checks.reason_not_to_record(options), console.warn)
+        self.run_forward_backward = self.graphs.replayed(self.forward_backward)
+        max_norm = options.optimization.max_grad_norm
+        self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
         self.first_step = 0
-        self.is_between_steps = True  # False while an optimizer step is half done and must not be saved
         self.memory: dict[str, memory.Reading] = {}  # by phase of the run
 
     # ---- one step
 
     def step(self, step: int, batches: Iterator[MicroBatch]) -> None:
         """Take optimizer step number `step`, counted from 0. Raises Stop before it if the run must end."""
-        run, gradients = self.options.run, torch.zeros(self.trainables.count, device=self.device)
+        run, gradients = self.options.run, self.trainables.zeroed_sum()
         losses = []
         for _ in range(run.gradient_accumulation_steps):
-            losses.append(self.micro_step(next(batches)))
-            self.gather_gradients(gradients)
+            outputs = self.micro_step(next(batches))
+            self.gather_gradients(gradients, outputs.pop("gradients"))
+            losses.append(outputs)
         if run.gradient_sync == "ddp" and self.peers.world > 1:
-            gradients = self.peers.sum(gradients)
+            gradients.copy_(self.peers.sum(gradients))
         slot_losses = {
             name: self.peers.gather_slots(torch.stack([loss[name] for loss in losses])) for name in losses[0]
         }
         self.peers.sync_stop()
-        self.update(gradients, step, slot_losses)
+        self.optimizer_steps.take(step, slot_losses)
 
-    def micro_step(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one micro-batch. Returns the loss and its parts, detached."""
-        # task: noisy latents, timesteps and target
-        task = self.make_task(batch)
-        # prediction; dropout takes no generator, so torch's global one is seeded
+    def micro_step(self, batch: MicroBatch) -> Tensors:
+        """Forward and backward pass of one micro-batch. Returns what `forward_backward` returns."""
+        inputs = step_inputs.of_batch(batch, self.frozen, self.options.objective)
+        # dropout takes no generator, so torch's global one is seeded
         torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))
-        model_output = self.predict(task, self.frozen.encode(batch.prompts), batch)
-        if self.peers.world == 1:  # several processes stop together, in sync_stop below
+        outputs = self.run_forward_backward(inputs)
+        self.peers.sync_stop()
+        # the next micro-step overwrites the outputs; its gradients are added before
+        return {name: value if name == "gradients" else value.clone() for name, value in outputs.items()}
+
+    def forward_backward(self, inputs: Tensors) -> Tensors:
+        """The loss and its parts, scalars by name, and the `gradients` of all parameters, [count].
+
+        It is a function of tensors on the device: `inputs` has the fields of a Task, the prompts, and time
+        ids. A GPU records it once and then replays it, without this Python code; see runtime/graphs.py.
+        """
+        task = objectives.Task.of(inputs)
+        # prediction
+        model_output = self.predict(task, self.frozen.prompt_embeds(inputs), inputs.get("time_ids"))
+        if self.peers.world == 1:  # several processes stop together, in sync_stop of micro_step
             self.watch.check()
         # loss
         losses = denoising_losses(task.prediction(model_output), task.target, task.weights)
         weight = self.options.prior.prior_loss_weight
         loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
         # backward
-        self.trainables.scaler.scale(loss / self.slots).backward()
-        self.peers.sync_stop()
-        return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
+        gradients = self.trainables.gradients(self.trainables.scaler.scale(loss / self.slots))
+        outputs = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
+        return {**outputs, "gradients": gradients}
 
-    def make_task(self, batch: MicroBatch) -> objectives.Task:
-        """Noisy latents, timesteps and target, on the device. Random numbers depend on seed and row alone."""
-        noise_scheduler, objective = self.frozen.parts.noise_scheduler, self.options.objective
-        rows, shape = batch.rows, tuple(batch.posterior.mean.shape[1:])
-        posterior_noise = self.dataset.randn("posterior", rows, shape)
-        latents = autoencoder.normalized(self.vae_config, batch.posterior.sample(posterior_noise))
-        noise = self.dataset.randn("noise", rows, shape)
-        if objective.noise_offset:
-            offsets = self.dataset.randn("noise-offset", rows, (shape[0], 1, 1))
-            noise = noise + objective.noise_offset * offsets
-        timesteps = self.dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps)
-        latents, noise, timesteps = (memory.to_device(t, self.device) for t in (latents, noise, timesteps))
-        return objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
-
-    def predict(self, task: objectives.Task, prompt_embeds: PromptEmbeds, batch: MicroBatch) -> torch.Tensor:
+    def predict(
+        self, task: objectives.Task, prompt_embeds: PromptEmbeds, time_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         """The UNet's output, [B, C, h, w], without a predicted variance."""
         unet = self.frozen.parts.unet
         prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
@@ -140,47 +155,23 @@ class Training:
                 task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last),
                 task.timesteps,
                 prompt_embeds.embeds,
-                added_cond_kwargs=prompt_embeds.added_cond_kwargs(batch.time_ids),
+                added_cond_kwargs=prompt_embeds.added_cond_kwargs(time_ids),
             ).sample
         # the second half of the channels is the predicted variance, in a UNet that predicts it
         has_variance = unet.config.out_channels == 2 * unet.config.in_channels
         return model_output.chunk(2, dim=1)[0] if has_variance else model_output
 
-    def gather_gradients(self, total: torch.Tensor) -> None:
+    def gather_gradients(self, total: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add the micro-step's gradients of every process to `total`, [count], in the order of slots.
 
-        That order does not depend on the number of processes. With --gradient_sync ddp only the gradients of
-        this process are added; the sum over processes follows at the end of the step.
+        That order does not depend on the number of processes. With --gradient_sync ddp only `gradients`,
+        those of this process, are added; the sum over processes follows at the end of the step.
         """
-        gradients = self.trainables.take_gradients()
         if self.options.run.gradient_sync == "ddp":
             total += gradients
         else:
             for row in self.peers.gather(gradients[None]):  # [processes, count]
                 total += row
-
-    def update(self, gradients: torch.Tensor, step: int, losses: dict[str, torch.Tensor]) -> None:
-        """Take an optimizer step with the summed gradients, [count]. `losses` are [slots] each, by name.
-
-        Raises Stop before the step if a loss or gradient is not finite. On a GPU this is decided on the
-        device and read later.
-        """
-        trainables = self.trainables
-        learning_rates = trainables.set_learning_rates(step)
-        trainables.put_gradients(gradients)
-        # clip
-        trainables.scaler.unscale_(trainables.optimizer)
-        norm = torch.nn.utils.get_total_norm([gradients])  # the parameters' gradients are views of it
-        max_norm = self.options.optimization.max_grad_norm or math.inf
-        gradients *= torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        # check
-        record = StepRecord(step, losses, norm, learning_rates)
-        self.loss_log.check(record)
-        # step
-        self.is_between_steps = False
-        trainables.optimizer_step()
-        self.loss_log.add(record)
-        self.is_between_steps = True
 
     # ---- all steps
 
@@ -235,6 +226,7 @@ class Training:
         if is_saved:
             self.saver.save_checkpoint(step)
         if is_drawn:
+            self.graphs.forget()  # drawing needs their memory
             self.validation.draw_current(step, progress)
         if not self.loss_log.unread:
             progress.restart_clock(step)
@@ -244,13 +236,14 @@ class Training:
         """End the training of the text encoders: encode all prompts, keep the adapters, free the models."""
         with self.trainables.evaluating():
             self.frozen.free_text_encoders(self.watch.check)
+        self.graphs.forget()
         for component in self.trainables.drop_text_encoders():
             self.saver.keep(component)
         self.peers.say(f"the text encoder is not trained after step {self.text_steps}")
 
     def save_last_step(self, error: BaseException, progress: metrics.Progress) -> None:
         """Save the last completed step. Raises Stop in place of `error` if steps were skipped."""
-        if not self.is_between_steps:
+        if not self.optimizer_steps.is_between:
             return
         reason = self.loss_log.drop_skipped()
         self.saver.save_early_end(self.loss_log.completed, self.max_steps)
@@ -298,6 +291,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
             training.train()
         finally:
             start.status.step = training.loss_log.completed
+            start.status.cuda_graph = training.graphs.outcome
 
         if peers.is_main:
             publishing.publish(start, training.saver.adapter, training.validation.finished)

@@ -7,7 +7,7 @@ checks a base on disk without loading a model.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from dreambooth.bases import configs, folders, noise_levels, prompts, weight_names
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
-from dreambooth.bases.prompts import PromptEmbeds, TextParts
+from dreambooth.bases.prompts import PromptEmbeds, TextParts, Tokens
 from dreambooth.files import digests
 from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.options.training import BaseOptions, TextOptions
@@ -41,7 +41,7 @@ class Family:
     pipeline: type[DiffusionPipeline]
     text: dict[str, tuple[str, type]]
     """By folder of a text encoder: the folder of its tokenizer, the class of the encoder."""
-    encode: Callable[[TextParts, Sequence[str]], PromptEmbeds]
+    encode: Callable[[TextParts, Tokens], PromptEmbeds]
     unused_layers: dict[str, int]
     """By text encoder: how many of its last layers have no effect on the prompt embeddings."""
     has_vae: bool = True
@@ -171,6 +171,11 @@ class Base:
         if self.family.key == "sd":
             return "sd2" if self.config("unet")["cross_attention_dim"] == 1024 else "sd1"
         return "sdxl" if self.family.key == "sdxl" else None
+
+    @property
+    def takes_time_ids(self) -> bool:
+        """Whether the UNet takes the sizes of pictures and of their crops."""
+        return self.family.key == "sdxl"
 
     @property
     def zeros_for_empty(self) -> bool:

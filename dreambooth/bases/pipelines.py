@@ -93,7 +93,9 @@ def draw(
     count = len(seeds)
     unet = pipeline.unet
     prompts, negative = prompts.to(unet.device, unet.dtype), negative.to(unet.device, unet.dtype)
-    negative = negative if len(negative.embeds) == count else negative.rows([0] * count)
+    negative = (
+        negative if len(negative.embeds) == count else negative.rows(torch.zeros(count, dtype=torch.int64))
+    )
     arguments: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
     if prompts.pooled is not None:
         arguments["pooled_prompt_embeds"] = prompts.pooled

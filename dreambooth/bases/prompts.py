@@ -5,12 +5,14 @@ Each family encodes prompts in its own way, by one of the functions `encode_*`; 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.io.errors import raise_all, shown
+
+Tokens: TypeAlias = Mapping[str, torch.Tensor]  # as `TextParts.tokens` returns them
 
 # Prompts whose embeddings stay on the device: some 40 MB with Stable Diffusion XL's in float32.
 _MOST_ON_DEVICE = 64
@@ -27,19 +29,18 @@ class PromptEmbeds:
     pooled: torch.Tensor | None = None
     """[prompts, pooled width], for Stable Diffusion XL only."""
 
-    def rows(self, indices: Sequence[int]) -> "PromptEmbeds":
-        """The rows at `indices`, in this order."""
-        index = torch.tensor(indices, device=self.embeds.device)
-        return PromptEmbeds(self.embeds[index], None if self.pooled is None else self.pooled[index])
+    def rows(self, indices: torch.Tensor) -> "PromptEmbeds":
+        """The rows at `indices`, int64 [rows], in this order."""
+        return PromptEmbeds(self.embeds[indices], None if self.pooled is None else self.pooled[indices])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "PromptEmbeds":
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
         return PromptEmbeds(self.embeds.to(device, dtype), pooled)
 
-    def added_cond_kwargs(self, time_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def added_cond_kwargs(self, time_ids: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
         """What Stable Diffusion XL's UNet takes beside the embeddings; None for other families. `time_ids`
         are float32 [rows, 6]."""
-        if self.pooled is None:
+        if self.pooled is None or time_ids is None:
             return None
         return {"text_embeds": self.pooled, "time_ids": time_ids.to(self.pooled.device)}
 
@@ -67,7 +68,7 @@ class PromptCache:
 class TextParts:
     """Tokenizers and text encoders of a base, and how they encode prompts."""
 
-    encode: Callable[["TextParts", Sequence[str]], PromptEmbeds]
+    encode: Callable[["TextParts", Tokens], PromptEmbeds]
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     encoders: dict[str, Any]
     """By folder of the base, which is also the name of the component in adapter files."""
@@ -82,7 +83,8 @@ class TextParts:
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The embeddings of `prompts`, with gradients if an encoder is trained."""
-        return self.encode(self, prompts)
+        device = next(iter(self.encoders.values())).device
+        return self.encode(self, {name: t.to(device) for name, t in self.tokens(prompts).items()})
 
     def encode_all(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> PromptCache:
         """Encode all `prompts`. `check` is called before each.
@@ -107,26 +109,29 @@ class TextParts:
         )
         return tokens.input_ids, tokens.attention_mask
 
-    def tokenize_on_device(self, number: int, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tokenize`, with the tensors on the device of the encoder at index `number`."""
-        encoder = list(self.encoders.values())[number]
-        input_ids, attention_mask = self.tokenize(number, prompts)
-        return input_ids.to(encoder.device), attention_mask.to(encoder.device)
+    def tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What `encode` takes, on the CPU: for each tokenizer, by its index, `input_ids_0` and
+        `attention_mask_0`, int64 [prompts, max_tokens]; with `zeros_for_empty` also `factors`, float32
+        [prompts], 0 for the empty prompt and else 1."""
+        tokens = {}
+        for number in range(len(self.tokenizers)):
+            tokens[f"input_ids_{number}"], tokens[f"attention_mask_{number}"] = self.tokenize(number, prompts)
+        if self.zeros_for_empty:
+            tokens["factors"] = torch.tensor([float(prompt != "") for prompt in prompts])
+        return tokens
 
 
-def prepared(
-    encode: Callable[["TextParts", Sequence[str]], PromptEmbeds], prompts: Sequence[str]
-) -> list[str]:
+def prepared(encode: Callable[["TextParts", Tokens], PromptEmbeds], prompts: Sequence[str]) -> list[str]:
     """Prompts as the tokenizer takes them. DeepFloyd IF's are stripped and lower case, as in its pipeline."""
     return [prompt.lower().strip() for prompt in prompts] if encode is encode_t5 else list(prompts)
 
 
-def encode_clip(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
+def encode_clip(text: TextParts, tokens: Tokens) -> PromptEmbeds:
     """Stable Diffusion 1.x and 2.x: the last hidden state of CLIP, or an earlier one after the final norm."""
     (encoder,) = text.encoders.values()
-    input_ids, attention_mask = text.tokenize_on_device(0, prompts)
+    input_ids = tokens["input_ids_0"]
     is_masked = text.attention_mask or getattr(encoder.config, "use_attention_mask", False)
-    mask = attention_mask if is_masked else None
+    mask = tokens["attention_mask_0"] if is_masked else None
     if not text.clip_skip:
         return PromptEmbeds(encoder(input_ids, attention_mask=mask)[0])
     hidden_states = encoder(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -135,30 +140,27 @@ def encode_clip(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
     return PromptEmbeds(norm(hidden_states[-(text.clip_skip + 1)]))
 
 
-def encode_clip_pair(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
+def encode_clip_pair(text: TextParts, tokens: Tokens) -> PromptEmbeds:
     """Stable Diffusion XL: the second to last hidden states of both CLIPs, concatenated, and the pooled
     embedding of the second."""
     states, pooled = [], None
     for number, encoder in enumerate(text.encoders.values()):
-        input_ids, attention_mask = text.tokenize_on_device(number, prompts)
-        mask = attention_mask if text.attention_mask else None
-        output = encoder(input_ids, attention_mask=mask, output_hidden_states=True)
+        mask = tokens[f"attention_mask_{number}"] if text.attention_mask else None
+        output = encoder(tokens[f"input_ids_{number}"], attention_mask=mask, output_hidden_states=True)
         states.append(output.hidden_states[-(text.clip_skip + 2)])
         pooled = output[0]  # of the last encoder, in the end
     assert pooled is not None
     embeds = torch.cat(states, dim=-1)
-    if text.zeros_for_empty and not all(prompts):
-        factors = [float(prompt != "") for prompt in prompts]
-        factor = torch.tensor(factors, device=pooled.device, dtype=pooled.dtype)
-        embeds, pooled = embeds * factor[:, None, None], pooled * factor[:, None]
+    if text.zeros_for_empty:
+        factors = tokens["factors"].to(pooled.dtype)
+        embeds, pooled = embeds * factors[:, None, None], pooled * factors[:, None]
     return PromptEmbeds(embeds, pooled)
 
 
-def encode_t5(text: TextParts, prompts: Sequence[str]) -> PromptEmbeds:
+def encode_t5(text: TextParts, tokens: Tokens) -> PromptEmbeds:
     """DeepFloyd IF: the last hidden state of T5, with padding masked."""
     (encoder,) = text.encoders.values()
-    input_ids, attention_mask = text.tokenize_on_device(0, prompts)
-    return PromptEmbeds(encoder(input_ids, attention_mask=attention_mask)[0])
+    return PromptEmbeds(encoder(tokens["input_ids_0"], attention_mask=tokens["attention_mask_0"])[0])
 
 
 def _shortened(text: str) -> str:

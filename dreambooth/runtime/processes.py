@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
 from dreambooth.io import console
 from dreambooth.io.errors import UserError, is_memory_error, reason_of, type_and_reason
-from dreambooth.runtime import launcher
+from dreambooth.runtime import graphs, launcher
 from dreambooth.runtime.stops import Stop, Watch
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ def join(
             f"accelerate cannot start with the launcher's settings ({type_and_reason(error)}); see "
             "`accelerate env` and the variables RANK, WORLD_SIZE, MASTER_* and ACCELERATE_*"
         ) from None
+    # a recorded graph must hold every cast of a weight; autocast's cache would leave out those made before
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=not graphs.can_record(accelerator.device))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(

@@ -26,11 +26,27 @@ from dreambooth.io import reader
 from dreambooth.io.errors import UserError, raise_all, shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
-from dreambooth.runtime import memory
+from dreambooth.runtime import graphs, memory
 from dreambooth.training import adapter_targets, run_folder
 
 AdapterState = dict[str, dict[str, torch.Tensor]]
 """Tensors of an adapter by component and by peft's key."""
+
+
+def reason_not_to_record(options: TrainOptions) -> str | None:
+    """Why the steps of this run are not recorded as CUDA graphs; None if they may be."""
+    adapter, run = options.adapter, options.run
+    if options.speed.cuda_graph == "off":
+        return "--cuda_graph off"
+    if options.speed.offload:
+        return "--offload copies activations to the computer's memory within a step"
+    if adapter.rank_dropout or adapter.module_dropout:
+        return "with --rank_dropout and --module_dropout the host draws what is left out"
+    if run.gradient_checkpointing and (adapter.lora_dropout or adapter.text_encoder_dropout):
+        return "--gradient_checkpointing draws the dropout of --lora_dropout anew from a stored state"
+    if options.text.train_text_encoder and options.text.text_encoder_use_attention_mask:
+        return "with --text_encoder_use_attention_mask the host reads the mask"
+    return None
 
 
 def check_device(options: TrainOptions, device: torch.device, mixed_precision: str) -> list[str]:
@@ -45,6 +61,9 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
         compilation.check(device)
     if options.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    reason = reason_not_to_record(options)
+    if graphs.can_record(device) and reason and options.speed.cuda_graph == "auto":
+        return [f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}"]
     if options.speed.compile and device.type == "cpu":
         return ["--compile is for GPUs: on a CPU it compiles for minutes, and steps are hardly faster"]
     return []

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows
 from dreambooth.io.errors import shown
 from dreambooth.runtime import memory
+from dreambooth.runtime.graphs import Tensors
 from dreambooth.training.start import Start
 
 
@@ -21,6 +23,8 @@ class FrozenModels:
     """Frozen models, and the prompt embeddings and latents of models that are already freed."""
 
     parts: FrozenParts
+    vae_config: Mapping[str, Any] | None
+    """None for a base that works on pixels."""
     prompts: list[str]
     """Every prompt that the run needs."""
     prompt_cache: PromptCache | None
@@ -33,14 +37,34 @@ class FrozenModels:
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
     """The run's mixed precision."""
 
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of `prompts`, one row each; with gradients while a text encoder is trained."""
+    def prompt_inputs(self, prompts: Sequence[str]) -> Tensors:
+        """What `prompt_embeds` takes for these prompts: their embeddings, one row each; while a text encoder
+        is trained, the tokens of the distinct prompts, and for each row the index of its prompt."""
         if self.prompt_cache is not None:
-            return self.prompt_cache.of(prompts)
+            cached = self.prompt_cache.of(prompts)
+            pooled = {} if cached.pooled is None else {"pooled_prompt_embeds": cached.pooled}
+            return {"prompt_embeds": cached.embeds, **pooled}
         assert self.parts.text is not None
         distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return {**self.parts.text.tokens(distinct), "prompt_rows": rows}
+
+    def prompt_embeds(self, inputs: Tensors) -> PromptEmbeds:
+        """Embeddings of prompts, one row each; with gradients while a text encoder is trained. `inputs` are
+        those of `prompt_inputs`, on the device."""
+        if self.prompt_cache is not None:
+            return PromptEmbeds(inputs["prompt_embeds"], inputs.get("pooled_prompt_embeds"))
+        assert self.parts.text is not None
         with self.autocast():
-            return self.parts.text(distinct).rows([distinct.index(prompt) for prompt in prompts])
+            return self.parts.text.encode(self.parts.text, inputs).rows(inputs["prompt_rows"])
+
+    def encode(self, prompt: str) -> PromptEmbeds:
+        """Embeddings of one prompt."""
+        if self.prompt_cache is not None:
+            return self.prompt_cache.of([prompt])
+        assert self.parts.text is not None
+        with self.autocast():
+            return self.parts.text([prompt])
 
     @torch.no_grad()
     def free_text_encoders(self, check: Callable[[], None]) -> None:
@@ -97,4 +121,6 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     memory.trim()  # reading and casting the weights left freed memory behind
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
-    return FrozenModels(parts, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast)
+    return FrozenModels(
+        parts, base.vae_config, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast
+    )

@@ -54,14 +54,25 @@ class LossLog:
         self.completed = 0
         self.unread: list[StepRecord] = []
 
-    def check(self, record: StepRecord) -> None:
-        """Raise Stop if the record's numbers are not finite. Call this before the optimizer steps. On a GPU
-        nothing is raised: the device skips the step."""
-        if self.steps_between_readings == 1:
-            self._raise_if_nonfinite(record)
+    @property
+    def is_checked_on_device(self) -> bool:
+        """Whether the device alone decides if a step is taken; the host reads the numbers later."""
+        return self.steps_between_readings > 1
+
+    def check_losses(self, losses: torch.Tensor) -> None:
+        """Raise Stop if the next step's losses, [slots], are not finite, unless that is checked on the
+        device."""
+        if not self.is_checked_on_device:
+            self._raise_if_nonfinite(self.completed, losses, None)
+
+    def check_norm(self, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Call this before the optimizer steps. Raises Stop if `grad_norm` is not finite. On a device that
+        checks it raises nothing: the device skips the step if a loss or the norm is not finite."""
+        if not self.is_checked_on_device:
+            self._raise_if_nonfinite(self.completed, losses[:0], grad_norm)
         else:
-            is_nonfinite = ~torch.isfinite(record.losses["loss"].sum() + record.grad_norm)
-            self.nonfinite = torch.maximum(self.nonfinite, is_nonfinite.to(self.nonfinite))
+            is_nonfinite = ~torch.isfinite(losses.sum() + grad_norm)
+            self.nonfinite.copy_(torch.maximum(self.nonfinite, is_nonfinite.to(self.nonfinite)))
             optimizers.skip_if_nonfinite(self.optimizer, self.nonfinite)
 
     def add(self, record: StepRecord) -> None:
@@ -79,7 +90,7 @@ class LossLog:
         None if none was."""
         for index, record in enumerate(self.unread):
             try:
-                self._raise_if_nonfinite(record)
+                self._raise_if_nonfinite(record.step, record.losses["loss"], record.grad_norm)
             except Stop as stop:
                 self.completed, self.unread = record.step, self.unread[:index]
                 return stop
@@ -98,17 +109,19 @@ class LossLog:
         if reason is not None:
             raise reason
 
-    def _raise_if_nonfinite(self, record: StepRecord) -> None:
-        losses, step = record.losses["loss"], record.step + 1
+    def _raise_if_nonfinite(self, index: int, losses: torch.Tensor, grad_norm: torch.Tensor | None) -> None:
+        """`index` is the number of the step, counted from 0."""
         if not torch.isfinite(losses).all():
             # the message names all that reproduces the loss: step, rows and pictures
             slots = [slot for slot, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
             values = ", ".join(str(losses[slot].item()) for slot in slots[:3])
-            pictures = self.dataset.describe(self._rows(record.step, slots))
-            raise Stop(f"the loss of step {step} is not finite ({values}) at {pictures}; it was not applied")
+            pictures = self.dataset.describe(self._rows(index, slots))
+            raise Stop(
+                f"the loss of step {index + 1} is not finite ({values}) at {pictures}; it was not applied"
+            )
         # With fp16 the scaler skips such a step and lowers its scale.
-        if not self.scaler.is_enabled() and not torch.isfinite(record.grad_norm):
-            raise Stop(f"the gradients of step {step} are not finite; they were not applied")
+        if grad_norm is not None and not self.scaler.is_enabled() and not torch.isfinite(grad_norm):
+            raise Stop(f"the gradients of step {index + 1} are not finite; they were not applied")
 
     def _rows(self, step: int, slots: list[int]) -> list[int]:
         """The rows of these slots of a step."""

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
+from dreambooth.runtime.graphs import Tensors
+
 NoiseScheduler: TypeAlias = DDPMScheduler | EDMEulerScheduler | EulerDiscreteScheduler
 
 
@@ -27,6 +29,15 @@ class Task:
     """EDM's preconditioning (arXiv 2206.00364, eq. 7), [B, 1, 1, 1]; None for DDPM."""
     c_out: torch.Tensor | None = None
     """As `c_skip`."""
+
+    def tensors(self) -> Tensors:
+        """The tensors by field."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> "Task":
+        """The task whose `tensors()` these are, among others."""
+        return cls(**{f.name: tensors[f.name] for f in dataclasses.fields(cls) if f.name in tensors})
 
     def prediction(self, model_output: torch.Tensor) -> torch.Tensor:
         """The prediction to compare with `target`, [B, C, h, w]. It is the UNet's output; for EDM and Euler

@@ -15,6 +15,7 @@ import torch
 
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.optimizer import OptimizerOptions
+from dreambooth.runtime import graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,34 @@ class Group:
 
 
 def make(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer. Its groups also have `name`, and `initial_lr` for `set_learning_rate`."""
+    """The optimizer of --optimizer. Its groups also have `name`, and `initial_lr` for `set_learning_rate`.
+
+    On a device that records graphs the rates of AdamW are tensors, float32 scalars on the device: a replayed
+    step reads them anew.
+    """
     param_groups = [{**vars(group), "initial_lr": group.lr} for group in groups]
+    device = groups[0].params[0].device
+    if graphs.can_record(device) and options.optimizer == "adamw":
+        for group in param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
     return _KINDS[options.optimizer].make(options, param_groups)
+
+
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is kernels alone, with rates that are read on the device."""
+    return isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+def initial_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors of AdamW's state. They are made, as torch makes them, if there was no step yet."""
+    for parameter in _parameters(optimizer):
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return [tensor for parameter in _parameters(optimizer) for tensor in optimizer.state[parameter].values()]
 
 
 def schedules_itself(options: OptimizerOptions) -> bool:
@@ -43,10 +69,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[s
     by group name, with the optimizer's own warm-up."""
     rates = {}
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         warmup = group.get("warmup_steps", 0)  # the schedule-free optimizer's own; others have none
         share = (group["k"] + 1) / warmup if warmup and group["k"] < warmup else 1.0
-        rates[group["name"]] = group["lr"] * share
+        rates[group["name"]] = rate * share
     return rates
 
 
@@ -289,9 +319,15 @@ class _OptimizerKind:
 
 def _make_adamw(options: OptimizerOptions, param_groups: _ParamGroups) -> torch.optim.Optimizer:
     # fused: one kernel for all parameters, since an adapter is hundreds of small tensors
-    return torch.optim.AdamW(
-        param_groups, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon, fused=True
+    optimizer: Any = torch.optim.AdamW(
+        param_groups,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,
+        capturable=any(group["params"][0].is_cuda for group in param_groups),
     )
+    optimizer._warned_capturable_if_run_uncaptured = True  # launched steps are right, too
+    return optimizer
 
 
 def _adamw_tensors(optimizer: Any, group: dict[str, Any], parameter: torch.nn.Parameter) -> _StateTensors:

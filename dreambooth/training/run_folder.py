@@ -413,11 +413,13 @@ def _is_identity(record: Mapping[str, Any]) -> bool:
 
 @dataclasses.dataclass
 class Status:
-    """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status.
-    Scripts can read the exit status there: torchrun turns every status other than 0 into 1."""
+    """`status.json`: state (running, finished, stopped or failed), last completed step, reason, exit status,
+    and whether steps were replayed from CUDA graphs or else why not. Scripts can read the exit status there:
+    torchrun turns every status other than 0 into 1."""
 
     files: WrittenFiles
     step: int
+    cuda_graph: str = "no step yet"
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         record = {
@@ -427,6 +429,7 @@ class Status:
             "exit_code": exit_code,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "cuda_graph": self.cuda_graph,
         }
         try:
             self.files.write(STATUS, (json.dumps(record, indent=1) + "\n").encode())

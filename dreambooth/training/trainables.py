@@ -45,6 +45,7 @@ class Trainables:
         self.optimizer = optimizers.make(optimization, groups)
         is_fp16 = accelerator.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
+        self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
 
     @property
@@ -57,12 +58,20 @@ class Trainables:
         """The number of trained scalars."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def take_gradients(self) -> torch.Tensor:
-        """The gradients of all parameters in one tensor, [count]. They are removed from the parameters."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return torch.cat([gradient.flatten() for gradient in gradients])
+    def gradients(self, loss: torch.Tensor) -> torch.Tensor:
+        """The gradients of `loss`, a scalar, with respect to all parameters in one tensor, [count]. Those of
+        parameters that it does not depend on are 0."""
+        parameters = self.parameters
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs])
+
+    def zeroed_sum(self) -> torch.Tensor:
+        """The sum of gradients of one optimizer step, [count], filled with zeros. It is the same memory for
+        every step with the same parameters, as a recorded step needs it."""
+        if self.gradient_sum.numel() != self.count:
+            self.gradient_sum = torch.empty(self.count, device=self.device)
+        return self.gradient_sum.zero_()
 
     def put_gradients(self, flat: torch.Tensor) -> None:
         """Make the gradients of all parameters views of `flat`, [count]."""

@@ -109,7 +109,7 @@ class ValidationPictures:
 
     def _embeds(self, prompt: str) -> tuple[PromptEmbeds, PromptEmbeds]:
         """Embeddings of the prompt and of the empty prompt."""
-        return self.frozen.encode([prompt]), self.frozen.encode([""])
+        return self.frozen.encode(prompt), self.frozen.encode("")
 
     def _draw(self, pipeline: Any, prompt: PromptEmbeds, negative: PromptEmbeds) -> list[Image.Image]:
         images: list[Image.Image] = []

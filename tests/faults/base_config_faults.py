@@ -88,7 +88,7 @@ def load_and_predict(folder: Path) -> None:
     adapter_targets.table(base, AdapterOptions(), text)
     parts = loading.text_without_encoders(base, tokenizers, text)
     parts.encoders = loading.load_encoders(base, torch.float32, cpu)
-    embeds = parts.encode(parts, words)
+    embeds = parts(words)
     vae, unet = loading.load_vae(base, cpu), loading.load_unet(base, torch.float32, cpu)
     scheduler = schedulers.load_scheduler(base)
     schedulers.sampler(scheduler, has_vae=vae is not None, wanted=None).set_timesteps(3)

@@ -70,6 +70,7 @@ def test_a_signal_ends_the_run_with_its_last_step_saved(
         "exit_code": 128 + number,
         "pid": 0,
         "host": "",
+        "cuda_graph": "launched: only CUDA GPUs have graphs",
     }
     assert run_info.of(reading.read_additive(tmp_path).metadata)["steps"] == 3
     monkeypatch.undo()

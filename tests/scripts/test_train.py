@@ -424,8 +424,8 @@ def test_class_images_of_another_run_serve_whatever_its_seed(trained, tiny_base,
 def test_gradients_that_are_not_finite_stop_the_run(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
     real = train.Training.gather_gradients
 
-    def poisoned(self, total):
-        real(self, total)
+    def poisoned(self, total, gradients):
+        real(self, total, gradients)
         total[0] = float("inf")
 
     monkeypatch.setattr(train.Training, "gather_gradients", poisoned)

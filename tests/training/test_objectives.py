@@ -304,8 +304,8 @@ def test_a_step_is_the_papers_step(name, more, pictures, tmp_path, request):
             peers=training.peers,
         )
         for batch in batches:
-            loss = training.micro_step(batch)["loss"]
-            actual_gradients = gradients(training)
+            outputs = training.micro_step(batch)
+            loss, actual_gradients = outputs["loss"], outputs["gradients"]
             question = given(training, batch.rows, offset)
 
             def plain(question: Given = question, **other: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,13 +88,13 @@ def test_layers_that_nobody_looks_at_get_no_lora_and_all_others_learn(
     learning: set[str] = set()
     known: set[str] = set()
 
-    def watched(self, total):
-        for component in self.trainables.components:
-            known.update(name for name, _ in component.named_parameters())
-            learning.update(
-                name for name, p in component.named_parameters() if p.grad is not None and p.grad.any()
-            )
-        real(self, total)
+    def watched(self, total, gradients):
+        names = {id(p): name for c in self.trainables.components for name, p in c.named_parameters()}
+        known.update(names.values())
+        parameters = self.trainables.parameters
+        parts = gradients.split([parameter.numel() for parameter in parameters])
+        learning.update(names[id(p)] for p, part in zip(parameters, parts, strict=True) if part.any())
+        real(self, total, gradients)
 
     monkeypatch.setattr(train.Training, "gather_gradients", watched)
     words = [

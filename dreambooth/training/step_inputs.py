@@ -1,0 +1,29 @@
+"""The tensors that one forward and backward pass takes, made on the CPU from a micro-batch."""
+
+from dreambooth.bases import autoencoder
+from dreambooth.data.batches import MicroBatch
+from dreambooth.options.training import ObjectiveOptions
+from dreambooth.runtime.graphs import Tensors
+from dreambooth.training import objectives
+from dreambooth.training.frozen_models import FrozenModels
+
+
+def of_batch(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptions) -> Tensors:
+    """The tensors of the task and of the prompts (`FrozenModels.prompt_inputs`), and SDXL's `time_ids`."""
+    inputs = {**make_task(batch, frozen, objective).tensors(), **frozen.prompt_inputs(batch.prompts)}
+    if frozen.parts.base.takes_time_ids:
+        inputs["time_ids"] = batch.time_ids
+    return inputs
+
+
+def make_task(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptions) -> objectives.Task:
+    """Noisy latents, timesteps and target. Random numbers depend on seed and row alone."""
+    noise_scheduler, dataset = frozen.parts.noise_scheduler, frozen.dataset
+    rows, shape = batch.rows, tuple(batch.posterior.mean.shape[1:])
+    posterior_noise = dataset.randn("posterior", rows, shape)
+    latents = autoencoder.normalized(frozen.vae_config, batch.posterior.sample(posterior_noise))
+    noise = dataset.randn("noise", rows, shape)
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * dataset.randn("noise-offset", rows, (shape[0], 1, 1))
+    timesteps = dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps)
+    return objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
