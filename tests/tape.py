@@ -7,6 +7,7 @@ are noticed here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dreambooth.runtime.graphs import Tensors
+from dreambooth.runtime.graphs import Replay
 
 aten = torch.ops.aten
 # The host waits for the GPU to read their results, which a graph cannot hold.
@@ -59,7 +60,7 @@ class _Call:
     operator: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    results: list[torch.Tensor]  # of new memory
+    results: list[torch.Tensor]  # in memory that the operator allocated
 
 
 class _NoCopies(TorchFunctionMode):
@@ -91,16 +92,18 @@ class _Recording(_NoReads):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        self.made: dict[int, torch.UntypedStorage] = {}  # memory that the function allocated, by address
-        self.untouched: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # (memory from outside, its old bytes)
+        # by address: what the function allocated; and memory from outside that it wrote to, with the old bytes
+        self.made: dict[int, torch.UntypedStorage] = {}
+        self.untouched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         for tensor in _written(func, args, keywords):
             self._keep(tensor)
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.lift_fresh.default:  # a number of the host, in memory that `torch.tensor` allocated
+            self.made[_address(result)] = result.untyped_storage()
+            return result
         given = {_address(tensor) for tensor in _tensors((args, keywords))}
         results = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
         for tensor in results:
@@ -128,45 +131,42 @@ class TapeRecorder:
     """A `dreambooth.runtime.graphs.Recorder` for functions on CPUs."""
 
     def __init__(self, device: torch.device | None = None):
-        self.recorded: list[
-            list[torch.Tensor]
-        ] = []  # by recording, the outputs in memory that recordings share
+        """Made for `device` as a `CudaRecorder` is."""
 
-    def rehearse(self, function: Callable[[], Tensors]) -> None:
+    def rehearse(self, function: Callable[[], object]) -> None:
         with _NoCopies(), _NoReads():
             function()
 
-    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
+    def record(self, function: Callable[[], object]) -> Replay:
         recording, random_state = _Recording(), torch.get_rng_state()
         with _NoCopies(), recording, mock.patch.object(torch, "manual_seed", _refuse_to_seed):
-            outputs = function()
+            function()
         # a recording computes nothing
         torch.set_rng_state(random_state)
         for memory, content in recording.untouched.values():
             memory.copy_(content)
         recording.untouched.clear()
-        pooled = [output for output in outputs.values() if _address(output) in recording.made]
-        _spoil(pooled)
-        place = len(self.recorded)
-        self.recorded.append(pooled)
+        _spoil(recording.calls)
+        return functools.partial(_replay, recording.calls)
 
-        @torch.no_grad()
-        def replay() -> None:
-            for call in recording.calls:
-                arguments, keywords = tree_map_only(
-                    _Outside, _Outside.tensor, (call.arguments, call.keywords)
-                )
-                given = {_address(tensor) for tensor in _tensors((arguments, keywords))}
-                fresh = [
-                    t for t in _tensors(call.operator(*arguments, **keywords)) if _address(t) not in given
-                ]
-                for result, value in zip(call.results, fresh, strict=True):
-                    result.copy_(value)
-            # recordings share memory: a later one's outputs may lie where this one computes
-            for later in self.recorded[place + 1 :]:
-                _spoil(later)
 
-        return outputs, replay
+@torch.no_grad()
+def _replay(calls: list[_Call]) -> None:
+    for call in calls:
+        arguments, keywords = tree_map_only(_Outside, _Outside.tensor, (call.arguments, call.keywords))
+        given = {_address(tensor) for tensor in _tensors((arguments, keywords))}
+        results = [t for t in _tensors(call.operator(*arguments, **keywords)) if _address(t) not in given]
+        for result, value in zip(call.results, results, strict=True):
+            result.copy_(value)
+    _spoil(calls)
+
+
+def _spoil(calls: list[_Call]) -> None:
+    """Overwrite what was computed: the memory is shared by all recordings. What a function returns must be
+    copied to memory from outside while it is recorded."""
+    for call in calls:
+        for tensor in call.results:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
 
 def _refusal(name: str) -> str:
@@ -175,11 +175,6 @@ def _refusal(name: str) -> str:
 
 def _refuse_to_seed(seed: int) -> None:
     raise RuntimeError(_refusal("manual_seed"))
-
-
-def _spoil(tensors: list[torch.Tensor]) -> None:
-    for tensor in tensors:
-        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 77)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def graphs(device: torch.device, notes: list[str]) -> Graphs:
-    return Graphs(device, note=notes.append)
+    return Graphs(device, None, notes.append)
 
 
 def network(device: torch.device) -> torch.nn.Sequential:
@@ -143,9 +143,9 @@ def test_after_a_recording_that_failed_the_process_goes_on_launched(
     assert torch.equal(torch.rand(8, device=graphs.device), drawn[1])
     torch.cuda.synchronize()
     # the next run of this process records again
-    again = Graphs(graphs.device, note=notes.append)
+    again = Graphs(graphs.device, None, notes.append)
     anew = again.replayed(lambda inputs: {"x": F.dropout(inputs["x"])})
-    for _ in range(2):
+    for _ in range(3):
         torch.manual_seed(4)
         assert torch.equal(anew({"x": x})["x"], drawn[0])
     assert again.reason is None
