@@ -89,7 +89,7 @@ class Training:
         self.loss_log = LossLog(self.trainables, self.dataset, self.slots, options.run.train_batch_size)
         self.validation = ValidationPictures(start, frozen, self.trainables, watch.check)
         self.graphs = Graphs(self.device, checks.reason_not_to_record(options), console.warn)
-        self.run_forward_backward = self.graphs.replayed(self.forward_backward)
+        self.run_forward_backward = self.graphs.replayed(self.forward_backward, self.trainables.state)
         max_norm = options.optimization.max_grad_norm
         self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
         self.first_step = 0

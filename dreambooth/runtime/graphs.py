@@ -4,14 +4,15 @@ A step of a diffusion model is thousands of short kernels. The host needs longer
 to run them; a replay launches all of them at once. The results are the same bits.
 
 A recorded function reads and writes the same memory at every replay, and its Python code does not run again:
-whatever changes from call to call must be a tensor of its inputs, or a tensor that is changed in place.
-Therefore the first two calls are made both ways, launched and replayed, and compared bit for bit. The second
-call has other inputs, and shows values that should have been inputs.
+whatever changes from call to call must be a tensor of its inputs or of its state, which is changed in place.
+Therefore the first two calls are launched, and must then be repeated by replays bit for bit. One call would
+not show a value that should have been an input.
 """
 
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
@@ -24,7 +25,6 @@ from dreambooth.runtime import memory
 Tensors: TypeAlias = dict[str, torch.Tensor]
 Replay: TypeAlias = Callable[[], None]
 _MOST_GRAPHS = 16  # of one run; each holds descriptions of thousands of kernels
-_CALLS_COMPARED = 2
 
 
 class Recorder(Protocol):
@@ -115,8 +115,8 @@ class Graphs:
         *,
         is_recorded: bool = True,
     ) -> "Replayed":
-        """`function`, replayed where that is possible and `is_recorded`. `state` returns the tensors that it
-        changes in place, random generators aside."""
+        """`function`, replayed where that is possible and `is_recorded`. `state` returns the tensors, beside
+        its inputs, that it changes or that change between its calls."""
         self.functions.append(Replayed(self, function, state, is_recorded))
         return self.functions[-1]
 
@@ -144,15 +144,32 @@ class Graphs:
         return sum(len(function.recordings) for function in self.functions) >= _MOST_GRAPHS
 
 
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """Everything that a call of a function depends on, in main memory: the device may have no room for it."""
+
+    inputs: Sequence[torch.Tensor]
+    state: Sequence[torch.Tensor]
+    random_states: Sequence[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LaunchedCall:
+    """A call of a function as Python code. A replay from `before` must lead to the same `digests`."""
+
+    before: _Moment
+    digests: dict[str, str]
+
+
 @dataclasses.dataclass
 class _Recording:
-    """A recorded function: `replay` reads `inputs` and fills `outputs`."""
+    """A recorded function: `replay` reads `inputs` and fills `outputs`. There is no replay before the second
+    call."""
 
     inputs: Tensors
+    first: _LaunchedCall | None = None
     outputs: Tensors = dataclasses.field(default_factory=dict)
     replay: Replay | None = None
-    compared: int = 0
-    """The number of calls that were made both ways."""
 
 
 class Replayed:
@@ -183,50 +200,40 @@ class Replayed:
         for name, buffer in recording.inputs.items():
             is_copied_ahead = buffer.is_cuda and not inputs[name].is_cuda
             buffer.copy_(inputs[name].pin_memory() if is_copied_ahead else inputs[name], non_blocking=True)
-        if recording.compared < _CALLS_COMPARED:
-            return self._both_ways(recording)
-        assert recording.replay is not None
-        recording.replay()
-        return recording.outputs
-
-    def _both_ways(self, recording: _Recording) -> Tensors:
-        """The outputs for the recording's inputs. The function is launched, then replayed, the first time
-        after it has been recorded. If the two differ in a bit, or if anything fails, the launched results
-        stay."""
-        before, random_before = _saved(self.state()), _random_state(self.graphs.device)
-        launched = self.function(recording.inputs)
-        after, random_after = _saved(self.state()), _random_state(self.graphs.device)
-        reference = dict(zip(launched, _saved(launched.values()), strict=True))
-
-        def rewind() -> None:
-            _restore(self.state(), before)
-            _set_random_state(self.graphs.device, random_before)
-
-        try:
-            if recording.replay is None:
-                recording.outputs = {name: value.detach() for name, value in launched.items()}
-                self._record(recording, rewind)
-            rewind()
-            assert recording.replay is not None
+        if recording.replay is not None:
             recording.replay()
-            outputs = recording.outputs
-            differing = [name for name in reference if not _same_bits(outputs[name], reference[name])]
-            if not all(map(_same_bits, self.state(), after)):
-                differing.append("what it changes in place")
-            names = ", ".join(differing)
-            failure = f"a replay differs from launched kernels in {names}" if differing else None
+            return recording.outputs
+        if recording.first is None:
+            outputs, recording.first = self._launch(recording)
+            return outputs
+        return self._record_and_compare(recording, recording.first)
+
+    def _record_and_compare(self, recording: _Recording, first: _LaunchedCall) -> Tensors:
+        """The outputs of the second call. It is launched; then the function is recorded, and replays must
+        repeat both calls. If a bit differs, or if anything fails, nothing is replayed from now on."""
+        launched, second = self._launch(recording)
+        try:
+            recording.outputs = {name: value.detach() for name, value in launched.items()}
+            recording.replay = self._record(recording, second.before)
+            differing: set[str] = set()
+            for call in (first, second):
+                self._rewind(recording, call.before)
+                recording.replay()
+                digests = self._digests(recording.outputs)
+                differing |= {name for name in digests if digests[name] != call.digests[name]}
+            names = ", ".join(sorted(differing))
+            failure = f"replayed and launched kernels do not agree on {names}" if differing else None
         except Exception as error:  # whatever a driver or library raises: a slow run is better than none
             failure = type_and_reason(error)
+        recording.first = None
         if failure is None:
-            recording.compared += 1
-            return outputs
+            return recording.outputs
         self.graphs.launch_from_now_on(failure)
-        _restore(self.state(), after)
-        _set_random_state(self.graphs.device, random_after)
-        return {name: value.to(self.graphs.device) for name, value in reference.items()}
+        self._rewind(recording, second.before)
+        return self.function(recording.inputs)
 
-    def _record(self, recording: _Recording, rewind: Callable[[], None]) -> None:
-        """Set `recording.replay`. `rewind` restores what the function changes."""
+    def _record(self, recording: _Recording, before: _Moment) -> Replay:
+        """The replay of the function, which reads the recording's inputs and fills its outputs."""
         if self.graphs.recorder is None:
             self.graphs.recorder = self.graphs.make_recorder(self.graphs.device)
 
@@ -234,12 +241,38 @@ class Replayed:
             for name, value in self.function(recording.inputs).items():
                 recording.outputs[name].copy_(value)
 
-        rewind()
+        # memory that one of these passes has freed is not used by the next, on another stream
+        memory.release()
+        self._rewind(recording, before)
         self.graphs.recorder.rehearse(compute)
-        rewind()
-        memory.release()  # the launched passes' memory, which the graph takes anew
+        memory.release()
+        self._rewind(recording, before)
         with _without_collector():
-            recording.replay = self.graphs.recorder.record(compute)
+            return self.graphs.recorder.record(compute)
+
+    def _launch(self, recording: _Recording) -> tuple[Tensors, _LaunchedCall]:
+        """The outputs of the function as Python code, and the record of this call."""
+        before = _Moment(
+            _saved(recording.inputs.values()), _saved(self.state()), _random_states(self.graphs.device)
+        )
+        outputs = self.function(recording.inputs)
+        return outputs, _LaunchedCall(before, self._digests(outputs))
+
+    def _digests(self, outputs: Tensors) -> dict[str, str]:
+        """Digests of outputs and state. They tell all bits, also those of NaN."""
+        digests = {name: _digest([value]) for name, value in outputs.items()}
+        return {**digests, "state": _digest(self.state())}
+
+    @torch.no_grad()
+    def _rewind(self, recording: _Recording, moment: _Moment) -> None:
+        """Set inputs, state and random generators to those of `moment`."""
+        for tensor, value in zip(recording.inputs.values(), moment.inputs, strict=True):
+            tensor.copy_(value)
+        for tensor, value in zip(self.state(), moment.state, strict=True):
+            tensor.copy_(value)
+        torch.set_rng_state(moment.random_states[0])
+        if self.graphs.device.type == "cuda":
+            torch.cuda.set_rng_state(moment.random_states[1], self.graphs.device)
 
 
 @contextlib.contextmanager
@@ -255,28 +288,19 @@ def _without_collector() -> Iterator[None]:
 
 
 def _saved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies in main memory, since the device may have no room for two of each."""
+    """Copies in main memory."""
     return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
-@torch.no_grad()
-def _restore(tensors: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> None:
-    for tensor, value in zip(tensors, saved, strict=True):
-        tensor.copy_(value)
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of all bytes of the values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
 
 
-def _same_bits(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether all bits are equal, also those of NaN."""
-    value = tensor.detach().cpu().contiguous().reshape(-1)
-    return torch.equal(value.view(torch.uint8), saved.contiguous().reshape(-1).view(torch.uint8))
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
+def _random_states(device: torch.device) -> list[torch.Tensor]:
     """States of the default generators of the CPU and of `device`."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -51,9 +51,8 @@ class OptimizerSteps:
         return {"grad_norm": norm}
 
     def _state(self) -> list[torch.Tensor]:
-        """All tensors that `clip_and_step` changes."""
-        trainables, scaler = self.trainables, self.trainables.scaler
-        scale = [scaler._scale, scaler._growth_tracker] if scaler.is_enabled() else []
+        """All tensors that `clip_and_step` reads and that change."""
+        trainables = self.trainables
         moments = optimizers.initial_state(trainables.optimizer)
-        changed = [trainables.gradient_sum, *trainables.parameters, *moments, self.loss_log.nonfinite, *scale]
-        return [tensor for tensor in changed if tensor is not None]
+        rates = [group["lr"] for group in trainables.optimizer.param_groups]
+        return [trainables.gradient_sum, *moments, *rates, self.loss_log.nonfinite, *trainables.state()]

@@ -45,6 +45,9 @@ class Trainables:
         self.optimizer = optimizers.make(optimization, groups)
         is_fp16 = accelerator.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
+        self.scaler.scale(
+            torch.zeros((), device=self.device)
+        )  # makes its tensors
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
 
@@ -72,6 +75,11 @@ class Trainables:
         if self.gradient_sum.numel() != self.count:
             self.gradient_sum = torch.empty(self.count, device=self.device)
         return self.gradient_sum.zero_()
+
+    def state(self) -> list[torch.Tensor]:
+        """The tensors that losses and gradients depend on and that an optimizer step changes."""
+        scale = [self.scaler._scale, self.scaler._growth_tracker]
+        return [*self.parameters, *[tensor for tensor in scale if tensor is not None]]
 
     def put_gradients(self, flat: torch.Tensor) -> None:
         """Make the gradients of all parameters views of `flat`, [count]."""
