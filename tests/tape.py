@@ -92,7 +92,7 @@ class _Recording(_NoReads):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        # by address: what the function allocated; and memory from outside that it wrote to, with the old bytes
+        # by address: what the function allocated, and outer memory that it wrote to with the old bytes
         self.made: dict[int, torch.UntypedStorage] = {}
         self.untouched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -45,9 +45,7 @@ class Trainables:
         self.optimizer = optimizers.make(optimization, groups)
         is_fp16 = accelerator.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
-        self.scaler.scale(
-            torch.zeros((), device=self.device)
-        )  # makes its tensors
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
 

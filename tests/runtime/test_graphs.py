@@ -58,11 +58,12 @@ def test_each_shape_is_recorded_once_and_replayed(taped: Graphs, notes: list[str
             assert torch.equal(outputs["double"], x * 2)
             assert torch.equal(outputs["sum"], x.sum() + y)
     assert CountingTape.made == 2
-    assert len(calls) == 8  # of each shape: launched, rehearsed and recorded, and launched again
+    assert len(calls) == 8  # of each shape: launched twice, rehearsed and recorded
     assert taped.reason is None
     assert notes == []
     taped.forget()
-    assert torch.equal(replayed({"x": torch.ones(2), "y": torch.ones(())})["sum"], torch.tensor(3.0))
+    for _ in range(2):
+        assert torch.equal(replayed({"x": torch.ones(2), "y": torch.ones(())})["sum"], torch.tensor(3.0))
     assert CountingTape.made == 3
 
 
@@ -127,8 +128,8 @@ class HidesState:
             reads_a_number,
             "RuntimeError: operation not permitted when stream is capturing: aten._local_scalar",
         ),
-        (ForgetsAnInput(), "a replay differs from launched kernels in number"),
-        (HidesState(), "a replay differs from launched kernels in total"),
+        (ForgetsAnInput(), "replayed and launched kernels do not agree on number"),
+        (HidesState(), "replayed and launched kernels do not agree on total"),
         (ReplacesItsState(), "AssertionError: a replay reads a tensor [] that was freed"),
     ],
 )
@@ -168,7 +169,8 @@ def test_state_is_as_launched_once_where_recording_fails(taped: Graphs) -> None:
 def test_number_of_recordings_is_bounded(taped: Graphs, notes: list[str]) -> None:
     replayed = taped.replayed(lambda inputs: {"sum": inputs["x"].sum()})
     for size in range(1, 20):
-        assert replayed({"x": torch.ones(size)})["sum"] == size
+        for _ in range(2):
+            assert replayed({"x": torch.ones(size)})["sum"] == size
     assert CountingTape.made == 16
     assert replayed({"x": torch.ones(19)})["sum"] == 19
     assert taped.reason is None
