@@ -54,8 +54,9 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
 
     # pictures
     peers.say_notes([*base.variant_notes(), *class_images.notes(folder)])
-    class_images.make(folder, settings, generation.num_class_images, base, peers, watch)
-    peers.say(f"{folder} holds {generation.num_class_images} class images")
+    total = generation.num_class_images
+    class_images.make(folder, settings, total, base, peers, watch, options.speed)
+    peers.say(f"{folder} holds {total} class images")
 
 
 if __name__ == "__main__":

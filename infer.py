@@ -26,7 +26,7 @@ from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
-from dreambooth.data import captions, class_images, picture_files
+from dreambooth.data import captions, class_images, picture_files, replayed_unet
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import console, reader, writer
@@ -150,6 +150,7 @@ def draw_all(
     # every process attaches the adapters of all variants: last bits must not depend on which variants a
     # process draws
     stack.attach_all((variant.weights(loaded) for variant in columns), options.fuse)
+    graphs = replayed_unet.graphs_of(options.speed, pipeline.unet.device, console.warn)
     chunk_number = 0
     count = sum(map(len, records))
     with tqdm(total=count, desc="pictures", unit="image", disable=not peers.is_main) as bar:
@@ -166,9 +167,10 @@ def draw_all(
                 text = pipelines.text_of(pipeline, base, clip_skip=variant.clip_skip)
                 prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
                 prompt_cache = text.encode_all([*prompts, options.negative_prompt], watch.check)
-                for chunk in chunks_here:
-                    _draw(options, pipeline, prompt_cache, chunk, files, watch)
-                    bar.update(min(len(chunk) * peers.world, count - bar.n))
+                with replayed_unet.replaying(pipeline, graphs):
+                    for chunk in chunks_here:
+                        _draw(options, pipeline, prompt_cache, chunk, files, watch)
+                        bar.update(min(len(chunk) * peers.world, count - bar.n))
 
 
 def all_records(

@@ -23,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 from dreambooth.bases import families, pipelines, schedulers
-from dreambooth.data import picture_files, sampling_order
+from dreambooth.data import picture_files, replayed_unet, sampling_order
 from dreambooth.files import locks, pictures
 from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, resolve_prior
+from dreambooth.options.speed import GraphOptions
+from dreambooth.runtime.graphs import Graphs
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
 
@@ -367,7 +369,13 @@ def make_settings(
 
 
 def make(
-    folder: Path, settings: ClassImageSettings, total: int, base: families.Base, peers: Peers, watch: Watch
+    folder: Path,
+    settings: ClassImageSettings,
+    total: int,
+    base: families.Base,
+    peers: Peers,
+    watch: Watch,
+    speed: GraphOptions,
 ) -> None:
     """Fill `folder` with `total` pictures that the base draws, shared among `peers`.
 
@@ -393,13 +401,14 @@ def make(
             owners.append(owner)
             console.say(f"waiting for another run that is making class images in {folder}: {owner}")
 
+    graphs = replayed_unet.graphs_of(speed, device, console.warn)
     with contextlib.ExitStack() as stack:
         locks.hold_for(peers, stack, folder, _FLAG, wait_for)
         fill(
             folder,
             settings,
             total,
-            lambda: _make_draw(settings, base, device, watch),
+            lambda: _make_draw(settings, base, device, watch, graphs, stack),
             rank=peers.rank,
             world=peers.world,
             wait=peers.barrier,
@@ -408,9 +417,14 @@ def make(
 
 
 def _make_draw(
-    settings: ClassImageSettings, base: families.Base, device: torch.device, watch: Watch
+    settings: ClassImageSettings,
+    base: families.Base,
+    device: torch.device,
+    watch: Watch,
+    graphs: Graphs,
+    stack: contextlib.ExitStack,
 ) -> Callable[[Sequence[int]], list[Any]]:
-    """Load the base. Returns a function from seeds to pictures."""
+    """Load the base. Returns a function from seeds to pictures. `stack` drops what `graphs` records."""
     pipeline = pipelines.load_pipeline(base, _DTYPES[settings.precision], device)
     pipeline.scheduler = schedulers.class_sampler(pipeline.scheduler, settings.scheduler)
     with torch.no_grad():
@@ -418,6 +432,7 @@ def _make_draw(
     # Free the text encoders: DeepFloyd IF's T5 takes gigabytes.
     for encoder in base.family.text:
         setattr(pipeline, encoder, None)
+    stack.enter_context(replayed_unet.replaying(pipeline, graphs))
     return lambda seeds: pipelines.draw(
         pipeline,
         prompt_cache.of([settings.prompt] * len(seeds)),

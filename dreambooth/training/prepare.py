@@ -316,7 +316,8 @@ def make_class_images(run: NamedRun, decoded: DecodeCache | None, peers: Peers, 
         return []
     assert isinstance(prior, ResolvedPriorOptions)
     folder, count = prior.class_data_dir, prior.generation.num_class_images
-    class_images.make(Path(folder), run.class_images, count, base, peers, watch)
+    speed = run.options.speed
+    class_images.make(Path(folder), run.class_images, count, base, peers, watch, speed)
     checked = photos.check_folder(
         folder,
         "--class_data_dir",

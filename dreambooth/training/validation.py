@@ -12,9 +12,10 @@ from dreambooth.adapter_files import reading
 from dreambooth.adapters import apply
 from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
-from dreambooth.data import sampling_order
+from dreambooth.data import replayed_unet, sampling_order
 from dreambooth.files import pictures
 from dreambooth.files.ownership import WrittenFiles
+from dreambooth.io import console
 from dreambooth.training import metrics, run_folder
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.saving import Saver
@@ -36,6 +37,7 @@ class ValidationPictures:
         self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
         self.files = WrittenFiles(start.output_dir)
         self.frozen, self.trainables, self.check = frozen, trainables, check
+        self.graphs = replayed_unet.graphs_of(self.speed, self.peers.accelerator.device, console.warn)
         self.finished: list[str] = []
         """Names of the pictures of the finished adapter, relative to the output folder."""
         # read now: text encoders may be freed before `draw_finished`
@@ -113,19 +115,21 @@ class ValidationPictures:
 
     def _draw(self, pipeline: Any, prompt: PromptEmbeds, negative: PromptEmbeds) -> list[Image.Image]:
         images: list[Image.Image] = []
-        for number in range(self.options.num_validation_images):
-            # one at a time, so that a picture depends on its own seed only
-            with self.peers.accelerator.autocast():
-                images += pipelines.draw(
-                    pipeline,
-                    prompt,
-                    negative,
-                    [sampling_order.key(self.seed, "validation", number)],
-                    num_inference_steps=min(_INFERENCE_STEPS, pipeline.scheduler.config.num_train_timesteps),
-                    guidance_scale=_GUIDANCE_SCALE,
-                    side=self.resolution,
-                    check=self.check,
-                )
+        steps = min(_INFERENCE_STEPS, pipeline.scheduler.config.num_train_timesteps)
+        with replayed_unet.replaying(pipeline, self.graphs):
+            for number in range(self.options.num_validation_images):
+                # one at a time, so that a picture depends on its own seed only
+                with self.peers.accelerator.autocast():
+                    images += pipelines.draw(
+                        pipeline,
+                        prompt,
+                        negative,
+                        [sampling_order.key(self.seed, "validation", number)],
+                        num_inference_steps=steps,
+                        guidance_scale=_GUIDANCE_SCALE,
+                        side=self.resolution,
+                        check=self.check,
+                    )
         return images
 
     def _save(self, images: list[Image.Image], file_names: list[str], step: int) -> list[str]:

@@ -19,6 +19,7 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.photos import GenerationOptions, PriorOptions
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.resolved import resolve_prior
+from dreambooth.options.speed import GraphOptions
 from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.stops import Watch
@@ -261,6 +262,6 @@ def test_processes_on_different_hardware_draw_in_the_precision_of_the_first(tiny
         return real(base, dtype, device)
 
     monkeypatch.setattr(pipelines, "load_pipeline", load)
-    class_images.make(tmp_path / "set", settings, 1, base, peers, Watch())
+    class_images.make(tmp_path / "set", settings, 1, base, peers, Watch(), GraphOptions())
     assert loaded == [torch.bfloat16]
     assert manifest(tmp_path / "set")["settings"]["precision"] == "bf16"

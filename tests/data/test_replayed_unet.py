@@ -1,0 +1,215 @@
+"""Pictures drawn with a UNet that is recorded and replayed: those of launched kernels, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+
+import generate_class_images
+import infer
+from dreambooth.adapter_files import writing
+from dreambooth.bases import families, pipelines
+from dreambooth.data import replayed_unet
+from dreambooth.options.command_line import parse
+from dreambooth.options.pictures import ClassImageOptions, InferOptions
+from dreambooth.options.speed import GraphOptions
+from dreambooth.options.training import BaseOptions
+from dreambooth.runtime.graphs import Graphs
+from dreambooth.runtime.stops import Stop
+from tests.drawn_adapters import ATTENTION, adapter_of, dora, lora
+from tests.running import digest, run_train
+from tests.tape import TapeRecorder
+
+CPU = torch.device("cpu")
+
+
+class Recorder(TapeRecorder):
+    """Counts its recordings and their replays."""
+
+    counts: list[int] = []  # noqa: RUF012, by recording
+
+    def record(self, function: Callable[[], object]) -> Callable[[], None]:
+        replay = super().record(function)
+        number = len(self.counts)
+        self.counts.append(0)
+
+        def counted() -> None:
+            self.counts[number] += 1
+            replay()
+
+        return counted
+
+
+def fail(note: str) -> None:
+    pytest.fail(note)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Drawing records on this CPU. How often each recording was replayed."""
+
+    def make(device: torch.device, reason: str | None, note: Callable[[str], None]) -> Graphs:
+        made = Graphs(device, reason, fail, Recorder)
+        made.reason = reason  # not that it is a CPU
+        return made
+
+    monkeypatch.setattr(replayed_unet, "Graphs", make)
+    monkeypatch.setattr(Recorder, "counts", [])
+    return Recorder.counts
+
+
+def load(folder: Path) -> tuple[Any, Callable[..., list[bytes]]]:
+    """(pipeline, function that draws one batch of these seeds)."""
+    base = families.find(BaseOptions(str(folder)))
+    pipeline = pipelines.load_pipeline(base, torch.float32, CPU)
+    with torch.no_grad():
+        cache = pipelines.text_of(pipeline, base).encode_all(["a dog", ""], lambda: None)
+
+    def draw(seeds: list[int], guidance_scale: float = 7.5) -> list[bytes]:
+        images = pipelines.draw(
+            pipeline,
+            cache.of(["a dog"] * len(seeds)),
+            cache.of([""]),
+            seeds,
+            num_inference_steps=3,
+            guidance_scale=guidance_scale,
+        )
+        return [image.tobytes() for image in images]
+
+    return pipeline, draw
+
+
+@pytest.mark.parametrize(
+    ("base", "sampler"),
+    [
+        ("tiny_base", None),  # DDIM
+        ("tiny_base", DPMSolverMultistepScheduler),
+        ("tiny_base", PNDMScheduler),
+        ("tiny_xl", None),  # Euler
+        ("tiny_if", None),  # DDPM
+    ],
+)
+def test_pictures_are_those_of_launched_kernels(base, sampler, request, replays):
+    pipeline, draw = load(request.getfixturevalue(base))
+    if sampler is not None:
+        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    batches = [([1, 2], 7.5), ([3], 7.5), ([4, 5], 1.0)]
+    launched = [draw(*batch) for batch in batches]
+    assert len({picture for pictures in launched for picture in pictures}) == 5
+    with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+        assert [draw(*batch) for batch in batches] == launched
+    assert draw(*batches[0]) == launched[0]
+    # one recording for each shape: two pictures without guidance are a batch as large as one with guidance
+    calls = 4 if sampler is PNDMScheduler else 3
+    assert replays == [calls, 2 * calls]
+
+
+def test_timestep_may_be_a_number_or_a_tensor_and_predictions_are_kept(tiny_base, replays):
+    pipeline, _ = load(tiny_base)
+    unet = pipeline.unet
+    generator = torch.Generator().manual_seed(0)
+    sample, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (77, 32)))
+    timesteps = [1, 999, 7.5, 500.25, torch.tensor(3), torch.tensor(900), torch.tensor([1, 2])]
+    with torch.no_grad():
+        launched = [unet(sample, timestep, text).sample for timestep in timesteps]
+        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+            replayed = [unet(sample, timestep, text).sample for timestep in timesteps]
+            (prediction,) = unet(sample, 1, encoder_hidden_states=text, return_dict=False)
+    assert all(map(torch.equal, replayed, launched))
+    assert torch.equal(prediction, launched[0])
+    assert len({tensor.sum().item() for tensor in launched}) == len(timesteps)
+    assert len(replays) == 3  # for whole numbers, fractions, and a timestep for each row
+
+
+def test_inputs_that_are_no_tensors_of_the_recording_are_launched(tiny_base, replays):
+    pipeline, _ = load(tiny_base)
+    sample, text = torch.ones(2, 4, 8, 8), torch.ones(2, 77, 32)
+    mask = torch.ones(2, 77)
+    mask[:, 5:] = 0
+    with torch.no_grad():
+        masked = pipeline.unet(sample, 1, text, encoder_attention_mask=mask).sample
+        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+            again = pipeline.unet(sample, 1, text, encoder_attention_mask=mask).sample
+            assert replays == []
+            plain = pipeline.unet(sample, 1, text, encoder_attention_mask=None).sample
+    assert torch.equal(masked, again)
+    assert not torch.equal(masked, plain)
+    assert replays == [1]
+
+
+def test_pipeline_and_graphs_are_as_before_after_drawing(tiny_base, replays):
+    pipeline, draw = load(tiny_base)
+    before = {**vars(pipeline.unet)}
+    recorded = replayed_unet.graphs_of(GraphOptions(), CPU, fail)
+
+    def draw_and_stop() -> None:
+        with replayed_unet.replaying(pipeline, recorded):
+            draw([1])
+            assert [len(function.recordings) for function in recorded.functions] == [1]
+            raise Stop("a signal")
+
+    with pytest.raises(Stop):
+        draw_and_stop()
+    assert recorded.functions == []
+    assert {**vars(pipeline.unet)} == before
+    assert "set_timesteps" not in vars(pipeline.scheduler)
+
+
+def test_nothing_is_recorded_without_a_gpu_and_with_the_flag_off(tiny_base, replays, monkeypatch):
+    pipeline, draw = load(tiny_base)
+    off = replayed_unet.graphs_of(GraphOptions(cuda_graph="off"), CPU, fail)
+    monkeypatch.undo()
+    for launched in (off, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+        with replayed_unet.replaying(pipeline, launched):
+            draw([1])
+            assert "forward" not in vars(pipeline.unet)
+    assert Recorder.counts == []
+
+
+def pictures_in(folder: Path) -> dict[str, str]:
+    return {path.name: digest(path) for path in sorted(folder.rglob("*.png"))}
+
+
+def test_class_images_are_those_of_launched_kernels(tiny_base, tmp_path, replays):
+    def make(name: str, *more: str) -> dict[str, str]:
+        words = f"--pretrained_model_name_or_path {tiny_base} --class_data_dir {tmp_path / name} "
+        words += "--num_class_images 5 --class_inference_steps 2 --sample_batch_size 2 --class_prompt dog"
+        generate_class_images.main(parse(ClassImageOptions, "", [*words.split(), *more]))
+        return pictures_in(tmp_path / name)
+
+    assert make("replayed") == make("launched", "--cuda_graph", "off")
+    assert replays == [3 * 2]
+
+
+def test_pictures_with_adapters_are_those_of_launched_kernels(tiny_base, layers, tmp_path, replays):
+    for name, make in (("live", lora), ("fused", dora)):
+        adapter = adapter_of(layers, make, ATTENTION)
+        (tmp_path / f"{name}.safetensors").write_bytes(writing.write_native(adapter, {}))
+    sets = "".join(f"{name}: [{tmp_path}/{name}.safetensors:0.5]\n" for name in ("live", "fused"))
+    (tmp_path / "sets.yaml").write_text(sets)
+
+    def make_pictures(name: str, *more: str) -> dict[str, str]:
+        words = f"--pretrained_model_name_or_path {tiny_base} --output_dir {tmp_path / name} --compare "
+        words += f"--adapters_file {tmp_path}/sets.yaml --num_inference_steps 2 --seeds 1 2 --prompt dog"
+        infer.main(parse(InferOptions, "", [*words.split(), *more]))
+        return pictures_in(tmp_path / name)
+
+    pictures = make_pictures("replayed")
+    assert len(set(pictures.values())) == 7  # with the contact sheet
+    assert replays == [2, 2, 2]  # an adapter changes the UNet, which is recorded anew
+    assert make_pictures("launched", "--cuda_graph", "off") == pictures
+
+
+@pytest.mark.trains
+def test_validation_pictures_are_those_of_launched_kernels(tiny_base, photos_dir, tmp_path, replays):
+    words = "--max_train_steps 2 --validation_steps 1 --num_validation_images 2 --validation_prompt dog"
+    words += " --learning_rate 0.01 --use_dora"
+    run_train(tiny_base, photos_dir, tmp_path / "replayed", *words.split())
+    pictures = pictures_in(tmp_path / "replayed")
+    assert len(set(pictures.values())) == 4
+    assert replays == [8, 8]
+    run_train(tiny_base, photos_dir, tmp_path / "launched", *words.split(), "--cuda_graph", "off")
+    assert pictures_in(tmp_path / "launched") == pictures
