@@ -8,7 +8,7 @@ are noticed here.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dreambooth.runtime.graphs import Replay
 
@@ -55,12 +54,23 @@ class _Outside:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """One operator, with its arguments, and its results in their places."""
+    """One operator with its arguments."""
 
     operator: Any
-    arguments: tuple[Any, ...]
+    arguments: Sequence[Any]
     keywords: dict[str, Any]
-    results: list[torch.Tensor]  # in memory that the operator allocated
+    results: dict[int, torch.Tensor]
+    """Those in memory that the operator allocated, by their places among all results."""
+
+    def repeat(self) -> None:
+        keywords = {name: _mapped(value, _inside) for name, value in self.keywords.items()}
+        values = _tensors(self.operator(*_mapped(self.arguments, _inside), **keywords))
+        for place, result in self.results.items():
+            result.copy_(values[place])
+
+    def spoil(self) -> None:
+        for tensor in self.results.values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
 
 class _NoCopies(TorchFunctionMode):
@@ -79,8 +89,8 @@ class _NoReads(TorchDispatchMode):
     """Raises RuntimeError where the host reads a result, as PyTorch does during a capture."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        indices = tree_leaves(args[1:2]) if func.overloadpacket in (aten.index, aten.index_put_) else []
-        is_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        indices = _tensors(args[1]) if func.overloadpacket in (aten.index, aten.index_put_) else []
+        is_mask = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         if func in _HOST_READS or is_mask:
             raise RuntimeError(_refusal(str(func)))
         return func(*args, **(kwargs or {}))
@@ -98,19 +108,21 @@ class _Recording(_NoReads):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
-        for tensor in _written(func, args, keywords):
+        written = list(_written(func, args, keywords))
+        for tensor in written:
             self._keep(tensor)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func is aten.lift_fresh.default:  # a number of the host, in memory that `torch.tensor` allocated
             self.made[_address(result)] = result.untyped_storage()
             return result
-        given = {_address(tensor) for tensor in _tensors((args, keywords))}
-        results = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
-        for tensor in results:
+        given = {_address(tensor) for tensor in _tensors([*args, *keywords.values()])}
+        results = {n: t.detach() for n, t in enumerate(_tensors(result)) if _address(t) not in given}
+        for tensor in results.values():
             self.made[_address(tensor)] = tensor.untyped_storage()
-        if func.overloadpacket not in _ALLOCATIONS:
-            arguments, keywords = tree_map_only(torch.Tensor, self._bound, (args, keywords))
-            self.calls.append(_Call(func, arguments, keywords, [tensor.detach() for tensor in results]))
+        if (results or written) and func.overloadpacket not in _ALLOCATIONS:  # others are views
+            arguments = _mapped(args, self._bound)
+            keywords = {name: _mapped(value, self._bound) for name, value in keywords.items()}
+            self.calls.append(_Call(func, arguments, keywords, results))
         return result
 
     def _bound(self, tensor: torch.Tensor) -> Any:
@@ -153,11 +165,7 @@ class TapeRecorder:
 @torch.no_grad()
 def _replay(calls: list[_Call]) -> None:
     for call in calls:
-        arguments, keywords = tree_map_only(_Outside, _Outside.tensor, (call.arguments, call.keywords))
-        given = {_address(tensor) for tensor in _tensors((arguments, keywords))}
-        results = [t for t in _tensors(call.operator(*arguments, **keywords)) if _address(t) not in given]
-        for result, value in zip(call.results, results, strict=True):
-            result.copy_(value)
+        call.repeat()
     _spoil(calls)
 
 
@@ -165,8 +173,7 @@ def _spoil(calls: list[_Call]) -> None:
     """Overwrite what was computed: the memory is shared by all recordings. What a function returns must be
     copied to memory from outside while it is recorded."""
     for call in calls:
-        for tensor in call.results:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+        call.spoil()
 
 
 def _refusal(name: str) -> str:
@@ -177,8 +184,22 @@ def _refuse_to_seed(seed: int) -> None:
     raise RuntimeError(_refusal("manual_seed"))
 
 
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """An argument, or a sequence of arguments, with `function` applied to each tensor in it."""
+    if isinstance(value, torch.Tensor | _Outside):
+        return function(value)
+    return [_mapped(part, function) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _inside(value: Any) -> torch.Tensor:
+    return value.tensor() if isinstance(value, _Outside) else value
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    """The tensors in an argument or result, or in a sequence of them."""
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def _address(tensor: torch.Tensor) -> int:
