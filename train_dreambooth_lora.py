@@ -129,17 +129,18 @@ class Training:
         It is a function of tensors on the device: `inputs` has the fields of a Task, the prompts, and time
         ids. A GPU records it once and then replays it, without this Python code; see runtime/graphs.py.
         """
-        task = objectives.Task.of(inputs)
-        # prediction
-        model_output = self.predict(task, self.frozen.prompt_embeds(inputs), inputs.get("time_ids"))
-        if self.peers.world == 1:  # several processes stop together, in sync_stop of micro_step
-            self.watch.check()
-        # loss
-        losses = denoising_losses(task.prediction(model_output), task.target, task.weights)
-        weight = self.options.prior.prior_loss_weight
-        loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
-        # backward
-        gradients = self.trainables.gradients(self.trainables.scaler.scale(loss / self.slots))
+        with self.trainables.step_weights.in_place():
+            task = objectives.Task.of(inputs)
+            # prediction
+            model_output = self.predict(task, self.frozen.prompt_embeds(inputs), inputs.get("time_ids"))
+            if self.peers.world == 1:  # several processes stop together, in sync_stop of micro_step
+                self.watch.check()
+            # loss
+            losses = denoising_losses(task.prediction(model_output), task.target, task.weights)
+            weight = self.options.prior.prior_loss_weight
+            loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
+            # backward
+            gradients = self.trainables.gradients(self.trainables.scaler.scale(loss / self.slots))
         outputs = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
         return {**outputs, "gradients": gradients}
 

@@ -8,8 +8,6 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from dreambooth.options.adapter import AdapterOptions
-
 
 def enable(unet: Any, text_encoders: Iterable[Any]) -> None:
     """Checkpoint the blocks of the UNet and of the text encoders.
@@ -27,20 +25,7 @@ def enable(unet: Any, text_encoders: Iterable[Any]) -> None:
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether the model's forward pass draws random numbers in training mode. Dropout of the adapter counts,
-    rank and module dropout of LoHa and LoKr aside (`capture_obstacle`)."""
+    """Whether the model or its adapter has dropout in training mode."""
     is_dropped = any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules())
     config: Any = model.config
     return is_dropped or getattr(config, "attention_dropout", 0) > 0  # CLIP drops inside of its attention
-
-
-def capture_obstacle(
-    adapter: AdapterOptions, models: Iterable[torch.nn.Module], *, gradient_checkpointing: bool
-) -> str | None:
-    """Why a CUDA graph cannot hold the forward and backward pass of these models; None if it can."""
-    for flag in ("rank_dropout", "module_dropout"):
-        if getattr(adapter, flag):
-            return f"--{flag} draws its random numbers on the CPU"
-    if gradient_checkpointing and any(map(has_dropout, models)):
-        return "--gradient_checkpointing reads the random state, which dropout needs twice"
-    return None

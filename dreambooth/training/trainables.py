@@ -7,12 +7,13 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from dreambooth.adapters import inject
+from dreambooth.adapters.low_precision import CastWeights
 from dreambooth.bases import compilation
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import UserError
 from dreambooth.options.resolved import ResolvedOptimizerOptions
-from dreambooth.training import adapter_targets, checkpoints, optimizers
+from dreambooth.training import adapter_targets, checkpoints, optimizers, recomputation
 from dreambooth.training.checks import AdapterState
 from dreambooth.training.start import Start
 
@@ -36,7 +37,7 @@ class Trainables:
                 compilation.compile_blocks(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         if run.gradient_checkpointing:
-            self._enable_gradient_checkpointing()
+            recomputation.enable(parts.unet, [component.model for component in self.text_components()])
         if run.enable_xformers_memory_efficient_attention:
             parts.unet.enable_xformers_memory_efficient_attention()
         batch_size = run.gradient_accumulation_steps * run.train_batch_size * start.peers.world
@@ -48,6 +49,8 @@ class Trainables:
         self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
+        self.weight_dtype = start.weight_dtype
+        self.step_weights = self.cast_weights()
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -60,12 +63,17 @@ class Trainables:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def gradients(self, loss: torch.Tensor) -> torch.Tensor:
-        """The gradients of `loss`, a scalar, with respect to all parameters in one tensor, [count]. Those of
-        parameters that it does not depend on are 0."""
-        parameters = self.parameters
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(parameters, gradients, strict=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs])
+        """The gradients of `loss`, a scalar, with respect to all parameters in one tensor, float32 [count].
+        Those of parameters that it does not depend on are 0. `loss` is computed, and this is called, within
+        `step_weights.in_place()`."""
+        leaves = [self.step_weights.leaf(parameter) for parameter in self.parameters]
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        pairs = zip(leaves, gradients, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]).float()
+
+    def cast_weights(self) -> CastWeights:
+        """The weights that a step computes with."""
+        return CastWeights([component.model for component in self.components], self.weight_dtype)
 
     def zeroed_sum(self) -> torch.Tensor:
         """The sum of gradients of one optimizer step, [count], filled with zeros. It is the same memory for
@@ -130,16 +138,8 @@ class Trainables:
         self.stop_text_optimizer()
         dropped = self.text_components()
         self.components = [component for component in self.components if component.name == "unet"]
+        self.step_weights = self.cast_weights()
         return dropped
-
-    def _enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        for component in self.components:
-            model = component.model
-            if component.name == "unet":
-                model.enable_gradient_checkpointing()  # type: ignore[operator]
-            else:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
