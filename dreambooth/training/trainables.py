@@ -46,6 +46,8 @@ class Trainables:
         self.optimizer = optimizers.make(optimization, groups)
         is_fp16 = accelerator.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
+        # it makes its tensors now: a recorded step that made them would set them back at every replay
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
@@ -84,7 +86,7 @@ class Trainables:
 
     def state(self) -> list[torch.Tensor]:
         """The tensors that losses and gradients depend on and that an optimizer step changes."""
-        scale = [self.scaler._scale, self.scaler._growth_tracker]
+        scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
         return [*self.parameters, *[tensor for tensor in scale if tensor is not None]]
 
     def put_gradients(self, flat: torch.Tensor) -> None:

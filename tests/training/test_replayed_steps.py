@@ -25,7 +25,7 @@ CASES = {
     "SDXL": ("tiny_xl", "--train_text_encoder --gradient_checkpointing --train_batch_size 2"),
     "EDM": ("tiny_edm", "--use_dora --lora_dropout 0.1"),
     "IF": ("tiny_if", "--adapter lokr"),
-    "LoHa": ("tiny_base", "--adapter loha --mixed_precision bf16 --gradient_accumulation_steps 2"),
+    "LoHa": ("tiny_base", "--adapter loha --mixed_precision fp16 --gradient_accumulation_steps 2"),
 }
 
 
