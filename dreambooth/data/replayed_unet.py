@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from dreambooth.io.errors import is_memory_error, type_and_reason
 from dreambooth.options.speed import GraphOptions
 from dreambooth.runtime.graphs import Graphs, Tensors
 
@@ -35,13 +36,19 @@ def replaying(pipeline: Any, graphs: Graphs) -> Iterator[None]:
     if graphs.reason is not None:
         yield
         return
-    unet, scheduler = pipeline.unet, pipeline.scheduler
+    unet, scheduler, vae = pipeline.unet, pipeline.scheduler, getattr(pipeline, "vae", None)
     replayed = graphs.replayed(functools.partial(_predict, unet.forward))
+    forward = functools.partial(_forward, unet.forward, replayed)
     try:
-        with (
-            _replaced(unet, "forward", functools.partial(_forward, unet.forward, replayed)),
-            _replaced(scheduler, "set_timesteps", functools.partial(_set_timesteps, scheduler)),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                _replaced(unet, "forward", functools.partial(_within_memory, graphs, forward))
+            )
+            if vae is not None:
+                decode = functools.partial(_within_memory, graphs, vae.decode)
+                stack.enter_context(_replaced(vae, "decode", decode))
+            set_timesteps = functools.partial(_set_timesteps, scheduler)
+            stack.enter_context(_replaced(scheduler, "set_timesteps", set_timesteps))
             yield
     finally:
         graphs.forget()
@@ -59,6 +66,19 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         delattr(owner, name)
         if before is not None:
             setattr(owner, name, before)
+
+
+def _within_memory(graphs: Graphs, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What the function returns. If memory runs out, the function is called again without recordings, which
+    hold the memory of a whole pass."""
+    try:
+        return function(*arguments, **keywords)
+    except RuntimeError as error:
+        if graphs.reason is not None or not is_memory_error(error):
+            raise
+        reason = type_and_reason(error)
+    graphs.launch_from_now_on(reason)  # out of the block above, whose error holds the tensors of the call
+    return function(*arguments, **keywords)
 
 
 def _predict(launched: _Forward, inputs: Tensors) -> Tensors:

@@ -159,6 +159,30 @@ def test_pipeline_and_graphs_are_as_before_after_drawing(tiny_base, replays):
     assert "set_timesteps" not in vars(pipeline.scheduler)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_recordings_are_dropped_where_memory_runs_out(part, tiny_base, replays, monkeypatch):
+    pipeline, draw = load(tiny_base)
+    launched = [draw([1, 2]), draw([3])]
+    notes: list[str] = []
+    recorded = Graphs(CPU, None, notes.append, Recorder)
+    recorded.reason = None
+    kind, method = (type(pipeline.unet), "forward") if part == "unet" else (type(pipeline.vae), "decode")
+    real = getattr(kind, method)
+
+    def full(*args: Any, **keywords: Any) -> Any:
+        if any(function.recordings for function in recorded.functions) and len(replays) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(kind, method, full)
+    with replayed_unet.replaying(pipeline, recorded):
+        assert [draw([1, 2]), draw([3])] == launched
+    assert notes == [
+        "steps are launched kernel by kernel, not replayed from a CUDA graph: OutOfMemoryError: out of memory"
+    ]
+    assert replays[0] >= 2
+
+
 def test_nothing_is_recorded_without_a_gpu_and_with_the_flag_off(tiny_base, replays, monkeypatch):
     pipeline, draw = load(tiny_base)
     off = replayed_unet.graphs_of(GraphOptions(cuda_graph="off"), CPU, fail)
