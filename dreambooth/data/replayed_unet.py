@@ -97,18 +97,16 @@ def _forward(
     *others: Any,
     added_cond_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
-    **more: Any,
+    **keywords: Any,
 ) -> Any:
-    """The UNet's `forward` by replay. With inputs that `_predict` does not take, it is launched."""
-    inputs = {
-        "sample": sample,
-        "timestep": _as_tensor(timestep),
-        "encoder_hidden_states": encoder_hidden_states,
-        **{_ADDED + name: value for name, value in (added_cond_kwargs or {}).items()},
+    """The UNet's `forward` by replay. With other inputs than tensors it is launched."""
+    added = {_ADDED + name: value for name, value in (added_cond_kwargs or {}).items()}
+    given = {"encoder_hidden_states": encoder_hidden_states, **keywords, **added}
+    inputs = {"sample": sample, "timestep": _as_tensor(timestep)} | {
+        name: value for name, value in given.items() if value is not None
     }
-    are_tensors = all(isinstance(value, torch.Tensor) for value in inputs.values())
-    if not are_tensors or any(value is not None for value in (*others, *more.values())):
-        keywords = {"added_cond_kwargs": added_cond_kwargs, "return_dict": return_dict, **more}
+    if others or not all(isinstance(value, torch.Tensor) for value in inputs.values()):
+        keywords |= {"added_cond_kwargs": added_cond_kwargs, "return_dict": return_dict}
         return launched(sample, timestep, encoder_hidden_states, *others, **keywords)
     # multistep samplers keep predictions, and the next replay overwrites the graph's
     prediction = replayed(inputs)["sample"].clone()

@@ -1,5 +1,6 @@
 """Pictures drawn with a UNet that is recorded and replayed: those of launched kernels, bit for bit."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,20 +126,19 @@ def test_timestep_may_be_a_number_or_a_tensor_and_predictions_are_kept(tiny_base
     assert len(replays) == 3  # for whole numbers, fractions, and a timestep for each row
 
 
-def test_inputs_that_are_no_tensors_of_the_recording_are_launched(tiny_base, replays):
+def test_other_tensors_are_inputs_too_and_what_is_no_tensor_is_launched(tiny_base, replays):
     pipeline, _ = load(tiny_base)
-    sample, text = torch.ones(2, 4, 8, 8), torch.ones(2, 77, 32)
-    mask = torch.ones(2, 77)
-    mask[:, 5:] = 0
+    text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))
+    unet = functools.partial(pipeline.unet, torch.ones(2, 4, 8, 8), 1, text)
+    masks = [(torch.arange(77)[None] < tokens).float().expand(2, 77) for tokens in (5, 9, 20)]
+    calls: list[dict[str, Any]] = [{"encoder_attention_mask": mask} for mask in masks]
+    calls += [{"cross_attention_kwargs": {}}, {"class_labels": None, "encoder_attention_mask": None}]
     with torch.no_grad():
-        masked = pipeline.unet(sample, 1, text, encoder_attention_mask=mask).sample
+        launched = [unet(**call).sample for call in calls]
         with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
-            again = pipeline.unet(sample, 1, text, encoder_attention_mask=mask).sample
-            assert replays == []
-            plain, _ = (pipeline.unet(sample, 1, text, encoder_attention_mask=None).sample for _ in range(2))
-    assert torch.equal(masked, again)
-    assert not torch.equal(masked, plain)
-    assert replays == [2]
+            assert all(map(torch.equal, [unet(**call).sample for call in calls], launched))
+    assert len({prediction.numpy().tobytes() for prediction in launched}) == 4
+    assert replays == [3]
 
 
 def test_pipeline_and_graphs_are_as_before_after_drawing(tiny_base, replays):
