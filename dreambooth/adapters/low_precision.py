@@ -1,9 +1,9 @@
-"""LoRA's weights in the precision of the step: cast from float32 all at once, not one by one in every layer.
+"""What a training step computes with in place of a model's parameters, for the same bits from fewer kernels.
 
 Adapters are trained in float32, and autocast computes their products in bf16 or fp16. It casts each weight in
 each forward pass, and each gradient in each backward pass, by a kernel of its own; peft casts the inputs of
 the layers to float32, and autocast casts them back. Here a few kernels cast all weights, the inputs stay as
-they are, and the caller casts the gradients as one tensor. The results are the same bits.
+they are, and the caller casts the gradients as one tensor.
 """
 
 import contextlib
@@ -14,31 +14,61 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from dreambooth.bases.unit_factors import UNIT
 
-class CastWeights:
-    """Low-precision copies of the weights of plain LoRA, in the place of the float32 parameters while a step
-    is computed.
 
-    A weight has a copy if autocast would cast it in every use. LoRA's A has none in a layer with dropout,
+class StepWeights:
+    """Tensors in the place of parameters while a step is computed: low-precision copies of the weights of
+    plain LoRA, and float32 copies of the frozen weights of norms.
+
+    A weight of LoRA has a copy if autocast would cast it in every use. A has none in a layer with dropout,
     which peft computes in A's precision. Weights of DoRA, of embeddings and of the other kinds of adapters
     have none: parts of their arithmetic are in float32.
     """
 
-    def __init__(self, models: Iterable[nn.Module], dtype: torch.dtype, adapter_name: str = "default"):
-        """`dtype` is autocast's. With float32 no weight has a copy."""
-        modules = [] if dtype == torch.float32 else [m for model in models for m in model.modules()]
-        self._projections = [
-            projection
-            for layer in modules
-            if isinstance(layer, LoraLayer)
-            for projection in _projections(layer, adapter_name)
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        dtype: torch.dtype,
+        *,
+        casts_norms: bool = False,
+        is_compiled: bool = False,
+        adapter_name: str = "default",
+    ):
+        """`dtype` is autocast's; with float32 there are no copies. `casts_norms` says whether autocast
+        computes norms in float32, as it does on CUDA. With `is_compiled` updates are multiplied by scales of
+        1, since torch.compile cannot trace what replaces them."""
+        modules = [module for model in models for module in model.modules()]
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        self._units = [
+            layer.scaling
+            for layer in layers
+            if not is_compiled
+            and adapter_name not in layer.lora_variant
+            and layer.scaling.get(adapter_name) == 1
         ]
+        self._name = adapter_name
+        is_low = dtype != torch.float32
+        projections = [p for layer in layers if is_low for p in _projections(layer, adapter_name)]
         # one allocation each, as autocast makes them: kernels are chosen by the alignment of their operands
-        self._parameters = [projection.weight for projection in self._projections]
+        self._parameters = [projection.weight for projection in projections]
         self._copies = [
             torch.empty_like(parameter, dtype=dtype, requires_grad=True) for parameter in self._parameters
         ]
         self._copy_of = dict(zip(map(id, self._parameters), self._copies, strict=True))
+        # (module, name of its parameter, parameter, tensor in its place)
+        self._places: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = [
+            (projection, "weight", projection.weight, copy)
+            for projection, copy in zip(projections, self._copies, strict=True)
+        ]
+        if is_low and casts_norms:
+            self._places += [
+                (norm, name, parameter, parameter.detach().float())
+                for norm in modules
+                if isinstance(norm, nn.LayerNorm | nn.GroupNorm)
+                for name, parameter in norm.named_parameters(recurse=False)
+                if not parameter.requires_grad
+            ]
 
     def leaf(self, parameter: nn.Parameter) -> Tensor:
         """The leaf of autograd's graph that stands for `parameter` within `in_place`: its copy, or itself."""
@@ -46,19 +76,23 @@ class CastWeights:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the layers use copies of the parameters' present values. Forward and backward pass
-        are both in the block, since gradient checkpointing computes the forward pass again in the backward
-        pass."""
+        """Within the block the models use copies of the parameters' present values, and no update is
+        multiplied by a scale of 1. Forward and backward pass are both in the block, since gradient
+        checkpointing computes the forward pass again in the backward pass."""
         with torch.no_grad():
             if self._copies:
                 torch._foreach_copy_(self._copies, self._parameters)
-        for projection, copy in zip(self._projections, self._copies, strict=True):
-            projection._parameters["weight"] = copy  # type: ignore[assignment]  # a tensor, for this time
+        for module, name, _, copy in self._places:
+            module._parameters[name] = copy  # type: ignore[assignment]  # a plain tensor, within the block
+        for scaling in self._units:
+            scaling[self._name] = UNIT
         try:
             yield
         finally:
-            for projection, parameter in zip(self._projections, self._parameters, strict=True):
-                projection._parameters["weight"] = parameter
+            for module, name, parameter, _ in self._places:
+                module._parameters[name] = parameter
+            for scaling in self._units:
+                scaling[self._name] = 1.0
 
 
 def _projections(layer: Any, name: str) -> list[Any]:

@@ -7,8 +7,8 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from dreambooth.adapters import inject
-from dreambooth.adapters.low_precision import CastWeights
-from dreambooth.bases import compilation
+from dreambooth.adapters.low_precision import StepWeights
+from dreambooth.bases import compilation, unit_factors
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import UserError
@@ -25,6 +25,7 @@ class Trainables:
     def __init__(self, start: Start, parts: FrozenParts, max_steps: int):
         options, accelerator = start.options, start.peers.accelerator
         run, optimization, self.device = options.run, options.optimization, accelerator.device
+        self.is_compiled = options.speed.compile
         models: dict[str, torch.nn.Module] = {"unet": parts.unet}
         if options.text.train_text_encoder:
             assert parts.text is not None
@@ -33,8 +34,10 @@ class Trainables:
             models, parts.base, options.adapter, options.text, run.seed
         )
         for component in self.components:
-            if options.speed.compile and component.name == "unet":
+            if component.name == "unet" and self.is_compiled:
                 compilation.compile_blocks(component.model)
+            elif component.name == "unet":
+                unit_factors.skip_divisions(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         if run.gradient_checkpointing:
             recomputation.enable(parts.unet, [component.model for component in self.text_components()])
@@ -52,7 +55,7 @@ class Trainables:
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
         self.weight_dtype = start.weight_dtype
-        self.step_weights = self.cast_weights()
+        self.step_weights = self._step_weights()
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -73,9 +76,13 @@ class Trainables:
         pairs = zip(leaves, gradients, strict=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]).float()
 
-    def cast_weights(self) -> CastWeights:
-        """The weights that a step computes with."""
-        return CastWeights([component.model for component in self.components], self.weight_dtype)
+    def _step_weights(self) -> StepWeights:
+        return StepWeights(
+            [component.model for component in self.components],
+            self.weight_dtype,
+            casts_norms=self.device.type == "cuda",
+            is_compiled=self.is_compiled,
+        )
 
     def zeroed_sum(self) -> torch.Tensor:
         """The sum of gradients of one optimizer step, [count], filled with zeros. It is the same memory for
@@ -140,7 +147,7 @@ class Trainables:
         self.stop_text_optimizer()
         dropped = self.text_components()
         self.components = [component for component in self.components if component.name == "unet"]
-        self.step_weights = self.cast_weights()
+        self.step_weights = self._step_weights()
         return dropped
 
     @contextlib.contextmanager

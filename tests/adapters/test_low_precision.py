@@ -1,18 +1,24 @@
 """LoRA's weights are cast together: the losses and gradients of autocast, bit for bit, from fewer casts."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import CLIPTextModel
 
 from dreambooth.adapters import inject
 from dreambooth.adapters.inject import Component
-from dreambooth.adapters.low_precision import CastWeights
-from dreambooth.bases import quantization
+from dreambooth.adapters.low_precision import StepWeights
+from dreambooth.bases import quantization, unit_factors
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.training import recomputation
 from tests import live_adapters
@@ -51,7 +57,7 @@ def unet_and_loss(
 def gradients(component: Component, loss: Loss, dtype: torch.dtype | None) -> list[torch.Tensor]:
     """The loss and all gradients in float32; with `dtype` from weights that are cast together."""
     parameters = [parameter for _, parameter in component.named_parameters()]
-    weights = CastWeights([component.model] if dtype else [], dtype or torch.float32)
+    weights = StepWeights([component.model] if dtype else [], dtype or torch.float32)
     with weights.in_place():
         value = loss()
         grads = torch.autograd.grad(value, [weights.leaf(parameter) for parameter in parameters])
@@ -99,7 +105,7 @@ def test_a_text_encoder_has_them_too(tiny_base):
 def test_copies_follow_the_parameters_and_leave_after_an_error(tiny_base):
     component, loss = unet_and_loss(tiny_base, torch.bfloat16)
     parameters = [parameter for _, parameter in component.named_parameters()]
-    weights = CastWeights([component.model], torch.bfloat16)
+    weights = StepWeights([component.model], torch.bfloat16)
     first = loss()
     with torch.no_grad():
         for parameter in parameters:
@@ -119,33 +125,73 @@ def test_copies_follow_the_parameters_and_leave_after_an_error(tiny_base):
 def test_parameters_that_are_used_in_float32_have_no_copies(tiny_base, flags):
     unet = live_adapters.load_models(tiny_base, torch.bfloat16)["unet"]
     component = inject.inject("unet", unet, AdapterOptions(**flags), inject.UNET_TARGETS, seed=1)
-    weights = CastWeights([unet], torch.bfloat16)
+    weights = StepWeights([unet], torch.bfloat16)
     assert all(weights.leaf(parameter) is parameter for _, parameter in component.named_parameters())
 
 
 def test_a_run_in_float32_has_no_copies(tiny_base):
     component, _ = unet_and_loss(tiny_base, torch.float32)
-    weights = CastWeights([component.model], torch.float32)
+    weights = StepWeights([component.model], torch.float32)
     assert all(weights.leaf(parameter) is parameter for _, parameter in component.named_parameters())
 
 
-class CountedCasts(TorchDispatchMode):
-    """Counts the casts of single tensors."""
+class NormsInFloat32(TorchFunctionMode):
+    """Norms as autocast computes them on CUDA: all their inputs are cast to float32."""
 
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._to_copy.default
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, F.group_norm):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def test_no_weight_is_cast_alone_and_no_gradient(tiny_base):
+class Counted(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_fewer_casts_products_and_divisions(tiny_base):
     component, loss = unet_and_loss(tiny_base, torch.bfloat16)
-    counts = []
-    for dtype in (None, torch.bfloat16):
-        weights = CastWeights([component.model] if dtype else [], dtype or torch.float32)
-        with CountedCasts() as casts, weights.in_place():
-            torch.autograd.grad(loss(), [weights.leaf(p) for _, p in component.named_parameters()])
-        counts.append(casts.count)
-    # each weight was cast in the forward pass, its gradient in the backward pass
-    assert counts[0] - counts[1] >= 2 * len(component.named_parameters())
+    trained = len(component.named_parameters())
+    norms = sum(isinstance(m, nn.LayerNorm | nn.GroupNorm) for m in component.model.modules())
+    plain, saving = (
+        StepWeights([], torch.float32),
+        StepWeights([component.model], torch.bfloat16, casts_norms=True),
+    )
+    results, counts = [], []
+    for weights in (plain, saving):
+        with Counted() as counted, NormsInFloat32(), weights.in_place():
+            value = loss()
+            leaves = [weights.leaf(parameter) for _, parameter in component.named_parameters()]
+            grads = torch.autograd.grad(value, leaves)
+        results.append([value, *(grad.float() for grad in grads)])
+        counts.append(counted.counts)
+        unit_factors.skip_divisions(component.model)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    saved = counts[0] - counts[1]
+    # each weight is cast in the forward pass, its gradient in the backward pass; a norm has two weights
+    assert saved["aten::_to_copy"] >= 2 * trained + 2 * norms
+    assert (
+        saved["aten::mul.Tensor"] >= trained - 1
+    )  # one for a layer, again for its gradient; the first has none
+    assert counts[1]["aten::div.Tensor"] < saved["aten::div.Tensor"]
+
+
+def test_a_scale_that_is_not_one_is_applied_and_all_are_back_after_the_step(tiny_base):
+    options = AdapterOptions(rank_pattern="unet.up_blocks=2", lora_alpha=8.0)
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    inject.inject("unet", unet, options, inject.UNET_TARGETS, seed=1)
+    layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+    layers[0].scaling["default"] = 1.0
+    before = [dict(layer.scaling) for layer in layers]
+    with StepWeights([unet], torch.float32).in_place():
+        assert [layer.scaling["default"] == 2.0 for layer in layers] == [False] + [True] * (len(layers) - 1)
+        x = torch.ones(2)
+        assert x * layers[0].scaling["default"] is x
+    assert [dict(layer.scaling) for layer in layers] == before
