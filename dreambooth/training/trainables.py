@@ -51,7 +51,6 @@ class Trainables:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
         # it makes its tensors now: a recorded step that made them would set them back at every replay
         self.scaler.scale(torch.zeros((), device=self.device))
-        self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
         self.gradient_sum = torch.empty(0, device=self.device)
         self.lr_factor = lr_factor(optimization, max_steps)
         self.weight_dtype = start.weight_dtype
