@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +65,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Weights read at once. Each is held twice while it is cast: as in the file and as wanted.
+# Weights read at once. Each is held twice while it is cast: as in the file, in a buffer of the largest
+# weight's size, and as wanted.
 _READERS = 2
 
 # one progress bar per loaded file would break up the run's own
@@ -208,7 +211,8 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A weight that is still in its file. Indexing it with `...`, as transformers does, reads it."""
+    """A weight that is still in its file. Indexing it with `...`, as transformers does, reads it into memory
+    of its own."""
 
     path: Path
     key: str
@@ -216,11 +220,26 @@ class _Weight:
     start: int
     shape: tuple[int, ...]
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
     def __getitem__(self, _: Any) -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=_DTYPES[self.dtype])
-        if not tensor.numel():
+        return self.read(torch.empty(self.size, dtype=torch.uint8))
+
+    def read(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The weight in the first bytes of `buffer`, uint8 [bytes]. Raises UserError if the file ends
+        before."""
+        data = buffer[: self.size]
+        tensor = data.view(self.torch_dtype).view(self.shape)
+        if not self.size:
             return tensor
-        values = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        values = memoryview(data.numpy())  # type: ignore[arg-type]
         with reader.opened(self.path) as file:
             file.seek(self.start)
             if file.readinto(values) < values.nbytes:
@@ -280,13 +299,24 @@ def _diffusers_model(
     ]
     configs.check_fit(wanted.keys() - keys.keys(), mismatched)
 
+    largest = max(weights[keys[name]].size for name in wanted)
+    memory = threading.local()
+
     def read(name: str) -> torch.Tensor:
-        tensor = weights[keys[name]][...]
+        weight = weights[keys[name]]
         is_kept = any(part in name.split(".") for part in kind._keep_in_fp32_modules or ())
         float_dtype = torch.float32 if is_kept else dtype
-        weight_dtype = float_dtype if tensor.is_floating_point() else tensor.dtype
-        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, weight_dtype, memory_format=layout)
+        weight_dtype = float_dtype if weight.torch_dtype.is_floating_point else weight.torch_dtype
+        layout = torch.channels_last if len(weight.shape) == 4 else torch.preserve_format
+        if device.type == "cpu" and weight.torch_dtype == weight_dtype and len(weight.shape) != 4:
+            return weight[...]  # as it is in the file
+        # One buffer for each thread: the first use of a page of memory takes longer than to fill it.
+        if not hasattr(memory, "buffer"):
+            memory.buffer = torch.empty(largest, dtype=torch.uint8)
+        tensor = weight.read(memory.buffer)
+        if device.type == "cuda":  # which casts faster, and without new pages of main memory
+            tensor = tensor.to(device)
+        return tensor.to(device, weight_dtype, memory_format=layout, copy=device.type != "cuda")
 
     with ThreadPoolExecutor(_READERS) as pool:
         model.load_state_dict(dict(zip(wanted, pool.map(read, wanted), strict=True)), assign=True)
