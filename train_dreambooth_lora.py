@@ -93,7 +93,7 @@ class Training:
         max_norm = options.optimization.max_grad_norm
         self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
         self.first_step = 0
-        self.memory: dict[str, memory.Reading] = {}  # by phase of the run
+        self.phases = start.phases
 
     # ---- one step
 
@@ -195,7 +195,7 @@ class Training:
             first_step=self.first_step,
             last_step=self.max_steps,
             images_per_step=self.slots * run.train_batch_size * len(self.sources),
-            memory_by_phase=self.memory,
+            phases=self.phases,
         )
         with contextlib.closing(progress):
             try:
@@ -204,7 +204,7 @@ class Training:
                         self.finish_text()  # of a resumed run that ended between this step and finish_text
                     self.step(step, batches)
                     self.after_step(step + 1, progress)
-                progress.note_memory("training", self.max_steps)
+                progress.end_phase("training", self.max_steps)
                 self.saver.save_adapter(self.max_steps)
                 self.validation.draw_finished(self.saver, self.max_steps, progress)
             except BaseException as error:
@@ -223,7 +223,7 @@ class Training:
         if ends_text:
             self.finish_text()
         if is_first:
-            progress.note_memory("first step", step)
+            progress.end_phase("first step", step)
         if is_saved:
             self.saver.save_checkpoint(step)
         if is_drawn:
@@ -257,7 +257,7 @@ def assemble(start: Start, watch: Watch) -> Training:
     """Load the models and inject the adapters. Returns the run before its first step."""
     frozen = frozen_models.load(start, watch.check)
     training = Training(start, frozen, watch)
-    training.memory |= frozen.memory | {"loaded": memory.reading(training.device)}
+    start.phases["adapters injected"] = memory.reading(training.device)
     return training
 
 
@@ -299,7 +299,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         peers.barrier()
         peers.accelerator.end_training()
         peers.say(f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
-        peers.say(memory.summary(training.memory))
+        peers.say(memory.summary(training.phases))
         peers.say(publishing.last_line(start))
 
 

@@ -1,10 +1,13 @@
-"""Memory: readings for each phase of a run, the return of freed memory, and offloading of activations."""
+"""Time and memory at the end of each phase of a run, the return of freed memory, and offloading of
+activations."""
 
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ from dreambooth.io.errors import UserError
 
 Reading = Mapping[str, float]
 _GIB = 2**30
+_IMPORTED = time.monotonic()
 
 
 def check_offload(*, offload: bool, device: torch.device) -> None:
@@ -29,11 +33,12 @@ def check_offload(*, offload: bool, device: torch.device) -> None:
 
 
 def reading(device: torch.device) -> dict[str, float]:
-    """The memory of this process, in GiB. Values that the system does not provide are left out.
+    """The age of this process in seconds, and its memory in GiB. Values that the system does not provide are
+    left out.
 
-    `resident_gib` is main memory now and `peak_resident_gib` its maximum since the process began. On a GPU
-    `device_gib` is what tensors take now; `peak_device_gib` of tensors and `peak_reserved_device_gib` of
-    torch's allocator are maxima since the last reading.
+    `seconds` is the time since the process began. `resident_gib` is main memory now and `peak_resident_gib`
+    its maximum since the process began. On a GPU `device_gib` is what tensors take now; `peak_device_gib` of
+    tensors and `peak_reserved_device_gib` of torch's allocator are maxima since the last reading.
     """
     sizes = _resident()
     backend = _backend(device)
@@ -42,7 +47,17 @@ def reading(device: torch.device) -> dict[str, float]:
         sizes["peak_device_gib"] = backend.max_memory_allocated(device)
         sizes["peak_reserved_device_gib"] = backend.max_memory_reserved(device)
         backend.reset_peak_memory_stats(device)
-    return {name: round(size / _GIB, 3) for name, size in sizes.items()}
+    return {"seconds": round(_age(), 3), **{name: round(size / _GIB, 3) for name, size in sizes.items()}}
+
+
+def _age() -> float:
+    """Seconds since the system started this process; without /proc, since this module was imported."""
+    status = Path("/proc/self/stat")
+    if not status.exists():
+        return time.monotonic() - _IMPORTED
+    fields = reader.read_text(status, str(status)).rpartition(")")[2].split()  # after the program's name
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in clock ticks since the machine was started
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def _resident() -> dict[str, float]:
@@ -59,10 +74,10 @@ def _resident() -> dict[str, float]:
 
 
 def _backend(device: torch.device) -> Any:
-    """The module of torch that counts the device's memory; None for a CPU, and for Apple's GPUs, for which
-    torch counts no peaks."""
+    """The module of torch that counts the device's memory; None for a CPU, for Apple's GPUs, for which torch
+    counts no peaks, and before the first use of a CUDA device."""
     if device.type == "cuda":
-        return torch.cuda
+        return torch.cuda if torch.cuda.is_initialized() else None
     return None if device.type in ("cpu", "mps") else torch.accelerator
 
 

@@ -32,8 +32,6 @@ class FrozenModels:
     dataset: PhotoRows
     encoded: encodings.EncodedPhotos | None
     """Latents of the photos; None with --cache_latents off."""
-    memory: dict[str, memory.Reading]
-    """Memory taken, by phase of loading."""
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
     """The run's mixed precision."""
 
@@ -98,6 +96,8 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
         prompt_cache = encodings.encode_prompts(
             cache, base, text, prompts, start.weight_dtype, device, peers, check
         )
+    phase = "text encoders loaded" if prompt_cache is None else "prompts encoded"
+    start.phases[phase] = memory.reading(device)
 
     # VAE
     dataset = PhotoRows(start.sources, options.run.seed, start.crops)
@@ -111,7 +111,7 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
             damaged = f"{len(files)} files in {shown(cache.folder)} were damaged and have been encoded again"
             peers.say_notes([f"{damaged}: {names}"])
     memory.release()
-    readings: dict[str, memory.Reading] = {} if encoded is None else {"encoded": memory.reading(device)}
+    start.phases["VAE loaded" if encoded is None else "photos encoded"] = memory.reading(device)
 
     # UNet: quantized from the CPU, since the GPU may not have room for the layers before quantization
     quantize = options.speed.quantize_base
@@ -119,8 +119,9 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     if quantize:
         quantization.quantize(unet, quantize, device)
     memory.trim()  # reading and casting the weights left freed memory behind
+    start.phases["UNet loaded"] = memory.reading(device)
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
     return FrozenModels(
-        parts, base.vae_config, prompts, prompt_cache, dataset, encoded, readings, peers.accelerator.autocast
+        parts, base.vae_config, prompts, prompt_cache, dataset, encoded, peers.accelerator.autocast
     )

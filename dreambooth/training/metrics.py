@@ -29,15 +29,15 @@ class Progress:
         first_step: int,
         last_step: int,
         images_per_step: int,
-        memory_by_phase: dict[str, memory.Reading],
+        phases: dict[str, memory.Reading],
     ):
-        """`path` is the path of metrics.jsonl. `memory_by_phase` holds the readings of the phases before the
-        first step. Later readings are added to it."""
+        """`path` is the path of metrics.jsonl. `phases` holds the readings of time and memory at the end of
+        each phase before the first step. Later readings are added to it."""
         self.accelerator, self.images_per_step = accelerator, images_per_step
         self.is_main = accelerator.is_main_process
         self.path, self.files = path, WrittenFiles(path.parent)
         self.size, self.sha256 = 0, hashlib.sha256()  # of what was written
-        self.memory_by_phase = memory_by_phase
+        self.phases = phases
         if self.is_main:
             self._begin(first_step)
         self.bar = tqdm(
@@ -63,9 +63,7 @@ class Progress:
                 )
                 console.notes([note])
             lines = kept
-        lines += [
-            json.dumps(self._memory_record(phase, first_step)).encode() for phase in self.memory_by_phase
-        ]
+        lines += [json.dumps(self._phase_record(phase, first_step)).encode() for phase in self.phases]
         data = b"".join(line + b"\n" for line in lines)
         self.files.write(self.path.name, data, grows=True)
         self.size = len(data)
@@ -90,14 +88,14 @@ class Progress:
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.2e}", images_s=f"{rate:.1f}")
         self.bar.update(last - self.bar.n)
 
-    def note_memory(self, phase: str, step: int) -> None:
-        """Record the memory of this process at the end of `phase`, after `step` steps."""
-        self.memory_by_phase[phase] = memory.reading(self.accelerator.device)
+    def end_phase(self, phase: str, step: int) -> None:
+        """Record time and memory of this process at the end of `phase`, after `step` steps."""
+        self.phases[phase] = memory.reading(self.accelerator.device)
         if self.is_main:
-            self._write(self._memory_record(phase, step))
+            self._write(self._phase_record(phase, step))
 
-    def _memory_record(self, phase: str, step: int) -> dict[str, Any]:
-        return {"step": step, "memory": {"phase": phase, **self.memory_by_phase[phase]}}
+    def _phase_record(self, phase: str, step: int) -> dict[str, Any]:
+        return {"step": step, "memory": {"phase": phase, **self.phases[phase]}}
 
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. If the disk is full, the record is lost, with a warning; the run goes on."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from dreambooth.options.command_line import as_table
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolution_of, resolve
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
-from dreambooth.runtime import launcher, processes
+from dreambooth.runtime import launcher, memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained
 from dreambooth.training import adapter_targets, checks, hub, output_folder, rates, run_folder, trackers
@@ -36,6 +37,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     """Prepare all that a run needs before its models are loaded. --dry_run prints its table: then None.
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct."""
+    phases: dict[str, memory.Reading] = {"imports": memory.reading(torch.device("cpu"))}
     log_with, notes = trackers.installed(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, log_with)
     device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
@@ -66,6 +68,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(write_errors_explained())
     stack.enter_context(memory_errors_explained())
+    phases["checks"] = memory.reading(peers.accelerator.device)
 
     # class images
     sources = [instance, *make_class_images(run, decoded, peers, watch)]
@@ -74,6 +77,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
             peers.say(f"warning: {warning}")
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
+    if run.class_images is not None:
+        phases["class images"] = memory.reading(peers.accelerator.device)
 
     return Start(
         options=run.options,
@@ -89,6 +94,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         identity=record,
         environment=run.environment,
         status=status,
+        phases=phases,
         repository=repository,
     )
 

@@ -15,6 +15,7 @@ from dreambooth.options import paths
 from dreambooth.options.command_line import as_table, fields_of, without_token, yaml_text
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.training import TrainOptions
+from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import run_folder, trackers
 from dreambooth.training.checks import AdapterState, Cache
@@ -44,6 +45,8 @@ class Start:
     status: run_folder.Status
     environment: dict[str, Any]
     """Device, library versions, threads: they change the last bits of the result."""
+    phases: dict[str, memory.Reading]
+    """Time and memory at the end of each phase so far. Loading adds its own."""
     repository: str | None
     """OWNER/NAME of the hub's repository for the result; None for no upload."""
 

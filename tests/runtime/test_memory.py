@@ -1,9 +1,11 @@
-"""Readings of memory, and activations that --offload moves off the GPU."""
+"""Readings of time and memory, and activations that --offload moves off the GPU."""
 
 import json
 import re
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory
 from tests.running import run_train, train_words
+
+LOADING = ["imports", "checks", "prompts encoded", "photos encoded", "UNet loaded", "adapters injected"]
 
 
 def records(out: Path) -> list[dict]:
@@ -22,11 +26,14 @@ def records(out: Path) -> list[dict]:
 def test_every_phase_is_recorded_and_the_most_is_said(tiny_base, photos_dir, tmp_path, capsys):
     run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "3")
     found = records(tmp_path)
-    phases = [(0, "encoded"), (0, "loaded"), (1, "first step"), (3, "training")]
+    phases = [*((0, phase) for phase in LOADING), (1, "first step"), (3, "training")]
     assert [(record["step"], record["memory"]["phase"]) for record in found] == phases
     for record in found:
         assert 0.1 < record["memory"]["resident_gib"] <= record["memory"]["peak_resident_gib"] < 100
         assert not any(name.startswith(("device", "peak_device")) for name in record["memory"])
+    seconds = [record["memory"]["seconds"] for record in found]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
     peak = max(record["memory"]["peak_resident_gib"] for record in found)
     assert f"memory: {peak:.1f} GiB at most in main memory" in capsys.readouterr().out
 
@@ -46,13 +53,34 @@ def test_a_resumed_run_records_its_own_phases(tiny_base, photos_dir, tmp_path):
         "latest",
     )
     assert [(record["step"], record["memory"]["phase"]) for record in records(tmp_path)] == [
-        *[(0, "encoded"), (0, "loaded"), (1, "first step"), (2, "training")],
-        *[(2, "encoded"), (2, "loaded"), (3, "first step"), (4, "training")],
+        *[*((0, phase) for phase in LOADING), (1, "first step"), (2, "training")],
+        *[*((2, phase) for phase in LOADING), (3, "first step"), (4, "training")],
     ]
+
+
+@pytest.mark.trains
+def test_models_that_stay_and_class_images_are_phases_of_their_own(tiny_base, photos_dir, tmp_path):
+    words = "--train_text_encoder --cache_latents off --max_train_steps 1 --with_prior_preservation"
+    prior = "--class_prompt dog --num_class_images 1 --class_inference_steps 1 --class_data_dir"
+    run_train(
+        tiny_base, photos_dir, tmp_path / "out", *words.split(), *prior.split(), str(tmp_path / "class")
+    )
+    assert [record["memory"]["phase"] for record in records(tmp_path / "out")] == [
+        *("imports", "checks", "class images", "text encoders loaded", "VAE loaded", "UNet loaded"),
+        *("adapters injected", "first step", "training"),
+    ]
+
+
+def test_seconds_count_from_the_start_of_the_process():
+    started = psutil.Process().create_time()
+    before = time.time() - started
+    seconds = memory.reading(torch.device("cpu"))["seconds"]
+    assert before - 1 <= seconds <= time.time() - started + 1
 
 
 def test_a_gpu_is_read_phase_by_phase(monkeypatch):
     """Peaks count from the last reading."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     sizes = {"memory_allocated": 1, "max_memory_allocated": 3, "max_memory_reserved": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size * 2**30)
@@ -74,11 +102,16 @@ def test_a_gpu_is_read_phase_by_phase(monkeypatch):
     )
 
 
+def test_a_gpu_that_is_not_in_use_yet_is_not_asked():
+    assert not any("device" in name for name in memory.reading(torch.device("cuda")))
+
+
 def test_the_peak_is_known_where_there_is_no_proc(monkeypatch, tmp_path):
     whole = memory.reading(torch.device("cpu"))
     monkeypatch.setattr(memory, "Path", lambda name: tmp_path / "missing")
     found = memory.reading(torch.device("cpu"))
-    assert list(found) == ["peak_resident_gib"]
+    assert list(found) == ["seconds", "peak_resident_gib"]
+    assert found["seconds"] <= whole["seconds"] + 1  # since the import of the module
     assert found["peak_resident_gib"] == pytest.approx(whole["peak_resident_gib"], rel=0.1)
 
 

@@ -20,7 +20,7 @@ def begin(folder: Path, first_step: int) -> metrics.Progress:
         first_step=first_step,
         last_step=9,
         images_per_step=1,
-        memory_by_phase={},
+        phases={},
     )
     progress.bar.close()
     return progress
