@@ -14,8 +14,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dreambooth.bases.unit_factors import UNIT
-
 
 class StepWeights:
     """Tensors in the place of parameters while a step is computed: low-precision copies of the weights of
@@ -32,22 +30,12 @@ class StepWeights:
         dtype: torch.dtype,
         *,
         casts_norms: bool = False,
-        is_compiled: bool = False,
         adapter_name: str = "default",
     ):
         """`dtype` is autocast's; with float32 there are no copies. `casts_norms` says whether autocast
-        computes norms in float32, as it does on CUDA. With `is_compiled` updates are multiplied by scales of
-        1, since torch.compile cannot trace what replaces them."""
+        computes norms in float32, as it does on CUDA."""
         modules = [module for model in models for module in model.modules()]
         layers = [module for module in modules if isinstance(module, LoraLayer)]
-        self._units = [
-            layer.scaling
-            for layer in layers
-            if not is_compiled
-            and adapter_name not in layer.lora_variant
-            and layer.scaling.get(adapter_name) == 1
-        ]
-        self._name = adapter_name
         is_low = dtype != torch.float32
         projections = [p for layer in layers if is_low for p in _projections(layer, adapter_name)]
         # one allocation each, as autocast makes them: kernels are chosen by the alignment of their operands
@@ -76,23 +64,19 @@ class StepWeights:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the models use copies of the parameters' present values, and no update is
-        multiplied by a scale of 1. Forward and backward pass are both in the block, since gradient
-        checkpointing computes the forward pass again in the backward pass."""
+        """Within the block the models use copies of the parameters' present values. Forward and backward pass
+        are both in the block, since gradient checkpointing computes the forward pass again in the backward
+        pass."""
         with torch.no_grad():
             if self._copies:
                 torch._foreach_copy_(self._copies, self._parameters)
         for module, name, _, copy in self._places:
             module._parameters[name] = copy  # type: ignore[assignment]  # a plain tensor, within the block
-        for scaling in self._units:
-            scaling[self._name] = UNIT
         try:
             yield
         finally:
             for module, name, parameter, _ in self._places:
                 module._parameters[name] = parameter
-            for scaling in self._units:
-                scaling[self._name] = 1.0
 
 
 def _projections(layer: Any, name: str) -> list[Any]:

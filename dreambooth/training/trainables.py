@@ -8,7 +8,7 @@ from diffusers.optimization import get_scheduler
 
 from dreambooth.adapters import inject
 from dreambooth.adapters.low_precision import StepWeights
-from dreambooth.bases import compilation, unit_factors
+from dreambooth.bases import compilation
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import UserError
@@ -25,7 +25,6 @@ class Trainables:
     def __init__(self, start: Start, parts: FrozenParts, max_steps: int):
         options, accelerator = start.options, start.peers.accelerator
         run, optimization, self.device = options.run, options.optimization, accelerator.device
-        self.is_compiled = options.speed.compile
         models: dict[str, torch.nn.Module] = {"unet": parts.unet}
         if options.text.train_text_encoder:
             assert parts.text is not None
@@ -34,10 +33,8 @@ class Trainables:
             models, parts.base, options.adapter, options.text, run.seed
         )
         for component in self.components:
-            if component.name == "unet" and self.is_compiled:
+            if options.speed.compile and component.name == "unet":
                 compilation.compile_blocks(component.model)
-            elif component.name == "unet":
-                unit_factors.skip_divisions(component.model)
             component.model.train()  # LoRA dropout and gradient checkpointing work in training mode only
         if run.gradient_checkpointing:
             recomputation.enable(parts.unet, [component.model for component in self.text_components()])
@@ -80,7 +77,6 @@ class Trainables:
             [component.model for component in self.components],
             self.weight_dtype,
             casts_norms=self.device.type == "cuda",
-            is_compiled=self.is_compiled,
         )
 
     def zeroed_sum(self) -> torch.Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +17,7 @@ from transformers import CLIPTextModel
 from dreambooth.adapters import inject
 from dreambooth.adapters.inject import Component
 from dreambooth.adapters.low_precision import StepWeights
-from dreambooth.bases import quantization, unit_factors
+from dreambooth.bases import quantization
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.training import recomputation
 from tests import live_adapters
@@ -156,7 +155,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_has_fewer_casts_products_and_divisions(tiny_base):
+def test_a_step_has_fewer_casts(tiny_base):
     component, loss = unet_and_loss(tiny_base, torch.bfloat16)
     trained = len(component.named_parameters())
     norms = sum(isinstance(m, nn.LayerNorm | nn.GroupNorm) for m in component.model.modules())
@@ -172,26 +171,7 @@ def test_a_step_has_fewer_casts_products_and_divisions(tiny_base):
             grads = torch.autograd.grad(value, leaves)
         results.append([value, *(grad.float() for grad in grads)])
         counts.append(counted.counts)
-        unit_factors.skip_divisions(component.model)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     saved = counts[0] - counts[1]
     # each weight is cast in the forward pass, its gradient in the backward pass; a norm has two weights
     assert saved["aten::_to_copy"] >= 2 * trained + 2 * norms
-    assert (
-        saved["aten::mul.Tensor"] >= trained - 1
-    )  # one for a layer, again for its gradient; the first has none
-    assert counts[1]["aten::div.Tensor"] < saved["aten::div.Tensor"]
-
-
-def test_a_scale_that_is_not_one_is_applied_and_all_are_back_after_the_step(tiny_base):
-    options = AdapterOptions(rank_pattern="unet.up_blocks=2", lora_alpha=8.0)
-    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    inject.inject("unet", unet, options, inject.UNET_TARGETS, seed=1)
-    layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
-    layers[0].scaling["default"] = 1.0
-    before = [dict(layer.scaling) for layer in layers]
-    with StepWeights([unet], torch.float32).in_place():
-        assert [layer.scaling["default"] == 2.0 for layer in layers] == [False] + [True] * (len(layers) - 1)
-        x = torch.ones(2)
-        assert x * layers[0].scaling["default"] is x
-    assert [dict(layer.scaling) for layer in layers] == before
