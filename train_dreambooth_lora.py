@@ -206,6 +206,7 @@ class Training:
                     self.after_step(step + 1, progress)
                 progress.end_phase("training", self.max_steps)
                 self.saver.save_adapter(self.max_steps)
+                self.graphs.forget()  # drawing needs their memory
                 self.validation.draw_finished(self.saver, self.max_steps, progress)
             except BaseException as error:
                 self.save_last_step(error, progress)
