@@ -71,15 +71,12 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     phases["checks"] = memory.reading(peers.accelerator.device)
 
     # class images
-    sources = [instance, *make_class_images(run, decoded, peers, watch)]
+    sources = [instance, *make_class_images(run, decoded, peers, watch, phases)]
     if decoded and cache.mode == "disk" and peers.is_main:
         for warning in decoded.save():
             peers.say(f"warning: {warning}")
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
-    if run.class_images is not None:
-        phases["class images"] = memory.reading(peers.accelerator.device)
-
     return Start(
         options=run.options,
         peers=peers,
@@ -314,9 +311,16 @@ def name_run(
     )
 
 
-def make_class_images(run: NamedRun, decoded: DecodeCache | None, peers: Peers, watch: Watch) -> list[Source]:
+def make_class_images(
+    run: NamedRun,
+    decoded: DecodeCache | None,
+    peers: Peers,
+    watch: Watch,
+    phases: dict[str, memory.Reading],
+) -> list[Source]:
     """Generate missing class images and check all of them. Returns their source; [] without prior
-    preservation. Raises UserError if an instance photo is among them."""
+    preservation. `phases` receives a reading at their end. Raises UserError if an instance photo is among
+    them."""
     prior, instance, base = run.options.prior, run.options.instance, run.checked.base
     if run.class_images is None:
         return []
@@ -336,5 +340,6 @@ def make_class_images(run: NamedRun, decoded: DecodeCache | None, peers: Peers, 
     )
     peers.say_notes(f"class images: {note}" for note in checked.notes)
     photos.check_disjoint(run.subject.checked, checked)
+    phases["class images"] = memory.reading(peers.accelerator.device)
     pictures = checked.photos[:count]
     return [Source("class", pictures, [prior.class_prompt] * len(pictures))]
