@@ -61,8 +61,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
-    instance = subject.source(options.instance)
-    record = run.record([instance])
+    record = run.record([instance := subject.source(options.instance)])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
