@@ -7,15 +7,15 @@ steps.
 """
 
 import sys
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 
-def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
-    torch.manual_seed(0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+def unet_with_lora(base: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, list[torch.nn.Parameter]]:
+    """(UNet of a base in channels_last with peft's LoRA of rank 4, the parameters of LoRA in float32)."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
     unet.requires_grad_(False)
     for parameter in unet.parameters():
@@ -23,7 +23,7 @@ def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
             parameter.data_ptr() % 64
         ):  # weights of a mapped file may be unaligned, which makes products slower
             parameter.data = parameter.data.clone()
-    unet.to(memory_format=torch.channels_last)
+    unet.to(device, memory_format=torch.channels_last)
     unet.add_adapter(
         LoraConfig(
             r=4,
@@ -35,7 +35,13 @@ def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    unet.train()
+    return unet.train(), trained
+
+
+def main(base: str, side: int, batch: int, precision: str, steps: int) -> None:
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    unet, trained = unet_with_lora(base, dtype)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     latents = (
         torch.randn(batch, 4, side // 8, side // 8).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,252 @@
+"""What the GPU benchmark measures: its cases, the programs of each, and their command lines. Imports no torch."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NOISE_IMAGES = 8  # class images of noise that exist before training
+PHOTOS = 4
+PRECISION = {"cuda": "bf16", "cpu": "no"}
+CAPTURED, LAUNCHED, COMPILED = "captured", "launched", "compiled"
+EXAMPLE, PLAIN, RESUMED = "example", "plain diffusers", "captured, killed, resumed"
+BARE = {"bare, launched": "launched", "bare, captured": "captured"}  # by the names in bare_step.py's report
+OURS = {
+    LAUNCHED: "--cuda_graph off",
+    CAPTURED: "--cuda_graph auto",
+    COMPILED: "--cuda_graph auto --compile",
+    RESUMED: "--cuda_graph auto",
+}
+TRAINING = (EXAMPLE, LAUNCHED, CAPTURED, COMPILED)
+CORE = (*BARE, CAPTURED, LAUNCHED)
+DRAWING = (PLAIN, LAUNCHED, CAPTURED)
+HASHES = (LAUNCHED, CAPTURED, RESUMED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One comparison: what is trained or drawn, and by which programs."""
+
+    title: str
+    base: str
+    """A name of speed_bases.SHAPES; `embedded` is picturebook/model."""
+    side: int
+    """Pixels."""
+    programs: tuple[str, ...]
+    batch: int = 1
+    flags: str = ""
+    """Flags for every program that trains. {class} is a folder of class images of noise."""
+    steps: int = 0
+    """Optimizer steps, or sampling steps of a picture."""
+    warm_up: int = 11
+    """The first steps, which are not measured. On a GPU losses are read after step 1, 11, 21, ..."""
+    pictures: int = 0
+    """Pictures to draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The device, and the folders of the benchmark."""
+
+    work: Path
+    device: str
+    """cuda or cpu."""
+    is_tiny: bool
+    """Whether tiny bases stand for those of full size."""
+    reference: Path | None
+
+    def base_name(self, case: Case) -> str:
+        return f"{case.base}-tiny" if self.is_tiny and case.base != "embedded" else case.base
+
+    def base(self, case: Case) -> Path:
+        name = self.base_name(case)
+        return ROOT / "picturebook" / "model" if name == "embedded" else self.work / f"{name}-{self.device}"
+
+    def side(self, case: Case) -> int:
+        return 64 if self.is_tiny else case.side
+
+    def steps(self, case: Case) -> int:
+        return min(case.steps, 2 if case.pictures else 6) if self.is_tiny else case.steps
+
+    def warm_up(self, case: Case) -> int:
+        return min(case.warm_up, 2) if self.is_tiny else case.warm_up
+
+    def photos(self, case: Case, count: int = PHOTOS) -> Path:
+        return self.work / f"photos-{self.side(case)}-{count}"
+
+    @property
+    def output(self) -> Path:
+        """What a program writes. It is removed before each program and after it."""
+        return self.work / "output"
+
+    @property
+    def report(self) -> Path:
+        """The report that a program of this folder writes on itself."""
+        return self.work / "report.json"
+
+    def example(self, case: Case) -> Path | None:
+        """diffusers' script for the case's family: --reference, or its sibling for Stable Diffusion XL."""
+        if self.reference is None or case.base != "sdxl":
+            return self.reference
+        sibling = self.reference.with_name("train_dreambooth_lora_sdxl.py")
+        return sibling if sibling.is_file() else None
+
+
+SD15, SDXL = "Stable Diffusion 1.5, 512 px", "Stable Diffusion XL, 1024 px"
+CHECKPOINTING, TEXT = "--gradient_checkpointing", "--train_text_encoder"
+PRIOR = (
+    "--with_prior_preservation --class_prompt dog --class_data_dir {class} "
+    f"--num_class_images {NOISE_IMAGES}"
+)
+
+
+def _training(base: str, what: str = "", *, batch: int = 1, flags: str = "", is_bare: bool = False) -> Case:
+    title, side, steps = (SD15, 512, 71) if base == "sd15" else (SDXL, 1024, 31)
+    title = f"{title}, batch {batch}{f', {what}' if what else ''}"
+    programs = (*BARE, *TRAINING) if is_bare else TRAINING
+    return Case(title, base, side, programs, batch, flags, steps)
+
+
+def _drawing(base: str, batch: int, what: str = "infer.py") -> Case:
+    title, side = (SD15, 512) if base == "sd15" else (SDXL, 1024)
+    programs = DRAWING if what == "infer.py" else (LAUNCHED, CAPTURED)
+    return Case(f"{title}, batch {batch}, {what}", base, side, programs, batch, "", 25, pictures=3 * batch + 3)
+
+
+EVERYTHING = f"{TEXT} {PRIOR} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip"
+HASHED = "--checkpointing_steps {saved}"  # the run that is resumed is killed after the first checkpoint
+CASES: dict[str, Case] = {
+    "sd15": _training("sd15", is_bare=True),
+    "sdxl": _training("sdxl", is_bare=True),
+    "sd15-batch4": _training("sd15", batch=4, is_bare=True),
+    "sdxl-batch4": _training("sdxl", batch=4, is_bare=True),
+    "sd15-checkpointing": _training("sd15", "gradient checkpointing", flags=CHECKPOINTING),
+    "sdxl-checkpointing": _training("sdxl", "gradient checkpointing", flags=CHECKPOINTING),
+    "sd15-text": _training("sd15", "text encoder", flags=TEXT),
+    "sdxl-text": _training("sdxl", "text encoders", flags=TEXT),
+    "sd15-prior": _training("sd15", "prior preservation", flags=PRIOR),
+    "sdxl-prior": _training("sdxl", "prior preservation", flags=PRIOR),
+    "sd15-all": _training(
+        "sd15",
+        "text encoder, prior preservation, gradient checkpointing",
+        batch=4,
+        flags=f"{TEXT} {PRIOR} {CHECKPOINTING}",
+    ),
+    **{
+        f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)
+    },
+    "sd15-class-images-4": _drawing("sd15", 4, "class images"),
+    "same-embedded-fp32": Case(
+        "embedded base, float32, text encoder, prior preservation, dropout, accumulation",
+        *("embedded", 64, HASHES),
+        flags=f"--mixed_precision no {EVERYTHING} {HASHED}",
+        steps=24,
+    ),
+    "same-embedded-bf16": Case(
+        "embedded base, bfloat16, text encoder, prior preservation, dropout, accumulation",
+        *("embedded", 64, HASHES),
+        flags=f"--mixed_precision bf16 {EVERYTHING} {HASHED}",
+        steps=24,
+    ),
+    "same-sd15-bf16": Case(
+        "Stable Diffusion 1.5, bfloat16, text encoder, dropout, accumulation",
+        *("sd15", 512, HASHES),
+        flags=f"{TEXT} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip {HASHED}",
+        steps=24,
+    ),
+    "subject": Case(
+        "Stable Diffusion 1.5, 512 px, batch 1, 800 steps, from the command to the file",
+        *("sd15", 512, (LAUNCHED, CAPTURED)),
+        steps=800,
+    ),
+}
+CORE_CASES = ("sd15", "sdxl")
+
+
+def is_hashed(case: Case) -> bool:
+    """Whether results are compared, and not times."""
+    return case.programs is HASHES
+
+
+def is_whole(case: Case) -> bool:
+    """Whether the whole run is timed, and not a step."""
+    return case is CASES["subject"]
+
+
+def _training_words(case: Case, place: Place) -> list[str]:
+    """The flags that both trainers have."""
+    flags = case.flags.format_map(
+        {"class": place.photos(case, NOISE_IMAGES), "saved": max(2, place.steps(case) // 3)}
+    )
+    precision = f"--mixed_precision {PRECISION[place.device]}" if "--mixed_precision" not in flags else ""
+    return [
+        *("--pretrained_model_name_or_path", str(place.base(case))),
+        *("--instance_data_dir", str(place.photos(case)), "--instance_prompt", "a photo of a sks dog"),
+        *("--output_dir", str(place.output)),
+        *f"--resolution {place.side(case)} --train_batch_size {case.batch}".split(),
+        *f"--max_train_steps {place.steps(case)} --seed 0 --rank 4 --learning_rate 1e-4".split(),
+        *f"--lr_warmup_steps 0 --report_to tensorboard {precision}".split(),
+        *flags.split(),
+    ]
+
+
+def train_words(case: Case, program: str, place: Place) -> list[str]:
+    """The command line of this project's trainer."""
+    return [
+        str(ROOT / "train_dreambooth_lora.py"),
+        *_training_words(case, place),
+        *OURS[program].split(),
+    ]
+
+
+def example_words(case: Case, place: Place) -> list[str]:
+    """The command line of diffusers' example under the probe. Call it only where there is one."""
+    measured = (str(place.warm_up(case)), str(place.steps(case)))
+    script = str(place.example(case))
+    return ["-m", "benchmarks.gpu_probe", str(place.report), *measured, script, *_training_words(case, place)]
+
+
+def bare_words(case: Case, place: Place) -> list[str]:
+    """The command line of bare_step.py."""
+    sizes = (str(place.side(case)), str(case.batch), place.device)
+    steps = str(place.steps(case) - place.warm_up(case))
+    return ["-m", "benchmarks.bare_step", str(place.base(case)), *sizes, steps, str(place.report)]
+
+
+def draw_words(case: Case, program: str, place: Place) -> list[str]:
+    """The command line of a program that draws."""
+    base, steps = str(place.base(case)), str(place.steps(case))
+    sizes = (str(case.batch), str(case.pictures // case.batch * case.batch), steps)
+    if program == PLAIN:
+        return ["-m", "benchmarks.plain_drawing", base, *sizes, place.device, str(place.output)]
+    precision = PRECISION[place.device]
+    if case.title.endswith("class images"):
+        return [
+            str(ROOT / "generate_class_images.py"),
+            *("--pretrained_model_name_or_path", base, "--class_prompt", "a photo of a dog"),
+            *("--class_data_dir", str(place.output), "--num_class_images", sizes[1]),
+            *("--sample_batch_size", sizes[0], "--class_inference_steps", steps),
+            *f"--prior_generation_precision {precision} {OURS[program]}".split(),
+        ]
+    return [
+        str(ROOT / "infer.py"),
+        *("--pretrained_model_name_or_path", base, "--prompt", "a photo of a dog"),
+        *("--output_dir", str(place.output), "--num_inference_steps", steps, "--batch_size", sizes[0]),
+        *("--seeds", *map(str, range(int(sizes[1])))),
+        *f"--mixed_precision {precision} {OURS[program]}".split(),
+    ]
+
+
+def environment(device: str, reference_path: Path | None) -> Mapping[str, str]:
+    """What the environment of every program gets."""
+    words = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        words |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    if reference_path:
+        words["PYTHONPATH"] = str(reference_path.resolve())
+    return words
+
+
+def command(words: list[str]) -> list[str]:
+    return [sys.executable, *words]
