@@ -2,10 +2,11 @@
 
     python -m benchmarks.bare_step BASE SIDE BATCH DEVICE STEPS REPORT
 
-It is measured twice, launched kernel by kernel and captured in one CUDA graph. A program that trains computes at
-least this. REPORT is a JSON file with the figures of each, by name: `step_s` (seconds a step, the GPU synchronised
-before and after STEPS steps), `peak_gib` and `reserved_gib` (torch's maxima of memory). The precision is bfloat16.
-On a CPU it is float32, nothing is captured and no memory is counted: the same step is measured twice.
+It is measured twice, launched kernel by kernel and captured in one CUDA graph. A program that trains
+computes at least this. REPORT is a JSON file with the figures of each, by name: `step_s` (seconds a step,
+the GPU synchronised before and after STEPS steps), `peak_gib` and `reserved_gib` (torch's maxima of
+memory). The precision is bfloat16. On a CPU it is float32, nothing is captured and no memory is counted:
+the same step is measured twice.
 """
 
 import json
@@ -26,7 +27,7 @@ Step = Callable[[], None]
 
 
 def make_inputs(unet: Any, side: int, batch: int, device: str) -> dict[str, Any]:
-    """What the UNet takes, random: latents, timesteps, prompt embeddings, and those of Stable Diffusion XL."""
+    """Random inputs of the UNet by name, with what Stable Diffusion XL's takes besides."""
     config, dtype = unet.config, unet.dtype
     latents = torch.randn(batch, 4, side // 8, side // 8, device=device, dtype=dtype)
     inputs: dict[str, Any] = {

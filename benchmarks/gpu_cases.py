@@ -1,27 +1,32 @@
-"""What the GPU benchmark measures: its cases, the programs of each, and their command lines. Imports no torch."""
+"""What the GPU benchmark measures: its cases, the programs, and their command lines. Imports no torch."""
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parent.parent
+# diffusers' example cannot run without a tracker
+TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 NOISE_IMAGES = 8  # class images of noise that exist before training
 PHOTOS = 4
 PRECISION = {"cuda": "bf16", "cpu": "no"}
-CAPTURED, LAUNCHED, COMPILED = "captured", "launched", "compiled"
-EXAMPLE, PLAIN, RESUMED = "example", "plain diffusers", "captured, killed, resumed"
-BARE = {"bare, launched": "launched", "bare, captured": "captured"}  # by the names in bare_step.py's report
+REPLAYED, LAUNCHED, COMPILED = "replayed", "launched", "compiled, replayed"
+EXAMPLE, PLAIN, RESUMED = "example", "plain diffusers", "killed, resumed"
+BARE_REPLAYED = "bare, replayed"
+BARE = {"bare, launched": "launched", BARE_REPLAYED: "captured"}  # by the names in bare_step.py's report
 OURS = {
     LAUNCHED: "--cuda_graph off",
-    CAPTURED: "--cuda_graph auto",
+    REPLAYED: "--cuda_graph auto",
     COMPILED: "--cuda_graph auto --compile",
     RESUMED: "--cuda_graph auto",
 }
-TRAINING = (EXAMPLE, LAUNCHED, CAPTURED, COMPILED)
-CORE = (*BARE, CAPTURED, LAUNCHED)
-DRAWING = (PLAIN, LAUNCHED, CAPTURED)
-HASHES = (LAUNCHED, CAPTURED, RESUMED)
+TRAINING = (EXAMPLE, LAUNCHED, REPLAYED, COMPILED)
+CORE = (*BARE, REPLAYED, LAUNCHED)
+DRAWING = (PLAIN, LAUNCHED, REPLAYED)
+HASHES = (LAUNCHED, REPLAYED, RESUMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Case:
     side: int
     """Pixels."""
     programs: tuple[str, ...]
+    measures: Literal["steps", "pictures", "hashes", "whole run"] = "steps"
     batch: int = 1
     flags: str = ""
     """Flags for every program that trains. {class} is a folder of class images of noise."""
@@ -41,8 +47,6 @@ class Case:
     """Optimizer steps, or sampling steps of a picture."""
     warm_up: int = 11
     """The first steps, which are not measured. On a GPU losses are read after step 1, 11, 21, ..."""
-    pictures: int = 0
-    """Pictures to draw."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +71,20 @@ class Place:
         return 64 if self.is_tiny else case.side
 
     def steps(self, case: Case) -> int:
-        return min(case.steps, 2 if case.pictures else 6) if self.is_tiny else case.steps
+        if not self.is_tiny:
+            return case.steps
+        return 2 if case.measures == "pictures" else 6
+
+    def pictures(self, case: Case) -> int:
+        """Pictures to draw, in whole batches. The first batch is not timed."""
+        return case.batch * (2 if self.is_tiny else max(3, 6 // case.batch))
 
     def warm_up(self, case: Case) -> int:
         return min(case.warm_up, 2) if self.is_tiny else case.warm_up
+
+    def first_checkpoint(self, case: Case) -> int:
+        """The step after which a run that is compared saves its first checkpoint."""
+        return max(2, self.steps(case) // 3)
 
     def photos(self, case: Case, count: int = PHOTOS) -> Path:
         return self.work / f"photos-{self.side(case)}-{count}"
@@ -105,13 +119,14 @@ def _training(base: str, what: str = "", *, batch: int = 1, flags: str = "", is_
     title, side, steps = (SD15, 512, 71) if base == "sd15" else (SDXL, 1024, 31)
     title = f"{title}, batch {batch}{f', {what}' if what else ''}"
     programs = (*BARE, *TRAINING) if is_bare else TRAINING
-    return Case(title, base, side, programs, batch, flags, steps)
+    return Case(title, base, side, programs, batch=batch, flags=flags, steps=steps)
 
 
 def _drawing(base: str, batch: int, what: str = "infer.py") -> Case:
     title, side = (SD15, 512) if base == "sd15" else (SDXL, 1024)
-    programs = DRAWING if what == "infer.py" else (LAUNCHED, CAPTURED)
-    return Case(f"{title}, batch {batch}, {what}", base, side, programs, batch, "", 25, pictures=3 * batch + 3)
+    programs = DRAWING if what == "infer.py" else (LAUNCHED, REPLAYED)
+    title = f"{title}, batch {batch}, {what}"
+    return Case(title, base, side, programs, measures="pictures", batch=batch, steps=25)
 
 
 EVERYTHING = f"{TEXT} {PRIOR} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip"
@@ -133,61 +148,48 @@ CASES: dict[str, Case] = {
         batch=4,
         flags=f"{TEXT} {PRIOR} {CHECKPOINTING}",
     ),
-    **{
-        f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)
-    },
+    **{f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)},
     "sd15-class-images-4": _drawing("sd15", 4, "class images"),
     "same-embedded-fp32": Case(
         "embedded base, float32, text encoder, prior preservation, dropout, accumulation",
-        *("embedded", 64, HASHES),
+        *("embedded", 64, HASHES, "hashes"),
         flags=f"--mixed_precision no {EVERYTHING} {HASHED}",
         steps=24,
     ),
     "same-embedded-bf16": Case(
         "embedded base, bfloat16, text encoder, prior preservation, dropout, accumulation",
-        *("embedded", 64, HASHES),
+        *("embedded", 64, HASHES, "hashes"),
         flags=f"--mixed_precision bf16 {EVERYTHING} {HASHED}",
         steps=24,
     ),
     "same-sd15-bf16": Case(
         "Stable Diffusion 1.5, bfloat16, text encoder, dropout, accumulation",
-        *("sd15", 512, HASHES),
+        *("sd15", 512, HASHES, "hashes"),
         flags=f"{TEXT} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip {HASHED}",
         steps=24,
     ),
     "subject": Case(
         "Stable Diffusion 1.5, 512 px, batch 1, 800 steps, from the command to the file",
-        *("sd15", 512, (LAUNCHED, CAPTURED)),
+        *("sd15", 512, (LAUNCHED, REPLAYED), "whole run"),
         steps=800,
     ),
 }
 CORE_CASES = ("sd15", "sdxl")
 
 
-def is_hashed(case: Case) -> bool:
-    """Whether results are compared, and not times."""
-    return case.programs is HASHES
-
-
-def is_whole(case: Case) -> bool:
-    """Whether the whole run is timed, and not a step."""
-    return case is CASES["subject"]
-
-
 def _training_words(case: Case, place: Place) -> list[str]:
     """The flags that both trainers have."""
-    flags = case.flags.format_map(
-        {"class": place.photos(case, NOISE_IMAGES), "saved": max(2, place.steps(case) // 3)}
-    )
-    precision = f"--mixed_precision {PRECISION[place.device]}" if "--mixed_precision" not in flags else ""
+    names = {"class": place.photos(case, NOISE_IMAGES), "saved": place.first_checkpoint(case)}
+    flags = [word.format_map(names) for word in case.flags.split()]
+    precision = "" if "--mixed_precision" in flags else f"--mixed_precision {PRECISION[place.device]}"
     return [
         *("--pretrained_model_name_or_path", str(place.base(case))),
         *("--instance_data_dir", str(place.photos(case)), "--instance_prompt", "a photo of a sks dog"),
         *("--output_dir", str(place.output)),
         *f"--resolution {place.side(case)} --train_batch_size {case.batch}".split(),
         *f"--max_train_steps {place.steps(case)} --seed 0 --rank 4 --learning_rate 1e-4".split(),
-        *f"--lr_warmup_steps 0 --report_to tensorboard {precision}".split(),
-        *flags.split(),
+        *f"--lr_warmup_steps 0 --report_to {TRACKER} {precision}".split(),
+        *flags,
     ]
 
 
@@ -217,7 +219,7 @@ def bare_words(case: Case, place: Place) -> list[str]:
 def draw_words(case: Case, program: str, place: Place) -> list[str]:
     """The command line of a program that draws."""
     base, steps = str(place.base(case)), str(place.steps(case))
-    sizes = (str(case.batch), str(case.pictures // case.batch * case.batch), steps)
+    sizes = (str(case.batch), str(place.pictures(case)), steps)
     if program == PLAIN:
         return ["-m", "benchmarks.plain_drawing", base, *sizes, place.device, str(place.output)]
     precision = PRECISION[place.device]

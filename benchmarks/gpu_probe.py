@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_probe REPORT FIRST LAST SCRIPT [FLAGS ...]
 
-The device is synchronised after step 1, step FIRST and step LAST, and not in between. Then the process ends: what
-the script does after its last step is not measured. REPORT is a JSON file with `first_step_at` (of the machine's
-monotonic clock, so that the parent process can subtract the moment of the start), `step_s` (the mean from FIRST to
-LAST), `peak_gib` and `reserved_gib`.
+The device is synchronised after step 1, step FIRST and step LAST, and not in between. Then the process
+ends: what the script does after its last step is not measured. REPORT is a JSON file with `first_step_at`
+(of the machine's monotonic clock, so that the parent process can subtract the moment of the start),
+`step_s` (the mean from FIRST to LAST), `peak_gib` and `reserved_gib`.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plain_drawing BASE BATCH COUNT STEPS DEVICE FOLDER
 
-Draws COUNT pictures of one prompt in batches with the base's own sampler, in bfloat16 (on a CPU in float32), and saves
-them as PNG files in FOLDER. The times of the files are what is measured.
+Draws COUNT pictures of one prompt in batches with the base's own sampler, in bfloat16 (on a CPU in
+float32), and saves them as PNG files in FOLDER. The times of the files are what is measured.
 """
 
 import sys

@@ -14,7 +14,9 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 
-def unet_with_lora(base: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, list[torch.nn.Parameter]]:
+def unet_with_lora(
+    base: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Any, list[torch.nn.Parameter]]:
     """(UNet of a base in channels_last with peft's LoRA of rank 4, the parameters of LoRA in float32)."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
     unet.requires_grad_(False)
