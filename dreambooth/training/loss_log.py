@@ -66,11 +66,12 @@ class LossLog:
             self._raise_if_nonfinite(self.completed, losses, None)
 
     def check_norm(self, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Call this before the optimizer steps. Raises Stop if `grad_norm` is not finite. On a device that
-        checks it raises nothing: the device skips the step if a loss or the norm is not finite."""
-        if not self.is_checked_on_device:
+        """Call this before the optimizer steps. Raises Stop if `grad_norm` is not finite, but not with fp16,
+        whose scaler skips such a step, and lowers its scale, on the device. Nor does it on a device that
+        checks both: the device then skips the step if a loss or the norm is not finite."""
+        if not self.is_checked_on_device and not self.scaler.is_enabled():
             self._raise_if_nonfinite(self.completed, losses[:0], grad_norm)
-        else:
+        elif self.is_checked_on_device:
             is_nonfinite = ~torch.isfinite(losses.sum() + grad_norm)
             self.nonfinite.copy_(torch.maximum(self.nonfinite, is_nonfinite.to(self.nonfinite)))
             optimizers.skip_if_nonfinite(self.optimizer, self.nonfinite)

@@ -39,6 +39,8 @@ class OptimizerSteps:
         GPU records this function and replays it, see runtime/graphs.py."""
         trainables, gradients = self.trainables, self.trainables.gradient_sum
         trainables.put_gradients(gradients)
+        if trainables.scaler.is_enabled():
+            trainables.scaler._per_optimizer_states.clear()  # of a recording that failed
         # clip
         trainables.scaler.unscale_(trainables.optimizer)
         norm = torch.nn.utils.get_total_norm([gradients])  # the parameters' gradients are views of it

@@ -1,56 +1,196 @@
-"""Steps that are recorded and replayed learn what launched steps learn, bit for bit. A tape stands in for the CUDA
-graphs; everything else is as on a GPU: rates are tensors, losses are read late, the device holds back steps."""
+"""Steps that are recorded and replayed learn what launched steps learn, bit for bit.
 
+A tape stands in for CUDA graphs. All else is as on a GPU: learning rates are tensors, losses are read late,
+and the device decides whether a step is taken.
+"""
+
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
+import train_dreambooth_lora as train
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import graphs
-from dreambooth.training import loss_log
-from tests.running import digest, prior_words, run_train
+from dreambooth.training import loss_log, step_inputs
+from tests import tiny
+from tests.running import (
+    adapter_after,
+    digest,
+    main_on_two_processes,
+    metrics,
+    prior_words,
+    run_train,
+    train_words,
+)
 from tests.tape import TapeRecorder
 
-CASES = {
-    "text encoder, prior preservation, accumulation, rates": (
-        "tiny_base",
-        "--train_text_encoder --train_text_encoder_frac 0.5 --gradient_accumulation_steps 2 --lora_dropout 0.2 "
-        "--lr_scheduler cosine --max_grad_norm 0.01 --lr_pattern unet.up_blocks=1e-3 --checkpointing_steps 3 "
-        "--validation_steps 3 --validation_prompt dog --num_validation_images 1",
-    ),
-    "v prediction, checkpointing, weights": (
-        "tiny_v_base",
-        "--train_text_encoder --gradient_checkpointing --snr_gamma 5 --noise_offset 0.1 --train_batch_size 2",
-    ),
-    "SDXL": ("tiny_xl", "--train_text_encoder --gradient_checkpointing --train_batch_size 2"),
-    "EDM": ("tiny_edm", "--use_dora --lora_dropout 0.1"),
-    "IF": ("tiny_if", "--adapter lokr"),
-    "LoHa": ("tiny_base", "--adapter loha --mixed_precision fp16 --gradient_accumulation_steps 2"),
-}
+LAUNCHED = ("--cuda_graph", "off")
 
 
-@pytest.fixture
-def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def taped():
     """Runs record their steps on this CPU."""
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
-    monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
-    monkeypatch.setattr(loss_log, "steps_between_readings", lambda device: 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "can_record", lambda device: True)
+        patch.setattr(graphs, "CudaRecorder", TapeRecorder)
+        patch.setattr(loss_log, "steps_between_readings", lambda device: 3)
+        yield
 
 
-def status(out: Path) -> str:
-    return json.loads((out / "status.json").read_text())["cuda_graph"]
+@pytest.fixture(scope="module")
+def launched(taped, tiny_base, photos_dir, tmp_path_factory) -> Path:
+    """The folder of a run of six launched steps with checkpoints after 2 and 4."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--max_train_steps", "6", "--checkpointing_steps", "2", *LAUNCHED]
+    return run_train(tiny_base, photos_dir, tmp_path_factory.mktemp("launched"), *words).parent
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory) -> Path:
+    """Photos of which two have the same caption."""
+    photos = tiny.make_photos(tmp_path_factory.mktemp("captioned"))
+    for photo, caption in zip(sorted(photos.iterdir()), ("a dog", "a red dog", "a dog"), strict=True):
+        photo.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return photos
+
+
+def outcome(adapter: Path) -> str:
+    """How the steps of a finished run were taken, by its status.json."""
+    return str(json.loads((adapter.parent / "status.json").read_text())["cuda_graph"])
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """For runs whose flags, which adapter files hold, differ."""
+    tensors, others = load_file(one), load_file(other)
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in others)
+
+
+CASES = {
+    "text encoder, prior preservation, accumulation, schedule": (
+        "tiny_base",
+        "--max_train_steps 6 --train_text_encoder --train_text_encoder_frac 0.5 --lora_dropout 0.2 "
+        "--gradient_accumulation_steps 2 --lr_scheduler cosine --max_grad_norm 0.01 --checkpointing_steps 3 "
+        "--lr_pattern unet.up_blocks=1e-3 --validation_steps 4 --validation_prompt dog "
+        "--num_validation_images 1",
+    ),
+    "v prediction, captions, checkpointing, weights": (
+        "tiny_v_base",
+        "--max_train_steps 6 --train_text_encoder --gradient_checkpointing --snr_gamma 5 --noise_offset 0.1 "
+        "--train_batch_size 2 --caption_dropout 0.3",
+    ),
+    "SDXL": ("tiny_xl", "--max_train_steps 4 --train_text_encoder --gradient_checkpointing --random_flip"),
+    "EDM, DoRA": ("tiny_edm", "--max_train_steps 4 --use_dora --lora_dropout 0.1"),
+    "IF, LoKr": ("tiny_if", "--max_train_steps 3 --adapter lokr"),
+    "scaled LoHa": ("tiny_base", "--max_train_steps 6 --adapter loha --mixed_precision bf16"),
+}
 
 
 @pytest.mark.trains
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_steps_learn_what_launched_steps_learn(taped, case, request, photos_dir, tmp_path):
+def test_replayed_steps_learn_what_launched_steps_learn(
+    taped, case, request, photos_dir, captioned, tmp_path, monkeypatch
+):
     base, words = CASES[case]
-    more = ["--max_train_steps", "6", *words.split()]
+    more = words.split()
     if "prior" in case:
         more += prior_words(tmp_path / "class")
-    base_dir = request.getfixturevalue(base)
-    launched = run_train(base_dir, photos_dir, tmp_path / "launched", *more, "--cuda_graph", "off")
-    replayed = run_train(base_dir, photos_dir, tmp_path / "replayed", *more)
-    assert status(replayed.parent) == "replayed"
-    assert status(launched.parent) == "launched: --cuda_graph off"
+    if "scaled" in case:  # as with fp16; the first steps overflow, and are skipped
+        always = functools.partial(torch.amp.GradScaler, init_scale=2.0**127)
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: always(device))
+    run = functools.partial(
+        run_train, request.getfixturevalue(base), captioned if "captions" in case else photos_dir
+    )
+    launched, replayed = run(tmp_path / "launched", *more, *LAUNCHED), run(tmp_path / "replayed", *more)
+    assert outcome(launched) == "launched: --cuda_graph off"
+    assert outcome(replayed) == "replayed"
     assert digest(replayed) == digest(launched)
+    numbers = [[{**r, "images_per_second": 0} for r in metrics(a.parent)] for a in (launched, replayed)]
+    assert numbers[0] == numbers[1]
+    if "--checkpointing_steps" in more:  # stopped in the middle, where the text encoder leaves, and resumed
+        shutil.copytree(replayed.parent / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
+        resumed = run(tmp_path / "stopped", *more, "--resume_from_checkpoint", "latest")
+        assert outcome(resumed) == "replayed"
+        assert digest(resumed) == digest(launched)
+
+
+@pytest.mark.trains
+def test_two_processes_replay_what_one_launches(taped, launched, tiny_base, photos_dir, tmp_path):
+    words = train_words(tiny_base, photos_dir, tmp_path / "two", "--max_train_steps", "4")
+    main_on_two_processes(train.main, parse(TrainOptions, "", words))
+    alone = run_train(
+        tiny_base,
+        photos_dir,
+        tmp_path / "one",
+        "--max_train_steps",
+        "4",
+        *LAUNCHED,
+        "--gradient_accumulation_steps",
+        "2",
+    )
+    assert outcome(tmp_path / "two" / alone.name) == "replayed"
+    assert digest(tmp_path / "two" / alone.name) == digest(alone)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("flags", [(), LAUNCHED], ids=["replayed", "launched"])
+def test_step_that_is_not_finite_is_held_back(
+    taped, launched, tiny_base, photos_dir, tmp_path, monkeypatch, capsys, flags
+):
+    of_batch = step_inputs.of_batch
+
+    def spoiled(batch, *others):
+        inputs = of_batch(batch, *others)
+        return {**inputs, "target": inputs["target"] * (float("nan") if batch.step == 4 else 1)}
+
+    monkeypatch.setattr(step_inputs, "of_batch", spoiled)
+    with pytest.raises(SystemExit):
+        run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6", *flags)
+    assert "the loss of step 5 is not finite" in capsys.readouterr().err
+    assert same_tensors(adapter_after(tmp_path, 4), adapter_after(launched, 4))
+    assert outcome(tmp_path / "any") == ("launched: --cuda_graph off" if flags else "replayed")
+
+
+# Functions that a graph gets wrong, in the place of `denoising_losses`.
+
+
+def reads_a_number(losses: torch.Tensor) -> torch.Tensor:
+    return losses * (1.0 if losses.sum().item() else 0.0)
+
+
+class Counts:
+    """A number that Python computes, and that changes from the second call to the third."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, losses: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return losses * (1.0 if self.calls > 1 else 1.5)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("make_wrong", "reason"),
+    [
+        (lambda: reads_a_number, "RuntimeError: operation not permitted when stream is capturing"),
+        (Counts, "replayed and launched kernels do not agree on gradients, loss"),
+    ],
+)
+def test_steps_that_cannot_be_replayed_are_launched_with_one_line(
+    taped, tiny_base, photos_dir, launched, tmp_path, monkeypatch, capsys, make_wrong, reason
+):
+    losses, wrong = train.denoising_losses, make_wrong()
+    monkeypatch.setattr(train, "denoising_losses", lambda *args: wrong(losses(*args)))
+    adapter = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("launched kernel by kernel") == 1
+    assert outcome(adapter).startswith(f"launched: {reason}")
+    if make_wrong is not Counts:
+        assert same_tensors(adapter, launched / adapter.name)
