@@ -7,10 +7,12 @@ import importlib.metadata
 import inspect
 import os
 import signal
+import sys
 
 # Before torch is imported: what these tests promise, they promise of a CPU, whether or not the machine has a
-# GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# GPU. Those of tests/gpu promise it of a GPU; they run on their own.
+if not any("tests/gpu" in word for word in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

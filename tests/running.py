@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
 from dreambooth.adapter_files import native
@@ -61,6 +63,17 @@ def prior_words(folder: Path, *more: str) -> list[str]:
         "--class_inference_steps 2 --sample_batch_size 2"
     )
     return [*words.split(), "--class_prompt", "a photo of dog", *more]
+
+
+def how_steps_were_taken(adapter: Path) -> str:
+    """Whether the steps of a finished run were replayed, or launched and why, by its status.json."""
+    return str(json.loads((adapter.parent / "status.json").read_text())["cuda_graph"])
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two adapter files have the same values. Digests differ where flags, which files hold, differ."""
+    tensors, others = load_file(one), load_file(other)
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in others)
 
 
 def digest(path: Path) -> str:

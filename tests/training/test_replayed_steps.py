@@ -5,14 +5,12 @@ and the device decides whether a step is taken.
 """
 
 import functools
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 import train_dreambooth_lora as train
 from dreambooth.options.command_line import parse
@@ -23,10 +21,12 @@ from tests import tiny
 from tests.running import (
     adapter_after,
     digest,
+    how_steps_were_taken,
     main_on_two_processes,
     metrics,
     prior_words,
     run_train,
+    same_tensors,
     train_words,
 )
 from tests.tape import TapeRecorder
@@ -59,17 +59,6 @@ def captioned(tmp_path_factory) -> Path:
     for photo, caption in zip(sorted(photos.iterdir()), ("a dog", "a red dog", "a dog"), strict=True):
         photo.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return photos
-
-
-def outcome(adapter: Path) -> str:
-    """How the steps of a finished run were taken, by its status.json."""
-    return str(json.loads((adapter.parent / "status.json").read_text())["cuda_graph"])
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    """For runs whose flags, which adapter files hold, differ."""
-    tensors, others = load_file(one), load_file(other)
-    return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in others)
 
 
 CASES = {
@@ -108,15 +97,15 @@ def test_replayed_steps_learn_what_launched_steps_learn(
         run_train, request.getfixturevalue(base), captioned if "captions" in case else photos_dir
     )
     launched, replayed = run(tmp_path / "launched", *more, *LAUNCHED), run(tmp_path / "replayed", *more)
-    assert outcome(launched) == "launched: --cuda_graph off"
-    assert outcome(replayed) == "replayed"
+    assert how_steps_were_taken(launched) == "launched: --cuda_graph off"
+    assert how_steps_were_taken(replayed) == "replayed"
     assert digest(replayed) == digest(launched)
     numbers = [[{**r, "images_per_second": 0} for r in metrics(a.parent)] for a in (launched, replayed)]
     assert numbers[0] == numbers[1]
     if "--checkpointing_steps" in more:  # stopped in the middle, where the text encoder leaves, and resumed
         shutil.copytree(replayed.parent / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
         resumed = run(tmp_path / "stopped", *more, "--resume_from_checkpoint", "latest")
-        assert outcome(resumed) == "replayed"
+        assert how_steps_were_taken(resumed) == "replayed"
         assert digest(resumed) == digest(launched)
 
 
@@ -134,7 +123,7 @@ def test_two_processes_replay_what_one_launches(taped, launched, tiny_base, phot
         "--gradient_accumulation_steps",
         "2",
     )
-    assert outcome(tmp_path / "two" / alone.name) == "replayed"
+    assert how_steps_were_taken(tmp_path / "two" / alone.name) == "replayed"
     assert digest(tmp_path / "two" / alone.name) == digest(alone)
 
 
@@ -154,7 +143,7 @@ def test_step_that_is_not_finite_is_held_back(
         run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6", *flags)
     assert "the loss of step 5 is not finite" in capsys.readouterr().err
     assert same_tensors(adapter_after(tmp_path, 4), adapter_after(launched, 4))
-    assert outcome(tmp_path / "any") == ("launched: --cuda_graph off" if flags else "replayed")
+    assert how_steps_were_taken(tmp_path / "any") == ("launched: --cuda_graph off" if flags else "replayed")
 
 
 # Functions that a graph gets wrong, in the place of `denoising_losses`.
@@ -191,6 +180,6 @@ def test_steps_that_cannot_be_replayed_are_launched_with_one_line(
     adapter = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6")
     said = capsys.readouterr()
     assert (said.out + said.err).count("launched kernel by kernel") == 1
-    assert outcome(adapter).startswith(f"launched: {reason}")
+    assert how_steps_were_taken(adapter).startswith(f"launched: {reason}")
     if make_wrong is not Counts:
         assert same_tensors(adapter, launched / adapter.name)
