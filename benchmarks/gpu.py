@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--core] [--reference train_dreambooth_lora.py] [--photos FOLDER]
 
-It needs a CUDA GPU; Stable Diffusion XL takes up to 20 GiB of it, and --work 12 GiB of disk. The bases
-have their full size and random weights, which are made on the GPU once. Every program is a process of its
-own, and they run in turn with the same flags. Figures are printed and written as each program ends. What
-the results have already is not measured again, so that an interrupted benchmark goes on where it was;
---only measures its cases anew.
+It needs a CUDA GPU, and 12 GiB of disk for --work. A program that the GPU has no memory for is shown as
+failed. The bases have their full size and random weights, which are made on the GPU once. Every program
+is a process of its own, and they run in turn with the same flags. Figures are printed and written as each
+program ends. What the results have already is not measured again, so that an interrupted benchmark goes
+on where it was; --only measures its cases anew.
 
 --core is planned to end within 5 minutes on an H100. With --reference, diffusers' example is measured in
 turn; it needs torchvision and tensorboard. Its sibling train_dreambooth_lora_sdxl.py is taken from the
@@ -231,7 +231,7 @@ def measure(case: Case, program: str, place: Place, environment: Mapping[str, st
 # ---- what a program needs
 
 
-def prepare(case: Case, place: Place, photos: Path | None, environment: Mapping[str, str]) -> None:
+def prepare(case: Case, place: Place, environment: Mapping[str, str]) -> None:
     """Make the base and the photos of the case, if they do not exist."""
     base = place.base(case)
     if not base.exists():
@@ -239,13 +239,13 @@ def prepare(case: Case, place: Place, photos: Path | None, environment: Mapping[
         words = ["-m", "benchmarks.speed_bases", place.base_name(case), str(base), place.device, dtype]
         started, ended = run(words, place, environment)
         print(f"made {base} in {ended - started:.0f} s", flush=True)
-    speed.make_photos(place.photos(case, NOISE_IMAGES), place.side(case), NOISE_IMAGES)
+    speed.make_photos(place.class_images(case), place.side(case), NOISE_IMAGES)
     folder = place.photos(case)
-    if photos is None:
+    if place.user_photos is None:
         speed.make_photos(folder, place.side(case), PHOTOS)
     elif not folder.exists():
         folder.mkdir(parents=True)
-        for path in sorted(path for path in photos.iterdir() if path.is_file())[:PHOTOS]:
+        for path in gpu_cases.pictures_in(place.user_photos):
             shutil.copy(path, folder)
 
 
@@ -289,6 +289,10 @@ def mistakes(
             messages.append("--reference needs tensorboard: pip install '.[tensorboard]'")
     if options.photos and not options.photos.is_dir():
         messages.append(f"--photos: {options.photos} is not a folder")
+    elif options.photos and len(gpu_cases.pictures_in(options.photos)) < PHOTOS:
+        messages.append(
+            f"--photos: {options.photos} must have {PHOTOS} files {', '.join(gpu_cases.SUFFIXES)}"
+        )
     for key, value in now.items():
         # results with the example are also continued without --reference
         if (
@@ -344,7 +348,7 @@ def measure_all(options: Options, place: Place, report: dict[str, Any]) -> list[
         if (name, program) in measured:  # the bare step, launched and replayed, is one program
             continue
         try:
-            prepare(CASES[name], place, options.photos, environment)
+            prepare(CASES[name], place, environment)
             clear(place)
             figures = measure(CASES[name], program, place, environment)
         except Failed as failure:
@@ -377,7 +381,7 @@ def main(options: Options) -> int:
     if held and now["reference_sha256"] is None:
         now["reference_sha256"] = held["reference_sha256"]
     reference = options.reference.resolve() if options.reference else None
-    place = Place(options.work.resolve(), options.device, options.tiny, reference)
+    place = Place(options.work.resolve(), options.device, options.tiny, reference, options.photos)
     place.work.mkdir(parents=True, exist_ok=True)
     report = {**now, "cases": held["cases"] if held else {}}
     started = time.monotonic()

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 NOISE_IMAGES = 8  # class images of noise that exist before training
 PHOTOS = 4
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of --photos
 PRECISION = {"cuda": "bf16", "cpu": "no"}
 REPLAYED, LAUNCHED, COMPILED = "replayed", "launched", "compiled, replayed"
-EXAMPLE, PLAIN, RESUMED = "example", "plain diffusers", "killed, resumed"
+EXAMPLE, PLAIN, RESUMED = "diffusers' example", "plain diffusers", "killed, resumed"
 BARE_REPLAYED = "bare, replayed"
 BARE = {"bare, launched": "launched", BARE_REPLAYED: "captured"}  # by the names in bare_step.py's report
 OURS = {
@@ -59,6 +60,8 @@ class Place:
     is_tiny: bool
     """Whether tiny bases stand for those of full size."""
     reference: Path | None
+    user_photos: Path | None
+    """Folder of photos to train on; None for smooth noise."""
 
     def base_name(self, case: Case) -> str:
         return f"{case.base}-tiny" if self.is_tiny and case.base != "embedded" else case.base
@@ -86,8 +89,12 @@ class Place:
         """The step after which a run that is compared saves its first checkpoint."""
         return max(2, self.steps(case) // 3)
 
-    def photos(self, case: Case, count: int = PHOTOS) -> Path:
-        return self.work / f"photos-{self.side(case)}-{count}"
+    def photos(self, case: Case) -> Path:
+        kind = f"of-{self.user_photos.name}" if self.user_photos else f"{self.side(case)}-{PHOTOS}"
+        return self.work / f"photos-{kind}"
+
+    def class_images(self, case: Case) -> Path:
+        return self.work / f"photos-{self.side(case)}-{NOISE_IMAGES}"
 
     @property
     def output(self) -> Path:
@@ -116,7 +123,7 @@ PRIOR = (
 
 
 def _training(base: str, what: str = "", *, batch: int = 1, flags: str = "", is_bare: bool = False) -> Case:
-    title, side, steps = (SD15, 512, 71) if base == "sd15" else (SDXL, 1024, 31)
+    title, side, steps = (SD15, 512, 51) if base == "sd15" else (SDXL, 1024, 31)
     title = f"{title}, batch {batch}{f', {what}' if what else ''}"
     programs = (*BARE, *TRAINING) if is_bare else TRAINING
     return Case(title, base, side, programs, batch=batch, flags=flags, steps=steps)
@@ -179,7 +186,7 @@ CORE_CASES = ("sd15", "sdxl")
 
 def _training_words(case: Case, place: Place) -> list[str]:
     """The flags that both trainers have."""
-    names = {"class": place.photos(case, NOISE_IMAGES), "saved": place.first_checkpoint(case)}
+    names = {"class": place.class_images(case), "saved": place.first_checkpoint(case)}
     flags = [word.format_map(names) for word in case.flags.split()]
     precision = "" if "--mixed_precision" in flags else f"--mixed_precision {PRECISION[place.device]}"
     return [
@@ -238,6 +245,11 @@ def draw_words(case: Case, program: str, place: Place) -> list[str]:
         *("--seeds", *map(str, range(int(sizes[1])))),
         *f"--mixed_precision {precision} {OURS[program]}".split(),
     ]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The photos of --photos, at most 4."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:PHOTOS]
 
 
 def environment(device: str, reference_path: Path | None) -> Mapping[str, str]:

@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import sys
 import traceback
+import types
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch.autograd import DeviceType
 
-from benchmarks import gpu, gpu_cases, gpu_tables
+import train_dreambooth_lora as train
+from benchmarks import gpu, gpu_cases, gpu_kernels, gpu_tables
 from benchmarks.gpu_cases import CASES, Place
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
+from tests.running import train_words
 
 # steps an optimizer as often as it is told; a real example needs more packages than the tests have
 EXAMPLE = """
@@ -143,7 +148,9 @@ def test_the_benchmark_goes_its_whole_way_and_on_from_where_it_was(options, caps
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_has_flags_that_its_programs_take(name, tmp_path):
     case = CASES[name]
-    place = Place(tmp_path / "a folder", "cuda", is_tiny=False, reference=tmp_path / "example.py")
+    place = Place(
+        tmp_path / "a folder", "cuda", is_tiny=False, reference=tmp_path / "example.py", user_photos=None
+    )
     program = next(program for program in reversed(gpu_cases.OURS) if program in case.programs)
     if case.measures == "pictures":
         script, *words = gpu_cases.draw_words(case, program, place)
@@ -175,7 +182,7 @@ def report_of(**cases: Any) -> dict[str, Any]:
 
 def test_tables_have_the_figures_their_ratios_card_and_day():
     steps = {
-        "example": {"step_s": 0.2, "first_step_s": 21.5, "peak_gib": 3.731, "reserved_gib": 4.6},
+        "diffusers' example": {"step_s": 0.2, "first_step_s": 21.5, "peak_gib": 3.731, "reserved_gib": 4.6},
         "launched": {"failed": "exit status 1"},
         "replayed": {"step_s": 0.025, "first_step_s": 12.0, "graph": "replayed"},
         "compiled, replayed": {"step_s": 0.1, "graph": "launched: a reason"},
@@ -221,7 +228,7 @@ def test_the_committed_figures_are_those_of_the_pages():
 def test_a_full_table_leaves_the_readme_short(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text(gpu_tables.README.read_text())
-    programs = ("example", "launched", "replayed", "compiled, replayed", "bare, replayed")
+    programs = ("diffusers' example", "launched", "replayed", "compiled, replayed", "bare, replayed")
     rows = {program: {"step_s": 1.234} for program in programs}
     gpu_tables.write_page(page, gpu_tables.short_table(report_of(sd15=rows, sdxl=rows)))
     assert page.stat().st_size <= 10_240
@@ -254,16 +261,53 @@ def test_a_wrong_flag_or_no_gpu_meets_one_line_and_status_2(options, capsys, mon
 def test_a_program_that_fails_is_in_the_results_and_is_measured_again(options, capsys):
     assert options.reference is not None
     options.reference.write_text("raise SystemExit('out of memory')")
-    case = dataclasses.replace(CASES["sd15-checkpointing"], programs=("example",))
+    case = dataclasses.replace(CASES["sd15-checkpointing"], programs=(gpu_cases.EXAMPLE,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "CASES", {"sd15-checkpointing": case})
         patch.setattr(gpu, "prepare", lambda *_: None)
         assert gpu.main(options) == 1
-        assert results(options)["sd15-checkpointing"]["example"]["failed"] == "exit status 1"
+        assert results(options)["sd15-checkpointing"][gpu_cases.EXAMPLE]["failed"] == "exit status 1"
         assert "out of memory" in capsys.readouterr().out
         held = json.loads(options.results().read_text())
         options.reference.write_text(EXAMPLE)
         now = gpu.setting(options, held["card"])
         options.results().write_text(json.dumps({**held, "reference_sha256": now["reference_sha256"]}))
         assert gpu.main(options) == 0
-        assert results(options)["sd15-checkpointing"]["example"]["step_s"] > 0
+        assert results(options)["sd15-checkpointing"][gpu_cases.EXAMPLE]["step_s"] > 0
+
+
+@pytest.mark.trains
+def test_the_operators_of_a_step_are_counted(tiny_base, photos_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Training, "step", train.Training.step)  # is put back afterwards
+    words = train_words(tiny_base, photos_dir, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        gpu_kernels.main([*words, "--max_train_steps", "3"])
+    assert "--max_train_steps must be at least 12" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_kernels, "STEP", 2)
+    gpu_kernels.main([*words, "--max_train_steps", "3"])
+    counts = re.findall(
+        r"^operators: ([\d,]+), of which aten::copy_: ([\d,]+)$", capsys.readouterr().out, re.M
+    )
+    assert len(counts) == 1
+    operators, copies = (int(count.replace(",", "")) for count in counts[0])
+    assert operators > 1000 > copies > 10
+    assert train.Training.step.__name__ == "profiled"
+
+
+def test_kernels_are_counted_apart_from_copies_and_annotations():
+    def event(name: str, device: Any, microseconds: int = 0, *, is_annotation: bool = False) -> Any:
+        span = types.SimpleNamespace(elapsed_us=lambda: microseconds)
+        return types.SimpleNamespace(
+            name=name, device_type=device, time_range=span, is_user_annotation=is_annotation
+        )
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        *(event("aten::copy_", cpu), event("aten::mm", cpu), event("cudaLaunchKernel", cpu)),
+        *(event("gemm", cuda, 500), event("copy_kernel", cuda, 20), event("gemm", cuda, 300)),
+        *(event("Memcpy HtoD", cuda, 10), event("Optimizer.step", cuda, 900, is_annotation=True)),
+    ]
+    first, second, *longest = gpu_kernels.counted(events)
+    assert first == "operators: 2, of which aten::copy_: 1"
+    assert second == "kernels: 3; copies between memories: 1; 0.83 ms"
+    assert longest[0].split() == ["0.80", "ms", "2", "x", "gemm"]
