@@ -31,7 +31,8 @@ class SpeedOptions(GraphOptions):
     Default: `encoded` in the output folder."""
     compile: bool = False
     """Compile the UNet's blocks (torch.compile): the first step takes a minute or more, later steps are
-    faster. The last bits of results change. Only useful on GPUs."""
+    faster. It pays in runs of thousands of steps, on GPUs and together with --cuda_graph. The last bits of
+    results change."""
     quantize_base: Literal["int8", "nf4"] | None = None
     """Keep the UNet's frozen layers in 8 bits (torchao package) or 4 bits (bitsandbytes package): less
     memory, slower steps, another result."""

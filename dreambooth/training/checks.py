@@ -61,12 +61,13 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
         compilation.check(device)
     if options.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    notes = []
     reason = reason_not_to_record(options)
     if graphs.can_record(device) and reason and options.speed.cuda_graph == "auto":
-        return [f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}"]
-    if options.speed.compile and device.type == "cpu":
-        return ["--compile is for GPUs: on a CPU it compiles for minutes, and steps are hardly faster"]
-    return []
+        notes.append(f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}")
+    if options.speed.compile:
+        notes.append(compilation.note(device, is_recorded=reason is None))
+    return notes
 
 
 def check_base(options: TrainOptions, base: families.Base) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,3 +177,21 @@ def test_a_step_has_fewer_casts(tiny_base):
     saved = counts[0] - counts[1]
     # each weight is cast in the forward pass, its gradient in the backward pass; a norm has two weights
     assert saved["aten::_to_copy"] >= 2 * trained + 2 * norms
+
+
+def test_copies_are_compiled_once_for_all_steps():
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), model)
+    model[0].compile(backend="eager", dynamic=False)
+    weights = StepWeights([model], torch.bfloat16)
+    graphs = torch._dynamo.utils.counters["stats"]
+    parameters: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counts = []
+    for _ in range(3):
+        with weights.in_place(), torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.ones(2, 8, dtype=torch.bfloat16)).sum()
+            torch.autograd.grad(loss, [weights.leaf(parameter) for parameter in parameters])
+        with torch.no_grad():
+            torch._foreach_mul_(parameters, 2.0)
+        counts.append(graphs["unique_graphs"])
+    assert counts[0] == counts[2] > 0

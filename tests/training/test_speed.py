@@ -127,3 +127,13 @@ def test_a_compiler_that_is_missing_is_told_before_anything_slow(
         ),
     ):
         run_train(tiny_base, photos_dir, tmp_path, "--compile")
+
+
+def test_what_compiling_costs_is_said_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    gpu = torch.device("cuda")
+    recorded = compilation.note(gpu, is_recorded=True)
+    assert str(tmp_path / "compiled") in recorded
+    assert "pays from 8,600 steps" in recorded
+    assert "without --cuda_graph hardly pays" in compilation.note(gpu, is_recorded=False)
+    assert "on a CPU it compiles for minutes" in compilation.note(torch.device("cpu"), is_recorded=False)
