@@ -147,12 +147,18 @@ def train_here(case: Case, program: str, place: Place, environment: Mapping[str,
     phases = [record["memory"] for record in records if "memory" in record]
     # each record has the rate since the last reading of losses, at which the GPU was waited for
     pictures = case.batch * (2 if "--with_prior_preservation" in case.flags else 1)
-    seconds = [
-        pictures / record["images_per_second"]
+    seconds = {
+        record["step"]: pictures / record["images_per_second"]
         for record in records
-        if "images_per_second" in record and record["step"] > place.warm_up(case)
-    ]
-    figures: Figures = {"step_s": statistics.mean(seconds), "seconds": ended - started}
+        if "images_per_second" in record
+    }
+    warm_up = place.warm_up(case)
+    figures: Figures = {
+        "step_s": statistics.mean(value for step, value in seconds.items() if step > warm_up),
+        "warm_up_s": sum(value for step, value in seconds.items() if 1 < step <= warm_up),
+        "seconds": ended - started,
+        "phases": {phase["phase"]: phase["seconds"] for phase in phases if "seconds" in phase},
+    }
     if first_step:  # a short run of a tiny base may end before the first look
         figures["first_step_s"] = first_step[0] - started
     for name, key in (("peak_gib", "peak_device_gib"), ("reserved_gib", "peak_reserved_device_gib")):
