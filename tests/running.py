@@ -71,7 +71,7 @@ def how_steps_were_taken(adapter: Path) -> str:
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two adapter files have the same values. Digests differ where flags, which files hold, differ."""
+    """Whether two adapter files have the same values. The files also hold flags, which may differ."""
     tensors, others = load_file(one), load_file(other)
     return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in others)
 

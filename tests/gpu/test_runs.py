@@ -65,7 +65,7 @@ def test_replayed_launched_and_resumed_runs_are_equal(
     case: str, captioned: Path, class_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*CASES[case].split(), *(class_words if "prior" in case else [])]
-    if "float16," in case.split("b")[0]:  # the first steps overflow, and are skipped
+    if case.startswith("float16"):  # the first steps overflow, and are skipped
         scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**30)
         monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     photos = captioned if "captions" in case else PHOTOS
@@ -102,14 +102,15 @@ def test_run_whose_steps_cannot_be_recorded_ends_well(tmp_path: Path, monkeypatc
         return losses(*tensors)
 
     launched = run_train(BASE, PHOTOS, tmp_path / "launched", *words, *LAUNCHED)
-    monkeypatch.setattr(train, "denoising_losses", waiting)
     capsys.readouterr()
-    adapter = run_train(BASE, PHOTOS, tmp_path / "failed", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "denoising_losses", waiting)
+        adapter = run_train(BASE, PHOTOS, tmp_path / "failed", *words)
     said = capsys.readouterr()
     assert how_steps_were_taken(adapter).startswith("launched: ")
     assert (said.out + said.err).count("launched kernel by kernel") == 1
     assert same_tensors(adapter, launched)
-    monkeypatch.undo()  # the next run of this process records again
+    # the next run of this process records again
     replayed = run_train(BASE, PHOTOS, tmp_path / "replayed", *words)
     assert how_steps_were_taken(replayed) == "replayed"
     assert same_tensors(replayed, launched)
@@ -118,7 +119,7 @@ def test_run_whose_steps_cannot_be_recorded_ends_well(tmp_path: Path, monkeypatc
 @pytest.mark.trains
 def test_steps_that_are_not_finite_are_skipped_on_the_device(tmp_path: Path, capsys) -> None:
     """A rate that no training survives: the run ends at the same step, launched or replayed."""
-    words = ["--max_train_steps", "30", "--learning_rate", "1e30", "--max_grad_norm", "0"]
+    words = ["--max_train_steps", "30", "--learning_rate", "1e9", "--max_grad_norm", "0"]
     ends = []
     for flags in (LAUNCHED, ()):
         folder = tmp_path / ("launched" if flags else "replayed")
