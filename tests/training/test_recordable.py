@@ -2,6 +2,7 @@
 
 import traceback
 import unittest.mock
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+import train_dreambooth_lora as train
 from dreambooth.adapters import inject
+from dreambooth.data.batches import MicroBatch
 from dreambooth.options.adapter import AdapterOptions
-from dreambooth.training import recomputation
+from dreambooth.training import recomputation, step_inputs
+from tests import tiny
+from tests.running import prior_words, run_train
 
 
 class DeviceOnly(TorchDispatchMode):
@@ -94,6 +99,47 @@ def test_nor_does_a_text_encoder(tiny_xl, name, cls, checkpointing):
     encoder.train().to("meta")
     input_ids = torch.zeros(2, 77, dtype=torch.long, device="meta")
     backward_pass(component, lambda: encoder(input_ids, output_hidden_states=True)[0].square().mean())
+
+
+class Checked(Exception):
+    """Raised after the first forward and backward pass of a run."""
+
+
+def step_on_meta(self: train.Training, step: int, batches: Iterator[MicroBatch]) -> None:
+    """The forward and backward pass of a step, with all that it works on on the meta device."""
+    tensors = step_inputs.of_batch(next(batches), self.frozen, self.options.objective)
+    inputs = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    self.device = torch.device("meta")
+    for component in self.trainables.components:
+        component.model.to(self.device)
+    with DeviceOnly():
+        outputs = self.forward_backward(inputs)
+    assert outputs["gradients"].shape == (self.trainables.count,)
+    assert outputs["gradients"].device == outputs["loss"].device == self.device
+    raise Checked
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("base", "flags"),
+    [
+        ("tiny_base", "--train_text_encoder --snr_gamma 5 --noise_offset 0.1 --gradient_checkpointing"),
+        ("tiny_xl", "--train_text_encoder"),
+        ("tiny_edm", "--use_dora"),
+        ("tiny_if", ""),
+    ],
+)
+def test_the_function_that_is_recorded_stays_on_the_device(
+    request, photos_dir, tmp_path, monkeypatch, base, flags
+):
+    monkeypatch.setattr(train.Training, "step", step_on_meta)
+    monkeypatch.setattr(train.Training, "save_last_step", lambda *_: None)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # `to` keeps parameters
+    words = prior_words(
+        tiny.make_photos(tmp_path / "class", seed=1), *flags.split(), "--max_train_steps", "1"
+    )
+    with pytest.raises(Checked):
+        run_train(request.getfixturevalue(base), photos_dir, tmp_path / "out", *words)
 
 
 @pytest.mark.parametrize("flags", [{"module_dropout": 0.1}, {"rank_dropout": 0.1}], ids=str)
