@@ -74,7 +74,12 @@ def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
     return text
 
 
-def draw(
+def draw(*arguments: Any, **settings: Any) -> list[Image.Image]:
+    """The pictures of `begin`, which has the same parameters."""
+    return begin(*arguments, **settings)()
+
+
+def begin(
     pipeline: Any,
     prompts: PromptEmbeds,
     negative: PromptEmbeds,
@@ -84,8 +89,9 @@ def draw(
     guidance_scale: float,
     side: int | None = None,
     check: Callable[[], None] = lambda: None,
-) -> list[Image.Image]:
-    """One picture for each row of `prompts` and its seed, drawn as one batch, `side` pixels square.
+) -> Callable[[], list[Image.Image]]:
+    """Begin to draw one picture for each row of `prompts` and its seed, as one batch, `side` pixels square.
+    Returns a function that waits for the pictures. On a GPU they may be drawn only then.
 
     `negative` has one row for all pictures, or one for each. A picture's noise depends on its own seed only.
     `check` is called after every step; what it raises ends the drawing.
@@ -114,18 +120,28 @@ def draw(
         width=side,
         output_type="latent" if vae is not None else "pil",
     ).images
-    return decode(pipeline, images) if vae is not None else images
+    return _decoded(pipeline, images) if vae is not None else lambda: images
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
-    """Pictures of latents [B, channels, h, w], in the VAE's dtype, even under autocast. One at a time, to
-    save memory."""
+def _decoded(pipeline: Any, latents: torch.Tensor) -> Callable[[], list[Image.Image]]:
+    """A function that waits for the pictures of latents [B, channels, h, w]. They are decoded in the VAE's
+    dtype, even under autocast, one at a time to save memory."""
     vae = pipeline.vae
     with torch.autocast(vae.device.type, enabled=False):
         latents = autoencoder.denormalized(vae, latents.to(vae.device, vae.dtype))
         pixels = torch.cat([vae.decode(picture[None]).sample.float() for picture in latents])
-    return pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
+    if not pixels.is_cuda:
+        return lambda: pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
+    # copied now: a later copy would wait for all kernels that are launched until then
+    copied, event = pixels.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record(torch.cuda.current_stream(pixels.device))
+
+    def wait() -> list[Image.Image]:
+        event.synchronize()
+        return pipeline.image_processor.postprocess(copied, output_type="pil")  # type: ignore[no-any-return]
+
+    return wait
 
 
 def _after_each_step(check: Callable[[], None]) -> Callable[..., dict[str, Any]]:
