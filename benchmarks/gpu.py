@@ -38,12 +38,11 @@ import tyro
 from PIL import Image
 
 from benchmarks import gpu_cases, gpu_tables, machine, speed
-from benchmarks.gpu_cases import CASES, EXAMPLE, NOISE_IMAGES, PHOTOS, ROOT, Case, Place
+from benchmarks.gpu_cases import CASES, EXAMPLE, NOISE_IMAGES, PHOTOS, RESULTS, ROOT, Case, Place
 from benchmarks.speed import Failed, rounded
 
 # This module does not import torch, so that the process beside the measured one takes no memory of the GPU.
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
 LIMIT = 900  # seconds after which a program is ended as failed
 TICK = 0.02  # seconds between two looks at a running program
@@ -359,7 +358,8 @@ def measure_all(options: Options, place: Place, report: dict[str, Any]) -> list[
             clear(place)
             figures = measure(CASES[name], program, place, environment)
         except Failed as failure:
-            figures = {program: {"failed": str(failure).split("\n", 1)[0]}}
+            programs = gpu_cases.BARE if program in gpu_cases.BARE else [program]
+            figures = {key: {"failed": str(failure).split("\n", 1)[0]} for key in programs}
             failed.append(f"{name}, {program}")
             print(f"failed: {failure}", flush=True)
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 # diffusers' example cannot run without a tracker
 TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 NOISE_IMAGES = 8  # class images of noise that exist before training

@@ -1,5 +1,11 @@
-"""The tables of the GPU benchmark, in README.md and docs/speed.md, from its results. Imports no torch."""
+"""The tables of the GPU benchmark, in README.md and docs/speed.md, from its results. Imports no torch.
 
+    python -m benchmarks.gpu_tables
+
+writes them anew from benchmarks/results/gpu.json, which may have been measured on another machine.
+"""
+
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +22,7 @@ from benchmarks.gpu_cases import (
     HASHES,
     LAUNCHED,
     REPLAYED,
+    RESULTS,
     ROOT,
     TRAINING,
 )
@@ -214,3 +221,7 @@ def write_page(page: Path, text: str) -> None:
     if count != 1:
         raise RuntimeError(f"{page.name} must have the marks of the table once, has them {count} times")
     page.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pages(json.loads(RESULTS.read_text(encoding="utf-8")))

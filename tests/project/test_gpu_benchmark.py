@@ -219,7 +219,8 @@ def test_tables_have_the_figures_their_ratios_card_and_day():
 
 
 def test_the_committed_figures_are_those_of_the_pages():
-    report = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else None
+    path = gpu_cases.RESULTS
+    report = json.loads(path.read_text()) if path.exists() else None
     for page, render in ((gpu_tables.README, gpu_tables.short_table), (gpu_tables.PAGE, gpu_tables.tables)):
         text = (report and render(report)) or gpu_tables.NOT_MEASURED
         assert f"{gpu_tables.MARKS[0]}\n{text}\n{gpu_tables.MARKS[1]}" in page.read_text()
