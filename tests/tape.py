@@ -161,6 +161,9 @@ class TapeRecorder:
         _spoil(recording.calls)
         return functools.partial(_replay, recording.calls)
 
+    def forget(self) -> None:
+        """Nothing runs later than its call."""
+
 
 @torch.no_grad()
 def _replay(calls: list[_Call]) -> None:

@@ -25,6 +25,8 @@ from dreambooth.runtime import memory
 Tensors: TypeAlias = dict[str, torch.Tensor]
 Replay: TypeAlias = Callable[[], None]
 _MOST_GRAPHS = 16  # of one run; each holds descriptions of thousands of kernels
+# Graphs whose recording failed. Up to torch 2.11 the allocator of pinned memory goes on asking them.
+_abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 class Recorder(Protocol):
@@ -35,6 +37,10 @@ class Recorder(Protocol):
 
     def record(self, function: Callable[[], object]) -> Replay:
         """Record `function` without computing anything. Each call of the result computes it once."""
+
+    def forget(self) -> None:
+        """Wait for replays that are running. Call this before all recordings are dropped, and before others
+        are made."""
 
 
 class CudaRecorder:
@@ -73,14 +79,23 @@ class CudaRecorder:
     def _abandon(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
         """Undo what torch leaves behind after a recording that failed: the stream of the recording stays the
         current one, and, up to torch 2.11, the allocator and the random generator go on recording."""
+        index = self.device.index or 0
         torch.cuda.set_stream(stream)
+        try:
+            graph.pool()
+        except RuntimeError:  # the recording has no end, so that `reset` does not give back the memory
+            for give_back in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(RuntimeError):  # torch has done it
+                    give_back(index, self.pool)
         graph.reset()
-        with contextlib.suppress(RuntimeError):  # torch had done it
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
-            torch._C._cuda_releasePool(self.device.index or 0, self.pool)
+        _abandoned.append(graph)
         fresh = torch.Generator(self.device)
-        torch.cuda.default_generators[self.device.index or 0].graphsafe_set_state(fresh.graphsafe_get_state())
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
         torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.pool = torch.cuda.graph_pool_handle()  # a pool cannot be used again after all of its graphs
 
 
 def can_record(device: torch.device) -> bool:
@@ -122,9 +137,10 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop all recordings and their memory. The next call of each function records it anew."""
+        if self.recorder is not None:
+            self.recorder.forget()
         for function in self.functions:
             function.recordings.clear()
-        self.recorder = None  # a memory pool cannot be used again after all of its graphs are gone
         if can_record(self.device):
             memory.release()
 
