@@ -188,7 +188,7 @@ def _how(report: Mapping[str, Any]) -> str:
         "`--compile` too. The bare step is forward, backward and fused AdamW of the UNet with peft's LoRA, "
         "and nothing else. Steps are timed with the GPU synchronised at both ends, after a warm-up. The "
         "first step is counted from the command. Memory is torch's maximum of all phases. Pictures have 25 "
-        "sampling steps, and the first batch is not timed."
+        "sampling steps; the first and the last batch are not timed."
     )
 
 

@@ -21,6 +21,7 @@ from benchmarks.gpu_cases import CASES, Place
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
+from dreambooth.training import checks
 from tests.running import train_words
 
 # steps an optimizer as often as it is told; a real example needs more packages than the tests have
@@ -312,3 +313,26 @@ def test_kernels_are_counted_apart_from_copies_and_annotations():
     assert first == "operators: 2, of which aten::copy_: 1"
     assert second == "kernels: 3; copies between memories: 1; 0.83 ms"
     assert longest[0].split() == ["0.80", "ms", "2", "x", "gemm"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            "--cuda_graph off",
+            "--offload",
+            "--adapter loha --rank_dropout 0.1",
+            "--adapter loha --module_dropout 0.1",
+        ),
+        "--gradient_checkpointing --lora_dropout 0.1",
+        "--train_text_encoder --text_encoder_use_attention_mask",
+    ],
+)
+def test_what_keeps_steps_from_being_replayed_is_on_the_page_of_speed(words):
+    flags = "--pretrained_model_name_or_path b --instance_data_dir d --instance_prompt p"
+    reason = checks.reason_not_to_record(parse(TrainOptions, "", [*flags.split(), *words.split()]))
+    assert reason is not None
+    text = gpu_tables.PAGE.read_text()
+    section = text[text.index("### Steps replayed from CUDA graphs") : text.index(gpu_tables.MARKS[0])]
+    named = set(re.findall(r"--\w+", words)) - {"--adapter"}
+    assert any(all(flag in line for flag in named) for line in section.splitlines())
