@@ -15,7 +15,7 @@ from dreambooth.options.training import BaseOptions
 from dreambooth.runtime.graphs import Graphs
 
 STEPS = 6
-Draw = Callable[[list[int], Callable[[], None]], list[bytes]]
+Begin = Callable[[list[int], Callable[[], None]], Callable[[], list[bytes]]]
 SAMPLERS = [
     ("tiny_base", None),  # DDIM
     ("tiny_base", DPMSolverMultistepScheduler),
@@ -24,8 +24,8 @@ SAMPLERS = [
 ]
 
 
-def load(folder: Path, sampler: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Draw]:
-    """(pipeline, function that draws one batch of these seeds, with a function to call after each step)."""
+def load(folder: Path, sampler: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Begin]:
+    """(pipeline, function that begins a batch of these seeds, with a function to call after each step)."""
     base = families.find(BaseOptions(str(folder)))
     pipeline = pipelines.load_pipeline(base, dtype, device)
     if sampler is not None:
@@ -33,12 +33,13 @@ def load(folder: Path, sampler: Any, dtype: torch.dtype, device: torch.device) -
     with torch.no_grad():
         cache = pipelines.text_of(pipeline, base).encode_all(["a dog", ""], lambda: None)
 
-    def draw(seeds: list[int], check: Callable[[], None]) -> list[bytes]:
+    def begin(seeds: list[int], check: Callable[[], None]) -> Callable[[], list[bytes]]:
         prompts, negative = cache.of(["a dog"] * len(seeds)), cache.of([""])
         settings: Any = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "check": check}
-        return [image.tobytes() for image in pipelines.draw(pipeline, prompts, negative, seeds, **settings)]
+        wait = pipelines.begin(pipeline, prompts, negative, seeds, **settings)
+        return lambda: [image.tobytes() for image in wait()]
 
-    return pipeline, draw
+    return pipeline, begin
 
 
 def recorded(device: torch.device) -> Graphs:
@@ -48,19 +49,20 @@ def recorded(device: torch.device) -> Graphs:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("base", "sampler"), [*SAMPLERS, ("tiny_edm", None), ("tiny_if", None)])
 def test_pictures_are_those_of_launched_kernels(base, sampler, dtype, device, request):
-    pipeline, draw = load(request.getfixturevalue(base), sampler, dtype, device)
+    pipeline, begin = load(request.getfixturevalue(base), sampler, dtype, device)
     batches = [[1, 2], [3], [4, 5]]
-    launched = [draw(seeds, lambda: None) for seeds in batches]
+    launched = [begin(seeds, lambda: None)() for seeds in batches]
     graphs = recorded(device)
     with replayed_unet.replaying(pipeline, graphs):
-        assert [draw(seeds, lambda: None) for seeds in batches] == launched
+        begun = [begin(seeds, lambda: None) for seeds in batches]
+        assert [wait() for wait in begun] == launched
         assert [len(function.recordings) for function in graphs.functions] == [2]
-    assert draw(batches[0], lambda: None) == launched[0]
+    assert begin(batches[0], lambda: None)() == launched[0]
 
 
 @pytest.mark.parametrize(("base", "sampler"), SAMPLERS)
 def test_no_step_of_a_sampler_waits_for_the_gpu(base, sampler, device, request):
-    pipeline, draw = load(request.getfixturevalue(base), sampler, torch.float32, device)
+    pipeline, begin = load(request.getfixturevalue(base), sampler, torch.float32, device)
     steps = []
 
     def check() -> None:
@@ -70,7 +72,7 @@ def test_no_step_of_a_sampler_waits_for_the_gpu(base, sampler, device, request):
 
     try:
         with replayed_unet.replaying(pipeline, recorded(device)):
-            draw([1, 2], check)
+            begin([1, 2], check)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) >= STEPS
