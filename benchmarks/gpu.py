@@ -257,7 +257,8 @@ def prepare(case: Case, place: Place, environment: Mapping[str, str]) -> None:
 
 def clear(place: Place) -> None:
     """Remove what an earlier program wrote."""
-    shutil.rmtree(place.output, ignore_errors=True)
+    for folder in (place.output, place.drawn):
+        shutil.rmtree(folder, ignore_errors=True)
     place.report.unlink(missing_ok=True)
 
 

@@ -44,7 +44,10 @@ class Case:
     measures: Literal["steps", "pictures", "hashes", "whole run"] = "steps"
     batch: int = 1
     flags: str = ""
-    """Flags for every program that trains. {class} is a folder of class images of noise."""
+    """Flags for every program that trains. {class} is a folder of class images of noise, {drawn} one in which
+    the run draws its own."""
+    recipe: str = ""
+    """A file of configs/. Without it, LoRA has rank 4 and the precision is bf16."""
     steps: int = 0
     """Optimizer steps, or sampling steps of a picture."""
     warm_up: int = 11
@@ -103,6 +106,11 @@ class Place:
         return self.work / "output"
 
     @property
+    def drawn(self) -> Path:
+        """Class images that a run draws. They are removed before each program and after it."""
+        return self.work / "class_images"
+
+    @property
     def report(self) -> Path:
         """The report that a program of this folder writes on itself."""
         return self.work / "report.json"
@@ -117,6 +125,7 @@ class Place:
 
 SD15, SDXL = "Stable Diffusion 1.5, 512 px", "Stable Diffusion XL, 1024 px"
 CHECKPOINTING, TEXT = "--gradient_checkpointing", "--train_text_encoder"
+OWN_PRIOR = "--with_prior_preservation --class_prompt dog --class_data_dir {drawn} --num_class_images 2"
 PRIOR = (
     "--with_prior_preservation --class_prompt dog --class_data_dir {class} "
     f"--num_class_images {NOISE_IMAGES}"
@@ -128,6 +137,12 @@ def _training(base: str, what: str = "", *, batch: int = 1, flags: str = "", is_
     title = f"{title}, batch {batch}{f', {what}' if what else ''}"
     programs = (*BARE, *TRAINING) if is_bare else TRAINING
     return Case(title, base, side, programs, batch=batch, flags=flags, steps=steps)
+
+
+def _recipe(name: str, flags: str = "") -> Case:
+    """A run of a recipe for a small card, in all its phases."""
+    case = _training(name.partition("_")[0], f"configs/{name}", flags=flags)
+    return dataclasses.replace(case, programs=(LAUNCHED, REPLAYED), recipe=name)
 
 
 def _drawing(base: str, batch: int, what: str = "infer.py") -> Case:
@@ -156,6 +171,9 @@ CASES: dict[str, Case] = {
         batch=4,
         flags=f"{TEXT} {PRIOR} {CHECKPOINTING}",
     ),
+    "recipe-sd15-4gb": _recipe("sd15_4gb.yaml", OWN_PRIOR),
+    "recipe-sdxl-8gb": _recipe("sdxl_8gb.yaml"),
+    "recipe-sdxl-6gb": _recipe("sdxl_6gb.yaml"),  # needs torchao
     **{f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)},
     "sd15-class-images-4": _drawing("sd15", 4, "class images"),
     "same-embedded-fp32": Case(
@@ -187,16 +205,24 @@ CORE_CASES = ("sd15", "sdxl")
 
 def _training_words(case: Case, place: Place) -> list[str]:
     """The flags that both trainers have."""
-    names = {"class": place.class_images(case), "saved": place.first_checkpoint(case)}
+    names = {
+        "class": place.class_images(case),
+        "drawn": place.drawn,
+        "saved": place.first_checkpoint(case),
+    }
     flags = [word.format_map(names) for word in case.flags.split()]
-    precision = "" if "--mixed_precision" in flags else f"--mixed_precision {PRECISION[place.device]}"
+    settings = f"--resolution {place.side(case)} --train_batch_size {case.batch}"
+    if case.recipe:
+        settings += f" --config configs/{case.recipe}"
+    else:
+        settings += " --rank 4 --learning_rate 1e-4 --lr_warmup_steps 0"
+    if "--mixed_precision" not in flags:
+        settings += f" --mixed_precision {PRECISION[place.device]}"
     return [
         *("--pretrained_model_name_or_path", str(place.base(case))),
         *("--instance_data_dir", str(place.photos(case)), "--instance_prompt", "a photo of a sks dog"),
         *("--output_dir", str(place.output)),
-        *f"--resolution {place.side(case)} --train_batch_size {case.batch}".split(),
-        *f"--max_train_steps {place.steps(case)} --seed 0 --rank 4 --learning_rate 1e-4".split(),
-        *f"--lr_warmup_steps 0 --report_to {TRACKER} {precision}".split(),
+        *f"--max_train_steps {place.steps(case)} --seed 0 --report_to {TRACKER} {settings}".split(),
         *flags,
     ]
 

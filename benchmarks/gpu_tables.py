@@ -21,6 +21,7 @@ from benchmarks.gpu_cases import (
     EXAMPLE,
     HASHES,
     LAUNCHED,
+    PLAIN,
     REPLAYED,
     RESULTS,
     ROOT,
@@ -143,12 +144,14 @@ def _of_drawing(cases: Mapping[str, Rows], card: str) -> list[str]:
         [
             CASES[name].title,
             *(cell(rows, program, lambda figures: number(1 / figures["picture_s"])) for program in DRAWING),
+            ratio(rows, PLAIN, REPLAYED, "picture_s"),
             equal(rows, LAUNCHED, REPLAYED, "pixels"),
             origin(rows, card),
         ]
         for name, rows in cases.items()
     )
-    return table(["pictures a second", *DRAWING, f"pixels, {REPLAYED} and {LAUNCHED}", MEASURED], lines)
+    compared = [f"seconds, {PLAIN} to {REPLAYED}", f"pixels, {REPLAYED} and {LAUNCHED}"]
+    return table(["pictures a second", *DRAWING, *compared, MEASURED], lines)
 
 
 def _of_hashes(cases: Mapping[str, Rows], card: str) -> list[str]:

@@ -163,6 +163,9 @@ def test_a_case_has_flags_that_its_programs_take(name, tmp_path):
     assert Path(script).is_file()
     assert options.base.pretrained_model_name_or_path == str(place.base(case))
     assert options.speed.cuda_graph == "auto"
+    if case.recipe:
+        assert options.run.gradient_checkpointing
+        assert options.adapter.rank == 8
     if kind is TrainOptions:
         assert options.run.max_train_steps == place.steps(case) > place.warm_up(case) + 1
         assert options.speed.compile is (program == gpu_cases.COMPILED)
@@ -194,6 +197,7 @@ def test_tables_have_the_figures_their_ratios_card_and_day():
         sd15=steps,
         **{
             "sd15-drawing-1": {
+                "plain diffusers": {"picture_s": 4.0},
                 "launched": {"picture_s": 2.0, "pixels": "x"},
                 "replayed": {"picture_s": 0.5, "pixels": "y"},
             },
@@ -211,7 +215,7 @@ def test_tables_have_the_figures_their_ratios_card_and_day():
     assert f"{title} 200 | failed | 25 | 100 (launched) |  | 20 | {origin}" in text
     assert f"{title}  | 8.00 | 2.00 | 1.25 |" in text
     assert f"{title} 3.73, 4.60 | failed |" in text
-    assert f"batch 1, infer.py |  | 0.5 | 2 | **different** | {origin}" in text
+    assert f"batch 1, infer.py | 0.25 | 0.5 | 2 | 8.00 | **different** | {origin}" in text
     assert f"| equal | **different** | {origin}" in text
     assert f"from the command to the file |  | 41.26 | {origin}" in text
     heads = {line.count("|") for line in gpu_tables.short_table(report).splitlines()}
