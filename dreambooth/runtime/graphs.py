@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from dreambooth.io.errors import type_and_reason
+from dreambooth.io.errors import is_memory_error, type_and_reason
 from dreambooth.runtime import memory
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
@@ -60,7 +60,8 @@ class CudaRecorder:
                 function()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(self.stream)
+            # also after an error: the state that its kernels write is then restored on this stream
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, function: Callable[[], object]) -> Replay:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
@@ -140,6 +141,8 @@ class Graphs:
         if self.recorder is not None:
             self.recorder.forget()
         for function in self.functions:
+            for recording in function.recordings.values():
+                recording.replay = None  # the call in which a recording failed still has the rest of it
             function.recordings.clear()
         if can_record(self.device):
             memory.release()
@@ -154,6 +157,11 @@ class Graphs:
     def outcome(self) -> str:
         """ "replayed", or "launched" and why, for the record of the run."""
         return "replayed" if self.reason is None else f"launched: {self.reason}"
+
+    @property
+    def has_replays(self) -> bool:
+        """Whether a recording holds memory."""
+        return any(r.replay is not None for function in self.functions for r in function.recordings.values())
 
     @property
     def is_full(self) -> bool:
@@ -228,6 +236,8 @@ class Replayed:
         """The outputs of the second call. It is launched; then the function is recorded, and replays must
         repeat both calls. If a bit differs, or if anything fails, nothing is replayed from now on."""
         launched, second = self._launch(recording)
+        if self.graphs.reason is not None:
+            return launched
         try:
             recording.outputs = {name: value.detach() for name, value in launched.items()}
             recording.replay = self._record(recording, second.before)
@@ -267,10 +277,24 @@ class Replayed:
             return self.graphs.recorder.record(compute)
 
     def _launch(self, recording: _Recording) -> tuple[Tensors, _LaunchedCall]:
-        """The outputs of the function as Python code, and the record of this call."""
+        """The outputs of the function as Python code, and the record of this call.
+
+        Recordings of other shapes hold the memory of a whole pass. If the call lacks it, nothing is replayed
+        from now on, and the call is made again.
+        """
         before = _Moment(
             _saved(recording.inputs.values()), _saved(self.state()), _random_states(self.graphs.device)
         )
+        try:
+            outputs = self.function(recording.inputs)
+        except RuntimeError as error:
+            if not is_memory_error(error) or not self.graphs.has_replays:
+                raise
+            reason = type_and_reason(error)
+        else:
+            return outputs, _LaunchedCall(before, self._digests(outputs))
+        self.graphs.launch_from_now_on(reason)  # out of the block above, whose error holds tensors
+        self._rewind(recording, before)
         outputs = self.function(recording.inputs)
         return outputs, _LaunchedCall(before, self._digests(outputs))
 

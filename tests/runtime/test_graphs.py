@@ -1,5 +1,6 @@
 """Recorded functions: they have the bits of launched ones, and are launched where that cannot be had."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -164,6 +165,68 @@ def test_state_is_as_launched_once_where_recording_fails(taped: Graphs) -> None:
     noises = [replayed({"x": torch.ones(2)})["noise"].clone() for _ in range(2)]
     assert torch.equal(torch.cat(noises), expected)
     assert total.tolist() == [2, 2]
+
+
+def test_failed_recording_holds_no_memory_when_the_call_is_launched_again(
+    taped: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays, function = [], ForgetsAnInput()
+    record = CountingTape.record
+
+    def watched(self: CountingTape, recorded: Callable[[], object]) -> Replay:
+        replay = record(self, recorded)
+        replays.append(weakref.ref(replay))
+        return replay
+
+    def noted(inputs: Tensors) -> Tensors:
+        alive.append(any(reference() is not None for reference in replays))
+        return function(inputs)
+
+    monkeypatch.setattr(CountingTape, "record", watched)
+    alive: list[bool] = []
+    replayed = taped.replayed(noted)
+    for _ in range(2):
+        replayed({"x": torch.ones(2)})
+    assert taped.reason == "replayed and launched kernels do not agree on number"
+    assert len(replays) == 1
+    assert alive == [False] * 5
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_launched_call_gets_the_memory_of_recordings_that_it_lacks(
+    calls_before: int, taped: Graphs, notes: list[str]
+) -> None:
+    total, failing = torch.zeros(2), [torch.OutOfMemoryError("out of memory")]
+
+    def function(inputs: Tensors) -> Tensors:
+        total.add_(inputs["x"].sum())
+        outputs = {"total": total.clone(), "noise": torch.rand(1)}
+        if len(inputs["x"]) == 3 and total[0] >= 2 + 3 * (calls_before + 1) and failing:
+            raise failing.pop()
+        return outputs
+
+    torch.manual_seed(0)
+    expected = torch.rand(calls_before + 4)
+    torch.manual_seed(0)
+    replayed = taped.replayed(function, lambda: [total])
+    sizes = [1, 1, *[3] * (calls_before + 2)]
+    outputs = [{n: v.clone() for n, v in replayed({"x": torch.ones(size)}).items()} for size in sizes]
+    assert torch.equal(torch.cat([values["noise"] for values in outputs]), expected)
+    assert [values["total"][0].item() for values in outputs] == [
+        sum(sizes[: n + 1]) for n in range(len(sizes))
+    ]
+    assert taped.outcome == "launched: OutOfMemoryError: out of memory"
+    assert len(notes) == 1
+    assert not taped.has_replays
+
+
+def test_call_that_lacks_memory_without_recordings_fails(taped: Graphs, notes: list[str]) -> None:
+    def function(inputs: Tensors) -> Tensors:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        taped.replayed(function)({"x": torch.ones(1)})
+    assert notes == []
 
 
 def test_number_of_recordings_is_bounded(taped: Graphs, notes: list[str]) -> None:
