@@ -86,7 +86,7 @@ class _NoCopies(TorchFunctionMode):
 
 
 class _NoReads(TorchDispatchMode):
-    """Raises RuntimeError where the host reads a result, as PyTorch does during a capture."""
+    """Raises RuntimeError where the host reads a result, as PyTorch does while a CUDA graph is recorded."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         indices = _tensors(args[1]) if func.overloadpacket in (aten.index, aten.index_put_) else []
@@ -97,7 +97,7 @@ class _NoReads(TorchDispatchMode):
 
 
 class _Recording(_NoReads):
-    """Takes down every operator, those of backward passes included."""
+    """Records every operator, those of backward passes included."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recorded functions on a GPU: what only a real capture can show."""
+"""Recorded functions on a GPU: what only real CUDA graphs can show."""
 
 from collections.abc import Callable
 
@@ -87,7 +87,8 @@ def test_outputs_survive_replays_of_other_functions(graphs: Graphs) -> None:
 def test_forgotten_recordings_are_made_anew_and_their_memory_is_given_back(graphs: Graphs) -> None:
     replayed = graphs.replayed(lambda inputs: {"x": (inputs["x"] @ inputs["x"]).relu() + 1})
     x = torch.ones(2048, 2048)
-    expected = replayed({"x": x})["x"].cpu()
+    for _ in range(2):  # recorded before memory is read: libraries keep a workspace for its stream
+        expected = replayed({"x": x})["x"].cpu()
     graphs.forget()
     before = torch.cuda.memory_reserved()
     for _ in range(3):
@@ -107,20 +108,20 @@ def reads_a_number(inputs: Tensors) -> Tensors:
 
 
 def waits_for_the_device(inputs: Tensors) -> Tensors:
-    """What the rehearsal does not notice, and a capture does not survive."""
+    """The rehearsal does not notice it, and the recording fails."""
     doubled = inputs["x"] * 2
     torch.cuda.synchronize()
     return {"x": doubled + torch.rand_like(doubled)}
 
 
-def raises_in_capture(inputs: Tensors) -> Tensors:
+def raises_while_recorded(inputs: Tensors) -> Tensors:
     doubled = F.dropout(inputs["x"] * 2)
     if torch.cuda.is_current_stream_capturing():
         raise KeyError("of this test")
     return {"x": doubled}
 
 
-@pytest.mark.parametrize("function", [reads_a_number, waits_for_the_device, raises_in_capture])
+@pytest.mark.parametrize("function", [reads_a_number, waits_for_the_device, raises_while_recorded])
 def test_after_a_recording_that_failed_the_process_goes_on_launched(
     graphs: Graphs, notes: list[str], function: Callable[[Tensors], Tensors]
 ) -> None:
@@ -133,7 +134,7 @@ def test_after_a_recording_that_failed_the_process_goes_on_launched(
     torch.manual_seed(3)
     failing = graphs.replayed(function)
     assert all(torch.equal(failing({"x": x})["x"], value) for value in expected)
-    # what a failed capture may leave behind: its stream, the allocator's, and the generator's state
+    # what a failed recording may leave behind: its stream, the allocator's, and the generator's state
     assert graphs.reason is not None
     assert len(notes) == 1
     assert torch.cuda.current_stream(graphs.device) == stream

@@ -92,7 +92,7 @@ def test_replayed_launched_and_resumed_runs_are_equal(
 
 @pytest.mark.trains
 def test_run_whose_steps_cannot_be_recorded_ends_well(tmp_path: Path, monkeypatch, capsys) -> None:
-    """The recording fails in the middle of a step: what a capture does not allow, and a rehearsal does."""
+    """The recording fails in the middle of a step, at what a rehearsal allows and a CUDA graph does not."""
     words = ["--max_train_steps", "8", "--lora_dropout", "0.1", "--validation_prompt", "a dog"]
     words += ["--validation_steps", "4", "--num_validation_images", "1"]
     losses = train.denoising_losses
