@@ -9,17 +9,19 @@ step has its kernels and no operators. On a CPU it counts operators alone.
 """
 
 import collections
+import runpy
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 
-import train_dreambooth_lora as train
 from dreambooth.options.command_line import fail, parse
 from dreambooth.options.training import TrainOptions
 
+SCRIPT = Path(__file__).parent.parent / "train_dreambooth_lora.py"
 STEP = 12
 LONGEST = 15  # kernels that are printed
 
@@ -43,11 +45,11 @@ def counted(events: Sequence[Any]) -> Iterator[str]:
         yield f"{sum(of_kernel):8.2f} ms  {len(of_kernel):6,} x  {name[:100]}"
 
 
-def profile_a_step() -> None:
-    """From now on a run prints the profile of its step 12."""
-    take_step = train.Training.step
+def profile_a_step(training: Any) -> None:
+    """From now on a run prints the profile of its step 12. `training` is the script's class."""
+    take_step = training.step
 
-    def profiled(self: train.Training, step: int, batches: Any) -> None:
+    def profiled(self: Any, step: int, batches: Any) -> None:
         if step != STEP - 1:  # counted from 0
             take_step(self, step, batches)
             return
@@ -62,15 +64,16 @@ def profile_a_step() -> None:
                 torch.cuda.synchronize()
         print("\n".join(counted(profile.events())), flush=True)
 
-    train.Training.step = profiled  # type: ignore[method-assign]
+    training.step = profiled
 
 
 def main(words: Sequence[str]) -> None:
     options = parse(TrainOptions, __doc__, words)
     if (options.run.max_train_steps or 0) < STEP:
         fail(f"--max_train_steps must be at least {STEP}: step {STEP} is profiled")
-    profile_a_step()
-    train.main(options)
+    script = runpy.run_path(str(SCRIPT))
+    profile_a_step(script["Training"])
+    script["main"](options)
 
 
 if __name__ == "__main__":
