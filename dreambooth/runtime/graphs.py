@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import hashlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -54,7 +55,9 @@ class CudaRecorder:
     def rehearse(self, function: Callable[[], object]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what makes the host wait for the GPU
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what makes the host wait for the GPU
         try:
             with torch.cuda.stream(self.stream):
                 function()
