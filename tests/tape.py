@@ -22,6 +22,7 @@ from dreambooth.runtime.graphs import Replay
 aten = torch.ops.aten
 # The host waits for the GPU to read their results, which a graph cannot hold.
 _HOST_READS = {
+    aten._linalg_check_errors.default,
     aten._local_scalar_dense.default,
     aten.equal.default,
     aten.masked_select.default,

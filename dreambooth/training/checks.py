@@ -43,7 +43,10 @@ def reason_not_to_record(options: TrainOptions) -> str | None:
     if adapter.rank_dropout or adapter.module_dropout:
         return "with --rank_dropout and --module_dropout the host draws what is left out"
     if run.gradient_checkpointing and (adapter.lora_dropout or adapter.text_encoder_dropout):
-        return "--gradient_checkpointing draws the dropout of --lora_dropout anew from a stored state"
+        flag = "--lora_dropout" if adapter.lora_dropout else "--text_encoder_dropout"
+        return f"--gradient_checkpointing draws the dropout of {flag} anew from a stored state"
+    if adapter.adapter == "boft":
+        return "--adapter boft solves systems of equations, and the host reads whether they were solved"
     if options.text.train_text_encoder and options.text.text_encoder_use_attention_mask:
         return "with --text_encoder_use_attention_mask the host reads the mask"
     return None

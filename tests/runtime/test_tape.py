@@ -143,6 +143,7 @@ def test_numbers_of_the_host_may_be_used() -> None:
         lambda values: torch.equal(values, values),
         lambda values: values.masked_select(values > 0),
         lambda values: torch.unique(values),
+        lambda values: torch.linalg.solve(torch.diag(values), values),
         lambda values: values.cpu(),
         lambda values: values.tolist(),
         lambda values: values.numpy(),
