@@ -57,7 +57,7 @@ class CudaRecorder:
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what makes the host wait for the GPU
+            torch.cuda.set_sync_debug_mode("error")  # a graph holds nothing that the host waits for
         try:
             with torch.cuda.stream(self.stream):
                 function()
