@@ -13,7 +13,7 @@ def enable(unet: Any, text_encoders: Iterable[Any]) -> None:
     """Checkpoint the blocks of the UNet and of the text encoders.
 
     A model with dropout needs the random state of the forward pass again in the backward pass. That state is
-    on the host, and cannot be read while a CUDA graph is captured. Without dropout it is not kept.
+    on the host, and cannot be read while a CUDA graph is recorded. Without dropout it is not kept.
     """
 
     def settings(model: torch.nn.Module) -> dict[str, Any]:
