@@ -245,7 +245,7 @@ class Training:
 
     def save_last_step(self, error: BaseException, progress: metrics.Progress) -> None:
         """Save the last completed step. Raises Stop in place of `error` if steps were skipped."""
-        if not self.optimizer_steps.is_between:
+        if not self.optimizer_steps.is_between_steps:
             return
         reason = self.loss_log.drop_skipped()
         self.saver.save_early_end(self.loss_log.completed, self.max_steps)

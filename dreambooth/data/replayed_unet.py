@@ -27,8 +27,8 @@ def graphs_of(options: GraphOptions, device: torch.device, note: Callable[[str],
 
 @contextlib.contextmanager
 def replaying(pipeline: Any, graphs: Graphs) -> Iterator[None]:
-    """Within the block the pipeline's UNet is recorded at its first call with inputs of a shape, and replayed
-    at the others. Where `graphs` records nothing, the pipeline stays as it is.
+    """Within the block the pipeline's UNet is recorded at its second call with inputs of a shape, and then
+    replayed. Where `graphs` records nothing, the pipeline stays as it is.
 
     The block may hold any number of drawings. The UNet's weights, its adapters and their scales must not
     change in it. Afterwards all recordings of `graphs` are dropped, with their memory.
@@ -42,10 +42,10 @@ def replaying(pipeline: Any, graphs: Graphs) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(
-                _replaced(unet, "forward", functools.partial(_within_memory, graphs, forward))
+                _replaced(unet, "forward", functools.partial(_launched_without_memory, graphs, forward))
             )
             if vae is not None:
-                decode = functools.partial(_within_memory, graphs, vae.decode)
+                decode = functools.partial(_launched_without_memory, graphs, vae.decode)
                 stack.enter_context(_replaced(vae, "decode", decode))
             set_timesteps = functools.partial(_set_timesteps, scheduler)
             stack.enter_context(_replaced(scheduler, "set_timesteps", set_timesteps))
@@ -63,12 +63,15 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
     try:
         yield
     finally:
-        delattr(owner, name)
-        if before is not None:
+        if before is None:
+            delattr(owner, name)
+        else:
             setattr(owner, name, before)
 
 
-def _within_memory(graphs: Graphs, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def _launched_without_memory(
+    graphs: Graphs, function: Callable[..., Any], *arguments: Any, **keywords: Any
+) -> Any:
     """What the function returns. If memory runs out, the function is called again without recordings, which
     hold the memory of a whole pass."""
     try:

@@ -66,9 +66,11 @@ class LossLog:
             self._raise_if_nonfinite(self.completed, losses, None)
 
     def check_norm(self, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Call this before the optimizer steps. Raises Stop if `grad_norm` is not finite, but not with fp16,
-        whose scaler skips such a step, and lowers its scale, on the device. Nor does it on a device that
-        checks both: the device then skips the step if a loss or the norm is not finite."""
+        """Check the next step's `grad_norm`, a scalar, before the optimizer steps. `losses` are [slots].
+
+        Where the device checks, it skips the step if a loss or the norm is not finite. With fp16 the scaler
+        skips the step and lowers its scale. Else this raises Stop if the norm is not finite.
+        """
         if not self.is_checked_on_device and not self.scaler.is_enabled():
             self._raise_if_nonfinite(self.completed, losses[:0], grad_norm)
         elif self.is_checked_on_device:
@@ -120,7 +122,7 @@ class LossLog:
             raise Stop(
                 f"the loss of step {index + 1} is not finite ({values}) at {pictures}; it was not applied"
             )
-        # With fp16 the scaler skips such a step and lowers its scale.
+        # with fp16 the scaler skips such a step
         if grad_norm is not None and not self.scaler.is_enabled() and not torch.isfinite(grad_norm):
             raise Stop(f"the gradients of step {index + 1} are not finite; they were not applied")
 

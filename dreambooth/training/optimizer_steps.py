@@ -16,10 +16,10 @@ class OptimizerSteps:
     def __init__(self, graphs: Graphs, trainables: Trainables, loss_log: LossLog, *, max_norm: float):
         """`max_norm` is --max_grad_norm; 0 clips nothing."""
         self.trainables, self.loss_log, self.max_norm = trainables, loss_log, max_norm or math.inf
-        self.is_between = True
+        self.is_between_steps = True
         """False while a step is half done and must not be saved."""
         can_be_recorded = optimizers.can_be_recorded(trainables.optimizer)
-        self.run = graphs.replayed(self.clip_and_step, self._state, is_recorded=can_be_recorded)
+        self.run_clip_and_step = graphs.replayed(self.clip_and_step, self._state, is_recorded=can_be_recorded)
 
     def take(self, step: int, losses: Tensors) -> None:
         """Take step number `step`, counted from 0, with the gradients in `trainables.gradient_sum`. `losses`
@@ -30,9 +30,9 @@ class OptimizerSteps:
         """
         learning_rates = self.trainables.set_learning_rates(step)
         self.loss_log.check_losses(losses["loss"])
-        grad_norm = self.run({"loss": losses["loss"]})["grad_norm"].clone()
+        grad_norm = self.run_clip_and_step({"loss": losses["loss"]})["grad_norm"].clone()
         self.loss_log.add(StepRecord(step, losses, grad_norm, learning_rates))
-        self.is_between = True
+        self.is_between_steps = True
 
     def clip_and_step(self, inputs: Tensors) -> Tensors:
         """Clip the gradients and step. `inputs` has `loss`, [slots]; the result has `grad_norm`, a scalar. A
@@ -48,7 +48,7 @@ class OptimizerSteps:
         # check
         self.loss_log.check_norm(inputs["loss"], norm)
         # step
-        self.is_between = False
+        self.is_between_steps = False
         trainables.optimizer_step()
         return {"grad_norm": norm}
 

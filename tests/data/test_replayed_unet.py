@@ -45,16 +45,12 @@ class Recorder(TapeRecorder):
         return counted
 
 
-def fail(note: str) -> None:
-    pytest.fail(note)
-
-
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Drawing records on this CPU. How often each recording was replayed."""
 
     def make(device: torch.device, reason: str | None, note: Callable[[str], None]) -> Graphs:
-        made = Graphs(device, reason, fail, Recorder)
+        made = Graphs(device, reason, pytest.fail, Recorder)
         made.reason = reason  # not that it is a CPU
         return made
 
@@ -101,7 +97,7 @@ def test_pictures_are_those_of_launched_kernels(base, sampler, request, replays)
     batches = [([1, 2], 7.5), ([3], 7.5), ([4, 5], 1.0)]
     launched = [draw(*batch) for batch in batches]
     assert len({picture for pictures in launched for picture in pictures}) == 5
-    with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+    with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)):
         assert [draw(*batch) for batch in batches] == launched
     assert draw(*batches[0]) == launched[0]
     # one recording for each shape: two pictures without guidance are a batch as large as one with guidance
@@ -118,7 +114,7 @@ def test_timestep_may_be_a_number_or_a_tensor_and_predictions_are_kept(tiny_base
     timesteps = [1, 999, 7.5, 500.25, torch.tensor(3), torch.tensor(900), *rows]
     with torch.no_grad():
         launched = [unet(sample, timestep, text).sample for timestep in timesteps]
-        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)):
             replayed = [unet(sample, timestep, text).sample for timestep in timesteps]
             (prediction,) = unet(sample, 1, encoder_hidden_states=text, return_dict=False)
     assert all(map(torch.equal, replayed, launched))
@@ -136,7 +132,7 @@ def test_other_tensors_are_inputs_too_and_what_is_no_tensor_is_launched(tiny_bas
     calls += [{"cross_attention_kwargs": {}}, {"class_labels": None, "encoder_attention_mask": None}]
     with torch.no_grad():
         launched = [unet(**call).sample for call in calls]
-        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+        with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)):
             assert all(map(torch.equal, [unet(**call).sample for call in calls], launched))
     assert len({prediction.numpy().tobytes() for prediction in launched}) == 4
     assert replays == [3]
@@ -145,7 +141,7 @@ def test_other_tensors_are_inputs_too_and_what_is_no_tensor_is_launched(tiny_bas
 def test_pipeline_and_graphs_are_as_before_after_drawing(tiny_base, replays):
     pipeline, draw = load(tiny_base)
     before = {**vars(pipeline.unet)}
-    recorded = replayed_unet.graphs_of(GraphOptions(), CPU, fail)
+    recorded = replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)
 
     def draw_and_stop() -> None:
         with replayed_unet.replaying(pipeline, recorded):
@@ -168,7 +164,7 @@ def test_timesteps_stay_in_main_memory_while_pictures_are_drawn(replays):
             self.timesteps = SimpleNamespace(cpu=lambda: f"{count} timesteps, from {device} to main memory")
 
     pipeline = SimpleNamespace(unet=torch.nn.Identity(), scheduler=Sampler())
-    with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+    with replayed_unet.replaying(pipeline, replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)):
         pipeline.scheduler.set_timesteps(3, device="cuda")
     assert pipeline.scheduler.timesteps == "3 timesteps, from cuda to main memory"
 
@@ -199,9 +195,9 @@ def test_recordings_are_dropped_where_memory_runs_out(part, tiny_base, replays, 
 
 def test_nothing_is_recorded_without_a_gpu_and_with_the_flag_off(tiny_base, replays, monkeypatch):
     pipeline, draw = load(tiny_base)
-    off = replayed_unet.graphs_of(GraphOptions(cuda_graph="off"), CPU, fail)
+    off = replayed_unet.graphs_of(GraphOptions(cuda_graph="off"), CPU, pytest.fail)
     monkeypatch.undo()
-    for launched in (off, replayed_unet.graphs_of(GraphOptions(), CPU, fail)):
+    for launched in (off, replayed_unet.graphs_of(GraphOptions(), CPU, pytest.fail)):
         with replayed_unet.replaying(pipeline, launched):
             draw([1])
             assert "forward" not in vars(pipeline.unet)
