@@ -300,7 +300,7 @@ def _diffusers_model(
     configs.check_fit(wanted.keys() - keys.keys(), mismatched)
 
     largest = max(weights[keys[name]].size for name in wanted)
-    memory = threading.local()
+    of_thread = threading.local()
 
     def read(name: str) -> torch.Tensor:
         weight = weights[keys[name]]
@@ -310,10 +310,10 @@ def _diffusers_model(
         layout = torch.channels_last if len(weight.shape) == 4 else torch.preserve_format
         if device.type == "cpu" and weight.torch_dtype == weight_dtype and len(weight.shape) != 4:
             return weight[...]  # as it is in the file
-        # One buffer for each thread: the first use of a page of memory takes longer than to fill it.
-        if not hasattr(memory, "buffer"):
-            memory.buffer = torch.empty(largest, dtype=torch.uint8)
-        tensor = weight.read(memory.buffer)
+        # one buffer for each thread: the first use of a page of memory takes longer than filling it
+        if not hasattr(of_thread, "buffer"):
+            of_thread.buffer = torch.empty(largest, dtype=torch.uint8)
+        tensor = weight.read(of_thread.buffer)
         if device.type == "cuda":  # which casts faster, and without new pages of main memory
             tensor = tensor.to(device)
         return tensor.to(device, weight_dtype, memory_format=layout, copy=device.type != "cuda")

@@ -25,8 +25,8 @@ from dreambooth.runtime import memory
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 Replay: TypeAlias = Callable[[], None]
-_MOST_GRAPHS = 16  # of one run; each holds descriptions of thousands of kernels
-# Graphs whose recording failed. Up to torch 2.11 the allocator of pinned memory goes on asking them.
+_MOST_GRAPHS = 16  # of one `Graphs`; each holds descriptions of thousands of kernels
+# Graphs whose recording failed. They are kept: up to torch 2.11 the allocator of pinned memory uses them.
 _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
@@ -40,8 +40,8 @@ class Recorder(Protocol):
         """Record `function` without computing anything. Each call of the result computes it once."""
 
     def forget(self) -> None:
-        """Wait for replays that are running. Call this before all recordings are dropped, and before others
-        are made."""
+        """Wait for running replays. This is called before all recordings are dropped; later ones share no
+        memory with them."""
 
 
 class CudaRecorder:
@@ -107,6 +107,11 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def launched_note(reason: str) -> str:
+    """The line that tells the user that nothing is replayed."""
+    return f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}"
+
+
 class Graphs:
     """The recorded functions of one run. `reason` says why functions are launched; None while they are
     recorded."""
@@ -118,7 +123,7 @@ class Graphs:
         note: Callable[[str], None],
         make_recorder: Callable[[torch.device], Recorder] | None = None,
     ):
-        """`reason` is given if nothing shall be recorded; `note` is called with a line if recording fails.
+        """`reason` says why nothing shall be recorded; None records. `note` gets a line if recording fails.
         `make_recorder` makes the recorder, by default a `CudaRecorder`."""
         self.device, self.note, self.reason = device, note, reason
         if reason is None and not can_record(device):
@@ -140,7 +145,7 @@ class Graphs:
         return self.functions[-1]
 
     def forget(self) -> None:
-        """Drop all recordings and their memory. The next call of each function records it anew."""
+        """Drop all recordings and their memory. The second call of each function from now on is recorded."""
         if self.recorder is not None:
             self.recorder.forget()
         for function in self.functions:
@@ -154,11 +159,11 @@ class Graphs:
         """Record and replay no more, because of `reason`."""
         self.reason = reason
         self.forget()
-        self.note(f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}")
+        self.note(launched_note(reason))
 
     @property
     def outcome(self) -> str:
-        """ "replayed", or "launched" and why, for the record of the run."""
+        """For the record of the run: `replayed`, or `launched: ` and the reason."""
         return "replayed" if self.reason is None else f"launched: {self.reason}"
 
     @property
@@ -190,11 +195,11 @@ class _LaunchedCall:
 
 @dataclasses.dataclass
 class _Recording:
-    """A recorded function: `replay` reads `inputs` and fills `outputs`. There is no replay before the second
-    call."""
+    """A function for inputs of one signature: `replay` reads `inputs` and fills `outputs`. Before the second
+    call there is no replay yet."""
 
     inputs: Tensors
-    first: _LaunchedCall | None = None
+    first: _LaunchedCall | None = None  # between the first and the second call
     outputs: Tensors = dataclasses.field(default_factory=dict)
     replay: Replay | None = None
 

@@ -67,7 +67,7 @@ def check_device(options: TrainOptions, device: torch.device, mixed_precision: s
     notes = []
     reason = reason_not_to_record(options)
     if graphs.can_record(device) and reason and options.speed.cuda_graph == "auto":
-        notes.append(f"steps are launched kernel by kernel, not replayed from a CUDA graph: {reason}")
+        notes.append(graphs.launched_note(reason))
     if options.speed.compile:
         notes.append(compilation.note(device, is_recorded=reason is None))
     return notes
