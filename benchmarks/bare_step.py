@@ -2,10 +2,10 @@
 
     python -m benchmarks.bare_step BASE SIDE BATCH DEVICE STEPS REPORT
 
-It is measured twice, launched kernel by kernel and captured in one CUDA graph. A program that trains
+It is measured twice, launched kernel by kernel, and replayed from one CUDA graph. A program that trains
 computes at least this. REPORT is a JSON file with the figures of each, by name: `step_s` (seconds a step,
 the GPU synchronised before and after STEPS steps), `peak_gib` and `reserved_gib` (torch's maxima of
-memory). The precision is bfloat16. On a CPU it is float32, nothing is captured and no memory is counted:
+memory). The precision is bfloat16. On a CPU it is float32, nothing is replayed and no memory is counted:
 the same step is measured twice.
 """
 
@@ -47,26 +47,26 @@ def make_inputs(unet: Any, side: int, batch: int, device: str) -> dict[str, Any]
 
 
 def make_step(
-    unet: Any, trained: list[torch.nn.Parameter], inputs: dict[str, Any], *, is_captured: bool
+    unet: Any, trained: list[torch.nn.Parameter], inputs: dict[str, Any], *, is_recorded: bool
 ) -> Step:
-    """One step of training. One that will be captured keeps its gradients in the same tensors."""
+    """One step of training. One that will be recorded keeps its gradients in the same tensors."""
     target = torch.randn(inputs["sample"].shape, device=inputs["sample"].device)
     device = target.device.type
-    # the state of a captured AdamW must be on the GPU
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=is_captured)
+    # the state of a recorded AdamW must be on the GPU
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=is_recorded)
 
     def step() -> None:
         # autocast keeps casts of weights for later passes; a graph's memory must hold none from before it
-        with torch.autocast(device, unet.dtype, enabled=device == "cuda", cache_enabled=not is_captured):
+        with torch.autocast(device, unet.dtype, enabled=device == "cuda", cache_enabled=not is_recorded):
             prediction = unet(**inputs).sample
         F.mse_loss(prediction.float(), target).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not is_captured)
+        optimizer.zero_grad(set_to_none=not is_recorded)
 
     return step
 
 
-def capture(step: Step) -> Step:
+def recorded(step: Step) -> Step:
     """The replay of `step`, recorded after a warm-up on a stream of its own, as CUDA graphs require."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -97,15 +97,15 @@ def main(base: str, side: int, batch: int, device: str, steps: int, report: str)
     unet, trained = unet_with_lora(base, torch.bfloat16 if on_gpu else torch.float32, device)
     inputs = make_inputs(unet, side, batch, device)
     figures: dict[str, dict[str, float]] = {}
-    for name in ("launched", "captured"):
-        is_captured = on_gpu and name == "captured"
+    for name in ("launched", "replayed"):
+        is_recorded = on_gpu and name == "replayed"
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         for parameter in trained:
             parameter.grad = None
-        step = make_step(unet, trained, inputs, is_captured=is_captured)
-        step = capture(step) if is_captured else step
+        step = make_step(unet, trained, inputs, is_recorded=is_recorded)
+        step = recorded(step) if is_recorded else step
         figures[name] = {
             "step_s": seconds_a_step(step, steps, torch.cuda.synchronize if on_gpu else lambda: None)
         }

@@ -13,8 +13,8 @@ turn; it needs torchvision and tensorboard. Its sibling train_dreambooth_lora_sd
 same folder.
 
 Writes `benchmarks/results/gpu.json`, and the tables of README.md and docs/speed.md. Ends with status 1 if
-a program failed, and with 2 for a wrong flag or where there is no GPU. `--device cpu --tiny` goes the
-same way on tiny bases without one, and shows no speed.
+a program failed, and with 2 for a wrong flag or where there is no GPU. `--device cpu --tiny` runs the
+same programs on tiny bases without a GPU, to try the benchmark itself.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def run(
     return started, ended
 
 
-def steps_of(output: Path) -> list[dict[str, Any]]:
+def records_of(output: Path) -> list[dict[str, Any]]:
     """The complete records of metrics.jsonl; [] before it exists."""
     path = output / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -137,12 +137,12 @@ def train_here(case: Case, program: str, place: Place, environment: Mapping[str,
     first_step: list[float] = []
 
     def look() -> bool:
-        if not first_step and any("images_per_second" in record for record in steps_of(place.output)):
+        if not first_step and any("images_per_second" in record for record in records_of(place.output)):
             first_step.append(time.monotonic())
         return False
 
     started, ended = run(gpu_cases.train_words(case, program, place), place, environment, look)
-    records = steps_of(place.output)
+    records = records_of(place.output)
     phases = [record["memory"] for record in records if "memory" in record]
     # each record has the rate since the last reading of losses, at which the GPU was waited for
     pictures = case.batch * (2 if "--with_prior_preservation" in case.flags else 1)
@@ -301,14 +301,12 @@ def mistakes(
             f"--photos: {options.photos} must have {PHOTOS} files {', '.join(gpu_cases.SUFFIXES)}"
         )
     for key, value in now.items():
+        earlier = (held or now)[key]
         # results with the example are also continued without --reference
-        if (
-            held is not None
-            and held[key] != value
-            and not (key == "reference_sha256" and None in (held[key], value))
-        ):
+        is_continued = key == "reference_sha256" and None in (earlier, value)
+        if earlier != value and not is_continued:
             messages.append(
-                f"{options.results()} has results of another {key}: {held[key]}, not {value}; "
+                f"{options.results()} has results of another {key}: {earlier}, not {value}; "
                 "give another --output, or remove it"
             )
     return messages
@@ -340,7 +338,7 @@ def write(options: Options, report: dict[str, Any]) -> None:
         gpu_tables.write_pages(report)
 
 
-def shown(figures: Figures) -> Figures:
+def rounded_and_dated(figures: Figures) -> Figures:
     """Figures of four digits, and the day."""
     numbers = {name: rounded(value) if isinstance(value, float) else value for name, value in figures.items()}
     return {**numbers, "date": datetime.date.today().isoformat()}
@@ -366,7 +364,7 @@ def measure_all(options: Options, place: Place, report: dict[str, Any]) -> list[
         finally:
             clear(place)
         rows = report["cases"].setdefault(name, {})
-        rows.update({key: shown(value) for key, value in figures.items()})
+        rows.update({key: rounded_and_dated(value) for key, value in figures.items()})
         measured |= {(name, key) for key in figures}
         for key in figures:
             print(f"{name}, {key}: {json.dumps(rows[key])}", flush=True)

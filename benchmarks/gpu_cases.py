@@ -18,7 +18,7 @@ PRECISION = {"cuda": "bf16", "cpu": "no"}
 REPLAYED, LAUNCHED, COMPILED = "replayed", "launched", "compiled, replayed"
 EXAMPLE, PLAIN, RESUMED = "diffusers' example", "plain diffusers", "killed, resumed"
 BARE_REPLAYED = "bare, replayed"
-BARE = {"bare, launched": "launched", BARE_REPLAYED: "captured"}  # by the names in bare_step.py's report
+BARE = {"bare, launched": "launched", BARE_REPLAYED: "replayed"}  # the names in the report of bare_step.py
 OURS = {
     LAUNCHED: "--cuda_graph off",
     REPLAYED: "--cuda_graph auto",
@@ -152,8 +152,13 @@ def _drawing(base: str, batch: int, what: str = "infer.py") -> Case:
     return Case(title, base, side, programs, measures="pictures", batch=batch, steps=25)
 
 
+def _hashed(title: str, base: str, side: int, flags: str) -> Case:
+    """Runs whose adapters are compared. The one that is resumed is killed after its first checkpoint."""
+    flags = f"{flags} --checkpointing_steps {{saved}}"
+    return Case(title, base, side, HASHES, measures="hashes", flags=flags, steps=24)
+
+
 EVERYTHING = f"{TEXT} {PRIOR} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip"
-HASHED = "--checkpointing_steps {saved}"  # the run that is resumed is killed after the first checkpoint
 CASES: dict[str, Case] = {
     "sd15": _training("sd15", is_bare=True),
     "sdxl": _training("sdxl", is_bare=True),
@@ -176,27 +181,30 @@ CASES: dict[str, Case] = {
     "recipe-sdxl-6gb": _recipe("sdxl_6gb.yaml"),  # needs torchao
     **{f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)},
     "sd15-class-images-4": _drawing("sd15", 4, "class images"),
-    "same-embedded-fp32": Case(
+    "same-embedded-fp32": _hashed(
         "embedded base, float32, text encoder, prior preservation, dropout, accumulation",
-        *("embedded", 64, HASHES, "hashes"),
-        flags=f"--mixed_precision no {EVERYTHING} {HASHED}",
-        steps=24,
+        "embedded",
+        64,
+        f"--mixed_precision no {EVERYTHING}",
     ),
-    "same-embedded-bf16": Case(
+    "same-embedded-bf16": _hashed(
         "embedded base, bfloat16, text encoder, prior preservation, dropout, accumulation",
-        *("embedded", 64, HASHES, "hashes"),
-        flags=f"--mixed_precision bf16 {EVERYTHING} {HASHED}",
-        steps=24,
+        "embedded",
+        64,
+        f"--mixed_precision bf16 {EVERYTHING}",
     ),
-    "same-sd15-bf16": Case(
+    "same-sd15-bf16": _hashed(
         "Stable Diffusion 1.5, bfloat16, text encoder, dropout, accumulation",
-        *("sd15", 512, HASHES, "hashes"),
-        flags=f"{TEXT} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip {HASHED}",
-        steps=24,
+        "sd15",
+        512,
+        f"{TEXT} --lora_dropout 0.1 --gradient_accumulation_steps 2 --random_flip",
     ),
     "subject": Case(
         "Stable Diffusion 1.5, 512 px, batch 1, 800 steps, from the command to the file",
-        *("sd15", 512, (LAUNCHED, REPLAYED), "whole run"),
+        "sd15",
+        512,
+        (LAUNCHED, REPLAYED),
+        measures="whole run",
         steps=800,
     ),
 }

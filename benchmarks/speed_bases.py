@@ -144,5 +144,7 @@ def _pipeline(shape: Shape) -> Any:
 
 
 if __name__ == "__main__":
-    name, folder, device, dtype = (*sys.argv[1:], *("cpu", "float32")[len(sys.argv) - 3 :])
+    name, folder, *others = sys.argv[1:]
+    device = others[0] if others else "cpu"
+    dtype = others[1] if len(others) > 1 else "float32"
     build(name, Path(folder), device, getattr(torch, dtype))
