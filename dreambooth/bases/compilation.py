@@ -35,16 +35,16 @@ def note(device: torch.device, *, is_recorded: bool) -> str:
         return "--compile is for GPUs: on a CPU it compiles for minutes, and steps are hardly faster"
     if not is_recorded:
         return (
-            "--compile without --cuda_graph hardly pays: blocks that are compiled and launched were slower"
-            " than plain ones on an H200"
+            "--compile hardly pays where steps are not replayed from a CUDA graph: launched blocks were"
+            " slower compiled than plain on an H200"
         )
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return (
         "--compile takes a minute or more in the first step, less where the compiler's cache holds blocks of"
         f" an earlier run ({shown(cache_dir())}; TORCHINDUCTOR_CACHE_DIR names another folder). With Stable"
-        " Diffusion 1.5 on an H200 it took some 60 s, and a step 19 ms in place of 26: it pays from 8,600"
-        " steps"
+        " Diffusion 1.5 on an H200 it took some 60 s, and a bare step 19 ms in place of 26: it pays from"
+        " 8,600 steps"
     )
 
 

@@ -31,7 +31,7 @@ class SpeedOptions(GraphOptions):
     Default: `encoded` in the output folder."""
     compile: bool = False
     """Compile the UNet's blocks (torch.compile): the first step takes a minute or more, later steps are
-    faster. It pays in runs of thousands of steps, on GPUs and together with --cuda_graph. The last bits of
+    faster. It pays in runs of thousands of steps that are replayed (see --cuda_graph). The last bits of
     results change."""
     quantize_base: Literal["int8", "nf4"] | None = None
     """Keep the UNet's frozen layers in 8 bits (torchao package) or 4 bits (bitsandbytes package): less

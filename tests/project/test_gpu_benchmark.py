@@ -319,12 +319,10 @@ def test_kernels_are_counted_apart_from_copies_and_annotations():
 @pytest.mark.parametrize(
     "words",
     [
-        *(
-            "--cuda_graph off",
-            "--offload",
-            "--adapter loha --rank_dropout 0.1",
-            "--adapter loha --module_dropout 0.1",
-        ),
+        "--cuda_graph off",
+        "--offload",
+        "--adapter loha --rank_dropout 0.1",
+        "--adapter loha --module_dropout 0.1",
         "--adapter boft",
         "--gradient_checkpointing --lora_dropout 0.1",
         "--gradient_checkpointing --train_text_encoder --text_encoder_dropout 0.1",

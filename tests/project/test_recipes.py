@@ -59,17 +59,8 @@ OF_RECIPE: dict[str, dict[str, Any]] = {
 
 
 def options_of(recipe: str, *words: str) -> TrainOptions:
-    needed = (
-        "--instance_data_dir",
-        "d",
-        "--instance_prompt",
-        "p",
-        "--class_prompt",
-        "c",
-        "--class_data_dir",
-        "e",
-    )
-    return parse(TrainOptions, "", ["--config", str(CONFIGS / f"{recipe}.yaml"), *needed, *words])
+    needed = "--instance_data_dir d --instance_prompt p --class_prompt c --class_data_dir e"
+    return parse(TrainOptions, "", ["--config", str(CONFIGS / f"{recipe}.yaml"), *needed.split(), *words])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -133,7 +124,7 @@ class Phases:
 
     @staticmethod
     def _all_models() -> list[Any]:
-        return [thing for thing in gc.get_objects() if isinstance(thing, MODELS)]
+        return [model for model in gc.get_objects() if isinstance(model, MODELS)]
 
     def models(self) -> list[str]:
         """The classes of the models whose weights this run holds."""

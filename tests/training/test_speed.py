@@ -135,5 +135,5 @@ def test_what_compiling_costs_is_said_before_it_begins(tmp_path, monkeypatch):
     recorded = compilation.note(gpu, is_recorded=True)
     assert str(tmp_path / "compiled") in recorded
     assert "pays from 8,600 steps" in recorded
-    assert "without --cuda_graph hardly pays" in compilation.note(gpu, is_recorded=False)
+    assert "--compile hardly pays where steps are not replayed" in compilation.note(gpu, is_recorded=False)
     assert "on a CPU it compiles for minutes" in compilation.note(torch.device("cpu"), is_recorded=False)
