@@ -223,13 +223,15 @@ def _one_ahead(
     """Each chunk with its pictures. Before they are waited for, the next chunk is begun: a GPU draws it while
     they are saved. What `begin` raises is raised after the chunk before it."""
     waiting: tuple[Chunk, Callable[[], list[Image.Image]]] | None = None
-    for chunk in (*chunks, None):
+    for chunk in chunks:
         try:
-            begun = (chunk, begin(chunk)) if chunk is not None else None
+            begun = chunk, begin(chunk)
         finally:
             if waiting is not None:
                 yield waiting[0], waiting[1]()
         waiting = begun
+    if waiting is not None:
+        yield waiting[0], waiting[1]()
 
 
 def _begin(

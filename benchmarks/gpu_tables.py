@@ -186,8 +186,9 @@ def _how(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"One run of each program, in turn, every one a process of its own, on one {report['card']} with "
-        f"{report['cores']} cores; {versions}. The bases have random weights, and LoRA of rank 4 is on the "
-        "attention layers, in bf16. Launched: `--cuda_graph off`; replayed: `--cuda_graph auto`; compiled: "
+        f"{report['cores']} cores; {versions}. The bases have random weights. Where a row names no other "
+        "settings, LoRA of rank 4 is on the attention layers, in bf16. "
+        "Launched: `--cuda_graph off`; replayed: `--cuda_graph auto`; compiled: "
         "`--compile` too. The bare step is forward, backward and fused AdamW of the UNet with peft's LoRA, "
         "and nothing else. Steps are timed with the GPU synchronised at both ends, after a warm-up. The "
         "first step is counted from the command. Memory is torch's maximum of all phases. Pictures have 25 "

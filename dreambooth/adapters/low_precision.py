@@ -81,9 +81,9 @@ class StepWeights:
 
 def _projections(layer: Any, name: str) -> list[Any]:
     """The modules of a LoRA layer, A and B, whose weights autocast casts in every use."""
-    if name not in layer.lora_A or name in layer.lora_variant:  # of embeddings; DoRA
+    if name not in layer.lora_A or name in layer.lora_variant:  # an embedding; DoRA
         return []
-    pair = [layer.lora_A[name], layer.lora_B[name]]
+    projections = [layer.lora_A[name], layer.lora_B[name]]
     if not isinstance(layer.lora_dropout[name], nn.Identity):
-        pair = pair[1:]
-    return [projection for projection in pair if type(projection) in (nn.Linear, nn.Conv2d)]
+        del projections[0]  # peft computes dropout in A's precision
+    return [projection for projection in projections if type(projection) in (nn.Linear, nn.Conv2d)]

@@ -380,6 +380,7 @@ def make(
     """Fill `folder` with `total` pictures that the base draws, shared among `peers`.
 
     The base is loaded only if pictures are missing. If another run is filling the folder, this one waits.
+    `speed` says whether the UNet may be replayed.
     Raises UserError as `fill` does, Stop if `watch` requests it.
     """
     # Processes may have different hardware: the main process decides.

@@ -279,7 +279,7 @@ def test_parts_have_factors_on_the_command_line(tiny_base, files, tmp_path):
     assert some[0]["adapters"][0]["weights"] == {"unet": 0.0, "text_encoder": 0.0, "unet.up_blocks": 0.5}
 
 
-def test_the_table_says_what_wprepared(tiny_base, files, tmp_path, capsys):
+def test_the_table_says_what_will_be_drawn(tiny_base, files, tmp_path, capsys):
     run(
         tiny_base,
         tmp_path / "out",
