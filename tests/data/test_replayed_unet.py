@@ -13,14 +13,13 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 import generate_class_images
 import infer
 from dreambooth.adapter_files import writing
-from dreambooth.bases import families, pipelines
 from dreambooth.data import replayed_unet
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.speed import GraphOptions
-from dreambooth.options.training import BaseOptions
 from dreambooth.runtime.graphs import Graphs
 from dreambooth.runtime.stops import Stop
+from tests import drawing
 from tests.drawn_adapters import ATTENTION, adapter_of, dora, lora
 from tests.running import digest, run_train
 from tests.tape import TapeRecorder
@@ -59,25 +58,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return Recorder.counts
 
 
-def load(folder: Path) -> tuple[Any, Callable[..., list[bytes]]]:
+def load(folder: Path, sampler: Any = None) -> tuple[Any, Callable[..., list[bytes]]]:
     """(pipeline, function that draws one batch of these seeds)."""
-    base = families.find(BaseOptions(str(folder)))
-    pipeline = pipelines.load_pipeline(base, torch.float32, CPU)
-    with torch.no_grad():
-        cache = pipelines.text_of(pipeline, base).encode_all(["a dog", ""], lambda: None)
-
-    def draw(seeds: list[int], guidance_scale: float = 7.5) -> list[bytes]:
-        images = pipelines.draw(
-            pipeline,
-            cache.of(["a dog"] * len(seeds)),
-            cache.of([""]),
-            seeds,
-            num_inference_steps=3,
-            guidance_scale=guidance_scale,
-        )
-        return [image.tobytes() for image in images]
-
-    return pipeline, draw
+    pipeline, begin = drawing.load(folder, steps=3, dtype=torch.float32, device=CPU, sampler=sampler)
+    return pipeline, lambda *batch: begin(*batch)()
 
 
 @pytest.mark.parametrize(
@@ -91,9 +75,7 @@ def load(folder: Path) -> tuple[Any, Callable[..., list[bytes]]]:
     ],
 )
 def test_pictures_are_those_of_launched_kernels(base, sampler, request, replays):
-    pipeline, draw = load(request.getfixturevalue(base))
-    if sampler is not None:
-        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    pipeline, draw = load(request.getfixturevalue(base), sampler)
     batches = [([1, 2], 7.5), ([3], 7.5), ([4, 5], 1.0)]
     launched = [draw(*batch) for batch in batches]
     assert len({picture for pictures in launched for picture in pictures}) == 5
