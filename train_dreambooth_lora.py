@@ -27,7 +27,7 @@ from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.io import console
-from dreambooth.runtime import memory
+from dreambooth.runtime import environment, memory
 from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
@@ -129,7 +129,7 @@ class Training:
         It is a function of tensors on the device: `inputs` has the fields of a Task, the prompts, and time
         ids. A GPU records it once and then replays it, without this Python code; see runtime/graphs.py.
         """
-        with self.trainables.step_weights.in_place():
+        with self.trainables.step_weights.in_place(), environment.deterministic(self.device):
             task = objectives.Task.of(inputs)
             # prediction
             model_output = self.predict(task, self.frozen.prompt_embeds(inputs), inputs.get("time_ids"))

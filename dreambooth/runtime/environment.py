@@ -1,10 +1,13 @@
 """The environment of a run: settings and versions that change only the last bits of a result."""
 
+import contextlib
 import importlib.metadata
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 
 def environment(device: torch.device, libraries: Iterable[str], **settings: Any) -> dict[str, Any]:
@@ -32,3 +35,30 @@ def processor(device: torch.device) -> dict[str, Any]:
         tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
         return {"name": torch.cuda.get_device_name(device), "tf32": tf32}
     return {}
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within the block, which holds forward and backward passes, kernels on CUDA give the same bits at every
+    call.
+
+    Without it torch's fused kernels of attention add up gradients in an order that changes from call to call,
+    and cuDNN may choose such kernels for convolutions. torch raises RuntimeError for operators that have no
+    deterministic kernel (`torch.use_deterministic_algorithms` lists them); the models here have none of them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # the only sizes of its workspace with which cuBLAS gives the same bits on several streams
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    settings: Any = torch.utils.deterministic
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # kernels that would only make errors visible
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        settings.fill_uninitialized_memory = filled

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dreambooth.runtime.environment import deterministic
 from dreambooth.runtime.graphs import CudaRecorder, Graphs, Tensors
 
 
@@ -27,11 +28,12 @@ def network(device: torch.device) -> torch.nn.Sequential:
 
 def loss_and_gradients(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[Tensors], Tensors]:
     def function(inputs: Tensors) -> Tensors:
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            features = model(inputs["images"]).flatten(2)
-            attended = F.scaled_dot_product_attention(features, features, features, dropout_p=0.1)
-        loss = attended.float().square().mean()
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with deterministic(inputs["images"].device):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                features = model(inputs["images"]).flatten(2)
+                attended = F.scaled_dot_product_attention(features, features, features, dropout_p=0.1)
+            loss = attended.float().square().mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
         return {"loss": loss.detach(), "gradients": torch.cat([g.flatten() for g in gradients])}
 
     return function
@@ -39,6 +41,23 @@ def loss_and_gradients(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[
 
 def equal(outputs: Tensors, expected: Tensors) -> bool:
     return all(torch.equal(outputs[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [40, 64])
+def test_gradients_of_attention_at_full_size_are_the_same_at_every_call(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> None:
+    """By default their sums over 4,096 tokens have another order at every call."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = torch.randn(3, 1, 8, 4096, width, generator=generator).to(device, dtype).unbind()
+    query, key, value = (tensor.requires_grad_() for tensor in tensors)
+    gradients = []
+    for _ in range(3):
+        with deterministic(device):
+            loss = F.scaled_dot_product_attention(query, key, value).float().square().sum()
+            gradients.append(torch.autograd.grad(loss, (query, key, value)))
+    assert all(torch.equal(a, b) for later in gradients[1:] for a, b in zip(gradients[0], later, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

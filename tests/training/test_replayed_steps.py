@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 import train_dreambooth_lora as train
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
-from dreambooth.runtime import graphs
+from dreambooth.runtime import environment, graphs
 from dreambooth.training import loss_log, step_inputs
+from dreambooth.training.trainables import Trainables
 from tests import tiny
 from tests.running import (
     adapter_after,
@@ -182,3 +183,21 @@ def test_steps_that_cannot_be_replayed_are_launched_with_one_line(
     assert how_steps_were_taken(adapter).startswith(f"launched: {reason}")
     if make_wrong is not Counts:
         assert same_tensors(adapter, launched / adapter.name)
+
+
+@pytest.mark.trains
+def test_steps_run_with_the_deterministic_kernels_of_a_gpu(
+    taped, tiny_base, photos_dir, launched, tmp_path, monkeypatch
+):
+    """No operator of a step lacks such a kernel on this CPU, and gradients are taken within the block."""
+    deterministic, gradients = environment.deterministic, Trainables.gradients
+
+    def checked(self: Trainables, loss: torch.Tensor) -> torch.Tensor:
+        assert torch.are_deterministic_algorithms_enabled()
+        return gradients(self, loss)
+
+    monkeypatch.setattr(environment, "deterministic", lambda device: deterministic(torch.device("cuda")))
+    monkeypatch.setattr(Trainables, "gradients", checked)
+    adapter = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6")
+    assert how_steps_were_taken(adapter) == "replayed"
+    assert same_tensors(adapter, launched / adapter.name)
