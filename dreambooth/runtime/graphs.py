@@ -131,6 +131,7 @@ class Graphs:
         self.make_recorder = make_recorder or CudaRecorder
         self.recorder: Recorder | None = None
         self.functions: list[Replayed] = []
+        self.has_recorded = False
 
     def replayed(
         self,
@@ -163,8 +164,10 @@ class Graphs:
 
     @property
     def outcome(self) -> str:
-        """For the record of the run: `replayed`, or `launched: ` and the reason."""
-        return "replayed" if self.reason is None else f"launched: {self.reason}"
+        """ "replayed", or "launched" and why, for the record of the run."""
+        if self.reason is not None:
+            return f"launched: {self.reason}"
+        return "replayed" if self.has_recorded else "launched: there was no second step of a shape"
 
     @property
     def has_replays(self) -> bool:
@@ -261,6 +264,7 @@ class Replayed:
             failure = type_and_reason(error)
         recording.first = None
         if failure is None:
+            self.graphs.has_recorded = True
             return recording.outputs
         self.graphs.launch_from_now_on(failure)
         self._rewind(recording, second.before)

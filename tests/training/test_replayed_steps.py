@@ -201,3 +201,9 @@ def test_steps_run_with_the_deterministic_kernels_of_a_gpu(
     adapter = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "6")
     assert how_steps_were_taken(adapter) == "replayed"
     assert same_tensors(adapter, launched / adapter.name)
+
+
+@pytest.mark.trains
+def test_a_run_of_one_step_says_that_it_was_launched(taped, tiny_base, photos_dir, tmp_path):
+    adapter = run_train(tiny_base, photos_dir, tmp_path, "--max_train_steps", "1")
+    assert how_steps_were_taken(adapter) == "launched: there was no second step of a shape"
