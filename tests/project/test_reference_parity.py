@@ -70,7 +70,12 @@ def test_captions_of_a_data_set_are_trained_on(more, tiny_xl, tmp_path, monkeypa
     rows = [{"file_name": f"photo-{n}.png", "text": f"dog number {n}"} for n in range(3)]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen: list[str] = []
-    spy(monkeypatch, frozen_models.FrozenModels, "encode", lambda result, self, asked: seen.extend(asked))
+    spy(
+        monkeypatch,
+        frozen_models.FrozenModels,
+        "prompt_inputs",
+        lambda result, self, asked: seen.extend(asked),
+    )
     words = f"--caption_column text {TWO_STEPS} --train_batch_size 3 {more}"
     run(tiny_xl, tmp_path / "data", tmp_path / "out", words, "--dataset_name")
     assert set(seen) == {row["text"] for row in rows}
