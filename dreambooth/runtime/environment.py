@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.deterministic
+
+from dreambooth.runtime import startup
 
 
 def environment(device: torch.device, libraries: Iterable[str], **settings: Any) -> dict[str, Any]:
@@ -49,9 +50,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # the only sizes of its workspace with which cuBLAS gives the same bits on several streams
-    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    startup.fix_cublas_workspace()  # where no script has begun; torch refuses products of matrices without
     settings: Any = torch.utils.deterministic
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     filled = settings.fill_uninitialized_memory
