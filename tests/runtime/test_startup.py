@@ -1,4 +1,4 @@
-"""The seconds of imports: no garbage collection in them, weights hashed meanwhile, cuBLAS told before its use."""
+"""The seconds of imports: no garbage collection in them, and weights hashed meanwhile. What is set before."""
 
 import subprocess
 import sys
