@@ -11,13 +11,12 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     OPTIONS = parse(InferOptions, __doc__)
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,8 +37,6 @@ from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop, Watch
 
 LIST, SHEET = "images.json", "contact_sheet.png"
-Chunk: TypeAlias = list[dict[str, Any]]
-"""Records of pictures that are drawn in one batch."""
 
 
 def read_prompts(options: InferOptions) -> list[str]:
@@ -171,9 +168,8 @@ def draw_all(
                 prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
                 prompt_cache = text.encode_all([*prompts, options.negative_prompt], watch.check)
                 with replayed_unet.replaying(pipeline, graphs):
-                    begin = functools.partial(_begin, options, pipeline, prompt_cache, watch)
-                    for chunk, images in _one_ahead(chunks_here, begin):
-                        _save(chunk, images, files)
+                    for chunk in chunks_here:
+                        _draw(options, pipeline, prompt_cache, chunk, files, watch)
                         bar.update(min(len(chunk) * peers.world, count - bar.n))
 
 
@@ -217,29 +213,16 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
     }
 
 
-def _one_ahead(
-    chunks: Sequence[Chunk], begin: Callable[[Chunk], Callable[[], list[Image.Image]]]
-) -> Iterator[tuple[Chunk, list[Image.Image]]]:
-    """Each chunk with its pictures. Before they are waited for, the next chunk is begun: a GPU draws it while
-    they are saved. What `begin` raises is raised after the chunk before it."""
-    waiting: tuple[Chunk, Callable[[], list[Image.Image]]] | None = None
-    for chunk in chunks:
-        try:
-            begun = chunk, begin(chunk)
-        finally:
-            if waiting is not None:
-                yield waiting[0], waiting[1]()
-        waiting = begun
-    if waiting is not None:
-        yield waiting[0], waiting[1]()
-
-
-def _begin(
-    options: InferOptions, pipeline: Any, prompt_cache: PromptCache, watch: Watch, chunk: Chunk
-) -> Callable[[], list[Image.Image]]:
-    """Begin to draw the pictures of the records in `chunk`, in one batch. Returns a function that waits for
-    them."""
-    return pipelines.begin(
+def _draw(
+    options: InferOptions,
+    pipeline: Any,
+    prompt_cache: PromptCache,
+    chunk: list[dict[str, Any]],
+    files: WrittenFiles,
+    watch: Watch,
+) -> None:
+    """Draw the pictures of the records in `chunk` in one batch, and save each. Raises OSError."""
+    images = pipelines.draw(
         pipeline,
         prompt_cache.of([record["prompt"] for record in chunk]),
         prompt_cache.of([options.negative_prompt]),
@@ -249,10 +232,6 @@ def _begin(
         side=options.resolution,
         check=watch.check,
     )
-
-
-def _save(chunk: Chunk, images: list[Image.Image], files: WrittenFiles) -> None:
-    """Save each picture with its record. Raises OSError."""
     for record, image in zip(chunk, images, strict=True):
         settings = {key: value for key, value in record.items() if key != "file"}
         files.write(record["file"], pictures.png(image, settings))

@@ -195,8 +195,7 @@ def hashes(case: Case, program: str, place: Place, environment: Mapping[str, str
 
 
 def draw(case: Case, program: str, place: Place, environment: Mapping[str, str]) -> Figures:
-    """Seconds a picture from the times of the files, and a hash of all pixels. The first batch is not timed,
-    nor is the last: infer.py saves a batch while the next one is drawn."""
+    """Seconds a picture from the times of the files, without the first batch, and a hash of all pixels."""
     run(gpu_cases.draw_words(case, program, place), place, environment)
     paths = sorted(path for path in place.output.glob("*.png") if path.name != "contact_sheet.png")
     times = sorted(path.stat().st_mtime_ns / 1e9 for path in paths)
@@ -208,7 +207,7 @@ def draw(case: Case, program: str, place: Place, environment: Mapping[str, str])
         with Image.open(path) as image:
             pixels.update(image.convert("RGB").tobytes())
     figures: Figures = {
-        "picture_s": (times[-1 - case.batch] - times[case.batch - 1]) / (len(times) - 2 * case.batch),
+        "picture_s": (times[-1] - times[case.batch - 1]) / (len(times) - case.batch),
         "pixels": pixels.hexdigest(),
     }
     if program == gpu_cases.REPLAYED:

@@ -83,8 +83,8 @@ class Place:
         return 2 if case.measures == "pictures" else 6
 
     def pictures(self, case: Case) -> int:
-        """Pictures to draw, in whole batches. The first and the last batch are not timed."""
-        return case.batch * (3 if self.is_tiny else max(4, 6 // case.batch))
+        """Pictures to draw, in whole batches. The first batch is not timed."""
+        return case.batch * (2 if self.is_tiny else max(3, 6 // case.batch))
 
     def warm_up(self, case: Case) -> int:
         return min(case.warm_up, 2) if self.is_tiny else case.warm_up

@@ -9,14 +9,12 @@ import torch
 from dreambooth.bases import families, pipelines
 from dreambooth.options.training import BaseOptions
 
-Wait = Callable[[], list[bytes]]
-
 
 def load(
     folder: Path, *, steps: int, dtype: torch.dtype, device: torch.device, sampler: Any = None
-) -> tuple[Any, Callable[..., Wait]]:
-    """(pipeline of the base in `folder`, function that begins a batch and returns one that waits for the
-    pixels). `sampler` is a class of diffusers in place of the base's own."""
+) -> tuple[Any, Callable[..., list[bytes]]]:
+    """(pipeline of the base in `folder`, function that draws a batch and returns the pixels). `sampler` is a
+    class of diffusers in place of the base's own."""
     base = families.find(BaseOptions(str(folder)))
     pipeline = pipelines.load_pipeline(base, dtype, device)
     if sampler is not None:
@@ -24,10 +22,10 @@ def load(
     with torch.no_grad():
         cache = pipelines.text_of(pipeline, base).encode_all(["a dog", ""])
 
-    def begin(
+    def draw(
         seeds: list[int], guidance_scale: float = 7.5, check: Callable[[], None] = lambda: None
-    ) -> Wait:
-        wait = pipelines.begin(
+    ) -> list[bytes]:
+        images = pipelines.draw(
             pipeline,
             cache.of(["a dog"] * len(seeds)),
             cache.of([""]),
@@ -36,6 +34,6 @@ def load(
             guidance_scale=guidance_scale,
             check=check,
         )
-        return lambda: [image.tobytes() for image in wait()]
+        return [image.tobytes() for image in images]
 
-    return pipeline, begin
+    return pipeline, draw

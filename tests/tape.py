@@ -50,7 +50,8 @@ class _Outside:
             raise AssertionError(
                 f"a replay reads a tensor {list(self.size)} that was freed after the recording"
             )
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        empty: Any = torch.empty(0, dtype=self.dtype)
+        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,8 @@ class _Recording(_NoReads):
         """Copy memory from outside before it is written to for the first time."""
         address = _address(tensor)
         if address not in self.made and address not in self.untouched:
-            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            empty: Any = torch.empty(0, dtype=torch.uint8)
+            memory = empty.set_(tensor.untyped_storage())
             self.untouched[address] = memory, memory.clone()
 
 

@@ -74,12 +74,7 @@ def text_of(pipeline: Any, base: Base, *, clip_skip: int = 0) -> TextParts:
     return text
 
 
-def draw(*arguments: Any, **settings: Any) -> list[Image.Image]:
-    """The pictures of `begin`, which has the same parameters."""
-    return begin(*arguments, **settings)()
-
-
-def begin(
+def draw(
     pipeline: Any,
     prompts: PromptEmbeds,
     negative: PromptEmbeds,
@@ -89,9 +84,8 @@ def begin(
     guidance_scale: float,
     side: int | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Callable[[], list[Image.Image]]:
-    """Begin to draw one picture for each row of `prompts` and its seed, as one batch, `side` pixels square.
-    Returns a function that waits for the pictures. On a GPU they may be drawn only then.
+) -> list[Image.Image]:
+    """One picture for each row of `prompts` and its seed, drawn as one batch, `side` pixels square.
 
     `negative` has one row for all pictures, or one for each. A picture's noise depends on its own seed only.
     `check` is called after every step; what it raises ends the drawing.
@@ -99,9 +93,8 @@ def begin(
     count = len(seeds)
     unet = pipeline.unet
     prompts, negative = prompts.to(unet.device, unet.dtype), negative.to(unet.device, unet.dtype)
-    negative = (
-        negative if len(negative.embeds) == count else negative.rows(torch.zeros(count, dtype=torch.int64))
-    )
+    if len(negative.embeds) != count:
+        negative = negative.rows(torch.zeros(count, dtype=torch.int64))
     arguments: dict[str, Any] = {"prompt_embeds": prompts.embeds, "negative_prompt_embeds": negative.embeds}
     if prompts.pooled is not None:
         arguments["pooled_prompt_embeds"] = prompts.pooled
@@ -120,28 +113,18 @@ def begin(
         width=side,
         output_type="latent" if vae is not None else "pil",
     ).images
-    return _decoded(pipeline, images) if vae is not None else lambda: images
+    return decode(pipeline, images) if vae is not None else images
 
 
 @torch.no_grad()
-def _decoded(pipeline: Any, latents: torch.Tensor) -> Callable[[], list[Image.Image]]:
-    """A function that waits for the pictures of latents [B, channels, h, w]. They are decoded in the VAE's
-    dtype, even under autocast, one at a time to save memory."""
+def decode(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Pictures of latents [B, channels, h, w], in the VAE's dtype, even under autocast. One at a time, to
+    save memory."""
     vae = pipeline.vae
     with torch.autocast(vae.device.type, enabled=False):
         latents = autoencoder.denormalized(vae, latents.to(vae.device, vae.dtype))
         pixels = torch.cat([vae.decode(picture[None]).sample.float() for picture in latents])
-    if not pixels.is_cuda:
-        return lambda: pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
-    # copied now: a later copy would wait for all kernels that are launched until then
-    copied, event = pixels.to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record(torch.cuda.current_stream(pixels.device))
-
-    def wait() -> list[Image.Image]:
-        event.synchronize()
-        return pipeline.image_processor.postprocess(copied, output_type="pil")  # type: ignore[no-any-return]
-
-    return wait
+    return pipeline.image_processor.postprocess(pixels.cpu(), output_type="pil")
 
 
 def _after_each_step(check: Callable[[], None]) -> Callable[..., dict[str, Any]]:

@@ -71,12 +71,12 @@ class LossLog:
         Where the device checks, it skips the step if a loss or the norm is not finite. With fp16 the scaler
         skips the step and lowers its scale. Else this raises Stop if the norm is not finite.
         """
-        if not self.is_checked_on_device and not self.scaler.is_enabled():
-            self._raise_if_nonfinite(self.completed, losses[:0], grad_norm)
-        elif self.is_checked_on_device:
+        if self.is_checked_on_device:
             is_nonfinite = ~torch.isfinite(losses.sum() + grad_norm)
             self.nonfinite.copy_(torch.maximum(self.nonfinite, is_nonfinite.to(self.nonfinite)))
             optimizers.skip_if_nonfinite(self.optimizer, self.nonfinite)
+        elif not self.scaler.is_enabled():  # reading the norm would wait for the device
+            self._raise_if_nonfinite(self.completed, losses[:0], grad_norm)
 
     def add(self, record: StepRecord) -> None:
         """Count a step that the optimizer has taken, or has skipped on the device."""

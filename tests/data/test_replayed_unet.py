@@ -60,8 +60,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def load(folder: Path, sampler: Any = None) -> tuple[Any, Callable[..., list[bytes]]]:
     """(pipeline, function that draws one batch of these seeds)."""
-    pipeline, begin = drawing.load(folder, steps=3, dtype=torch.float32, device=CPU, sampler=sampler)
-    return pipeline, lambda *batch: begin(*batch)()
+    return drawing.load(folder, steps=3, dtype=torch.float32, device=CPU, sampler=sampler)
 
 
 @pytest.mark.parametrize(

@@ -26,21 +26,20 @@ def recorded(device: torch.device) -> Graphs:
 @pytest.mark.parametrize(("base", "sampler"), [*SAMPLERS, ("tiny_edm", None), ("tiny_if", None)])
 def test_pictures_are_those_of_launched_kernels(base, sampler, dtype, device, request):
     folder = request.getfixturevalue(base)
-    pipeline, begin = drawing.load(folder, steps=STEPS, dtype=dtype, device=device, sampler=sampler)
+    pipeline, draw = drawing.load(folder, steps=STEPS, dtype=dtype, device=device, sampler=sampler)
     batches = [[1, 2], [3], [4, 5]]
-    launched = [begin(seeds)() for seeds in batches]
+    launched = [draw(seeds) for seeds in batches]
     graphs = recorded(device)
     with replayed_unet.replaying(pipeline, graphs):
-        begun = [begin(seeds) for seeds in batches]
-        assert [wait() for wait in begun] == launched
+        assert [draw(seeds) for seeds in batches] == launched
         assert [len(function.recordings) for function in graphs.functions] == [2]
-    assert begin(batches[0])() == launched[0]
+    assert draw(batches[0]) == launched[0]
 
 
 @pytest.mark.parametrize(("base", "sampler"), SAMPLERS)
 def test_no_step_of_a_sampler_waits_for_the_gpu(base, sampler, device, request):
     folder, dtype = request.getfixturevalue(base), torch.float32
-    pipeline, begin = drawing.load(folder, steps=STEPS, dtype=dtype, device=device, sampler=sampler)
+    pipeline, draw = drawing.load(folder, steps=STEPS, dtype=dtype, device=device, sampler=sampler)
     steps = []
 
     def check() -> None:
@@ -50,7 +49,7 @@ def test_no_step_of_a_sampler_waits_for_the_gpu(base, sampler, device, request):
 
     try:
         with replayed_unet.replaying(pipeline, recorded(device)):
-            begin([1, 2], check=check)()
+            draw([1, 2], check=check)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) >= STEPS

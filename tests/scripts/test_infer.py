@@ -422,15 +422,15 @@ def test_a_run_that_is_stopped_leaves_whole_pictures_and_no_list(tiny_base, tmp_
     """Not even that of an earlier run in the same folder."""
     out = tmp_path / "out"
     run(tiny_base, out, "--seeds", "1", "2")
-    begin, calls = pipelines.begin, []
+    draw, calls = pipelines.draw, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), 15)
-        return begin(*args, **kwargs)
+        return draw(*args, **kwargs)
 
-    monkeypatch.setattr(pipelines, "begin", stopping)
+    monkeypatch.setattr(pipelines, "draw", stopping)
     with pytest.raises(SystemExit) as stopped:
         run(tiny_base, out, "--seeds", "5", "6", "--batch_size", "1")
     assert stopped.value.code == 128 + 15
@@ -438,25 +438,6 @@ def test_a_run_that_is_stopped_leaves_whole_pictures_and_no_list(tiny_base, tmp_
         *(".lock", ".written.jsonl", "00000_1.png", "00001_2.png", "00000_5.png")
     }
     Image.open(out / "00000_5.png").load()
-
-
-def test_the_next_batch_is_begun_before_a_batch_is_waited_for(tiny_base, tmp_path, monkeypatch):
-    real = pipelines.begin
-    events: list[str] = []
-
-    def begin(*args, **kwargs):
-        pictures_of, number = real(*args, **kwargs), len(events)
-        events.append(f"begin {number}")
-
-        def wait():
-            events.append(f"wait {number}")
-            return pictures_of()
-
-        return wait
-
-    monkeypatch.setattr(pipelines, "begin", begin)
-    run(tiny_base, tmp_path / "out", "--seeds", "1", "2", "3", "--batch_size", "1")
-    assert events == ["begin 0", "begin 1", "wait 0", "begin 3", "wait 1", "wait 3"]
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tiny_base, tmp_path, monkeypatch):
