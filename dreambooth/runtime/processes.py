@@ -30,7 +30,8 @@ def join(
     `peer_timeout` is the timeout of exchanges within a step, in seconds. `threads` is --num_threads and
     `accumulation` is --gradient_accumulation_steps; `settings` go to `Accelerator`.
     Raises UserError if the launcher's settings cannot be followed, or if accelerate joined fewer processes
-    than were started: each would do all the work, in the same folder. Raises Stop if a process is lost.
+    than were started: each would do all the work, in the same folder. Raises Stop if a process is lost or
+    cannot be reached.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -41,6 +42,8 @@ def join(
     except Exception as error:  # accelerate raises any exception for settings that it cannot follow
         if is_memory_error(error):
             raise
+        if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise _not_joined(watch, error) from None
         raise UserError(
             f"accelerate cannot start with the launcher's settings ({type_and_reason(error)}); see "
             "`accelerate env` and the variables RANK, WORLD_SIZE, MASTER_* and ACCELERATE_*"
@@ -58,10 +61,19 @@ def join(
     except RuntimeError as error:
         if is_memory_error(error):
             raise
-        watch.check()  # a launcher signals the others when a process has died
-        raise Stop(f"a process was lost before all had joined ({reason_of(error)})") from None
+        raise _not_joined(watch, error) from None
     peers.say_notes(launcher.notes(accumulation))
     return peers
+
+
+def _not_joined(watch: Watch, error: RuntimeError) -> Stop:
+    """The Stop after an error of torch while the processes join. The error of a process that was lost does
+    not differ from that of an address which leads nowhere."""
+    watch.check()  # a launcher signals the others when a process has died
+    return Stop(
+        f"the processes could not join ({type_and_reason(error)}): a process was lost, or the launcher's "
+        "settings are wrong; see the output of process 0, and MASTER_ADDR and MASTER_PORT"
+    )
 
 
 class Peers:

@@ -112,16 +112,23 @@ def test_a_process_whose_main_process_has_ended_at_a_signal_ends_at_its_own():
     assert together(work)[1] == "Stop: stopped by SIGTERM"
 
 
-def test_a_process_that_is_lost_while_the_processes_join_ends_the_others_with_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(torch.distributed.distributed_c10d, "ProcessGroupGloo"), (processes.dist, "new_group")],
+    ids=["in accelerate", "after accelerate"],
+)
+def test_a_process_that_is_lost_while_the_processes_join_ends_the_others_with_one_line(
+    module, name, monkeypatch
+):
     join = processes.join
 
     def lose_the_first(*arguments: Any, **settings: Any) -> processes.Peers:
         if os.environ["RANK"] == "0":
-            monkeypatch.setattr(processes.dist, "new_group", lambda **_: os._exit(1))
+            monkeypatch.setattr(module, name, lambda *_, **__: os._exit(1))
         return join(*arguments, **settings)
 
     monkeypatch.setattr(processes, "join", lose_the_first)
-    assert together(lambda peers: None)[1].startswith("Stop: a process was lost before all had joined (")
+    assert together(lambda peers: None)[1].startswith("Stop: the processes could not join (")
 
 
 @pytest.mark.parametrize("exchange", ["gather", "sum"])
