@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,18 @@ def resume(tiny_base, photos_dir, out: Path, *more: str) -> str:
     return digest(run_train(tiny_base, photos_dir, out, *STEPS, "--resume_from_checkpoint", "latest", *more))
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """SIGHUP as outside nohup, also where the tests themselves were started with it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("number", stops.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_with_its_last_step_saved(
-    tiny_base, photos_dir, tmp_path, monkeypatch, unbroken, number
+    tiny_base, photos_dir, tmp_path, monkeypatch, no_nohup, unbroken, number
 ):
     """The status is 128 + n, the current step is dropped, the adapter is written; resumed, it has the same
     bytes."""
