@@ -20,8 +20,6 @@ same programs on tiny bases without a GPU, to try the benchmark itself.
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -37,13 +35,12 @@ from typing import Any, Literal
 import tyro
 from PIL import Image
 
-from benchmarks import gpu_cases, gpu_tables, machine, speed
-from benchmarks.gpu_cases import CASES, EXAMPLE, NOISE_IMAGES, PHOTOS, RESULTS, ROOT, Case, Place
-from benchmarks.speed import Failed, rounded
+from benchmarks import gpu_cases, gpu_tables, machine, programs
+from benchmarks.gpu_cases import CASES, EXAMPLE, PHOTOS, RESULTS, Case, Place
+from benchmarks.programs import NOISE_IMAGES, ROOT, Failed, rounded
 
 # This module does not import torch, so that the process beside the measured one takes no memory of the GPU.
 
-PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
 LIMIT = 900  # seconds after which a program is ended as failed
 TICK = 0.02  # seconds between two looks at a running program
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -99,26 +96,14 @@ def run(
     `look` is called every 0.02 seconds; where it returns True the program is killed, which is no failure.
     Raises Failed with the tail of the output if the program fails or takes over 15 minutes."""
     log = place.work / "log.txt"
-    with log.open("w") as file:
-        started = time.monotonic()
-        process = subprocess.Popen(
-            gpu_cases.command([*words]),
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and time.monotonic() < started + LIMIT:
-                if look():
-                    os.killpg(process.pid, signal.SIGKILL)
-                    return started, time.monotonic()
-                time.sleep(TICK)
-            ended, status = time.monotonic(), process.poll()
-        finally:
-            if process.poll() is None:
-                speed.end_all(process)
+    started = time.monotonic()
+    with programs.running(words, log, cwd=ROOT, environment=environment) as process:
+        while process.poll() is None and time.monotonic() < started + LIMIT:
+            if look():
+                os.killpg(process.pid, signal.SIGKILL)
+                return started, time.monotonic()
+            time.sleep(TICK)
+        ended, status = time.monotonic(), process.poll()
     if status != 0:
         reason = f"not done after {LIMIT} s" if status is None else f"exit status {status}"
         raise Failed(f"{reason}\n{log.read_text(errors='replace')[-3000:]}")
@@ -244,10 +229,10 @@ def prepare(case: Case, place: Place, environment: Mapping[str, str]) -> None:
         words = ["-m", "benchmarks.speed_bases", place.base_name(case), str(base), place.device, dtype]
         started, ended = run(words, place, environment)
         print(f"made {base} in {ended - started:.0f} s", flush=True)
-    speed.make_photos(place.class_images(case), place.side(case), NOISE_IMAGES)
+    programs.make_photos(place.class_images(case), place.side(case), NOISE_IMAGES)
     folder = place.photos(case)
     if place.user_photos is None:
-        speed.make_photos(folder, place.side(case), PHOTOS)
+        programs.make_photos(folder, place.side(case), PHOTOS)
     elif not folder.exists():
         folder.mkdir(parents=True)
         for path in gpu_cases.pictures_in(place.user_photos):
@@ -263,14 +248,13 @@ def clear(place: Place) -> None:
 
 def setting(options: Options, card: str) -> dict[str, Any]:
     """Card, versions, photos and reference. Figures are comparable only if these are equal."""
-    reference = hashlib.sha256(options.reference.read_bytes()).hexdigest() if options.reference else None
     return {
         "card": card,
         "cores": machine.cores(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": programs.versions(),
         "photos": str(options.photos.name) if options.photos else "noise",
         "is_tiny": options.tiny,
-        "reference_sha256": reference,
+        "reference_sha256": programs.sha256_of(options.reference),
     }
 
 
@@ -288,11 +272,7 @@ def mistakes(
         for name in options.only
         if name not in CASES
     ]
-    if options.reference:
-        if not (options.reference_path or importlib.util.find_spec("torchvision")):
-            messages.append("--reference needs torchvision; --reference_path is a folder that has it")
-        if not importlib.util.find_spec("tensorboard"):
-            messages.append("--reference needs tensorboard: pip install '.[tensorboard]'")
+    messages += programs.mistakes_of_reference(options.reference, options.reference_path)
     if options.photos and not options.photos.is_dir():
         messages.append(f"--photos: {options.photos} is not a folder")
     elif options.photos and len(gpu_cases.pictures_in(options.photos)) < PHOTOS:
@@ -356,8 +336,8 @@ def measure_all(options: Options, place: Place, report: dict[str, Any]) -> list[
             clear(place)
             figures = measure(CASES[name], program, place, environment)
         except Failed as failure:
-            programs = gpu_cases.BARE if program in gpu_cases.BARE else [program]
-            figures = {key: {"failed": str(failure).split("\n", 1)[0]} for key in programs}
+            names = gpu_cases.BARE if program in gpu_cases.BARE else [program]
+            figures = {key: {"failed": str(failure).split("\n", 1)[0]} for key in names}
             failed.append(f"{name}, {program}")
             print(f"failed: {failure}", flush=True)
         finally:

@@ -2,16 +2,15 @@
 
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.programs import NOISE_IMAGES, ROOT, Folders, training_words
+
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 # diffusers' example cannot run without a tracker
 TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-NOISE_IMAGES = 8  # class images of noise that exist before training
 PHOTOS = 4
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of --photos
 PRECISION = {"cuda": "bf16", "cpu": "no"}
@@ -55,10 +54,9 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Place(Folders):
     """The device, and the folders of the benchmark."""
 
-    work: Path
     device: str
     """cuda or cpu."""
     is_tiny: bool
@@ -99,16 +97,6 @@ class Place:
 
     def class_images(self, case: Case) -> Path:
         return self.work / f"photos-{self.side(case)}-{NOISE_IMAGES}"
-
-    @property
-    def output(self) -> Path:
-        """What a program writes. It is removed before each program and after it."""
-        return self.work / "output"
-
-    @property
-    def drawn(self) -> Path:
-        """Class images that a run draws. They are removed before each program and after it."""
-        return self.work / "class_images"
 
     @property
     def report(self) -> Path:
@@ -219,20 +207,23 @@ def _training_words(case: Case, place: Place) -> list[str]:
         "saved": place.first_checkpoint(case),
     }
     flags = [word.format_map(names) for word in case.flags.split()]
-    settings = f"--resolution {place.side(case)} --train_batch_size {case.batch}"
     if case.recipe:
-        settings += f" --config configs/{case.recipe}"
+        settings = f"--config configs/{case.recipe}"
     else:
-        settings += " --rank 4 --learning_rate 1e-4 --lr_warmup_steps 0"
+        settings = "--rank 4 --learning_rate 1e-4 --lr_warmup_steps 0"
     if "--mixed_precision" not in flags:
         settings += f" --mixed_precision {PRECISION[place.device]}"
-    return [
-        *("--pretrained_model_name_or_path", str(place.base(case))),
-        *("--instance_data_dir", str(place.photos(case)), "--instance_prompt", "a photo of a sks dog"),
-        *("--output_dir", str(place.output)),
-        *f"--max_train_steps {place.steps(case)} --seed 0 --report_to {TRACKER} {settings}".split(),
-        *flags,
-    ]
+    side, steps = place.side(case), place.steps(case)
+    words = training_words(
+        place.base(case),
+        place.photos(case),
+        place.output,
+        side=side,
+        batch=case.batch,
+        steps=steps,
+        tracker=TRACKER,
+    )
+    return [*words, *settings.split(), *flags]
 
 
 def train_words(case: Case, program: str, place: Place) -> list[str]:
@@ -295,7 +286,3 @@ def environment(device: str, reference_path: Path | None) -> Mapping[str, str]:
     if reference_path:
         words["PYTHONPATH"] = str(reference_path.resolve())
     return words
-
-
-def command(words: list[str]) -> list[str]:
-    return [sys.executable, *words]

@@ -6,9 +6,7 @@ writes them anew from benchmarks/results/gpu.json, which may have been measured 
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_cases import (
@@ -24,9 +22,9 @@ from benchmarks.gpu_cases import (
     PLAIN,
     REPLAYED,
     RESULTS,
-    ROOT,
     TRAINING,
 )
+from benchmarks.programs import ROOT, write_page
 
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
 MARKS = ("<!-- gpu: written by python -m benchmarks.gpu -->", "<!-- gpu end -->")
@@ -213,18 +211,8 @@ def short_table(report: Mapping[str, Any]) -> str:
 
 def write_pages(report: Mapping[str, Any]) -> None:
     """Put the tables between the marks of README.md and docs/speed.md."""
-    write_page(README, short_table(report) or NOT_MEASURED)
-    write_page(PAGE, tables(report))
-
-
-def write_page(page: Path, text: str) -> None:
-    """Put `text` between the marks of a page. Raises RuntimeError unless the marks are there once."""
-    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
-    before = page.read_text(encoding="utf-8")
-    content, count = pattern.subn(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", before)
-    if count != 1:
-        raise RuntimeError(f"{page.name} must have the marks of the table once, has them {count} times")
-    page.write_text(content, encoding="utf-8")
+    write_page(README, MARKS, short_table(report) or NOT_MEASURED)
+    write_page(PAGE, MARKS, tables(report))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from torch.autograd import DeviceType
 
-from benchmarks import gpu, gpu_cases, gpu_kernels, gpu_tables
+from benchmarks import gpu, gpu_cases, gpu_kernels, gpu_tables, programs
 from benchmarks.gpu_cases import CASES, Place
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
@@ -91,8 +91,13 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Options:
     monkeypatch.setattr(gpu_cases, "TRACKER", "none")
     reference = tmp_path / "train_dreambooth_lora.py"
     reference.write_text(EXAMPLE)
+    (tmp_path / "packages" / "torchvision").mkdir(parents=True)
     return gpu.Options(
-        device="cpu", tiny=True, work=tmp_path / "work", reference=reference, reference_path=tmp_path
+        device="cpu",
+        tiny=True,
+        work=tmp_path / "work",
+        reference=reference,
+        reference_path=tmp_path / "packages",
     )
 
 
@@ -233,13 +238,13 @@ def test_the_committed_figures_are_those_of_the_pages():
 def test_a_full_table_leaves_the_readme_short(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text(gpu_tables.README.read_text())
-    programs = ("diffusers' example", "launched", "replayed", "compiled, replayed", "bare, replayed")
-    rows = {program: {"step_s": 1.234} for program in programs}
-    gpu_tables.write_page(page, gpu_tables.short_table(report_of(sd15=rows, sdxl=rows)))
+    columns = ("diffusers' example", "launched", "replayed", "compiled, replayed", "bare, replayed")
+    rows = {column: {"step_s": 1.234} for column in columns}
+    programs.write_page(page, gpu_tables.MARKS, gpu_tables.short_table(report_of(sd15=rows, sdxl=rows)))
     assert page.stat().st_size <= 10_240
     page.write_text("no marks")
     with pytest.raises(RuntimeError, match="has them 0 times"):
-        gpu_tables.write_page(page, "new")
+        programs.write_page(page, gpu_tables.MARKS, "new")
 
 
 def test_a_wrong_flag_or_no_gpu_meets_one_line_and_status_2(options, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_dreambooth_lora
-from benchmarks import machine, speed, speed_probe
+from benchmarks import machine, programs, speed, speed_cases, speed_probe, speed_tables
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import ClassImageOptions
 from dreambooth.options.training import TrainOptions
@@ -36,8 +36,10 @@ def report_of(step_seconds: float, *, peak: float = 100.0, start: float = 7.0) -
     return {"steps": steps, "pictures": [], "end": [start + 99, peak + 50]}
 
 
-def case(**changes: Any) -> speed.Case:
-    return dataclasses.replace(speed.Case("a case", "embedded", 64, speed.TRAINING, steps=6), **changes)
+def case(**changes: Any) -> speed_cases.Case:
+    return dataclasses.replace(
+        speed_cases.Case("a case", "embedded", 64, speed_cases.TRAINING, steps=6), **changes
+    )
 
 
 def measured(tmp_path: Path, *, reference: bool = True) -> dict[str, Any]:
@@ -55,9 +57,11 @@ def measured(tmp_path: Path, *, reference: bool = True) -> dict[str, Any]:
             **({"reference": there} if reference else {}),
         }
         found = {
-            program: values for program, values in found.items() if program in speed.CASES[name].programs
+            program: values
+            for program, values in found.items()
+            if program in speed_cases.CASES[name].programs
         }
-        cases[name] = {"title": speed.CASES[name].title, "rounds": 3, "medians": found}
+        cases[name] = {"title": speed_cases.CASES[name].title, "rounds": 3, "medians": found}
     return {**speed.setting(options), "cases": cases}
 
 
@@ -109,12 +113,12 @@ def test_a_run_that_fails_hangs_or_reports_nothing_is_told_with_its_last_words(t
         "time.sleep(float(sys.argv[3]))\nsys.exit(int(sys.argv[2]))"
     )
     monkeypatch.setattr(speed, "PROBE", stand_in)
-    with pytest.raises(speed.Failed, match=r"(?s)exit status 3, 0 of 1 reports.*the last words"):
+    with pytest.raises(programs.Failed, match=r"(?s)exit status 3, 0 of 1 reports.*the last words"):
         speed.launch(["3", "0"], tmp_path, {}, limit=60)
-    with pytest.raises(speed.Failed, match=r"(?s)exit status 0, 0 of 1 reports.*the last words"):
+    with pytest.raises(programs.Failed, match=r"(?s)exit status 0, 0 of 1 reports.*the last words"):
         speed.launch(["0", "0"], tmp_path, {}, limit=60)
     before = time.monotonic()
-    with pytest.raises(speed.Failed, match=r"(?s)not done after 1 s, 0 of 1 reports"):
+    with pytest.raises(programs.Failed, match=r"(?s)not done after 1 s, 0 of 1 reports"):
         speed.launch(["0", "99"], tmp_path, {}, limit=1)
     assert time.monotonic() - before < 60
 
@@ -124,16 +128,21 @@ def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on
 ):
     def fake(words: Any, *others: Any) -> Any:
         if "64" in words:
-            raise speed.Failed("exit status 3, 0 of 1 reports\nout of memory")
+            raise programs.Failed("exit status 3, 0 of 1 reports\nout of memory")
         return [report_of(1.0)], 7.0
 
     monkeypatch.setattr(speed, "launch", fake)
     monkeypatch.setattr(speed, "prepare", lambda *_: None)
     monkeypatch.setattr(speed, "load_of_others", lambda: 0.0)
     bad = case(
-        programs={"here": speed.train_here, "reference": speed.train_reference, "bare": speed.train_bare}
+        programs={
+            "here": speed_cases.train_here,
+            "reference": speed_cases.train_reference,
+            "bare": speed_cases.train_bare,
+        }
     )
-    monkeypatch.setattr(speed, "CASES", {"bad": bad, "good": dataclasses.replace(bad, side=32)})
+    for module in (speed, speed_tables):
+        monkeypatch.setattr(module, "CASES", {"bad": bad, "good": dataclasses.replace(bad, side=32)})
     options = speed.Options(output=tmp_path / "speed.json", work=tmp_path / "work", rounds=2)
     assert speed.main(options) == 1
     report = json.loads(options.output.read_text())
@@ -146,7 +155,7 @@ def test_a_failed_case_is_in_the_results_and_in_the_exit_status_and_others_go_on
     }
     assert len(report["cases"]["good"]["runs"]["here"]) == 2
     assert report["cases"]["good"]["ratios"]["here/bare"]["step_s"] == 1.0
-    assert "| a case | failed |" in speed.table(report)
+    assert "| a case | failed |" in speed_tables.table(report)
     assert "out of memory" in capsys.readouterr().out
 
     done = []
@@ -203,7 +212,7 @@ def test_figures_leave_out_the_warm_up_and_take_the_process_with_most_memory():
         "peak_to_end_mib": 80,
         "picture_s": 5.0,
     }
-    with pytest.raises(speed.Failed, match="7 steps were expected, got 6"):
+    with pytest.raises(programs.Failed, match="7 steps were expected, got 6"):
         speed.figures([report_of(1.0)], 0.0, case(steps=7))
 
 
@@ -221,15 +230,15 @@ def test_medians_are_by_figure_and_ratios_of_what_both_have():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", speed.CASES)
+@pytest.mark.parametrize("name", speed_cases.CASES)
 def test_every_case_has_flags_that_this_program_takes(name, tmp_path):
-    tried = speed.CASES[name]
-    script, *words = tried.programs["here"](tried, speed.Place(tmp_path / "a folder", None))
+    tried = speed_cases.CASES[name]
+    script, *words = tried.programs["here"](tried, speed_cases.Place(tmp_path / "a folder", None))
     kind: Any = ClassImageOptions if tried.drawn else TrainOptions
     options = parse(kind, "", words)
     assert Path(script).is_file()
     assert options.base.pretrained_model_name_or_path == str(
-        speed.Place(tmp_path / "a folder", None).base(tried.base)
+        speed_cases.Place(tmp_path / "a folder", None).base(tried.base)
     )
     if not tried.drawn:
         assert options.run.max_train_steps == tried.steps > tried.warm_up + 1
@@ -238,8 +247,8 @@ def test_every_case_has_flags_that_this_program_takes(name, tmp_path):
 
 @pytest.mark.parametrize("with_reference", [True, False], ids=["with the reference", "without it"])
 def test_the_table_has_a_row_for_every_case_in_three_tables(tmp_path, with_reference):
-    text = speed.table(measured(tmp_path, reference=with_reference))
-    for head in (speed.HEAD, speed.DRAWING_HEAD, speed.TWICE_HEAD):
+    text = speed_tables.table(measured(tmp_path, reference=with_reference))
+    for head in (speed_tables.HEAD, speed_tables.DRAWING_HEAD, speed_tables.TWICE_HEAD):
         assert head in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 6
@@ -257,20 +266,21 @@ def test_the_table_has_a_row_for_every_case_in_three_tables(tmp_path, with_refer
 
 def test_the_committed_figures_are_those_of_the_page():
     text = (
-        speed.table(json.loads(speed.RESULTS.read_text())) if speed.RESULTS.exists() else speed.NOT_MEASURED
+        speed_tables.table(json.loads(speed.RESULTS.read_text()))
+        if speed.RESULTS.exists()
+        else speed_tables.NOT_MEASURED
     )
-    assert f"{speed.MARKS[0]}\n{text}\n{speed.MARKS[1]}" in speed.PAGE.read_text()
+    assert f"{speed_tables.MARKS[0]}\n{text}\n{speed_tables.MARKS[1]}" in speed_tables.PAGE.read_text()
 
 
-def test_the_page_is_written_between_its_marks_alone(tmp_path, monkeypatch):
+def test_the_page_is_written_between_its_marks_alone(tmp_path):
     page = tmp_path / "speed.md"
-    monkeypatch.setattr(speed, "PAGE", page)
-    page.write_text(f"before\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nafter\n")
-    speed.write_page("new \\1")
-    assert page.read_text() == f"before\n{speed.MARKS[0]}\nnew \\1\n{speed.MARKS[1]}\nafter\n"
+    page.write_text(f"before\n{speed_tables.MARKS[0]}\nold\n{speed_tables.MARKS[1]}\nafter\n")
+    programs.write_page(page, speed_tables.MARKS, "new \\1")
+    assert page.read_text() == f"before\n{speed_tables.MARKS[0]}\nnew \\1\n{speed_tables.MARKS[1]}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(RuntimeError, match="has them 0 times"):
-        speed.write_page("new")
+        programs.write_page(page, speed_tables.MARKS, "new")
 
 
 def test_operators_are_declared_only_where_their_library_does_not_load(tmp_path, monkeypatch):
