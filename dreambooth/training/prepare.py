@@ -29,7 +29,16 @@ from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions,
 from dreambooth.runtime import launcher, memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained
-from dreambooth.training import adapter_targets, checks, hub, output_folder, rates, run_folder, trackers
+from dreambooth.training import (
+    adapter_targets,
+    checks,
+    hub,
+    output_folder,
+    rates,
+    run_folder,
+    run_identity,
+    trackers,
+)
 from dreambooth.training.start import Start
 
 
@@ -189,7 +198,7 @@ def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedRun:
-    """A run with all its options, and the values that its record (`run_folder.identity`) is made of."""
+    """A run with all its options, and the values that its record (`run_identity.identity`) is made of."""
 
     options: ResolvedTrainOptions
     subject: Subject
@@ -215,7 +224,7 @@ class NamedRun:
         flags = as_table(self.options)
         if name := self.checked.base.options.tokenizer_name:
             flags["tokenizer_name"] = loading.tokenizer_identity(name)
-        return run_folder.identity(
+        return run_identity.identity(
             flags,
             text_steps=self.options.text_steps(self.max_steps),
             slots=self.slots,
@@ -255,7 +264,7 @@ class NamedRun:
             removed = run_folder.removable(self.claim.folder) if run.overwrite else []
             note = f"--overwrite removes {', '.join(removed)} from {shown(self.claim.folder)}"
             return [note] if removed else []
-        notes = run_folder.check_resume(
+        notes = run_identity.check_resume(
             checkpoint, self.claim.state, record, self.environment, allow_data_change=run.allow_data_change
         )
         if checkpoint.step > self.max_steps:
@@ -306,7 +315,7 @@ def name_run(
         class_images=class_images.settings_of(prior, base, device) if prior else None,
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
-        environment=run_folder.environment_of(resolved.run, device, is_compiled=options.speed.compile),
+        environment=run_identity.environment_of(resolved.run, device, is_compiled=options.speed.compile),
     )
 
 

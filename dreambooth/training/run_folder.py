@@ -1,9 +1,8 @@
-"""The output folder of a run: which run it holds, its last step, and why it ended.
+"""The output folder of a run: its files, its last step, and why it ended.
 
-A folder holds one run. `run.json` identifies the run, `status.json` records its last step and its end, and
-`run.yaml` has its flags for --config. A run is resumed only with the flags, base and pictures of its earlier
-steps. Otherwise an error lists every difference. files/ownership.py records which files the run wrote: no
-other one is replaced or removed.
+A folder holds one run. `run.json` identifies the run (run_identity.py), `status.json` records its last step
+and its end, and `run.yaml` has its flags for --config. files/ownership.py records which files the run wrote:
+no other one is replaced or removed.
 """
 
 import contextlib
@@ -11,11 +10,9 @@ import dataclasses
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from dreambooth.adapter_files import native
 from dreambooth.files import checkpoint_folders
@@ -24,222 +21,16 @@ from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.rules import EXIT_USAGE
-from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
-from dreambooth.runtime.environment import environment
 from dreambooth.runtime.stops import EXIT_FAILED, Stop
+from dreambooth.training import run_identity
 
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
 VALIDATION = "validation"  # the folder of the run's pictures
 CARD = "README.md"
 CHECKPOINT = (native.ADAPTER_NAME, "optimizer.safetensors", "state.json")  # the files of one
 _FILES = (IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME, native.KOHYA_NAME, CARD)
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version may give other last bits
 
-# Flags that may change when a run is resumed, since they have no effect on the steps already done.
-_FREE_FLAGS = {
-    *(field.name for field in dataclasses.fields(ValidationOptions)),
-    *(field.name for field in dataclasses.fields(ReportOptions)),
-    # Paths and hub ids: the contents are compared.
-    *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
-    *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
-    *("cache_dir", "image_column", "caption_column"),
-    # Which photos are refused, and how class images are generated: the pictures are compared.
-    *("max_image_pixels", "allow_odd_photos", "follow_symlinks", "num_class_images", "sample_batch_size"),
-    *("prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_scheduler"),
-    "class_seed",
-    # Length of the run, and which files are written.
-    *("max_train_steps", "num_train_epochs", "max_train_minutes", "repeats", "dry_run"),
-    *("checkpointing_steps", "checkpoints_total_limit", "output_kohya_format"),
-    *("resume_from_checkpoint", "overwrite", "allow_data_change"),
-    # Speed and memory. What random crops are cut from is compared as `crops`.
-    *("encoded_dir", "cache_latents", "pre_compute_text_embeddings", "dataloader_num_workers", "compile"),
-    *("cuda_graph", "offload", "gradient_checkpointing", "peer_timeout", "local_rank"),
-    # Compared as `slots`: this flag times the number of processes.
-    "gradient_accumulation_steps",
-    # Other last bits: noted on resume, see `environment_of`.
-    *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
-}
-_PRIOR_FLAGS = ("prior_loss_weight", "class_prompt")
-# With these a step's learning rate depends on the number of steps.
-_SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomial")
-
-
-# --- which run
-
-
-def identity(
-    flags: Mapping[str, Any],
-    *,
-    slots: int,
-    base: str,
-    pictures: Mapping[str, Mapping[str, str]],
-    captions: Mapping[str, str],
-    max_steps: int,
-    text_steps: int,
-    start: str | None,
-    crops: Literal["latents", "pixels"] | None = None,
-) -> dict[str, Any]:
-    """The record by which two runs are compared, as JSON types.
-
-    `flags` are all flags of the run. `slots` is the number of micro-batches a step, `base` the fingerprint of
-    the base. `pictures` are SHA-256 hashes by source and file name, `captions` are by file name. `text_steps`
-    is the number of steps that train the text encoder. `start` is the hash of the adapter that training
-    starts from, None for random values. `crops` is what random crops are cut from, None if all crops are
-    fixed.
-    """
-    compared = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
-    if not flags["with_prior_preservation"]:
-        compared = {name: value for name, value in compared.items() if name not in _PRIOR_FLAGS}
-    if flags["lr_scheduler"] in _SCHEDULES_WITH_AN_END:
-        compared["max_train_steps"] = max_steps
-    if flags["train_text_encoder"] and flags["train_text_encoder_frac"] < 1:
-        compared["text_encoder_steps"] = text_steps
-    compared["crops"] = crops or "fixed"
-    record = {
-        "flags": compared,
-        "slots": slots,
-        "base": base,
-        "pictures": pictures,
-        "captions": captions,
-        "start": start,
-    }
-    # tuples become lists, as in a record that was read from a file
-    return reader.parsed_json_table(json.dumps(record), IDENTITY)
-
-
-def environment_of(run: RunOptions, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
-    """Settings and versions that change the last bits of a run on `device`, but not its identity."""
-    return environment(
-        device,
-        LIBRARIES,
-        threads=torch.get_num_threads(),
-        tf32=run.allow_tf32,
-        xformers=run.enable_xformers_memory_efficient_attention,
-        compile=is_compiled,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """One difference between two runs."""
-
-    subject: str
-    """The name of a flag, or slots, base, start, pictures, captions or crops."""
-    phrase: str
-    """The difference in words, with both values."""
-
-    @property
-    def is_of_data(self) -> bool:
-        """Whether --allow_data_change allows it."""
-        return self.subject in ("pictures", "captions")
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Every difference between two records of `identity`."""
-    return [
-        *_flag_differences(before["flags"], now["flags"]),
-        *_input_differences(before, now),
-        *_crop_differences(before["flags"], now["flags"]),
-        *_picture_differences(before["pictures"], now["pictures"]),
-        *_caption_differences(before.get("captions", {}), now.get("captions", {})),
-    ]
-
-
-def _flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    return [
-        Difference(name, f"--{name} was {before.get(name, 'not given')} and is {now.get(name, 'not given')}")
-        for name in sorted({*before, *now} - {"crops"})
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _input_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    if before["slots"] != now["slots"]:
-        slots = "--gradient_accumulation_steps times the processes"
-        yield Difference("slots", f"{slots} was {before['slots']} and is {now['slots']}")
-    if before["base"] != now["base"]:
-        yield Difference("base", f"the base's weights were {before['base']} and are {now['base']}")
-    if before.get("start") != now.get("start"):
-        yield Difference("start", "the adapter of --init_adapter was another one")
-
-
-def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    # Older versions cut crops from pixels and recorded nothing. `fixed` is equal to both others: crops may
-    # become random when class images are added, or fixed with other pictures.
-    was, is_now = before.get("crops", "pixels"), now.get("crops", "pixels")
-    if was != is_now and "fixed" not in (was, is_now):
-        advice = "--cache_latents off cuts pixels, any other latents"
-        yield Difference("crops", f"random crops were cut from {was} and are cut from {is_now}: {advice}")
-
-
-def _picture_differences(
-    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
-) -> Iterator[Difference]:
-    for source in sorted(now):  # before class images are generated, `now` lacks them: not compared then
-        old, new = before.get(source, {}), now[source]
-        for change, names in (
-            ("removed", old.keys() - new.keys()),
-            ("added", new.keys() - old.keys()),
-            ("changed", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
-        ):
-            if names:
-                phrase = f"{len(names)} {source} pictures {change} ({_first_three(names)})"
-                yield Difference("pictures", phrase)
-
-
-def _caption_differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
-    if names := {name for name in {*before, *now} if before.get(name) != now.get(name)}:
-        yield Difference("captions", f"{len(names)} captions changed ({_first_three(names)})")
-
-
-def _first_three(names: Collection[str]) -> str:
-    """The first three names, with escapes spelled out."""
-    return ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-# --- whether a run may go on, or begin
-
-
-def check_resume(
-    checkpoint: checkpoint_folders.Content,
-    state: Mapping[str, Any],
-    now: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    *,
-    allow_data_change: bool,
-) -> list[str]:
-    """Check that the run with the record `now` may resume from `checkpoint`. Returns notes.
-
-    `state` is the checkpoint's state, and `environment` that of this run. Raises UserError, with every
-    difference, if the checkpoint is of another run.
-    """
-    folder = checkpoint.folder
-    if not _is_identity(checkpoint.identity):
-        raise UserError(f"--resume_from_checkpoint: the manifest of {folder} has no record of its run")
-    refused, notes = [], []
-    for difference in differences(checkpoint.identity, now):
-        if difference.subject == "max_train_steps":
-            effect = "--lr_scheduler depends on it, so the result is not that of an unbroken run"
-            notes.append(f"{difference.phrase}: {effect}")
-        elif difference.is_of_data and allow_data_change:
-            notes.append(f"{difference.phrase}; the run goes on with the present ones")
-        else:
-            refused.append(difference)
-    if refused:
-        phrases = [difference.phrase for difference in refused]
-        if any(difference.is_of_data for difference in refused):
-            phrases.append("(--allow_data_change allows other pictures)")
-        raise UserError(f"--resume_from_checkpoint: {folder} is of another run:\n  " + "\n  ".join(phrases))
-    return notes + _environment_notes(state.get("surroundings", {}), environment)
-
-
-def _environment_notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A note for each difference between two environments."""
-    effect = "the result may differ in its last bits"
-    before = {"compile": False, **before}  # checkpoints older than --compile do not record it
-    changes = {name: f"is {value}" for name, value in now.items() if before.get(name) != value}
-    changes |= {name: "is not recorded by this version" for name in before if name not in now}
-    return [f"{name} was {before.get(name)} and {change}: {effect}" for name, change in changes.items()]
+# --- whether a run may begin
 
 
 def check_names(output_dir: Path, names: Sequence[str], steps: range) -> None:
@@ -307,7 +98,7 @@ def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_r
                 f"--output_dir: {output_dir} holds {names[0]} and no {IDENTITY} of its run; "
                 "name another folder, or move it away"
             )
-    elif phrases := [difference.phrase for difference in differences(before, now)]:
+    elif phrases := [difference.phrase for difference in run_identity.differences(before, now)]:
         raise UserError(
             f"--output_dir: {output_dir} holds another run:\n  " + "\n  ".join(phrases) + "\n"
             "Name another folder, or give --resume_from_checkpoint latest with that run's flags to continue "
@@ -398,17 +189,9 @@ def read_identity(output_dir: Path) -> dict[str, Any] | None:
         record = reader.read_json_table(path, f"--output_dir: {shown(path)}", reader.LARGEST_RECORD)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
-    if not _is_identity(record):
+    if not run_identity.is_identity(record):
         raise UserError(f"--output_dir: {shown(path)} is damaged; {advice}")
     return record
-
-
-def _is_identity(record: Mapping[str, Any]) -> bool:
-    pictures = record.get("pictures")
-    tables = [record.get("flags"), record.get("captions", {}), pictures]
-    if isinstance(pictures, dict):
-        tables += pictures.values()
-    return all(isinstance(table, dict) for table in tables) and {"slots", "base"} <= record.keys()
 
 
 @dataclasses.dataclass

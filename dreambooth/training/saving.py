@@ -15,7 +15,7 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console
 from dreambooth.runtime import environment
-from dreambooth.training import checkpoints, optimizers, run_folder
+from dreambooth.training import checkpoints, optimizers, run_identity
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
@@ -26,7 +26,7 @@ def adapter_info(flags: Mapping[str, Any], base_name: str, base_fingerprint: str
     return {
         "base_model": base_name,
         "base_fingerprint": base_fingerprint,
-        "versions": environment.versions(run_folder.LIBRARIES),
+        "versions": environment.versions(run_identity.LIBRARIES),
         "seed": flags["seed"],
         "resolution": flags["resolution"],
         "clip_skip": flags.get("clip_skip", 0),

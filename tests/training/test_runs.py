@@ -20,7 +20,7 @@ from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import as_table, parse
 from dreambooth.options.resolved import resolve
 from dreambooth.options.training import RunOptions, TrainOptions
-from dreambooth.training import checkpoints, checks, run_folder
+from dreambooth.training import checkpoints, checks, run_folder, run_identity
 from tests import tiny
 from tests.running import adapter_after, digest, metrics, prior_words, run_train, train_words
 
@@ -391,7 +391,7 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
     def identity(crops: Any, picture: str) -> dict[str, Any]:
         pictures = {"instance": {"photo.png": picture}}
         counts = {"slots": 1, "max_steps": 2, "text_steps": 2}
-        return run_folder.identity(
+        return run_identity.identity(
             flags, base="b", pictures=pictures, captions={}, start=None, crops=crops, **counts
         )
 
@@ -402,7 +402,7 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
     assert after["flags"]["crops"] == now
     if was is None:
         del before["flags"]["crops"]
-    differences = run_folder.differences(before, after)
+    differences = run_identity.differences(before, after)
     differs = now != "fixed" and was != "fixed" and now != (was or "pixels")
     said = f"random crops were cut from {was or 'pixels'} and are cut from {now}: "
     said += "--cache_latents off cuts pixels, any other latents"
