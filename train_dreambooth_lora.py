@@ -41,12 +41,12 @@ from dreambooth.training import (
     saving,
     step_inputs,
 )
+from dreambooth.training.evaluation import Evaluation
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.loss_log import LossLog
 from dreambooth.training.optimizer_steps import OptimizerSteps
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
-from dreambooth.training.validation import ValidationPictures
 
 
 def denoising_losses(
@@ -87,8 +87,16 @@ class Training:
         self.trainables = Trainables(start, frozen.parts, self.max_steps)
         self.saver = saving.Saver(start, self.trainables)
         self.loss_log = LossLog(self.trainables, self.dataset, self.slots, options.run.train_batch_size)
-        self.validation = ValidationPictures(start, frozen, self.trainables, watch.check)
         self.graphs = Graphs(self.device, checks.reason_not_to_record(options), console.warn)
+        self.evaluation = Evaluation(
+            start,
+            frozen,
+            self.trainables,
+            self.graphs,
+            watch.check,
+            steps_per_epoch=self.steps_per_epoch,
+            max_steps=self.max_steps,
+        )
         self.run_forward_backward = self.graphs.replayed(self.forward_backward, self.trainables.state)
         max_norm = options.optimization.max_grad_norm
         self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
@@ -206,20 +214,18 @@ class Training:
                     self.after_step(step + 1, progress)
                 progress.end_phase("training", self.max_steps)
                 self.saver.save_adapter(self.max_steps)
-                self.graphs.forget()  # drawing needs their memory
-                self.validation.draw_finished(self.saver, self.max_steps, progress)
+                self.evaluation.finish(self.saver, self.max_steps, progress)
             except BaseException as error:
                 self.save_last_step(error, progress)
                 raise
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
-        """Do what is due after `step` steps: read losses, freeze text encoders, save, draw."""
+        """Do what is due after `step` steps: read losses, freeze text encoders, save, evaluate."""
         ends_text = step == self.text_steps < self.max_steps and bool(self.trainables.text_components())
         is_first, is_last = step == self.first_step + 1, step == self.max_steps
         is_saved = step % self.options.run.checkpointing_steps == 0
-        # after the last step, `draw_finished` draws instead
-        is_drawn = not is_last and self.validation.is_due(step, steps_per_epoch=self.steps_per_epoch)
-        if ends_text or is_saved or is_first or is_last or is_drawn or self.loss_log.is_due:
+        is_evaluated = self.evaluation.is_due(step)
+        if ends_text or is_saved or is_first or is_last or is_evaluated or self.loss_log.is_due:
             self.loss_log.read(progress)
         if ends_text:
             self.finish_text()
@@ -227,9 +233,7 @@ class Training:
             progress.end_phase("first step", step)
         if is_saved:
             self.saver.save_checkpoint(step)
-        if is_drawn:
-            self.graphs.forget()  # drawing needs their memory
-            self.validation.draw_current(step, progress)
+        self.evaluation.after_step(step, progress)
         if not self.loss_log.unread:
             progress.restart_clock(step)
 
@@ -296,7 +300,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
             start.status.cuda_graph = training.graphs.outcome
 
         if peers.is_main:
-            publishing.publish(start, training.saver.adapter, training.validation.finished)
+            publishing.publish(start, training.saver.adapter, training.evaluation.pictures.finished)
         peers.barrier()
         peers.accelerator.end_training()
         peers.say(f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")

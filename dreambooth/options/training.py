@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from dreambooth.io.errors import shown
 from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.evaluation import JudgeOptions, MeterOptions
 from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.paths import FilePath, PathInOutput, PathOrId
 from dreambooth.options.photos import InstanceOptions, PriorOptions
@@ -288,6 +289,8 @@ class TrainOptions(Group):
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     speed: SpeedOptions = dataclasses.field(default_factory=SpeedOptions)
     validation: ValidationOptions = dataclasses.field(default_factory=ValidationOptions)
+    meter: MeterOptions = dataclasses.field(default_factory=MeterOptions)
+    judges: JudgeOptions = dataclasses.field(default_factory=JudgeOptions)
     reports: ReportOptions = dataclasses.field(default_factory=ReportOptions)
 
     def _check(self) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up. A package imports packages of lower levels only.
 LEVELS = (
-    ("io",),
+    ("io", "picturebook"),
     ("options", "files"),
     ("runtime",),
     ("bases",),
     ("adapter_files",),
-    ("adapters", "data"),
+    ("adapters", "data", "evaluation"),
     ("training",),
-    ("train_dreambooth_lora", "generate_class_images", "infer", "convert_adapter", "picturebook"),
+    ("train_dreambooth_lora", "generate_class_images", "infer", "convert_adapter"),
     ("benchmarks",),
 )
 LONGEST_FUNCTION, LONGEST_LINE = 60, 110

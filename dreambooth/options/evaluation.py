@@ -1,0 +1,43 @@
+"""The flags of measuring an adapter while it is trained. Imports no torch."""
+
+import dataclasses
+
+from dreambooth.options.paths import FilePath, PathOrId
+from dreambooth.options.rules import Count, CountOrZero, Group, require
+
+
+@dataclasses.dataclass
+class MeterOptions(Group):
+    """Measurements from the base and the adapter alone: how well the subject is learned, and what is lost."""
+
+    meter_steps: Count | None = None
+    """Steps between measurements; the first is at step 0. Default: no measurements."""
+    holdout: CountOrZero = 0
+    """Number of photos that are not trained on, the last by file name: measurements are made on them."""
+    holdout_data_dir: FilePath | None = None
+    """Folder with photos of the subject that are not trained on, in place of --holdout."""
+    stop_when_worse: bool = False
+    """End the run once the measurements get worse. The best checkpoint so far is in `best/`."""
+
+    def _check(self) -> None:
+        require(
+            not (self.holdout and self.holdout_data_dir),
+            "--holdout keeps instance photos back and --holdout_data_dir names other photos: give one of them",
+        )
+        require(
+            not self.stop_when_worse or self.meter_steps is not None,
+            "--stop_when_worse needs measurements: give --meter_steps",
+        )
+
+
+@dataclasses.dataclass
+class JudgeOptions(Group):
+    """Judges of the validation pictures: models that compare pictures with photos and prompts."""
+
+    judge_dino: PathOrId | None = None
+    """Folder or hub id of a DINO model (ViT): likeness to the photos."""
+    judge_clip: PathOrId | None = None
+    """Folder or hub id of a CLIP model: likeness to the photos, and to the prompts."""
+    judge_reader: FilePath | None = None
+    """Folder of a subject of the embedded base's drawn world, with its subject.json: the reader of that world
+    reads the pictures."""

@@ -1,0 +1,48 @@
+"""What a run finds out about its adapter between the steps: validation pictures, and what is read from
+them."""
+
+from collections.abc import Callable
+
+from dreambooth.runtime.graphs import Graphs
+from dreambooth.training import metrics
+from dreambooth.training.frozen_models import FrozenModels
+from dreambooth.training.saving import Saver
+from dreambooth.training.start import Start
+from dreambooth.training.trainables import Trainables
+from dreambooth.training.validation import ValidationPictures
+
+
+class Evaluation:
+    """Everything that is measured of the adapter at some steps. It shifts no random number of the training
+    and changes no weight."""
+
+    def __init__(
+        self,
+        start: Start,
+        frozen: FrozenModels,
+        trainables: Trainables,
+        graphs: Graphs,
+        check: Callable[[], None],
+        *,
+        steps_per_epoch: int,
+        max_steps: int,
+    ):
+        """`graphs` are those of the step; drawing needs their memory. `check` is called between sampling
+        steps; it raises Stop if the run must end."""
+        self.graphs, self.steps_per_epoch, self.max_steps = graphs, steps_per_epoch, max_steps
+        self.pictures = ValidationPictures(start, frozen, trainables, check)
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is measured after `step` steps. After the last step, `finish` does it."""
+        return step < self.max_steps and self.pictures.is_due(step, steps_per_epoch=self.steps_per_epoch)
+
+    def after_step(self, step: int, progress: metrics.Progress) -> None:
+        """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""
+        if self.is_due(step):
+            self.graphs.forget()
+            self.pictures.draw_current(step, progress)
+
+    def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
+        """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""
+        self.graphs.forget()
+        self.pictures.draw_finished(saver, step, progress)
