@@ -17,6 +17,8 @@ from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, shown
 from dreambooth.runtime import memory
 
+_EVALUATIONS = ("meter", "judge", "best")  # keys of the records of an evaluation
+
 
 class Progress:
     """Writes metrics.jsonl (one JSON object a line), trackers and progress bar, on the main process."""
@@ -38,6 +40,9 @@ class Progress:
         self.path, self.files = path, WrittenFiles(path.parent)
         self.size, self.sha256 = 0, hashlib.sha256()  # of what was written
         self.phases = phases
+        self.evaluations: list[dict[str, Any]] = []
+        """The records of evaluations, in the order of metrics.jsonl, those of earlier starts included. Empty
+        on all processes but the main one."""
         if self.is_main:
             self._begin(first_step)
         self.bar = tqdm(
@@ -63,6 +68,8 @@ class Progress:
                 )
                 console.notes([note])
             lines = kept
+            records = (reader.parsed_json_table(line, "") for line in lines)
+            self.evaluations += [record for record in records if not record.keys().isdisjoint(_EVALUATIONS)]
         lines += [json.dumps(self._phase_record(phase, first_step)).encode() for phase in self.phases]
         data = b"".join(line + b"\n" for line in lines)
         self.files.write(self.path.name, data, grows=True)
@@ -109,6 +116,17 @@ class Progress:
                 reason = error.strerror or error
                 console.warn(f"metrics.jsonl cannot be written: {reason}; the run goes on")
             self.has_failed = True
+
+    def is_evaluated(self, step: int, kind: str) -> bool:
+        """Whether there is a record of `kind` (meter, judge, best) after `step` steps: a run that is resumed
+        at `step` may have it from an earlier start. Always false on all processes but the main one."""
+        return any(record["step"] == step and kind in record for record in self.evaluations)
+
+    def evaluation(self, step: int, kind: str, values: dict[str, Any], **more: Any) -> None:
+        """Record the result of an evaluation after `step` steps. `kind` is meter, judge or best."""
+        if self.is_main:
+            self.evaluations.append({"step": step, kind: values, **more})
+            self._write(self.evaluations[-1])
 
     def images(self, step: int, name: str, images: list[Image.Image], prompt: str) -> None:
         """Send pictures to the trackers that take them."""
