@@ -22,7 +22,7 @@ class MeterOptions(Group):
     def _check(self) -> None:
         require(
             not (self.holdout and self.holdout_data_dir),
-            "--holdout keeps instance photos back and --holdout_data_dir names other photos: give one of them",
+            "--holdout keeps instance photos back and --holdout_data_dir names others: give one of them",
         )
         require(
             not self.stop_when_worse or self.meter_steps is not None,
