@@ -10,8 +10,6 @@ over the base's.
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,105 +17,9 @@ from typing import Any
 import tyro
 from PIL import Image
 
+from picturebook.metrics import spread, subject_scores
 from picturebook.read import Reading, read
 from picturebook.subjects import load_subject
-from picturebook.world import ACCESSORIES, ACCESSORY_COLOURS, COLOURS, IDENTITY_SIZES, KINDS, PLACES, Identity
-
-BASE_TARGETS = {"class": 0.95, "place": 0.95, "colour": 0.90, "accessory": 0.85, "valid": 0.90}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The attributes that a prompt names; None for those that it does not."""
-
-    kind: str | None
-    colour: str | None
-    place: str | None
-    accessory: str | None
-    accessory_colour: str | None
-
-
-def parse_prompt(prompt: str) -> Wanted:
-    """The attributes that a prompt in the form of the world's captions names."""
-    text, _, worn = prompt.partition(" wearing ")
-    place = next((name for name, phrase in PLACES.items() if phrase in text), None)
-    words = text.split()
-    kind = next((word for word in words if word in KINDS), None)
-    colour = next((word for word in words if word in COLOURS), None)
-    accessory = next((word for word in worn.split() if word in ACCESSORIES), None)
-    accessory_colour = next((word for word in worn.split() if word in ACCESSORY_COLOURS), None)
-    return Wanted(kind, colour, place, accessory, accessory_colour)
-
-
-def shows(reading: Reading, wanted: Wanted) -> dict[str, bool]:
-    """For each attribute that the prompt names, whether the picture shows it.
-
-    An accessory must also have its colour, if the prompt names that.
-    """
-    scene, right = reading.scene, {}
-    for name, read_value, wanted_value in (
-        ("class", scene.kind, wanted.kind),
-        ("colour", scene.colour, wanted.colour),
-        ("place", scene.place, wanted.place),
-    ):
-        if wanted_value is not None:
-            right[name] = reading.shows_caption and read_value == wanted_value
-    if wanted.accessory is not None:
-        same_colour = wanted.accessory_colour is None or scene.accessory_colour == wanted.accessory_colour
-        right["accessory"] = reading.shows_caption and scene.accessory == wanted.accessory and same_colour
-    return right
-
-
-def prompt_scores(readings: Sequence[Reading], prompts: Sequence[str]) -> dict[str, float]:
-    """By attribute, the share of the pictures whose prompt names it that show it; and the share of valid
-    pictures."""
-    hits: dict[str, list[bool]] = {"valid": [r.valid for r in readings]}
-    for reading, prompt in zip(readings, prompts, strict=True):
-        for name, right in shows(reading, parse_prompt(prompt)).items():
-            hits.setdefault(name, []).append(right)
-    return {name: sum(values) / len(values) for name, values in hits.items()}
-
-
-def identity_share(reading: Reading, kind: str, identity: Identity) -> float:
-    """Share of the subject's identity attributes that a picture shows, 0 to 1. An invalid picture, or one of
-    another kind, has 0.
-    """
-    if not reading.valid or reading.scene.kind != kind:
-        return 0.0
-    return sum(
-        getattr(reading.scene.identity, name) == getattr(identity, name) for name in IDENTITY_SIZES
-    ) / len(IDENTITY_SIZES)
-
-
-def spread(readings: Sequence[Reading]) -> dict[str, float]:
-    """By identity attribute, the total variation distance between the valid pictures and the world's uniform
-    prior: 0 for the same distribution, 1 for disjoint ones.
-    """
-    valid = [r for r in readings if r.valid]
-    distances = {}
-    for name, size in IDENTITY_SIZES.items():
-        counts = Counter(getattr(r.scene.identity, name) for r in valid)
-        distances[name] = 0.5 * sum(
-            abs(counts[value] / max(1, len(valid)) - 1 / size) for value in range(size)
-        )
-    return distances
-
-
-def subject_scores(
-    readings: Sequence[Reading], prompts: Sequence[str], kind: str, colour: str, identity: Identity
-) -> dict[str, float]:
-    """The scores of pictures of a subject, each from 0 to 1.
-
-    ID is the mean `identity_share`, ID_all the share of pictures with the complete identity, subject_colour
-    the share in the subject's colour. The others are those of `prompt_scores`.
-    """
-    shares = [identity_share(r, kind, identity) for r in readings]
-    return {
-        "ID": sum(shares) / len(shares),
-        "ID_all": sum(share == 1 for share in shares) / len(shares),
-        "subject_colour": sum(r.shows_caption and r.scene.colour == colour for r in readings) / len(readings),
-        **prompt_scores(readings, prompts),
-    }
 
 
 def read_pictures(folder: Path) -> list[tuple[dict[str, Any], Reading]]:

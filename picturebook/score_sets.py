@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from picturebook.score import parse_prompt, read_pictures, subject_scores
+from picturebook.metrics import parse_prompt, subject_scores
+from picturebook.score import read_pictures
 from picturebook.subjects import load_subject
 
 

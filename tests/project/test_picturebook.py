@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from picturebook import base_report, score, score_sets, subjects
+from picturebook import base_report, metrics, score_sets, subjects
 from picturebook.draw import draw
 from picturebook.read import CAPTION_CONFIDENCE, VALID_CONFIDENCE, read
 from picturebook.tokenizer import MAX_TOKENS, build_tokenizer
@@ -244,8 +244,8 @@ def test_a_wrong_part_lowers_confidence():
 @pytest.mark.parametrize("place", PLACES)
 def test_prompts_are_parsed_into_what_they_ask_for(place):
     text = f"a photo of {with_article(describe('dog', 'orange', place, 'hat', 'blue'))}"
-    assert score.parse_prompt(text) == score.Wanted("dog", "orange", place, "hat", "blue")
-    assert score.parse_prompt("a photo of a sks dog") == score.Wanted("dog", None, None, None, None)
+    assert metrics.parse_prompt(text) == metrics.Wanted("dog", "orange", place, "hat", "blue")
+    assert metrics.parse_prompt("a photo of a sks dog") == metrics.Wanted("dog", None, None, None, None)
 
 
 def test_invalid_pictures_count_as_wrong_not_as_missing():
@@ -254,18 +254,18 @@ def test_invalid_pictures_count_as_wrong_not_as_missing():
         draw(truth),
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)),
     )
-    scores = score.prompt_scores([read(good), read(noise)], ["a red dog in the snow"] * 2)
+    scores = metrics.prompt_scores([read(good), read(noise)], ["a red dog in the snow"] * 2)
     assert scores == {"valid": 0.5, "class": 0.5, "colour": 0.5, "place": 0.5}
-    assert score.identity_share(read(good), "dog", truth.identity) == 1
-    assert score.identity_share(read(good), "cat", truth.identity) == 0
+    assert metrics.identity_share(read(good), "dog", truth.identity) == 1
+    assert metrics.identity_share(read(good), "cat", truth.identity) == 0
 
 
 @pytest.mark.slow
 def test_spread_is_zero_for_the_prior_and_large_for_one_identity():
     many = [read(draw(scene)) for scene in scenes(40, "spread")]
     one = [read(draw(Scene("dog", "red", "snow", Identity(1, 2, 3, 0))))] * 20
-    assert max(score.spread(many).values()) < 0.3
-    assert min(score.spread(one).values()) > 0.7
+    assert max(metrics.spread(many).values()) < 0.3
+    assert min(metrics.spread(one).values()) > 0.7
 
 
 def test_base_folder_is_small_and_held_in_float16():
@@ -290,7 +290,7 @@ def test_the_base_meets_its_targets_and_the_card_repeats_the_figures():
     assert figures["prompts"] == 512
     assert (MODEL_DIR / "README.md").read_text() == base_report.card(figures, MODEL_DIR)
     assert figures["misses"] == []
-    assert all(figures[name] >= target for name, target in score.BASE_TARGETS.items())
+    assert all(figures[name] >= target for name, target in base_report.BASE_TARGETS.items())
     assert max(figures["spread"].values()) <= base_report.SPREAD_TARGET
     assert figures["psnr_db"] >= base_report.PSNR_TARGET
 
@@ -304,7 +304,7 @@ def test_base_draws_what_prompts_ask_for():
     pipeline.set_progress_bar_config(disable=True)
     prompts = [base_report.report_prompt(number) for number in range(8)]
     images = base_report.draw_prompts(pipeline, prompts, base_report.Options(batch_size=8))
-    scores = score.prompt_scores([read(image) for image in images], prompts)
+    scores = metrics.prompt_scores([read(image) for image in images], prompts)
     assert scores["valid"] >= 0.7, scores
     assert min(scores[name] for name in ("class", "place", "colour", "accessory")) >= 0.6, scores
     assert base_report.reconstruction_psnr(pipeline.vae, pictures=8) >= base_report.PSNR_TARGET
