@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
-from dreambooth.data import captions, class_images, picture_files, replayed_unet
+from dreambooth.data import captions, output_pictures, replayed_unet
 from dreambooth.files import locks, pictures
-from dreambooth.files.ownership import WrittenFiles, check_apart
+from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console, reader, writer
-from dreambooth.io.errors import UserError, few, reason_of, shown
+from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
@@ -64,19 +63,17 @@ def infer(options: InferOptions, watch: Watch) -> None:
     """`main` without its handling of signals."""
     peers = processes.join(watch, threads=options.num_threads, peer_timeout=600)
     device = peers.accelerator.device
-    if options.mixed_precision == "fp16" and device.type == "cpu":
-        raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+    dtype = pipelines.dtype_of(options.drawing.mixed_precision, device)
     # what to draw
-    output_dir = check_folder(options)
+    output_dir = output_pictures.checked_folder(options.output_dir, options.base)
     prompts = read_prompts(options)
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
     peers.say_notes(base.variant_notes())
-    loaded = variants.read_adapters(sets, base, options.clip_skip)
+    loaded = variants.read_adapters(sets, base, options.drawing.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)
-    variants.check(options, columns, loaded, base)
+    variants.check(options.drawing, columns, loaded, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
     records = all_records(options, columns, loaded)
@@ -88,9 +85,9 @@ def infer(options: InferOptions, watch: Watch) -> None:
         names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
         peers.on_main(lambda: check_names(files, names))
         if peers.is_main:
-            if table := variants.table(columns, loaded, options.fuse, dtype):
+            if table := variants.table(columns, loaded, options.drawing.fuse, dtype):
                 console.say(table)
-            console.notes(variants.notes(options, columns, loaded, base))
+            console.notes(variants.notes(options.drawing, columns, loaded, base))
             for name in (LIST, SHEET):  # of earlier pictures, which will be replaced
                 files.remove(name)
         peers.barrier()
@@ -100,21 +97,6 @@ def infer(options: InferOptions, watch: Watch) -> None:
         peers.barrier()
         if peers.is_main:
             collect(options, columns, [record for chunk in records for record in chunk], files)
-
-
-def check_folder(options: InferOptions) -> Path:
-    """The output folder. Raises UserError if it lies in the base or among class images, or is a folder of
-    photos: it has pictures, and this program has not written there yet."""
-    check_apart({"--output_dir": options.output_dir}, {}, options.base.sources())
-    folder = Path(options.output_dir)
-    class_images.check_outside(folder, "--output_dir")
-    is_users = os.path.isdir(folder) and not WrittenFiles(folder).has_record
-    if is_users and (photos := picture_files.list_folder(folder, "--output_dir").pictures):
-        raise UserError(
-            f"--output_dir: {shown(folder)} holds pictures that this program did not draw,"
-            f" {few(photos)}; name another folder"
-        )
-    return folder
 
 
 def check_names(files: WrittenFiles, names: Sequence[str]) -> None:
@@ -149,24 +131,24 @@ def draw_all(
         stack.add(adapter.key, adapter.adapter)
     # every process attaches the adapters of all variants: last bits must not depend on which variants a
     # process draws
-    stack.attach_all((variant.weights(loaded) for variant in columns), options.fuse)
+    stack.attach_all((variant.weights(loaded) for variant in columns), options.drawing.fuse)
     graphs = replayed_unet.graphs_of(options.speed, pipeline.unet.device, console.warn)
     chunk_number = 0
     count = sum(map(len, records))
     with tqdm(total=count, desc="pictures", unit="image", disable=not peers.is_main) as bar:
         for variant, variant_records in zip(columns, records, strict=True):
             # this process's chunks
-            firsts = range(0, len(variant_records), options.batch_size)
-            chunks = [variant_records[first : first + options.batch_size] for first in firsts]
+            firsts = range(0, len(variant_records), options.drawing.batch_size)
+            chunks = [variant_records[first : first + options.drawing.batch_size] for first in firsts]
             chunks_here = [c for n, c in enumerate(chunks, chunk_number) if n % peers.world == peers.rank]
             chunk_number += len(chunks)
             if not chunks_here:
                 continue
             # draw them with the variant's adapters
-            with stack.activated(variant.weights(loaded), options.fuse), torch.no_grad():
+            with stack.activated(variant.weights(loaded), options.drawing.fuse), torch.no_grad():
                 text = pipelines.text_of(pipeline, base, clip_skip=variant.clip_skip)
                 prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
-                prompt_cache = text.encode_all([*prompts, options.negative_prompt], watch.check)
+                prompt_cache = text.encode_all([*prompts, options.drawing.negative_prompt], watch.check)
                 with replayed_unet.replaying(pipeline, graphs):
                     for chunk in chunks_here:
                         _draw(options, pipeline, prompt_cache, chunk, files, watch)
@@ -203,9 +185,9 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
         )
     return {
         "base": options.base.name(),
-        "negative_prompt": options.negative_prompt,
-        "steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
+        "negative_prompt": options.drawing.negative_prompt,
+        "steps": options.drawing.num_inference_steps,
+        "guidance_scale": options.drawing.guidance_scale,
         "clip_skip": variant.clip_skip,
         "set": variant.set.name if variant.set else None,
         "adapter": " + ".join(labels) or None,
@@ -222,16 +204,8 @@ def _draw(
     watch: Watch,
 ) -> None:
     """Draw the pictures of the records in `chunk` in one batch, and save each. Raises OSError."""
-    images = pipelines.draw(
-        pipeline,
-        prompt_cache.of([record["prompt"] for record in chunk]),
-        prompt_cache.of([options.negative_prompt]),
-        [record["seed"] for record in chunk],
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        side=options.resolution,
-        check=watch.check,
-    )
+    prompts, seeds = [record["prompt"] for record in chunk], [record["seed"] for record in chunk]
+    images = pipelines.draw_as(options.drawing, pipeline, prompt_cache, prompts, seeds, watch.check)
     for record, image in zip(chunk, images, strict=True):
         settings = {key: value for key, value in record.items() if key != "file"}
         files.write(record["file"], pictures.png(image, settings))

@@ -18,7 +18,7 @@ from dreambooth.bases import families, loading, prompt_syntax, prompts, schedule
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
-from dreambooth.options.pictures import InferOptions
+from dreambooth.options.pictures import DrawingOptions, InferOptions
 from dreambooth.options.training import TextOptions
 
 
@@ -94,7 +94,8 @@ def plan(
             where = adapter_set.where if adapter_set else "--prompt"
             raise UserError(f"{where} has no prompts; give it some, or --prompt for all sets")
         skips = [loaded[adapter.path].clip_skip for adapter in adapter_set.adapters] if adapter_set else []
-        clip_skip = options.clip_skip if options.clip_skip is not None else next(iter(skips or all_skips), 0)
+        given = options.drawing.clip_skip
+        clip_skip = given if given is not None else next(iter(skips or all_skips), 0)
         jobs = tuple((prompt, seed) for prompt in used for seed in options.seeds)
         return Variant(label, adapter_set, clip_skip, jobs)
 
@@ -107,15 +108,15 @@ def plan(
     return variants
 
 
-def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> None:
+def check(drawing: DrawingOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> None:
     """Raise UserError if a prompt, a clip_skip or a weight of a variant does not work with the base and the
     adapters, or the base has fewer timesteps than --num_inference_steps."""
-    schedulers.check_steps("--num_inference_steps", options.num_inference_steps, base)
+    schedulers.check_steps("--num_inference_steps", drawing.num_inference_steps, base)
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
-    texts["--negative_prompt"] = options.negative_prompt
+    texts["--negative_prompt"] = drawing.negative_prompt
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
     for variant in {variant.clip_skip: variant for variant in variants}.values():
-        _check_clip_skip(options, variant, loaded, base)
+        _check_clip_skip(drawing, variant, loaded, base)
     for adapter_set in filter(None, (variant.set for variant in variants)):
         for weighted in adapter_set.adapters:
             adapter = loaded[weighted.path].adapter
@@ -126,16 +127,16 @@ def check(options: InferOptions, variants: Sequence[Variant], loaded: Loaded, ba
                 raise UserError(
                     f"{what}, which rotates weights: its own weight must be 0 or 1, got {odd[0]:g}"
                 )
-            if options.fuse == "no":
+            if drawing.fuse == "no":
                 raise UserError(f"{what}, which is always fused; leave --fuse no out")
 
 
-def _check_clip_skip(options: InferOptions, variant: Variant, loaded: Loaded, base: families.Base) -> None:
+def _check_clip_skip(drawing: DrawingOptions, variant: Variant, loaded: Loaded, base: families.Base) -> None:
     """Raise UserError unless the base has the layers that a variant skips."""
     try:
         families.check_text(base, TextOptions(clip_skip=variant.clip_skip))
     except UserError as error:
-        if options.clip_skip is not None:
+        if drawing.clip_skip is not None:
             raise
         trained = [each.identity.label for each in loaded.values() if each.clip_skip == variant.clip_skip]
         raise UserError(
@@ -144,12 +145,12 @@ def _check_clip_skip(options: InferOptions, variant: Variant, loaded: Loaded, ba
 
 
 def notes(
-    options: InferOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base
+    drawing: DrawingOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base
 ) -> list[str]:
     """Notes on syntax of other programs in the prompts, and on adapters whose metadata speak against the
     base."""
     texts = [prompt for variant in variants for prompt, _ in variant.jobs]
-    syntax_notes = prompt_syntax.notes([*texts, options.negative_prompt])
+    syntax_notes = prompt_syntax.notes([*texts, drawing.negative_prompt])
     paths = dict.fromkeys(adapter.path for variant in variants for adapter in variant.adapters)
     adapters = [loaded[path] for path in paths]
     metadata = {each.identity.label: each.adapter.metadata for each in adapters}

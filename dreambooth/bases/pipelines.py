@@ -12,8 +12,10 @@ from dreambooth.bases import autoencoder, loading
 from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG, UNUSED_PARTS
 from dreambooth.bases.loading import FrozenParts
-from dreambooth.bases.prompts import PromptEmbeds, TextParts
+from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.bases.schedulers import fixed_variance
+from dreambooth.io.errors import UserError
+from dreambooth.options.pictures import DrawingOptions
 from dreambooth.options.training import TextOptions
 
 
@@ -114,6 +116,34 @@ def draw(
         output_type="latent" if vae is not None else "pil",
     ).images
     return decode(pipeline, images) if vae is not None else images
+
+
+def draw_as(
+    drawing: DrawingOptions,
+    pipeline: Any,
+    cache: PromptCache,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    check: Callable[[], None],
+) -> list[Image.Image]:
+    """`draw` with the sampler and size that the flags say. `cache` has the prompts and the negative one."""
+    return draw(
+        pipeline,
+        cache.of(prompts),
+        cache.of([drawing.negative_prompt]),
+        seeds,
+        num_inference_steps=drawing.num_inference_steps,
+        guidance_scale=drawing.guidance_scale,
+        side=drawing.resolution,
+        check=check,
+    )
+
+
+def dtype_of(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the models of a pipeline by --mixed_precision. Raises UserError for fp16 on a CPU."""
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 does not work on a CPU; use bf16, or leave it out")
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def _weighted_adapters(
             raise UserError(
                 f"{where}: {shown(path)} is named twice; name it once, with the sum of the weights"
             )
-        name = stem = _name(path)
+        name = stem = name_of(path)
         number = 2
         while any(name == adapter.name for adapter in adapters):
             name, number = f"{stem}-{number}", number + 1
@@ -116,7 +116,7 @@ def _weighted_adapters(
     return tuple(dataclasses.replace(a, factors=f) for a, f in zip(adapters, factors, strict=True))
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """The name of an adapter: that of its file, or of its folder if the file has the name that runs give."""
     path = path.absolute()
     path = path.parent if path.stem in _FILES_OF_RUNS else path

@@ -1,4 +1,5 @@
-"""The options of the scripts that draw pictures: generate_class_images.py and infer.py. Imports no torch."""
+"""The options of generate_class_images.py and infer.py, and what infer.py and evaluate.py share. Imports no
+torch."""
 
 import dataclasses
 import math
@@ -53,6 +54,32 @@ class ClassImageOptions(Group):
 
 
 @dataclasses.dataclass
+class DrawingOptions(Group):
+    """Drawing: sampler, size and precision."""
+
+    negative_prompt: str = ""
+    """Negative prompt."""
+    num_inference_steps: Steps = 25
+    """Sampling steps."""
+    guidance_scale: Amount = 7.5
+    """Classifier-free guidance scale; 1 is no guidance."""
+    clip_skip: CountOrZero | None = None
+    """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
+    with, else 0. It is in the metadata of the adapter. kohya's ss_clip_skip counts one more (2 is 1 here),
+    and is not read for Stable Diffusion XL."""
+    resolution: Side | None = None
+    """Side of the pictures, in pixels. Default: the base's resolution."""
+    batch_size: BatchSize = 4
+    """Pictures drawn at once. On a CPU, another number changes the last bits of pictures."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the pipeline."""
+    fuse: Literal["auto", "yes", "no"] = "auto"
+    """Add the adapters to the weights before drawing. "auto" fuses every kind but plain LoRA, whose layers
+    cost about 5 % (DoRA, LoHa and LoKr on all layers cost 60 to 150 %), and never in bf16, which rounds small
+    changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
+
+
+@dataclasses.dataclass
 class InferOptions(Group):
     """All flags of infer.py."""
 
@@ -87,32 +114,13 @@ class InferOptions(Group):
     base."""
     compare: bool = False
     """Draw every picture with the base alone too, from the same noise, side by side."""
-    fuse: Literal["auto", "yes", "no"] = "auto"
-    """Add the adapters to the weights before drawing. "auto" fuses every kind but plain LoRA, whose layers
-    cost about 5 % (DoRA, LoHa and LoKr on all layers cost 60 to 150 %), and never in bf16, which rounds small
-    changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
     output_dir: FilePath = "pictures"
     """Folder for the pictures, their list (images.json) and the contact sheet."""
     seeds: tuple[Seed, ...] = (0,)
     """Seeds; every prompt is drawn once with each."""
-    negative_prompt: str = ""
-    """Negative prompt."""
-    num_inference_steps: Steps = 25
-    """Sampling steps."""
-    guidance_scale: Amount = 7.5
-    """Classifier-free guidance scale; 1 is no guidance."""
-    clip_skip: CountOrZero | None = None
-    """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
-    with, else 0. It is in the metadata of the adapter. kohya's ss_clip_skip counts one more (2 is 1 here),
-    and is not read for Stable Diffusion XL."""
-    resolution: Side | None = None
-    """Side of the pictures, in pixels. Default: the base's resolution."""
-    batch_size: BatchSize = 4
-    """Pictures drawn at once. On a CPU, another number changes the last bits of pictures."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the pipeline."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
+    drawing: DrawingOptions = dataclasses.field(default_factory=DrawingOptions)
     speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
 
     def _check(self) -> None:
@@ -130,7 +138,7 @@ class InferOptions(Group):
         require(has_adapters or not self.compare, "--compare needs an --adapter to compare with the base")
         require(has_adapters or self.sweep is None, "--sweep needs an --adapter whose weight it changes")
         require(
-            has_adapters or self.fuse == "auto",
+            has_adapters or self.drawing.fuse == "auto",
             "--fuse needs an --adapter that is fused, or not fused, with the weights",
         )
         require(

@@ -4,7 +4,7 @@ import pytest
 
 from dreambooth.adapters import variants
 from dreambooth.bases import families, loading, prompt_syntax
-from dreambooth.options.pictures import InferOptions
+from dreambooth.options.pictures import DrawingOptions, InferOptions
 from dreambooth.options.training import BaseOptions, TextOptions
 from dreambooth.training import checks
 
@@ -117,7 +117,7 @@ def test_every_place_where_prompts_come_in_gives_the_note(tiny_base):
     (note,) = checks.check_prompts({"--instance_prompt": "a dog"}, captions, TextOptions(), base, tokenizers)
     assert note.startswith("1 of 2 captions have syntax of other programs")
     for prompt, negative in (("a (dog:1.4)", ""), ("a dog", "a (dog:1.4)")):
-        options = InferOptions(base.options, prompt=(prompt,), negative_prompt=negative)
+        options = InferOptions(base.options, prompt=(prompt,), drawing=DrawingOptions(negative))
         plan = variants.plan(options, [], {}, options.prompt)
-        (note,) = variants.notes(options, plan, {}, base)
+        (note,) = variants.notes(options.drawing, plan, {}, base)
         assert "(dog:1.4)" in note

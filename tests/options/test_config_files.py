@@ -420,4 +420,4 @@ def test_a_flag_with_several_values_may_be_repeated():
             "2",
         ],
     )
-    assert (found.prompt, found.adapter, found.batch_size) == (("a", "b", "c"), ("x", "y:0.5"), 2)
+    assert (found.prompt, found.adapter, found.drawing.batch_size) == (("a", "b", "c"), ("x", "y:0.5"), 2)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import convert_adapter
-import infer
-from dreambooth.data import class_images
+from dreambooth.data import class_images, output_pictures
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import writer
 from dreambooth.io.errors import UserError
@@ -44,7 +43,8 @@ def train(*words: str) -> None:
 
 def draw(folder: str) -> None:
     words = ["--pretrained_model_name_or_path", "base", "--prompt", "a dog", "--output_dir", folder]
-    infer.check_folder(parse(InferOptions, "", words))
+    options = parse(InferOptions, "", words)
+    output_pictures.checked_folder(options.output_dir, options.base)
 
 
 def convert(*words: str) -> None:
