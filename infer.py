@@ -42,14 +42,7 @@ def read_prompts(options: InferOptions) -> list[str]:
     """The prompts of --prompt or --prompts_file. Raises UserError if the file cannot be read or is empty."""
     if not options.prompts_file:
         return list(options.prompt)
-    where = f"--prompts_file {shown(options.prompts_file)}"
-    lines = reader.lines(reader.read_text(Path(options.prompts_file), where))
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"{where}: no prompt in it")
-    if fault := next(filter(None, map(captions.fault_of, prompts)), None):
-        raise UserError(f"{where}: a prompt {fault}")
-    return prompts
+    return captions.read_prompts(options.prompts_file, "--prompts_file")
 
 
 def main(options: InferOptions) -> None:

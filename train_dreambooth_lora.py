@@ -207,6 +207,9 @@ class Training:
         )
         with contextlib.closing(progress):
             try:
+                if self.first_step == 0:
+                    self.evaluation.after_step(0, progress)
+                    progress.restart_clock(0)
                 for step in range(self.first_step, self.max_steps):
                     if step >= self.text_steps and self.trainables.text_components():
                         self.finish_text()  # of a resumed run that ended between this step and finish_text

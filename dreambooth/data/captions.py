@@ -174,6 +174,20 @@ def fault_of(caption: object) -> str | None:
     return None
 
 
+def read_prompts(file: str, flag: str) -> list[str]:
+    """The prompts in a text file, one a line, without empty lines and lines that start with #. Raises
+    UserError, with the `flag` that named the file, if it cannot be read, is empty, or has a `fault_of` a
+    prompt."""
+    where = f"{flag} {shown(file)}"
+    lines = reader.lines(reader.read_text(Path(file), where))
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{where}: no prompt in it")
+    if fault := next(filter(None, map(fault_of, prompts)), None):
+        raise UserError(f"{where}: a prompt {fault}")
+    return prompts
+
+
 def _from_texts(
     folder: Path, texts: Mapping[str, str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:

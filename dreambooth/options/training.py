@@ -207,22 +207,33 @@ class ValidationOptions(Group):
 
     validation_prompt: str | None = None
     """Prompt of the validation pictures. Default: no validation pictures."""
+    validation_prompts_file: FilePath | None = None
+    """Text file with a prompt on each line, for validation pictures of several prompts. Empty lines and lines
+    that start with # are skipped. With --validation_prompt too, that prompt is the first."""
     num_validation_images: Annotated[int, Range(1, 10_000)] = 4
-    """Number of pictures at each validation."""
+    """Number of pictures of each prompt at each validation. A picture has the same noise at every step."""
     validation_epochs: Count = 50
-    """Passes (as in --num_train_epochs) between validations; the first validation follows the first pass."""
+    """Passes (as in --num_train_epochs) between validations. The first validation is before the first step,
+    the second after the first pass."""
     validation_steps: Count | None = None
-    """Steps between validations; overrides --validation_epochs."""
+    """Steps between validations; overrides --validation_epochs. The first validation is before the first
+    step."""
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = None
     """Sampler of the validation pictures. Default: the multistep DPM solver; DDPM for DeepFloyd IF; the
     base's sampler if that is an EDM scheduler."""
     skip_final_inference: bool = False
-    """Draw no pictures at the end of the run."""
+    """Draw no pictures at the end of the run: those of the finished adapter, and three of the first prompt
+    with other weights of the adapter."""
     validation_images: tuple[str, ...] | None = None
     """First-stage pictures for validating a second-stage model. Refused: no supported base is a second
     stage."""
     class_labels_conditioning: str | None = None
     """`timesteps` for second-stage models. Refused: no supported base is a second stage."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether validation pictures are drawn."""
+        return self.validation_prompt is not None or self.validation_prompts_file is not None
 
     def _check(self) -> None:
         require(
@@ -336,7 +347,7 @@ class TrainOptions(Group):
     def _flags_without_effect(self) -> list[str]:
         """A note for every flag that was given without the flag that it needs."""
         trains_text = self.text.train_text_encoder, "--train_text_encoder"
-        draws = self.validation.validation_prompt is not None, "--validation_prompt"
+        draws = self.validation.has_prompts, "--validation_prompt"
         uses_prior = self.prior.with_prior_preservation, "--with_prior_preservation"
         is_prodigy = self.optimization.optimizer == "prodigy", "--optimizer prodigy"
         is_data_set = self.instance.dataset_name is not None, "--dataset_name"

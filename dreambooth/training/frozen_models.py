@@ -85,8 +85,8 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     cache = encoding_cache.EncodingCache(folder, lambda warning: peers.say(f"warning: {warning}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
     prompts = [prompt for source in start.sources for prompt in source.distinct_prompts()]
-    if options.validation.validation_prompt is not None:
-        prompts += [options.validation.validation_prompt, ""]
+    if start.validation_prompts:
+        prompts += [*start.validation_prompts, ""]
     vae = prompt_cache = encoded = None
 
     # text encoders

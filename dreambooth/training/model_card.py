@@ -8,7 +8,7 @@ import dataclasses
 import html
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -59,15 +59,16 @@ def model_card(
     *,
     base_folder: Path,
     family: str,
-    pictures: Sequence[str],
+    pictures: Mapping[str, str],
     repository: str | None,
     token: str | None,
 ) -> str:
     """The text of README.md.
 
     `flags` are all flags of the run but the token. `base_folder` is the base on disk, `family` is sd, sdxl
-    or if. `pictures` are names of files beside the card, `repository` is OWNER/NAME on the hub or None.
-    If the base is from the hub and came without its card, its licence is read from the hub, with `token`.
+    or if. `pictures` are prompts by the names of files beside the card, `repository` is OWNER/NAME on the hub
+    or None. If the base is from the hub and came without its card, its licence is read from the hub, with
+    `token`.
     """
     public = _public(flags, base_folder)
     hub_id = public.hub_ids.get("pretrained_model_name_or_path")
@@ -82,7 +83,7 @@ def model_card(
         f"{_KINDS[flags['adapter']]}{rank} for {public.link('pretrained_model_name_or_path')}, trained on "
         "photos of one subject with [DreamBooth](https://arxiv.org/abs/2208.12242).",
         f"Trigger prompt: {_prose(flags['instance_prompt'])}",
-        _gallery(pictures, flags.get("validation_prompt")),
+        _gallery(pictures),
         "## Use",
         _fenced(_example(public, name, family), "python") if is_lora else "",
         "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in files),
@@ -110,7 +111,7 @@ def _front_matter(
     licence: Mapping[str, Any],
     base_id: str | None,
     family: str,
-    pictures: Sequence[str],
+    pictures: Mapping[str, str],
 ) -> dict[str, Any]:
     prompt = flags["instance_prompt"]
     front: dict[str, Any] = {"library_name": "diffusers", **licence}
@@ -120,16 +121,17 @@ def _front_matter(
     front["tags"] = ["text-to-image", "diffusers", flags["adapter"], "dreambooth", *template, _TAGS[family]]
     front["instance_prompt"] = prompt
     if pictures:
-        text = flags.get("validation_prompt") or prompt
-        front["widget"] = [{"text": text, "output": {"url": name}} for name in pictures]
+        front["widget"] = [{"text": text, "output": {"url": name}} for name, text in pictures.items()]
     return front
 
 
-def _gallery(pictures: Sequence[str], prompt: str | None) -> str:
-    lines = [f"![picture {number}](./{quote(name)})" for number, name in enumerate(pictures)]
-    if pictures and prompt:
-        lines.append(f"\nDrawn with the prompt: {_prose(prompt)}")
-    return "\n".join(lines)
+def _gallery(pictures: Mapping[str, str]) -> str:
+    lines = []
+    for prompt in dict.fromkeys(pictures.values()):
+        names = [name for name in pictures if pictures[name] == prompt]
+        lines += [f"![picture {number}](./{quote(name)})" for number, name in enumerate(names)]
+        lines.append(f"\nDrawn with the prompt: {_prose(prompt)}\n")
+    return "\n".join(lines).rstrip("\n")
 
 
 def _about_training(public: _PublicFlags) -> list[str]:

@@ -91,6 +91,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         base=checked.base,
         tokenizers=checked.tokenizers,
         sources=sources,
+        validation_prompts=checked.validation_prompts,
         crops=run.crops,
         cache=cache,
         init_adapter=checked.init_adapter.state,
@@ -165,6 +166,7 @@ class CheckedBase:
     base: families.Base
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     init_adapter: checks.InitAdapter
+    validation_prompts: list[str]
     notes: list[str]
 
 
@@ -174,10 +176,13 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     base = families.find(options.base)
     checks.check_base(options, base)
     tokenizers = loading.load_tokenizers(base)
+    wanted, prompts_file = options.validation.validation_prompt, options.validation.validation_prompts_file
+    in_file = captions.read_prompts(prompts_file, "--validation_prompts_file") if prompts_file else []
     prompts = {
         "--instance_prompt": options.instance.instance_prompt,
         "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
-        "--validation_prompt": options.validation.validation_prompt,
+        "--validation_prompt": wanted,
+        **{f"--validation_prompts_file: prompt {number}": prompt for number, prompt in enumerate(in_file, 1)},
     }
     prompt_notes = checks.check_prompts(prompts, subject.captions, options.text, base, tokenizers)
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
@@ -185,7 +190,8 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     size_notes = checks.size_notes(subject.checked, resolution, base)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
     notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes]
-    return CheckedBase(base, tokenizers, init_adapter, notes)
+    validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
+    return CheckedBase(base, tokenizers, init_adapter, validation_prompts, notes)
 
 
 def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> int:
@@ -252,7 +258,7 @@ class NamedRun:
         """
         run, checkpoint = self.options.run, self.claim.checkpoint
         first_step = self.claim.first_step if self.claim.continues_folder else 0
-        names = run_folder.names_to_write(self.options)
+        names = run_folder.names_to_write(self.options, len(self.checked.validation_prompts))
         # users edit run.yaml to resume with other flags
         keeps_options = self.claim.continues_folder and run_folder.is_edited(self.claim.folder)
         replaced = run_folder.replaced(self.claim.folder, names, is_resumed=self.claim.continues_folder)

@@ -1,6 +1,6 @@
 """After training: the adapter in kohya's format, the model card, the upload."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dreambooth.io.errors import shown
@@ -8,11 +8,11 @@ from dreambooth.training import hub, model_card, programs, saving
 from dreambooth.training.start import Start
 
 
-def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
+def publish(start: Start, adapter: Path, pictures: Mapping[str, str]) -> None:
     """Write the kohya file for --output_kohya_format, and upload for --push_to_hub. For the main process.
 
-    `pictures` are names of files beside `adapter`. Raises Stop if a file cannot be written, or the upload
-    fails.
+    `pictures` are prompts by the names of files beside `adapter`. Raises Stop if a file cannot be written, or
+    the upload fails.
     """
     options, base = start.options, start.base
     if options.adapter.output_kohya_format:
@@ -26,7 +26,7 @@ def publish(start: Start, adapter: Path, pictures: Sequence[str]) -> None:
             repository=start.repository,
             token=options.reports.hub_token,
         )
-        hub.publish(options.reports, start.output_dir, card, pictures)
+        hub.publish(options.reports, start.output_dir, card, list(pictures))
 
 
 def last_line(start: Start) -> str:

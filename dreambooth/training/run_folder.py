@@ -26,6 +26,7 @@ from dreambooth.training import run_identity
 
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
 VALIDATION = "validation"  # the folder of the run's pictures
+SWEEP = (0.5, 0.75, 1.25)  # weights of the finished adapter in pictures at the end, beside 1
 CARD = "README.md"
 CHECKPOINT = (native.ADAPTER_NAME, "optimizer.safetensors", "state.json")  # the files of one
 _FILES = (IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME, native.KOHYA_NAME, CARD)
@@ -52,17 +53,22 @@ def check_names(output_dir: Path, names: Sequence[str], steps: range) -> None:
         )
 
 
-def names_to_write(options: ResolvedTrainOptions) -> list[str]:
-    """The names of all files but checkpoints that the run writes into its folder."""
+def names_to_write(options: ResolvedTrainOptions, validation_prompts: int) -> list[str]:
+    """The names of all files but checkpoints that the run writes into its folder. `validation_prompts` is
+    the number of prompts of its validation pictures."""
     output_dir, validation = Path(options.run.output_dir), options.validation
     names = [IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME]
     names += [native.KOHYA_NAME] if options.adapter.output_kohya_format else []
     names += [CARD] if options.reports.push_to_hub else []
-    if validation.validation_prompt is not None:
-        names += [
-            f"{VALIDATION}/{final_picture(number)}" for number in range(validation.num_validation_images)
-        ]
-        names += [f"{VALIDATION}/{path.name}" for path in (output_dir / VALIDATION).glob("step-*.png")]
+    names += [
+        final_picture(prompt, number, validation_prompts)
+        for prompt in range(validation_prompts)
+        for number in range(validation.num_validation_images)
+    ]
+    if validation_prompts:
+        drawn = (output_dir / VALIDATION).glob("step-*.png")
+        names += [f"{VALIDATION}/{path.name}" for path in drawn]
+        names += [swept_picture(weight) for weight in (0.0, *SWEEP)]
     return names
 
 
@@ -78,9 +84,21 @@ def replaced(output_dir: Path, names: Sequence[str], *, is_resumed: bool) -> lis
     return [name for name in names if not kept.get(name, False)]
 
 
-def final_picture(number: int) -> str:
-    """The file name of a picture of the finished adapter, in the folder VALIDATION."""
-    return f"image_{number}.png"
+def step_picture(step: int, prompt: int, number: int, prompts: int) -> str:
+    """The name of a picture drawn after `step` steps: of prompt number `prompt`, of `prompts`."""
+    number_of_prompt = f"{prompt:02d}-" if prompts > 1 else ""
+    return f"{VALIDATION}/step-{step:06d}-{number_of_prompt}{number:02d}.png"
+
+
+def final_picture(prompt: int, number: int, prompts: int) -> str:
+    """The name of a picture of the finished adapter: of prompt number `prompt`, of `prompts`."""
+    number_of_prompt = f"{prompt:02d}_" if prompts > 1 else ""
+    return f"{VALIDATION}/image_{number_of_prompt}{number}.png"
+
+
+def swept_picture(weight: float) -> str:
+    """The name of a picture of the first prompt, drawn with the finished adapter at `weight`."""
+    return f"{VALIDATION}/weight-{weight:.2f}.png"
 
 
 def check_new(output_dir: Path, now: Mapping[str, Any], *, overwrite: bool, is_resumed: bool) -> None:

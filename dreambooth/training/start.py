@@ -31,6 +31,8 @@ class Start:
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     sources: list[Source]
     """Instance photos, then class images."""
+    validation_prompts: list[str]
+    """Prompts of the validation pictures; [] if none are drawn."""
     crops: Crops
     cache: Cache
     """Where latents and prompt embeddings are stored."""

@@ -1,7 +1,9 @@
-"""Validation pictures: drawn during training and after it, from --validation_prompt, by the main process."""
+"""Validation pictures: drawn before training, during it and after it, from --validation_prompt and
+--validation_prompts_file, by the main process."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +26,80 @@ from dreambooth.training.trainables import Trainables
 
 _INFERENCE_STEPS = 25
 _GUIDANCE_SCALE = 7.5
+_SAVED = "saved"  # the name of the finished adapter on the models
 
 
 class ValidationPictures:
-    """Draws --validation_prompt with the models in memory. Without the flag, nothing is drawn. Each picture
+    """Draws the validation prompts with the models in memory. Without prompts, nothing is drawn. Each picture
     has a seed of its own, so drawing changes no random number of the training."""
 
     def __init__(self, start: Start, frozen: FrozenModels, trainables: Trainables, check: Callable[[], None]):
         """`check` is called between the sampling steps of a picture."""
         options, self.peers = start.options, start.peers
-        self.options, self.prompt = options.validation, options.validation.validation_prompt
+        self.options, self.prompts = options.validation, start.validation_prompts
         self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
+        self.starts_from_base = not start.init_adapter
         self.files = WrittenFiles(start.output_dir)
         self.frozen, self.trainables, self.check = frozen, trainables, check
         self.graphs = replayed_unet.graphs_of(self.speed, self.peers.accelerator.device, console.warn)
-        self.finished: list[str] = []
-        """Names of the pictures of the finished adapter, relative to the output folder."""
+        self.finished: dict[str, str] = {}
+        """Prompts of the pictures of the finished adapter, by their names relative to the output folder."""
         # read now: text encoders may be freed before `draw_finished`
-        self.layers = apply.layers_of(self._models()) if self.prompt is not None else {}
+        self.layers = apply.layers_of(self._models()) if self.prompts else {}
 
     def is_due(self, step: int, *, steps_per_epoch: int) -> bool:
-        """Whether pictures are drawn after `step` steps: by --validation_steps, else --validation_epochs."""
-        if self.prompt is None:
-            return False
+        """Whether pictures are drawn after `step` steps: before the first step, and then by
+        --validation_steps, else --validation_epochs."""
+        if not self.prompts or step == 0:
+            return bool(self.prompts)
         if self.options.validation_steps:
             return step % self.options.validation_steps == 0
         epochs = step // steps_per_epoch
         return step % steps_per_epoch == 0 and (epochs - 1) % self.options.validation_epochs == 0
 
-    def draw_current(self, step: int, progress: metrics.Progress) -> None:
+    def draw_current(self, step: int, progress: metrics.Progress) -> dict[str, list[Image.Image]]:
         """Draw with the adapter after `step` steps, on the main process; the other processes wait. The
-        pictures are written to validation/ in the output folder and sent to the trackers."""
-        if self.peers.is_main and self.prompt is not None:
+        pictures are written to validation/ in the output folder and sent to the trackers. Returns them by
+        prompt; {} on the other processes."""
+        images: dict[str, list[Image.Image]] = {}
+        if self.peers.is_main:
             with self._models_for_drawing():
-                images = self._draw(self._pipeline(), *self._embeds(self.prompt))
-            self._save(images, [f"step-{step:06d}-{number:02d}.png" for number in range(len(images))], step)
-            progress.images(step, "validation", images, self.prompt)
+                pipeline = self._pipeline()
+                for prompt in self.prompts:
+                    images[prompt] = self._draw(pipeline, prompt, *self._embeds(prompt))
+            names = functools.partial(run_folder.step_picture, step, prompts=len(self.prompts))
+            self._save(images, names, step)
+            self._track("validation", images, step, progress)
         self.peers.barrier()
+        return images
 
-    def draw_finished(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
-        """Draw with the finished adapter file, on the main process; the other processes wait.
+    def draw_finished(
+        self, saver: Saver, step: int, progress: metrics.Progress
+    ) -> dict[str, list[Image.Image]]:
+        """Draw with the finished adapter file, on the main process; the other processes wait. Returns the
+        pictures by prompt; {} on the other processes, and with --skip_final_inference.
 
         The file is read like any user's adapter file, so the pictures are those that the user will get. The
-        trained adapter is removed from the models for good; `saver` copies its tensors first.
+        trained adapter is removed from the models for good; `saver` copies its tensors first. The first
+        prompt is also drawn with other weights of the adapter.
         """
-        if self.peers.is_main and self.prompt is not None and not self.options.skip_final_inference:
+        images: dict[str, list[Image.Image]] = {}
+        if self.peers.is_main and self.prompts and not self.options.skip_final_inference:
             saver.take_snapshot(step)
             with self._models_for_drawing():
-                images = self._draw_with_file(saver.adapter)
-            self.finished = self._save(
-                images, [run_folder.final_picture(number) for number in range(len(images))], step
-            )
-            progress.images(step, "test", images, self.prompt)
+                embeds = {prompt: self._embeds(prompt) for prompt in self.prompts}
+                # only now: it removes the trained adapter from the text encoders
+                stack, weights = self._stack_of_file(saver.adapter)
+                pipeline = self._pipeline()
+                with self._activated(stack, 1.0):
+                    for prompt in self.prompts:
+                        images[prompt] = self._draw(pipeline, prompt, *embeds[prompt])
+                names = functools.partial(run_folder.final_picture, prompts=len(self.prompts))
+                self.finished = self._save(images, names, step)
+                self._track("test", images, step, progress)
+                self._sweep(pipeline, stack, weights, embeds[self.prompts[0]], step)
         self.peers.barrier()
+        return images
 
     @contextlib.contextmanager
     def _models_for_drawing(self) -> Iterator[None]:
@@ -84,18 +107,40 @@ class ValidationPictures:
         with torch.no_grad(), self.trainables.evaluating(), compilation.eager(wanted=self.speed.compile):
             yield
 
-    def _draw_with_file(self, adapter_file: Path) -> list[Image.Image]:
-        assert self.prompt is not None
-        embeds = self._embeds(self.prompt)  # before the trained adapter is removed from the text encoders
-        pipeline = self._pipeline()
-        pipeline.unload_lora_weights()
+    def _stack_of_file(self, adapter_file: Path) -> tuple[apply.Stack, Sequence[float]]:
+        """The adapter file, ready to be used at any weight in place of the trained adapter, and the weights
+        for `_sweep`."""
+        self._pipeline().unload_lora_weights()
         # freed text encoders are not needed: the prompts are encoded already
         models = self._models()
+        adapter = apply.part(reading.read(adapter_file, self.layers), tuple(models))
         stack = apply.Stack(models)
-        stack.add("saved", apply.part(reading.read(adapter_file, self.layers), tuple(models)))
+        stack.add(_SAVED, adapter)
+        if not adapter.is_additive:  # it has no other weights than 0 and 1
+            return stack, ()
+        # at weight 0 the base draws, as before the first step
+        return stack, run_folder.SWEEP if self.starts_from_base else (0.0, *run_folder.SWEEP)
+
+    def _activated(self, stack: apply.Stack, weight: float) -> contextlib.AbstractContextManager[None]:
         # quantized weights cannot be changed, so adapters are not fused with them
-        with stack.activated({"saved": 1.0}, "auto" if self.speed.quantize_base is None else "no"):
-            return self._draw(pipeline, *embeds)
+        return stack.activated({_SAVED: weight}, "auto" if self.speed.quantize_base is None else "no")
+
+    def _sweep(
+        self,
+        pipeline: Any,
+        stack: apply.Stack,
+        weights: Sequence[float],
+        embeds: tuple[PromptEmbeds, PromptEmbeds],
+        step: int,
+    ) -> None:
+        """Draw the first picture of the first prompt with the finished adapter at each of `weights`. Text
+        encoders that are in memory have the adapter at that weight too."""
+        prompt, has_encoders = self.prompts[0], self.frozen.parts.text is not None
+        for weight in weights:
+            with self._activated(stack, weight):
+                embeds = self._embeds(prompt) if has_encoders else embeds
+                images = self._draw(pipeline, prompt, *embeds, count=1)
+            self._save({prompt: images}, lambda *_, weight=weight: run_folder.swept_picture(weight), step)
 
     def _models(self) -> dict[str, Any]:
         text = self.frozen.parts.text
@@ -113,18 +158,31 @@ class ValidationPictures:
         """Embeddings of the prompt and of the empty prompt."""
         return self.frozen.encode(prompt), self.frozen.encode("")
 
-    def _draw(self, pipeline: Any, prompt: PromptEmbeds, negative: PromptEmbeds) -> list[Image.Image]:
+    def _noise_seed(self, prompt: str, number: int) -> int:
+        """The seed of a picture: the same at every step, and whatever other prompts are drawn."""
+        words = () if prompt == self.options.validation_prompt else (prompt,)
+        return sampling_order.key(self.seed, "validation", number, *words)
+
+    def _draw(
+        self,
+        pipeline: Any,
+        prompt: str,
+        embeds: PromptEmbeds,
+        negative: PromptEmbeds,
+        count: int | None = None,
+    ) -> list[Image.Image]:
+        """The first `count` pictures of a prompt; --num_validation_images by default."""
         images: list[Image.Image] = []
         steps = min(_INFERENCE_STEPS, pipeline.scheduler.config.num_train_timesteps)
         with replayed_unet.replaying(pipeline, self.graphs):
-            for number in range(self.options.num_validation_images):
+            for number in range(count or self.options.num_validation_images):
                 # one at a time, so that a picture depends on its own seed only
                 with self.peers.accelerator.autocast():
                     images += pipelines.draw(
                         pipeline,
-                        prompt,
+                        embeds,
                         negative,
-                        [sampling_order.key(self.seed, "validation", number)],
+                        [self._noise_seed(prompt, number)],
                         num_inference_steps=steps,
                         guidance_scale=_GUIDANCE_SCALE,
                         side=self.resolution,
@@ -132,15 +190,31 @@ class ValidationPictures:
                     )
         return images
 
-    def _save(self, images: list[Image.Image], file_names: list[str], step: int) -> list[str]:
-        """Write the pictures to validation/. Returns their names, relative to the output folder. A failure,
-        such as a full disk, is printed as a warning; [] is returned."""
-        names = [f"{run_folder.VALIDATION}/{file_name}" for file_name in file_names]
+    def _save(
+        self, images: Mapping[str, Sequence[Image.Image]], name_of: Callable[[int, int], str], step: int
+    ) -> dict[str, str]:
+        """Write the pictures of each prompt; `name_of` takes the numbers of prompt and picture. Returns the
+        prompts by name. A failure, such as a full disk, is printed as a warning; {} is returned."""
+        prompt_of_name: dict[str, str] = {}
         try:
-            for image, name in zip(images, names, strict=True):
-                self.files.write(name, pictures.png(image, {"prompt": self.prompt, "step": step}))
+            for prompt_number, (prompt, drawn) in enumerate(images.items()):
+                for number, image in enumerate(drawn):
+                    name = name_of(prompt_number, number)
+                    self.files.write(name, pictures.png(image, {"prompt": prompt, "step": step}))
+                    prompt_of_name[name] = prompt
         except OSError as error:
             reason = error.strerror or error
             self.peers.say(f"warning: pictures of step {step} cannot be written: {reason}")
-            return []
-        return names
+            return {}
+        return prompt_of_name
+
+    def _track(
+        self,
+        name: str,
+        images: Mapping[str, Sequence[Image.Image]],
+        step: int,
+        progress: metrics.Progress,
+    ) -> None:
+        """Send the pictures to the trackers, those of each prompt apart."""
+        for number, (prompt, drawn) in enumerate(images.items()):
+            progress.images(step, name if len(images) == 1 else f"{name}-{number:02d}", list(drawn), prompt)

@@ -257,11 +257,11 @@ def test_numbers_reach_what_they_are_for(tiny_base, photos_dir, tmp_path, monkey
     ["--validation_epochs 2 --num_validation_images 2", "--validation_steps 3 --num_validation_images 1"],
 )
 def test_validation_comes_when_the_flags_say(when, tiny_base, photos_dir, tmp_path):
-    """Three photos, so a pass is three steps. Pictures come after the first pass and then after every second
-    one, or every three steps.
+    """Three photos, so a pass is three steps. Pictures come before the first step; then after the first pass
+    and every second one from there, or every three steps.
     """
     run(tiny_base, photos_dir, tmp_path, f"--num_train_epochs 4 --validation_prompt dog {when}")
-    steps, count = ((3, 9), 2) if "epochs" in when else ((3, 6, 9), 1)
+    steps, count = ((0, 3, 9), 2) if "epochs" in when else ((0, 3, 6, 9), 1)
     assert sorted(path.name for path in (tmp_path / "validation").glob("step-*")) == [
         f"step-{s:06d}-0{n}.png" for s in steps for n in range(count)
     ]

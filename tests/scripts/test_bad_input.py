@@ -336,6 +336,22 @@ prompts(
     "--instance_prompt: character 3 is NUL or not UTF-8",
 )
 prompts("validation cut off", ["--validation_prompt", LONG], "--validation_prompt is longer than 77 tokens")
+
+
+def validation_prompts(what: str, content: str | None, *said: str) -> None:
+    def words(folder: Path) -> list[str]:
+        if content is not None:
+            (folder / "prompts.txt").write_text(content)
+        return ["--validation_prompts_file", str(folder / "prompts.txt")]
+
+    bad("prompts", what, words, *said)
+
+
+validation_prompts("no file of prompts", None, "--validation_prompts_file", "prompts.txt")
+validation_prompts("no prompt in the file", "# none\n", "--validation_prompts_file", "no prompt in it")
+validation_prompts(
+    "a prompt of the file cut off", f"a dog\n{LONG}", "--validation_prompts_file: prompt 2 is longer than 77"
+)
 prompts(
     "two cut off",
     ["--instance_prompt", LONG, "--validation_prompt", LONG],

@@ -52,7 +52,8 @@ def test_a_run_leaves_adapter_checkpoints_metrics_options_and_pictures(trained):
     assert [record["step"] for record in metrics(trained)] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_instance", "loss_prior", "lr", "images_per_second"} <= metrics(trained)[0].keys()
     assert {path.name for path in (trained / "validation").iterdir()} == {
-        *("step-000003-00.png", "image_0.png")
+        *("step-000000-00.png", "step-000003-00.png", "image_0.png"),
+        *("weight-0.50.png", "weight-0.75.png", "weight-1.25.png"),
     }
     assert len(list((classes_of(trained)).glob("class-*.png"))) == 3
 

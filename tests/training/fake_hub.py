@@ -203,7 +203,7 @@ def card(
         without_token(as_table(options)),
         base_folder=base_folder,
         family=family,
-        pictures=pictures,
+        pictures=dict.fromkeys(pictures, options.validation.validation_prompt or "a dog"),
         repository=repository,
         token=options.reports.hub_token,
     )
