@@ -112,8 +112,8 @@ class Reader:
         return [read(image) for image in images]
 
     def of_subject(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
-        """ID, ID_all, PA, PA_all, JOINT and COPY of pictures drawn with the subject's prompts, one of `prompts`
-        for each; DIV if a prompt has several pictures."""
+        """ID, ID_all, PA, PA_all, JOINT and COPY of pictures of the subject, each drawn with its prompt; DIV
+        if a prompt has several pictures."""
         from picturebook import metrics
 
         kind, colour = self.subject.kind, self.subject.colour

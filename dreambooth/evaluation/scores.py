@@ -117,6 +117,28 @@ def diversity(pictures: Rows, prompts: Sequence[object]) -> float | None:
     return float(np.mean(means)) if means else None
 
 
+def likeness_scores(
+    name: str,
+    pictures: Rows,
+    prompts: Sequence[object],
+    trained: Rows,
+    held_out: Rows | None = None,
+) -> dict[str, float]:
+    """The scores of pictures of the subject that need no text, by names that begin with `name`.
+
+    `name` itself (DINO or CLIP-I) is the mean cosine of pictures and trained photos. `_real` is that of the
+    photos among themselves without self pairs, `_DIV` the diversity. The others are those of `copying`. A
+    score that is not defined, for example of one photo, is left out.
+    """
+    values = {
+        "": mean_cosine(pictures, trained),
+        "_real": real_row(trained)["excluding_self"],
+        "_DIV": diversity(pictures, prompts),
+        **{f"_{key}": value for key, value in copying(pictures, trained, held_out).items()},
+    }
+    return {f"{name}{key}": value for key, value in values.items() if value is not None}
+
+
 def _wide(rows: Rows) -> np.ndarray:
     return np.asarray(rows, dtype=np.float64)
 

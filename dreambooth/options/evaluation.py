@@ -1,9 +1,10 @@
 """The flags of measuring an adapter while it is trained. Imports no torch."""
 
 import dataclasses
+from typing import Annotated, Literal
 
 from dreambooth.options.paths import FilePath, PathOrId
-from dreambooth.options.rules import Count, CountOrZero, Group, require
+from dreambooth.options.rules import Count, CountOrZero, Group, Range, require
 
 
 @dataclasses.dataclass
@@ -35,9 +36,25 @@ class JudgeOptions(Group):
     """Judges of the validation pictures: models that compare pictures with photos and prompts."""
 
     judge_dino: PathOrId | None = None
-    """Folder or hub id of a DINO model (ViT): likeness to the photos."""
+    """Folder or hub id of a DINO model (ViT), such as facebook/dino-vits16: likeness to the photos. With
+    NAME@sha256:HEX its weight file must have that hash."""
     judge_clip: PathOrId | None = None
-    """Folder or hub id of a CLIP model: likeness to the photos, and to the prompts."""
+    """Folder or hub id of a CLIP model, such as openai/clip-vit-base-patch32: likeness to the photos, and to
+    the prompts. A hash can follow, as in --judge_dino."""
     judge_reader: FilePath | None = None
     """Folder of a subject of the embedded base's drawn world, with its subject.json: the reader of that world
     reads the pictures."""
+    judge_dino_transform: Literal["crop", "squash"] = "crop"
+    """How a picture is made to fit DINO: the shorter side resized to 256/224 of the model's side and the
+    centre cropped, or both sides resized to the model's side. Published tables differ in it."""
+    judge_keep_rare_word: bool = False
+    """Compare pictures with the prompt as it is. Without this flag the words that name the subject are
+    removed first: they mean nothing to CLIP. Published tables differ in it."""
+    judge_class_images: Annotated[int, Range(1, 1000)] = 8
+    """Number of pictures of --class_prompt that are judged beside the validation pictures: what they show of
+    the subject was lost of the class."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a judge."""
+        return any((self.judge_dino, self.judge_clip, self.judge_reader))
