@@ -5,10 +5,11 @@ A kind is one record in `KINDS`. In adapter files the scale is multiplied into o
 alpha is the rank (`Component.state_dict`), so that readers that ignore alpha apply the right scale.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 
-from dreambooth.adapter_files import layer_names
+from dreambooth.adapter_files import layer_names, peft_internals
 from dreambooth.adapters import factored
 from dreambooth.io.errors import UserError, reason_of
 from dreambooth.options.adapter import AdapterOptions
@@ -342,6 +343,19 @@ def _plan(
     ranks = {layer: by_part(table, f"{name}.{layer}") for layer in layers_at(targets, shapes)}
     other_ranks = {layer: int(r) for layer, r in ranks.items() if r is not None and r != rank}
     return Plan(options, rank, float(rank if alpha is None else alpha), dropout, targets, other_ranks)
+
+
+@contextlib.contextmanager
+def without_adapters(components: Sequence[Component]) -> Iterator[None]:
+    """Within the block the models are the base: their adapters, of any kind, have no effect."""
+    layers = [layer for component in components for layer in peft_internals.tuners(component.model).values()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # and trainable again
 
 
 # ---- descriptions

@@ -313,6 +313,15 @@ class TrainOptions(Group):
         for name in _OF_TEXT_ADAPTER:
             is_given = getattr(self.adapter, name) is not None
             require(not is_given or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
+        require(
+            not self.judges.is_given or self.validation.has_prompts,
+            "judges judge validation pictures: give --validation_prompt or --validation_prompts_file",
+        )
+        require(
+            not self.judges.is_given or bool(self.prior.class_prompt and self.prior.class_prompt.strip()),
+            "judges compare pictures of the subject with those of its class: give --class_prompt, for example"
+            ' "a photo of dog"',
+        )
         self._check_folders()
 
     def _check_folders(self) -> None:

@@ -4,7 +4,7 @@ them."""
 from collections.abc import Callable
 
 from dreambooth.runtime.graphs import Graphs
-from dreambooth.training import metrics
+from dreambooth.training import judging, metrics
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.saving import Saver
 from dreambooth.training.start import Start
@@ -31,6 +31,8 @@ class Evaluation:
         steps; it raises Stop if the run must end."""
         self.graphs, self.steps_per_epoch, self.max_steps = graphs, steps_per_epoch, max_steps
         self.pictures = ValidationPictures(start, frozen, trainables, check)
+        self.judging, self.is_judged = start.judging, start.judge_plan is not None
+        self.starts_from_base = not start.init_adapter
 
     def is_due(self, step: int) -> bool:
         """Whether something is measured after `step` steps. After the last step, `finish` does it."""
@@ -40,9 +42,19 @@ class Evaluation:
         """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""
         if self.is_due(step):
             self.graphs.forget()
-            self.pictures.draw_current(step, progress)
+            images = self.pictures.draw_current(step, progress)
+            self._judge(step, images, progress)
 
     def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
         """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""
         self.graphs.forget()
-        self.pictures.draw_finished(saver, step, progress)
+        self._judge(step, self.pictures.draw_finished(saver, step, progress), progress)
+
+    def _judge(self, step: int, images: judging.Images, progress: metrics.Progress) -> None:
+        """Judge the pictures drawn after `step` steps, on the main process; {} on the others. At step 0 the
+        pictures of the base are judged too."""
+        base_images: judging.Images | None = None
+        if step == 0 and self.is_judged:
+            base_images = images if self.starts_from_base else self.pictures.draw_base()
+        if self.judging is not None and images and not progress.is_evaluated(step, "judge"):
+            self.judging.judge(step, images, base_images, progress)

@@ -86,7 +86,8 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
     prompts = [prompt for source in start.sources for prompt in source.distinct_prompts()]
     if start.validation_prompts:
-        prompts += [*start.validation_prompts, ""]
+        judged = start.judge_plan.extra_prompts if start.judge_plan else ()
+        prompts += [*start.validation_prompts, *judged, ""]
     vae = prompt_cache = encoded = None
 
     # text encoders

@@ -1,12 +1,12 @@
 """Judges of a run's pictures: what is checked before any model is loaded, and the scores in metrics.jsonl.
 
 A record has `judge`, the scores by name; `pictures`, their number; `failed`, those that count as wrong; and
-`judges`, the settings of each judge. The first record has `base`, the scores of class pictures drawn without
-the adapter. They stand in later records too, with names that end with `_base`.
+`judges`, the settings of each judge. The record of step 0 has `base`, the scores of class pictures drawn
+without the adapter. They stand in later records too, with names that end with `_base`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,8 +75,8 @@ def plan(options: TrainOptions, prompts: Sequence[str], side: int) -> Plan | Non
     words = scores.subject_words(options.instance.instance_prompt, class_prompt)
     if not words:
         raise UserError(
-            "--class_prompt has every word of --instance_prompt, so that no word names the subject; judges tell"
-            " pictures of the subject from those of its class: leave the rare word out of --class_prompt"
+            "--class_prompt has every word of --instance_prompt, so that no word names the subject, which"
+            " judges tell from its class: leave the rare word out of --class_prompt"
         )
     raise_all(
         f"validation prompt {shortened(prompt)}: it lacks the subject's word, {' '.join(words)} (of"
@@ -131,35 +131,29 @@ class Judging:
         return settings | ({self.reader.name: self.reader.settings} if self.reader else {})
 
     def judge(
-        self, step: int, images: Images, draw_base: Callable[[], Images], progress: metrics.Progress
+        self, step: int, images: Images, base_images: Images | None, progress: metrics.Progress
     ) -> None:
         """Write the record of `step`. `images` are of the validation prompts and of the plan's extra prompts,
-        drawn after that step. `draw_base` draws the extra prompts without the adapter; it is called if no
-        record so far has the base's scores. Nothing is done if an earlier start has written the record."""
-        if progress.is_evaluated(step, "judge"):
-            return
+        drawn after that step. `base_images` are of the extra prompts, drawn without the adapter; None where
+        an earlier record has their scores. A run that was not judged at step 0 has no scores of the base."""
         base = self._recorded_base(progress)
-        more: dict[str, Any] = {}
-        if base is None:
-            more["base"] = base = self.scores_of_class(draw_base())
         of_class = self.scores_of_class(images)
-        values = {
-            **self.scores_of_subject(images),
-            **{name: of_class[name] for name in self._names_of_class},
-            **{f"{name}_base": base[name] for name in self._names_of_class},
-        }
-        if self.reader is not None:
-            values["PRIOR_TV"] = reader_judge.prior_tv(of_class["identities"], base["identities"])
-        failed = [
+        values = self.scores_of_subject(images) | {name: of_class[name] for name in self._names_of_class}
+        more: dict[str, Any] = {}
+        if base_images is not None:
+            more["base"] = base = self.scores_of_class(base_images)
+        if base is not None:
+            values |= {f"{name}_base": base[name] for name in self._names_of_class}
+            if self.reader is not None:
+                values["PRIOR_TV"] = reader_judge.prior_tv(of_class["identities"], base["identities"])
+        more["pictures"] = sum(map(len, images.values()))
+        more["failed"] = [
             {"prompt": prompt, "number": number, "reason": reason}
             for prompt, of_prompt in images.items()
             for number, reason in enumerate(map(scores.failure, of_prompt))
             if reason is not None
         ]
-        count = sum(map(len, images.values()))
-        progress.evaluation(
-            step, "judge", values, pictures=count, failed=failed, judges=self.settings, **more
-        )
+        progress.evaluation(step, "judge", values, **more, judges=self.settings)
 
     def scores_of_subject(self, images: Images) -> dict[str, float]:
         """The scores of the pictures whose prompts name the subject."""

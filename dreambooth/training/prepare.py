@@ -33,6 +33,7 @@ from dreambooth.training import (
     adapter_targets,
     checks,
     hub,
+    judging,
     output_folder,
     rates,
     run_folder,
@@ -73,6 +74,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     record = run.record([instance := subject.source(options.instance)])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
+    run, judges = find_judges(run, instance, peers)
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(write_errors_explained())
     stack.enter_context(memory_errors_explained())
@@ -92,6 +94,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         tokenizers=checked.tokenizers,
         sources=sources,
         validation_prompts=checked.validation_prompts,
+        judge_plan=run.judge_plan,
+        judging=judges,
         crops=run.crops,
         cache=cache,
         init_adapter=checked.init_adapter.state,
@@ -167,6 +171,7 @@ class CheckedBase:
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     init_adapter: checks.InitAdapter
     validation_prompts: list[str]
+    judge_plan: judging.Plan | None
     notes: list[str]
 
 
@@ -191,7 +196,8 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
     notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
-    return CheckedBase(base, tokenizers, init_adapter, validation_prompts, notes)
+    judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))
+    return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, notes)
 
 
 def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> int:
@@ -220,6 +226,7 @@ class NamedRun:
     """Micro-batches a step, of all processes."""
     max_steps: int
     environment: dict[str, Any]
+    judge_plan: judging.Plan | None
 
     def record(self, sources: list[Source]) -> dict[str, Any]:
         """The record that identifies this run, with the pictures of `sources`."""
@@ -240,6 +247,7 @@ class NamedRun:
             max_steps=self.max_steps,
             start=start,
             crops=self.crops_are_cut_from if varies else None,
+            judges=self.judge_plan.record() if self.judge_plan else {},
         )
 
     def rate_notes(self) -> list[str]:
@@ -322,7 +330,19 @@ def name_run(
         slots=options.run.gradient_accumulation_steps * peers.world,
         max_steps=options.run.steps(pictures, peers.world)[1],
         environment=run_identity.environment_of(resolved.run, device, is_compiled=options.speed.compile),
+        judge_plan=checked.judge_plan,
     )
+
+
+def find_judges(run: NamedRun, instance: Source, peers: Peers) -> tuple[NamedRun, judging.Judging | None]:
+    """(the run with its judges on disk, the loaded judges). A hub id is downloaded. Raises UserError as
+    `judging.find_judges` and `judging.prepared` do, or if earlier steps of the run had other judges."""
+    if run.judge_plan is None:
+        return run, None
+    plan = run.judge_plan
+    run = dataclasses.replace(run, judge_plan=peers.on_main(lambda: judging.find_judges(plan)))
+    peers.on_main(lambda: run.check(run.record([instance])))
+    return run, judging.prepared(run.judge_plan, peers, run.subject.photos, [])
 
 
 def make_class_images(

@@ -12,6 +12,7 @@ import torch
 from dreambooth.files import checkpoint_folders
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError
+from dreambooth.options.evaluation import JudgeOptions
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
 
@@ -21,6 +22,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version ma
 _FREE_FLAGS = {
     *(field.name for field in dataclasses.fields(ValidationOptions)),
     *(field.name for field in dataclasses.fields(ReportOptions)),
+    *(field.name for field in dataclasses.fields(JudgeOptions)),  # the judges' hashes are compared
     # Paths and hub ids: the contents are compared.
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
@@ -42,6 +44,14 @@ _FREE_FLAGS = {
     *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
 }
 _PRIOR_FLAGS = ("prior_loss_weight", "class_prompt")
+# What is compared of judges, in words.
+_JUDGES = {
+    "dino": "the hash of --judge_dino",
+    "clip": "the hash of --judge_clip",
+    "reader": "the hash of --judge_reader's subject.json",
+    "dino_transform": "--judge_dino_transform",
+    "keep_rare_word": "--judge_keep_rare_word",
+}
 # With these a step's learning rate depends on the number of steps.
 _SCHEDULES_WITH_AN_END = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -57,6 +67,7 @@ def identity(
     text_steps: int,
     start: str | None,
     crops: Literal["latents", "pixels"] | None = None,
+    judges: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record by which two runs are compared, as JSON types.
 
@@ -81,6 +92,7 @@ def identity(
         "pictures": pictures,
         "captions": captions,
         "start": start,
+        **({"judges": judges} if judges else {}),
     }
     # tuples become lists, as in a record that was read from a file
     return reader.parsed_json_table(json.dumps(record), "the record")
@@ -103,7 +115,7 @@ class Difference:
     """One difference between two runs."""
 
     subject: str
-    """The name of a flag, or slots, base, start, pictures, captions or crops."""
+    """The name of a flag, or slots, base, start, pictures, captions, crops or judges."""
     phrase: str
     """The difference in words, with both values."""
 
@@ -121,6 +133,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
         *_crop_differences(before["flags"], now["flags"]),
         *_picture_differences(before["pictures"], now["pictures"]),
         *_caption_differences(before.get("captions", {}), now.get("captions", {})),
+        *_judge_differences(before.get("judges", {}), now.get("judges", {})),
     ]
 
 
@@ -140,6 +153,13 @@ def _input_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
         yield Difference("base", f"the base's weights were {before['base']} and are {now['base']}")
     if before.get("start") != now.get("start"):
         yield Difference("start", "the adapter of --init_adapter was another one")
+
+
+def _judge_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+    # a judge may be added or left out: what it says of one step does not depend on other steps
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            yield Difference("judges", f"{_JUDGES[name]} was {before[name]} and is {now[name]}")
 
 
 def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:

@@ -17,7 +17,7 @@ from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
-from dreambooth.training import run_folder, trackers
+from dreambooth.training import judging, run_folder, trackers
 from dreambooth.training.checks import AdapterState, Cache
 
 
@@ -33,6 +33,10 @@ class Start:
     """Instance photos, then class images."""
     validation_prompts: list[str]
     """Prompts of the validation pictures; [] if none are drawn."""
+    judge_plan: judging.Plan | None
+    """What is judged, and with which prompts; None without judges."""
+    judging: judging.Judging | None
+    """The judges, on the main process; None on the others."""
     crops: Crops
     cache: Cache
     """Where latents and prompt embeddings are stored."""

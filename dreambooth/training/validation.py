@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dreambooth.adapter_files import reading
-from dreambooth.adapters import apply
+from dreambooth.adapters import apply, inject
 from dreambooth.bases import compilation, loading, pipelines, schedulers
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import replayed_unet, sampling_order
@@ -37,6 +37,9 @@ class ValidationPictures:
         """`check` is called between the sampling steps of a picture."""
         options, self.peers = start.options, start.peers
         self.options, self.prompts = options.validation, start.validation_prompts
+        judged = start.judge_plan.extra_prompts if start.judge_plan else {}
+        self.counts = dict.fromkeys(self.prompts, self.options.num_validation_images) | judged
+        """Numbers of pictures by prompt: those that are shown, and those that are drawn for judges alone."""
         self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
         self.starts_from_base = not start.init_adapter
         self.files = WrittenFiles(start.output_dir)
@@ -60,16 +63,28 @@ class ValidationPictures:
     def draw_current(self, step: int, progress: metrics.Progress) -> dict[str, list[Image.Image]]:
         """Draw with the adapter after `step` steps, on the main process; the other processes wait. The
         pictures are written to validation/ in the output folder and sent to the trackers. Returns them by
-        prompt; {} on the other processes."""
+        prompt, with those that are drawn for the judges alone; {} on the other processes."""
         images: dict[str, list[Image.Image]] = {}
         if self.peers.is_main:
             with self._models_for_drawing():
                 pipeline = self._pipeline()
-                for prompt in self.prompts:
+                for prompt in self.counts:
                     images[prompt] = self._draw(pipeline, prompt, *self._embeds(prompt))
             names = functools.partial(run_folder.step_picture, step, prompts=len(self.prompts))
-            self._save(images, names, step)
-            self._track("validation", images, step, progress)
+            self._save(self._shown(images), names, step)
+            self._track("validation", self._shown(images), step, progress)
+        self.peers.barrier()
+        return images
+
+    def draw_base(self) -> dict[str, list[Image.Image]]:
+        """Draw the pictures for the judges alone, without the adapter; as `draw_current`, but nothing is
+        written. No text encoder may have been freed since it was trained."""
+        images: dict[str, list[Image.Image]] = {}
+        if self.peers.is_main:
+            with self._models_for_drawing(), inject.without_adapters(self.trainables.components):
+                pipeline = self._pipeline()
+                for prompt in self.counts.keys() - set(self.prompts):
+                    images[prompt] = self._draw(pipeline, prompt, *self._embeds(prompt))
         self.peers.barrier()
         return images
 
@@ -77,7 +92,7 @@ class ValidationPictures:
         self, saver: Saver, step: int, progress: metrics.Progress
     ) -> dict[str, list[Image.Image]]:
         """Draw with the finished adapter file, on the main process; the other processes wait. Returns the
-        pictures by prompt; {} on the other processes, and with --skip_final_inference.
+        pictures as `draw_current`; {} also with --skip_final_inference.
 
         The file is read like any user's adapter file, so the pictures are those that the user will get. The
         trained adapter is removed from the models for good; `saver` copies its tensors first. The first
@@ -87,19 +102,23 @@ class ValidationPictures:
         if self.peers.is_main and self.prompts and not self.options.skip_final_inference:
             saver.take_snapshot(step)
             with self._models_for_drawing():
-                embeds = {prompt: self._embeds(prompt) for prompt in self.prompts}
+                embeds = {prompt: self._embeds(prompt) for prompt in self.counts}
                 # only now: it removes the trained adapter from the text encoders
                 stack, weights = self._stack_of_file(saver.adapter)
                 pipeline = self._pipeline()
                 with self._activated(stack, 1.0):
-                    for prompt in self.prompts:
+                    for prompt in self.counts:
                         images[prompt] = self._draw(pipeline, prompt, *embeds[prompt])
                 names = functools.partial(run_folder.final_picture, prompts=len(self.prompts))
-                self.finished = self._save(images, names, step)
-                self._track("test", images, step, progress)
+                self.finished = self._save(self._shown(images), names, step)
+                self._track("test", self._shown(images), step, progress)
                 self._sweep(pipeline, stack, weights, embeds[self.prompts[0]], step)
         self.peers.barrier()
         return images
+
+    def _shown(self, images: Mapping[str, list[Image.Image]]) -> dict[str, list[Image.Image]]:
+        """The pictures without those that are drawn for the judges alone."""
+        return {prompt: images[prompt] for prompt in self.prompts}
 
     @contextlib.contextmanager
     def _models_for_drawing(self) -> Iterator[None]:
@@ -171,11 +190,11 @@ class ValidationPictures:
         negative: PromptEmbeds,
         count: int | None = None,
     ) -> list[Image.Image]:
-        """The first `count` pictures of a prompt; --num_validation_images by default."""
+        """The first `count` pictures of a prompt; by default as many as `counts` has."""
         images: list[Image.Image] = []
         steps = min(_INFERENCE_STEPS, pipeline.scheduler.config.num_train_timesteps)
         with replayed_unet.replaying(pipeline, self.graphs):
-            for number in range(count or self.options.num_validation_images):
+            for number in range(count or self.counts[prompt]):
                 # one at a time, so that a picture depends on its own seed only
                 with self.peers.accelerator.autocast():
                     images += pipelines.draw(

@@ -390,7 +390,7 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
 
     def identity(crops: Any, picture: str) -> dict[str, Any]:
         pictures = {"instance": {"photo.png": picture}}
-        counts = {"slots": 1, "max_steps": 2, "text_steps": 2}
+        counts: dict[str, Any] = {"slots": 1, "max_steps": 2, "text_steps": 2}
         return run_identity.identity(
             flags, base="b", pictures=pictures, captions={}, start=None, crops=crops, **counts
         )
