@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from dreambooth.data import captions, output_pictures, replayed_unet
 from dreambooth.files import locks, pictures
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console, reader, writer
-from dreambooth.io.errors import UserError, reason_of, shown
+from dreambooth.io.errors import reason_of, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers

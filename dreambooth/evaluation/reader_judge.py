@@ -120,10 +120,17 @@ class Reader:
         scores = metrics.subject_scores(self.read(images), prompts, kind, colour, self.identity)
         kept = {name: scores[name] for name in ("ID", "ID_all", "PA", "PA_all", "JOINT")}
         kept["COPY"] = metrics.copied(images, self.trained, self.copy_limit)
+        diversity = self.diversity(images, prompts)
+        return kept if diversity is None else {**kept, "DIV": diversity}
+
+    def diversity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> float | None:
+        """DIV of the prompts with several pictures; None if there is no such prompt."""
+        from picturebook import metrics
+
         repeated = [number for number, prompt in enumerate(prompts) if list(prompts).count(prompt) > 1]
-        if repeated:
-            kept["DIV"] = metrics.diversity([images[n] for n in repeated], [prompts[n] for n in repeated])
-        return kept
+        if not repeated:
+            return None
+        return metrics.diversity([images[n] for n in repeated], [prompts[n] for n in repeated])
 
     def of_class(self, images: Sequence[Image.Image]) -> tuple[float, Identities]:
         """(PRES, identities) of pictures drawn with the class prompt."""

@@ -46,6 +46,11 @@ class Case:
         return AdapterSet(self.method, self.where, (self.adapter,))
 
     @property
+    def photos_flag(self) -> str:
+        """Names the folder of photos in messages."""
+        return "--photos" if self.where.startswith("--adapter") else f"{self.where}: photos"
+
+    @property
     def about_subject(self) -> tuple[Any, ...]:
         """What all rows of a subject must agree in."""
         return self.photos, self.class_noun, self.rare_word, self.is_live, self.reader

@@ -11,10 +11,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dreambooth.io import reader
+from dreambooth.io.errors import UserError
 
 THUMBNAIL = 160  # longer side of a picture on a contact sheet, in pixels
 _KEYWORD = "dreambooth"  # of the text chunk
 _LAST_TEXT = 2**22  # bytes within which the text begins: a file may have millions of chunks
+_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's errors of bad files
 _LABEL_HEIGHT, _HEADING_HEIGHT, _MARGIN = 20, 22, 6  # pixels
 
 
@@ -51,6 +53,27 @@ def is_marked(path: Path) -> bool:
     except OSError:
         pass
     return False
+
+
+def read(data: bytes) -> tuple[Image.Image | None, dict[str, Any]]:
+    """(the picture, its settings) of a PNG file that `png` made. The pixels are decoded when they are used.
+
+    The picture is None if it cannot be read, and the settings are {} if there are none.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+        settings = reader.parsed_json_table(image.info.get(_KEYWORD, "{}"), _KEYWORD)
+    except (*_DAMAGED, UserError):
+        return None, {}
+    return image, settings
+
+
+def pixels(image: Image.Image | None) -> Image.Image | None:
+    """The picture of `read` as RGB, decoded; None if its pixels are damaged."""
+    try:
+        return image and image.convert("RGB")
+    except _DAMAGED:
+        return None
 
 
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:

@@ -78,6 +78,9 @@ class EvaluateOptions(Group):
     failed_pictures: Literal["zero", "skip"] = "zero"
     """What a picture that is black or cannot be read counts as in DINO, CLIP-I and CLIP-T: 0, or nothing.
     Their number is always printed."""
+    dino_transform: Literal["crop", "squash"] = "crop"
+    """How DINO sees a picture: "crop" resizes its shorter side to 256 pixels and takes the middle 224 x 224,
+    "squash" resizes it to 224 x 224. Published evaluators differ in it."""
     tables_only: bool = False
     """Score the pictures that are in the output folder. Nothing is drawn; base and adapters are not read."""
     output_dir: FilePath = "evaluation"
