@@ -13,13 +13,15 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     startup.begin()
     OPTIONS = parse(EvaluateOptions, __doc__)
 
-import contextlib
+import functools
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.adapters import apply, variants
@@ -29,13 +31,13 @@ from dreambooth.data import output_pictures, photos, replayed_unet, sampling_ord
 from dreambooth.evaluation import plan, protocol, reader_judge, results, subjects
 from dreambooth.evaluation.plan import Picture, PictureSet, Row
 from dreambooth.evaluation.subjects import Case
-from dreambooth.files import locks, ownership, pictures
-from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import console, reader, writer
+from dreambooth.io import console
 from dreambooth.io.errors import UserError, shown
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
+
+Save = Callable[[str, Image.Image, dict[str, Any]], None]
 
 
 def main(options: EvaluateOptions) -> None:
@@ -63,20 +65,18 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
     )
     judges = peers.on_main(lambda: results.Judges.find(options, cases))
     photos_of = peers.on_main(lambda: check_photos(cases))
-    output_dir = check_folder(options, cases)
+    inputs = {case.photos_flag: str(case.photos) for case in cases}
+    output_dir = output_pictures.checked_folder(options.output_dir, options.base, inputs)
     drawing = None if options.tables_only else Drawing(options, rows, judges, dtype, peers, watch)
     if options.tables_only:
         peers.on_main(lambda: check_complete(output_dir, rows))
 
-    writer.make_output_folder(output_dir, "--output_dir")
-    with contextlib.ExitStack() as stack:
-        peers.say_notes(locks.hold_for(peers, stack, output_dir, "--output_dir"))
-        files = WrittenFiles(output_dir, peers.rank)
-        peers.on_main(lambda: check_names(files, rows, are_drawn=drawing is not None))
+    names = [*results.FILES, *(drawing.settings if drawing else ())]
+    with output_pictures.held(output_dir, names, peers) as files:
         if drawing is not None:
-            missing = peers.on_main(lambda: drawing.missing(output_dir))
-            peers.say_notes([f"{len(missing)} of {drawing.count} pictures are missing, and are drawn"])
-            drawing.draw(missing, files)
+            missing = peers.on_main(lambda: results.missing(output_dir, drawing.settings))
+            peers.say(f"{len(drawing.settings) - len(missing)} of {len(drawing.settings)} pictures are drawn already")
+            drawing.draw(missing, functools.partial(output_pictures.save, files))
             peers.barrier()
         if peers.is_main:
 
@@ -102,14 +102,6 @@ def check_photos(cases: Sequence[Case]) -> dict[str, list[photos.Photo]]:
     return photos_of
 
 
-def check_folder(options: EvaluateOptions, cases: Sequence[Case]) -> Path:
-    """The output folder. Raises UserError if it is, holds or lies in a folder that is read, or a folder of
-    pictures that this program did not draw."""
-    for case in cases:
-        ownership.check_apart({"--output_dir": options.output_dir}, {case.photos_flag: str(case.photos)}, {})
-    return output_pictures.checked_folder(options.output_dir, options.base)
-
-
 def check_complete(output_dir: Path, rows: Sequence[Row]) -> None:
     """Raise UserError if a picture that the table needs is not in the folder."""
     needed = [picture.file for each in plan.sets_of(rows) for picture in each.pictures]
@@ -119,13 +111,6 @@ def check_complete(output_dir: Path, rows: Sequence[Row]) -> None:
             f"--tables_only: {len(missing)} of {len(needed)} pictures are not in {shown(output_dir)}, the"
             f" first {missing[0]}; leave the flag out to draw them"
         )
-
-
-def check_names(files: WrittenFiles, rows: Sequence[Row], *, are_drawn: bool) -> None:
-    """Raise UserError if a file in --output_dir would be replaced that this program did not write there."""
-    drawn = [picture.file for each in plan.sets_of(rows) for picture in each.pictures] if are_drawn else []
-    files.check_free([results.RECORDS, results.RESULTS, results.MARKDOWN, *drawn], "--output_dir")
-    files.sweep()
 
 
 # --- drawing
@@ -147,7 +132,6 @@ class Drawing:
         self.options, self.drawing, self.dtype = options, options.drawing, dtype
         self.peers, self.watch = peers, watch
         self.sets = plan.sets_of(rows)
-        self.count = sum(len(each.pictures) for each in self.sets)
         peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
         self.base = families.find(options.base)
         peers.say_notes(self.base.variant_notes())
@@ -160,7 +144,8 @@ class Drawing:
         if judges.readers:
             reader_judge.check_side(self.drawing.resolution or self.base.default_resolution)
         self.settings = self._settings()
-        peers.check_same({"base, adapters and prompts": repr(self.settings)})
+        digest = hashlib.sha256(repr(self.settings).encode()).hexdigest()
+        peers.check_same({"base, adapters or prompts": digest})
 
     def _variant(self, pictures: PictureSet) -> Variant:
         """The set as infer.py draws one. The base has the clip_skip of the first adapter."""
@@ -193,19 +178,7 @@ class Drawing:
                     settings[picture.file] = {**shared, **of_set, **own}
         return settings
 
-    def missing(self, folder: Path) -> set[str]:
-        """The files that must be drawn. Raises UserError if one was drawn with other settings."""
-        missing = set()
-        for file, wanted in self.settings.items():
-            if not os.path.lexists(folder / file):
-                missing.add(file)
-                continue
-            path = folder / file
-            present = pictures.read(reader.read_bytes(path, f"--output_dir: {shown(path)}"))[1]
-            results.check_settings(path, present, wanted)
-        return missing
-
-    def draw(self, missing: set[str], files: WrittenFiles) -> None:
+    def draw(self, missing: set[str], save: Save) -> None:
         """Draw and save this process's share of the missing pictures. Raises OSError if one cannot be
         written."""
         chunks = [
@@ -235,18 +208,18 @@ class Drawing:
                     cache = text.encode_all([*prompts, self.drawing.negative_prompt], self.watch.check)
                     with replayed_unet.replaying(pipeline, graphs):
                         for chunk in of_set:
-                            self._draw_chunk(pipeline, cache, chunk, missing, files)
+                            self._draw_chunk(pipeline, cache, chunk, missing, save)
                             bar.update(min(self.peers.world, len(chunks) - bar.n))
 
     def _draw_chunk(
-        self, pipeline: Any, cache: Any, chunk: Sequence[Picture], missing: set[str], files: WrittenFiles
+        self, pipeline: Any, cache: Any, chunk: Sequence[Picture], missing: set[str], save: Save
     ) -> None:
         """Draw the pictures in one batch, and save those that are missing."""
         prompts, seeds = [picture.prompt for picture in chunk], [picture.seed for picture in chunk]
         images = pipelines.draw_as(self.drawing, pipeline, cache, prompts, seeds, self.watch.check)
         for picture, image in zip(chunk, images, strict=True):
             if picture.file in missing:
-                files.write(picture.file, pictures.png(image, self.settings[picture.file]))
+                save(picture.file, image, self.settings[picture.file])
 
 
 if __name__ == "__main__":

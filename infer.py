@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     startup.begin()
     OPTIONS = parse(InferOptions, __doc__)
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import captions, output_pictures, replayed_unet
-from dreambooth.files import locks, pictures
+from dreambooth.files import pictures
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import console, reader, writer
+from dreambooth.io import console, reader
 from dreambooth.io.errors import reason_of, shown
 from dreambooth.options import adapter_sets
 from dreambooth.runtime import processes
@@ -70,12 +69,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
     records = all_records(options, columns, loaded)
     # the output folder
-    writer.make_output_folder(output_dir, "--output_dir")
-    with contextlib.ExitStack() as stack:
-        peers.say_notes(locks.hold_for(peers, stack, output_dir, "--output_dir"))
-        files = WrittenFiles(output_dir, peers.rank)
-        names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
-        peers.on_main(lambda: check_names(files, names))
+    names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
+    with output_pictures.held(output_dir, names, peers) as files:
         if peers.is_main:
             if table := variants.table(columns, loaded, options.drawing.fuse, dtype):
                 console.say(table)
@@ -89,12 +84,6 @@ def infer(options: InferOptions, watch: Watch) -> None:
         peers.barrier()
         if peers.is_main:
             collect(options, columns, [record for chunk in records for record in chunk], files)
-
-
-def check_names(files: WrittenFiles, names: Sequence[str]) -> None:
-    """Raise UserError if a file in --output_dir would be replaced that this program did not write there."""
-    files.check_free(names, "--output_dir")
-    files.sweep()
 
 
 # ---- drawing
@@ -200,7 +189,7 @@ def _draw(
     images = pipelines.draw_as(options.drawing, pipeline, prompt_cache, prompts, seeds, watch.check)
     for record, image in zip(chunk, images, strict=True):
         settings = {key: value for key, value in record.items() if key != "file"}
-        files.write(record["file"], pictures.png(image, settings))
+        output_pictures.save(files, record["file"], image, settings)
 
 
 def collect(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dreambooth.io.errors import UserError, shown
 from dreambooth.options.evaluate import NO_JUDGE, EvaluateOptions
 
 RECORDS, RESULTS, MARKDOWN = "pictures.jsonl", "results.json", "tables.md"
+FILES = (RECORDS, RESULTS, MARKDOWN)
 SAMPLER = ("num_inference_steps", "guidance_scale", "negative_prompt", "mixed_precision", "fuse")
 # Settings in the PNG files: those of all pictures of a table, and those of all pictures of a set.
 SHARED = ("base", "base_sha256", "resolution", *SAMPLER)
@@ -99,6 +101,20 @@ def check_settings(path: Path, present: Mapping[str, Any], wanted: Mapping[str, 
             f"--output_dir: {shown(path)} was drawn with other settings: {'; '.join(differences)}. Name"
             " another folder, or remove this one"
         )
+
+
+def missing(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Those of the pictures that are not in the folder; `settings` has by file how each is drawn. Raises
+    UserError if one was drawn with other settings."""
+    names = set()
+    for file, wanted in settings.items():
+        path = folder / file
+        if os.path.lexists(path):
+            data = reader.read_bytes(path, f"--output_dir: {shown(path)}", _LARGEST)
+            check_settings(path, pictures.read(data)[1], wanted)
+        else:
+            names.add(file)
+    return names
 
 
 class Scoring:

@@ -1,4 +1,4 @@
-"""The table of an evaluation: means over subjects, with intervals, of the photos, the base and each method."""
+"""The table of an evaluation: means over subjects, with intervals, of photos, base and methods."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -22,7 +22,7 @@ LEVELS = (
     ("adapter_files",),
     ("adapters", "data", "evaluation"),
     ("training",),
-    ("train_dreambooth_lora", "generate_class_images", "infer", "convert_adapter"),
+    ("train_dreambooth_lora", "generate_class_images", "infer", "evaluate", "convert_adapter"),
     ("benchmarks",),
 )
 LONGEST_FUNCTION, LONGEST_LINE = 60, 110

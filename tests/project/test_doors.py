@@ -44,6 +44,7 @@ EXCEPTIONS = {
     "adapter_files/bake.py _bake_part save_file": "Gigabytes go to a new folder without a copy in memory.",
     "data/photos.py decode Image.open": "Pillow decodes bytes that the reader has read.",
     "infer.py collect Image.open": "Pillow decodes a file that the reader has opened.",
+    "files/pictures.py read Image.open": "Pillow decodes bytes that the reader has read.",
     "files/locks.py _directory os.open": "The locked folder stays open, to be compared before each write.",
     "files/locks.py _make os.open": "A lock that is missing is made, and stays open.",
     "files/locks.py _open os.open": "A lock stays open for as long as it is held.",

@@ -1,4 +1,4 @@
-"""A wheel has the four commands, the embedded base and the recipes, and works where there is no checkout."""
+"""A wheel has the five commands, the embedded base and the recipes, and works where there is no checkout."""
 
 import os
 import shutil
@@ -18,6 +18,7 @@ COMMANDS = {
     "dreambooth-train": "train",
     "dreambooth-class-images": "class_images",
     "dreambooth-infer": "infer",
+    "dreambooth-evaluate": "evaluate",
     "dreambooth-convert": "convert",
 }
 
@@ -65,7 +66,7 @@ def test_a_wheel_has_every_module_the_base_and_the_recipes_and_nothing_else(inst
 
 
 @pytest.mark.slow
-def test_four_commands_answer_help_in_an_empty_folder(installed, tmp_path):
+def test_five_commands_answer_help_in_an_empty_folder(installed, tmp_path):
     (info,) = installed.glob("*.dist-info")
     entry_points = metadata.Distribution.at(info).entry_points.select(group="console_scripts")
     assert {point.name: point.attr for point in entry_points} == COMMANDS
