@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from dreambooth.adapters import inject
+from dreambooth.bases import prediction
 from dreambooth.bases.prompts import PromptEmbeds
 from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
@@ -157,18 +158,9 @@ class Training:
     ) -> torch.Tensor:
         """The UNet's output, [B, C, h, w], without a predicted variance."""
         unet = self.frozen.parts.unet
-        prompt_embeds = prompt_embeds.to(self.device, unet.dtype)
         offload = memory.offloaded(unet) if self.options.speed.offload else contextlib.nullcontext()
         with self.accelerator.autocast(), offload:
-            model_output = unet(
-                task.model_input.to(unet.dtype).contiguous(memory_format=torch.channels_last),
-                task.timesteps,
-                prompt_embeds.embeds,
-                added_cond_kwargs=prompt_embeds.added_cond_kwargs(time_ids),
-            ).sample
-        # the second half of the channels is the predicted variance, in a UNet that predicts it
-        has_variance = unet.config.out_channels == 2 * unet.config.in_channels
-        return model_output.chunk(2, dim=1)[0] if has_variance else model_output
+            return prediction.predict(unet, task.model_input, task.timesteps, prompt_embeds, time_ids)
 
     def gather_gradients(self, total: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add the micro-step's gradients of every process to `total`, [count], in the order of slots.
@@ -207,9 +199,8 @@ class Training:
         )
         with contextlib.closing(progress):
             try:
-                if self.first_step == 0:
-                    self.evaluation.after_step(0, progress)
-                    progress.restart_clock(0)
+                self.evaluation.begin(self.first_step, progress)
+                progress.restart_clock(self.first_step)
                 for step in range(self.first_step, self.max_steps):
                     if step >= self.text_steps and self.trainables.text_components():
                         self.finish_text()  # of a resumed run that ended between this step and finish_text

@@ -93,9 +93,8 @@ class PhotoRows(Dataset):
 
     def time_ids(self, source: Source, row: int) -> tuple[int, ...]:
         """The sizes of this row, as in `MicroBatch.time_ids`."""
-        width, height = source.photos[self.photo(source, row)].size
-        left, top = self.corner(source, row)
-        return height, width, top, left, self.crops.resolution, self.crops.resolution
+        size = source.photos[self.photo(source, row)].size
+        return self.crops.time_ids(size, self.corner(source, row))
 
     def randn(self, name: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of

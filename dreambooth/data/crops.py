@@ -55,6 +55,20 @@ class Crops:
         left, top = self.room(size)
         return round(left / 2), round(top / 2)
 
+    def middle(self, size: Size) -> Corner:
+        """The corner of a crop near the middle that can be cut from an encoded photo: `middle_corner`, in
+        steps of `stride` where crops vary."""
+        left, top = self.middle_corner(size)
+        if self.is_fixed(size):
+            return left, top
+        return left // self.stride * self.stride, top // self.stride * self.stride
+
+    def time_ids(self, size: Size, corner: Corner) -> tuple[int, ...]:
+        """Stable Diffusion XL's sizes of the crop at `corner` of a photo: original height and width, crop top
+        and left, target height and width."""
+        (width, height), (left, top) = size, corner
+        return height, width, top, left, self.resolution, self.resolution
+
     def is_fixed(self, size: Size) -> bool:
         """Whether every crop of a photo of this size is the same."""
         return self.center_crop or self.room(size) == (0, 0)

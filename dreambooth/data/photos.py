@@ -117,21 +117,46 @@ def check_folder(
     return Folder(photos, notes)
 
 
-def check_disjoint(instance: Folder, classes: Folder) -> None:
+def split(folder: Folder, count: int, flag: str) -> tuple[list[Photo], list[Photo]]:
+    """(the photos to train on, the last `count` photos by name, which are held out). `flag` named the folder.
+    Raises UserError if no photo is left to train on."""
+    total = len(folder.photos)
+    if count >= total:
+        raise UserError(
+            f"--holdout {count} leaves no photo to train on: {flag} has {total}; hold out fewer, or give "
+            "other photos of the subject by --holdout_data_dir"
+        )
+    return folder.photos[: total - count], folder.photos[total - count :]
+
+
+def check_apart(held_out: list[Photo], trained: list[Photo], flag: str) -> None:
+    """Raise UserError if photos of `held_out`, which `flag` chose, are trained on too."""
+    if same := _same_pictures(trained, held_out):
+        raise UserError(
+            f"{flag}: photos that are trained on cannot be held out, and {len(same)} are the same picture: "
+            f"{'; '.join(same[:3])}. Remove one of the two"
+        )
+
+
+def check_disjoint(subject: list[Photo], classes: list[Photo]) -> None:
     """Raise UserError if photos of the subject are among the class images, which must not show the
     subject."""
-    subjects = {photo.pixels_sha256: photo.path for photo in instance.photos}
-    same = [
-        f"{shown(photo.path)} is {shown(subjects[photo.pixels_sha256].name)}"
-        for photo in classes.photos
-        if photo.pixels_sha256 in subjects
-    ]
-    if same:
+    if same := _same_pictures(subject, classes):
         examples = "; ".join(same[:3]) + (f"; and {len(same) - 3} more" if len(same) > 3 else "")
         raise UserError(
             f"--class_data_dir: {len(same)} of the class images are photos of the subject: {examples}. "
             "Remove them there"
         )
+
+
+def _same_pictures(photos: list[Photo], others: list[Photo]) -> list[str]:
+    """A phrase for each of `others` that has the same pixels as one of `photos`."""
+    known = {photo.pixels_sha256: photo.path for photo in photos}
+    return [
+        f"{shown(other.path)} is {shown(known[other.pixels_sha256].name)}"
+        for other in others
+        if other.pixels_sha256 in known
+    ]
 
 
 def _duplicates(photos: list[Photo]) -> list[str]:

@@ -43,7 +43,7 @@ _OF_VALIDATION = (
     *("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler"),
     "skip_final_inference",
 )
-_OF_PRIOR = ("class_data_dir", "class_prompt", "prior_loss_weight", "class_seed")
+_OF_PRIOR = ("class_data_dir", "prior_loss_weight", "class_seed")
 _OF_GENERATION = ("num_class_images", "class_guidance_scale", "class_inference_steps", "class_scheduler")
 _OF_TEXT_ADAPTER = ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers")
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
@@ -317,12 +317,24 @@ class TrainOptions(Group):
             not self.judges.is_given or self.validation.has_prompts,
             "judges judge validation pictures: give --validation_prompt or --validation_prompts_file",
         )
+        has_class_prompt = bool(self.prior.class_prompt and self.prior.class_prompt.strip())
         require(
-            not self.judges.is_given or bool(self.prior.class_prompt and self.prior.class_prompt.strip()),
+            not self.judges.is_given or has_class_prompt,
             "judges compare pictures of the subject with those of its class: give --class_prompt, for example"
             ' "a photo of dog"',
         )
+        require(
+            self.meter.meter_steps is None or has_class_prompt,
+            "--meter_steps compares the prompt of the subject with that of its class: give --class_prompt, "
+            'for example "a photo of dog"',
+        )
         self._check_folders()
+
+    @property
+    def uses_class_prompt(self) -> bool:
+        """Whether --class_prompt has an effect."""
+        is_measured = self.meter.meter_steps is not None or self.judges.is_given
+        return self.prior.with_prior_preservation or is_measured
 
     def _check_folders(self) -> None:
         if not self.prior.with_prior_preservation:
@@ -358,6 +370,7 @@ class TrainOptions(Group):
         trains_text = self.text.train_text_encoder, "--train_text_encoder"
         draws = self.validation.has_prompts, "--validation_prompt"
         uses_prior = self.prior.with_prior_preservation, "--with_prior_preservation"
+        uses_class_prompt = self.uses_class_prompt, "--with_prior_preservation, --meter_steps or a judge"
         is_prodigy = self.optimization.optimizer == "prodigy", "--optimizer prodigy"
         is_data_set = self.instance.dataset_name is not None, "--dataset_name"
         return [
@@ -367,6 +380,7 @@ class TrainOptions(Group):
                 (self.text, ("train_text_encoder_frac",), trains_text),
                 (self.validation, _OF_VALIDATION, draws),
                 (self.prior, _OF_PRIOR, uses_prior),
+                (self.prior, ("class_prompt",), uses_class_prompt),
                 (self.prior.generation, _OF_GENERATION, uses_prior),
                 (self.optimization, _OF_PRODIGY, is_prodigy),
                 (self.instance, ("cache_dir", "dataset_config_name"), is_data_set),

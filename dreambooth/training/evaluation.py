@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dreambooth.runtime.graphs import Graphs
 from dreambooth.training import judging, metrics
 from dreambooth.training.frozen_models import FrozenModels
+from dreambooth.training.run_meter import RunMeter
 from dreambooth.training.saving import Saver
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
@@ -33,14 +34,26 @@ class Evaluation:
         self.pictures = ValidationPictures(start, frozen, trainables, check)
         self.judging, self.is_judged = start.judging, start.judge_plan is not None
         self.starts_from_base = not start.init_adapter
+        self.meter = RunMeter(start, frozen, trainables, check, max_steps)
 
     def is_due(self, step: int) -> bool:
-        """Whether something is measured after `step` steps. After the last step, `finish` does it."""
+        """Whether something is measured after `step` steps."""
+        return self.meter.is_due(step) or self._draws(step)
+
+    def _draws(self, step: int) -> bool:
+        """Whether pictures are drawn after `step` steps. After the last step, `finish` draws them."""
         return step < self.max_steps and self.pictures.is_due(step, steps_per_epoch=self.steps_per_epoch)
+
+    def begin(self, step: int, progress: metrics.Progress) -> None:
+        """Measure what is due before the first step of this start, after `step` steps."""
+        self.meter.begin(step, progress)
+        if step == 0:
+            self.after_step(0, progress)
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
         """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""
-        if self.is_due(step):
+        self.meter.measure(step, progress)
+        if self._draws(step):
             self.graphs.forget()
             images = self.pictures.draw_current(step, progress)
             self._judge(step, images, progress)

@@ -85,6 +85,7 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     cache = encoding_cache.EncodingCache(folder, lambda warning: peers.say(f"warning: {warning}"))
     text = loading.text_without_encoders(base, start.tokenizers, options.text)
     prompts = [prompt for source in start.sources for prompt in source.distinct_prompts()]
+    prompts += start.measured_prompts
     if start.validation_prompts:
         judged = start.judge_plan.extra_prompts if start.judge_plan else ()
         prompts += [*start.validation_prompts, *judged, ""]
@@ -105,7 +106,8 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     if start.cache.mode == "off":
         vae = loading.load_vae(base, device)
     else:
-        pictures = [picture for source in start.sources for picture in source.pictures()]
+        sources = [*start.sources, *([start.held_out] if options.meter.meter_steps else [])]
+        pictures = [picture for source in sources for picture in source.pictures()]
         encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
         if files := cache.damaged:
             names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

@@ -24,7 +24,11 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
     encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
     logs = logs_dir(options, tracker_names)
-    inputs = {"--instance_data_dir": photo_folder, "--class_data_dir": classes}
+    inputs = {
+        "--instance_data_dir": photo_folder,
+        "--class_data_dir": classes,
+        "--holdout_data_dir": options.meter.holdout_data_dir,
+    }
     sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}
     written = {"--output_dir": output_dir, "--class_data_dir": classes, "--encoded_dir": encoded_dir}
     if logs is not None:

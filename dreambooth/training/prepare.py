@@ -21,8 +21,9 @@ from dreambooth.data import captions, class_images, photo_sets, photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
-from dreambooth.io.errors import UserError, shown
+from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options.command_line import as_table
+from dreambooth.options.evaluation import MeterOptions
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolution_of, resolve
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
@@ -57,7 +58,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     # input
     encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
     decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
-    subject = check_photos(options.instance, decoded, peers)
+    subject = check_photos(options.instance, options.meter, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
     peers.say_notes([*checked.init_adapter.notes, *device_notes])
@@ -96,6 +97,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         validation_prompts=checked.validation_prompts,
         judge_plan=run.judge_plan,
         judging=judges,
+        held_out=subject.held_out_source(options.instance),
         crops=run.crops,
         cache=cache,
         init_adapter=checked.init_adapter.state,
@@ -126,12 +128,16 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_wi
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The checked instance photos and captions."""
+    """The checked photos of the subject, and their captions."""
 
     checked: photos.Folder
-    """The photos in the folder, and what was found out about them."""
+    """The photos that are trained on, and what was found out about them."""
+    held_out: list[photos.Photo]
+    """Other photos, which are not trained on."""
     captions: dict[str, str]
-    """By file name, for the photos that have one."""
+    """By file name, for the photos that are trained on and have one."""
+    held_out_captions: dict[str, str]
+    """As `captions`, for those that are held out."""
     notes: list[str]
 
     @property
@@ -139,28 +145,63 @@ class Subject:
         return self.checked.photos
 
     def source(self, options: InstanceOptions) -> Source:
-        """The photos with their prompts: a caption, or else --instance_prompt."""
-        names = [photo.path.name for photo in self.photos]
-        prompts = [self.captions.get(name, options.instance_prompt) for name in names]
+        """The photos that are trained on, with their prompts: a caption, or else --instance_prompt."""
+        prompts = prompts_of(self.photos, self.captions, options)
         flip, dropout = options.random_flip, options.caption_dropout
         return Source("instance", self.photos, prompts, random_flip=flip, caption_dropout=dropout)
 
+    def held_out_source(self, options: InstanceOptions) -> Source:
+        """The photos that are held out, with their prompts."""
+        return Source("held_out", self.held_out, prompts_of(self.held_out, self.held_out_captions, options))
 
-def check_photos(options: InstanceOptions, decoded: DecodeCache | None, peers: Peers) -> Subject:
-    """Decode and check instance photos and captions. `decoded` holds the photos that earlier runs decoded."""
+
+def prompts_of(pictures: list[photos.Photo], texts: Mapping[str, str], options: InstanceOptions) -> list[str]:
+    """The prompt of each photo: its caption in `texts`, by file name, or else --instance_prompt."""
+    return [texts.get(photo.path.name, options.instance_prompt) for photo in pictures]
+
+
+def check_photos(
+    options: InstanceOptions, measured: MeterOptions, decoded: DecodeCache | None, peers: Peers
+) -> Subject:
+    """Decode and check instance photos, held-out photos and captions. `decoded` holds the photos that earlier
+    runs decoded. Raises UserError if a held-out photo is trained on too, or no photo is left to train on."""
     peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
     photo_set = photo_sets.find(options)
+    folder, texts, notes = _check_photo_folder(photo_set.folder, photo_set.flag, options, decoded)
+    trained, held_out = photos.split(folder, measured.holdout, photo_set.flag)
+    flag, held_out_texts = "--holdout", texts
+    if measured.holdout_data_dir is not None:
+        flag, directory = "--holdout_data_dir", Path(measured.holdout_data_dir)
+        others, held_out_texts, other_notes = _check_photo_folder(directory, flag, options, decoded)
+        held_out, notes = others.photos, [*notes, *(f"held-out photos: {note}" for note in other_notes)]
+    photos.check_apart(held_out, trained, flag)
+    if held_out:
+        notes = [*notes, f"held out, not trained on: {few([photo.path.name for photo in held_out])}"]
+    trained_names = {photo.path.name for photo in trained}
+    return Subject(
+        photos.Folder(trained, folder.notes),
+        held_out,
+        {name: text for name, text in texts.items() if name in trained_names},
+        held_out_texts,
+        [*photo_set.notes, *notes],
+    )
+
+
+def _check_photo_folder(
+    directory: Path, flag: str, options: InstanceOptions, decoded: DecodeCache | None
+) -> tuple[photos.Folder, dict[str, str], list[str]]:
+    """(the checked photos, their captions by file name, notes) of a folder that `flag` named."""
     folder = photos.check_folder(
-        photo_set.folder,
-        photo_set.flag,
+        directory,
+        flag,
         max_pixels=options.max_image_pixels,
         allow_odd_photos=options.allow_odd_photos,
         follow_symlinks=options.follow_symlinks,
         cache=decoded,
     )
     names = [photo.path.name for photo in folder.photos]
-    texts, caption_notes = captions.read(photo_set.folder, photo_set.flag, names, options)
-    return Subject(folder, texts, [*photo_set.notes, *folder.notes, *caption_notes])
+    texts, caption_notes = captions.read(directory, flag, names, options)
+    return folder, texts, [*folder.notes, *caption_notes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +226,12 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     in_file = captions.read_prompts(prompts_file, "--validation_prompts_file") if prompts_file else []
     prompts = {
         "--instance_prompt": options.instance.instance_prompt,
-        "--class_prompt": options.prior.class_prompt if options.prior.with_prior_preservation else None,
+        "--class_prompt": options.prior.class_prompt if options.uses_class_prompt else None,
         "--validation_prompt": wanted,
         **{f"--validation_prompts_file: prompt {number}": prompt for number, prompt in enumerate(in_file, 1)},
     }
-    prompt_notes = checks.check_prompts(prompts, subject.captions, options.text, base, tokenizers)
+    texts = {**subject.held_out_captions, **subject.captions}
+    prompt_notes = checks.check_prompts(prompts, texts, options.text, base, tokenizers)
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
@@ -234,6 +276,8 @@ class NamedRun:
         if checkpoint and start is None:
             start = checkpoint.identity.get("start")
         varies = any(not self.crops.is_fixed(photo.size) for source in sources for photo in source.photos)
+        held_out = self.subject.held_out_source(self.options.instance)
+        compared = [*sources, *([held_out] if held_out.photos else [])]
         flags = as_table(self.options)
         if name := self.checked.base.options.tokenizer_name:
             flags["tokenizer_name"] = loading.tokenizer_identity(name)
@@ -242,7 +286,7 @@ class NamedRun:
             text_steps=self.options.text_steps(self.max_steps),
             slots=self.slots,
             base=self.fingerprint,
-            pictures={s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in sources},
+            pictures={s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in compared},
             captions=self.subject.captions,
             max_steps=self.max_steps,
             start=start,
@@ -373,7 +417,7 @@ def make_class_images(
         made=class_images.names_made(Path(folder)),
     )
     peers.say_notes(f"class images: {note}" for note in checked.notes)
-    photos.check_disjoint(run.subject.checked, checked)
+    photos.check_disjoint([*run.subject.photos, *run.subject.held_out], checked.photos)
     phases["class images"] = memory.reading(peers.accelerator.device)
     pictures = checked.photos[:count]
     return [Source("class", pictures, [prior.class_prompt] * len(pictures))]

@@ -12,7 +12,7 @@ import torch
 from dreambooth.files import checkpoint_folders
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError
-from dreambooth.options.evaluation import JudgeOptions
+from dreambooth.options.evaluation import JudgeOptions, MeterOptions
 from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
 from dreambooth.runtime.environment import environment
 
@@ -23,6 +23,7 @@ _FREE_FLAGS = {
     *(field.name for field in dataclasses.fields(ValidationOptions)),
     *(field.name for field in dataclasses.fields(ReportOptions)),
     *(field.name for field in dataclasses.fields(JudgeOptions)),  # the judges' hashes are compared
+    *(field.name for field in dataclasses.fields(MeterOptions)),  # the photos are compared
     # Paths and hub ids: the contents are compared.
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
@@ -175,6 +176,8 @@ def _picture_differences(
     before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> Iterator[Difference]:
     for source in sorted(now):  # before class images are generated, `now` lacks them: not compared then
+        if source == "held_out" and source not in before:  # of a run that is measured from now on
+            continue
         old, new = before.get(source, {}), now[source]
         for change, names in (
             ("removed", old.keys() - new.keys()),

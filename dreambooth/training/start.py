@@ -37,6 +37,8 @@ class Start:
     """What is judged, and with which prompts; None without judges."""
     judging: judging.Judging | None
     """The judges, on the main process; None on the others."""
+    held_out: Source
+    """Photos of the subject that are not trained on; there may be none."""
     crops: Crops
     cache: Cache
     """Where latents and prompt embeddings are stored."""
@@ -61,6 +63,14 @@ class Start:
         """Dtype of the frozen models."""
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
         return dtypes.get(self.options.run.mixed_precision, torch.float32)
+
+    @property
+    def measured_prompts(self) -> list[str]:
+        """The prompts, beside those of `sources`, that --meter_steps measures with; [] without the flag."""
+        class_prompt = self.options.prior.class_prompt
+        if self.options.meter.meter_steps is None or class_prompt is None:
+            return []
+        return [*self.held_out.prompts, class_prompt]
 
     @property
     def output_dir(self) -> Path:

@@ -112,11 +112,11 @@ def test_photos_of_the_subject_among_the_class_images_are_refused(tmp_path):
     instance, classes = tmp_path / "instance", tmp_path / "class"
     tiny.make_photos(instance, 3)
     tiny.make_photos(classes, 2, seed=5)
-    check = (photos.check_folder(instance, FLAG), photos.check_folder(classes, "--class_data_dir"))
-    photos.check_disjoint(*check)
+    subject = photos.check_folder(instance, FLAG).photos
+    photos.check_disjoint(subject, photos.check_folder(classes, "--class_data_dir").photos)
     Image.open(instance / "photo-2.png").save(classes / "stray.bmp")
     with pytest.raises(UserError) as refused:
-        photos.check_disjoint(check[0], photos.check_folder(classes, "--class_data_dir"))
+        photos.check_disjoint(subject, photos.check_folder(classes, "--class_data_dir").photos)
     assert str(refused.value).startswith(
         "--class_data_dir: 1 of the class images are photos of the subject: "
     )

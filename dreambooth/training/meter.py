@@ -1,0 +1,261 @@
+"""Measures an adapter by its denoising losses on fixed pictures, noise and timesteps. It needs no second
+model and draws no picture.
+
+Every measurement uses the same draws of noise and timestep, the base's included. So the
+differences that are reported are paired: the noise itself cancels. The draws depend on nothing but the number
+of timesteps and the size of the latents, so runs on the same base can be compared with each other.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from dreambooth.bases import prediction
+from dreambooth.bases.loading import FrozenParts
+from dreambooth.bases.prompts import PromptEmbeds, stack
+from dreambooth.data import sampling_order
+from dreambooth.runtime import environment, memory
+from dreambooth.training import objectives
+
+BANDS = 10  # of equal width over the timesteps
+DRAWS = 4  # of noise and timestep in each band, for each kind of picture
+_SEED = 0  # the same for every run
+
+Context = contextlib.AbstractContextManager[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is measured on."""
+
+    latents: torch.Tensor
+    """Float32 [C, h, w] on the CPU, in the scale of the UNet."""
+    prompt: str
+    """The prompt that names the subject; for a class image the class prompt."""
+    time_ids: tuple[int, ...]
+    """Stable Diffusion XL's sizes: original height and width, crop top and left, target height and width."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The pictures of one run. Of each kind the first `draws()` are used."""
+
+    trained: Sequence[Picture]
+    """Photos that are trained on; at least one."""
+    held_out: Sequence[Picture]
+    """Photos of the subject that are not trained on; there may be none."""
+    classes: Sequence[Picture]
+    """Class images; there may be none."""
+    class_prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The base with the adapter that is measured, in evaluation mode."""
+
+    parts: FrozenParts
+    device: torch.device
+    encode: Callable[[str], PromptEmbeds]
+    """The embeddings of one prompt, by the text encoders with their adapters."""
+    without_adapter: Callable[[], Context]
+    """Within the block the base is alone: its UNet, and its text encoders in `encode`."""
+    autocast: Callable[[], Context] = contextlib.nullcontext
+    rows: int = 4
+    """Rows of one forward pass. Another number gives other last bits."""
+    check: Callable[[], None] = lambda: None
+    """Called before each forward pass; what it raises ends the measurement."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """The rows of one kind of picture: row n is draw number n. `latents` and `noise` are [rows, C, h, w]."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timestep_indices: torch.Tensor
+    time_ids: torch.Tensor
+    prompts: list[str]
+
+    def rows(self, part: slice) -> "_Pass":
+        """These rows alone."""
+        return _Pass(
+            self.latents[part],
+            self.noise[part],
+            self.timestep_indices[part],
+            self.time_ids[part],
+            self.prompts[part],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What the model gives for a pass."""
+
+    losses: torch.Tensor
+    """Float64 [rows]."""
+    predictions: torch.Tensor
+    """[rows, C, h, w] on the CPU, in the model's dtype."""
+    weights: torch.Tensor
+    """Of the squared errors, float64 [rows]."""
+    scales: torch.Tensor
+    """Variance of the target in units of the weighted error, float64 [rows]."""
+
+
+class Meter:
+    """Measures the adapter of one model, again and again, on fixed draws.
+
+    With B bands and D draws in each, a measurement takes 3 B D rows of forward passes, with class images 4 B
+    D, without held-out photos B D less. The base's own losses are measured once, when the meter is made; its
+    predictions of B D rows are kept in main memory.
+    """
+
+    def __init__(self, model: Model, pictures: Pictures):
+        self.model, self.has_held_out = model, bool(pictures.held_out)
+        subject = pictures.held_out or pictures.trained
+        scheduler = model.parts.noise_scheduler
+        self.passes = {
+            "trained": _pass(pictures.trained, scheduler),
+            "class": _pass(subject, scheduler, pictures.class_prompt),
+        }
+        if pictures.held_out:
+            self.passes["held_out"] = _pass(pictures.held_out, scheduler)
+        if pictures.classes:
+            self.passes["prior"] = _pass(pictures.classes, scheduler)
+        self.drift_pass = "prior" if pictures.classes else "class"
+        with model.without_adapter():
+            self.base = self._results()
+
+    def measure(self) -> dict[str, Any]:
+        """The measures of the adapter as it is now, by name. Each has its `mean` with the standard error
+        `noise`, and both for each band of timesteps, from low noise to high: `bands` and `noise_bands`.
+
+        `loss_trained` and `loss_held_out` are losses with the prompt of the subject. `binding` is the loss
+        with the class prompt minus that with the subject's prompt, on held-out photos; where there are none,
+        on trained ones. `gap` is `loss_held_out` minus `loss_trained`. `since_base` of `binding` and `gap` is
+        the difference from the base's. `drift` is the mean squared distance of predictions with the class
+        prompt from the base's, divided by the variance of the target; on class images, where there are none
+        on the photos of `binding`. Without held-out photos there are no `loss_held_out` and no `gap`.
+        """
+        now, base = self._results(), self.base
+        subject = "held_out" if self.has_held_out else "trained"
+
+        def difference(results: dict[str, _Result], of: str, minus: str) -> torch.Tensor:
+            return results[of].losses - results[minus].losses
+
+        def with_change(of: str, minus: str) -> dict[str, Any]:
+            value, before = (difference(results, of, minus) for results in (now, base))
+            return {**_by_band(value), "since_base": _by_band(value - before)}
+
+        measures = {
+            "binding": with_change("class", subject),
+            "drift": _by_band(self._drift(now[self.drift_pass])),
+            "loss_trained": _by_band(now["trained"].losses),
+        }
+        if self.has_held_out:
+            measures["gap"] = with_change("held_out", "trained")
+            measures["loss_held_out"] = _by_band(now["held_out"].losses)
+        return measures
+
+    def _drift(self, now: _Result) -> torch.Tensor:
+        """The squared distance of each row's prediction from the base's, in units of the variance of the
+        target in the row's band; float64 [rows]."""
+        base = self.base[self.drift_pass]
+        distances = _mean_squares(now.predictions.float() - base.predictions.float()) * now.weights
+        scales = now.scales.view(BANDS, DRAWS).mean(dim=1, keepdim=True).expand(BANDS, DRAWS).flatten()
+        return distances / scales
+
+    @torch.no_grad()
+    def _results(self) -> dict[str, _Result]:
+        """The results of all passes, by name."""
+        prompts = dict.fromkeys(prompt for rows in self.passes.values() for prompt in rows.prompts)
+        embeds = {prompt: self.model.encode(prompt) for prompt in prompts}
+        return {name: self._result(rows, embeds) for name, rows in self.passes.items()}
+
+    def _result(self, rows: _Pass, embeds: dict[str, PromptEmbeds]) -> _Result:
+        size = self.model.rows
+        chunks = [
+            self._chunk(rows.rows(slice(at, at + size)), embeds) for at in range(0, len(rows.prompts), size)
+        ]
+        return _Result(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
+
+    def _chunk(
+        self, rows: _Pass, embeds: dict[str, PromptEmbeds]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The fields of `_Result`, of rows that fit into one forward pass."""
+        self.model.check()
+        parts, device = self.model.parts, self.model.device
+        task = objectives.make_task(parts.noise_scheduler, rows.latents, rows.noise, rows.timestep_indices)
+        inputs = {name: memory.to_device(tensor, device) for name, tensor in task.tensors().items()}
+        on_device = objectives.Task.of(inputs)
+        time_ids = rows.time_ids.to(device) if parts.base.takes_time_ids else None
+        prompt_embeds = stack([embeds[prompt] for prompt in rows.prompts])
+        with environment.deterministic(device), self.model.autocast():
+            output = prediction.predict(
+                parts.unet, on_device.model_input, on_device.timesteps, prompt_embeds, time_ids
+            )
+        predicted = on_device.prediction(output).cpu()
+        weights = torch.ones(len(rows.prompts)) if task.weights is None else task.weights.cpu()
+        # a weighted error is one of the noise, whose variance is 1
+        variances = task.target.flatten(1).var(dim=1)
+        scales = torch.ones_like(variances) if task.weights is not None else variances
+        losses = _mean_squares(predicted.float() - task.target) * weights.double()
+        return losses, predicted, weights.double(), scales.double()
+
+
+def draws() -> int:
+    """The number of draws, and the most pictures of one kind that are used."""
+    return BANDS * DRAWS
+
+
+def timestep_indices(scheduler: objectives.NoiseScheduler) -> torch.Tensor:
+    """The timestep of each draw as an index of the scheduler, int64 [draws], from low noise to high.
+    The draws of a band are spread over it: each is uniform in its part of the band."""
+    count = scheduler.config.num_train_timesteps
+    indices = []
+    for band in range(BANDS):
+        low = band * count // BANDS
+        width = max(1, (band + 1) * count // BANDS - low)
+        for draw in range(DRAWS):
+            shift = sampling_order.chance(_SEED, "meter-timestep", band * DRAWS + draw)
+            indices.append(low + int(width * (draw + shift) / DRAWS))
+    timesteps = torch.tensor(indices)
+    # index 0 of the other schedulers is the noisiest
+    return timesteps if isinstance(scheduler, DDPMScheduler) else count - 1 - timesteps
+
+
+def _pass(
+    pictures: Sequence[Picture], scheduler: objectives.NoiseScheduler, prompt: str | None = None
+) -> _Pass:
+    """All draws of one kind of picture, which take turns. `prompt` replaces the pictures' own."""
+    count = draws()
+    turns = [pictures[row % len(pictures)] for row in range(count)]
+    shape = tuple(turns[0].latents.shape)
+    return _Pass(
+        torch.stack([picture.latents for picture in turns]),
+        sampling_order.noise_of_rows(_SEED, "meter-noise", range(count), shape),
+        timestep_indices(scheduler),
+        torch.tensor([picture.time_ids for picture in turns], dtype=torch.float32),
+        [picture.prompt if prompt is None else prompt for picture in turns],
+    )
+
+
+def _mean_squares(difference: torch.Tensor) -> torch.Tensor:
+    """The mean square of each row, float64 [rows], from float32 [rows, ...]."""
+    return difference.double().square().flatten(1).mean(dim=1)
+
+
+def _by_band(values: torch.Tensor) -> dict[str, Any]:
+    """Mean and standard error of `values`, one for each draw, in all bands together and in each band."""
+    by_band = values.view(BANDS, DRAWS)
+    means, errors = by_band.mean(dim=1), by_band.std(dim=1) / DRAWS**0.5
+    return {
+        "bands": means.tolist(),
+        "noise_bands": errors.tolist(),
+        "mean": means.mean().item(),
+        # the bands are sampled separately
+        "noise": (errors.square().sum().sqrt() / BANDS).item(),
+    }
