@@ -1,0 +1,178 @@
+"""Holds claims about the method against the embedded base: docs/evidence.md (hours of CPU).
+
+    python -m benchmarks.claims --work runs/claims      # trains, draws and scores what is missing
+    python -m benchmarks.claims --tables                # writes docs/evidence.md from the results
+
+Every scored adapter is one line of the results, under a key of its whole configuration. What is there is not
+run again, so that the command may be stopped at any time. Processes may share the work by --subjects, but
+each subject belongs to one of them.
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from benchmarks import claims_arms
+from benchmarks.claims_arms import (
+    ARMS,
+    BY_NAME,
+    KIND_FLAGS,
+    LONG,
+    SEARCH_RATES,
+    SEARCH_SEED,
+    SEARCH_STEP,
+    SEARCH_SUBJECTS,
+    WORD,
+    Arm,
+)
+from benchmarks.claims_runs import (
+    Protocol,
+    Results,
+    Studio,
+    adapters_after,
+    base_key,
+    score_arm,
+    score_base,
+    training_of,
+)
+from benchmarks.programs import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "claims.jsonl"
+
+
+@dataclasses.dataclass
+class Options:
+    """Run what is missing of the claims, or write their tables."""
+
+    tables: bool = False
+    """Write docs/evidence.md from the results, and run nothing."""
+    work: Path = Path("runs/claims")
+    """Folder for photos, class images and adapters."""
+    results: Path = RESULTS
+    """File of the results."""
+    subjects: tuple[str, ...] = claims_arms.SUBJECTS
+    """Subjects that this process runs."""
+    seeds: tuple[int, ...] = claims_arms.SEEDS
+    """Seeds of training."""
+    arms: tuple[str, ...] = ()
+    """Names of the arms to run; none means all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm with one subject and seed."""
+
+    arm: Arm
+    rate: float
+    subject: str
+    seed: int
+
+
+def search_arm(kind: str, rate: float) -> Arm:
+    return Arm(f"search-{kind}", kind, KIND_FLAGS[kind], (SEARCH_STEP,), rate=rate)
+
+
+def best_rate(kind: str, protocol: Protocol, results: Results) -> float | None:
+    """The rate of the search with the highest mean JOINT (then ID); None while runs are missing."""
+    means = {}
+    for rate in SEARCH_RATES[kind]:
+        trainings = [
+            training_of(search_arm(kind, rate), rate, subject, SEARCH_SEED) for subject in SEARCH_SUBJECTS
+        ]
+        keys = [training.result_key(protocol, SEARCH_STEP, WORD) for training in trainings]
+        if not results.records.keys() >= set(keys):
+            return None
+        scores = [results.records[key]["scores"] for key in keys]
+        means[rate] = tuple(sum(s[name] for s in scores) / len(scores) for name in ("JOINT", "ID"))
+    return max(means, key=means.__getitem__)
+
+
+def steps_of(job: Job) -> int:
+    """Length of a job's training: that of the longest arm that shares it."""
+    settings = (job.arm.flags, job.arm.class_images, job.arm.init, job.rate)
+    shared = [arm for arm in ARMS if (arm.flags, arm.class_images, arm.init, arm.rate) == settings]
+    arms = [job.arm, *(shared if job.seed in claims_arms.SEEDS else [])]
+    return max(step for arm in arms for step in arm.steps)
+
+
+def search_jobs(subject: str) -> Iterator[Job]:
+    """The runs that choose the rate of each kind of adapter."""
+    for kind, rates in SEARCH_RATES.items():
+        for rate in rates:
+            yield Job(search_arm(kind, rate), rate, subject, SEARCH_SEED)
+
+
+def jobs(options: Options, protocol: Protocol, results: Results) -> Iterator[Job]:
+    """The runs in order of worth: for each seed the long ones of all subjects, then the others by subject.
+
+    Arms whose rate is not chosen yet are left out.
+    """
+    long = [arm for arm in ARMS if len(arm.steps) > 2]
+    short = [arm for arm in ARMS if len(arm.steps) <= 2]
+    for seed in options.seeds:
+        for arm in long:
+            yield from (Job(arm, arm.rate or 0, subject, seed) for subject in options.subjects)
+        for subject in options.subjects:
+            if seed == options.seeds[0] and subject in SEARCH_SUBJECTS:
+                yield from search_jobs(subject)
+            for arm in short:
+                rate = arm.rate or best_rate(arm.name.removeprefix("best-"), protocol, results)
+                if rate is not None:
+                    yield Job(arm, rate, subject, seed)
+
+
+def run(job: Job, studio: Studio, results: Results, work: Path) -> int:
+    """Train, draw and score what the results lack of a job. Returns how many adapters were scored."""
+    protocol, training = studio.protocol, training_of(job.arm, job.rate, job.subject, job.seed)
+    missing = [
+        step
+        for step in job.arm.steps
+        if training.result_key(protocol, step, job.arm.word) not in results.records
+    ]
+    if not missing:
+        return 0
+    steps = steps_of(job)
+    folder = adapters_after(training, protocol, work, steps)
+    for step in missing:
+        started = time.monotonic()
+        results.add(score_arm(studio, job.arm, training, step, folder, work))
+        print(
+            f"{time.strftime('%H:%M:%S')} {job.arm.name} {job.subject} seed {job.seed} step {step}: "
+            f"scored in {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    if steps < max(LONG):  # adapters of the long runs are kept: other arms and experiments use them
+        shutil.rmtree(folder)
+    return len(missing)
+
+
+def run_all(options: Options, protocol: Protocol) -> None:
+    """Run all jobs, and once more those whose rate was chosen meanwhile."""
+    results = Results(options.results)
+    studio = Studio(protocol)
+    for subject in options.subjects:
+        if base_key(protocol, subject) not in results.records:
+            results.add(score_base(studio, subject, options.work))
+    count = 1
+    while count:
+        count = 0
+        for job in jobs(options, protocol, results):
+            if not options.arms or job.arm.name in options.arms:
+                count += run(job, studio, results, options.work)
+                results.read()
+
+
+def main(options: Options) -> None:
+    unknown = set(options.arms) - {*BY_NAME, *(f"search-{kind}" for kind in SEARCH_RATES)}
+    if unknown:
+        sys.exit(f"error: --arms: no arm is called {sorted(unknown)}; there are {', '.join(BY_NAME)}")
+    run_all(options, Protocol(base=ROOT / "picturebook" / "model"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, use_underscores=True))

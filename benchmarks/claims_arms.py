@@ -1,0 +1,345 @@
+"""What benchmarks/claims.py compares: the arms, and each claim's direction and least effect. The limits were
+written before the first result. Imports no torch."""
+
+import dataclasses
+from typing import Literal
+
+SUBJECTS = ("dog", "cat", "bird", "car")
+SEEDS = (0, 1, 2)
+WORD, OTHER_WORD = "sks", "zwx"  # the rare word of training, and one that no training used
+RATE = 1e-3
+LONG = (50, 100, 150, 200, 300, 400, 600, 800)
+CURVE = (50, 100, 200, 400, 800)
+
+# Rates are searched with a seed that no result uses.
+SEARCH_SEED, SEARCH_SUBJECTS, SEARCH_STEP = 7, ("dog", "bird"), 300
+# LoHa and LoKr start as a product of more factors and learn more slowly at the same rate.
+SEARCH_RATES = {
+    "lora": (3e-4, 1e-3, 3e-3),
+    "dora": (3e-4, 1e-3, 3e-3),
+    "loha": (1e-3, 3e-3, 1e-2),
+    "lokr": (1e-3, 3e-3, 1e-2),
+}
+KIND_FLAGS = {
+    "lora": "--rank 8 --train_text_encoder",
+    "dora": "--rank 8 --use_dora --train_text_encoder",
+    "loha": "--adapter loha --rank 4 --train_text_encoder",
+    "lokr": "--adapter lokr --rank 8 --train_text_encoder",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """Runs that differ in subject and seed only. The rate is constant, so the adapter after N steps of a long
+    run is that of a run of N steps."""
+
+    name: str
+    label: str
+    flags: str
+    """Flags of train_dreambooth_lora.py beside those of every run."""
+    steps: tuple[int, ...]
+    """Steps after which the adapter is scored."""
+    rate: float | None = RATE
+    """None: the best rate of the search for this kind."""
+    class_images: int = 0
+    """Class images of prior preservation."""
+    init: Literal["gaussian", "default"] = "gaussian"
+    """Initial values of LoRA's first factor: this program's, or peft's default (Kaiming uniform)."""
+    word: str | None = WORD
+    """The rare word in the prompts that are drawn; None leaves it out. Training always uses WORD."""
+
+
+TEXT_ATTENTION = "--text_encoder_layers q_proj,k_proj,v_proj,out_proj --text_encoder_rank 8"
+BASELINE = Arm("text+unet", "text encoder and UNet, rank 8", "--rank 8 --train_text_encoder", LONG)
+ARMS = (
+    # (a), and the over-training experiment
+    BASELINE,
+    Arm("unet", "UNet, rank 8", "--rank 8", LONG),
+    Arm("unet-equal", "UNet, rank 10 (as many parameters)", "--rank 10", CURVE),
+    # a rank of 0 does not exist: the UNet's adapter keeps its initial 0 at a rate of 0
+    Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", CURVE),
+    # (f): the adapters of the baseline, other prompts
+    Arm("other-word", "another unused word", BASELINE.flags, (300,), word=OTHER_WORD),
+    Arm("no-word", "no word", BASELINE.flags, (300,), word=None),
+    # (b)
+    Arm("prior-200", "prior, 200 class images", BASELINE.flags, (400,), class_images=200),
+    Arm("prior-20", "prior, 20 class images", BASELINE.flags, (400,), class_images=20),
+    # (d); LoRA comes first because its best rate may be the baseline's
+    *(
+        Arm(f"best-{kind}", label, KIND_FLAGS[kind], (SEARCH_STEP,), rate=None)
+        for kind, label in {
+            "lora": "LoRA, rank 8",
+            "lokr": "LoKr, rank 8",
+            "loha": "LoHa, rank 4",
+            "dora": "DoRA, rank 8",
+        }.items()
+    ),
+    # (e)
+    *(
+        Arm(f"rank-{rank}", f"rank {rank}", f"--rank {rank} --train_text_encoder", (100, 300))
+        for rank in (1, 4, 16, 64)
+    ),
+    # (g)
+    Arm(
+        "full",
+        "all layers, rank 8",
+        f"--rank 8 --target_preset full --train_text_encoder {TEXT_ATTENTION}",
+        (300,),
+    ),
+    Arm(
+        "full-equal",
+        "all layers, rank 2 (137,088 parameters in the UNet)",
+        f"--rank 2 --target_preset full --train_text_encoder {TEXT_ATTENTION}",
+        (300,),
+    ),
+    Arm(
+        "attention-equal",
+        "attention, rank 12 (141,312 parameters in the UNet)",
+        "--rank 12 --train_text_encoder --text_encoder_rank 8",
+        (300,),
+    ),
+    # (c)
+    Arm("gaussian-2", "rank 2, gaussian", "--rank 2 --train_text_encoder", (100, 300)),
+    Arm("default-2", "rank 2, peft's default", "--rank 2 --train_text_encoder", (100, 300), init="default"),
+    Arm(
+        "default-16", "rank 16, peft's default", "--rank 16 --train_text_encoder", (100, 300), init="default"
+    ),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A score of an arm after a step, times a factor. The arm `base` has no adapter and the step 0."""
+
+    factor: float
+    arm: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One sentence of a claim: the sum of the terms is at least, or at most, the limit."""
+
+    sentence: str
+    score: str
+    terms: tuple[Term, ...]
+    is_least: bool
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the method: its parts, the rows of its table, and the scores that its plot shows."""
+
+    letter: str
+    title: str
+    expectation: str
+    rows: tuple[tuple[str, int], ...]
+    """(arm, step) of each row of the table."""
+    parts: tuple[Part, ...]
+    plotted: tuple[str, ...] = ("ID", "JOINT", "PRES")
+
+
+def at_least(
+    limit: float, score: str, first: tuple[str, int], second: tuple[str, int], sentence: str
+) -> Part:
+    """The score of the first arm minus that of the second is at least the limit."""
+    return Part(sentence, score, (Term(1, *first), Term(-1, *second)), True, limit)
+
+
+def at_most(limit: float, score: str, first: tuple[str, int], second: tuple[str, int], sentence: str) -> Part:
+    """The score of the first arm minus that of the second is at most the limit."""
+    return Part(sentence, score, (Term(1, *first), Term(-1, *second)), False, limit)
+
+
+BASE = ("base", 0)
+CLAIMS = (
+    Claim(
+        "a",
+        "An adapter on the text encoder too binds the subject better than one on the UNet alone",
+        "Reports of users only; the cost is expected in PRES and LEAK.",
+        tuple(
+            (arm, step)
+            for arm in ("text+unet", "unet", "unet-equal", "text")
+            for step in (100, 200, 400, 800)
+        ),
+        (
+            at_least(0.05, "ID", ("text+unet", 200), ("unet", 200), "more ID after 200 steps, at equal rank"),
+            at_least(
+                0.05,
+                "ID",
+                ("text+unet", 200),
+                ("unet-equal", 200),
+                "more ID after 200 steps, at equal parameters",
+            ),
+            at_least(
+                0.05,
+                "ID",
+                ("text+unet", 400),
+                ("unet-equal", 400),
+                "not only sooner: more ID after 400 steps, at equal parameters",
+            ),
+            at_least(
+                0.05,
+                "JOINT",
+                ("text+unet", 400),
+                ("unet-equal", 400),
+                "more JOINT after 400 steps, at equal parameters",
+            ),
+            at_most(
+                0.05,
+                "PRES",
+                ("text+unet", 400),
+                ("unet-equal", 400),
+                "at no cost in PRES after 400 steps, at equal parameters",
+            ),
+        ),
+    ),
+    Claim(
+        "b",
+        "Prior preservation limits forgetting",
+        "The paper: PRES -0.17, DIV +0.02, DINO -0.03 with it.",
+        (BASE, ("text+unet", 200), ("text+unet", 400), ("prior-20", 400), ("prior-200", 400)),
+        (
+            at_least(
+                0.2,
+                "PRES",
+                ("text+unet", 400),
+                BASE,
+                "without it there is something to limit: PRES rises by 0.2 after 400 steps",
+            ),
+            Part(
+                "200 class images halve the rise of PRES",
+                "PRES",
+                (Term(1, "prior-200", 400), Term(-0.5, "text+unet", 400), Term(-0.5, *BASE)),
+                False,
+                0.0,
+            ),
+            at_least(
+                -0.05,
+                "ID",
+                ("prior-200", 400),
+                ("text+unet", 400),
+                "at most 0.05 of ID is lost to 200 class images",
+            ),
+            at_most(
+                0.0,
+                "PRES",
+                ("prior-200", 400),
+                ("text+unet", 200),
+                "it is not only less training: less PRES than without it at half the steps",
+            ),
+            at_most(0.05, "PRES", ("prior-20", 400), ("prior-200", 400), "20 class images do as well as 200"),
+        ),
+        ("ID", "JOINT", "PRES", "PRIOR_TV"),
+    ),
+    Claim(
+        "c",
+        "Gaussian initial values with alpha = rank learn at a pace that does not depend on the rank",
+        "peft's default has a first step in proportion to the rank: too slow at low ranks.",
+        tuple(
+            (arm, step) for arm in ("gaussian-2", "default-2", "rank-16", "default-16") for step in (100, 300)
+        ),
+        (
+            at_least(
+                0.05,
+                "ID",
+                ("gaussian-2", 100),
+                ("default-2", 100),
+                "more ID than the default at rank 2, 100 steps",
+            ),
+            at_least(
+                -0.05,
+                "ID",
+                ("rank-16", 100),
+                ("default-16", 100),
+                "no less ID than the default at rank 16, 100 steps",
+            ),
+            at_least(
+                -0.05,
+                "JOINT",
+                ("rank-16", 300),
+                ("default-16", 300),
+                "no less JOINT at rank 16 after 300 steps",
+            ),
+        ),
+    ),
+    Claim(
+        "d",
+        "LoKr and DoRA learn the subject better than LoRA, LoHa forgets less",
+        "LyCORIS' ranks: ID LoKr > LoRA > LoHa, DIV LoHa > LoRA > LoKr. Each at its best of three rates.",
+        tuple((f"best-{kind}", SEARCH_STEP) for kind in SEARCH_RATES),
+        (
+            at_least(0.03, "ID", ("best-lokr", 300), ("best-lora", 300), "LoKr has more ID than LoRA"),
+            at_least(0.03, "ID", ("best-lora", 300), ("best-loha", 300), "LoRA has more ID than LoHa"),
+            at_least(0.03, "ID", ("best-dora", 300), ("best-lora", 300), "DoRA has more ID than LoRA"),
+            at_most(-0.03, "PRES", ("best-loha", 300), ("best-lora", 300), "LoHa has less PRES than LoRA"),
+            at_least(
+                -0.05,
+                "JOINT",
+                ("best-lokr", 300),
+                ("best-lora", 300),
+                "LoKr has no less JOINT, with an eighth of the parameters",
+            ),
+        ),
+        ("ID", "JOINT", "PRES", "DIV"),
+    ),
+    Claim(
+        "e",
+        "Likeness and forgetting grow with the rank, and level off",
+        "peft's comparison: rank 64 over 32, likeness +0.046, drift +0.026.",
+        (("rank-1", 300), ("rank-4", 300), ("text+unet", 300), ("rank-16", 300), ("rank-64", 300)),
+        (
+            at_least(0.05, "ID", ("rank-16", 300), ("rank-1", 300), "rank 16 has more ID than rank 1"),
+            at_most(0.05, "ID", ("rank-64", 300), ("rank-16", 300), "rank 64 has no more ID than rank 16"),
+            at_least(0.05, "PRES", ("rank-64", 300), ("rank-1", 300), "rank 64 has more PRES than rank 1"),
+            at_least(0.0, "COPY", ("rank-64", 300), ("rank-1", 300), "rank 64 copies no less than rank 1"),
+        ),
+    ),
+    Claim(
+        "f",
+        "The subject is bound to the rare word",
+        "With another unused word, and without one, likeness falls to that of the class.",
+        (BASE, ("text+unet", 300), ("other-word", 300), ("no-word", 300)),
+        (
+            at_least(0.2, "ID", ("text+unet", 300), ("other-word", 300), "another unused word shows it less"),
+            at_least(0.2, "ID", ("text+unet", 300), ("no-word", 300), "without the word it is shown less"),
+            at_most(0.1, "ID", ("other-word", 300), ("no-word", 300), "another word is no better than none"),
+            at_most(0.1, "ID", ("no-word", 300), BASE, "without the word, ID is nearly the base's"),
+        ),
+        ("ID", "JOINT", "PA"),
+    ),
+    Claim(
+        "g",
+        "Attention layers alone are enough",
+        "LyCORIS: attention alone lowers likeness and improves the rest.",
+        (("text+unet", 300), ("attention-equal", 300), ("full-equal", 300), ("full", 300)),
+        (
+            at_most(
+                0.03,
+                "ID",
+                ("full-equal", 300),
+                ("attention-equal", 300),
+                "all layers have no more ID, at equal parameters",
+            ),
+            at_most(
+                0.03, "ID", ("full", 300), ("text+unet", 300), "all layers have no more ID, at equal rank"
+            ),
+            at_most(
+                0.0,
+                "PRES",
+                ("attention-equal", 300),
+                ("full-equal", 300),
+                "attention alone has no more PRES, at equal parameters",
+            ),
+            at_least(
+                0.0,
+                "PA",
+                ("attention-equal", 300),
+                ("full-equal", 300),
+                "attention alone keeps to the prompt as well, at equal parameters",
+            ),
+        ),
+    ),
+)
