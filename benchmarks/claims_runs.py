@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import runpy
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import train_dreambooth_lora as train
 from benchmarks.claims_arms import WORD, Arm
+from benchmarks.programs import ROOT
 from dreambooth.adapter_files import native, reading
 from dreambooth.adapters import apply
 from dreambooth.bases import families, pipelines
@@ -130,6 +131,16 @@ def base_key(protocol: Protocol, subject: str) -> str:
 # ---- training
 
 
+@functools.cache
+def training_script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "train_dreambooth_lora.py"))
+
+
+def train(words: Sequence[str]) -> None:
+    """Run the training script in this process."""
+    training_script()["main"](parse(TrainOptions, "", list(words)))
+
+
 def photos_of(subject: str, work: Path) -> tuple[Path, list[Path]]:
     """(folder of the pictures that are trained on, those pictures)."""
     folder = work / "photos" / subject
@@ -170,7 +181,7 @@ def default_init(training: Training, protocol: Protocol, work: Path) -> Path:
     output = work / "init" / training.key(protocol)
     shutil.rmtree(output, ignore_errors=True)
     gaussian = dataclasses.replace(training, init="gaussian")
-    train.main(parse(TrainOptions, "", words_of(gaussian, protocol, work, output, 1)))
+    train(words_of(gaussian, protocol, work, output, 1))
     torch.manual_seed(training.seed)
     with safe_open(output / native.ADAPTER_NAME, "pt") as file:
         tensors = {name: torch.zeros_like(file.get_tensor(name)) for name in sorted(file.keys())}
@@ -201,7 +212,7 @@ def adapters_after(training: Training, protocol: Protocol, work: Path, steps: in
     else:
         shutil.rmtree(output, ignore_errors=True)
     started = time.process_time()
-    train.main(parse(TrainOptions, "", words))
+    train(words)
     seconds = time.process_time() - started
     folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in sorted(output.glob("checkpoint-*")):
