@@ -76,6 +76,18 @@ def pixels(image: Image.Image | None) -> Image.Image | None:
         return None
 
 
+def jpeg(image: Image.Image, longest_side: int, most_bytes: int) -> bytes:
+    """The bytes of a JPEG file of the picture, shrunk to sides of at most `longest_side` pixels, in the best
+    quality that fits into `most_bytes`."""
+    image = scaled(image, longest_side) if max(image.size) > longest_side else image
+    for quality in (88, 75, 60, 40, 20):
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=quality, subsampling=0 if quality > 80 else 2)
+        if buffer.tell() <= most_bytes:
+            break
+    return buffer.getvalue()
+
+
 def scaled(image: Image.Image, longer_side: int) -> Image.Image:
     """The picture, resized so that its longer side has `longer_side` pixels. A picture enlarged by a factor
     of 2 or more is not smoothed."""

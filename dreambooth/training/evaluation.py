@@ -7,6 +7,7 @@ from dreambooth.runtime.graphs import Graphs
 from dreambooth.training import judging, metrics
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.run_meter import RunMeter
+from dreambooth.training.run_report import RunReport
 from dreambooth.training.saving import Saver
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
@@ -35,6 +36,8 @@ class Evaluation:
         self.judging, self.is_judged = start.judging, start.judge_plan is not None
         self.starts_from_base = not start.init_adapter
         self.meter = RunMeter(start, frozen, trainables, check, max_steps)
+        self.checkpointing_steps = start.options.run.checkpointing_steps
+        self.report = RunReport(start, max_steps)
 
     def is_due(self, step: int) -> bool:
         """Whether something is measured after `step` steps."""
@@ -46,6 +49,7 @@ class Evaluation:
 
     def begin(self, step: int, progress: metrics.Progress) -> None:
         """Measure what is due before the first step of this start, after `step` steps."""
+        self.report.begin()
         self.meter.begin(step, progress)
         if step == 0:
             self.after_step(0, progress)
@@ -57,6 +61,8 @@ class Evaluation:
             self.graphs.forget()
             images = self.pictures.draw_current(step, progress)
             self._judge(step, images, progress)
+        if self.is_due(step) or step % self.checkpointing_steps == 0:
+            self.report.write_if_due()
 
     def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
         """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""

@@ -230,6 +230,16 @@ def _licence(
     return stated, f"The base states this licence: {_prose(', '.join(words))}"
 
 
+def licence_of_folder(base_folder: Path) -> str:
+    """The licence that the card in the base's folder states, in words. Nothing is read from the hub."""
+    card = _local_card(base_folder)
+    if card is None:
+        return "not known: the base came without its card"
+    names = [_stated(card.get(key)) for key in ("license", "license_name")]
+    words = [", ".join(name) if isinstance(name, list) else name for name in names if name is not None]
+    return ", ".join(words) or "the base states none"
+
+
 def _local_card(base_folder: Path) -> Any:
     """The front matter of the card in the base's folder, {} if it is damaged; None if there is no card."""
     readme = base_folder / CARD

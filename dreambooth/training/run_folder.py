@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "met
 VALIDATION = "validation"  # the folder of the run's pictures
 SWEEP = (0.5, 0.75, 1.25)  # weights of the finished adapter in pictures at the end, beside 1
 CARD = "README.md"
+REPORT = "report.html"
 CHECKPOINT = (native.ADAPTER_NAME, "optimizer.safetensors", "state.json")  # the files of one
-_FILES = (IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME, native.KOHYA_NAME, CARD)
+_FILES = (IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME, native.KOHYA_NAME, CARD, REPORT)
 
 # --- whether a run may begin
 
@@ -57,7 +58,7 @@ def names_to_write(options: ResolvedTrainOptions, validation_prompts: int) -> li
     """The names of all files but checkpoints that the run writes into its folder. `validation_prompts` is
     the number of prompts of its validation pictures."""
     output_dir, validation = Path(options.run.output_dir), options.validation
-    names = [IDENTITY, STATUS, OPTIONS, METRICS, native.ADAPTER_NAME]
+    names = [IDENTITY, STATUS, OPTIONS, METRICS, REPORT, native.ADAPTER_NAME]
     names += [native.KOHYA_NAME] if options.adapter.output_kohya_format else []
     names += [CARD] if options.reports.push_to_hub else []
     names += [
@@ -221,6 +222,8 @@ class Status:
     files: WrittenFiles
     step: int
     cuda_graph: str = "no step yet"
+    at_end: Callable[[], None] = lambda: None
+    """Called once the end of the run is recorded."""
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         record = {
@@ -237,6 +240,8 @@ class Status:
         except OSError as error:  # a full disk must not hide the error that is being recorded
             path = self.files.folder / STATUS
             console.warn(f"{path} cannot be written: {error.strerror or error}")
+        if state != "running":
+            self.at_end()
 
 
 @contextlib.contextmanager

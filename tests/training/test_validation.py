@@ -1,12 +1,10 @@
 """Validation pictures of several prompts, from before the first step to the finished adapter."""
 
-import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from dreambooth.files import checkpoint_folders
+from dreambooth.files import checkpoint_folders, pictures
 from tests.running import digest, run_train, same_tensors
 
 PROMPTS = ["a photo of sks dog", "a dog in the snow"]
@@ -42,8 +40,7 @@ def test_every_prompt_is_drawn_before_the_first_step_between_steps_and_at_the_en
     swept = {"weight-0.50.png", "weight-0.75.png", "weight-1.25.png"}
     assert pictures_of(run).keys() == expected | swept
     for name in expected | swept:
-        with Image.open(run / "validation" / name) as image:
-            settings = json.loads(image.text["dreambooth"])
+        _, settings = pictures.read((run / "validation" / name).read_bytes())
         is_second = name.startswith(("step-000000-01", "step-000003-01", "image_01"))
         assert settings["prompt"] == PROMPTS[is_second]
         assert settings["step"] == (int(name[5:11]) if name.startswith("step") else 4)
@@ -100,10 +97,9 @@ def test_the_prompt_of_the_flag_comes_before_those_of_the_file(tiny_base, photos
     words = ["--max_train_steps", "1", "--num_validation_images", "1", "--skip_final_inference"]
     pair = ["--validation_prompt", PROMPTS[1], "--validation_prompts_file", str(prompts_file)]
     run_train(tiny_base, photos_dir, tmp_path, *words, *pair)
-    drawn = []
-    for path in sorted((tmp_path / "validation").iterdir()):
-        with Image.open(path) as image:
-            drawn.append(json.loads(image.text["dreambooth"])["prompt"])
+    drawn = [
+        pictures.read(path.read_bytes())[1]["prompt"] for path in sorted((tmp_path / "validation").iterdir())
+    ]
     assert drawn == [PROMPTS[1], PROMPTS[0]]
 
 

@@ -1,0 +1,268 @@
+"""Numbers and sentences of a run's page, from the run's records."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+_SMOOTHED_ROWS = 64  # a mean over fewer rows says more about the rows than about the adapter
+_STEP_NAME = re.compile(r"validation/step-([0-9]{6,})-(?:([0-9]{2,})-)?([0-9]{2,})\.png")
+_FINAL_NAME = re.compile(r"validation/image_(?:([0-9]{2,})_)?([0-9]+)\.png")
+_WEIGHT_NAME = re.compile(r"validation/weight-([0-9]+\.[0-9]{2})\.png")
+
+METERS = {
+    "binding": (
+        "Binding",
+        "Loss with the class prompt minus loss with the subject's prompt. It grows as the prompt comes to"
+        " mean the subject.",
+    ),
+    "gap": (
+        "Gap",
+        "Loss on other photos of the subject minus loss on those trained on. It grows as the photos are"
+        " learned by heart.",
+    ),
+    "drift": (
+        "Drift",
+        "How far predictions for the class prompt have moved from the base's. It grows as the class is lost.",
+    ),
+}
+BANDS = {
+    "binding": ("Binding by noise level", ""),
+    "loss_trained": ("Loss on the photos trained on, by noise level", "Change since the first measurement."),
+    "loss_held_out": ("Loss on other photos, by noise level", "Change since the first measurement."),
+}
+_RELATIVE = ("loss_trained", "loss_held_out")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Drawn:
+    """A validation picture."""
+
+    step: int
+    """0 for a picture of the finished adapter: the file itself has its step."""
+    is_finished: bool
+    """Whether it was drawn with the finished adapter's file."""
+    prompt: int
+    number: int
+    weight: float | None
+    """The adapter's weight, if the picture belongs to those of several weights."""
+    name: str
+    """Of the file, relative to the run's folder."""
+
+
+def drawn(names: Iterable[str]) -> list[Drawn]:
+    """The validation pictures among the files `names`, in order of steps."""
+    listed = []
+    for name in names:
+        if match := _STEP_NAME.fullmatch(name):
+            step, prompt, number = (int(group or 0) for group in match.groups())
+            listed.append(Drawn(step, False, prompt, number, None, name))
+        elif match := _FINAL_NAME.fullmatch(name):
+            prompt, number = (int(group or 0) for group in match.groups())
+            listed.append(Drawn(0, True, prompt, number, None, name))
+        elif match := _WEIGHT_NAME.fullmatch(name):
+            listed.append(Drawn(0, True, 0, 0, float(match[1]), name))
+    return sorted(listed, key=lambda picture: (picture.step, picture.is_finished, picture.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A value after some steps."""
+
+    steps: list[int]
+    values: list[float]
+    noise: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The records of meters and judges by step, and the last choice of a checkpoint."""
+
+    meters: Mapping[int, Mapping[str, Any]]
+    judges: Mapping[int, Mapping[str, Any]]
+    best: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Measured":
+        meters = {record["step"]: record["meter"] for record in records if "meter" in record}
+        judges = {record["step"]: record["judge"] for record in records if "judge" in record}
+        best = [record["best"] for record in records if record.get("best")]
+        return cls(dict(sorted(meters.items())), dict(sorted(judges.items())), best[-1] if best else None)
+
+    def meter(self, name: str) -> Series | None:
+        """The means of a meter and their noise; None if it was not measured."""
+        measured = [(step, meter[name]) for step, meter in self.meters.items() if name in meter]
+        if not measured:
+            return None
+        return Series(
+            [step for step, _ in measured],
+            [value["mean"] for _, value in measured],
+            [value.get("noise") or 0.0 for _, value in measured],
+        )
+
+    def bands(self, name: str, most: int, chosen: int | None) -> tuple[list[int], list[list[float]]] | None:
+        """(steps, values by band at each) of a meter, at most `most` steps; None if it has no bands."""
+        by_step = {s: m[name]["bands"] for s, m in self.meters.items() if "bands" in m.get(name, {})}
+        if not by_step:
+            return None
+        first = by_step[min(by_step)]
+        steps = spread(by_step.keys(), most, chosen)
+        if name not in _RELATIVE:
+            return steps, [list(by_step[step]) for step in steps]
+        steps = [step for step in steps if step != min(by_step)]
+        changes = [[b - a for a, b in zip(first, by_step[step], strict=True)] for step in steps]
+        return (steps, changes) if steps else None
+
+
+def spread(steps: Collection[int], most: int, chosen: int | None) -> list[int]:
+    """At most `most` of the steps, evenly spread, with the first, the last and `chosen` if it is one of
+    them."""
+    ordered = sorted(steps)
+    if len(ordered) <= most:
+        return ordered
+    places = [round(number * (len(ordered) - 1) / (most - 1)) for number in range(most)]
+    kept = [ordered[place] for place in places]
+    if chosen in ordered and chosen not in kept:
+        # in place of the nearest one that is neither the first nor the last
+        nearest = min(kept[1:-1], key=lambda step: abs(step - (chosen or 0)))
+        kept[kept.index(nearest)] = chosen
+    return sorted(kept)
+
+
+# --- loss
+
+
+def losses(records: Sequence[Record]) -> dict[str, Series]:
+    """The loss after each step by name: of photos and class images, or the one loss."""
+    steps = {record["step"]: record for record in records if "loss" in record}
+    table: dict[str, Series] = {}
+    names = {"loss": "loss"}
+    if any("loss_prior" in record for record in steps.values()):
+        names = {"loss_instance": "photos", "loss_prior": "class images"}
+    for key, name in names.items():
+        numbers = [step for step in sorted(steps) if math.isfinite(steps[step].get(key, math.nan))]
+        if numbers:
+            table[name] = Series(numbers, [steps[number][key] for number in numbers])
+    return table
+
+
+def window(steps: int, rows_per_step: int) -> int:
+    """Number of steps over which losses are averaged: about 64 rows, and no more than a fifth of the
+    steps."""
+    return max(1, min(math.ceil(_SMOOTHED_ROWS / rows_per_step), steps // 5))
+
+
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and of those before it, `width` in all, or as many as there are."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    starts = (max(0, end - width) for end in range(1, len(sums)))
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+
+
+def speed(records: Sequence[Record]) -> float | None:
+    """The median of the pictures a second of all steps."""
+    rates = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
+    return rates[len(rates) // 2] if rates else None
+
+
+# --- scores
+
+
+def score_series(measured: Measured, most: int) -> dict[str, Series]:
+    """The first `most` scores that lie between -1 and 1, by name, for one plot; {} if they were read at one
+    step only."""
+    table: dict[str, Series] = {}
+    for name in _score_names(measured):
+        values = {
+            step: scores[name] for step, scores in measured.judges.items() if _is_number(scores.get(name))
+        }
+        if len(values) > 1 and all(abs(value) <= 1 for value in values.values()) and len(table) < most:
+            table[name] = Series(list(values), list(values.values()))
+    return table
+
+
+def scores(measured: Measured) -> dict[str, Any]:
+    """All scores as a table: names, and a row for each step."""
+    names = _score_names(measured)
+    rows = [
+        (step, [f"{v:.3f}" if _is_number(v := values.get(name)) else "" for name in names])
+        for step, values in measured.judges.items()
+    ]
+    return {"names": names, "rows": rows}
+
+
+def _score_names(measured: Measured) -> list[str]:
+    return list(dict.fromkeys(name for values in measured.judges.values() for name in values))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- phases, state and answer
+
+
+def phases(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Time and memory of each phase of the last start: seconds since the phase before, peaks in GiB."""
+    last: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        if "memory" in record:
+            # a phase that comes again is of a later start, as are those after it
+            last.pop(record["memory"]["phase"], None)
+            last[record["memory"]["phase"]] = record["memory"]
+    rows, before = [], 0.0
+    for phase, reading in last.items():
+        seconds = reading.get("seconds", 0.0)
+        rows.append(
+            {
+                "phase": phase,
+                "duration": duration(seconds - before) if seconds >= before else "",
+                "memory": reading.get("peak_resident_gib"),
+                "device": reading.get("peak_reserved_device_gib", reading.get("peak_device_gib")),
+            }
+        )
+        before = seconds
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 8.4 s, 12 min 3 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def state(status: Record, last: int, max_steps: int | None) -> dict[str, str]:
+    """How far the run is: a word, and steps in words."""
+    words = {"running": "running", "finished": "finished", "stopped": "stopped", "failed": "failed"}
+    word = words.get(str(status.get("state")), "running")
+    steps = f"{last} steps" if max_steps is None else f"{last} of {max_steps} steps"
+    return {"word": word, "steps": steps, "reason": str(status.get("reason") or "")}
+
+
+def answer(status: Record, measured: Measured, last: int) -> dict[str, str]:
+    """Which adapter to use, why, and where it is."""
+    is_over = status.get("state") in ("finished", "stopped", "failed")
+    if measured.best:
+        headline = f"Use the adapter after step {measured.best['step']}"
+        if not is_over:
+            headline = f"So far the best: step {measured.best['step']}"
+        return {"headline": headline, "why": str(measured.best["why"]), "file": "best/"}
+    advice = "Nothing compared the checkpoints of this run; --meter_steps does."
+    if is_over:
+        headline = f"Use the adapter after the last step, {last}"
+        return {"headline": headline, "why": advice, "file": "pytorch_lora_weights.safetensors"}
+    return {"headline": f"Training: {last} steps so far", "why": advice, "file": ""}
+
+
+def text_of(value: object) -> str:
+    """The value of a flag as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
