@@ -198,7 +198,7 @@ def test_the_same_run_gives_the_same_bytes(hostile, hostile_page):
 
 def test_a_hundred_validations_fit_into_the_limit_and_keep_first_chosen_and_last(tmp_path):
     run = run_of(tmp_path, steps=1000, every=10, prompts=7)
-    run = dataclasses.replace(run, photos=run.photos * 8)
+    run = dataclasses.replace(run, photos=list(run.photos) * 8)
     page = report.page(run, report.Thumbnails(), "today")
     assert len(page.encode()) < report.LARGEST
     steps = [int(step) for step in re.findall(r'scope="col">step ([0-9]+)', page)]
