@@ -8,7 +8,7 @@ THREADS ?= 2
 # Processes that the tests run in: two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: demo two_subjects test quick lint types faults speed base base-report clean
+.PHONY: demo two_subjects test quick lint types faults speed claims base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,12 @@ faults: $(VENV)/installed
 speed: $(VENV)/installed
 	$(BIN)/python -m benchmarks.speed $(if $(REFERENCE),--reference $(REFERENCE)) \
 	  $(if $(TORCHVISION),--reference_path $(TORCHVISION))
+
+# Claims about the method on the embedded base (hours; may be stopped and started again): benchmarks/results/claims.jsonl
+# and docs/evidence.md.
+claims: $(VENV)/installed
+	$(BIN)/python -m benchmarks.claims --work runs/claims
+	$(BIN)/python -m benchmarks.claims --tables
 
 # Train the embedded base anew (hours), and measure it (minutes).
 base: $(VENV)/installed

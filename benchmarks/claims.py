@@ -9,6 +9,7 @@ each subject belongs to one of them.
 """
 
 import dataclasses
+import itertools
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import claims_arms
+from benchmarks import claims_arms, claims_tables
 from benchmarks.claims_arms import (
     ARMS,
     BY_NAME,
@@ -40,9 +41,10 @@ from benchmarks.claims_runs import (
     score_base,
     training_of,
 )
-from benchmarks.programs import ROOT
+from benchmarks.programs import ROOT, write_page
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims.jsonl"
+PAGE = ROOT / "docs" / "evidence.md"
 
 
 @dataclasses.dataclass
@@ -92,6 +94,11 @@ def best_rate(kind: str, protocol: Protocol, results: Results) -> float | None:
     return max(means, key=means.__getitem__)
 
 
+def rate_of(arm: Arm, protocol: Protocol, results: Results) -> float | None:
+    """The arm's rate; None if it is one that the search has not chosen yet."""
+    return arm.rate or best_rate(arm.name.removeprefix("best-"), protocol, results)
+
+
 def steps_of(job: Job) -> int:
     """Length of a job's training: that of the longest arm that shares it."""
     settings = (job.arm.flags, job.arm.class_images, job.arm.init, job.rate)
@@ -121,7 +128,7 @@ def jobs(options: Options, protocol: Protocol, results: Results) -> Iterator[Job
             if seed == options.seeds[0] and subject in SEARCH_SUBJECTS:
                 yield from search_jobs(subject)
             for arm in short:
-                rate = arm.rate or best_rate(arm.name.removeprefix("best-"), protocol, results)
+                rate = rate_of(arm, protocol, results)
                 if rate is not None:
                     yield Job(arm, rate, subject, seed)
 
@@ -167,11 +174,50 @@ def run_all(options: Options, protocol: Protocol) -> None:
                 results.read()
 
 
+# ---- tables
+
+
+def table_of(protocol: Protocol, results: Results) -> claims_tables.Table:
+    """The scores by arm and step, then by subject and seed, found by the keys of their configurations."""
+    table: dict[tuple[str, int], dict[tuple[str, int], dict[str, float]]] = {}
+    pairs = list(itertools.product(claims_arms.SUBJECTS, claims_arms.SEEDS))
+    for subject, seed in pairs:
+        if record := results.records.get(base_key(protocol, subject)):
+            table.setdefault(claims_arms.BASE, {})[subject, seed] = record["scores"]
+    for arm in ARMS:
+        rate = rate_of(arm, protocol, results)
+        for (subject, seed), step in itertools.product(pairs, arm.steps if rate else ()):
+            training = training_of(arm, rate or 0, subject, seed)
+            if record := results.records.get(training.result_key(protocol, step, arm.word)):
+                table.setdefault((arm.name, step), {})[subject, seed] = record["scores"]
+    return table
+
+
+def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
+    """Write the tables of a page between its marks, and the plots beside it."""
+    table = table_of(protocol, results)
+    notes = {}
+    for kind in SEARCH_RATES:
+        rate = best_rate(kind, protocol, results)
+        notes[f"best-{kind}"] = f", rate {rate:g}" if rate else ", rate not chosen yet"
+    begin, end = claims_tables.MARKS
+    write_page(page, (begin.format("summary"), end.format("summary")), claims_tables.summary_table(table))
+    for claim in claims_arms.CLAIMS:
+        plot = page.with_name(f"evidence_{claim.letter}.svg")
+        claims_tables.plot(claim, table, plot)
+        text = claims_tables.section(claim, table, notes, plot)
+        write_page(page, (begin.format(claim.letter), end.format(claim.letter)), text)
+
+
 def main(options: Options) -> None:
     unknown = set(options.arms) - {*BY_NAME, *(f"search-{kind}" for kind in SEARCH_RATES)}
     if unknown:
         sys.exit(f"error: --arms: no arm is called {sorted(unknown)}; there are {', '.join(BY_NAME)}")
-    run_all(options, Protocol(base=ROOT / "picturebook" / "model"))
+    protocol = Protocol(base=ROOT / "picturebook" / "model")
+    if options.tables:
+        write_tables(protocol, Results(options.results), PAGE)
+    else:
+        run_all(options, protocol)
 
 
 if __name__ == "__main__":
