@@ -75,7 +75,7 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
     with output_pictures.held(output_dir, names, peers) as files:
         if drawing is not None:
             missing = peers.on_main(lambda: results.missing(output_dir, drawing.settings))
-            peers.say(f"{len(drawing.settings) - len(missing)} of {len(drawing.settings)} pictures are drawn already")
+            peers.say(f"{len(missing)} of {len(drawing.settings)} pictures are still to be drawn")
             drawing.draw(missing, functools.partial(output_pictures.save, files))
             peers.barrier()
         if peers.is_main:

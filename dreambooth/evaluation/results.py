@@ -141,7 +141,8 @@ class Scoring:
         """Score every picture, and write the files. `photos_of` loads a subject's photos. Returns the content
         of results.json. Raises UserError if a judge is damaged or a picture is of other settings, OSError if
         a file cannot be written."""
-        dino = judges.load(self.judges.dino, self.options.dino_transform) if self.judges.dino else None
+        transform = self.options.judges.judge_dino_transform
+        dino = judges.load(self.judges.dino, transform) if self.judges.dino else None
         clip = judges.load(self.judges.clip) if self.judges.clip else None
         subjects: dict[str, Subject] = {}
         with contextlib.ExitStack() as stack:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from dreambooth.options.evaluation import JudgeOptions
+from dreambooth.options.evaluation import Judges
 from dreambooth.options.paths import FilePath
 from dreambooth.options.pictures import DrawingOptions
 from dreambooth.options.rules import CountOrZero, Group, Name, Range, Seed, Threads, require
@@ -63,7 +63,7 @@ class EvaluateOptions(Group):
 
     base: BaseOptions
     subject: SubjectOptions
-    judges: JudgeOptions = dataclasses.field(default_factory=JudgeOptions)
+    judges: Judges = dataclasses.field(default_factory=Judges)
     prompts_file: FilePath | None = None
     """Text file with a prompt on each line, in which {0} is the rare word and {1} the class noun: "a {0} {1}
     in the snow". Empty lines and lines that start with # are skipped. Default: the 25 prompts of the
@@ -78,9 +78,6 @@ class EvaluateOptions(Group):
     failed_pictures: Literal["zero", "skip"] = "zero"
     """What a picture that is black or cannot be read counts as in DINO, CLIP-I and CLIP-T: 0, or nothing.
     Their number is always printed."""
-    dino_transform: Literal["crop", "squash"] = "crop"
-    """How DINO sees a picture: "crop" resizes its shorter side to 256 pixels and takes the middle 224 x 224,
-    "squash" resizes it to 224 x 224. Published evaluators differ in it."""
     tables_only: bool = False
     """Score the pictures that are in the output folder. Nothing is drawn; base and adapters are not read."""
     output_dir: FilePath = "evaluation"
@@ -91,6 +88,5 @@ class EvaluateOptions(Group):
     speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
 
     def _check(self) -> None:
-        given = any(getattr(self.judges, field.name) for field in dataclasses.fields(self.judges))
         # the rows of a table may have readers
-        require(given or self.subject.subjects_file is not None, NO_JUDGE)
+        require(self.judges.is_given or self.subject.subjects_file is not None, NO_JUDGE)

@@ -32,8 +32,8 @@ class MeterOptions(Group):
 
 
 @dataclasses.dataclass
-class JudgeOptions(Group):
-    """Judges of the validation pictures: models that compare pictures with photos and prompts."""
+class Judges(Group):
+    """Judges: models that compare pictures with photos and prompts."""
 
     judge_dino: PathOrId | None = None
     """Folder or hub id of a DINO model (ViT), such as facebook/dino-vits16: likeness to the photos. With
@@ -47,14 +47,20 @@ class JudgeOptions(Group):
     judge_dino_transform: Literal["crop", "squash"] = "crop"
     """How a picture is made to fit DINO: the shorter side resized to 256/224 of the model's side and the
     centre cropped, or both sides resized to the model's side. Published tables differ in it."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a judge."""
+        return any((self.judge_dino, self.judge_clip, self.judge_reader))
+
+
+@dataclasses.dataclass
+class JudgeOptions(Judges):
+    """Judges of the validation pictures: models that compare pictures with photos and prompts."""
+
     judge_keep_rare_word: bool = False
     """Compare pictures with the prompt as it is. Without this flag the words that name the subject are
     removed first: they mean nothing to CLIP. Published tables differ in it."""
     judge_class_images: Annotated[int, Range(1, 1000)] = 8
     """Number of pictures of --class_prompt that are judged beside the validation pictures: what they show of
     the subject was lost of the class."""
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is a judge."""
-        return any((self.judge_dino, self.judge_clip, self.judge_reader))

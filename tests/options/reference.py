@@ -33,6 +33,10 @@ CLASS_IMAGES = [
 INFER = ["--pretrained_model_name_or_path", "base"]
 
 
+EVALUATE = [*INFER, "--adapter", "a", "--photos", "p", "--class_noun", "dog", "--rare_word", "sks"]
+EVALUATE += ["--judge_dino", "dino"]
+
+
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "pictures", "--class_prompt", "dog"]
 
 

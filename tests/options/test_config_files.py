@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from dreambooth.options import command_line, training
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 from tests.options.reference import (
     CLASS_IMAGES,
+    EVALUATE,
     INFER,
     PRIOR,
     TRAIN,
@@ -26,7 +28,7 @@ from tests.options.reference import (
 ROOT = Path(__file__).parent.parent.parent
 
 
-SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py")
+SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py", "evaluate.py")
 
 
 @pytest.fixture(autouse=True)
@@ -285,8 +287,19 @@ def test_a_wrong_value_in_a_file_meets_the_same_checks(tmp_path, capsys):
         ),
         (InferOptions, [*INFER, "--prompts_file", "prompts.txt", "--guidance_scale", "1"]),
         (InferOptions, [*INFER, "--prompt", "a dog", "--negative_prompt=-blurry"]),
+        (EvaluateOptions, [*EVALUATE, "--live", "no", "--failed_pictures", "skip", "--tables_only"]),
     ],
-    ids=["defaults", "many", "odd words", "letters", "class images", "lists", "empty list", "leading minus"],
+    ids=[
+        "defaults",
+        "many",
+        "odd words",
+        "letters",
+        "class images",
+        "lists",
+        "empty list",
+        "leading minus",
+        "evaluation",
+    ],
 )
 def test_saved_options_are_read_back_equal(kind, words, tmp_path):
     """run.yaml of a run is the run."""

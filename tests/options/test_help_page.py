@@ -7,10 +7,11 @@ import pytest
 
 from dreambooth.options import command_line, conversion, help_page
 from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 
-SCRIPTS = [TrainOptions, ClassImageOptions, InferOptions]
+SCRIPTS = [TrainOptions, ClassImageOptions, InferOptions, EvaluateOptions]
 KINDS = [*SCRIPTS, *(kind for kind, _, _ in conversion.COMMANDS.values())]
 # Flags that exist so that old command lines work.
 FOR_OLD_COMMAND_LINES = [

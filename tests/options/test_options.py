@@ -5,11 +5,13 @@ import importlib.util
 import pytest
 
 from dreambooth.options import command_line
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 from tests.options.reference import (
     BARE,
     CLASS_IMAGES,
+    EVALUATE,
     INFER,
     PRIOR,
     REFERENCE,
@@ -174,6 +176,10 @@ AT_LEAST = {
         1: ["num_class_images", "sample_batch_size", "class_inference_steps", "num_threads"],
     },
     InferOptions: {0: ["guidance_scale"], 1: ["num_inference_steps", "batch_size", "num_threads"]},
+    EvaluateOptions: {
+        0: ["num_class_images", "seed"],
+        1: ["num_images", "num_inference_steps", "batch_size"],
+    },
 }
 
 
@@ -181,6 +187,7 @@ NEEDED: dict[type, list[str]] = {
     TrainOptions: TRAIN,
     ClassImageOptions: CLASS_IMAGES,
     InferOptions: [*INFER, "--prompt", "a dog"],
+    EvaluateOptions: EVALUATE,
 }
 
 
@@ -262,6 +269,23 @@ def test_numbers_that_are_not_finite_are_refused(name, value, capsys):
             [*CLASS_IMAGES, "--resolution", "20"],
             "--resolution must be a positive multiple of 8, got 20",
         ),
+        (
+            EvaluateOptions,
+            [*INFER, "--judge_dino", "d"],
+            "--adapter, --photos, --class_noun, --rare_word: missing; give them, or --subjects_file",
+        ),
+        (
+            EvaluateOptions,
+            [*INFER, "--judge_dino", "d", "--adapter", "a"],
+            "--photos, --class_noun, --rare_word",
+        ),
+        (EvaluateOptions, EVALUATE[:-2], "give a judge: --judge_dino, --judge_clip, --judge_reader"),
+        (
+            EvaluateOptions,
+            [*EVALUATE, "--subjects_file", "s.yaml"],
+            "--subjects_file has a column for each of --adapter, --photos, --class_noun, --rare_word",
+        ),
+        (EvaluateOptions, [*EVALUATE, "--subjects", "dog"], "--subjects selects rows of --subjects_file"),
         (InferOptions, INFER, "give either --prompt or --prompts_file"),
         (
             InferOptions,

@@ -13,10 +13,12 @@ from dreambooth.io.errors import UserError
 from dreambooth.options import adapter_sets, paths
 from dreambooth.options.command_line import fields_of, parse
 from dreambooth.options.conversion import COMMANDS
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 
-KINDS = [TrainOptions, ClassImageOptions, InferOptions, *(kind for kind, _, _ in COMMANDS.values())]
+SCRIPTS = [TrainOptions, ClassImageOptions, InferOptions, EvaluateOptions]
+KINDS = [*SCRIPTS, *(kind for kind, _, _ in COMMANDS.values())]
 PATH_FLAGS = [
     (kind, name) for kind in KINDS for name, field in fields_of(kind).items() if paths.mark_of(field.type)
 ]

@@ -10,14 +10,16 @@ from dreambooth.options import rules
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.command_line import config_words, fields_of, parse
 from dreambooth.options.conversion import COMMANDS
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
-from tests.options.reference import CLASS_IMAGES, INFER, TRAIN, refusal
+from tests.options.reference import CLASS_IMAGES, EVALUATE, INFER, TRAIN, refusal
 
 WORDS: dict[type, list[str]] = {
     TrainOptions: TRAIN,
     ClassImageOptions: CLASS_IMAGES,
     InferOptions: [*INFER, "--prompt", "a dog"],
+    EvaluateOptions: EVALUATE,
 }
 KINDS = [*WORDS, *(kind for kind, _, _ in COMMANDS.values())]
 
@@ -68,6 +70,7 @@ def test_numbers_past_all_use_are_refused(name, value, capsys):
         *((TrainOptions, name) for name in ("cache_dir", "tokenizer_name", "resume_from_checkpoint")),
         *((InferOptions, name) for name in ("output_dir", "prompts_file", "adapter")),
         (ClassImageOptions, "class_data_dir"),
+        *((EvaluateOptions, name) for name in ("output_dir", "subjects_file", "photos")),
     ],
 )
 def test_paths_that_no_run_can_record_are_refused(kind, name, value, phrase, capsys):
