@@ -72,10 +72,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
-    record = run.record([instance := subject.source(options.instance)])
-    peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
-    peers.on_main(lambda: run.check(record))  # before the minutes that class images may take
-    run, judges = find_judges(run, instance, peers)
+    instance = subject.source(options.instance)
+    run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(write_errors_explained())
     stack.enter_context(memory_errors_explained())
@@ -83,9 +81,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
     # class images
     sources = [instance, *make_class_images(run, decoded, peers, watch, phases)]
-    if decoded and cache.mode == "disk" and peers.is_main:
-        for warning in decoded.save():
-            peers.say(f"warning: {warning}")
+    save_decoded(decoded if cache.mode == "disk" else None, peers)
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
     return Start(
@@ -378,15 +374,25 @@ def name_run(
     )
 
 
-def find_judges(run: NamedRun, instance: Source, peers: Peers) -> tuple[NamedRun, judging.Judging | None]:
-    """(the run with its judges on disk, the loaded judges). A hub id is downloaded. Raises UserError as
-    `judging.find_judges` and `judging.prepared` do, or if earlier steps of the run had other judges."""
-    if run.judge_plan is None:
+def check_run(run: NamedRun, instance: Source, peers: Peers) -> tuple[NamedRun, judging.Judging | None]:
+    """(the run with its judges on disk, the loaded judges), after everything else was checked: a judge may be
+    downloaded. Raises UserError as `NamedRun.check`, `judging.find_judges` and `judging.prepared` do, or if
+    the processes have other input."""
+    record = run.record([instance])
+    peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
+    peers.on_main(lambda: run.check(record))
+    if (plan := run.judge_plan) is None:
         return run, None
-    plan = run.judge_plan
-    run = dataclasses.replace(run, judge_plan=peers.on_main(lambda: judging.find_judges(plan)))
-    peers.on_main(lambda: run.check(run.record([instance])))
-    return run, judging.prepared(run.judge_plan, peers, run.subject.photos, [])
+    judged = dataclasses.replace(run, judge_plan=peers.on_main(lambda: judging.find_judges(plan)))
+    peers.on_main(lambda: judged.check(judged.record([instance])))  # earlier steps may have had other judges
+    return judged, judging.prepared(judged.judge_plan, peers, run.subject.photos, [])
+
+
+def save_decoded(decoded: DecodeCache | None, peers: Peers) -> None:
+    """Store what was found out about photos and class images, on the main process."""
+    if decoded and peers.is_main:
+        for warning in decoded.save():
+            peers.say(f"warning: {warning}")
 
 
 def make_class_images(
