@@ -29,7 +29,7 @@ from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import families
 from dreambooth.options.training import BaseOptions
 from dreambooth.training import validation
-from tests import tiny
+from tests import tiny, tiny_judges
 from tests.running import run_train
 
 # tyro looks for the help of every flag in the source of the options, anew for each command line; a run looks
@@ -100,6 +100,18 @@ def tiny_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepFloyd IF, first stage, in miniature."""
     return tiny.build_if(tmp_path_factory.mktemp("if"))
+
+
+@pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DINO in the format of facebook/dino-vits16, 28 pixels and 24 values."""
+    return tiny_judges.build_dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP in the format of openai/clip-vit-base-patch32, 28 pixels and 16 values."""
+    return tiny_judges.build_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")
