@@ -4,8 +4,9 @@ them."""
 from collections.abc import Callable
 
 from dreambooth.runtime.graphs import Graphs
-from dreambooth.training import judging, metrics
+from dreambooth.training import metrics
 from dreambooth.training.frozen_models import FrozenModels
+from dreambooth.training.judging import Images
 from dreambooth.training.run_meter import RunMeter
 from dreambooth.training.run_report import RunReport
 from dreambooth.training.saving import Saver
@@ -33,8 +34,9 @@ class Evaluation:
         steps; it raises Stop if the run must end."""
         self.graphs, self.steps_per_epoch, self.max_steps = graphs, steps_per_epoch, max_steps
         self.pictures = ValidationPictures(start, frozen, trainables, check)
-        self.judging, self.is_judged = start.judging, start.judge_plan is not None
-        self.starts_from_base = not start.init_adapter
+        self.judging, self.is_judged, self.peers = start.judging, start.judge_plan is not None, start.peers
+        self.starts_from_base, self.frozen = not start.init_adapter, frozen
+        self.trains_text = start.options.text.train_text_encoder
         self.meter = RunMeter(start, frozen, trainables, check, max_steps)
         self.checkpointing_steps = start.options.run.checkpointing_steps
         self.report = RunReport(start, max_steps)
@@ -51,8 +53,10 @@ class Evaluation:
         """Measure what is due before the first step of this start, after `step` steps."""
         self.report.begin()
         self.meter.begin(step, progress)
-        if step == 0:
-            self.after_step(0, progress)
+        # a run that is resumed at a step may have ended while the pictures of that step were judged
+        is_unjudged = self.judging is not None and not progress.is_evaluated(step, "judge")
+        if step == 0 or (self.is_judged and self.peers.broadcast(is_unjudged)):
+            self.after_step(step, progress)
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
         """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""
@@ -60,20 +64,30 @@ class Evaluation:
         if self._draws(step):
             self.graphs.forget()
             images = self.pictures.draw_current(step, progress)
-            self._judge(step, images, progress)
+            if self.is_judged:
+                self._judge(step, images, self._base_images(step, images, progress), progress)
         if self.is_due(step) or step % self.checkpointing_steps == 0:
             self.report.write_if_due()
 
     def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
         """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""
         self.graphs.forget()
-        self._judge(step, self.pictures.draw_finished(saver, step, progress), progress)
+        images = self.pictures.draw_finished(saver, step, progress)
+        if images:
+            self._judge(step, images, None, progress)
 
-    def _judge(self, step: int, images: judging.Images, progress: metrics.Progress) -> None:
-        """Judge the pictures drawn after `step` steps, on the main process; {} on the others. At step 0 the
-        pictures of the base are judged too."""
-        base_images: judging.Images | None = None
-        if step == 0 and self.is_judged:
-            base_images = images if self.starts_from_base else self.pictures.draw_base()
-        if self.judging is not None and images and not progress.is_evaluated(step, "judge"):
+    def _judge(
+        self, step: int, images: Images, base_images: Images | None, progress: metrics.Progress
+    ) -> None:
+        """Judge the pictures drawn after `step` steps, on the main process. An earlier start of the run may
+        have done so."""
+        if self.judging is not None and not progress.is_evaluated(step, "judge"):
             self.judging.judge(step, images, base_images, progress)
+
+    def _base_images(self, step: int, images: Images, progress: metrics.Progress) -> Images | None:
+        """The pictures of the judges' own prompts by the base; None if they were judged before, or if the
+        text encoders were trained and freed."""
+        is_needed = self.judging is not None and not self.judging.has_base(progress)
+        if not self.peers.broadcast(is_needed) or (self.trains_text and self.frozen.parts.text is None):
+            return None
+        return images if step == 0 and self.starts_from_base else self.pictures.draw_base()

@@ -1,8 +1,8 @@
 """Judges of a run's pictures: what is checked before any model is loaded, and the scores in metrics.jsonl.
 
 A record has `judge`, the scores by name; `pictures`, their number; `failed`, those that count as wrong; and
-`judges`, the settings of each judge. The record of step 0 has `base`, the scores of class pictures drawn
-without the adapter. They stand in later records too, with names that end with `_base`.
+`judges`, the settings of each judge. The first record has `base`, the scores of class pictures drawn without
+the adapter. They stand in later records too, with names that end with `_base`.
 """
 
 import dataclasses
@@ -135,7 +135,7 @@ class Judging:
     ) -> None:
         """Write the record of `step`. `images` are of the validation prompts and of the plan's extra prompts,
         drawn after that step. `base_images` are of the extra prompts, drawn without the adapter; None where
-        an earlier record has their scores. A run that was not judged at step 0 has no scores of the base."""
+        an earlier record has their scores, or where the base cannot be drawn any more."""
         base = self._recorded_base(progress)
         of_class = self.scores_of_class(images)
         values = self.scores_of_subject(images) | {name: of_class[name] for name in self._names_of_class}
@@ -197,6 +197,10 @@ class Judging:
         """The names of the scores that `scores_of_class` returns."""
         names = [f"{_LIKENESS[judge.name]}_PRES" for judge in self.judges]
         return [*names, *(["PRES", "LEAK"] if self.reader else [])]
+
+    def has_base(self, progress: metrics.Progress) -> bool:
+        """Whether a record has the base's scores by all judges."""
+        return self._recorded_base(progress) is not None
 
     def _recorded_base(self, progress: metrics.Progress) -> dict[str, Any] | None:
         """The base's scores in the first record that has those of all judges; None without one."""

@@ -51,7 +51,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     phases: dict[str, memory.Reading] = {"imports": memory.reading(torch.device("cpu"))}
     log_with, notes = trackers.installed(options.reports.report_to)
     peers = join_processes(options.run, options.reports, watch, log_with)
-    device_notes = checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
+    notes += checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
     output_dir = output_folder.check_apart_from_input(options, log_with)
     repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
 
@@ -61,7 +61,6 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     subject = check_photos(options.instance, options.meter, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
-    peers.say_notes([*checked.init_adapter.notes, *device_notes])
     if options.adapter.dry_run:
         peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
@@ -232,7 +231,7 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
-    notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes]
+    notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
     judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))
     return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, notes)
@@ -385,7 +384,7 @@ def check_run(run: NamedRun, instance: Source, peers: Peers) -> tuple[NamedRun, 
         return run, None
     judged = dataclasses.replace(run, judge_plan=peers.on_main(lambda: judging.find_judges(plan)))
     peers.on_main(lambda: judged.check(judged.record([instance])))  # earlier steps may have had other judges
-    return judged, judging.prepared(judged.judge_plan, peers, run.subject.photos, [])
+    return judged, judging.prepared(judged.judge_plan, peers, run.subject.photos, run.subject.held_out)
 
 
 def save_decoded(decoded: DecodeCache | None, peers: Peers) -> None:
