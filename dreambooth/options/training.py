@@ -315,7 +315,7 @@ class TrainOptions(Group):
             require(not is_given or self.text.train_text_encoder, f"--{name} needs --train_text_encoder")
         require(
             not self.judges.is_given or self.validation.has_prompts,
-            "--judge_dino, --judge_clip and --judge_reader judge validation pictures: give --validation_prompt"
+            "--judge_dino, --judge_clip and --judge_reader need validation pictures: give --validation_prompt"
             " or --validation_prompts_file",
         )
         has_class_prompt = bool(self.prior.class_prompt and self.prior.class_prompt.strip())
