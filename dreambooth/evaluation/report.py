@@ -164,6 +164,7 @@ def _environment() -> Any:
         finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 

@@ -254,7 +254,9 @@ def answer(status: Record, measured: Measured, last: int) -> dict[str, str]:
         if not is_over:
             headline = f"So far the best: step {measured.best['step']}"
         return {"headline": headline, "why": str(measured.best["why"]), "file": "best/"}
-    advice = "Nothing compared the checkpoints of this run; --meter_steps does."
+    advice = "Nothing measured the checkpoints of this run; --meter_steps does."
+    if measured.meters or measured.judges:
+        advice = "No checkpoint was named yet." if not is_over else "No other checkpoint was named."
     if is_over:
         headline = f"Use the adapter after the last step, {last}"
         return {"headline": headline, "why": advice, "file": "pytorch_lora_weights.safetensors"}

@@ -67,7 +67,7 @@ class Evaluation:
             if self.is_judged:
                 self._judge(step, images, self._base_images(step, images, progress), progress)
         if self.is_due(step) or step % self.checkpointing_steps == 0:
-            self.report.write_if_due()
+            self.report.update(always=step == 0)
 
     def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
         """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""

@@ -48,9 +48,9 @@ class RunReport:
             self.write()
             self.start.status.at_end = self.write
 
-    def write_if_due(self) -> None:
-        """Write the page, unless one was written a short time ago."""
-        if self.start.peers.is_main and time.monotonic() >= self.next_time:
+    def update(self, *, always: bool = False) -> None:
+        """Write the page on the main process, unless one was written a short time ago."""
+        if self.start.peers.is_main and (always or time.monotonic() >= self.next_time):
             self.write()
 
     def write(self) -> None:
