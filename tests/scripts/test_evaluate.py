@@ -21,6 +21,7 @@ from dreambooth.adapter_files import writing
 from dreambooth.bases import families, pipelines
 from dreambooth.evaluation import judges
 from dreambooth.files import pictures
+from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.training import BaseOptions
@@ -33,7 +34,7 @@ PROMPTS = "# two of the paper's\na {0} {1} in the snow\n\na {0} {1} on the beach
 
 
 @pytest.fixture(scope="module")
-def place(tiny_base, layers, tmp_path_factory) -> Path:
+def place(tiny_base, tiny_xl, layers, tmp_path_factory) -> Path:
     """A folder with a base, judges, photos of two subjects, adapters and prompts."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "base").symlink_to(tiny_base)
@@ -45,18 +46,31 @@ def place(tiny_base, layers, tmp_path_factory) -> Path:
         adapter = adapter_of(layers, kind, ATTENTION)
         (folder / f"{name}.safetensors").write_bytes(writing.write_native(adapter, {}))
     (folder / "prompts.txt").write_text(PROMPTS)
+    # for mistakes
+    row = "- {{subject: {}, photos: {}, adapter: {}, class_noun: dog, rare_word: sks}}\n"
+    good, bad = folder / "lora.safetensors", folder / "none.safetensors"
+    first = row.format("rex", folder / "rex", good)
+    (folder / "photos.yaml").write_text(first + row.format("tom", folder / "nobody", good))
+    (folder / "adapters.yaml").write_text(first + row.format("tom", folder / "tom", bad))
+    (folder / "bad.txt").write_text("a sks {1}\n")
+    (folder / "long.txt").write_text("a {0} {1} " + "in the snow " * 40)
+    (folder / "empty").mkdir()
+    other = adapter_of(families.find(BaseOptions(str(tiny_xl))).layers(), lora, ATTENTION)
+    (folder / "xl.safetensors").write_bytes(writing.write_native(other, {}))
     return folder
 
 
 def words_of(place: Path, out: Path, *more: str) -> list[str]:
-    """A command line on the subject of `place`, unless `more` names a table."""
+    """A command line. The flags of `more` replace those of the same name, and --subjects_file those of one
+    subject."""
     words = f"--pretrained_model_name_or_path {place}/base --prompts_file {place}/prompts.txt"
-    words += f" --output_dir {out}"
-    words += f" --judge_dino {place}/dino --judge_clip {place}/clip --num_images 2 --num_class_images 2"
-    words += " --num_inference_steps 2 --num_threads 1"
+    words += f" --output_dir {out} --judge_dino {place}/dino --judge_clip {place}/clip --num_images 2"
+    words += " --num_class_images 2 --num_inference_steps 2 --num_threads 1"
     if "--subjects_file" not in more:
         words += f" --adapter {place}/lora.safetensors --photos {place}/rex --class_noun dog --rare_word sks"
-    return [*words.split(), *more]
+    defaults = words.split()
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    return [*(word for pair in pairs if pair[0] not in more for word in pair), *more]
 
 
 def run(place: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -223,10 +237,8 @@ def test_two_processes_give_the_bytes_of_one(place, evaluated, tmp_path, capfd):
 @pytest.mark.slow
 def test_tables_come_from_the_pictures_alone(place, evaluated, tmp_path, nothing_is_drawn):
     shutil.copytree(evaluated / "pictures", tmp_path / "out" / "pictures")
-    arguments = words_of(place, tmp_path / "out", "--tables_only")
-    arguments[arguments.index(f"{place}/base")] = "nowhere"
-    arguments[arguments.index(f"{place}/lora.safetensors")] = "gone.safetensors"
-    evaluate.main(parse(EvaluateOptions, "", arguments))
+    words = ("--pretrained_model_name_or_path", "nowhere", "--adapter", "gone.safetensors", "--tables_only")
+    run(place, tmp_path / "out", *words)
     assert bytes_of(tmp_path / "out") == bytes_of(evaluated)
 
 
@@ -310,3 +322,57 @@ def test_the_reader_scores_pictures_of_the_drawn_world(place, tmp_path):
         assert table[row].keys() == {f"reader {name}" for name in names}
     assert table["base"]["reader PRIOR_TV"]["macro"] == 0
     assert results["skipped"]["DINO"] == "--judge_dino is not given"
+
+
+# --- mistakes
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "judge": ("--judge_dino {place}/none:", "--judge_dino: there is no folder .*none:, and"),
+    "other judge": ("--judge_dino {place}/clip", "--judge_dino: .*/clip holds a clip; it must be"),
+    "weights": ("--judge_clip {place}/clip@sha256:" + "0" * 64, "have the SHA-256 [0-9a-f]+, not 0000"),
+    "reader": ("--judge_reader {place}/rex", r"--judge_reader: .*rex has no subject\.json"),
+    "adapter": ("--adapter {place}/none.safetensors", r"--adapter: .*none\.safetensors"),
+    "other base": ("--adapter {place}/xl.safetensors", r"--adapter: .*xl\.safetensors"),
+    "weight": ("--adapter {place}/lora.safetensors:1000", "--adapter: the weight of"),
+    "photos": ("--photos {place}/nobody", "--photos: there is no folder .*nobody"),
+    "no photo": ("--photos {place}/empty", "--photos: no picture in .*empty"),
+    "prompts": ("--prompts_file {place}/bad.txt", r"bad\.txt: line 1 must have \{0\}"),
+    "long prompt": ("--prompts_file {place}/long.txt", "the prompt .* tokens"),
+    "steps": ("--num_inference_steps 2000", "--num_inference_steps"),
+    "row": ("--subjects_file {place}/photos.yaml", r"row 2 \(tom\): photos: there is no folder"),
+    "adapter of row": ("--subjects_file {place}/adapters.yaml", r"row 2 \(tom\): .*none\.safetensors"),
+    "in photos": ("--output_dir {place}/rex/out", "--output_dir: .*rex/out lies in .*rex, which --photos"),
+    "of photos": ("--output_dir {place}/tom", "--output_dir: .*tom holds pictures that this program"),
+    "nothing drawn": ("--tables_only", "--tables_only: 12 of 12 pictures are not in .*out, the first"),
+    "fp16": ("--mixed_precision fp16", "--mixed_precision fp16 does not work on a CPU"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_meets_one_message_before_a_model_is_loaded(name, place, tmp_path, no_models):
+    words, message = MISTAKES[name]
+    given = words.format(place=place).split()
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    with pytest.raises(UserError, match=message):
+        run(place, tmp_path / "out", *given)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_other_pictures_is_refused(place, evaluated, tmp_path, no_models):
+    """Pictures with other settings, and a picture that somebody has changed."""
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out, ignore=shutil.ignore_patterns(".lock"))
+    with pytest.raises(UserError, match="other settings: num_inference_steps is 2 there and 3 now"):
+        run(place, out, "--num_inference_steps", "3")
+    with pytest.raises(UserError, match=r"other settings: seed is \d+ there"):
+        run(place, out, "--seed", "1", "--tables_only")
+    with pytest.raises(UserError, match=r"adapter is 'lora\.safetensors' there and 'dora\.safetensors' now"):
+        run(place, out, "--adapter", f"{place}/dora.safetensors")
+    Image.new("RGB", (64, 64)).save(out / "pictures" / "adapter" / "rex" / "00-00.png")
+    with pytest.raises(UserError, match=r"holds pictures/adapter/rex/00-00\.png, to be written now"):
+        run(place, out)
+    with pytest.raises(UserError, match=r"00-00\.png is no picture of this program"):
+        run(place, out, "--tables_only")
