@@ -28,7 +28,7 @@ import train_dreambooth_lora as train
 from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import families
 from dreambooth.options.training import BaseOptions
-from dreambooth.training import validation
+from dreambooth.training import meter, validation
 from tests import tiny, tiny_judges
 from tests.running import run_train
 
@@ -40,6 +40,8 @@ os.fsync = lambda descriptor: None  # type: ignore[assignment,misc]
 torch.set_num_threads(1)  # the same last bits on any machine
 # Steps of a validation picture. tests/bases/test_families.py holds the number that users get.
 validation._INFERENCE_STEPS = 4
+# Draws of a measurement in each band. tests/training/test_meter.py holds the number that users get.
+DRAWS_OF_USERS, meter.DRAWS = meter.DRAWS, 2
 # A shell that runs the tests in its background leaves SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -83,7 +83,16 @@ def digest(path: Path) -> str:
 def metrics(out: Path) -> list[dict]:
     """The records of steps."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "memory" not in record]
+    return [record for record in records if "loss" in record]
+
+
+def meter_records(out: Path) -> list[dict]:
+    """The records of measurements, without the seconds that they took."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = [record for record in records if "meter" in record]
+    for record in measured:
+        del record["meter"]["seconds"]
+    return measured
 
 
 def free_port() -> int:

@@ -364,6 +364,12 @@ class TrainOptions(Group):
                 "--class_prompt equals --instance_prompt: no rare word stands for the subject, "
                 "and instance photos and class images train the same prompt."
             )
+        is_held_out = self.meter.holdout or self.meter.holdout_data_dir
+        if self.meter.meter_steps is not None and not is_held_out:
+            notes.append(
+                "no photo is held out (--holdout, --holdout_data_dir): --meter_steps measures binding on "
+                "photos that are trained on, where it also grows by copying, and does not measure copying"
+            )
         return [*notes, *self._flags_without_effect(), *self._optimizer_notes()]
 
     def _flags_without_effect(self) -> list[str]:

@@ -87,6 +87,15 @@ flags("negative", ["--max_grad_norm", "-1"], "--max_grad_norm must be at least 0
 flags("no steps", ["--max_train_steps", "0"], "--max_train_steps must be at least 1, got 0")
 flags("rank 0", ["--rank", "0"], "--rank must be at least 1, got 0")
 flags("rank past every layer", ["--rank", "100000"], "--rank must be at most 1024, got 100000")
+flags(
+    "measurements without a class prompt", ["--meter_steps", "5"], "--meter_steps compares", "--class_prompt"
+)
+flags("a negative holdout", ["--holdout", "-1"], "--holdout must be at least 0, got -1")
+flags(
+    "two kinds of held-out photos",
+    ["--holdout", "1", "--holdout_data_dir", "more"],
+    "--holdout keeps instance photos back and --holdout_data_dir names others",
+)
 flags("share over 1", ["--lora_dropout", "1"], "--lora_dropout must be under 1, got 1.0")
 flags(
     "resolution between pixels of latents",

@@ -24,6 +24,7 @@ from tests.running import (
     adapter_after,
     digest,
     main_on_two_processes,
+    meter_records,
     metrics,
     prior_words,
     run_train,
@@ -195,16 +196,13 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, photos_dir, tmp_path)
 
 @pytest.mark.trains
 def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
-    """Two processes x 1 equals one process x 2 accumulated, bit for bit, class images included."""
-    words = [
-        *prior_words(tmp_path / "class-1"),
-        *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"],
-    ]
+    """Two processes x 1 equals one process x 2 accumulated, bit for bit, class images and measurements
+    included."""
+    common = ["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3"]
+    common += ["--num_threads", "1", "--holdout", "1", "--meter_steps", "2"]
+    words = [*prior_words(tmp_path / "class-1"), *common]
     one = run_train(tiny_base, photos_dir, tmp_path / "one", *words, "--gradient_accumulation_steps", "2")
-    words = [
-        *prior_words(tmp_path / "class-2"),
-        *["--train_text_encoder", "--lora_dropout", "0.1", "--max_train_steps", "3", "--num_threads", "1"],
-    ]
+    words = [*prior_words(tmp_path / "class-2"), *common]
     options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path / "two", *words))
     main_on_two_processes(train.main, options)
     pictures = [
@@ -214,6 +212,8 @@ def test_two_processes_give_the_adapter_of_one(tiny_base, photos_dir, tmp_path):
     assert pictures[0] == pictures[1]
     assert digest(one) == digest(tmp_path / "two" / native.ADAPTER_NAME)
     assert len(metrics(tmp_path / "two")) == 3  # one process writes
+    assert len(meter_records(tmp_path / "two")) == 3
+    assert meter_records(tmp_path / "two") == meter_records(tmp_path / "one")
 
 
 @pytest.mark.trains
