@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import claims_arms, claims_tables
+from benchmarks import claims_arms, claims_pairs, claims_tables
 from benchmarks.claims_arms import (
     ARMS,
     BY_NAME,
@@ -31,6 +31,7 @@ from benchmarks.claims_arms import (
     WORD,
     Arm,
 )
+from benchmarks.claims_pair_arms import PAIR_ARMS, PAIR_CLAIM, PAIRS
 from benchmarks.claims_runs import (
     Protocol,
     Results,
@@ -172,6 +173,17 @@ def run_all(options: Options, protocol: Protocol) -> None:
             if not options.arms or job.arm.name in options.arms:
                 count += run(job, studio, results, options.work)
                 results.read()
+    run_pairs(options, studio, results)
+
+
+def run_pairs(options: Options, studio: Studio, results: Results) -> None:
+    """Run the ways to draw two subjects, for the pairs whose first subject this process runs."""
+    pairs = [pair for pair in PAIRS if pair[0] in options.subjects]
+    for seed, pair, arm in itertools.product(options.seeds, pairs, PAIR_ARMS):
+        is_chosen = not options.arms or arm.name in options.arms
+        if is_chosen and claims_pairs.result_key(arm, pair, seed, studio.protocol) not in results.records:
+            results.add(claims_pairs.score_pair(studio, arm, pair, seed, options.work))
+            print(f"{time.strftime('%H:%M:%S')} {arm.name} {'+'.join(pair)} seed {seed}", flush=True)
 
 
 # ---- tables
@@ -190,6 +202,9 @@ def table_of(protocol: Protocol, results: Results) -> claims_tables.Table:
             training = training_of(arm, rate or 0, subject, seed)
             if record := results.records.get(training.result_key(protocol, step, arm.word)):
                 table.setdefault((arm.name, step), {})[subject, seed] = record["scores"]
+    for pair, seed, way in itertools.product(PAIRS, claims_arms.SEEDS, PAIR_ARMS):
+        if record := results.records.get(claims_pairs.result_key(way, pair, seed, protocol)):
+            table.setdefault((way.name, 0), {})["+".join(pair), seed] = record["scores"]
     return table
 
 
@@ -202,7 +217,7 @@ def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
         notes[f"best-{kind}"] = f", rate {rate:g}" if rate else ", rate not chosen yet"
     begin, end = claims_tables.MARKS
     write_page(page, (begin.format("summary"), end.format("summary")), claims_tables.summary_table(table))
-    for claim in claims_arms.CLAIMS:
+    for claim in (*claims_arms.CLAIMS, PAIR_CLAIM):
         plot = page.with_name(f"evidence_{claim.letter}.svg")
         claims_tables.plot(claim, table, plot)
         text = claims_tables.section(claim, table, notes, plot)
@@ -210,9 +225,9 @@ def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
 
 
 def main(options: Options) -> None:
-    unknown = set(options.arms) - {*BY_NAME, *(f"search-{kind}" for kind in SEARCH_RATES)}
-    if unknown:
-        sys.exit(f"error: --arms: no arm is called {sorted(unknown)}; there are {', '.join(BY_NAME)}")
+    names = [*BY_NAME, *(f"search-{kind}" for kind in SEARCH_RATES), *(arm.name for arm in PAIR_ARMS)]
+    if unknown := sorted(set(options.arms) - set(names)):
+        sys.exit(f"error: --arms: no arm is called {', '.join(unknown)}; there are {', '.join(names)}")
     protocol = Protocol(base=ROOT / "picturebook" / "model")
     if options.tables:
         write_tables(protocol, Results(options.results), PAGE)

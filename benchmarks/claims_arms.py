@@ -8,6 +8,7 @@ SUBJECTS = ("dog", "cat", "bird", "car")
 SEEDS = (0, 1, 2)
 WORD, OTHER_WORD = "sks", "zwx"  # the rare word of training, and one that no training used
 RATE = 1e-3
+COLUMNS = ("ID", "ID_all", "PA", "JOINT", "PRES", "LEAK", "PRIOR_TV", "DIV", "COPY")
 LONG = (50, 100, 150, 200, 300, 400, 600, 800)
 CURVE = (50, 100, 200, 400, 800)
 
@@ -139,6 +140,8 @@ class Claim:
     """(arm, step) of each row of the table."""
     parts: tuple[Part, ...]
     plotted: tuple[str, ...] = ("ID", "JOINT", "PRES")
+    columns: tuple[str, ...] = COLUMNS
+    """Scores of the table."""
 
 
 def at_least(

@@ -148,7 +148,8 @@ def photos_of(subject: str, work: Path) -> tuple[Path, list[Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     copies = [folder / picture.name for picture in pictures]
     for picture, copy in zip(pictures, copies, strict=True):
-        shutil.copyfile(picture, copy)
+        if not copy.exists():  # another process may be reading it
+            shutil.copyfile(picture, copy)
     return folder, copies
 
 
@@ -196,33 +197,40 @@ def default_init(training: Training, protocol: Protocol, work: Path) -> Path:
 
 
 def adapters_after(training: Training, protocol: Protocol, work: Path, steps: int) -> Path:
-    """The folder with the adapter of every checkpoint, `step-000050.safetensors` and so on.
-
-    Trains if the last is not there. A training that was cut off is resumed.
-    """
-    folder = work / "adapters" / training.key(protocol)
+    """The folder with the adapter of every checkpoint of a training, as `train_adapters` makes it."""
+    key = training.key(protocol)
+    folder, output = work / "adapters" / key, work / "runs" / key
     if adapter_file(folder, steps).exists():
         return folder
-    output = work / "runs" / training.key(protocol)
     words = words_of(training, protocol, work, output, steps)
     if training.init == "default":
         words += ["--init_adapter", str(default_init(training, protocol, work))]
-    if any(output.glob("checkpoint-*")):
-        words += ["--resume_from_checkpoint", "latest"]
-    else:
+    train_adapters(words, output, folder, steps, training.configuration(protocol))
+    return folder
+
+
+def train_adapters(
+    words: Sequence[str], output: Path, folder: Path, steps: int, configuration: dict[str, Any]
+) -> None:
+    """Train in `output`, then keep the adapter of every checkpoint in `folder`, as `step-000050.safetensors`
+    and so on, with the configuration in `run.json`.
+
+    A training that was cut off is resumed.
+    """
+    resumed = ["--resume_from_checkpoint", "latest"] if any(output.glob("checkpoint-*")) else []
+    if not resumed:
         shutil.rmtree(output, ignore_errors=True)
     started = time.process_time()
-    train(words)
+    train([*words, *resumed])
     seconds = time.process_time() - started
     folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in sorted(output.glob("checkpoint-*")):
         step = int(checkpoint.name.rpartition("-")[2])
         shutil.copyfile(checkpoint / native.ADAPTER_NAME, adapter_file(folder, step))
-    shutil.copyfile(output / native.ADAPTER_NAME, adapter_file(folder, steps))
-    about = training.configuration(protocol) | {"steps": steps, "cpu_seconds": round(seconds, 1)}
+    about = configuration | {"steps": steps, "cpu_seconds": None if resumed else round(seconds, 1)}
     (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+    shutil.copyfile(output / native.ADAPTER_NAME, adapter_file(folder, steps))  # last: the folder is whole
     shutil.rmtree(output)
-    return folder
 
 
 def adapter_file(folder: Path, step: int) -> Path:
@@ -351,6 +359,7 @@ def score_arm(
         if arm.word == WORD:
             scores |= prior_scores(studio, training.subject, base)
     about = json.loads((folder / "run.json").read_text())
+    seconds = about["cpu_seconds"]  # None of a training that was resumed
     with safe_open(path, "pt") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return {
@@ -361,6 +370,6 @@ def score_arm(
         "step": step,
         "rate": training.rate,
         "parameters": parameters,
-        "cpu_step_s": round(about["cpu_seconds"] / about["steps"], 3),
+        "cpu_step_s": seconds and round(seconds / about["steps"], 3),
         "scores": rounded(scores),
     }

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.claims_arms import BASE, BY_NAME, CLAIMS, SEEDS, SUBJECTS, Claim, Part
+from benchmarks.claims_pair_arms import LABELS
 from picturebook.metrics import bootstrap_interval
 
 Scores = Mapping[str, float]
 Table = Mapping[tuple[str, int], Mapping[tuple[str, int], Scores]]
 """(arm, step) -> (subject, seed) -> scores. The base has the same scores for every seed."""
 
-COLUMNS = ("ID", "ID_all", "PA", "JOINT", "PRES", "LEAK", "PRIOR_TV", "DIV", "COPY")
 EXPECTED = len(SUBJECTS) * len(SEEDS)
 MARKS = ("<!-- claims {} begin -->", "<!-- claims {} end -->")
 
@@ -81,15 +81,17 @@ def mean_of(rows: Mapping[tuple[str, int], Scores], score: str) -> float | None:
 
 
 def label_of(arm: str, step: int) -> str:
-    return "base, no adapter" if arm == "base" else f"{BY_NAME[arm].label}, {step} steps"
+    """The name of a row. Arms with two subjects are drawn after a fixed number of steps, and have step 0."""
+    labels = {"base": "base, no adapter"} | LABELS
+    return labels[arm] if step == 0 else f"{BY_NAME[arm].label}, {step} steps"
 
 
 def scores_table(claim: Claim, table: Table, notes: Mapping[str, str]) -> str:
     """A row for each arm and step of the claim, with the mean of every score. `notes` are added to labels."""
-    lines = [f"| | runs | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    lines = [f"| | runs | {' | '.join(claim.columns)} |", "|---|---|" + "---|" * len(claim.columns)]
     for arm, step in claim.rows:
         rows = table.get((arm, step), {})
-        means = [mean_of(rows, name) for name in COLUMNS]
+        means = [mean_of(rows, name) for name in claim.columns]
         cells = ["-" if mean is None else f"{mean:.2f}" for mean in means]
         count = len({subject for subject, _ in rows}) if arm == "base" else len(rows)
         lines.append(f"| {label_of(arm, step)}{notes.get(arm, '')} | {count} | {' | '.join(cells)} |")

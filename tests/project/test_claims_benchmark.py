@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from benchmarks import claims, claims_arms, claims_runs, claims_tables
+from benchmarks import claims, claims_arms, claims_pair_arms, claims_pairs, claims_runs, claims_tables
 from benchmarks.claims_arms import ARMS, BY_NAME, CLAIMS, SEEDS, SUBJECTS, Part, Term
 from picturebook.subjects import FOLDER
 from tests.running import ROOT
@@ -69,6 +69,11 @@ def test_every_claim_compares_arms_and_steps_that_are_scored():
     for claim in CLAIMS:
         assert all(step in steps[arm] for arm, step in claim.rows), claim.letter
         assert all(term.step in steps[term.arm] for part in claim.parts for term in part.terms), claim.letter
+    pairs = claims_pair_arms.PAIR_CLAIM
+    named = {term.arm for part in pairs.parts for term in part.terms} | {arm for arm, _ in pairs.rows}
+    assert named == set(claims_pair_arms.LABELS)
+    drawn = [(name, steps) for arm in claims_pair_arms.PAIR_ARMS for name, steps, _ in arm.drawn]
+    assert all(steps <= claims_pair_arms.SOURCES[name].steps for name, steps in drawn)
     assert [claim.letter for claim in CLAIMS] == list("abcdefg")
     assert len(SUBJECTS) * len(SEEDS) >= 12
 
@@ -79,7 +84,7 @@ def test_every_claim_compares_arms_and_steps_that_are_scored():
 def stored(rise: float) -> claims_runs.Results:
     """Results of the base and of two arms; the first has `rise` more ID than the second."""
     results = claims_runs.Results(Path("no such file"))
-    scores = dict.fromkeys((*claims_tables.COLUMNS, "ID_all"), 0.25)
+    scores = dict.fromkeys((*claims_arms.COLUMNS, "ID_all"), 0.25)
     for subject in SUBJECTS:
         results.records[claims_runs.base_key(EMBEDDED, subject)] = {"scores": scores}
         for seed in SEEDS:
@@ -107,7 +112,7 @@ def test_tables_say_what_held_what_failed_and_what_is_unfinished(rise, word, tmp
         in text
     )
     assert "| 0 of 12 (unfinished) |" in text
-    assert plots == [f"evidence_{letter}.svg" for letter in "abcdefg"]
+    assert plots == [f"evidence_{letter}.svg" for letter in (*"abcdefg", "two")]
 
 
 def test_the_page_is_what_the_stored_results_give(tmp_path, monkeypatch):
@@ -204,7 +209,7 @@ def test_every_arm_is_trained_drawn_and_scored(small_claims):
         *(("base", 0), ("text+unet", 2), ("text+unet", 4), ("default-2", 2))
     ]
     for record in records:
-        assert set(record["scores"]) >= {*claims_tables.COLUMNS}
+        assert set(record["scores"]) >= {*claims_arms.COLUMNS}
         assert all(0 <= value <= 1 for value in record["scores"].values())
     trained = {path.name for path in (small_claims[0] / "photos" / "dog").iterdir()}
     assert trained == {path.name for path in sorted(FOLDER.glob("dog/*.png"))[:-1]}
@@ -247,3 +252,30 @@ def test_the_default_initial_values_are_those_of_peft(small_claims):
     assert len(downs) == len(ups) == len(tensors) / 2
     assert all(0 < tensor.abs().max() <= tensor.shape[1] ** -0.5 for tensor in downs)
     assert not any(tensor.any() for tensor in ups)
+
+
+@pytest.mark.trains
+def test_two_subjects_are_trained_together_mixed_and_one_after_the_other(small_claims, monkeypatch):
+    """Pictures of both subjects have their own captions; the second training starts from the first's file."""
+    work, protocol = small_claims
+    short = {name: dataclasses.replace(s, steps=2) for name, s in claims_pair_arms.SOURCES.items()}
+    monkeypatch.setattr(claims_pairs, "SOURCES", short)
+    monkeypatch.setattr(claims_pair_arms, "STEPS", 2)
+    studio = claims_runs.Studio(protocol)
+    for name, drawn in (
+        ("alone", ()),
+        ("mix-unet", (("first", 2, {"": 1.0, "text_encoder": 0.0}), ("second", 2, {"": 1.0}))),
+        ("sequence-kept", (("both-after-first", 2, {"": 1.0}),)),
+    ):
+        arm = claims_pair_arms.PairArm(name, name, drawn)
+        record = claims_pairs.score_pair(studio, arm, ("dog", "cat"), 0, work)
+        assert record["subject"] == "dog+cat"
+        assert set(record["scores"]) == set(claims_pair_arms.PAIR_CLAIM.columns)
+    captions = (work / "photos" / "dog-sks-cat-qwe" / "metadata.jsonl").read_text().splitlines()
+    assert sorted({json.loads(line)["text"] for line in captions}) == [
+        "a photo of a qwe cat",
+        "a photo of a sks dog",
+    ]
+    runs = [json.loads(path.read_text()) for path in work.glob("adapters/*/run.json")]
+    (after,) = [run for run in runs if run.get("starts_from")]
+    assert after["starts_from"][0]["subjects"] == [["dog", "sks"]]
