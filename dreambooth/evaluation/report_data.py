@@ -35,6 +35,24 @@ BANDS = {
     "loss_held_out": ("Loss on other photos, by noise level", "Change since the first measurement."),
 }
 _RELATIVE = ("loss_trained", "loss_held_out")
+# What scores mean, by the last part of their names; in the order in which plots prefer them.
+SCORES = {
+    "JOINT": "share of pictures that show this subject and what the prompt says",
+    "ID": "share of pictures that show this subject",
+    "PA": "share of the prompt's attributes that the pictures show",
+    "DINO": "likeness to the photos trained on",
+    "CLIP-I": "likeness to the photos trained on",
+    "CLIP-T": "likeness to the prompt",
+    "nearest_trained": "likeness to the nearest photo trained on: copying",
+    "COPY": "share of pictures that copy a photo",
+    "PRES": "how much pictures of the class look like the subject; base: without the adapter",
+    "LEAK": "how much pictures of other classes look like the subject",
+    "DIV": "how different pictures of one prompt are from each other",
+    "PRIOR_TV": "how far the mix of class pictures is from the base's",
+    "nearest_held_out": "likeness to the nearest photo that was held out",
+    "share_above_real": "share of pictures nearer to a photo than the photos are to each other",
+    "real": "likeness of the photos to each other",
+}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -177,7 +195,7 @@ def score_series(measured: Measured, most: int) -> dict[str, Series]:
     """The first `most` scores that lie between -1 and 1, by name, for one plot; {} if they were read at one
     step only."""
     table: dict[str, Series] = {}
-    for name in _score_names(measured):
+    for name in sorted(_score_names(measured), key=_preference):
         values = {
             step: scores[name] for step, scores in measured.judges.items() if _is_number(scores.get(name))
         }
@@ -186,14 +204,29 @@ def score_series(measured: Measured, most: int) -> dict[str, Series]:
     return table
 
 
+def _preference(name: str) -> int:
+    """The place of a score among those that are plotted: scores of the base are the last."""
+    meaning = _meaning(name)
+    if meaning is None or name.endswith("_base"):
+        return len(SCORES)
+    return list(SCORES).index(meaning)
+
+
+def _meaning(name: str) -> str | None:
+    """The key in SCORES of a score such as DINO, DINO_DIV or PRES_base; None if it has none."""
+    plain = name.removesuffix("_base").removesuffix("_all")
+    return next((key for key in SCORES if plain == key or plain.endswith(f"_{key}")), None)
+
+
 def scores(measured: Measured) -> dict[str, Any]:
-    """All scores as a table: names, and a row for each step."""
+    """All scores as a table: names, a row for each step, and what the names mean."""
     names = _score_names(measured)
     rows = [
         (step, [f"{v:.3f}" if _is_number(v := values.get(name)) else "" for name in names])
         for step, values in measured.judges.items()
     ]
-    return {"names": names, "rows": rows}
+    keys = dict.fromkeys(filter(None, map(_meaning, names)))
+    return {"names": names, "rows": rows, "meanings": [(key, SCORES[key]) for key in keys]}
 
 
 def _score_names(measured: Measured) -> list[str]:

@@ -26,7 +26,7 @@ def text_of(page: str) -> str:
     assert page.endswith("</html>\n")
     texts: list[str] = []
     parser = HTMLParser()
-    parser.handle_data = texts.append  # type: ignore[method-assign]
+    parser.handle_data = texts.append  # type: ignore[method-assign, assignment]
     parser.feed(
         re.sub(r"<style>.*?</style>|<time>.*?</time>|<dt>Speed</dt><dd>.*?</dd>", "", page, flags=re.S)
     )
@@ -100,7 +100,7 @@ def test_after_kill_9_the_page_is_whole_and_the_resumed_run_ends_with_that_of_an
 
     child = os.fork()
     if child == 0:
-        train.Training.step = killed  # type: ignore[method-assign]
+        train.Training.step = killed  # type: ignore[method-assign, assignment]
         run_train(tiny_base, photos_dir, out, *words())
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
