@@ -93,6 +93,7 @@ class Training:
             start,
             frozen,
             self.trainables,
+            self.saver,
             self.graphs,
             watch.check,
             steps_per_epoch=self.steps_per_epoch,
@@ -202,13 +203,16 @@ class Training:
                 self.evaluation.begin(self.first_step, progress)
                 progress.restart_clock(self.first_step)
                 for step in range(self.first_step, self.max_steps):
+                    if self.evaluation.is_over:
+                        break
                     if step >= self.text_steps and self.trainables.text_components():
                         self.finish_text()  # of a resumed run that ended between this step and finish_text
                     self.step(step, batches)
                     self.after_step(step + 1, progress)
-                progress.end_phase("training", self.max_steps)
-                self.saver.save_adapter(self.max_steps)
-                self.evaluation.finish(self.saver, self.max_steps, progress)
+                last_step = self.loss_log.completed
+                progress.end_phase("training", last_step)
+                self.saver.save_adapter(last_step)
+                self.evaluation.finish(last_step, progress)
             except BaseException as error:
                 self.save_last_step(error, progress)
                 raise
@@ -290,14 +294,17 @@ def train(options: TrainOptions, watch: Watch) -> None:
         try:
             training.train()
         finally:
-            start.status.step = training.loss_log.completed
-            start.status.cuda_graph = training.graphs.outcome
+            last_step = training.loss_log.completed
+            start.status.step, start.status.cuda_graph = last_step, training.graphs.outcome
+        if last_step < training.max_steps:
+            start.status.early_end = training.evaluation.best.early_end(last_step, training.max_steps)
+            peers.say(start.status.early_end)
 
         if peers.is_main:
             publishing.publish(start, training.saver.adapter, training.evaluation.pictures.finished)
         peers.barrier()
         peers.accelerator.end_training()
-        peers.say(f"{training.max_steps - training.first_step} steps in {time.monotonic() - started:.1f} s")
+        peers.say(f"{last_step - training.first_step} steps in {time.monotonic() - started:.1f} s")
         peers.say(memory.summary(training.phases))
         peers.say(publishing.last_line(start))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from dreambooth.runtime.graphs import Graphs
 from dreambooth.training import metrics
+from dreambooth.training.best import BestAdapter
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.judging import Images
 from dreambooth.training.run_meter import RunMeter
@@ -24,6 +25,7 @@ class Evaluation:
         start: Start,
         frozen: FrozenModels,
         trainables: Trainables,
+        saver: Saver,
         graphs: Graphs,
         check: Callable[[], None],
         *,
@@ -40,6 +42,10 @@ class Evaluation:
         self.meter = RunMeter(start, frozen, trainables, check, max_steps)
         self.checkpointing_steps = start.options.run.checkpointing_steps
         self.report = RunReport(start, max_steps)
+        self.saver, self.best = saver, BestAdapter(start, saver)
+        self.stops_when_worse = start.options.meter.stop_when_worse
+        self.is_over = False
+        """Whether --stop_when_worse ends the run before its next step. The same on all processes."""
 
     def is_due(self, step: int) -> bool:
         """Whether something is measured after `step` steps."""
@@ -53,6 +59,8 @@ class Evaluation:
         """Measure what is due before the first step of this start, after `step` steps."""
         self.report.begin()
         self.meter.begin(step, progress)
+        if step > 0 and self.meter.steps is not None:  # best/ goes back to this step
+            self._choose(step, progress)
         # a run that is resumed at a step may have ended while the pictures of that step were judged
         is_unjudged = self.judging is not None and not progress.is_evaluated(step, "judge")
         if step == 0 or (self.is_judged and self.peers.broadcast(is_unjudged)):
@@ -61,6 +69,8 @@ class Evaluation:
     def after_step(self, step: int, progress: metrics.Progress) -> None:
         """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""
         self.meter.measure(step, progress)
+        if self.meter.is_due(step):
+            self._choose(step, progress)
         if self._draws(step):
             self.graphs.forget()
             images = self.pictures.draw_current(step, progress)
@@ -69,12 +79,19 @@ class Evaluation:
         if self.is_due(step) or step % self.checkpointing_steps == 0:
             self.report.update(always=step == 0)
 
-    def finish(self, saver: Saver, step: int, progress: metrics.Progress) -> None:
+    def _choose(self, step: int, progress: metrics.Progress) -> None:
+        """Choose the best step so far, and find out whether the run is over."""
+        self.best.update(step, progress)
+        if self.stops_when_worse:
+            self.is_over = self.best.is_worse()
+
+    def finish(self, step: int, progress: metrics.Progress) -> None:
         """Measure the finished adapter, after `step` steps. The trained one is removed from the models."""
         self.graphs.forget()
-        images = self.pictures.draw_finished(saver, step, progress)
+        images = self.pictures.draw_finished(self.saver, step, progress)
         if images:
             self._judge(step, images, None, progress)
+        self.best.say()
 
     def _judge(
         self, step: int, images: Images, base_images: Images | None, progress: metrics.Progress

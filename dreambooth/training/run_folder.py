@@ -27,6 +27,7 @@ from dreambooth.training import run_identity
 IDENTITY, STATUS, OPTIONS, METRICS = "run.json", "status.json", "run.yaml", "metrics.jsonl"
 VALIDATION = "validation"  # the folder of the run's pictures
 SWEEP = (0.5, 0.75, 1.25)  # weights of the finished adapter in pictures at the end, beside 1
+BEST, BEST_WHY = "best", "why.json"  # the folder of the best checkpoint, and the file that says why it is
 CARD = "README.md"
 REPORT = "report.html"
 CHECKPOINT = (native.ADAPTER_NAME, "optimizer.safetensors", "state.json")  # the files of one
@@ -70,6 +71,10 @@ def names_to_write(options: ResolvedTrainOptions, validation_prompts: int) -> li
         drawn = (output_dir / VALIDATION).glob("step-*.png")
         names += [f"{VALIDATION}/{path.name}" for path in drawn]
         names += [swept_picture(weight) for weight in (0.0, *SWEEP)]
+    if options.meter.meter_steps is not None:
+        candidates = (output_dir / BEST).glob("candidate-*")
+        names += [f"{BEST}/{name}" for name in (native.ADAPTER_NAME, BEST_WHY)]
+        names += [f"{BEST}/{path.name}" for path in candidates]
     return names
 
 
@@ -186,7 +191,7 @@ def removable(output_dir: Path) -> list[str]:
 
 def is_made(name: str) -> bool:
     """Whether a run makes folders of that name in its output folder."""
-    return name == VALIDATION or name.startswith("checkpoint-")
+    return name in (VALIDATION, BEST) or name.startswith("checkpoint-")
 
 
 def _removable_files(files: WrittenFiles) -> list[str]:
@@ -194,7 +199,7 @@ def _removable_files(files: WrittenFiles) -> list[str]:
     return [
         name
         for name in files.written()
-        if (name in _FILES and name != STATUS) or name.startswith(f"{VALIDATION}/")
+        if (name in _FILES and name != STATUS) or name.startswith((f"{VALIDATION}/", f"{BEST}/"))
     ]
 
 
@@ -224,6 +229,8 @@ class Status:
     cuda_graph: str = "no step yet"
     at_end: Callable[[], None] = lambda: None
     """Called once the end of the run is recorded."""
+    early_end: str = ""
+    """Why a finished run ended before its last step."""
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         record = {
@@ -265,4 +272,4 @@ def recorded(output_dir: Path, first_step: int, *, is_main: bool) -> Iterator[St
     except BaseException as error:
         write("failed", f"{type(error).__name__}: {error}", EXIT_FAILED)
         raise
-    write("finished", "", 0)
+    write("finished", status.early_end, 0)

@@ -1,0 +1,232 @@
+"""Judges the named checkpoint: is it as good as the best one in hindsight, and better than the last?
+
+    python -m benchmarks.choice --work FOLDER
+
+Trains runs far into over-training on the embedded base. Each is measured every 50 steps, on a photo that is
+held out. The reader then scores every checkpoint, on prompts and seeds that nothing else uses, in two halves:
+one finds the best step in hindsight, the other judges it, the named step and the last one. Takes hours on two
+cores. A second start goes on where the first one ended, and after every run the table of what is finished is
+written: `benchmarks/results/choice.json`, and docs/evidence.md.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from benchmarks import choice_tables, machine, programs
+from dreambooth.adapter_files import native
+from dreambooth.bases.noise_levels import DPM_SOLVER
+from picturebook import metrics
+from picturebook.read import read
+from picturebook.subjects import FOLDER, load_subject
+from picturebook.world import ACCESSORIES, ACCESSORY_COLOURS, PLACES, describe, with_article
+
+RESULTS = Path(__file__).parent / "results" / "choice.json"
+BASE = programs.ROOT / "picturebook" / "model"
+STEPS, EVERY = 800, 50
+HALVES = ("hindsight", "judged")
+PICTURES = 32  # of each half, for each checkpoint
+INFERENCE_STEPS, GUIDANCE, BATCH = 10, 3.0, 16
+HELD_OUT = 1  # photos of a subject's five
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run. Settings that are no field are those of the demo."""
+
+    subject: str
+    rate: str
+    prior: bool
+    text_encoder: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        parts = ("prior" if self.prior else "alone", "text" if self.text_encoder else "unet")
+        return f"{self.subject}-{self.rate}-{'-'.join(parts)}-seed{self.seed}"
+
+    def words(self, work: Path) -> list[str]:
+        """The command line of the run."""
+        prior_words = [
+            *("--with_prior_preservation", "--class_data_dir", str(work / f"class-{self.subject}")),
+            *("--class_prompt", f"a photo of a {self.subject}", "--num_class_images", "64"),
+            *("--sample_batch_size", "16", "--class_guidance_scale", "3.0", "--class_scheduler", "base"),
+            *("--prior_generation_precision", "fp32", "--class_inference_steps", "25"),
+        ]
+        return [
+            *("train_dreambooth_lora.py", "--pretrained_model_name_or_path", str(BASE)),
+            *("--instance_data_dir", str(FOLDER / self.subject), "--holdout", str(HELD_OUT)),
+            *("--instance_prompt", f"a photo of a sks {self.subject}", "--output_dir", str(work / self.name)),
+            *("--resolution", "64", "--rank", "8", "--train_batch_size", "4", "--report_to", "none"),
+            *("--learning_rate", self.rate, "--lr_scheduler", "constant", "--lr_warmup_steps", "20"),
+            *("--max_train_steps", str(STEPS), "--checkpointing_steps", str(EVERY)),
+            *("--meter_steps", str(EVERY), "--seed", str(self.seed), "--num_threads", "1"),
+            *("--resume_from_checkpoint", "latest"),
+            *(["--train_text_encoder"] if self.text_encoder else []),
+            *(prior_words if self.prior else []),
+        ]
+
+
+def cases() -> list[Case]:
+    """All runs. The first ones are of all subjects, so that a part of them is a table already."""
+    arms = (("2e-3", False, True), ("1e-3", True, True), ("2e-3", True, False), ("1e-3", False, False))
+    subjects = ("dog", "cat", "bird", "car")
+    return [
+        Case(subject, *arm, seed=number)
+        for number, arm in enumerate(arms)
+        for subject in subjects
+    ]  # fmt: skip
+
+
+def prompts_of(kind: str) -> dict[str, list[tuple[str, int]]]:
+    """For each half, the prompts with their seeds. A third of the prompts name a place, a third an accessory,
+    a third both. No prompt has the words of the demo's prompts."""
+    jobs: dict[str, list[tuple[str, int]]] = {}
+    for half in HALVES:
+        rng, drawn = random.Random(f"{half} half of choice"), []
+        for number in range(PICTURES):
+            place = rng.choice(tuple(PLACES)) if number % 3 != 1 else None
+            worn = (rng.choice(ACCESSORIES), rng.choice(tuple(ACCESSORY_COLOURS))) if number % 3 else ()
+            prompt = f"a picture of {with_article(f'sks {describe(kind, None, place, *worn)}')}"
+            drawn.append((prompt, zlib.crc32(f"{half} {number}".encode())))
+        jobs[half] = drawn
+    return jobs
+
+
+class Scorer:
+    """Draws with checkpoints of runs of one subject, and reads the pictures."""
+
+    def __init__(self, subject: str):
+        self.kind, self.colour, self.identity = load_subject(FOLDER / subject)
+        self.jobs = prompts_of(self.kind)
+        photos = sorted((FOLDER / subject).glob("*.png"))[:-HELD_OUT]
+        self.trained = [Image.open(path).convert("RGB") for path in photos]
+        self.limit = metrics.copy_limit(self.kind, self.colour, self.identity)
+        pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **DPM_SOLVER)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+
+    def scores(self, adapter: Path) -> dict[str, dict[str, float]]:
+        """The scores of each half, with an adapter file."""
+        self.pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+        try:
+            return {half: self._scores(jobs) for half, jobs in self.jobs.items()}
+        finally:
+            self.pipeline.unload_lora_weights()
+
+    def _scores(self, jobs: Sequence[tuple[str, int]]) -> dict[str, float]:
+        images: list[Image.Image] = []
+        for first in range(0, len(jobs), BATCH):
+            prompts, seeds = zip(*jobs[first : first + BATCH], strict=True)
+            images += self.pipeline(
+                list(prompts),
+                num_inference_steps=INFERENCE_STEPS,
+                guidance_scale=GUIDANCE,
+                height=64,
+                width=64,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images
+        readings = [read(image) for image in images]
+        prompts_read = [prompt for prompt, _ in jobs]
+        scores = metrics.subject_scores(readings, prompts_read, self.kind, self.colour, self.identity)
+        copied = metrics.copied(images, self.trained, self.limit)
+        return {name: scores[name] for name in ("ID", "PA", "JOINT", "valid")} | {"COPY": copied}
+
+
+def train(case: Case, work: Path) -> Path:
+    """Train the run, or go on with it. Returns its folder. Raises Failed."""
+    folder, log = work / case.name, work / f"{case.name}.log"
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with programs.running(case.words(work), log, cwd=programs.ROOT, environment=environment) as process:
+        if process.wait() != 0:
+            raise programs.Failed(f"{case.name}: {log.read_text(errors='replace')[-2000:]}")
+    return folder
+
+
+def measured(case: Case, work: Path) -> dict[str, Any]:
+    """The record of a run: meter records by step and scores by step. What an earlier start has scored is kept
+    in the run's folder; adapters are removed when all are scored."""
+    done = work / f"{case.name}.json"
+    if done.exists():
+        return dict(json.loads(done.read_text()))
+    folder, partial = train(case, work), work / f"{case.name}.scores.json"
+    scores = json.loads(partial.read_text()) if partial.exists() else {}
+    scorer = Scorer(case.subject)
+    for step in range(EVERY, STEPS + 1, EVERY):
+        if str(step) not in scores:
+            scores[str(step)] = scorer.scores(folder / f"checkpoint-{step}" / native.ADAPTER_NAME)
+            _write(partial, scores)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    meter = [record for record in map(json.loads, lines) if "meter" in record]
+    record = {"case": dataclasses.asdict(case), "meter": meter, "scores": scores}
+    _write(done, record)
+    shutil.rmtree(folder)
+    partial.unlink()
+    return record
+
+
+def _write(path: Path, value: object) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(value) + "\n")
+    os.replace(beside, path)
+
+
+@dataclasses.dataclass
+class Options:
+    """Where to work."""
+
+    work: Path
+    """Folder for runs, and for what was measured of them."""
+    minutes: float | None = None
+    """Begin no further run after this time."""
+    only: str | None = None
+    """Measure the runs whose names contain this text alone."""
+
+
+def main(options: Options) -> None:
+    """Measure all runs, and write the table after each."""
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    start, records = time.monotonic(), []
+    for case in cases():
+        late = options.minutes is not None and time.monotonic() - start > 60 * options.minutes
+        skipped = late or (options.only is not None and options.only not in case.name)
+        if skipped and not (options.work / f"{case.name}.json").exists():
+            continue
+        records.append(measured(case, options.work))
+        report = {
+            "machine": machine.processor(),
+            "versions": programs.versions(),
+            "settings": {
+                "steps": STEPS,
+                "pictures_of_a_half": PICTURES,
+                "inference_steps": INFERENCE_STEPS,
+                "guidance_scale": GUIDANCE,
+            },
+            "runs_in_all": len(cases()),
+            "runs": records,
+        }
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+        choice_tables.write(records, len(cases()))
+        print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, use_underscores=True))
+    except programs.Failed as error:
+        sys.exit(str(error))

@@ -1,0 +1,98 @@
+"""The rule that names a checkpoint, on made records."""
+
+import math
+from typing import Any
+
+import pytest
+
+from dreambooth.evaluation import choice
+
+START = 0.5  # the loss at step 0, in every band
+
+
+def record(step: int, fit: float = 0.0, harm: float = 0.0, **more: Any) -> dict[str, Any]:
+    """A record of a step whose loss on trained photos fell by the share `fit` at middle noise, and whose loss
+    on held-out photos rose by the share `harm` at low noise. Other bands say the opposite."""
+    trained = [START * (1 - fit if 3 <= band < 7 else 1 + 9 * fit) for band in range(10)]
+    held_out = [START * (1 + harm if band < 3 else 1 - harm) for band in range(10)]
+    meter = {"loss_trained": {"bands": trained}, "loss_held_out": {"bands": held_out}}
+    return {"step": step, "meter": {**meter, "seconds": 1.0}, **more}
+
+
+def run(*scores: tuple[float, float]) -> list[dict[str, Any]]:
+    """The records of step 0 and of steps 50, 100, ... with these pairs of fit and harm."""
+    return [record(0), *(record(50 * number, *pair) for number, pair in enumerate(scores, 1))]
+
+
+def test_the_step_with_the_most_fit_less_harm_is_named():
+    records = run((0.3, 0.0), (0.5, 0.1), (0.6, 0.3))
+    assert choice.choose(records).step == 100
+    scored = choice.score(records[2]["meter"], records[0]["meter"])
+    assert (scored.fit, scored.harm) == pytest.approx((0.5, 0.1))
+
+
+def test_the_first_of_equal_steps_is_named():
+    assert choice.choose(run((0.4, 0.1), (0.4, 0.1))).step == 50
+
+
+@pytest.mark.parametrize(
+    ("scores", "why"),
+    [
+        ([(0.3, 0.0), (0.5, 0.0)], "likeness still grows, and held-out photos do not lose as much"),
+        ([(0.5, 0.0), (0.4, 0.0)], "likeness no longer grows"),
+        ([(0.5, 0.0), (0.4, 0.2)], "likeness no longer grows, and held-out photos lose"),
+        ([(0.5, 0.0), (0.6, 0.2)], "likeness grows on, but held-out photos lose more than it gains"),
+    ],
+)
+def test_the_sentence_says_what_changed_after_the_named_step(scores, why):
+    assert choice.choose(run(*scores)).why == why
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        ([], "nothing was measured"),
+        ([{"step": 50, "loss": 0.1}, {"step": 50, "judge": {"ID": 1.0}}], "nothing was measured"),
+        (run((0.3, 0.0), (0.4, 0.0))[1:], "the adapter was not measured at step 0"),
+        (run((0.3, 0.0)), "a choice needs two measurements after step 0, and there are 1"),
+        (run((0.1, 0.2), (0.2, 0.3)), "no measured step has learned more of the subject than it lost"),
+    ],
+)
+def test_without_enough_measurements_no_step_is_named_and_the_reason_is(records, why):
+    chosen = choice.choose(records)
+    assert (chosen.step, chosen.worse) == (None, None)
+    assert chosen.why.startswith(why)
+
+
+def test_without_a_held_out_photo_no_step_is_named():
+    records = run((0.3, 0.0), (0.4, 0.0))
+    for made in records:
+        del made["meter"]["loss_held_out"]
+    assert choice.choose(records).why == "no photo is held out (--holdout or --holdout_data_dir)"
+    assert choice.candidates(records) == []
+
+
+def test_a_measurement_that_is_not_finite_is_passed_over():
+    assert choice.choose(run((0.3, 0.0), (math.nan, 0.0), (0.2, 0.0))).step == 50
+
+
+def test_a_run_is_worse_after_two_measurements_in_a_row_far_under_the_best():
+    falls = [(0.6, 0.0), (0.6, 0.2), (0.6, 0.3)]
+    assert choice.choose(run(*falls[:2])).worse is None
+    assert choice.choose(run(*falls)).worse == (
+        "likeness was 0.60 at the best step and is 0.60, the loss on held-out photos at low noise rose by 0%"
+        " there and by 30% now"
+    )
+    assert choice.choose(run(*falls, (0.6, 0.05))).worse is None
+    assert choice.choose(run((0.6, 0.0), (0.6, 0.05), (0.6, 0.09))).worse is None
+
+
+def test_only_the_best_step_so_far_can_be_chosen_later():
+    scores = [(0.3, 0.1), (0.5, 0.1), (0.4, 0.0), (0.5, 0.3), (0.6, 0.0)]
+    records = run(*scores)
+    for number in range(2, len(records)):
+        kept = choice.candidates(records[:number])
+        later = choice.choose(records).step
+        assert len(kept) == 1
+        assert later in {*kept, *(made["step"] for made in records[number:])}
+    assert choice.candidates(records[:1]) == []
