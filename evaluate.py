@@ -65,7 +65,7 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
     )
     judges = peers.on_main(lambda: results.Judges.find(options, cases))
     photos_of = peers.on_main(lambda: check_photos(cases))
-    inputs = {case.photos_flag: str(case.photos) for case in cases}
+    inputs = {flag: str(folder) for case in cases for flag, folder in case.folders.items()}
     output_dir = output_pictures.checked_folder(options.output_dir, options.base, inputs)
     drawing = None if options.tables_only else Drawing(options, rows, judges, dtype, peers, watch)
     if options.tables_only:
@@ -80,9 +80,11 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
             peers.barrier()
         if peers.is_main:
 
-            def load(subject: str) -> results.Photos:
-                checked = photos_of[subject]
-                return results.Photos([photo.sha256 for photo in checked], [photos.load(p) for p in checked])
+            def load(subject: str) -> list[results.Photos]:
+                return [
+                    results.Photos([photo.sha256 for photo in checked], [photos.load(p) for p in checked])
+                    for checked in photos_of[subject]
+                ]
 
             scoring = results.Scoring(options, rows, judges, output_dir, watch.check)
             results.say(scoring.write(load, files, device), output_dir)
@@ -92,13 +94,16 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
 # --- checks
 
 
-def check_photos(cases: Sequence[Case]) -> dict[str, list[photos.Photo]]:
-    """The photos of each subject. Raises UserError, naming the row, if they cannot be used."""
-    photos_of: dict[str, list[photos.Photo]] = {}
+def check_photos(cases: Sequence[Case]) -> dict[str, list[list[photos.Photo]]]:
+    """The photos of each subject, and those that were trained on if they are others. Raises UserError, naming
+    the row, if they cannot be used."""
+    photos_of: dict[str, list[list[photos.Photo]]] = {}
     for case in cases:
         if case.subject not in photos_of:
-            folder = photos.check_folder(case.photos, case.photos_flag, allow_odd_photos=True)
-            photos_of[case.subject] = folder.photos
+            photos_of[case.subject] = [
+                photos.check_folder(folder, flag, allow_odd_photos=True).photos
+                for flag, folder in case.folders.items()
+            ]
     return photos_of
 
 

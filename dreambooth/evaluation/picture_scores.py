@@ -27,8 +27,9 @@ SCORES = {
     "CLIP-T word": ("clip", "cosine of a picture with its prompt, the rare word kept"),
     "PRES": ("dino", "DINO of pictures of the class prompt; compare with the base's"),
     "DIV": ("dino", "1 - DINO cosine of two pictures of a prompt, mean over pairs, then over prompts"),
-    "nearest": ("dino", "DINO cosine of a picture with the nearest photo"),
-    "copies": ("dino", "share of pictures nearer to a photo than photos are to each other on average"),
+    "nearest": ("dino", "DINO cosine of a picture with the nearest photo that was trained on"),
+    "held-out": ("dino", "DINO cosine of a picture with the nearest photo that was not trained on"),
+    "copies": ("dino", "share of pictures nearer to a trained photo than those photos are to each other"),
     "reader ID": ("reader", "share of the subject's identity attributes that a picture shows"),
     "reader ID_all": ("reader", "share of pictures that show all of them"),
     "reader PA": ("reader", "share of the attributes named by the prompt that a picture shows"),
@@ -97,14 +98,22 @@ def of_photos(images: Sequence[Image.Image], dino: Judge | None, clip: Judge | N
     )
 
 
-def of_pictures(pictures: Sequence[Picture], drawn: Embedded, photos: Embedded) -> list[dict[str, float]]:
-    """For each picture its scores by the judges that embedded it. A failed picture has 0 in each."""
+def of_pictures(
+    pictures: Sequence[Picture], drawn: Embedded, photos: Embedded, trained: Embedded | None
+) -> list[dict[str, float]]:
+    """For each picture its scores by the judges that embedded it. A failed picture has 0 in each.
+
+    `trained` are the photos that were trained on; None if they are `photos`.
+    """
     columns: dict[str, np.ndarray] = {}
     of_class: dict[str, np.ndarray] = {}
     if drawn.dino is not None and photos.dino is not None:
         columns["DINO"] = of_class["PRES"] = scores.picture_cosines(drawn.dino, photos.dino)
-        columns["nearest"] = nearest = scores.nearest_cosines(drawn.dino, photos.dino)
-        limit = scores.nearest_other(photos.dino)
+        of_training = photos.dino if trained is None or trained.dino is None else trained.dino
+        columns["nearest"] = nearest = scores.nearest_cosines(drawn.dino, of_training)
+        if trained is not None:
+            columns["held-out"] = scores.nearest_cosines(drawn.dino, photos.dino)
+        limit = scores.nearest_other(of_training)
         if limit is not None:
             columns["copies"] = (nearest > limit).astype(np.float64)
     if drawn.clip is not None and photos.clip is not None:
@@ -191,7 +200,9 @@ def of_reader_sets(drawn: ByReader, of_base: ByReader) -> Values:
     return values
 
 
-def real_rows(photos: Embedded, reader: Reader | None, images: Sequence[Image.Image]) -> dict[str, Values]:
+def real_rows(
+    photos: Embedded, trained: Embedded | None, reader: Reader | None, images: Sequence[Image.Image]
+) -> dict[str, Values]:
     """The scores of the photos among themselves: `excluding_self` leaves the pairs of a photo with itself
     out, `including_self` counts them."""
     rows: dict[str, Values] = {"excluding_self": {}, "including_self": {}}
@@ -203,9 +214,10 @@ def real_rows(photos: Embedded, reader: Reader | None, images: Sequence[Image.Im
             if value is not None:
                 rows[row][name] = value, count * (count - 1) if row == "excluding_self" else count**2
     if photos.dino is not None:
-        nearest = scores.nearest_other(photos.dino)
+        of_training = photos.dino if trained is None or trained.dino is None else trained.dino
+        nearest = scores.nearest_other(of_training)
         if nearest is not None:
-            rows["excluding_self"]["nearest"] = nearest, count
+            rows["excluding_self"]["nearest"] = nearest, len(of_training)
     if reader is not None:
         share = reader.of_class(images)[0]
         for values in rows.values():
@@ -213,12 +225,14 @@ def real_rows(photos: Embedded, reader: Reader | None, images: Sequence[Image.Im
     return rows
 
 
-def skipped(given: dict[str, Any], num_class_images: int) -> dict[str, str]:
+def skipped(given: dict[str, Any], num_class_images: int, *, has_held_out: bool) -> dict[str, str]:
     """By score that is not computed, why. `given` has the judges by name, None for one that was not given."""
     reasons = {}
     for name, (judge, _) in SCORES.items():
         if given[judge] is None:
             reasons[name] = f"--judge_{judge} is not given"
+        elif name == "held-out" and not has_held_out:
+            reasons[name] = "--trained_photos is not given, so that --photos were trained on"
         elif not num_class_images and name in ("PRES", "reader PRES", "reader PRIOR_TV"):
             reasons[name] = "--num_class_images is 0"
     return reasons

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from dreambooth.evaluation import judges, picture_scores, plan, reader_judge, tables
 from dreambooth.evaluation.judges import Judge, JudgeFiles
@@ -60,10 +61,10 @@ class Judges:
             readers,
         )
 
-    def skipped(self, num_class_images: int) -> dict[str, str]:
+    def skipped(self, num_class_images: int, *, has_held_out: bool) -> dict[str, str]:
         """By score that is not computed, why."""
         given = {"dino": self.dino, "clip": self.clip, "reader": self.readers or None}
-        return picture_scores.skipped(given, num_class_images)
+        return picture_scores.skipped(given, num_class_images, has_held_out=has_held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Subject:
     case: Case
     photos: Photos
     embedded: Embedded
+    trained: Embedded | None
+    """Of the photos that were trained on; None if they are `photos`."""
     reader: reader_judge.Reader | None
 
 
@@ -136,11 +139,13 @@ class Scoring:
         self.sha256: dict[str, str] = {}  # by file of a picture
 
     def write(
-        self, photos_of: Callable[[str], Photos], files: WrittenFiles, device: torch.device
+        self, photos_of: Callable[[str], Sequence[Photos]], files: WrittenFiles, device: torch.device
     ) -> dict[str, Any]:
-        """Score every picture, and write the files. `photos_of` loads a subject's photos. Returns the content
-        of results.json. Raises UserError if a judge is damaged or a picture is of other settings, OSError if
-        a file cannot be written."""
+        """Score every picture, and write the files. Returns the content of results.json.
+
+        `photos_of` loads a subject's photos and, if the adapters were trained on others, those. Raises
+        UserError if a judge is damaged or a picture has other settings, OSError if a file cannot be written.
+        """
         transform = self.options.judges.judge_dino_transform
         dino = judges.load(self.judges.dino, transform) if self.judges.dino else None
         clip = judges.load(self.judges.clip) if self.judges.clip else None
@@ -155,7 +160,7 @@ class Scoring:
                 each.folder: picture_scores.embedded(
                     each.pictures, self._images(each), dino, clip, self.check
                 )
-                for each in plan.sets_of(self.rows)
+                for each in tqdm(plan.sets_of(self.rows), desc="scores", unit="set")
             }
         records, content = self._content(subjects, drawn, [dino, clip])
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -167,18 +172,19 @@ class Scoring:
     def _subject(
         self,
         case: Case,
-        photos_of: Callable[[str], Photos],
+        photos_of: Callable[[str], Sequence[Photos]],
         dino: Judge | None,
         clip: Judge | None,
     ) -> Subject:
         self.check()
-        photos = photos_of(case.subject)
+        photos, *trained = photos_of(case.subject)
         drawn_world = self.judges.readers.get(case.subject)
         return Subject(
             case,
             photos,
             picture_scores.of_photos(photos.images, dino, clip),
-            reader_judge.Reader(drawn_world, photos.images) if drawn_world else None,
+            picture_scores.of_photos(trained[0].images, dino, clip) if trained else None,
+            reader_judge.Reader(drawn_world, [photos, *trained][-1].images) if drawn_world else None,
         )
 
     def _images(self, of: PictureSet) -> Iterator[Image.Image | None]:
@@ -235,6 +241,7 @@ class Scoring:
             }
         methods = list(dict.fromkeys(row.method for row in self.rows if row.method != BASE))
         rows = tables.table(of_subjects, methods)
+        has_held_out = any(subject.trained is not None for subject in subjects.values())
         failed = {record["file"]: record["failure"] for record in records if record["failure"]}
         for entry in of_subjects.values():
             entry["methods"] = {
@@ -247,7 +254,7 @@ class Scoring:
         return records, {
             "settings": self._settings(subjects, loaded),
             "definitions": {name: text for name, (_, text) in picture_scores.SCORES.items()},
-            "skipped": self.judges.skipped(self.options.num_class_images),
+            "skipped": self.judges.skipped(self.options.num_class_images, has_held_out=has_held_out),
             "table": rows,
             "subjects": of_subjects,
             "failures": [{"file": file, "failure": failure} for file, failure in failed.items()],
@@ -260,7 +267,9 @@ class Scoring:
             "rare_word": subject.case.rare_word,
             "live": subject.case.is_live,
             "photos": subject.photos.sha256,
-            "real": picture_scores.real_rows(subject.embedded, subject.reader, subject.photos.images),
+            "real": picture_scores.real_rows(
+                subject.embedded, subject.trained, subject.reader, subject.photos.images
+            ),
             "methods": {},
         }
 
@@ -277,7 +286,9 @@ class Scoring:
     ) -> list[dict[str, Any]]:
         """The lines of a row's pictures in pictures.jsonl."""
         of_set = self.of_set.get(row.pictures.folder, {})
-        scores = picture_scores.of_pictures(row.pictures.pictures, embedded, subject.embedded)
+        scores = picture_scores.of_pictures(
+            row.pictures.pictures, embedded, subject.embedded, subject.trained
+        )
         return [
             {
                 "file": picture.file,
@@ -314,10 +325,7 @@ class Scoring:
 def say(content: Mapping[str, Any], folder: Path) -> None:
     """Print the table, which scores are missing, and where the files are."""
     console.say(tables.terminal_text(content["table"]))
-    reasons: dict[str, list[str]] = {}
-    for name, reason in content["skipped"].items():
-        reasons.setdefault(reason, []).append(name)
-    console.notes(f"not computed: {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    console.notes(tables.not_computed(content["skipped"]))
     if content["failures"]:
         rule = "count 0" if content["settings"]["failed_pictures"] == "zero" else "are left out"
         console.say(f"note: {len(content['failures'])} pictures failed, and {rule}; {MARKDOWN} lists them")

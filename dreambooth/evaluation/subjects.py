@@ -18,7 +18,17 @@ from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
 from dreambooth.options.evaluate import SubjectOptions
 
 BASE = "base"  # the method of pictures without an adapter
-_FIELDS = ("subject", "adapter", "photos", "class_noun", "rare_word", "live", "method", "reader")
+_FIELDS = (
+    "subject",
+    "adapter",
+    "photos",
+    "class_noun",
+    "rare_word",
+    "live",
+    "method",
+    "reader",
+    "trained_photos",
+)
 _NEEDED = ("subject", "adapter", "photos", "rare_word")
 _YES, _NO = ("yes", "true", "1"), ("no", "false", "0")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
@@ -35,6 +45,8 @@ class Case:
     """How the adapter was made. Means are over the subjects of a method."""
     adapter: WeightedAdapter
     photos: Path
+    trained_photos: Path | None
+    """The photos that the adapters were trained on; None if they are `photos`."""
     class_noun: str
     rare_word: str
     is_live: bool
@@ -46,14 +58,16 @@ class Case:
         return AdapterSet(self.method, self.where, (self.adapter,))
 
     @property
-    def photos_flag(self) -> str:
-        """Names the folder of photos in messages."""
-        return "--photos" if self.where.startswith("--adapter") else f"{self.where}: photos"
+    def folders(self) -> dict[str, Path]:
+        """The folders of photos, by the name that messages have for them."""
+        start = "--" if self.where.startswith("--adapter") else f"{self.where}: "
+        trained = {f"{start}trained_photos": self.trained_photos} if self.trained_photos else {}
+        return {f"{start}photos": self.photos, **trained}
 
     @property
     def about_subject(self) -> tuple[Any, ...]:
         """What all rows of a subject must agree in."""
-        return self.photos, self.class_noun, self.rare_word, self.is_live, self.reader
+        return self.photos, self.trained_photos, self.class_noun, self.rare_word, self.is_live, self.reader
 
 
 def of(options: SubjectOptions, judge_reader: str | None) -> list[Case]:
@@ -75,7 +89,7 @@ def of(options: SubjectOptions, judge_reader: str | None) -> list[Case]:
         first = next(other for other in cases if other.subject == case.subject)
         if case.about_subject != first.about_subject:
             raise UserError(
-                f"{case.where}: photos, class_noun, rare_word, live and reader must be as in {first.where},"
+                f"{case.where}: all but adapter and method must be as in {first.where},"
                 " which is the same subject"
             )
         twin = methods.setdefault((case.subject.lower(), case.method.lower()), case)
@@ -96,6 +110,7 @@ def _of_flags(options: SubjectOptions, judge_reader: str | None) -> Iterator[Cas
             "subject": Path(options.photos or "").absolute().name,
             "adapter": word,
             "photos": options.photos,
+            "trained_photos": options.trained_photos,
             "class_noun": options.class_noun,
             "rare_word": options.rare_word,
             "live": options.live,
@@ -187,13 +202,14 @@ def _case(row: Mapping[str, Any], where: str) -> Case:
     for name, text in (("class_noun", class_noun), ("rare_word", texts["rare_word"] or "")):
         if "{" in text or "}" in text:
             raise UserError(f"{where}: {name} must have no braces, got {shortened(text)!r}")
-    folder = texts["reader"]
+    trained, folder = texts["trained_photos"], texts["reader"]
     return Case(
         where,
         subject,
         method,
         _weighted(paths.expanded(texts["adapter"] or "", f"{where}: adapter"), where),
         Path(paths.expanded(texts["photos"] or "", f"{where}: photos")),
+        Path(paths.expanded(trained, f"{where}: trained_photos")) if trained else None,
         class_noun,
         texts["rare_word"] or "",
         _is_live(row.get("live"), class_noun, where),

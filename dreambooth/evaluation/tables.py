@@ -81,6 +81,14 @@ def table(subjects: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> 
     return rows
 
 
+def not_computed(skipped: Mapping[str, str]) -> list[str]:
+    """A line for each reason why scores are missing. `skipped` has the reasons by score."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names_of.setdefault(reason, []).append(name)
+    return [f"not computed: {', '.join(names)} ({reason})" for reason, names in names_of.items()]
+
+
 def _columns(rows: Table) -> list[str]:
     return [name for name in SCORES if any(name in row["scores"] for row in rows)]
 
@@ -127,7 +135,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts += _grid(columns, of_subject, lambda row, name: _number(row["scores"].get(name)))
     parts.append("\nScores:\n")
     parts += [f"- {name}: {results['definitions'][name]}" for name in columns]
-    parts += [f"- {name}: not computed, {reason}" for name, reason in results["skipped"].items()]
+    parts += [f"- {line}" for line in not_computed(results["skipped"])]
     if results["failures"]:
         rule = "count 0" if results["settings"]["failed_pictures"] == "zero" else "are left out"
         parts.append(f"\nFailed pictures, which {rule}:\n")

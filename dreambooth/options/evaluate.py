@@ -23,6 +23,9 @@ class SubjectOptions(Group):
     my_dog:0.8. Each is evaluated on its own."""
     photos: FilePath | None = None
     """Folder with the photos of the subject."""
+    trained_photos: FilePath | None = None
+    """Folder with the photos that the adapters were trained on, where --photos has others: copying is
+    measured against these. Default: --photos."""
     class_noun: Name | None = None
     """Class noun of the subject: dog, stuffed animal."""
     rare_word: Name | None = None
@@ -32,13 +35,13 @@ class SubjectOptions(Group):
     the class nouns dog and cat."""
     subjects_file: FilePath | None = None
     """YAML or CSV file with a row for each subject and adapter, in place of the flags above. A row has
-    subject, adapter, photos, class_noun, rare_word and, optionally, live, method and reader. Means are over
-    the subjects of a method."""
+    subject, adapter, photos, class_noun, rare_word and, optionally, trained_photos, live, method and reader.
+    Means are over the subjects of a method."""
     subjects: tuple[str, ...] = ()
     """Names of the subjects of --subjects_file that are evaluated. Default: all."""
 
     def _check(self) -> None:
-        given = [f"--{name}" for name in (*_OF_ONE_SUBJECT, "live") if getattr(self, name)]
+        given = [f"--{name}" for name in (*_OF_ONE_SUBJECT, "trained_photos", "live") if getattr(self, name)]
         if self.subjects_file:
             require(
                 not given,

@@ -72,7 +72,7 @@ def test_a_subset_of_the_subjects_is_selected(tmp_path):
         (f"- {{{ROW}}}\n- {{{ROW}}}\n", r"row 2 \(dog6\): subject dog6 with method adapter is .*row 1"),
         (
             f"- {{{ROW}}}\n- {{{ROW.replace('sks', 'qwe')}, method: b}}\n",
-            r"row 2 \(dog6\): photos, class_noun, rare_word, live and reader must be as in .*row 1",
+            r"row 2 \(dog6\): all but adapter and method must be as in .*row 1",
         ),
         (f"- {{{ROW.replace('a.safetensors', QUOTED_WEIGHT)}}}\n", "weight of . must be a number from -100"),
     ],

@@ -25,6 +25,9 @@ from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.training import BaseOptions
+from picturebook import metrics
+from picturebook.read import read
+from picturebook.subjects import load_subject
 from tests import tiny, tiny_judges
 from tests.drawn_adapters import ATTENTION, adapter_of, dora, lora
 from tests.running import main_on_two_processes
@@ -275,10 +278,10 @@ def test_failed_pictures_count_and_are_listed(place, evaluated, tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_table_has_subjects_and_methods_and_a_subset_draws_the_same_pictures(place, tmp_path):
-    rows = "subject,adapter,photos,class_noun,rare_word,method\n"
-    for subject in ("rex", "tom"):
-        rows += f"{subject},{place}/lora.safetensors,{place}/{subject},dog,sks,lora\n"
-    rows += f"tom,{place}/dora.safetensors:0.5,{place}/tom,dog,sks,dora\n"
+    rows = "subject,adapter,photos,class_noun,rare_word,method,trained_photos\n"
+    rows += f"rex,{place}/lora.safetensors,{place}/rex,dog,sks,lora,{place}/tom\n"
+    rows += f"tom,{place}/lora.safetensors,{place}/tom,dog,sks,lora,\n"
+    rows += f"tom,{place}/dora.safetensors:0.5,{place}/tom,dog,sks,dora,\n"
     (tmp_path / "subjects.csv").write_text(rows)
     (tmp_path / "one.txt").write_text("a {0} {1} in the snow\n")
     words = ["--subjects_file", str(tmp_path / "subjects.csv"), "--prompts_file", str(tmp_path / "one.txt")]
@@ -293,6 +296,14 @@ def test_a_table_has_subjects_and_methods_and_a_subset_draws_the_same_pictures(p
     assert dino["micro"] == pytest.approx((3 * of["rex"] + 2 * of["tom"]) / 5, abs=1e-12)
     assert dino["interval"] == pytest.approx(sorted(of.values()), abs=1e-12)
     assert table["dora"]["scores"]["DINO"]["interval"] is None
+    # copying is measured against the photos that were trained on
+    record = next(r for r in records_of(tmp_path / "out") if (r["subject"], r["method"]) == ("rex", "lora"))
+    drawn = embeddings(place, [Image.open(tmp_path / "out" / record["file"])])["dino"][0]
+    for name, folder, count in (("nearest", "tom", 2), ("held-out", "rex", 3)):
+        photos = [Image.open(place / folder / f"photo-{n}.png") for n in range(count)]
+        nearest = max(embeddings(place, photos)["dino"] @ drawn)
+        assert record["scores"][name] == pytest.approx(nearest, abs=1e-6), name
+    assert table["lora"]["scores"]["held-out"]["subjects"] == 1
     # both subjects have the same prompts: the base draws them once
     assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 2 * (1 + 3)
     run(place, tmp_path / "tom", *words, "--subjects", "tom")
@@ -321,6 +332,13 @@ def test_the_reader_scores_pictures_of_the_drawn_world(place, tmp_path):
         names = ("ID", "ID_all", "PA", "JOINT", "PRES", "PRIOR_TV", "DIV", "COPY")
         assert table[row].keys() == {f"reader {name}" for name in names}
     assert table["base"]["reader PRIOR_TV"]["macro"] == 0
+    # the means are those that picturebook.metrics gives for all pictures together
+    drawn = [r for r in records_of(tmp_path / "out") if r["method"] == "adapter" and r["text"] != r["prompt"]]
+    readings = [read(Image.open(tmp_path / "out" / record["file"])) for record in drawn]
+    kind, colour, identity = load_subject(Path("picturebook/subjects/dog"))
+    together = metrics.subject_scores(readings, [r["prompt"] for r in drawn], kind, colour, identity)
+    for name in ("ID", "ID_all", "PA", "JOINT"):
+        assert table["adapter"][f"reader {name}"]["macro"] == pytest.approx(together[name], abs=1e-12), name
     assert results["skipped"]["DINO"] == "--judge_dino is not given"
 
 
