@@ -60,6 +60,7 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
         cases,
         prompts,
         options.num_images,
+        options.class_prompt,
         options.num_class_images,
         lambda template, k: sampling_order.key(options.seed, "evaluation", template, k),
     )

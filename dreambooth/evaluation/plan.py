@@ -49,33 +49,34 @@ def rows_of(
     cases: Sequence[Case],
     prompts: Sequence[str] | None,
     num_images: int,
+    class_prompt: str,
     num_class_images: int,
     seed_of: Callable[[str, int], int],
 ) -> list[Row]:
     """The rows of each subject, its base first, in the order of `cases`.
 
-    `prompts` are templates for all subjects; None stands for those of the paper. `seed_of` returns the seed
-    of a template's picture number k: it is the same for the base, for every adapter and for every subject.
-    Subjects with the same prompts share the base's pictures.
+    `prompts` are templates for all subjects; None stands for those of the paper. `class_prompt` is a
+    template, too. `seed_of` returns the seed of a template's picture number k: it is the same for the base,
+    for every adapter and for every subject. Subjects with the same prompts share the base's pictures.
     """
 
     def pictures(folder: str, case: Case) -> tuple[Picture, ...]:
         paper = protocol.LIVE_PROMPTS if case.is_live else protocol.OBJECT_PROMPTS
         jobs = [
-            (f"{number:02d}-{k:02d}.png", template, k)
+            (f"{number:02d}-{k:02d}.png", template, k, False)
             for number, template in enumerate(prompts if prompts is not None else paper)
             for k in range(num_images)
         ]
-        jobs += [(f"class-{k:03d}.png", protocol.CLASS_PROMPT, k) for k in range(num_class_images)]
+        jobs += [(f"class-{k:03d}.png", class_prompt, k, True) for k in range(num_class_images)]
         return tuple(
             Picture(
                 f"{folder}/{name}",
                 protocol.filled(template, case.rare_word, case.class_noun),
                 protocol.without_rare_word(template, case.class_noun),
                 seed_of(template, k),
-                template == protocol.CLASS_PROMPT,
+                is_class,
             )
-            for name, template, k in jobs
+            for name, template, k, is_class in jobs
         )
 
     rows: list[Row] = []

@@ -50,7 +50,6 @@ LIVE_PROMPTS = (
     "a {0} {1} in a purple wizard outfit",
     *OBJECT_PROMPTS[20:],
 )
-CLASS_PROMPT = "a {1}"
 # Class noun of each subject of the data set.
 CLASSES = {
     "backpack": "backpack",

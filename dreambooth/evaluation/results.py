@@ -315,6 +315,7 @@ class Scoring:
             "num_images": options.num_images,
             "num_class_images": options.num_class_images,
             "prompts": "--prompts_file" if options.prompts_file else "DreamBooth paper",
+            "class_prompt": options.class_prompt,
             "failed_pictures": options.failed_pictures,
             "averages": "macro: mean over subjects; micro: mean over all pairs or pictures",
             "interval": "95 %, percentile bootstrap over subjects, 10,000 resamples, seed 0",

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
+from dreambooth.io.errors import shortened
 from dreambooth.options.evaluation import Judges
 from dreambooth.options.paths import FilePath
 from dreambooth.options.pictures import DrawingOptions
@@ -74,7 +75,9 @@ class EvaluateOptions(Group):
     num_images: Annotated[int, Range(1, 10_000)] = 4
     """Pictures of each prompt."""
     num_class_images: CountOrZero = 100
-    """Pictures of the class prompt ("a dog"), drawn with each adapter and with the base, for PRES."""
+    """Pictures of the class prompt, drawn with each adapter and with the base, for PRES."""
+    class_prompt: Name = "a {1}"
+    """The class prompt: {1} is the class noun."""
     seed: Seed = 0
     """The noise of a picture depends on this seed, its prompt's line and its number alone: the base and every
     adapter draw from the same noise."""
@@ -91,5 +94,10 @@ class EvaluateOptions(Group):
     speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
 
     def _check(self) -> None:
+        require(
+            "{1}" in self.class_prompt and "{0}" not in self.class_prompt,
+            "--class_prompt must have {1}, where the class noun goes, and not {0}, the rare word; got"
+            f" {shortened(self.class_prompt)!r}",
+        )
         # the rows of a table may have readers
         require(self.judges.is_given or self.subject.subjects_file is not None, NO_JUDGE)

@@ -120,14 +120,14 @@ def test_the_shipped_table_has_all_subjects_of_the_paper():
     cases = cases_of(ROOT / "configs" / "evaluation" / "dreambooth_subjects.yaml")
     assert {case.subject: case.class_noun for case in cases} == protocol.CLASSES
     assert sum(case.is_live for case in cases) == 9
-    rows = plan.rows_of(cases, None, 4, 0, lambda template, k: 0)
+    rows = plan.rows_of(cases, None, 4, "a {1}", 0, lambda template, k: 0)
     assert sum(len(row.pictures.pictures) for row in rows if row.method != subjects.BASE) == 3000
 
 
 def test_seeds_are_of_prompt_and_picture_alone(tmp_path):
     path = written(tmp_path, f"- {{{ROW}}}\n- {{{ROW.replace('dog6', 'can')}}}\n")
     rows = plan.rows_of(
-        cases_of(path), ("a {0} {1}", "{0} {1}"), 2, 1, lambda template, k: hash((template, k))
+        cases_of(path), ("a {0} {1}", "{0} {1}"), 2, "a {1}", 1, lambda template, k: hash((template, k))
     )
     seeds = {tuple(picture.seed for picture in row.pictures.pictures) for row in rows}
     assert len(rows) == 4

@@ -279,6 +279,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value, capsys):
             [*INFER, "--judge_dino", "d", "--adapter", "a"],
             "--photos, --class_noun, --rare_word",
         ),
+        (EvaluateOptions, [*EVALUATE, "--class_prompt", "a dog"], "--class_prompt must have {1}, where"),
         (EvaluateOptions, EVALUATE[:-2], "give a judge: --judge_dino, --judge_clip, --judge_reader"),
         (
             EvaluateOptions,
