@@ -14,6 +14,7 @@ PAGE = programs.ROOT / "docs" / "evidence.md"
 SCORES = ("JOINT", "ID", "PA", "COPY")
 # A run counts as over-trained if its last step loses this share of its best step's JOINT.
 OVER_TRAINED = 0.15
+UNSEEN = ("bird", "car")  # subjects that the rule was not made on
 Record = Mapping[str, Any]
 
 
@@ -110,10 +111,18 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
         for part, bands in parts.items():
             means = [(r, [_mean(values[bands]) for values in by_step.values()]) for r, by_step in series]
             rows.append({"meter": name, "bands": part, **_correlation(means)})
+    by_number = _correlation([(r, steps_of(r)) for r in records])
+    by_rule = _correlation([(r, _rule_scores(r)) for r in records])
     return [
-        {"meter": "number of the step", "bands": "", **_correlation([(r, steps_of(r)) for r in records])},
+        {"meter": "number of the step", "bands": "", **by_number},
+        {"meter": "fit less harm (the rule)", "bands": "", **by_rule},
         *rows,
     ]
+
+
+def _rule_scores(record: Record) -> list[float]:
+    by_step = {meter["step"]: meter["meter"] for meter in record["meter"]}
+    return [choice.score(by_step[step], by_step[0]).total for step in steps_of(record)]
 
 
 def _correlation(series: Sequence[tuple[Record, Sequence[float]]]) -> dict[str, float | None]:
@@ -139,9 +148,11 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
     rows = [row for row in map(judged, records) if row["named"] is not None]
     over = [row for row in rows if row["over_trained"]]
     shares = [row for row in rows if row["JOINT_best"] > 0]
+    unseen = [row for row in shares if row["run"]["subject"] in UNSEEN]
     return {
         "runs": len(rows),
         "share_of_best": _over_subjects(shares, lambda row: row["JOINT_named"] / row["JOINT_best"]),
+        "share_of_best_unseen": _over_subjects(unseen, lambda row: row["JOINT_named"] / row["JOINT_best"]),
         "last_share_of_best": _over_subjects(shares, lambda row: row["JOINT_last"] / row["JOINT_best"]),
         "over_trained": len(over),
         "named_minus_last_over_trained": _over_subjects(
@@ -186,6 +197,7 @@ def table(records: Sequence[Record], runs_in_all: int) -> str:
     lines += ["", "| over all runs | mean | 95 % interval over subjects |", "|---|---|---|"]
     for title, key in (
         ("JOINT at the named step, as a share of the best step's", "share_of_best"),
+        ("the same, subjects that the rule was not made on", "share_of_best_unseen"),
         ("JOINT at the last step, as a share of the best step's", "last_share_of_best"),
         ("JOINT at the named step less that at the last, all runs", "named_minus_last"),
         (f"the same, {figures['over_trained']} over-trained runs", "named_minus_last_over_trained"),
