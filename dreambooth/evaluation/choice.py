@@ -1,15 +1,15 @@
 """The rule that names the checkpoint to keep, from the meter's records alone.
 
-Two measures follow what people judge. Both are shares of the loss at step 0, each on fixed noise:
+It weighs two measures. Both are logarithms of a loss divided by that of step 0, on the same noise:
 
-- The *fit*: by how much the loss on trained photos fell, at middle noise. There the layout of a photo is
-  visible and its details are not, so a lower loss means that the subject's details were learned.
-- The *harm*: by how much the loss on held-out photos rose, at low noise. There nearly everything is visible,
-  so a higher loss means that pictures in general are denoised worse.
+- The *fit*: how far the loss on trained photos fell, at middle noise. There the layout of a photo is visible
+  and its details are not, so a lower loss means that the subject's details were learned.
+- The *harm*: how far the loss on held-out photos rose, at low noise. There nearly everything is visible, so a
+  higher loss means that pictures in general are denoised worse.
 
-The named step is the one with the most fit less harm. Shares do not depend on what the base predicts (noise
-or velocity), nor on the size of its losses. `benchmarks/choice.py` judges the rule; docs/evidence.md says
-which measures do not predict and are left out.
+The named step is the one with the most fit less harm. Ratios of losses do not depend on what the base
+predicts (noise or velocity), nor on the size of its losses, and the rule has no weight to tune.
+`benchmarks/choice.py` judges it; docs/evidence.md says which measures do not predict and are left out.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The measures of one step, as shares of the loss at step 0."""
+    """The measures of one step, in nats: 0.1 is a loss that changed by a tenth."""
 
     fit: float
     harm: float
@@ -93,15 +93,15 @@ def _scores(records: Sequence[Record]) -> dict[int, Score]:
 
 def score(meter: Mapping[str, Any], at_start: Mapping[str, Any]) -> Score:
     """The measures of a step from its meter record and from that of step 0."""
-    fit = [1 - share for share in _shares(meter, at_start, "loss_trained")[MIDDLE]]
-    harm = [share - 1 for share in _shares(meter, at_start, "loss_held_out")[LOW]]
+    fit = [-change for change in _changes(meter, at_start, "loss_trained")[MIDDLE]]
+    harm = _changes(meter, at_start, "loss_held_out")[LOW]
     return Score(sum(fit) / len(fit), sum(harm) / len(harm))
 
 
-def _shares(meter: Mapping[str, Any], at_start: Mapping[str, Any], name: str) -> list[float]:
-    """By band, the loss as a share of that at step 0."""
+def _changes(meter: Mapping[str, Any], at_start: Mapping[str, Any], name: str) -> list[float]:
+    """By band, the logarithm of the loss divided by that at step 0; NaN where one of them is 0."""
     pairs = zip(meter[name]["bands"], at_start[name]["bands"], strict=True)
-    return [now / before if before > 0 else math.nan for now, before in pairs]
+    return [math.log(now / before) if now > 0 and before > 0 else math.nan for now, before in pairs]
 
 
 def _why(best: Score, later: Sequence[Score]) -> str:
@@ -119,8 +119,5 @@ def _worse(best: Score, later: Sequence[Score]) -> str | None:
     recent = later[-IN_A_ROW:]
     if len(recent) < IN_A_ROW or any(value.total > best.total - MARGIN for value in recent):
         return None
-    last = recent[-1]
-    return (
-        f"likeness was {best.fit:.2f} at the best step and is {last.fit:.2f},"
-        f" the loss on held-out photos at low noise rose by {best.harm:.0%} there and by {last.harm:.0%} now"
-    )
+    change = f"from {best.total:.2f} to {recent[-1].total:.2f}"
+    return f"likeness less the loss on held-out photos fell {change} since the best step"

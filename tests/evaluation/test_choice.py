@@ -11,10 +11,10 @@ START = 0.5  # the loss at step 0, in every band
 
 
 def record(step: int, fit: float = 0.0, harm: float = 0.0, **more: Any) -> dict[str, Any]:
-    """A record of a step whose loss on trained photos fell by the share `fit` at middle noise, and whose loss
-    on held-out photos rose by the share `harm` at low noise. Other bands say the opposite."""
-    trained = [START * (1 - fit if 3 <= band < 7 else 1 + 9 * fit) for band in range(10)]
-    held_out = [START * (1 + harm if band < 3 else 1 - harm) for band in range(10)]
+    """A record of a step whose loss on trained photos fell by `fit` at middle noise, and whose loss on
+    held-out photos rose by `harm` at low noise, both as logarithms. Other bands say the opposite."""
+    trained = [START * math.exp(-fit if 3 <= band < 7 else fit) for band in range(10)]
+    held_out = [START * math.exp(harm if band < 3 else -harm) for band in range(10)]
     meter = {"loss_trained": {"bands": trained}, "loss_held_out": {"bands": held_out}}
     return {"step": step, "meter": {**meter, "seconds": 1.0}, **more}
 
@@ -72,17 +72,18 @@ def test_without_a_held_out_photo_no_step_is_named():
     assert choice.candidates(records) == []
 
 
-def test_a_measurement_that_is_not_finite_is_passed_over():
-    assert choice.choose(run((0.3, 0.0), (math.nan, 0.0), (0.2, 0.0))).step == 50
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0])
+def test_a_measurement_that_is_not_finite_is_passed_over(loss):
+    records = run((0.3, 0.0), (0.9, 0.0), (0.2, 0.0))
+    records[2]["meter"]["loss_trained"]["bands"][5] = loss
+    assert choice.choose(records).step == 50
 
 
 def test_a_run_is_worse_after_two_measurements_in_a_row_far_under_the_best():
     falls = [(0.6, 0.0), (0.6, 0.2), (0.6, 0.3)]
     assert choice.choose(run(*falls[:2])).worse is None
-    assert choice.choose(run(*falls)).worse == (
-        "likeness was 0.60 at the best step and is 0.60, the loss on held-out photos at low noise rose by 0%"
-        " there and by 30% now"
-    )
+    fall = "likeness less the loss on held-out photos fell from 0.60 to 0.30 since the best step"
+    assert choice.choose(run(*falls)).worse == fall
     assert choice.choose(run(*falls, (0.6, 0.05))).worse is None
     assert choice.choose(run((0.6, 0.0), (0.6, 0.05), (0.6, 0.09))).worse is None
 
