@@ -13,19 +13,24 @@ import yaml
 from accelerate.state import AcceleratorState
 
 import convert_adapter
+import evaluate
 import generate_class_images
 import infer
 import train_dreambooth_lora
 from dreambooth.options.command_line import parse
+from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 from picturebook import score, score_sets
-from tests import tiny
+from tests import tiny, tiny_judges
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 # in an order in which each command finds what the ones before it made
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "memory", "adapters"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("training", "memory", "adapters", "evaluation")),
+]
 NOTEBOOK = ROOT / "examples" / "dreambooth_lora.ipynb"
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -34,6 +39,7 @@ SCRIPTS: dict[str, Any] = {
     "train_dreambooth_lora.py": (train_dreambooth_lora.main, TrainOptions),
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
     "infer.py": (infer.main, InferOptions),
+    "evaluate.py": (evaluate.main, EvaluateOptions),
     "convert_adapter.py": (convert_adapter.main, None),
 }
 SHORT = {
@@ -41,6 +47,8 @@ SHORT = {
     "--checkpointing_steps 1 --report_to none",
     "generate_class_images.py": "--num_class_images 2 --class_inference_steps 1",
     "infer.py": "--num_inference_steps 1 --seeds 0 --mixed_precision no",
+    "evaluate.py": "--num_inference_steps 1 --num_images 1 --num_class_images 0 --mixed_precision no "
+    "--judge_dino judges/dino --judge_clip judges/clip",
 }
 
 
@@ -127,6 +135,8 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch):
         HUB_ID: tiny.build_pipeline(tmp_path / "base"),
     }
     prepare_folder(tmp_path, monkeypatch)
+    tiny_judges.build_dino(tmp_path / "judges" / "dino")
+    tiny_judges.build_clip(tmp_path / "judges" / "clip")
     (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
     commands = [command for page in PAGES for command in commands_of(page)]
