@@ -33,6 +33,7 @@ from dreambooth.evaluation.plan import Picture, PictureSet, Row
 from dreambooth.evaluation.subjects import Case
 from dreambooth.io import console
 from dreambooth.io.errors import UserError, shown
+from dreambooth.options.photos import MOST_PIXELS
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
@@ -100,11 +101,15 @@ def check_photos(cases: Sequence[Case]) -> dict[str, list[list[photos.Photo]]]:
     the row, if they cannot be used."""
     photos_of: dict[str, list[list[photos.Photo]]] = {}
     for case in cases:
-        if case.subject not in photos_of:
-            photos_of[case.subject] = [
-                photos.check_folder(folder, flag, allow_odd_photos=True).photos
-                for flag, folder in case.folders.items()
-            ]
+        if case.subject in photos_of:
+            continue
+        photos_of[case.subject] = []
+        for flag, path in case.folders.items():
+            folder = photos.check_folder(
+                path, flag, max_pixels=MOST_PIXELS, allow_odd_photos=True, follow_symlinks=True
+            )
+            console.notes(folder.notes)
+            photos_of[case.subject].append(folder.photos)
     return photos_of
 
 

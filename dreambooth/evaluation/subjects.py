@@ -31,7 +31,7 @@ _FIELDS = (
 )
 _NEEDED = ("subject", "adapter", "photos", "rare_word")
 _YES, _NO = ("yes", "true", "1"), ("no", "false", "0")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]{0,59}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +102,29 @@ def of(options: SubjectOptions, judge_reader: str | None) -> list[Case]:
 
 
 def _of_flags(options: SubjectOptions, judge_reader: str | None) -> Iterator[Case]:
-    """A case for each --adapter."""
-    several = len(options.adapter) > 1
-    for word in options.adapter:
-        adapter = _weighted(word, "--adapter")
+    """A case for each --adapter. Subject and methods have the names of the photos' folder and of the
+    adapters."""
+    names = [_folder_name(_weighted(word, "--adapter").path) for word in options.adapter]
+    for number, word in enumerate(options.adapter):
+        earlier = names[:number].count(names[number])
+        method = names[number] + (f"-{earlier + 1}" if earlier else "")
         fields = {
-            "subject": Path(options.photos or "").absolute().name,
+            "subject": _folder_name(Path(options.photos or "")),
             "adapter": word,
             "photos": options.photos,
             "trained_photos": options.trained_photos,
             "class_noun": options.class_noun,
             "rare_word": options.rare_word,
             "live": options.live,
-            "method": adapter.name if several else "adapter",
+            "method": method if len(names) > 1 else "adapter",
             "reader": judge_reader,
         }
-        yield _case(fields, "--adapter" + (f" {shown(word)}" if several else ""))
+        yield _case(fields, "--adapter" + (f" {shown(word)}" if len(names) > 1 else ""))
+
+
+def _folder_name(path: Path) -> str:
+    """The name of a file or folder, as the name of a subject or method."""
+    return adapter_sets.name_of(path).lstrip("-.")[:50] or "unnamed"
 
 
 def _selected(cases: list[Case], options: SubjectOptions) -> list[Case]:

@@ -79,8 +79,8 @@ class EvaluateOptions(Group):
     class_prompt: Name = "a {1}"
     """The class prompt: {1} is the class noun."""
     seed: Seed = 0
-    """The noise of a picture depends on this seed, its prompt's line and its number alone: the base and every
-    adapter draw from the same noise."""
+    """The noise of a picture depends on this seed, its prompt before words are put in, and its number: base
+    and adapters draw from the same noise."""
     failed_pictures: Literal["zero", "skip"] = "zero"
     """What a picture that is black or cannot be read counts as in DINO, CLIP-I and CLIP-T: 0, or nothing.
     Their number is always printed."""

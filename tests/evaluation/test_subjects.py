@@ -111,9 +111,9 @@ def test_several_adapters_of_the_flags_are_methods():
         ("rex", "a"),
         ("rex", "b"),
     ]
-    options = SubjectOptions(adapter=("a", "a"), photos="rex", class_noun="dog", rare_word="sks")
-    with pytest.raises(UserError, match="subject rex with method a is --adapter a too"):
-        subjects.of(options, None)
+    options = SubjectOptions(adapter=("a", "a"), photos="my dog", class_noun="dog", rare_word="s")
+    assert [case.method for case in subjects.of(options, None)] == ["a", "a-2"]
+    assert subjects.of(options, None)[0].subject == "my_dog"
 
 
 def test_the_shipped_table_has_all_subjects_of_the_paper():
