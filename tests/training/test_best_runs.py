@@ -25,9 +25,9 @@ STOPPED = (*METERED, "--stop_when_worse")
 BEST_FILE = "best/pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fixed_rule(monkeypatch):
-    """The rule of these tests: step BEST is the best once it is measured, and step WORSE_FROM is worse."""
+    """In place of the rule: step BEST is the best once it is measured, and step WORSE_FROM is worse."""
 
     def choose(records: list[dict[str, Any]]) -> choice.Choice:
         last = max(record["step"] for record in records)
@@ -43,6 +43,7 @@ def status(out: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.trains
+@pytest.mark.usefixtures("fixed_rule")
 def test_best_has_the_adapter_of_its_step_and_infer_draws_with_it(
     tiny_base, photos_dir, plain_run, tmp_path, capsys
 ):
@@ -64,6 +65,7 @@ def test_best_has_the_adapter_of_its_step_and_infer_draws_with_it(
 
 
 @pytest.mark.trains
+@pytest.mark.usefixtures("fixed_rule")
 def test_stop_when_worse_ends_a_finished_run_early_and_so_does_its_resumed_run(
     tiny_base, photos_dir, plain_run, tmp_path, capsys
 ):
@@ -89,6 +91,7 @@ def _evaluations(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.trains
+@pytest.mark.usefixtures("fixed_rule")
 def test_two_processes_end_early_together(tiny_base, photos_dir, tmp_path):
     words = [*STOPPED, "--gradient_accumulation_steps"]
     alone = run_train(tiny_base, photos_dir, tmp_path / "alone", *words, "2")
@@ -97,6 +100,38 @@ def test_two_processes_end_early_together(tiny_base, photos_dir, tmp_path):
     assert status(tmp_path / "two") == status(tmp_path / "alone")
     assert digest(tmp_path / "two" / alone.name) == digest(alone)
     assert digest(tmp_path / "two" / BEST_FILE) == digest(tmp_path / "alone" / BEST_FILE)
+
+
+@pytest.mark.trains
+def test_the_named_step_is_that_of_the_rule_on_the_records(tiny_base, photos_dir, tmp_path, capsys):
+    words = ["--learning_rate", "1e-2", "--holdout", "1"]
+    run_train(tiny_base, photos_dir, tmp_path, *METERED, *words)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    chosen = choice.choose(list(map(json.loads, lines)))
+    assert chosen.step in (2, 4, 6)
+    why = {"step": chosen.step, "why": chosen.why}
+    assert json.loads((tmp_path / "best/why.json").read_text()) == why
+    assert [record["best"] for record in map(json.loads, lines) if "best" in record][-1] == why
+    assert f"best: step {chosen.step}: {chosen.why} (" in capsys.readouterr().out
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ("--max_train_steps", "1", "--meter_steps", "1", *METERED[-2:]),
+            "no photo is held out (--holdout or --holdout_data_dir)",
+        ),
+        (("--max_train_steps", "1"), "nothing was measured (--meter_steps)"),
+    ],
+)
+def test_a_run_that_can_name_no_step_says_why_in_one_line(
+    words, reason, tiny_base, photos_dir, tmp_path, capsys
+):
+    run_train(tiny_base, photos_dir, tmp_path, *words)
+    assert capsys.readouterr().out.splitlines().count(f"best: no step is named: {reason}") == 1
+    assert not (tmp_path / "best").exists()
 
 
 def test_a_users_file_in_best_is_refused_before_models_load(tiny_base, photos_dir, tmp_path, no_models):
