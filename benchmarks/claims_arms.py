@@ -283,7 +283,7 @@ CLAIMS = (
                 "JOINT",
                 ("best-lokr", 300),
                 ("best-lora", 300),
-                "LoKr has no less JOINT, with an eighth of the parameters",
+                "LoKr has no less JOINT, with a seventh of the parameters",
             ),
         ),
         ("ID", "JOINT", "PRES", "DIV"),
