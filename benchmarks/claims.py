@@ -116,12 +116,13 @@ def search_jobs(subject: str) -> Iterator[Job]:
 
 
 def jobs(options: Options, protocol: Protocol, results: Results) -> Iterator[Job]:
-    """The runs in order of worth: for each seed the long ones of all subjects, then the others by subject.
+    """The runs in order of worth: for each seed the long ones and those that draw with their adapters, of all
+    subjects; then the others by subject.
 
     Arms whose rate is not chosen yet are left out.
     """
-    long = [arm for arm in ARMS if len(arm.steps) > 2]
-    short = [arm for arm in ARMS if len(arm.steps) <= 2]
+    long = [arm for arm in ARMS if len(arm.steps) > 2 or arm.word != WORD]
+    short = [arm for arm in ARMS if arm not in long]
     for seed in options.seeds:
         for arm in long:
             yield from (Job(arm, arm.rate or 0, subject, seed) for subject in options.subjects)

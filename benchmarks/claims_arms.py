@@ -55,13 +55,14 @@ BASELINE = Arm("text+unet", "text encoder and UNet, rank 8", "--rank 8 --train_t
 ARMS = (
     # (a), and the over-training experiment
     BASELINE,
+    # (f): the adapters of the baseline, other prompts
+    Arm("other-word", "another unused word", BASELINE.flags, (300,), word=OTHER_WORD),
+    Arm("no-word", "no word", BASELINE.flags, (300,), word=None),
+    # (a) again
     Arm("unet", "UNet, rank 8", "--rank 8", LONG),
     Arm("unet-equal", "UNet, rank 10 (as many parameters)", "--rank 10", CURVE),
     # a rank of 0 does not exist: the UNet's adapter keeps its initial 0 at a rate of 0
     Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", CURVE),
-    # (f): the adapters of the baseline, other prompts
-    Arm("other-word", "another unused word", BASELINE.flags, (300,), word=OTHER_WORD),
-    Arm("no-word", "no word", BASELINE.flags, (300,), word=None),
     # (b)
     Arm("prior-200", "prior, 200 class images", BASELINE.flags, (400,), class_images=200),
     Arm("prior-20", "prior, 20 class images", BASELINE.flags, (400,), class_images=20),
