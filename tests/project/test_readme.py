@@ -137,6 +137,7 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch):
     prepare_folder(tmp_path, monkeypatch)
     tiny_judges.build_dino(tmp_path / "judges" / "dino")
     tiny_judges.build_clip(tmp_path / "judges" / "clip")
+    (tmp_path / "my_prompts.txt").write_text("a photo of sks dog in the snow\n")
     (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
     commands = [command for page in PAGES for command in commands_of(page)]
