@@ -113,6 +113,7 @@ class Place(Folders):
 
 SD15, SDXL = "Stable Diffusion 1.5, 512 px", "Stable Diffusion XL, 1024 px"
 CHECKPOINTING, TEXT = "--gradient_checkpointing", "--train_text_encoder"
+CLASS = "--class_prompt dog"  # which the measurements of a recipe need
 OWN_PRIOR = "--with_prior_preservation --class_prompt dog --class_data_dir {drawn} --num_class_images 2"
 PRIOR = (
     "--with_prior_preservation --class_prompt dog --class_data_dir {class} "
@@ -165,8 +166,8 @@ CASES: dict[str, Case] = {
         flags=f"{TEXT} {PRIOR} {CHECKPOINTING}",
     ),
     "recipe-sd15-4gb": _recipe("sd15_4gb.yaml", OWN_PRIOR),
-    "recipe-sdxl-8gb": _recipe("sdxl_8gb.yaml"),
-    "recipe-sdxl-6gb": _recipe("sdxl_6gb.yaml"),  # needs torchao
+    "recipe-sdxl-8gb": _recipe("sdxl_8gb.yaml", CLASS),
+    "recipe-sdxl-6gb": _recipe("sdxl_6gb.yaml", CLASS),  # needs torchao
     **{f"{base}-drawing-{batch}": _drawing(base, batch) for base in ("sd15", "sdxl") for batch in (1, 4)},
     "sd15-class-images-4": _drawing("sd15", 4, "class images"),
     "same-embedded-fp32": _hashed(

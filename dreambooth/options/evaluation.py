@@ -4,18 +4,18 @@ import dataclasses
 from typing import Annotated, Literal
 
 from dreambooth.options.paths import FilePath, PathOrId
-from dreambooth.options.rules import Count, CountOrZero, Group, Range, require
+from dreambooth.options.rules import CountOrZero, Group, Range, require
 
 
 @dataclasses.dataclass
 class MeterOptions(Group):
     """Measurements from the base and the adapter alone: how well the subject is learned, and what is lost."""
 
-    meter_steps: Count | None = None
-    """Steps between measurements, which need --class_prompt and change nothing of the training. The first is
-    at step 0, another follows the last step. A measurement takes 120 forward passes of one picture (160 with
-    class images, 80 without held-out photos), as long as some 40 steps of batch size 1 or 10 of batch size 4.
-    Default: no measurements."""
+    meter_steps: CountOrZero = 0
+    """Steps between measurements, which need --class_prompt and change nothing of the training; 0 measures
+    nothing. The first is at step 0, another follows the last step. One takes 120 forward passes of a picture
+    (160 with class images, 80 without held-out photos): by count as long as 60 steps of batch size 1 without
+    class images, or 10 of batch size 4 with them; with --gradient_checkpointing 40 and 7."""
     holdout: CountOrZero = 0
     """Number of instance photos that are not trained on, the last by file name. --meter_steps measures on
     them."""
@@ -31,7 +31,7 @@ class MeterOptions(Group):
             "--holdout keeps instance photos back and --holdout_data_dir names others: give one of them",
         )
         require(
-            not self.stop_when_worse or self.meter_steps is not None,
+            not self.stop_when_worse or self.meter_steps > 0,
             "--stop_when_worse needs measurements: give --meter_steps",
         )
 

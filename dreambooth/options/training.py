@@ -325,7 +325,7 @@ class TrainOptions(Group):
             ' "a photo of dog"',
         )
         require(
-            self.meter.meter_steps is None or has_class_prompt,
+            not self.meter.meter_steps or has_class_prompt,
             "--meter_steps compares the prompt of the subject with that of its class: give --class_prompt, "
             'for example "a photo of dog"',
         )
@@ -334,7 +334,7 @@ class TrainOptions(Group):
     @property
     def uses_class_prompt(self) -> bool:
         """Whether --class_prompt has an effect."""
-        is_measured = self.meter.meter_steps is not None or self.judges.is_given
+        is_measured = self.meter.meter_steps > 0 or self.judges.is_given
         return self.prior.with_prior_preservation or is_measured
 
     def _check_folders(self) -> None:
@@ -365,7 +365,7 @@ class TrainOptions(Group):
                 "and instance photos and class images train the same prompt."
             )
         is_held_out = self.meter.holdout or self.meter.holdout_data_dir
-        if self.meter.meter_steps is not None and not is_held_out:
+        if self.meter.meter_steps and not is_held_out:
             notes.append(
                 "no photo is held out (--holdout, --holdout_data_dir): --meter_steps measures binding on "
                 "photos that are trained on, where it also grows by copying, and does not measure copying"

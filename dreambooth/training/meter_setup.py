@@ -17,13 +17,13 @@ from dreambooth.data import photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.photos import Photo
-from dreambooth.options.training import TextOptions
+from dreambooth.options.training import RunOptions, TextOptions
 from dreambooth.training import meter
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
-_LEAST_ROWS = 4  # of one forward pass; without gradients they take less memory than a row of a training step
+_LEAST_ROWS = 4  # of one forward pass where memory is not short
 
 
 def of_run(
@@ -43,7 +43,7 @@ def of_run(
         frozen.encode,
         lambda: inject.without_adapters(components),
         frozen.autocast,
-        rows=max(_LEAST_ROWS, start.options.run.train_batch_size * len(start.sources)),
+        rows=_rows(start.options.run, len(start.sources)),
         check=check,
     )
 
@@ -120,6 +120,13 @@ def source_of(purpose: str, folder: Path | None, prompt: str) -> Source:
     if a photo cannot be used."""
     checked = photos.check_folder(folder, purpose, allow_odd_photos=True).photos if folder else []
     return Source(purpose, checked, [prompt] * len(checked))
+
+
+def _rows(run: RunOptions, sources: int) -> int:
+    """Rows of a forward pass: as many as in training, where their gradients take more memory. Small batches
+    are enlarged unless --gradient_checkpointing says that memory is short."""
+    rows = run.train_batch_size * sources
+    return rows if run.gradient_checkpointing else max(_LEAST_ROWS, rows)
 
 
 def _encoded(photo: Photo, crops: Crops, vae: Any) -> Posterior:

@@ -71,7 +71,7 @@ def names_to_write(options: ResolvedTrainOptions, validation_prompts: int) -> li
         drawn = (output_dir / VALIDATION).glob("step-*.png")
         names += [f"{VALIDATION}/{path.name}" for path in drawn]
         names += [swept_picture(weight) for weight in (0.0, *SWEEP)]
-    if options.meter.meter_steps is not None:
+    if options.meter.meter_steps:
         candidates = (output_dir / BEST).glob("candidate-*")
         names += [f"{BEST}/{name}" for name in (native.ADAPTER_NAME, BEST_WHY)]
         names += [f"{BEST}/{path.name}" for path in candidates]

@@ -33,12 +33,12 @@ class RunMeter:
 
     def is_due(self, step: int) -> bool:
         """Whether the adapter is measured after `step` steps."""
-        return self.steps is not None and (step % self.steps == 0 or step == self.max_steps)
+        return self.steps > 0 and (step % self.steps == 0 or step == self.max_steps)
 
     def begin(self, step: int, progress: metrics.Progress) -> None:
         """Measure the base, and the adapter if that is due, before the step after `step` steps. The text
         encoders must be in memory. Raises UserError if a photo has changed since it was checked."""
-        if self.steps is not None and self.peers.is_main and not self._has_ended(step, progress):
+        if self.steps and self.peers.is_main and not self._has_ended(step, progress):
             with self._evaluating():
                 self.meter = meter_setup.of_run(self.start, self.frozen, self.trainables, self.check)
         self.measure(step, progress)

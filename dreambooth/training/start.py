@@ -68,7 +68,7 @@ class Start:
     def measured_prompts(self) -> list[str]:
         """The prompts, beside those of `sources`, that --meter_steps measures with; [] without the flag."""
         class_prompt = self.options.prior.class_prompt
-        if self.options.meter.meter_steps is None or class_prompt is None:
+        if not self.options.meter.meter_steps or class_prompt is None:
             return []
         return [*self.held_out.prompts, class_prompt]
 

@@ -326,8 +326,8 @@ def test_flags_that_have_no_effect_are_remarked_on():
     assert command_line.parse(TrainOptions, "train", TRAIN + PRIOR).notes() == []
     unused = command_line.parse(TrainOptions, "train", TRAIN + PRIOR[1:]).notes()
     assert unused == [
-        f"You need not use --{name} without --with_prior_preservation."
-        for name in ("class_data_dir", "class_prompt")
+        "You need not use --class_data_dir without --with_prior_preservation.",
+        "You need not use --class_prompt without --with_prior_preservation, --meter_steps or a judge.",
     ]
 
 
