@@ -97,18 +97,26 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The records of meters and judges by step, and the last choice of a checkpoint."""
+    """The records of meters and judges by step, and the last choice of a checkpoint: `best` with step and
+    why, None without one; `unnamed`, why none was named."""
 
     meters: Mapping[int, Mapping[str, Any]]
     judges: Mapping[int, Mapping[str, Any]]
     best: Mapping[str, Any] | None
+    unnamed: str = ""
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Measured":
         meters = {record["step"]: record["meter"] for record in records if "meter" in record}
         judges = {record["step"]: record["judge"] for record in records if "judge" in record}
-        best = [record["best"] for record in records if record.get("best")]
-        return cls(dict(sorted(meters.items())), dict(sorted(judges.items())), best[-1] if best else None)
+        best = next((record["best"] for record in reversed(records) if "best" in record), None)
+        is_named = best is not None and best["step"] is not None
+        return cls(
+            dict(sorted(meters.items())),
+            dict(sorted(judges.items())),
+            best if is_named else None,
+            "" if best is None or is_named else str(best["why"]),
+        )
 
     def meter(self, name: str) -> Series | None:
         """The means of a meter and their noise; None if it was not measured."""
@@ -286,14 +294,20 @@ def answer(status: Record, measured: Measured, last: int) -> dict[str, str]:
         headline = f"Use the adapter after step {measured.best['step']}"
         if not is_over:
             headline = f"So far the best: step {measured.best['step']}"
-        return {"headline": headline, "why": str(measured.best["why"]), "file": "best/"}
+        file = "best/pytorch_lora_weights.safetensors"
+        return {"headline": headline, "why": _sentence(str(measured.best["why"])), "file": file}
     advice = "Nothing measured the checkpoints of this run; --meter_steps does."
-    if measured.meters or measured.judges:
-        advice = "No checkpoint was named yet." if not is_over else "No other checkpoint was named."
+    if measured.meters:
+        advice = f"No step is named{': ' if measured.unnamed else ''}{measured.unnamed}."
     if is_over:
         headline = f"Use the adapter after the last step, {last}"
         return {"headline": headline, "why": advice, "file": "pytorch_lora_weights.safetensors"}
     return {"headline": f"Training: {last} steps so far", "why": advice, "file": ""}
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital letter and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def text_of(value: object) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreambooth.adapter_files import native
 from dreambooth.data import photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
@@ -91,7 +92,8 @@ def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
     records = list(_records(folder / run_folder.METRICS))
     validation = folder / run_folder.VALIDATION
     names = os.listdir(validation) if validation.is_dir() else []
-    chosen = any("best" in record for record in records)
+    is_named = report_data.Measured.of(records).best is not None
+    adapter = folder / run_folder.BEST / native.ADAPTER_NAME if is_named else folder
     return report.Run(
         folder=folder,
         flags=flags,
@@ -100,7 +102,7 @@ def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
         pictures=report_data.drawn(f"{run_folder.VALIDATION}/{name}" for name in names),
         rows_per_step=slots * flags["train_batch_size"],
         command=train_command(flags),
-        draw_command=draw_command(flags, folder / "best" if chosen else folder),
+        draw_command=draw_command(flags, adapter),
     )
 
 
@@ -163,7 +165,7 @@ def train_command(flags: Mapping[str, Any]) -> str:
 
 
 def draw_command(flags: Mapping[str, Any], adapter: Path) -> str:
-    """A command that draws with the adapter in a folder."""
+    """A command that draws with the adapter."""
     prompt = flags.get("validation_prompt") or flags["instance_prompt"]
     base = flags["pretrained_model_name_or_path"]
     words = {"pretrained_model_name_or_path": base, "adapter": str(adapter), "prompt": prompt}

@@ -161,7 +161,12 @@ def test_characters_that_do_not_print_are_spelled_out(tmp_path):
 
 def test_the_answer_comes_first(hostile_page):
     text = Elements(hostile_page).text
-    parts = ["Use the adapter after step 10", "copying grows", "best/", "The same prompts and noise"]
+    parts = [
+        "Use the adapter after step 10",
+        "copying grows",
+        "best/pytorch_lora_weights.safetensors",
+        "The same prompts and noise",
+    ]
     places = [text.rindex(parts[0]), *(text.index(part) for part in parts[1:])]
     assert places == sorted(places)
 
@@ -190,6 +195,14 @@ def test_a_run_without_pictures_meters_or_end_has_a_page(tmp_path):
     text = Elements(report.page(run, report.Thumbnails(), "today")).text
     assert "running" in text
     assert "--meter_steps" in text
+
+
+def test_a_run_whose_choice_names_no_step_says_why(hostile):
+    lines = [*hostile.records, {"step": 40, "best": {"step": None, "why": "no photo is held out"}}]
+    run = dataclasses.replace(hostile, records=lines)
+    text = Elements(report.page(run, report.Thumbnails(), "today")).text
+    assert "Use the adapter after the last step, 40" in text
+    assert "No step is named: no photo is held out." in text
 
 
 def test_the_same_run_gives_the_same_bytes(hostile, hostile_page):
