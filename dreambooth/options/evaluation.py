@@ -23,7 +23,8 @@ class MeterOptions(Group):
     """Folder with other photos of the subject, which are not trained on, in place of --holdout. Their
     captions are read as those of the instance photos."""
     stop_when_worse: bool = False
-    """End the run once the measurements get worse. The best checkpoint so far is in `best/`."""
+    """End the run, as a finished one, once two measurements in a row are worse than the best. With held-out
+    photos each measurement names the best step so far, whose adapter is in `best/`."""
 
     def _check(self) -> None:
         require(
@@ -33,6 +34,10 @@ class MeterOptions(Group):
         require(
             not self.stop_when_worse or self.meter_steps > 0,
             "--stop_when_worse needs measurements: give --meter_steps",
+        )
+        require(
+            not self.stop_when_worse or bool(self.holdout or self.holdout_data_dir),
+            "--stop_when_worse needs photos that are not trained on: give --holdout or --holdout_data_dir",
         )
 
 

@@ -14,6 +14,7 @@ from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.pictures import InferOptions
 from dreambooth.options.training import TrainOptions
+from tests import tiny
 from tests.running import adapter_after, digest, main_on_two_processes, run_train, train_words
 
 BEST, WORSE_FROM = 2, 4
@@ -21,8 +22,14 @@ METERED = (
     *("--max_train_steps", "6", "--meter_steps", "2", "--checkpointing_steps", "3"),
     *("--class_prompt", "a photo of dog"),
 )
-STOPPED = (*METERED, "--stop_when_worse")
 BEST_FILE = "best/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[str, ...]:
+    """The flags of a run that ends early, and trains on the photos of other runs."""
+    other = tiny.make_photos(tmp_path_factory.mktemp("held_out"), count=1, seed=1)
+    return (*METERED, "--stop_when_worse", "--holdout_data_dir", str(other))
 
 
 @pytest.fixture
@@ -67,16 +74,16 @@ def test_best_has_the_adapter_of_its_step_and_infer_draws_with_it(
 @pytest.mark.trains
 @pytest.mark.usefixtures("fixed_rule")
 def test_stop_when_worse_ends_a_finished_run_early_and_so_does_its_resumed_run(
-    tiny_base, photos_dir, plain_run, tmp_path, capsys
+    tiny_base, photos_dir, plain_run, stopped, tmp_path, capsys
 ):
-    last = run_train(tiny_base, photos_dir, tmp_path, *STOPPED)
+    last = run_train(tiny_base, photos_dir, tmp_path, *stopped)
     assert digest(last) == digest(adapter_after(plain_run, WORSE_FROM))
     assert digest(tmp_path / BEST_FILE) == digest(adapter_after(plain_run, BEST))
     reason = "--stop_when_worse: ended after step 4 of 6: it got worse"
     assert status(tmp_path) == ("finished", WORSE_FROM, 0, reason)
     assert capsys.readouterr().out.splitlines().count(reason) == 1
     records = (tmp_path / "metrics.jsonl").read_text()
-    run_train(tiny_base, photos_dir, tmp_path, *STOPPED, "--resume_from_checkpoint", "latest")
+    run_train(tiny_base, photos_dir, tmp_path, *stopped, "--resume_from_checkpoint", "latest")
     assert digest(last) == digest(adapter_after(plain_run, WORSE_FROM))
     assert status(tmp_path) == ("finished", WORSE_FROM, 0, reason)
     assert _evaluations((tmp_path / "metrics.jsonl").read_text()) == _evaluations(records)
@@ -92,8 +99,8 @@ def _evaluations(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.trains
 @pytest.mark.usefixtures("fixed_rule")
-def test_two_processes_end_early_together(tiny_base, photos_dir, tmp_path):
-    words = [*STOPPED, "--gradient_accumulation_steps"]
+def test_two_processes_end_early_together(tiny_base, photos_dir, stopped, tmp_path):
+    words = [*stopped, "--gradient_accumulation_steps"]
     alone = run_train(tiny_base, photos_dir, tmp_path / "alone", *words, "2")
     options = parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path / "two", *words, "1"))
     main_on_two_processes(train.main, options)
@@ -142,7 +149,17 @@ def test_a_users_file_in_best_is_refused_before_models_load(tiny_base, photos_di
     assert (tmp_path / BEST_FILE).read_bytes() == b"a user's"
 
 
-def test_stop_when_worse_needs_the_meter(tiny_base, photos_dir, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--holdout 1", "--stop_when_worse needs measurements: give --meter_steps"),
+        ("--meter_steps 5", "--stop_when_worse needs photos that are not trained on: give --holdout or"),
+    ],
+)
+def test_stop_when_worse_needs_the_meter_and_a_held_out_photo(
+    words, message, tiny_base, photos_dir, tmp_path, capsys
+):
+    words = [*words.split(), "--class_prompt", "a photo of dog", "--stop_when_worse"]
     with pytest.raises(SystemExit):
-        parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, "--stop_when_worse"))
-    assert "--stop_when_worse needs measurements: give --meter_steps" in capsys.readouterr().err
+        parse(TrainOptions, "", train_words(tiny_base, photos_dir, tmp_path, *words))
+    assert message in capsys.readouterr().err
