@@ -109,6 +109,8 @@ def check_photos(cases: Sequence[Case]) -> dict[str, list[list[photos.Photo]]]:
                 path, flag, max_pixels=MOST_PIXELS, allow_odd_photos=True, follow_symlinks=True
             )
             console.notes(folder.notes)
+            if case.reader:
+                reader_judge.check_photos(flag, {photo.path.name: photo.size for photo in folder.photos})
             photos_of[case.subject].append(folder.photos)
     return photos_of
 

@@ -47,7 +47,8 @@ class Embedded:
     """The embeddings of a set of pictures by one judge each; None for a judge that was not given."""
 
     failures: list[str | None]
-    """For each picture why it failed, as `scores.failure` returns it."""
+    """For each picture why it failed, as `scores.failure` says, or because a judge found no finite embedding;
+    None if it did not."""
     dino: np.ndarray | None
     clip: np.ndarray | None
     texts: np.ndarray | None
@@ -67,9 +68,15 @@ def embedded(
     rows: dict[str, list[np.ndarray]] = {"dino": [], "clip": []}
     for image in images:
         check()
-        failures.append(scores.failure(image))
-        for judge in filter(None, (dino, clip)):
-            rows[judge.name].append(judge.embed_images([image])[0])
+        failure: str | None = scores.failure(image)
+        given = [judge for judge in (dino, clip) if judge is not None]
+        try:
+            of_image = [judge.embed_images([image])[0] for judge in given]
+        except FloatingPointError:
+            failure, of_image = "no finite embedding", [judge.embed_images([None])[0] for judge in given]
+        failures.append(failure)
+        for judge, row in zip(given, of_image, strict=True):
+            rows[judge.name].append(row)
 
     def of_texts(texts: list[str]) -> np.ndarray | None:
         if clip is None:

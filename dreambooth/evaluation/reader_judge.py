@@ -70,6 +70,17 @@ def check_side(side: int) -> None:
         raise UserError(f"{FLAG}: {rule}; this run draws {side} x {side} (--resolution)")
 
 
+def check_photos(flag: str, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError, naming `flag`, unless photos are of the drawn world's size. `sizes` has (width, height)
+    by name."""
+    from picturebook.draw import SIDE
+
+    for name, (width, height) in sizes.items():
+        if (width, height) != (SIDE, SIDE):
+            rule = f"the reader knows pictures of {SIDE} x {SIDE} pixels"
+            raise UserError(f"{flag}: {shown(name)} has {width} x {height}; {rule}: leave it out")
+
+
 def prompts_of_other_kinds(class_prompt: str, kind: str) -> list[str]:
     """The class prompt with each other kind of the drawn world in place of the subject's. Raises UserError if
     the prompt does not name the subject's kind."""

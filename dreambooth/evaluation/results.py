@@ -83,8 +83,9 @@ class Subject:
     case: Case
     photos: Photos
     embedded: Embedded
+    trained_photos: Photos | None
+    """The photos that were trained on; None if they are `photos`."""
     trained: Embedded | None
-    """Of the photos that were trained on; None if they are `photos`."""
     reader: reader_judge.Reader | None
 
 
@@ -127,12 +128,12 @@ class Scoring:
         self,
         options: EvaluateOptions,
         rows: Sequence[Row],
-        found: Judges,
+        given: Judges,
         folder: Path,
         check: Callable[[], None],
     ):
         """`check` is called before each picture; what it raises ends the work."""
-        self.options, self.rows, self.judges = options, rows, found
+        self.options, self.rows, self.judges = options, rows, given
         self.folder, self.check = folder, check
         self.shared: dict[str, Any] = {}  # settings of all pictures
         self.of_set: dict[str, dict[str, Any]] = {}  # by folder, settings of a set's pictures
@@ -153,9 +154,14 @@ class Scoring:
         with contextlib.ExitStack() as stack:
             for judge in filter(None, (dino, clip)):
                 stack.enter_context(judge.on(device))
-            for row in self.rows:
-                if row.method == BASE:
-                    subjects[row.case.subject] = self._subject(row.case, photos_of, dino, clip)
+            try:
+                for row in self.rows:
+                    if row.method == BASE:
+                        subjects[row.case.subject] = self._subject(row.case, photos_of, dino, clip)
+            except FloatingPointError as error:
+                raise UserError(
+                    f"--judge_dino, --judge_clip: {error} for a photo; give another one"
+                ) from None
             drawn = {
                 each.folder: picture_scores.embedded(
                     each.pictures, self._images(each), dino, clip, self.check
@@ -183,6 +189,7 @@ class Scoring:
             case,
             photos,
             picture_scores.of_photos(photos.images, dino, clip),
+            trained[0] if trained else None,
             picture_scores.of_photos(trained[0].images, dino, clip) if trained else None,
             reader_judge.Reader(drawn_world, [photos, *trained][-1].images) if drawn_world else None,
         )
@@ -267,6 +274,7 @@ class Scoring:
             "rare_word": subject.case.rare_word,
             "live": subject.case.is_live,
             "photos": subject.photos.sha256,
+            "trained_photos": subject.trained_photos.sha256 if subject.trained_photos else None,
             "real": picture_scores.real_rows(
                 subject.embedded, subject.trained, subject.reader, subject.photos.images
             ),

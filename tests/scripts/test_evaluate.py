@@ -58,6 +58,7 @@ def place(tiny_base, tiny_xl, layers, tmp_path_factory) -> Path:
     (folder / "bad.txt").write_text("a sks {1}\n")
     (folder / "long.txt").write_text("a {0} {1} " + "in the snow " * 40)
     (folder / "empty").mkdir()
+    tiny.make_photos(folder / "wide", size=(80, 64))
     other = adapter_of(families.find(BaseOptions(str(tiny_xl))).layers(), lora, ATTENTION)
     (folder / "xl.safetensors").write_bytes(writing.write_native(other, {}))
     return folder
@@ -273,6 +274,30 @@ def test_failed_pictures_count_and_are_listed(place, evaluated, tmp_path, capsys
     assert row["failed"] == 2
 
 
+@pytest.mark.slow
+def test_a_judge_without_finite_values_is_named_and_a_picture_without_them_is_a_failure(
+    place, evaluated, tmp_path, monkeypatch
+):
+    shutil.copytree(evaluated / "pictures", tmp_path / "out" / "pictures")
+    embed, calls = judges.Judge._run, itertools.count()
+
+    def broken(self: judges.Judge, function: Any, value: Any) -> Any:
+        output = embed(self, function, value)
+        if self.name == "dino" and next(calls) in bad:
+            output.last_hidden_state[:] = float("nan")
+        return output
+
+    monkeypatch.setattr(judges.Judge, "_run", broken)
+    bad = {3}  # the first picture after three photos
+    results = run(place, tmp_path / "out", "--tables_only")
+    assert [entry["failure"] for entry in results["failures"]] == ["no finite embedding"]
+    (record,) = [record for record in records_of(tmp_path / "out") if record["failure"]]
+    assert set(record["scores"].values()) == {0.0}
+    bad = {next(calls) + 1}
+    with pytest.raises(UserError, match="the dino judge returns values that are not finite for a photo"):
+        run(place, tmp_path / "out", "--tables_only")
+
+
 # --- a table of subjects
 
 
@@ -350,6 +375,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "other judge": ("--judge_dino {place}/clip", "--judge_dino: .*/clip holds a clip; it must be"),
     "weights": ("--judge_clip {place}/clip@sha256:" + "0" * 64, "have the SHA-256 [0-9a-f]+, not 0000"),
     "reader": ("--judge_reader {place}/rex", r"--judge_reader: .*rex has no subject\.json"),
+    "size": (
+        "--judge_reader picturebook/subjects/dog --photos {place}/wide",
+        r"--photos: photo-0\.png has 80 x 64; the reader knows pictures of 64 x 64",
+    ),
     "adapter": ("--adapter {place}/none.safetensors", r"--adapter: .*none\.safetensors"),
     "other base": ("--adapter {place}/xl.safetensors", r"--adapter: .*xl\.safetensors"),
     "weight": ("--adapter {place}/lora.safetensors:1000", "--adapter: the weight of"),
