@@ -71,8 +71,8 @@ def check_side(side: int) -> None:
 
 
 def check_photos(flag: str, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise UserError, naming `flag`, unless photos are of the drawn world's size. `sizes` has (width, height)
-    by name."""
+    """Raise UserError, naming `flag`, unless photos are of the drawn world's size. `sizes` has width and
+    height by name."""
     from picturebook.draw import SIDE
 
     for name, (width, height) in sizes.items():
