@@ -97,8 +97,8 @@ class _Result:
 
     losses: torch.Tensor
     """Float64 [rows]."""
-    predictions: torch.Tensor
-    """[rows, C, h, w] on the CPU, in the model's dtype."""
+    predictions: torch.Tensor | None
+    """[rows, C, h, w] on the CPU, in the model's dtype, of the pass that drift is measured on; else None."""
     weights: torch.Tensor
     """Of the squared errors, float64 [rows]."""
     scales: torch.Tensor
@@ -116,15 +116,17 @@ class Meter:
     def __init__(self, model: Model, pictures: Pictures):
         self.model, self.has_held_out = model, bool(pictures.held_out)
         subject = pictures.held_out or pictures.trained
-        scheduler = model.parts.noise_scheduler
+        shape = tuple(pictures.trained[0].latents.shape)
+        noise = sampling_order.noise_of_rows(_SEED, "meter-noise", range(draws()), shape)
+        indices = timestep_indices(model.parts.noise_scheduler)
         self.passes = {
-            "trained": _pass(pictures.trained, scheduler),
-            "class": _pass(subject, scheduler, pictures.class_prompt),
+            "trained": _pass(pictures.trained, noise, indices),
+            "class": _pass(subject, noise, indices, pictures.class_prompt),
         }
         if pictures.held_out:
-            self.passes["held_out"] = _pass(pictures.held_out, scheduler)
+            self.passes["held_out"] = _pass(pictures.held_out, noise, indices)
         if pictures.classes:
-            self.passes["prior"] = _pass(pictures.classes, scheduler)
+            self.passes["prior"] = _pass(pictures.classes, noise, indices)
         self.drift_pass = "prior" if pictures.classes else "class"
         with model.without_adapter():
             self.base = self._results()
@@ -163,8 +165,10 @@ class Meter:
     def _drift(self, now: _Result) -> torch.Tensor:
         """The squared distance of each row's prediction from the base's, in units of the variance of the
         target in the row's band; float64 [rows]."""
-        base = self.base[self.drift_pass]
-        distances = _mean_squares(now.predictions.float() - base.predictions.float()) * now.weights
+        before = self.base[self.drift_pass].predictions
+        assert now.predictions is not None
+        assert before is not None
+        distances = _mean_squares(now.predictions.float() - before.float()) * now.weights
         scales = now.scales.view(BANDS, DRAWS).mean(dim=1, keepdim=True).expand(BANDS, DRAWS).flatten()
         return distances / scales
 
@@ -173,14 +177,16 @@ class Meter:
         """The results of all passes, by name."""
         prompts = dict.fromkeys(prompt for rows in self.passes.values() for prompt in rows.prompts)
         embeds = {prompt: self.model.encode(prompt) for prompt in prompts}
-        return {name: self._result(rows, embeds) for name, rows in self.passes.items()}
+        return {name: self._result(name, embeds) for name in self.passes}
 
-    def _result(self, rows: _Pass, embeds: dict[str, PromptEmbeds]) -> _Result:
+    def _result(self, name: str, embeds: dict[str, PromptEmbeds]) -> _Result:
+        rows = self.passes[name]
         size = self.model.rows
         chunks = [
             self._chunk(rows.rows(slice(at, at + size)), embeds) for at in range(0, len(rows.prompts), size)
         ]
-        return _Result(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
+        losses, predictions, weights, scales = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+        return _Result(losses, predictions if name == self.drift_pass else None, weights, scales)
 
     def _chunk(
         self, rows: _Pass, embeds: dict[str, PromptEmbeds]
@@ -228,16 +234,14 @@ def timestep_indices(scheduler: objectives.NoiseScheduler) -> torch.Tensor:
 
 
 def _pass(
-    pictures: Sequence[Picture], scheduler: objectives.NoiseScheduler, prompt: str | None = None
+    pictures: Sequence[Picture], noise: torch.Tensor, indices: torch.Tensor, prompt: str | None = None
 ) -> _Pass:
     """All draws of one kind of picture, which take turns. `prompt` replaces the pictures' own."""
-    count = draws()
-    turns = [pictures[row % len(pictures)] for row in range(count)]
-    shape = tuple(turns[0].latents.shape)
+    turns = [pictures[row % len(pictures)] for row in range(len(noise))]
     return _Pass(
         torch.stack([picture.latents for picture in turns]),
-        sampling_order.noise_of_rows(_SEED, "meter-noise", range(count), shape),
-        timestep_indices(scheduler),
+        noise,
+        indices,
         torch.tensor([picture.time_ids for picture in turns], dtype=torch.float32),
         [picture.prompt if prompt is None else prompt for picture in turns],
     )
