@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	  --output_dir $(RUN)/class --num_threads $(THREADS)
 	$(BIN)/python -m picturebook.score --subject picturebook/subjects/dog \
 	  --pictures $(RUN)/subject --class_pictures $(RUN)/class --output $(RUN)/scores.json
-	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors"
+	@echo "adapter: $(RUN)/pytorch_lora_weights.safetensors   best checkpoint: $(RUN)/best   report: $(RUN)/report.html"
 	@echo "contact sheet: $(RUN)/subject/contact_sheet.png   scores: $(RUN)/scores.json"
 
 # A second subject, trained apart, and pictures with either adapter and with both.
