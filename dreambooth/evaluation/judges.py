@@ -26,6 +26,7 @@ from dreambooth.evaluation import scores
 from dreambooth.files import digests, safetensors_files
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, is_memory_error, reason_of, shortened, shown, type_and_reason
+from dreambooth.options.paths import PIN
 from dreambooth.runtime import environment
 
 transformers_logging.disable_progress_bar()  # it would run through the bar of the training
@@ -42,7 +43,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _FILES = [*_WEIGHTS, "model-*.safetensors", "config.json", "preprocessor_config.json"]
 _TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"]
 _TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json"]
-_PIN = re.compile(r"(.+)@sha256:([0-9a-fA-F]*)")
+_PINNED = re.compile(rf"(.+){PIN}([0-9a-fA-F]*)")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
 _LONGEST_TEXT = 77  # tokens
 
@@ -151,7 +152,7 @@ def check_given(kind: Kind, given: str) -> None:
 def split_pin(kind: Kind, given: str) -> tuple[str, str | None]:
     """(folder or hub id, SHA-256 in lower case or None) of NAME or NAME@sha256:HEX. Raises UserError if HEX
     is not 64 digits."""
-    match = _PIN.fullmatch(given)
+    match = _PINNED.fullmatch(given)
     if match is None:
         return given, None
     if len(match[2]) != 64:

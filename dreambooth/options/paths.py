@@ -41,6 +41,7 @@ FilePath = Annotated[str, PathMark("file")]
 PathOrId = Annotated[str, PathMark("file or id")]
 PathInOutput = Annotated[str, PathMark("file in output")]
 
+PIN = "@sha256:"  # between a folder or id and the hash of its weights
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|[({])")
 _RUN_YAML, _RUN_JSON = "run.yaml", "run.json"  # as training/run_folder.py names them
 
@@ -109,10 +110,10 @@ def absolute(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Field]) 
     def stored(value: Any, mark: PathMark | None) -> Any:
         if isinstance(value, list):
             return [stored(item, mark) for item in value]
-        is_file = mark is not None and (
-            mark.kind == "file" or (mark.kind == "file or id" and os.path.exists(value))
-        )
-        return os.path.abspath(value) if is_file else value
+        if mark is not None and mark.kind == "file or id":
+            name, pin, digest = value.partition(PIN)
+            return os.path.abspath(name) + pin + digest if os.path.exists(name) else value
+        return os.path.abspath(value) if mark is not None and mark.kind == "file" else value
 
     return {name: stored(value, mark_of(fields[name].type)) for name, value in table.items()}
 

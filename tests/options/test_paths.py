@@ -169,12 +169,15 @@ def test_paths_are_stored_absolute_and_ids_as_they_are():
         "output_dir": "out",
         "pretrained_model_name_or_path": "org/base",
         "tokenizer_name": "local",
+        "judge_dino": "local@sha256:00",
+        "judge_clip": "org/clip@sha256:00",
         "logging_dir": "logs",
         "instance_prompt": "a/b",
         "rank": 4,
     }
     work = os.getcwd()
     changed = {"output_dir": f"{work}/out", "tokenizer_name": f"{work}/local"}
+    changed["judge_dino"] = f"{work}/local@sha256:00"
     assert paths.absolute(table, fields) == table | changed
 
 
