@@ -219,8 +219,11 @@ def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
     begin, end = claims_tables.MARKS
     write_page(page, (begin.format("summary"), end.format("summary")), claims_tables.summary_table(table))
     for claim in (*claims_arms.CLAIMS, PAIR_CLAIM):
-        plot = page.with_name(f"evidence_{claim.letter}.svg")
-        claims_tables.plot(claim, table, plot)
+        plot = (
+            page.with_name(f"evidence_{claim.letter}.svg") if claims_tables.has_runs(claim, table) else None
+        )
+        if plot:
+            claims_tables.plot(claim, table, plot)
         text = claims_tables.section(claim, table, notes, plot)
         write_page(page, (begin.format(claim.letter), end.format(claim.letter)), text)
 

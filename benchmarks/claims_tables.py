@@ -16,6 +16,7 @@ Table = Mapping[tuple[str, int], Mapping[tuple[str, int], Scores]]
 """(arm, step) -> (subject, seed) -> scores. The base has the same scores for every seed."""
 
 EXPECTED = len(SUBJECTS) * len(SEEDS)
+FEWEST_SUBJECTS = 3  # of a verdict that can still change
 MARKS = ("<!-- claims {} begin -->", "<!-- claims {} end -->")
 
 
@@ -32,7 +33,8 @@ class Verdict:
     count: int
     """Number of (subject, seed) with all terms."""
     word: str
-    """`held`, `failed` or `not decided`, with `so far` while runs are missing."""
+    """`held`, `failed` or `not decided`, with `so far` while runs are missing; `unfinished` with runs of one
+    or two subjects only."""
 
 
 def values_of(part: Part, table: Table) -> dict[str, list[float]]:
@@ -64,8 +66,11 @@ def verdict_of(part: Part, values: Mapping[str, Sequence[float]], expected: int 
     flat = [value for of_subject in values.values() for value in of_subject]
     on_side = sum(sign * value >= limit - near for value in flat)
     mean = fmean(fmean(of_subject) for of_subject in values.values())
-    suffix = "" if len(flat) >= expected else " so far"
-    return Verdict(mean, low, high, on_side, len(flat), word + suffix)
+    if len(values) < FEWEST_SUBJECTS:
+        word = "unfinished"
+    elif len(flat) < expected:
+        word += " so far"
+    return Verdict(mean, low, high, on_side, len(flat), word)
 
 
 # ---- tables
@@ -131,6 +136,11 @@ def summary_table(table: Table) -> str:
             f"| [({claim.letter})](#claim-{claim.letter}) {claim.title} | {' | '.join(counts)} | {state} |"
         )
     return "\n".join(lines)
+
+
+def has_runs(claim: Claim, table: Table) -> bool:
+    """Whether an arm of the claim has a run."""
+    return any(row in table for row in claim.rows if row != BASE)
 
 
 def section(claim: Claim, table: Table, notes: Mapping[str, str], plot: Path | None) -> str:

@@ -48,9 +48,14 @@ def test_a_difference_equal_to_the_limit_is_within_it():
 
 
 def test_a_verdict_is_provisional_while_runs_are_missing():
-    verdict = claims_tables.verdict_of(LEAST, {"dog": [0.2], "cat": [0.2, 0.2]})
+    values = {"dog": [0.2], "cat": [0.2, 0.2], "car": [0.0]}
+    verdict = claims_tables.verdict_of(LEAST, values)
     assert verdict
-    assert (verdict.word, verdict.count, verdict.on_side) == ("held so far", 3, 3)
+    assert (verdict.word, verdict.count, verdict.on_side) == ("not decided so far", 4, 3)
+    del values["car"]
+    verdict = claims_tables.verdict_of(LEAST, values)
+    assert verdict
+    assert (verdict.word, verdict.count, verdict.on_side) == ("unfinished", 3, 3)
     assert claims_tables.verdict_of(LEAST, {}) is None
 
 
@@ -112,7 +117,7 @@ def test_tables_say_what_held_what_failed_and_what_is_unfinished(rise, word, tmp
         in text
     )
     assert "| 0 of 12 (unfinished) |" in text
-    assert plots == [f"evidence_{letter}.svg" for letter in (*"abcdefg", "two")]
+    assert plots == ["evidence_a.svg", "evidence_b.svg"]  # the claims with runs
 
 
 def test_the_page_is_what_the_stored_results_give(tmp_path, monkeypatch):
