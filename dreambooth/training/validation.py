@@ -103,9 +103,9 @@ class ValidationPictures:
             saver.take_snapshot(step)
             with self._models_for_drawing():
                 embeds = {prompt: self._embeds(prompt) for prompt in self.counts}
-                # only now: it removes the trained adapter from the text encoders
-                stack, weights = self._stack_of_file(saver.adapter)
                 pipeline = self._pipeline()
+                pipeline.unload_lora_weights()  # from the text encoders too: the prompts are encoded already
+                stack, weights = self._stack_of_file(saver.adapter)
                 with self._activated(stack, 1.0):
                     for prompt in self.counts:
                         images[prompt] = self._draw(pipeline, prompt, *embeds[prompt])
@@ -129,7 +129,6 @@ class ValidationPictures:
     def _stack_of_file(self, adapter_file: Path) -> tuple[apply.Stack, Sequence[float]]:
         """The adapter file, ready to be used at any weight in place of the trained adapter, and the weights
         for `_sweep`."""
-        self._pipeline().unload_lora_weights()
         # freed text encoders are not needed: the prompts are encoded already
         models = self._models()
         adapter = apply.part(reading.read(adapter_file, self.layers), tuple(models))
