@@ -412,7 +412,7 @@ def test_models_leave_memory_once_all_is_encoded_and_the_vae_comes_back_for_pict
     finally:
         gc.enable()
     assert at_step == [(0, 0)] * 3
-    assert (len(alive["vae"]), len(alive["encoders"])) == (1 + 3, 2)  # for photos, and three times for pictures
+    assert (len(alive["vae"]), len(alive["encoders"])) == (1 + 3, 2)  # photos, and pictures three times
     assert work.loaded[:3] == ["encoders", "vae", "unet"]
 
 
