@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
     if options.tables_only:
         peers.on_main(lambda: check_complete(output_dir, rows))
 
-    names = [*results.FILES, *(drawing.settings if drawing else ())]
+    names = [*results.names_of(rows), *(drawing.settings if drawing else ())]
     with output_pictures.held(output_dir, names, peers) as files:
         if drawing is not None:
             missing = peers.on_main(lambda: results.missing(output_dir, drawing.settings))

@@ -16,19 +16,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth.evaluation import judges, picture_scores, plan, reader_judge, tables
+from dreambooth.evaluation import embedding_files, judges, picture_scores, plan, reader_judge, tables
 from dreambooth.evaluation.judges import Judge, JudgeFiles
 from dreambooth.evaluation.picture_scores import ByReader, Embedded
 from dreambooth.evaluation.plan import PictureSet, Row
 from dreambooth.evaluation.subjects import BASE, Case
 from dreambooth.files import pictures
 from dreambooth.files.ownership import WrittenFiles
-from dreambooth.io import console, reader
+from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.evaluate import NO_JUDGE, EvaluateOptions
 
 RECORDS, RESULTS, MARKDOWN = "pictures.jsonl", "results.json", "tables.md"
-FILES = (RECORDS, RESULTS, MARKDOWN)
 SAMPLER = ("num_inference_steps", "guidance_scale", "negative_prompt", "mixed_precision", "fuse")
 # Settings in the PNG files: those of all pictures of a table, and those of all pictures of a set.
 SHARED = ("base", "base_sha256", "resolution", *SAMPLER)
@@ -87,6 +86,11 @@ class Subject:
     """The photos that were trained on; None if they are `photos`."""
     trained: Embedded | None
     reader: reader_judge.Reader | None
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """The files that scoring writes."""
+    return [RECORDS, RESULTS, MARKDOWN, *map(embedding_files.name_of, plan.sets_of(rows))]
 
 
 def check_settings(path: Path, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -163,9 +167,7 @@ class Scoring:
                     f"--judge_dino, --judge_clip: {error} for a photo; give another one"
                 ) from None
             drawn = {
-                each.folder: picture_scores.embedded(
-                    each.pictures, self._images(each), dino, clip, self.check
-                )
+                each.folder: self._embedded(each, dino, clip, files)
                 for each in tqdm(plan.sets_of(self.rows), desc="scores", unit="set")
             }
         records, content = self._content(subjects, drawn, [dino, clip])
@@ -194,9 +196,27 @@ class Scoring:
             reader_judge.Reader(drawn_world, [photos, *trained][-1].images) if drawn_world else None,
         )
 
+    def _embedded(
+        self, of: PictureSet, dino: Judge | None, clip: Judge | None, files: WrittenFiles
+    ) -> Embedded:
+        """The embeddings of a set of pictures, from their file if it has them; else they are computed, and
+        written there."""
+        images = list(self._images(of))
+        if dino is None and clip is None:
+            return picture_scores.embedded(of.pictures, map(pictures.pixels, images), None, None, self.check)
+        key = embedding_files.key_of(of.pictures, [self.sha256[p.file] for p in of.pictures], [dino, clip])
+        name = embedding_files.name_of(of)
+        if files.is_written(name) and (saved := embedding_files.read(self.folder / name, key)):
+            return saved
+        decoded = map(pictures.pixels, images)
+        embedded = picture_scores.embedded(of.pictures, decoded, dino, clip, self.check)
+        writer.make_folder((self.folder / name).parent, parents=True)
+        files.write(name, embedding_files.content(embedded, key))
+        return embedded
+
     def _images(self, of: PictureSet) -> Iterator[Image.Image | None]:
-        """The pictures of a set; None for one that is damaged. Raises UserError if one is missing, or was
-        drawn with other settings."""
+        """The pictures of a set, not decoded yet; None for one that is damaged. Raises UserError if one is
+        missing, or was drawn with other settings."""
         for picture in of.pictures:
             path = self.folder / picture.file
             data = reader.read_bytes(path, f"--output_dir: {shown(path)}", _LARGEST)
@@ -210,7 +230,7 @@ class Scoring:
                 self.of_set.setdefault(of.folder, {name: settings.get(name) for name in OF_SET})
             own = {"prompt": picture.prompt, "seed": picture.seed}
             check_settings(path, settings, {**self.shared, **self.of_set.get(of.folder, {}), **own})
-            yield pictures.pixels(image)
+            yield image
 
     def _content(
         self,
@@ -284,7 +304,7 @@ class Scoring:
     def _by_reader(self, row: Row, subject: Subject) -> ByReader | None:
         if subject.reader is None:
             return None
-        images = list(self._images(row.pictures))
+        images = [pictures.pixels(image) for image in self._images(row.pictures)]
         for image in filter(None, images):
             reader_judge.check_side(image.width)
         return picture_scores.by_reader(row.pictures.pictures, images, subject.reader)

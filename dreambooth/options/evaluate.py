@@ -87,7 +87,8 @@ class EvaluateOptions(Group):
     tables_only: bool = False
     """Score the pictures that are in the output folder. Nothing is drawn; base and adapters are not read."""
     output_dir: FilePath = "evaluation"
-    """Folder for the pictures, a line of scores for each (pictures.jsonl), results.json and tables.md."""
+    """Folder for the pictures, a line of scores for each (pictures.jsonl), results.json and tables.md. An
+    evaluation that ended before its time goes on there."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
     drawing: DrawingOptions = dataclasses.field(default_factory=DrawingOptions)

@@ -192,12 +192,27 @@ def test_every_picture_has_a_line_with_its_prompt_seed_adapter_and_scores(place,
 
 
 @pytest.mark.slow
-def test_a_second_run_draws_nothing_and_gives_the_same_bytes(place, evaluated, tmp_path, nothing_is_drawn):
+def test_a_second_run_draws_and_embeds_nothing_and_gives_the_same_bytes(
+    place, evaluated, tmp_path, nothing_is_drawn, monkeypatch
+):
     shutil.copytree(evaluated, tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
     for name in RESULTS:
         (tmp_path / "out" / name).unlink()
+    embed = judges.Judge.embed_images
+    embedded: list[Any] = []
+
+    def counted(self: judges.Judge, images: Sequence[Image.Image]) -> np.ndarray:
+        embedded.extend(images)
+        return embed(self, images)
+
+    monkeypatch.setattr(judges.Judge, "embed_images", counted)
     run(place, tmp_path / "out")
+    assert len(embedded) == 2 * 3  # the photos alone, by two judges
     assert bytes_of(tmp_path / "out") == bytes_of(evaluated)
+    # another transform is another judge
+    run(place, tmp_path / "out", "--judge_dino_transform", "squash")
+    assert len(embedded) == 2 * (2 * 3) + 2 * 12
+    assert bytes_of(tmp_path / "out") != bytes_of(evaluated)
 
 
 @pytest.mark.slow
