@@ -246,9 +246,10 @@ def load(files: JudgeFiles, transform: Transform = "crop") -> Judge:
         for path in files.weights:
             if path.suffix == ".safetensors":
                 safetensors_files.read(path, safetensors_files.BASE)
-        model, info = kind.from_pretrained(
-            files.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-        )
+        with _without_warnings():  # of DINO's pooling layer, which is not used; `info` has what is missing
+            model, info = kind.from_pretrained(
+                files.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            )
         parts = _dino_parts(model, transform) if files.kind == "dino" else _clip_parts(model, files.folder)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
@@ -267,6 +268,17 @@ def load(files: JudgeFiles, transform: Transform = "crop") -> Judge:
         "versions": environment.versions(("torch", "transformers", "pillow")),
     }
     return Judge(files.kind, settings, model.eval().requires_grad_(False), pixels, tokens)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Within the block transformers logs errors only."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _dino_parts(model: Any, transform: Transform) -> tuple[Callable[[Image.Image], torch.Tensor], None, str]:
