@@ -44,7 +44,7 @@ SCRIPTS: dict[str, Any] = {
 }
 SHORT = {
     "train_dreambooth_lora.py": "--max_train_steps 2 --num_class_images 2 --class_inference_steps 1 "
-    "--checkpointing_steps 1 --report_to none",
+    "--checkpointing_steps 1 --meter_steps 0 --report_to none",
     "generate_class_images.py": "--num_class_images 2 --class_inference_steps 1",
     "infer.py": "--num_inference_steps 1 --seeds 0 --mixed_precision no",
     "evaluate.py": "--num_inference_steps 1 --num_images 1 --num_class_images 0 --mixed_precision no "
@@ -88,6 +88,7 @@ def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
     main, options = SCRIPTS[script]
     if base is not None:
         more = ("--pretrained_model_name_or_path", str(base), *more)
+    parse(options, "", [*arguments, *more])  # what makes it short may lack what a flag left out needs
     main(parse(options, "", [*arguments, *shlex.split(SHORT[script]), *more]))
 
 
