@@ -7,9 +7,10 @@ It weighs two measures. Both are logarithms of a loss divided by that of step 0,
 - The *harm*: how far the loss on held-out photos rose, at low noise. There nearly everything is visible, so a
   higher loss means that pictures in general are denoised worse.
 
-The named step is the one with the most fit less harm. Ratios of losses do not depend on what the base
-predicts (noise or velocity), nor on the size of its losses, and the rule has no weight to tune.
-`benchmarks/choice.py` judges it; docs/evidence.md says which measures do not predict and are left out.
+The score of a step is fit less harm. Named is the last of the steps whose score lies within MARGIN of the
+highest one: as long as the score does not fall, pictures go on getting better. Ratios of losses do not depend
+on what the base predicts (noise or velocity), nor on the size of its losses, and no weight is tuned.
+`benchmarks/choice.py` judges the rule; docs/evidence.md says which measures do not predict and are left out.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LOW, MIDDLE = slice(0, 3), slice(3, 7)  # of the ten bands of timesteps
-# A run is worse once this many measurements in a row have a score that lies this far under the best one.
-IN_A_ROW, MARGIN = 2, 0.1
+MARGIN = 0.1  # about twice the scatter of the score from one measurement to the next, late in a run
+IN_A_ROW = 2  # A run is worse once so many scores in a row lie more than MARGIN under the highest.
 
 Record = Mapping[str, Any]
 
@@ -58,24 +59,27 @@ def choose(records: Sequence[Record]) -> Choice:
     scores = _scores(records)
     if len(scores) < 2:
         return Choice(None, f"a choice needs two measurements after step 0, and there are {len(scores)}")
-    best = _best(scores)
-    if scores[best].total <= 0:
+    named = _named(scores)
+    if named is None:
         return Choice(
             None, "no measured step has learned more of the subject than it lost on held-out photos"
         )
-    later = [value for step, value in scores.items() if step > best]
-    return Choice(best, _why(scores[best], later), _worse(scores[best], later))
+    later = [value for step, value in scores.items() if step > named]
+    return Choice(named, _why(scores[named], later), _worse(list(scores.values())))
 
 
 def candidates(records: Sequence[Record]) -> list[int]:
-    """The measured steps that are chosen now, or may be after more measurements: the best so far."""
-    scores = _scores(records)
-    return [_best(scores)] if scores else []
+    """The measured steps that are named now, or may be after more measurements. That is the present one
+    alone: another one is named only if a later step comes within MARGIN of the highest score."""
+    named = _named(_scores(records))
+    return [] if named is None else [named]
 
 
-def _best(scores: Mapping[int, Score]) -> int:
-    """The step with the highest score, the first of several."""
-    return max(scores, key=lambda step: scores[step].total)
+def _named(scores: Mapping[int, Score]) -> int | None:
+    """The last step with a score over 0 that lies within MARGIN of the highest one; None without one."""
+    least = max((value.total for value in scores.values()), default=0.0) - MARGIN
+    steps = [step for step, value in scores.items() if value.total >= max(least, 0) and value.total > 0]
+    return max(steps, default=None)
 
 
 def _meters(records: Sequence[Record]) -> dict[int, Mapping[str, Any]]:
@@ -104,20 +108,20 @@ def _changes(meter: Mapping[str, Any], at_start: Mapping[str, Any], name: str) -
     return [math.log(now / before) if now > 0 and before > 0 else math.nan for now, before in pairs]
 
 
-def _why(best: Score, later: Sequence[Score]) -> str:
-    """Why the step with the score `best` is chosen, in view of the later scores."""
+def _why(named: Score, later: Sequence[Score]) -> str:
+    """Why the step with the score `named` is chosen, in view of the later scores."""
     if not later:
-        return "likeness still grows, and held-out photos do not lose as much"
-    grows, loses = later[-1].fit > best.fit, later[-1].harm > best.harm
+        return "no measurement up to the last one got worse"
+    grows, loses = later[-1].fit > named.fit, later[-1].harm > named.harm
     if grows and loses:
         return "likeness grows on, but held-out photos lose more than it gains"
     return "likeness no longer grows" + (", and held-out photos lose" if loses else "")
 
 
-def _worse(best: Score, later: Sequence[Score]) -> str | None:
-    """How the run got worse; None unless each of the last IN_A_ROW scores lies MARGIN under the best."""
-    recent = later[-IN_A_ROW:]
-    if len(recent) < IN_A_ROW or any(value.total > best.total - MARGIN for value in recent):
+def _worse(scores: Sequence[Score]) -> str | None:
+    """How the run got worse; None unless each of the last IN_A_ROW scores lies MARGIN under the highest."""
+    highest, recent = max(value.total for value in scores), scores[-IN_A_ROW:]
+    if len(recent) < IN_A_ROW or any(value.total >= highest - MARGIN for value in recent):
         return None
-    change = f"from {best.total:.2f} to {recent[-1].total:.2f}"
-    return f"likeness less the loss on held-out photos fell {change} since the best step"
+    change = f"from {highest:.2f} to {recent[-1].total:.2f}"
+    return f"likeness less the loss on held-out photos fell {change}"
