@@ -12,7 +12,7 @@ _REAL = {
     "excluding_self": "Real photos, without self pairs",
     "including_self": "Real photos, with self pairs",
 }
-_WIDTH = 12  # columns of a score on the terminal
+_WIDTH = 9  # columns of a score on the terminal
 
 
 def summary(values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
@@ -94,13 +94,19 @@ def _columns(rows: Table) -> list[str]:
 
 
 def terminal_text(rows: Table) -> str:
-    """The means over subjects, as lines for the terminal."""
-    columns = _columns(rows)
+    """The means over subjects, as lines for the terminal. The scores of the reader are a table of their
+    own."""
+    of_reader = [name for name in _columns(rows) if name.startswith("reader ")]
+    others = [name for name in _columns(rows) if name not in of_reader]
+    return "\n\n".join(_terminal_table(rows, columns) for columns in (others, of_reader) if columns)
+
+
+def _terminal_table(rows: Table, columns: Sequence[str]) -> str:
     wide = max(len(row["row"]) for row in rows)
-    heading = "".join(f"{name:>{max(_WIDTH, len(name) + 2)}}" for name in columns)
-    lines = [f"{'':<{wide}}{'subjects':>10}{'failed':>8}{heading}"]
+    widths = {name: max(_WIDTH, len(name) + 2) for name in columns}
+    lines = [f"{'':<{wide}}{'subjects':>10}{'failed':>8}" + "".join(f"{n:>{w}}" for n, w in widths.items())]
     for row in rows:
-        cells = "".join(f"{_mean(row, name):>{max(_WIDTH, len(name) + 2)}}" for name in columns)
+        cells = "".join(f"{_mean(row, name):>{width}}" for name, width in widths.items())
         lines.append(f"{row['row']:<{wide}}{row['subjects']:>10}{row.get('failed', '-'):>8}{cells}")
     return "\n".join(lines)
 

@@ -52,6 +52,14 @@ def test_both_real_rows_and_the_base_are_in_every_text():
     assert text.splitlines()[1].split()[-1] == "0.800"
 
 
+def test_the_reader_has_a_table_of_its_own():
+    subject = entry(0.4, 0.6)
+    subject["methods"]["base"]["values"]["reader ID"] = (0.25, 2)
+    first, second = tables.terminal_text(tables.table({"one": subject}, ["adapter"])).split("\n\n")
+    assert ("DINO" in first, "reader ID" in first) == (True, False)
+    assert second.splitlines()[3].split() == ["base", "1", "1", "0.250"]
+
+
 def test_reasons_are_said_once():
     skipped = {"CLIP-I": "no judge", "CLIP-T": "no judge", "PRES": "no pictures"}
     assert tables.not_computed(skipped) == [
