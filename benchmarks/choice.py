@@ -116,7 +116,7 @@ class Scorer:
         photos = sorted((FOLDER / subject).glob("*.png"))[:-HELD_OUT]
         self.trained = [Image.open(path).convert("RGB") for path in photos]
         self.limit = metrics.copy_limit(self.kind, self.colour, self.identity)
-        pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **DPM_SOLVER)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline
@@ -172,12 +172,19 @@ def measured(case: Case, work: Path) -> dict[str, Any]:
             scores[str(step)] = scorer.scores(folder / f"checkpoint-{step}" / native.ADAPTER_NAME)
             _write(partial, scores)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    meter = [record for record in map(json.loads, lines) if "meter" in record]
+    meter = [bands_of(record) for record in map(json.loads, lines) if "meter" in record]
     record = {"case": dataclasses.asdict(case), "meter": meter, "scores": scores}
     _write(done, record)
     shutil.rmtree(folder)
     partial.unlink()
     return record
+
+
+def bands_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A meter record with the bands of each measure alone."""
+    measures = {name: value for name, value in record["meter"].items() if isinstance(value, dict)}
+    bands = {name: [programs.rounded(band) for band in value["bands"]] for name, value in measures.items()}
+    return {"step": record["step"], "meter": {name: {"bands": values} for name, values in bands.items()}}
 
 
 def _write(path: Path, value: object) -> None:
@@ -221,7 +228,7 @@ def main(options: Options) -> None:
             "runs_in_all": len(cases()),
             "runs": records,
         }
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(report) + "\n")
         choice_tables.write(records, len(cases()))
         print(case.name, flush=True)
 
