@@ -12,6 +12,7 @@ from dreambooth.evaluation.judges import Judge
 from dreambooth.evaluation.picture_scores import Embedded
 from dreambooth.evaluation.plan import Picture, PictureSet
 from dreambooth.files import safetensors_files
+from dreambooth.io import reader
 
 _ROWS = ("dino", "clip", "texts", "texts_with_word")
 
@@ -32,7 +33,7 @@ def content(embedded: Embedded, key: str) -> bytes:
     """The bytes of the file."""
     rows = {name: getattr(embedded, name) for name in _ROWS}
     tensors = {name: torch.from_numpy(row) for name, row in rows.items() if row is not None}
-    metadata = {"key": key, "failures": json.dumps(embedded.failures)}
+    metadata = {"key": key, "failures": json.dumps({"failures": embedded.failures})}
     return safetensors_files.stable_bytes(tensors, metadata)
 
 
@@ -46,4 +47,4 @@ def read(path: Path, key: str) -> Embedded | None:
         rows: dict[str, np.ndarray | None] = {
             name: file.get_tensor(name).numpy() if name in names else None for name in _ROWS
         }
-    return Embedded(json.loads(metadata["failures"]), **rows)
+    return Embedded(reader.parsed_json_table(metadata["failures"], path.name)["failures"], **rows)
