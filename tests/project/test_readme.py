@@ -238,7 +238,7 @@ def test_make_demo_and_then_make_two_subjects_run_from_class_images_to_scores(tm
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_configs_are_short_and_every_flag_in_them_exists(path):
-    assert len(path.read_text().splitlines()) <= 25
+    assert len(path.read_text().splitlines()) <= 32
     content = yaml.safe_load(path.read_text())
     kind: Any = InferOptions if "prompt" in content or "prompts_file" in content else TrainOptions
     rest = {
