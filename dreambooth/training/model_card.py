@@ -38,8 +38,8 @@ _ANSWER_WITHIN = 10.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class _PublicFlags:
-    """The flags of the run as the card shows them."""
+class PublicFlags:
+    """The flags of a run as others may see them."""
 
     values: dict[str, Any]
     """Values by name of the flag. Of a local path, only the last part."""
@@ -70,7 +70,7 @@ def model_card(
     or None. If the base is from the hub and came without its card, its licence is read from the hub, with
     `token`.
     """
-    public = _public(flags, base_folder)
+    public = public_flags(flags, base_folder)
     hub_id = public.hub_ids.get("pretrained_model_name_or_path")
     licence, about_licence = _licence(base_folder, hub_id, flags.get("revision"), token)
     name = repository or public.values["output_dir"]
@@ -97,13 +97,14 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _public(flags: Mapping[str, Any], base_folder: Path) -> _PublicFlags:
+def public_flags(flags: Mapping[str, Any], base_folder: Path) -> PublicFlags:
+    """The flags as others may see them. `base_folder` is the base on disk."""
     hub_ids = {
         flag: flags[flag] for flag in _PLACES_OR_IDS if flag in flags and _is_hub_id(flags[flag], base_folder)
     }
     local = [flag for flag in (*_PLACES, *_PLACES_OR_IDS) if flag in flags and flag not in hub_ids]
     last_parts = {flag: os.path.basename(os.path.abspath(flags[flag])) for flag in local}
-    return _PublicFlags({**flags, **last_parts}, hub_ids)
+    return PublicFlags({**flags, **last_parts}, hub_ids)
 
 
 def _front_matter(
@@ -134,7 +135,7 @@ def _gallery(pictures: Mapping[str, str]) -> str:
     return "\n".join(lines).rstrip("\n")
 
 
-def _about_training(public: _PublicFlags) -> list[str]:
+def _about_training(public: PublicFlags) -> list[str]:
     """Sentences on what was trained, on which pictures, and with which VAE or tokenizer of its own."""
     flags = public.values
     trained = "was trained too" if flags["train_text_encoder"] else "was not trained"
@@ -152,7 +153,7 @@ def _about_training(public: _PublicFlags) -> list[str]:
     return lines
 
 
-def _example(public: _PublicFlags, name: str, family: str) -> str:
+def _example(public: PublicFlags, name: str, family: str) -> str:
     """Python that draws one picture with plain diffusers; the adapter is in repository or folder `name`."""
     flags = public.values
     imports, more_imports = ["AutoPipelineForText2Image"], []

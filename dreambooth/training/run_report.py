@@ -74,7 +74,8 @@ class RunReport:
             self.photos = list(photos_of(self.sources, start.crops))
         counts: dict[report.Use, int] = {_USES[source.purpose]: len(source.photos) for source in self.sources}
         run = dataclasses.replace(
-            read(start.output_dir, start.flags),
+            # people show the page to others, who need not see where its files are
+            read(start.output_dir, model_card.public_flags(start.flags, start.base.folder).values),
             photos=self.photos,
             counts=counts,
             max_steps=self.max_steps,
@@ -84,8 +85,8 @@ class RunReport:
 
 
 def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
-    """What the files of an output folder hold of a run; `flags` are those of run.yaml. Raises OSError or
-    UserError if a file cannot be read."""
+    """What the files of an output folder hold of a run with these flags. Raises OSError or UserError if a
+    file cannot be read."""
     status = reader.read_json_table(folder / run_folder.STATUS, run_folder.STATUS)
     identity = run_folder.read_identity(folder)
     slots = identity["slots"] if identity else 1
@@ -93,7 +94,8 @@ def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
     validation = folder / run_folder.VALIDATION
     names = os.listdir(validation) if validation.is_dir() else []
     is_named = report_data.Measured.of(records).best is not None
-    adapter = folder / run_folder.BEST / native.ADAPTER_NAME if is_named else folder
+    name = Path(folder.absolute().name)
+    adapter = name / run_folder.BEST / native.ADAPTER_NAME if is_named else name
     return report.Run(
         folder=folder,
         flags=flags,

@@ -162,7 +162,9 @@ def ours(run: Run, out: Path, seed: int, steps: int, *more: str) -> np.ndarray:
 def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
     """Three steps are two and one more: with dropout, flips, dropped captions, accumulation, both text
     encoders where they can be trained."""
-    assert {path.name for path in run.out.glob("**/*.png")} == {"image_0.png", "step-000002-00.png"}
+    swept = {"weight-0.50.png", "weight-0.75.png", "weight-1.25.png"}
+    drawn = {"step-000000-00.png", "step-000002-00.png", "image_0.png"}
+    assert {path.name for path in run.out.glob("**/*.png")} == drawn | swept
     resumed = run_train(
         run.base, run.photos, tmp_path, *run.words, "--resume_from_checkpoint", str(run.out / "checkpoint-2")
     )
@@ -453,7 +455,8 @@ def test_validation_flags_say_when_and_how(tiny_base, photos_dir, tmp_path):
         "--checkpointing_steps",
         "4",
     )
-    assert {path.name for path in tmp_path.glob("**/*.png")} == {"step-000002-00.png", "step-000004-00.png"}
+    names = {f"step-00000{step}-00.png" for step in (0, 2, 4)}
+    assert {path.name for path in tmp_path.glob("**/*.png")} == names
     run = Run("sd", tiny_base, photos_dir, tmp_path, [])
     pipeline = plain_pipeline(run, DDPMScheduler)
     pipeline.load_lora_weights(tmp_path / "checkpoint-4", weight_name=ADAPTER_NAME)
