@@ -169,7 +169,9 @@ def test_no_phase_of_a_recipe_holds_or_switches_on_anything_else(
     base = request.getfixturevalue("tiny_base" if recipe == "sd15_4gb" else "tiny_xl")
     words = f"--pretrained_model_name_or_path {base} --instance_data_dir {photos_dir} --resolution 64"
     words += f" --output_dir {tmp_path / 'run'} --class_data_dir {tmp_path / 'class'} --num_class_images 2"
-    words += " --class_inference_steps 1 --prior_generation_precision bf16 --max_train_steps 1"
+    words += (
+        " --class_inference_steps 1 --prior_generation_precision bf16 --max_train_steps 1 --meter_steps 0"
+    )
     phases = Phases(monkeypatch)
     train.main(options_of(recipe, *words.split(), "--report_to", "none"))
     assert phases.phases == {

@@ -24,6 +24,7 @@ from tests.running import (
     digest,
     how_steps_were_taken,
     main_on_two_processes,
+    meter_records,
     metrics,
     prior_words,
     run_train,
@@ -68,7 +69,7 @@ CASES = {
         "--max_train_steps 6 --train_text_encoder --train_text_encoder_frac 0.5 --lora_dropout 0.2 "
         "--gradient_accumulation_steps 2 --lr_scheduler cosine --max_grad_norm 0.01 --checkpointing_steps 3 "
         "--lr_pattern unet.up_blocks=1e-3 --validation_steps 4 --validation_prompt dog "
-        "--num_validation_images 1",
+        "--num_validation_images 1 --meter_steps 2 --holdout 1",
     ),
     "v prediction, captions, checkpointing, weights": (
         "tiny_v_base",
@@ -103,6 +104,7 @@ def test_replayed_steps_learn_what_launched_steps_learn(
     assert digest(replayed) == digest(launched)
     numbers = [[{**r, "images_per_second": 0} for r in metrics(a.parent)] for a in (launched, replayed)]
     assert numbers[0] == numbers[1]
+    assert meter_records(launched.parent) == meter_records(replayed.parent)
     if "--checkpointing_steps" in more:  # stopped in the middle, where the text encoder leaves, and resumed
         shutil.copytree(replayed.parent / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
         resumed = run(tmp_path / "stopped", *more, "--resume_from_checkpoint", "latest")
