@@ -69,7 +69,7 @@ CASES = {
         "--max_train_steps 6 --train_text_encoder --train_text_encoder_frac 0.5 --lora_dropout 0.2 "
         "--gradient_accumulation_steps 2 --lr_scheduler cosine --max_grad_norm 0.01 --checkpointing_steps 3 "
         "--lr_pattern unet.up_blocks=1e-3 --validation_steps 4 --validation_prompt dog "
-        "--num_validation_images 1 --meter_steps 2 --holdout 1",
+        "--num_validation_images 1 --meter_steps 4 --holdout 1",
     ),
     "v prediction, captions, checkpointing, weights": (
         "tiny_v_base",
