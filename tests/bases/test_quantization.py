@@ -137,9 +137,8 @@ def test_a_resumed_quantized_run_equals_an_unbroken_one(
     ]
     whole = run_train(tiny_base, photos_dir, tmp_path / "whole", *words, *pictures, "--max_train_steps", "3")
     assert {path.name for path in (tmp_path / "whole" / "validation").iterdir()} == {
-        "step-000001-00.png",
-        "step-000002-00.png",
-        "image_0.png",
+        *(f"step-00000{step}-00.png" for step in (0, 1, 2)),
+        *("image_0.png", "weight-0.50.png", "weight-0.75.png", "weight-1.25.png"),
     }
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "checkpoint-2")
     again = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
