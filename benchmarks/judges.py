@@ -37,7 +37,7 @@ from dreambooth.evaluation import judges, scores
 from dreambooth.evaluation.judges import Judge
 from picturebook import metrics, subjects
 from picturebook.draw import draw
-from picturebook.read import read
+from picturebook.read import Reading, read
 from picturebook.world import BACKDROPS, PLACES, Scene, random_pose
 
 RESULTS = ROOT / "benchmarks" / "results" / "judges.json"
@@ -45,6 +45,7 @@ PAGE = ROOT / "docs" / "evidence.md"
 MARKS = ("<!-- judges begin -->", "<!-- judges end -->")
 STEPS = (0, 50, 150)  # 0 is the base
 SEED = 0
+OTHERS = 3
 RENDERS = 16  # fresh ones of each subject, for the Real row
 
 
@@ -60,22 +61,23 @@ class Options:
     """File of the results."""
 
 
+_LIKENESS = {"DINO": "dino", "CLIP-I": "clip"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """Pictures of one subject by one adapter, as they are judged. Arrays have a value for each picture."""
 
-    prompts: list[str]
     clip_t: np.ndarray
-    shuffled_clip_t: np.ndarray
-    """With the prompts of other pictures."""
+    """[OTHERS + 1, N]: with its own prompt, and with those of OTHERS other pictures."""
+    prompt: np.ndarray
+    """PA by the reader with the same prompts, [OTHERS + 1, N]."""
     likeness: dict[str, np.ndarray]
     """By score, DINO and CLIP-I."""
     wrong_likeness: np.ndarray
     """DINO with the photos of the other subjects."""
     identity: np.ndarray
     """ID by the reader."""
-    prompt: np.ndarray
-    """PA by the reader."""
 
 
 # ---- pictures
@@ -135,6 +137,8 @@ def judged(
     readings = [read(image) for image in images]
     rows = {"dino": dino.embed_images(images), "clip": clip.embed_images(images)}
     texts = clip.embed_texts([scores.without_words(prompt, (WORD,)) for prompt in prompts])
+    # the prompt three places before names another place, and an accessory where the picture's own names none
+    shifts = [3 * number for number in range(OTHERS + 1)]
     own = photo_rows[subject]
     wrong = [
         scores.picture_cosines(rows["dino"], photo_rows[other]["dino"])
@@ -142,17 +146,18 @@ def judged(
         if other != subject
     ]
     return Drawn(
-        prompts,
-        scores.text_cosines(rows["clip"], texts),
-        scores.text_cosines(rows["clip"], np.roll(texts, 3, axis=0)),
-        {
-            "DINO": scores.picture_cosines(rows["dino"], own["dino"]),
-            "CLIP-I": scores.picture_cosines(rows["clip"], own["clip"]),
-        },
+        np.stack([scores.text_cosines(rows["clip"], np.roll(texts, shift, axis=0)) for shift in shifts]),
+        np.stack([_prompt_shares(readings, prompts, shift) for shift in shifts]),
+        {name: scores.picture_cosines(rows[kind], own[kind]) for name, kind in _LIKENESS.items()},
         np.mean(wrong, axis=0),
         np.array([metrics.identity_share(reading, kind, identity) for reading in readings]),
-        np.array([metrics.prompt_share(reading, p) for reading, p in zip(readings, prompts, strict=True)]),
     )
+
+
+def _prompt_shares(readings: Sequence[Reading], prompts: Sequence[str], shift: int) -> np.ndarray:
+    """PA of each picture with the prompt `shift` places before its own."""
+    shifted = [prompts[number - shift] for number in range(len(prompts))]
+    return np.array([metrics.prompt_share(r, prompt) for r, prompt in zip(readings, shifted, strict=True)])
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float | None:
@@ -166,7 +171,8 @@ def correlations(drawn: Mapping[tuple[str, int], Drawn]) -> dict[str, Any]:
     """Pearson's r of each judge's score with the reader's: of single pictures, `pictures`, with the interval
     over subjects of r within a subject; and of the means of adapters, `adapters`."""
     pairs = {
-        "CLIP-T and PA": lambda one: (one.clip_t, one.prompt),
+        "CLIP-T and PA, own prompts": lambda one: (one.clip_t[0], one.prompt[0]),
+        "CLIP-T and PA, own and others' prompts": lambda one: (one.clip_t.ravel(), one.prompt.ravel()),
         "DINO and ID": lambda one: (one.likeness["DINO"], one.identity),
         "CLIP-I and ID": lambda one: (one.likeness["CLIP-I"], one.identity),
     }
@@ -182,7 +188,7 @@ def correlations(drawn: Mapping[tuple[str, int], Drawn]) -> dict[str, Any]:
         result[name] = {
             "pictures": correlation(*map(np.concatenate, zip(*all_pairs, strict=True))),
             "within_subjects": dict(zip(SUBJECTS, within, strict=True)),
-            "interval": scores.interval(usable),
+            "interval": scores.interval(usable) if len(usable) == len(SUBJECTS) else None,
             "adapters": correlation(means[:, 0], means[:, 1]),
         }
     return result
@@ -198,11 +204,11 @@ def invariants(drawn: Mapping[tuple[str, int], Drawn], real: Mapping[str, float]
         "DINO of tuned: own photos, other subjects'": lambda s: (
             drawn[s, last].likeness["DINO"].mean(), drawn[s, last].wrong_likeness.mean()
         ),
-        "CLIP-T of tuned: own prompts, shuffled": lambda s: (
-            drawn[s, last].clip_t.mean(), drawn[s, last].shuffled_clip_t.mean()
+        "CLIP-T of tuned: own prompts, others'": lambda s: (
+            drawn[s, last].clip_t[0].mean(), drawn[s, last].clip_t[1:].mean()
         ),
-        "CLIP-T of base: own prompts, shuffled": lambda s: (
-            drawn[s, 0].clip_t.mean(), drawn[s, 0].shuffled_clip_t.mean()
+        "CLIP-T of base: own prompts, others'": lambda s: (
+            drawn[s, 0].clip_t[0].mean(), drawn[s, 0].clip_t[1:].mean()
         ),
     }  # fmt: skip
     result = {}
@@ -218,7 +224,7 @@ def run(options: Options) -> dict[str, Any]:
     torch.set_num_threads(1)
     folders = {kind: judge_models.trained(kind, options.work) for kind in judges.FLAGS}
     dino, clip = (judges.load(judges.find(kind, str(folder))) for kind, folder in folders.items())
-    protocol = dataclasses.replace(Protocol(), seeds=1)
+    protocol = Protocol(base=ROOT / "picturebook" / "model", seeds=1)
     studio = Studio(protocol)
     photo_rows = {}
     for subject in SUBJECTS:
@@ -237,13 +243,13 @@ def run(options: Options) -> dict[str, Any]:
     }
     means = {
         f"{subject} {step}": {
-            "ID": one.identity.mean(), "PA": one.prompt.mean(), "DINO": one.likeness["DINO"].mean(),
-            "CLIP-I": one.likeness["CLIP-I"].mean(), "CLIP-T": one.clip_t.mean(),
+            "ID": one.identity.mean(), "PA": one.prompt[0].mean(), "DINO": one.likeness["DINO"].mean(),
+            "CLIP-I": one.likeness["CLIP-I"].mean(), "CLIP-T": one.clip_t[0].mean(),
         }
         for (subject, step), one in drawn.items()
     }  # fmt: skip
     return {
-        "pictures": sum(len(one.prompts) for one in drawn.values()),
+        "pictures": sum(len(one.identity) for one in drawn.values()),
         "judges": {judge.name: judge.settings for judge in (dino, clip)},
         "training": {
             kind: json.loads((folder / "training.json").read_text()) for kind, folder in folders.items()
@@ -272,12 +278,7 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, row in results["correlations"].items():
-        within = [value for value in row["within_subjects"].values() if value is not None]
-        low, high = row["interval"]
-        lines.append(
-            f"| {name} | {row['pictures']:.2f} | {np.mean(within):.2f} [{low:.2f}, {high:.2f}]"
-            f" | {row['adapters']:.2f} |"
-        )
+        lines.append(f"| {name} | {_shown(row['pictures'])} | {_within(row)} | {_shown(row['adapters'])} |")
     lines += [
         "",
         "| must fall from left to right | holds for | values, mean over subjects |",
@@ -285,10 +286,31 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, row in results["invariants"].items():
         means = np.mean(list(row["values"].values()), axis=0)
-        shown = " > ".join(f"{value:.3f}" for value in means)
-        lines.append(f"| {name} | {row['holds_for']} of {row['of']} subjects | {shown} |")
-    lines += ["", "r is Pearson's. Command: `.venv/bin/python -m benchmarks.judges`, then with `--tables`."]
+        falling = " > ".join(f"{value:.3f}" for value in means)
+        lines.append(f"| {name} | {row['holds_for']} of {row['of']} subjects | {falling} |")
+    prompt_mean = np.mean([row["PA"] for row in results["means"].values()])
+    lines += [
+        "",
+        "r is Pearson's; `-` where a score has one value for all pictures of a subject. Real pictures are",
+        "fresh renders of a subject: pictures that are nearer to the photos than these copy them. The base",
+        f"follows its prompts (PA is {prompt_mean:.2f} on average), and CLIP-T does not tell which single pictures",
+        f"fail. So each picture was also compared with the prompts of {OTHERS} others, of which it shows a part.",
+        "",
+        "    .venv/bin/python -m benchmarks.judges --work runs/judges",
+    ]
     return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _within(row: Mapping[str, Any]) -> str:
+    """The mean over subjects of r within a subject, and its interval."""
+    if row["interval"] is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{np.mean(list(row['within_subjects'].values())):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def main(options: Options) -> None:
