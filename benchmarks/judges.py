@@ -293,8 +293,8 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         "r is Pearson's; `-` where a score has one value for all pictures of a subject. Real pictures are",
         "fresh renders of a subject: pictures that are nearer to the photos than these copy them. The base",
-        f"follows its prompts (PA is {prompt_mean:.2f} on average), and CLIP-T does not tell which single pictures",
-        f"fail. So each picture was also compared with the prompts of {OTHERS} others, of which it shows a part.",
+        f"follows its prompts (PA is {prompt_mean:.2f} on average), and CLIP-T does not tell which pictures",
+        f"fail. So each picture was also compared with {OTHERS} other prompts, of which it shows a part.",
         "",
         "    .venv/bin/python -m benchmarks.judges --work runs/judges",
     ]
