@@ -100,12 +100,11 @@ def rate_of(arm: Arm, protocol: Protocol, results: Results) -> float | None:
     return arm.rate or best_rate(arm.name.removeprefix("best-"), protocol, results)
 
 
-def steps_of(job: Job) -> int:
-    """Length of a job's training: that of the longest arm that shares it."""
+def sharing(job: Job) -> list[Arm]:
+    """The arms, the job's own among them, that draw with the adapters of the job's training."""
     settings = (job.arm.flags, job.arm.class_images, job.arm.init, job.rate)
     shared = [arm for arm in ARMS if (arm.flags, arm.class_images, arm.init, arm.rate) == settings]
-    arms = [job.arm, *(shared if job.seed in claims_arms.SEEDS else [])]
-    return max(step for arm in arms for step in arm.steps)
+    return [job.arm, *(arm for arm in shared if arm != job.arm and job.seed in claims_arms.SEEDS)]
 
 
 def search_jobs(subject: str) -> Iterator[Job]:
@@ -121,7 +120,7 @@ def jobs(options: Options, protocol: Protocol, results: Results) -> Iterator[Job
 
     Arms whose rate is not chosen yet are left out.
     """
-    long = [arm for arm in ARMS if len(arm.steps) > 2 or arm.word != WORD]
+    long = [arm for arm in ARMS if max(arm.steps) == max(LONG) or arm.name in ("other-word", "no-word")]
     short = [arm for arm in ARMS if arm not in long]
     for seed in options.seeds:
         for arm in long:
@@ -145,7 +144,8 @@ def run(job: Job, studio: Studio, results: Results, work: Path) -> int:
     ]
     if not missing:
         return 0
-    steps = steps_of(job)
+    arms = sharing(job)
+    steps = max(step for arm in arms for step in arm.steps)
     folder = adapters_after(training, protocol, work, steps)
     for step in missing:
         started = time.monotonic()
@@ -155,7 +155,7 @@ def run(job: Job, studio: Studio, results: Results, work: Path) -> int:
             f"scored in {time.monotonic() - started:.0f} s",
             flush=True,
         )
-    if steps < max(LONG):  # adapters of the long runs are kept: other arms and experiments use them
+    if len(arms) == 1 and steps < max(LONG):  # adapters of long runs are kept for other experiments
         shutil.rmtree(folder)
     return len(missing)
 

@@ -65,6 +65,15 @@ ARMS = (
     Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", CURVE),
     # (b)
     Arm("prior-200", "prior, 200 class images", BASELINE.flags, (400,), class_images=200),
+    Arm(
+        "prior-other-word",
+        "prior (200), another word",
+        BASELINE.flags,
+        (400,),
+        class_images=200,
+        word=OTHER_WORD,
+    ),
+    Arm("prior-no-word", "prior (200), no word", BASELINE.flags, (400,), class_images=200, word=None),
     Arm("prior-20", "prior, 20 class images", BASELINE.flags, (400,), class_images=20),
     # (d); LoRA comes first because its best rate may be the baseline's
     *(
@@ -305,12 +314,35 @@ CLAIMS = (
         "f",
         "The subject is bound to the rare word",
         "With another unused word, and without one, likeness falls to that of the class.",
-        (BASE, ("text+unet", 300), ("other-word", 300), ("no-word", 300)),
+        (
+            BASE,
+            ("text+unet", 300),
+            ("other-word", 300),
+            ("no-word", 300),
+            ("prior-200", 400),
+            ("prior-other-word", 400),
+            ("prior-no-word", 400),
+        ),
         (
             at_least(0.2, "ID", ("text+unet", 300), ("other-word", 300), "another unused word shows it less"),
             at_least(0.2, "ID", ("text+unet", 300), ("no-word", 300), "without the word it is shown less"),
             at_most(0.1, "ID", ("other-word", 300), ("no-word", 300), "another word is no better than none"),
             at_most(0.1, "ID", ("no-word", 300), BASE, "without the word, ID is nearly the base's"),
+            # added after the first long runs, in which class pictures show the subject; before any with prior
+            at_least(
+                0.2,
+                "ID",
+                ("prior-200", 400),
+                ("prior-other-word", 400),
+                "with prior preservation, another word shows it less",
+            ),
+            at_least(
+                0.2,
+                "ID",
+                ("prior-200", 400),
+                ("prior-no-word", 400),
+                "with prior preservation, it is shown less without the word",
+            ),
         ),
         ("ID", "JOINT", "PA"),
     ),

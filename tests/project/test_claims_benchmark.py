@@ -162,8 +162,9 @@ def test_arms_that_differ_in_prompts_only_share_a_training():
         for name in ("text+unet", "other-word", "no-word")
     }
     assert len(trainings) == 1
-    assert claims.steps_of(claims.Job(BY_NAME["no-word"], 1e-3, "dog", 0)) == 800
-    assert claims.steps_of(claims.Job(BY_NAME["best-lokr"], 1e-3, "dog", 0)) == 300
+    job = claims.Job(BY_NAME["no-word"], 1e-3, "dog", 0)
+    assert {arm.name for arm in claims.sharing(job)} == {"text+unet", "other-word", "no-word"}
+    assert claims.sharing(claims.Job(BY_NAME["full"], 1e-3, "dog", 0)) == [BY_NAME["full"]]
 
 
 def test_prompts_name_every_place_plain_and_with_an_accessory():
