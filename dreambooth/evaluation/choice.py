@@ -20,7 +20,7 @@ from typing import Any
 
 LOW, MIDDLE = slice(0, 3), slice(3, 7)  # of the ten bands of timesteps
 MARGIN = 0.1  # about twice the scatter of the score from one measurement to the next, late in a run
-IN_A_ROW = 2  # A run is worse once so many scores in a row lie more than MARGIN under the highest.
+IN_A_ROW = 3  # A run is worse once so many scores in a row lie more than MARGIN under the highest.
 
 Record = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ class MeterOptions(Group):
     """Folder with other photos of the subject, which are not trained on, in place of --holdout. Their
     captions are read as those of the instance photos."""
     stop_when_worse: bool = False
-    """End the run, as a finished one, once two measurements in a row are worse than the best. With held-out
+    """End the run, as a finished one, once three measurements in a row are worse than the best. With held-out
     photos each measurement names the best step so far, whose adapter is in `best/`."""
 
     def _check(self) -> None:

@@ -85,13 +85,13 @@ def test_a_measurement_that_is_not_finite_is_passed_over(loss):
     assert choice.choose(records).step == 50
 
 
-def test_a_run_is_worse_after_two_measurements_in_a_row_far_under_the_best():
-    falls = [(0.6, 0.0), (0.6, 0.2), (0.6, 0.3)]
-    assert choice.choose(run(*falls[:2])).worse is None
+def test_a_run_is_worse_after_three_measurements_in_a_row_far_under_the_best():
+    falls = [(0.6, 0.0), (0.6, 0.2), (0.6, 0.2), (0.6, 0.3)]
+    assert choice.choose(run(*falls[:3])).worse is None
     fall = "likeness less the loss on held-out photos fell from 0.60 to 0.30"
     assert choice.choose(run(*falls)).worse == fall
     assert choice.choose(run(*falls, (0.6, 0.05))).worse is None
-    assert choice.choose(run((0.6, 0.0), (0.6, 0.05), (0.6, 0.09))).worse is None
+    assert choice.choose(run((0.6, 0.0), (0.6, 0.05), (0.6, 0.2), (0.6, 0.2))).worse is None
 
 
 def test_only_the_present_candidate_and_later_steps_can_be_named_later():
