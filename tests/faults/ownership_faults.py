@@ -41,7 +41,10 @@ RUN_NAMES = (
     *(
         "validation",
         "validation/image_0.png",
+        "validation/step-000000-00.png",
         "validation/step-000001-00.png",
+        "validation/weight-0.50.png",
+        "report.html",
         ".tmp-step-1-2-0123abcd/a.png",
     ),
     *(".trash-1000/a.png", ".trash-step-1-2-0123abcd/a.png", ".replaced-step-1/a.png", ".run.json.1.2.tmp"),
