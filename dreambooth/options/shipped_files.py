@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).parents[1]
 _ROOTS = (_PACKAGE.parent, _PACKAGE / "scripts")
 _FLAGS = (
     *("--config", "--pretrained_model_name_or_path", "--instance_data_dir"),
-    *("--prompts_file", "--adapters_file", "--subjects_file"),
+    *("--prompts_file", "--adapters_file", "--subjects_file", "--validation_prompts_file", "--judge_reader"),
 )
 _RENAMED_RECIPES = {"sd15_6gb.yaml": "sd15_4gb.yaml", "sdxl_12gb.yaml": "sdxl_8gb.yaml"}
 
