@@ -61,9 +61,7 @@ def choose(records: Sequence[Record]) -> Choice:
         return Choice(None, f"a choice needs two measurements after step 0, and there are {len(scores)}")
     named = _named(scores)
     if named is None:
-        return Choice(
-            None, "no measured step has learned more of the subject than it lost on held-out photos"
-        )
+        return Choice(None, "the loss on held-out photos rose more than the loss on trained photos fell")
     later = [value for step, value in scores.items() if step > named]
     return Choice(named, _why(scores[named], later), _worse(list(scores.values())))
 
@@ -111,11 +109,11 @@ def _changes(meter: Mapping[str, Any], at_start: Mapping[str, Any], name: str) -
 def _why(named: Score, later: Sequence[Score]) -> str:
     """Why the step with the score `named` is chosen, in view of the later scores."""
     if not later:
-        return "no measurement up to the last one got worse"
-    grows, loses = later[-1].fit > named.fit, later[-1].harm > named.harm
-    if grows and loses:
-        return "likeness grows on, but held-out photos lose more than it gains"
-    return "likeness no longer grows" + (", and held-out photos lose" if loses else "")
+        return "the run got no worse up to its last measurement"
+    grows, rises = later[-1].fit > named.fit, later[-1].harm > named.harm
+    if grows and rises:
+        return "likeness still grows, but the loss on held-out photos rises more"
+    return "likeness no longer grows" + (", and the loss on held-out photos rises" if rises else "")
 
 
 def _worse(scores: Sequence[Score]) -> str | None:
@@ -124,4 +122,4 @@ def _worse(scores: Sequence[Score]) -> str | None:
     if len(recent) < IN_A_ROW or any(value.total >= highest - MARGIN for value in recent):
         return None
     change = f"from {highest:.2f} to {recent[-1].total:.2f}"
-    return f"likeness less the loss on held-out photos fell {change}"
+    return f"the score of the measurements fell {change}"

@@ -44,10 +44,10 @@ def test_a_step_that_lost_more_than_it_learned_is_never_named():
 @pytest.mark.parametrize(
     ("scores", "why"),
     [
-        ([(0.3, 0.0), (0.5, 0.0)], "no measurement up to the last one got worse"),
+        ([(0.3, 0.0), (0.5, 0.0)], "the run got no worse up to its last measurement"),
         ([(0.5, 0.0), (0.3, 0.0)], "likeness no longer grows"),
-        ([(0.5, 0.0), (0.4, 0.2)], "likeness no longer grows, and held-out photos lose"),
-        ([(0.5, 0.0), (0.6, 0.3)], "likeness grows on, but held-out photos lose more than it gains"),
+        ([(0.5, 0.0), (0.4, 0.2)], "likeness no longer grows, and the loss on held-out photos rises"),
+        ([(0.5, 0.0), (0.6, 0.3)], "likeness still grows, but the loss on held-out photos rises more"),
     ],
 )
 def test_the_sentence_says_what_changed_after_the_named_step(scores, why):
@@ -61,7 +61,10 @@ def test_the_sentence_says_what_changed_after_the_named_step(scores, why):
         ([{"step": 50, "loss": 0.1}, {"step": 50, "judge": {"ID": 1.0}}], "nothing was measured"),
         (run((0.3, 0.0), (0.4, 0.0))[1:], "the adapter was not measured at step 0"),
         (run((0.3, 0.0)), "a choice needs two measurements after step 0, and there are 1"),
-        (run((0.1, 0.2), (0.2, 0.3)), "no measured step has learned more of the subject than it lost"),
+        (
+            run((0.1, 0.2), (0.2, 0.3)),
+            "the loss on held-out photos rose more than the loss on trained photos fell",
+        ),
     ],
 )
 def test_without_enough_measurements_no_step_is_named_and_the_reason_is(records, why):
@@ -88,7 +91,7 @@ def test_a_measurement_that_is_not_finite_is_passed_over(loss):
 def test_a_run_is_worse_after_three_measurements_in_a_row_far_under_the_best():
     falls = [(0.6, 0.0), (0.6, 0.2), (0.6, 0.2), (0.6, 0.3)]
     assert choice.choose(run(*falls[:3])).worse is None
-    fall = "likeness less the loss on held-out photos fell from 0.60 to 0.30"
+    fall = "the score of the measurements fell from 0.60 to 0.30"
     assert choice.choose(run(*falls)).worse == fall
     assert choice.choose(run(*falls, (0.6, 0.05))).worse is None
     assert choice.choose(run((0.6, 0.0), (0.6, 0.05), (0.6, 0.2), (0.6, 0.2))).worse is None
