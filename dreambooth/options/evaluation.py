@@ -9,22 +9,20 @@ from dreambooth.options.rules import CountOrZero, Group, Range, require
 
 @dataclasses.dataclass
 class MeterOptions(Group):
-    """Measurements from the base and the adapter alone: how well the subject is learned, and what is lost."""
+    """Measurements of the adapter, without a second model: what is learned, and what is lost."""
 
     meter_steps: CountOrZero = 0
     """Steps between measurements, which need --class_prompt and change nothing of the training; 0 measures
-    nothing. The first is at step 0, another follows the last step. One takes 120 forward passes of a picture
-    (160 with class images, 80 without held-out photos): by count as long as 60 steps of batch size 1 without
-    class images, or 10 of batch size 4 with them; with --gradient_checkpointing 40 and 7."""
+    nothing. The first is at step 0, another follows the last step. With held-out photos each names the best
+    step so far, whose adapter is in `best/`."""
     holdout: CountOrZero = 0
-    """Number of instance photos that are not trained on, the last by file name. --meter_steps measures on
-    them."""
+    """Number of instance photos that are held out, the last by file name: --meter_steps measures on them, and
+    they are not trained on."""
     holdout_data_dir: FilePath | None = None
     """Folder with other photos of the subject, which are not trained on, in place of --holdout. Their
     captions are read as those of the instance photos."""
     stop_when_worse: bool = False
-    """End the run, as a finished one, once three measurements in a row are worse than the best. With held-out
-    photos each measurement names the best step so far, whose adapter is in `best/`."""
+    """End the run, as a finished one, once three measurements in a row are worse than the best."""
 
     def _check(self) -> None:
         require(

@@ -206,7 +206,7 @@ class ValidationOptions(Group):
     """Validation pictures."""
 
     validation_prompt: str | None = None
-    """Prompt of the validation pictures. Default: no validation pictures."""
+    """Prompt of the validation pictures. Without it and --validation_prompts_file none are drawn."""
     validation_prompts_file: FilePath | None = None
     """Text file with a prompt on each line, for validation pictures of several prompts. Empty lines and lines
     that start with # are skipped. With --validation_prompt too, that prompt is the first."""
@@ -247,7 +247,7 @@ class ValidationOptions(Group):
 
 @dataclasses.dataclass
 class ReportOptions(Group):
-    """Logs and uploads. metrics.jsonl is always written."""
+    """Logs and uploads. metrics.jsonl and report.html are always written."""
 
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
     """Tracker. The default, tensorboard, is skipped with a note if it is not installed."""
@@ -287,7 +287,8 @@ class TrainOptions(Group):
         *("train_text_encoder", "rank", "learning_rate", "lr_scheduler"),
         *("output_dir", "seed", "train_batch_size", "max_train_steps", "gradient_accumulation_steps"),
         *("gradient_checkpointing", "checkpointing_steps", "resume_from_checkpoint", "mixed_precision"),
-        *("cache_latents", "validation_prompt", "report_to", "push_to_hub"),
+        *("validation_prompt", "validation_prompts_file", "meter_steps", "holdout"),
+        *("report_to", "push_to_hub"),
     )
 
     base: BaseOptions

@@ -1,23 +1,16 @@
-"""Makes meters (`meter.Meter`): of the adapter that a run trains, and of adapter files on a loaded base."""
+"""Makes the meter (`meter.Meter`) of the adapter that a run trains."""
 
-import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from dreambooth.adapter_files import reading
-from dreambooth.adapters import apply, inject
-from dreambooth.bases import autoencoder, loading, schedulers
+from dreambooth.adapters import inject
+from dreambooth.bases import autoencoder
 from dreambooth.bases.autoencoder import Posterior
-from dreambooth.bases.families import Base
-from dreambooth.bases.loading import FrozenParts
 from dreambooth.data import photos
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.photos import Photo
-from dreambooth.options.training import RunOptions, TextOptions
+from dreambooth.options.training import RunOptions
 from dreambooth.training import meter
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.start import Start
@@ -65,61 +58,6 @@ def of_run(
             start.options.prior.class_prompt,
         ),
     )
-
-
-class FileMeter:
-    """Measures adapter files on one base, in float32.
-
-    Example: `FileMeter(base, crops, instance, held_out, [], "a photo of a dog").measure(path)["binding"]`.
-    """
-
-    def __init__(
-        self,
-        base: Base,
-        crops: Crops,
-        instance: Source,
-        held_out: Source,
-        classes: Source,
-        class_prompt: str,
-        device: torch.device | None = None,
-        *,
-        rows: int = 8,
-    ):
-        """`instance` are photos that the adapters were trained on. `held_out` are other photos of the subject
-        and `classes` are class images; both may have no photos. `source_of` makes them from folders. `crops`
-        are made with stride 1. Loads the base. Raises UserError if it or a photo cannot be read."""
-        device = device or torch.device("cpu")
-        text = loading.text_without_encoders(base, loading.load_tokenizers(base), TextOptions())
-        text.encoders = loading.load_encoders(base, torch.float32, device)
-        unet = loading.load_unet(base, torch.float32, device)
-        self.parts = FrozenParts(base, text, None, unet, schedulers.load_scheduler(base))
-        self.models: dict[str, Any] = {"unet": unet, **text.encoders}
-        self.layers = apply.layers_of(self.models)
-        vae = loading.load_vae(base, device)
-
-        def pictures(source: Source) -> list[meter.Picture]:
-            return _pictures(source, crops, lambda photo: _encoded(photo, crops, vae), base.vae_config)
-
-        model = meter.Model(
-            self.parts, device, lambda prompt: text([prompt]), contextlib.nullcontext, rows=rows
-        )
-        self.meter = meter.Meter(
-            model, meter.Pictures(pictures(instance), pictures(held_out), pictures(classes), class_prompt)
-        )
-
-    def measure(self, adapter: Path) -> dict[str, Any]:
-        """`meter.Meter.measure` of an adapter file, of any kind, format and rank, with weight 1. Raises
-        UserError if it cannot be read or does not fit the base."""
-        content = apply.part(reading.read(adapter, self.layers), tuple(self.models))
-        with apply.fused(self.models, [(content, 1.0)]):
-            return self.meter.measure()
-
-
-def source_of(purpose: str, folder: Path | None, prompt: str) -> Source:
-    """The photos of `folder`, all with `prompt`; without a folder a source without photos. Raises UserError
-    if a photo cannot be used."""
-    checked = photos.check_folder(folder, purpose, allow_odd_photos=True).photos if folder else []
-    return Source(purpose, checked, [prompt] * len(checked))
 
 
 def _rows(run: RunOptions, sources: int) -> int:

@@ -12,19 +12,15 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
 from dreambooth.adapters import inject
-from dreambooth.bases import families
-from dreambooth.data import photos, sampling_order
-from dreambooth.data.batches import Source
-from dreambooth.data.crops import Crops
+from dreambooth.data import sampling_order
 from dreambooth.io.errors import UserError
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.evaluation import MeterOptions
 from dreambooth.options.photos import InstanceOptions
-from dreambooth.options.training import BaseOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
-from dreambooth.training import meter, meter_setup, prepare
+from dreambooth.training import meter, prepare
 from tests import conftest, tiny
 from tests.live_adapters import load_models
 from tests.running import digest, meter_records, prior_words, run_train
@@ -33,30 +29,12 @@ SUBJECT, CLASS = "a photo of sks dog", "a photo of dog"
 MEASURED = ["--meter_steps", "2", "--class_prompt", CLASS]
 
 
-def source(folder: Path, names: list[str], prompt: str = SUBJECT) -> Source:
-    checked = photos.check_folder(folder, "--instance_data_dir").photos
-    chosen = [photo for photo in checked if photo.path.name in names]
-    return Source("instance", chosen, [prompt] * len(chosen))
-
-
-def file_meter(base: Path, folder: Path) -> meter_setup.FileMeter:
-    """The meter of adapters trained on the first two photos of three."""
-    return meter_setup.FileMeter(
-        families.find(BaseOptions(str(base))),
-        Crops(64, "lanczos", center_crop=False),
-        source(folder, ["photo-0.png", "photo-1.png"]),
-        source(folder, ["photo-2.png"]),
-        source(folder, []),
-        CLASS,
-    )
-
-
 def one_process() -> Peers:
     return processes.join(Watch(), peer_timeout=4)
 
 
 def test_a_measurement_has_ten_bands_of_four_draws():
-    """--help says how many forward passes that is."""
+    """docs/training.md says how many forward passes that is."""
     assert (meter.BANDS, conftest.DRAWS_OF_USERS) == (10, 4)
 
 
@@ -167,11 +145,9 @@ WORDS = ["--max_train_steps", "2", "--train_text_encoder", "--learning_rate", "1
 
 @pytest.mark.trains
 def test_measures_are_those_of_plain_diffusers(tiny_v_base, photos_dir, tmp_path):
-    """Of a run while it trains, and of its adapter file afterwards."""
     adapter = run_train(tiny_v_base, photos_dir, tmp_path, *WORDS, *MEASURED)
     expected = measures_by_hand(tiny_v_base, photos_dir, adapter, noise_is_measured=False)
     assert_close(meter_records(tmp_path)[-1]["meter"], expected)
-    assert_close(file_meter(tiny_v_base, photos_dir).measure(adapter), expected)
 
 
 @pytest.mark.trains
