@@ -56,27 +56,27 @@ def choose(records: Sequence[Record]) -> Choice:
         return Choice(None, "the adapter was not measured at step 0" if meters else "nothing was measured")
     if "loss_held_out" not in meters[0]:
         return Choice(None, "no photo is held out (--holdout or --holdout_data_dir)")
-    scores = _scores(records)
-    if len(scores) < 2:
-        return Choice(None, f"a choice needs two measurements after step 0, and there are {len(scores)}")
-    named = _named(scores)
+    by_step = scores(records)
+    if len(by_step) < 2:
+        return Choice(None, f"a choice needs two measurements after step 0, and there are {len(by_step)}")
+    named = _named(by_step)
     if named is None:
         return Choice(None, "the loss on held-out photos rose more than the loss on trained photos fell")
-    later = [value for step, value in scores.items() if step > named]
-    return Choice(named, _why(scores[named], later), _worse(list(scores.values())))
+    later = [value for step, value in by_step.items() if step > named]
+    return Choice(named, _why(by_step[named], later), _worse(list(by_step.values())))
 
 
 def candidates(records: Sequence[Record]) -> list[int]:
     """The measured steps that are named now, or may be after more measurements. That is the present one
     alone: another one is named only if a later step comes within MARGIN of the highest score."""
-    named = _named(_scores(records))
+    named = _named(scores(records))
     return [] if named is None else [named]
 
 
-def _named(scores: Mapping[int, Score]) -> int | None:
+def _named(by_step: Mapping[int, Score]) -> int | None:
     """The last step with a score over 0 that lies within MARGIN of the highest one; None without one."""
-    least = max((value.total for value in scores.values()), default=0.0) - MARGIN
-    steps = [step for step, value in scores.items() if value.total >= max(least, 0) and value.total > 0]
+    least = max((value.total for value in by_step.values()), default=0.0) - MARGIN
+    steps = [step for step, value in by_step.items() if value.total >= max(least, 0) and value.total > 0]
     return max(steps, default=None)
 
 
@@ -84,13 +84,13 @@ def _meters(records: Sequence[Record]) -> dict[int, Mapping[str, Any]]:
     return {record["step"]: record["meter"] for record in records if "meter" in record}
 
 
-def _scores(records: Sequence[Record]) -> dict[int, Score]:
+def scores(records: Sequence[Record]) -> dict[int, Score]:
     """The scores of all steps after step 0, in order; {} without a held-out photo or a record of step 0."""
     meters = _meters(records)
     if 0 not in meters or "loss_held_out" not in meters[0]:
         return {}
-    scores = {step: score(meters[step], meters[0]) for step in sorted(meters) if step > 0}
-    return {step: value for step, value in scores.items() if math.isfinite(value.total)}
+    by_step = {step: score(meters[step], meters[0]) for step in sorted(meters) if step > 0}
+    return {step: value for step, value in by_step.items() if math.isfinite(value.total)}
 
 
 def score(meter: Mapping[str, Any], at_start: Mapping[str, Any]) -> Score:
@@ -116,9 +116,9 @@ def _why(named: Score, later: Sequence[Score]) -> str:
     return "likeness no longer grows" + (", and the loss on held-out photos rises" if rises else "")
 
 
-def _worse(scores: Sequence[Score]) -> str | None:
+def _worse(in_order: Sequence[Score]) -> str | None:
     """How the run got worse; None unless each of the last IN_A_ROW scores lies MARGIN under the highest."""
-    highest, recent = max(value.total for value in scores), scores[-IN_A_ROW:]
+    highest, recent = max(value.total for value in in_order), in_order[-IN_A_ROW:]
     if len(recent) < IN_A_ROW or any(value.total >= highest - MARGIN for value in recent):
         return None
     change = f"from {highest:.2f} to {recent[-1].total:.2f}"

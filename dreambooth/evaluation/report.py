@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from dreambooth.evaluation import report_data
+from dreambooth.evaluation import choice, report_data
 from dreambooth.evaluation.report_data import Drawn
 from dreambooth.files import pictures
 from dreambooth.io import console, reader
@@ -287,7 +287,15 @@ def _plots(run: Run, measured: report_data.Measured) -> dict[str, list[dict[str,
         about = "The loss says little about likeness: noise level and photo of a step are random."
         add("loss", "Loss", f"{means} {about}".strip(), report_plots.over_steps(curves, chosen=chosen))
 
-    # meters
+    # the score that names a step, and the meters
+    if by_step := choice.scores(run.records):
+        values = {0: choice.Score(0, 0), **by_step}
+        curves = [
+            Curve(name, list(values), [getattr(value, attribute) for value in values.values()])
+            for name, attribute in (("score", "total"), ("fit", "fit"), ("harm", "harm"))
+        ]
+        svg = report_plots.over_steps(curves, chosen=chosen, zero=True)
+        add("meter", "Score", report_data.SCORE, svg)
     for name, (title, text) in report_data.METERS.items():
         if values := measured.meter(name):
             spread = values.noise if any(values.noise) else None

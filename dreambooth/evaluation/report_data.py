@@ -13,6 +13,10 @@ _STEP_NAME = re.compile(r"validation/step-([0-9]{6,})-(?:([0-9]{2,})-)?([0-9]{2,
 _FINAL_NAME = re.compile(r"validation/image_(?:([0-9]{2,})_)?([0-9]+)\.png")
 _WEIGHT_NAME = re.compile(r"validation/weight-([0-9]+\.[0-9]{2})\.png")
 
+SCORE = (
+    "Fit less harm. Fit: how far the loss on trained photos fell at middle noise. Harm: how far the loss on"
+    " held-out photos rose at low noise. The last step within 0.1 of the highest score is chosen."
+)
 METERS = {
     "binding": (
         "Binding",
@@ -21,8 +25,7 @@ METERS = {
     ),
     "gap": (
         "Gap",
-        "Loss on other photos of the subject minus loss on those trained on. It grows as the photos are"
-        " learned by heart.",
+        "Loss on held-out photos minus loss on trained photos. It grows as those are learned by heart.",
     ),
     "drift": (
         "Drift",
@@ -31,15 +34,15 @@ METERS = {
 }
 BANDS = {
     "binding": ("Binding by noise level", ""),
-    "loss_trained": ("Loss on the photos trained on, by noise level", "Change since the first measurement."),
-    "loss_held_out": ("Loss on other photos, by noise level", "Change since the first measurement."),
+    "loss_trained": ("Loss on trained photos, by noise level", "Change since the first measurement."),
+    "loss_held_out": ("Loss on held-out photos, by noise level", "Change since the first measurement."),
 }
 _RELATIVE = ("loss_trained", "loss_held_out")
 # What scores mean, by the last part of their names; in the order in which plots prefer them.
 SCORES = {
-    "JOINT": "share of pictures that show this subject and what the prompt says",
-    "ID": "share of pictures that show this subject",
-    "PA": "share of the prompt's attributes that the pictures show",
+    "JOINT": "share of pictures that show all of the subject and all that the prompt names",
+    "ID": "mean share of the subject's identity attributes that pictures show; all: share with all of them",
+    "PA": "mean share of the prompt's attributes that pictures show; all: share with all of them",
     "DINO": "likeness to the photos trained on",
     "CLIP-I": "likeness to the photos trained on",
     "CLIP-T": "likeness to the prompt",
@@ -281,28 +284,32 @@ def duration(seconds: float) -> str:
 
 def state(status: Record, last: int, max_steps: int | None) -> dict[str, str]:
     """How far the run is: a word, and steps in words."""
-    words = {"running": "running", "finished": "finished", "stopped": "stopped", "failed": "failed"}
-    word = words.get(str(status.get("state")), "running")
     steps = f"{last} steps" if max_steps is None else f"{last} of {max_steps} steps"
-    return {"word": word, "steps": steps, "reason": str(status.get("reason") or "")}
+    reason = str(status.get("reason") or "")
+    word = "running" if is_running(status) else str(status["state"])
+    return {"word": word, "steps": steps, "reason": reason and _sentence(reason)}
+
+
+def is_running(status: Record) -> bool:
+    """Whether the run has not ended."""
+    return status.get("state") not in ("finished", "stopped", "failed")
 
 
 def answer(status: Record, measured: Measured, last: int) -> dict[str, str]:
     """Which adapter to use, why, and where it is."""
-    is_over = status.get("state") in ("finished", "stopped", "failed")
     if measured.best:
         headline = f"Use the adapter after step {measured.best['step']}"
-        if not is_over:
+        if is_running(status):
             headline = f"So far the best: step {measured.best['step']}"
         file = "best/pytorch_lora_weights.safetensors"
         return {"headline": headline, "why": _sentence(str(measured.best["why"])), "file": file}
     advice = "Nothing measured the checkpoints of this run; --meter_steps does."
     if measured.meters:
         advice = f"No step is named{': ' if measured.unnamed else ''}{measured.unnamed}."
-    if is_over:
-        headline = f"Use the adapter after the last step, {last}"
-        return {"headline": headline, "why": advice, "file": "pytorch_lora_weights.safetensors"}
-    return {"headline": f"Training: {last} steps so far", "why": advice, "file": ""}
+    if is_running(status):
+        return {"headline": f"Training: {last} steps so far", "why": advice, "file": ""}
+    headline = f"Use the adapter after the last step, {last}"
+    return {"headline": headline, "why": advice, "file": "pytorch_lora_weights.safetensors"}
 
 
 def _sentence(text: str) -> str:
