@@ -36,9 +36,7 @@ from benchmarks.programs import ROOT, rounded, write_page
 from dreambooth.evaluation import judges, scores
 from dreambooth.evaluation.judges import Judge
 from picturebook import metrics, subjects
-from picturebook.draw import draw
 from picturebook.read import Reading, read
-from picturebook.world import BACKDROPS, PLACES, Scene, random_pose
 
 RESULTS = ROOT / "benchmarks" / "results" / "judges.json"
 PAGE = ROOT / "docs" / "evidence.md"
@@ -102,22 +100,9 @@ def pictures_of(subject: str, step: int, work: Path, studio: Studio) -> list[Ima
 
 
 def renders_of(subject: str) -> list[Image.Image]:
-    """Fresh renders of a subject, as its photos were drawn: in random places and poses."""
+    """Fresh renders of a subject, as its photos were drawn."""
     kind, colour, identity = subjects.load_subject(subjects.FOLDER / subject)
-    rng = random.Random(f"real row of {subject}")
-    return [
-        draw(
-            Scene(
-                kind,
-                colour,
-                rng.choice(tuple(PLACES)),
-                identity,
-                pose=random_pose(rng),
-                backdrop=rng.randrange(BACKDROPS),
-            )
-        )
-        for _ in range(RENDERS)
-    ]
+    return metrics.renders(kind, colour, identity, random.Random(f"real row of {subject}"), RENDERS)
 
 
 # ---- scores

@@ -209,14 +209,10 @@ def diversity(images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
     return float(np.mean(means))
 
 
-def copy_limit(kind: str, colour: str, identity: Identity) -> float:
-    """The 1st percentile of the distances between independent renders of a subject, low-passed.
-
-    The renders have random places, backdrops and poses, and no accessory: the distribution that the
-    subject's training pictures were drawn from.
-    """
-    rng = random.Random(f"renders of {kind} {colour} {identity}")
-    renders = [
+def renders(kind: str, colour: str, identity: Identity, rng: random.Random, count: int) -> list[Image.Image]:
+    """Renders of a subject in random places, backdrops and poses, without an accessory: the distribution that
+    its training pictures were drawn from."""
+    scenes = [
         Scene(
             kind,
             colour,
@@ -225,9 +221,18 @@ def copy_limit(kind: str, colour: str, identity: Identity) -> float:
             pose=random_pose(rng),
             backdrop=rng.randrange(BACKDROPS),
         )
-        for _ in range(COPY_RENDERS)
+        for _ in range(count)
     ]
-    vectors = low_passed([draw(scene) for scene in renders])
+    return [draw(scene) for scene in scenes]
+
+
+def copy_limit(kind: str, colour: str, identity: Identity) -> float:
+    """The 1st percentile of the distances between independent renders of a subject, low-passed.
+
+    They are those of `renders`.
+    """
+    rng = random.Random(f"renders of {kind} {colour} {identity}")
+    vectors = low_passed(renders(kind, colour, identity, rng, COPY_RENDERS))
     pairs = [distances(vectors[n : n + 1], vectors[n + 1 :])[0] for n in range(COPY_RENDERS - 1)]
     return float(np.percentile(np.concatenate(pairs), COPY_PERCENTILE))
 
