@@ -216,9 +216,10 @@ def score_series(measured: Measured, most: int) -> dict[str, Series]:
 
 
 def _preference(name: str) -> int:
-    """The place of a score among those that are plotted: scores of the base are the last."""
+    """The place of a score among those that are plotted: the last are scores of the base, and those that
+    count pictures which show all, whose lines are near others."""
     meaning = _meaning(name)
-    if meaning is None or name.endswith("_base"):
+    if meaning is None or name.endswith(("_base", "_all")):
         return len(SCORES)
     return list(SCORES).index(meaning)
 

@@ -92,6 +92,7 @@ class Evaluation:
         if images:
             self._judge(step, images, None, progress)
         self.best.say()
+        self.report.say()
 
     def _judge(
         self, step: int, images: Images, base_images: Images | None, progress: metrics.Progress

@@ -68,6 +68,11 @@ class RunReport:
         took = time.monotonic() - began
         self.next_time = time.monotonic() + max(_SHORTEST_PAUSE, _PAUSE_FACTOR * took)
 
+    def say(self) -> None:
+        """Print where the page is, unless it cannot be written."""
+        if not self.has_failed:
+            self.start.peers.say(f"page of the run: {self.files.folder / run_folder.REPORT}")
+
     def _page(self) -> str:
         start = self.start
         if self.photos is None:

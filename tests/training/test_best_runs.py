@@ -58,7 +58,8 @@ def test_best_has_the_adapter_of_its_step_and_infer_draws_with_it(
     last = run_train(tiny_base, photos_dir, out, *METERED)
     assert digest(out / BEST_FILE) == digest(adapter_after(plain_run, BEST))
     assert digest(last) == digest(adapter_after(plain_run, 6))
-    assert capsys.readouterr().out.count(f"best: step 2: it is ({out / BEST_FILE})") == 1
+    lines = f"best: step 2: it is ({out / BEST_FILE})\npage of the run: {out / 'report.html'}\n"
+    assert capsys.readouterr().out.count(lines) == 1
     drawn = tmp_path / "drawn"
     words = f"--pretrained_model_name_or_path {tiny_base} --adapter {out / 'best'} --output_dir {drawn}"
     draw = [*words.split(), "--prompt", "a dog", "--num_inference_steps", "2"]
