@@ -73,6 +73,8 @@ def evaluate(options: EvaluateOptions, watch: Watch) -> None:
     if options.tables_only:
         peers.on_main(lambda: check_complete(output_dir, rows))
 
+    if drawing is not None:  # a damaged judge is named before hours of drawing
+        peers.on_main(lambda: judges.check(options.judges.judge_dino_transform))
     names = [*results.names_of(rows), *(drawing.settings if drawing else ())]
     with output_pictures.held(output_dir, names, peers) as files:
         if drawing is not None:

@@ -18,8 +18,9 @@ from tests.tiny import text_config
 SIDE = 28  # pixels; pictures are resized to 32 before they are cropped
 
 
-def build_dino(folder: Path, *, seed: int = 0, width: int = 24) -> Path:
-    """Save a ViTModel as facebook/dino-vits16 is saved: with a pooling layer that is not used."""
+def build_dino(folder: Path, *, seed: int = 0, width: int = 24, std: float = 0.3) -> Path:
+    """Save a ViTModel as facebook/dino-vits16 is saved: with a pooling layer that is not used. `std` is the
+    deviation of its weights."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=width,
@@ -31,7 +32,7 @@ def build_dino(folder: Path, *, seed: int = 0, width: int = 24) -> Path:
     )
     model = ViTModel(config)
     for weight in (weight for weight in model.parameters() if weight.dim() > 1):
-        torch.nn.init.normal_(weight, std=0.3)  # else all pictures have next to the same embedding
+        torch.nn.init.normal_(weight, std=std)  # else all pictures have next to the same embedding
     model.save_pretrained(folder)
     return folder
 

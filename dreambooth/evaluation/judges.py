@@ -78,7 +78,7 @@ class Judge:
     def embed_images(self, images: Sequence[Image.Image | None]) -> np.ndarray:
         """Unit embeddings of pictures, float32 [N, D]; a row of zeros where `scores.failure` has a reason.
 
-        Raises FloatingPointError if the model returns values that are not finite.
+        Raises FloatingPointError if the model returns zeros, or values that are not finite.
         """
         rows = [None if scores.failure(image) else self._image(image.convert("RGB")) for image in images]  # type: ignore[union-attr]
         zeros = np.zeros(self.width, dtype=np.float32)
@@ -121,8 +121,8 @@ class Judge:
     def _unit(self, rows: torch.Tensor) -> np.ndarray:
         """The embedding, [1, D], as a row of length 1 on the CPU, [D]."""
         row = rows[0].to("cpu", torch.float64)
-        if not torch.isfinite(row).all():
-            raise FloatingPointError(f"the {self.name} judge returns values that are not finite")
+        if not torch.isfinite(row).all() or not row.any():
+            raise FloatingPointError(f"the {self.name} judge returns values that are 0 or not finite")
         return (row / row.norm()).float().numpy()
 
 
@@ -237,7 +237,7 @@ def load(files: JudgeFiles, transform: Transform = "crop") -> Judge:
     model's side and crops the centre; `squash` resizes to the model's side. CLIP has the transform of its own
     preprocessor_config.json.
 
-    Raises UserError if the weights are damaged or incomplete.
+    Raises UserError if the weights are damaged or incomplete, or the model cannot embed a picture or a text.
     """
     flag, name = FLAGS[files.kind], shown(files.given)
     kind: Any = ViTModel if files.kind == "dino" else CLIPModel
@@ -251,23 +251,33 @@ def load(files: JudgeFiles, transform: Transform = "crop") -> Judge:
                 files.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
             )
         parts = _dino_parts(model, transform) if files.kind == "dino" else _clip_parts(model, files.folder)
+        pixels, tokens, described = parts
+        settings = {
+            "model": files.given,
+            "sha256": files.sha256,
+            "transform": described,
+            "dtype": "float32",
+            "versions": environment.versions(("torch", "transformers", "pillow")),
+        }
+        judge = Judge(files.kind, settings, model.eval().requires_grad_(False), pixels, tokens)
+        lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        if lacking:
+            raise UserError(f"the weights of {name} lack {shortened(lacking[0])}")
+        _try(judge)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
     except Exception as error:  # of odd files the library raises anything
         if is_memory_error(error):
             raise
         raise UserError(f"{flag}: {name} cannot be loaded: {type_and_reason(error)}") from None
-    if lacking := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-        raise UserError(f"{flag}: the weights of {name} lack {shortened(lacking[0])}")
-    pixels, tokens, described = parts
-    settings = {
-        "model": files.given,
-        "sha256": files.sha256,
-        "transform": described,
-        "dtype": "float32",
-        "versions": environment.versions(("torch", "transformers", "pillow")),
-    }
-    return Judge(files.kind, settings, model.eval().requires_grad_(False), pixels, tokens)
+    return judge
+
+
+def _try(judge: Judge) -> None:
+    """Embed a picture and a text. Raises FloatingPointError or another error if the model cannot."""
+    judge.embed_images([Image.linear_gradient("L")])
+    if judge.name == "clip":
+        judge.embed_texts(["a photo"])
 
 
 @contextlib.contextmanager

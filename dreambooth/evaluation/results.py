@@ -60,6 +60,11 @@ class Judges:
             readers,
         )
 
+    def check(self, transform: judges.Transform) -> None:
+        """Load each judge and give it up again. Raises UserError if one is damaged."""
+        for files in filter(None, (self.dino, self.clip)):
+            judges.load(files, transform)
+
     def skipped(self, num_class_images: int, *, has_held_out: bool) -> dict[str, str]:
         """By score that is not computed, why."""
         given = {"dino": self.dino, "clip": self.clip, "reader": self.readers or None}

@@ -365,6 +365,10 @@ class TrainOptions(Group):
                 "--class_prompt equals --instance_prompt: no rare word stands for the subject, "
                 "and instance photos and class images train the same prompt."
             )
+        if self.meter.meter_steps and (prior.class_prompt or "").strip() == instance.instance_prompt.strip():
+            notes.append(
+                "--class_prompt equals --instance_prompt: binding, which compares them, is always 0."
+            )
         is_held_out = self.meter.holdout or self.meter.holdout_data_dir
         if self.meter.meter_steps and not is_held_out:
             notes.append(

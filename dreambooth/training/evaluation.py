@@ -59,11 +59,12 @@ class Evaluation:
         """Measure what is due before the first step of this start, after `step` steps."""
         self.report.begin()
         self.meter.begin(step, progress)
-        if step > 0 and self.meter.steps is not None:  # best/ goes back to this step
+        if step > 0:  # best/ goes back to this step
             self._choose(step, progress)
-        # a run that is resumed at a step may have ended while the pictures of that step were judged
+        # a run that is resumed at a step may have ended while its pictures were drawn or judged
         is_unjudged = self.judging is not None and not progress.is_evaluated(step, "judge")
-        if step == 0 or (self.is_judged and self.peers.broadcast(is_unjudged)):
+        is_incomplete = is_unjudged or (self._draws(step) and not self.pictures.are_written(step))
+        if step == 0 or self.peers.broadcast(is_incomplete):
             self.after_step(step, progress)
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:

@@ -117,8 +117,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of metrics.jsonl, without half a line at the end."""
     if path.exists():
         *complete, _ = reader.read_bytes(path, path.name, reader.LARGEST_LOG).split(b"\n")
-        for line in complete:
-            yield reader.parsed_json_table(line, path.name)
+        for number, line in enumerate(complete, 1):
+            record = reader.parsed_json_table(line, path.name)
+            if type(record.get("step")) is not int:
+                raise UserError(f"{path.name}: line {number} has no step: it was edited")
+            yield record
 
 
 # --- photos

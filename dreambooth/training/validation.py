@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ class ValidationPictures:
             return step % self.options.validation_steps == 0
         epochs = step // steps_per_epoch
         return step % steps_per_epoch == 0 and (epochs - 1) % self.options.validation_epochs == 0
+
+    def are_written(self, step: int) -> bool:
+        """Whether the pictures of `draw_current` after `step` steps are in the folder, all of them."""
+        numbers = itertools.product(range(len(self.prompts)), range(self.options.num_validation_images))
+        names = (run_folder.step_picture(step, *each, prompts=len(self.prompts)) for each in numbers)
+        return all(map(self.files.is_written, names))
 
     def draw_current(self, step: int, progress: metrics.Progress) -> dict[str, list[Image.Image]]:
         """Draw with the adapter after `step` steps, on the main process; the other processes wait. The

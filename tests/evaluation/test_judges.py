@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, ViTModel
 
 from dreambooth.evaluation import judges
@@ -183,3 +184,21 @@ def test_damaged_weights_are_refused(tiny_dino, tmp_path):
     shutil.copy(tiny_dino / "model.safetensors", other)
     with pytest.raises(UserError, match=r"^--judge_dino: "):
         judges.load(judges.find("dino", str(other)))
+
+
+@pytest.mark.parametrize("kind", ["dino", "clip"])
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_weights_that_embed_nothing_are_refused(kind, factor, tiny_dino, tiny_clip, tmp_path):
+    spoiled = copied(tiny_dino if kind == "dino" else tiny_clip, tmp_path / "spoiled")
+    weights = spoiled / "model.safetensors"
+    tensors = {name: tensor * factor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^--judge_{kind}: .*spoiled cannot be loaded: .*0 or not finite"):
+        judges.load(judges.find(kind, str(spoiled)))
+
+
+def test_a_preprocessor_of_another_model_is_refused(tiny_clip, tmp_path):
+    other = copied(tiny_clip, tmp_path / "other")
+    (other / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^--judge_clip: .*other cannot be loaded: .*image size"):
+        judges.load(judges.find("clip", str(other)))

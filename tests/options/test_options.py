@@ -336,3 +336,6 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
         TrainOptions, "train", [*TRAIN, *PRIOR, "--class_prompt", "a photo of sks dog "]
     ).notes()
     assert note.startswith("--class_prompt equals --instance_prompt")
+    measured = ["--class_prompt", "a photo of sks dog", "--meter_steps", "2", "--holdout", "1"]
+    (note,) = command_line.parse(TrainOptions, "train", [*TRAIN, *measured]).notes()
+    assert note.startswith("--class_prompt equals --instance_prompt: binding")

@@ -43,6 +43,7 @@ def place(tiny_base, tiny_xl, layers, tmp_path_factory) -> Path:
     (folder / "base").symlink_to(tiny_base)
     tiny_judges.build_dino(folder / "dino")
     tiny_judges.build_clip(folder / "clip")
+    tiny_judges.build_dino(folder / "zeros", std=0)
     tiny.make_photos(folder / "rex")
     tiny.make_photos(folder / "tom", count=2, seed=1)
     for name, kind in (("lora", lora), ("dora", dora)):
@@ -207,11 +208,11 @@ def test_a_second_run_draws_and_embeds_nothing_and_gives_the_same_bytes(
 
     monkeypatch.setattr(judges.Judge, "embed_images", counted)
     run(place, tmp_path / "out")
-    assert len(embedded) == 2 * 3  # the photos alone, by two judges
+    assert len(embedded) == 2 * (3 + 2)  # by two judges the photos, and a trial before and after the drawing
     assert bytes_of(tmp_path / "out") == bytes_of(evaluated)
     # another transform is another judge
     run(place, tmp_path / "out", "--judge_dino_transform", "squash")
-    assert len(embedded) == 2 * (2 * 3) + 2 * 12
+    assert len(embedded) == 2 * 2 * (3 + 2) + 2 * 12
     assert bytes_of(tmp_path / "out") != bytes_of(evaluated)
 
 
@@ -303,13 +304,14 @@ def test_a_judge_without_finite_values_is_named_and_a_picture_without_them_is_a_
         return output
 
     monkeypatch.setattr(judges.Judge, "_run", broken)
-    bad = {3}  # the first picture after three photos
+    bad = {4}  # the first picture after a trial and three photos
     results = run(place, tmp_path / "out", "--tables_only")
     assert [entry["failure"] for entry in results["failures"]] == ["no finite embedding"]
     (record,) = [record for record in records_of(tmp_path / "out") if record["failure"]]
     assert set(record["scores"].values()) == {0.0}
-    bad = {next(calls) + 1}
-    with pytest.raises(UserError, match="the dino judge returns values that are not finite for a photo"):
+    bad = {next(calls) + 2}
+    message = "the dino judge returns values that are 0 or not finite for a photo"
+    with pytest.raises(UserError, match=message):
         run(place, tmp_path / "out", "--tables_only")
 
 
@@ -388,6 +390,7 @@ def test_the_reader_scores_pictures_of_the_drawn_world(place, tmp_path):
 MISTAKES: dict[str, tuple[str, str]] = {
     "judge": ("--judge_dino {place}/none:", "--judge_dino: there is no folder .*none:, and"),
     "other judge": ("--judge_dino {place}/clip", "--judge_dino: .*/clip holds a clip; it must be"),
+    "zeros": ("--judge_dino {place}/zeros", "--judge_dino: .*zeros cannot be loaded: .* 0 or not finite"),
     "weights": ("--judge_clip {place}/clip@sha256:" + "0" * 64, "have the SHA-256 [0-9a-f]+, not 0000"),
     "reader": ("--judge_reader {place}/rex", r"--judge_reader: .*rex has no subject\.json"),
     "size": (

@@ -127,6 +127,24 @@ def test_a_run_that_ends_early_says_so_on_its_page(tiny_base, photos_dir, tmp_pa
 
 
 @pytest.mark.trains
+def test_a_line_that_somebody_added_to_the_metrics_costs_the_page_and_no_step(
+    tiny_base, photos_dir, plain_run, tmp_path, monkeypatch, capsys
+):
+    step = train.Training.step
+
+    def with_a_note(self: train.Training, number: int, batches: object) -> None:
+        if number == 1:
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write('{"note": "looks good"}\n')
+        step(self, number, batches)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.Training, "step", with_a_note)
+    adapter = run_train(tiny_base, photos_dir, tmp_path, *WORDS.split())
+    assert digest(adapter) == digest(adapter_after(plain_run, 4))
+    assert capsys.readouterr().out.count("report.html cannot be written: metrics.jsonl: line ") == 1
+
+
+@pytest.mark.trains
 def test_a_full_disk_costs_the_page_and_no_step(
     tiny_base, photos_dir, plain_run, tmp_path, monkeypatch, capsys
 ):

@@ -1,10 +1,12 @@
 """Validation pictures of several prompts, from before the first step to the finished adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dreambooth.files import checkpoint_folders, pictures
+from dreambooth.files.ownership import WrittenFiles
 from tests.running import digest, run_train, same_tensors
 
 PROMPTS = ["a photo of sks dog", "a dog in the snow"]
@@ -73,6 +75,31 @@ def test_a_resumed_run_draws_the_same_pictures(run, tiny_base, photos_dir, promp
     drawn = pictures_of(tmp_path)
     before = {name for name in pictures_of(run) if name.startswith("step-000000")}
     assert drawn == {name: sha for name, sha in pictures_of(run).items() if name not in before}
+
+
+@pytest.mark.trains
+def test_a_run_that_died_while_it_drew_draws_those_pictures_when_it_is_resumed(
+    tiny_base, photos_dir, tmp_path, monkeypatch
+):
+    words = "--max_train_steps 3 --checkpointing_steps 2 --validation_steps 2 --num_validation_images 2"
+    words += " --resolution 32 --skip_final_inference"
+    resumed = [*words.split(), "--validation_prompt", "a dog", "--resume_from_checkpoint", "latest"]
+    write = WrittenFiles.write
+
+    def dies(self: WrittenFiles, name: str, *args: Any, **more: Any) -> None:
+        if name == "validation/step-000002-01.png":
+            raise RuntimeError("died")
+        write(self, name, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WrittenFiles, "write", dies)
+        with pytest.raises(RuntimeError, match="died"):
+            run_train(tiny_base, photos_dir, tmp_path, *resumed[:-2])
+    assert "step-000002-01.png" not in pictures_of(tmp_path)
+    first = pictures_of(tmp_path)
+    run_train(tiny_base, photos_dir, tmp_path, *resumed)
+    assert pictures_of(tmp_path).keys() == first.keys() | {"step-000002-01.png"}
+    assert first.items() <= pictures_of(tmp_path).items()
 
 
 @pytest.mark.trains
