@@ -189,8 +189,8 @@ class Drawing:
             }
             for chunk in plan.chunks_of(each.pictures, self.drawing.batch_size):
                 for picture in chunk:
-                    own = {"prompt": picture.prompt, "seed": picture.seed, "drawn_at_once": len(chunk)}
-                    settings[picture.file] = {**shared, **of_set, **own}
+                    of_picture = {"prompt": picture.prompt, "seed": picture.seed, "drawn_at_once": len(chunk)}
+                    settings[picture.file] = {**shared, **of_set, **of_picture}
         return settings
 
     def draw(self, missing: set[str], save: Save) -> None:

@@ -289,9 +289,9 @@ def _plots(run: Run, measured: report_data.Measured) -> dict[str, list[dict[str,
 
     # the score that names a step, and the meters
     if by_step := choice.scores(run.records):
-        values = {0: choice.Score(0, 0), **by_step}
+        by_step = {0: choice.Score(0, 0), **by_step}
         curves = [
-            Curve(name, list(values), [getattr(value, attribute) for value in values.values()])
+            Curve(name, list(by_step), [getattr(score, attribute) for score in by_step.values()])
             for name, attribute in (("score", "total"), ("fit", "fit"), ("harm", "harm"))
         ]
         svg = report_plots.over_steps(curves, chosen=chosen, zero=True)

@@ -233,8 +233,8 @@ class Scoring:
             if settings:
                 self.shared = self.shared or {name: settings.get(name) for name in SHARED}
                 self.of_set.setdefault(of.folder, {name: settings.get(name) for name in OF_SET})
-            own = {"prompt": picture.prompt, "seed": picture.seed}
-            check_settings(path, settings, {**self.shared, **self.of_set.get(of.folder, {}), **own})
+            of_picture = {"prompt": picture.prompt, "seed": picture.seed}
+            check_settings(path, settings, {**self.shared, **self.of_set.get(of.folder, {}), **of_picture})
             yield image
 
     def _content(

@@ -13,6 +13,7 @@ _REAL = {
     "including_self": "Real photos, with self pairs",
 }
 _WIDTH = 9  # columns of a score on the terminal
+_OF_READER = "reader "  # how the reader's scores begin
 
 
 def summary(values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
@@ -96,15 +97,18 @@ def _columns(rows: Table) -> list[str]:
 def terminal_text(rows: Table) -> str:
     """The means over subjects, as lines for the terminal. The scores of the reader are a table of their
     own."""
-    of_reader = [name for name in _columns(rows) if name.startswith("reader ")]
+    of_reader = [name for name in _columns(rows) if name.startswith(_OF_READER)]
     others = [name for name in _columns(rows) if name not in of_reader]
     return "\n\n".join(_terminal_table(rows, columns) for columns in (others, of_reader) if columns)
 
 
 def _terminal_table(rows: Table, columns: Sequence[str]) -> str:
     wide = max(len(row["row"]) for row in rows)
-    widths = {name: max(_WIDTH, len(name) + 2) for name in columns}
-    lines = [f"{'':<{wide}}{'subjects':>10}{'failed':>8}" + "".join(f"{n:>{w}}" for n, w in widths.items())]
+    titles = {name: name.removeprefix(_OF_READER) for name in columns}
+    widths = {name: max(_WIDTH, len(title) + 2) for name, title in titles.items()}
+    table_title = _OF_READER if any(name.startswith(_OF_READER) for name in columns) else ""
+    header = "".join(f"{titles[name]:>{width}}" for name, width in widths.items())
+    lines = [f"{table_title:<{wide}}{'subjects':>10}{'failed':>8}{header}"]
     for row in rows:
         cells = "".join(f"{_mean(row, name):>{width}}" for name, width in widths.items())
         lines.append(f"{row['row']:<{wide}}{row['subjects']:>10}{row.get('failed', '-'):>8}{cells}")
@@ -116,8 +120,9 @@ def _mean(row: Mapping[str, Any], name: str) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The page of tables: means over subjects with intervals, means over all terms, each subject, failed
-    pictures, and how the scores were computed. `results` is the content of results.json."""
+    """The page of tables: means over subjects with intervals; of several subjects, means over all terms and
+    each subject; failed pictures; and how the scores were computed. `results` is the content of
+    results.json."""
     rows: Table = results["table"]
     columns = _columns(rows)
     parts = [
@@ -125,14 +130,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Means over subjects, each with the same weight; in brackets the 95 % bootstrap interval over"
         " subjects. Figures of other evaluators compare only where the rows of the real photos agree.\n",
         *_grid(columns, rows, _with_interval),
-        "\nMeans over all pairs and pictures of all subjects:\n",
-        *_grid(columns, rows, lambda row, name: _cell(row["scores"].get(name), "micro")),
     ]
+    # one subject's own tables would be the same
+    subjects = results["subjects"] if len(results["subjects"]) > 1 else {}
+    if subjects:
+        parts.append("\nMeans over all pairs and pictures of all subjects:\n")
+        parts += _grid(columns, rows, lambda row, name: _cell(row["scores"].get(name), "micro"))
     if any("over_base" in row for row in rows):
         parts.append("\nDifference from the base, drawn from the same noise:\n")
         differences = [{**row, "scores": row["over_base"]} for row in rows if "over_base" in row]
         parts += _grid(columns, differences, _with_interval)
-    for subject, entry in results["subjects"].items():
+    for subject, entry in subjects.items():
         parts.append(f"\n{subject} ({entry['class_noun']}):\n")
         of_subject = [
             *({"row": _REAL[key], "scores": values} for key, values in entry["real"].items()),

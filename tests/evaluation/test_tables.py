@@ -57,7 +57,26 @@ def test_the_reader_has_a_table_of_its_own():
     subject["methods"]["base"]["values"]["reader ID"] = (0.25, 2)
     first, second = tables.terminal_text(tables.table({"one": subject}, ["adapter"])).split("\n\n")
     assert ("DINO" in first, "reader ID" in first) == (True, False)
+    assert second.splitlines()[0].split() == ["reader", "subjects", "failed", "ID"]
     assert second.splitlines()[3].split() == ["base", "1", "1", "0.250"]
+
+
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_the_page_of_one_subject_has_no_table_twice(names):
+    subjects = {
+        name: {"class_noun": "dog", "real": {}, "methods": {"base": {"scores": {"DINO": 0.4}}}}
+        for name in names
+    }
+    page = tables.markdown(
+        {
+            "table": tables.table({name: entry(0.4, 0.6) for name in names}, ["adapter"]),
+            "subjects": subjects,
+            "definitions": {"DINO": "a cosine"},
+            "skipped": {},
+            "failures": [],
+        }
+    )
+    assert ("Means over all pairs" in page, "one (dog)" in page) == ((len(names) > 1,) * 2)
 
 
 def test_reasons_are_said_once():
