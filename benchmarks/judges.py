@@ -124,7 +124,7 @@ def judged(
     texts = clip.embed_texts([scores.without_words(prompt, (WORD,)) for prompt in prompts])
     # the prompt three places before names another place, and an accessory where the picture's own names none
     shifts = [3 * number for number in range(OTHERS + 1)]
-    own = photo_rows[subject]
+    of_subject = photo_rows[subject]
     wrong = [
         scores.picture_cosines(rows["dino"], photo_rows[other]["dino"])
         for other in SUBJECTS
@@ -133,7 +133,7 @@ def judged(
     return Drawn(
         np.stack([scores.text_cosines(rows["clip"], np.roll(texts, shift, axis=0)) for shift in shifts]),
         np.stack([_prompt_shares(readings, prompts, shift) for shift in shifts]),
-        {name: scores.picture_cosines(rows[kind], own[kind]) for name, kind in _LIKENESS.items()},
+        {name: scores.picture_cosines(rows[judge], of_subject[judge]) for name, judge in _LIKENESS.items()},
         np.mean(wrong, axis=0),
         np.array([metrics.identity_share(reading, kind, identity) for reading in readings]),
     )

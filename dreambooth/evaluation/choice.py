@@ -109,7 +109,7 @@ def _changes(meter: Mapping[str, Any], at_start: Mapping[str, Any], name: str) -
 def _why(named: Score, later: Sequence[Score]) -> str:
     """Why the step with the score `named` is chosen, in view of the later scores."""
     if not later:
-        return "the run got no worse up to its last measurement"
+        return "no earlier step is clearly better"
     grows, rises = later[-1].fit > named.fit, later[-1].harm > named.harm
     if grows and rises:
         return "likeness still grows, but the loss on held-out photos rises more"

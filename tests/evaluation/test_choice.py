@@ -44,7 +44,7 @@ def test_a_step_that_lost_more_than_it_learned_is_never_named():
 @pytest.mark.parametrize(
     ("scores", "why"),
     [
-        ([(0.3, 0.0), (0.5, 0.0)], "the run got no worse up to its last measurement"),
+        ([(0.3, 0.0), (0.5, 0.0)], "no earlier step is clearly better"),
         ([(0.5, 0.0), (0.3, 0.0)], "likeness no longer grows"),
         ([(0.5, 0.0), (0.4, 0.2)], "likeness no longer grows, and the loss on held-out photos rises"),
         ([(0.5, 0.0), (0.6, 0.3)], "likeness still grows, but the loss on held-out photos rises more"),
