@@ -18,7 +18,7 @@ from benchmarks.claims_runs import (
     fingerprint,
     key_of,
     photos_of,
-    rounded,
+    rounded_scores,
     subject_prompts,
     train_adapters,
 )
@@ -49,8 +49,9 @@ def result_key(arm: PairArm, pair: Pair, seed: int, protocol: Protocol) -> str:
         (configuration_of(SOURCES[name], pair, seed, protocol), steps, weights)
         for name, steps, weights in arm.drawn
     ]
-    pictures = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("base", "checkpointing")}
-    return key_of(arm=arm.name, pair=pair, seed=seed, drawn=drawn, pictures=pictures, scoring=SCORING)
+    return key_of(
+        arm=arm.name, pair=pair, seed=seed, drawn=drawn, pictures=protocol.pictures, scoring=SCORING
+    )
 
 
 def photos_of_source(source: Source, pair: Pair, work: Path) -> Path:
@@ -126,5 +127,5 @@ def score_pair(studio: Studio, arm: PairArm, pair: Pair, seed: int, work: Path) 
         "subject": "+".join(pair),
         "seed": seed,
         "step": 0,
-        "scores": rounded(scores),
+        "scores": rounded_scores(scores),
     }

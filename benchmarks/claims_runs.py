@@ -53,6 +53,12 @@ class Protocol:
     guidance_scale: float = 3.0
     drawn_together: int = 16
 
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """The fields that decide which pictures an adapter draws."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in ("base", "checkpointing")}
+
 
 # ---- results
 
@@ -110,12 +116,8 @@ class Training:
 
     def result_key(self, protocol: Protocol, step: int, word: str | None) -> str:
         """Key of the scores after `step` steps, of pictures whose prompts have `word`."""
-        pictures = {
-            k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("base", "checkpointing")
-        }
-        return key_of(
-            training=self.configuration(protocol), step=step, word=word, pictures=pictures, scoring=SCORING
-        )
+        training = self.configuration(protocol)
+        return key_of(training=training, step=step, word=word, pictures=protocol.pictures, scoring=SCORING)
 
 
 def training_of(arm: Arm, rate: float, subject: str, seed: int) -> Training:
@@ -124,8 +126,8 @@ def training_of(arm: Arm, rate: float, subject: str, seed: int) -> Training:
 
 def base_key(protocol: Protocol, subject: str) -> str:
     """Key of the scores of the base without an adapter."""
-    pictures = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("base", "checkpointing")}
-    return key_of(base=fingerprint(protocol.base), subject=subject, pictures=pictures, scoring=SCORING)
+    base = fingerprint(protocol.base)
+    return key_of(base=base, subject=subject, pictures=protocol.pictures, scoring=SCORING)
 
 
 # ---- training
@@ -332,7 +334,7 @@ def prior_scores(studio: Studio, subject: str, base: list[Reading]) -> dict[str,
     }
 
 
-def rounded(scores: dict[str, float]) -> dict[str, float]:
+def rounded_scores(scores: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in scores.items()}
 
 
@@ -344,7 +346,7 @@ def score_base(studio: Studio, subject: str, work: Path) -> dict[str, Any]:
     scores = subject_scores(studio, subject, WORD, copies) | prior_scores(studio, subject, first)
     scores["PRIOR_TV"] = metrics.prior_tv(second, first)
     key = base_key(studio.protocol, subject)
-    return {"key": key, "arm": "base", "subject": subject, "step": 0, "scores": rounded(scores)}
+    return {"key": key, "arm": "base", "subject": subject, "step": 0, "scores": rounded_scores(scores)}
 
 
 def score_arm(
@@ -371,5 +373,5 @@ def score_arm(
         "rate": training.rate,
         "parameters": parameters,
         "cpu_step_s": seconds and round(seconds / about["steps"], 3),
-        "scores": rounded(scores),
+        "scores": rounded_scores(scores),
     }
