@@ -92,10 +92,13 @@ def label_of(arm: str, step: int) -> str:
 
 
 def scores_table(claim: Claim, table: Table, notes: Mapping[str, str]) -> str:
-    """A row for each arm and step of the claim, with the mean of every score. `notes` are added to labels."""
+    """A row for each arm and step of the claim that has runs, with the mean of every score. `notes` are added
+    to labels."""
     lines = [f"| | runs | {' | '.join(claim.columns)} |", "|---|---|" + "---|" * len(claim.columns)]
     for arm, step in claim.rows:
-        rows = table.get((arm, step), {})
+        rows = table.get((arm, step))
+        if not rows:
+            continue
         means = [mean_of(rows, name) for name in claim.columns]
         cells = ["-" if mean is None else f"{mean:.2f}" for mean in means]
         count = len({subject for subject, _ in rows}) if arm == "base" else len(rows)
@@ -144,16 +147,13 @@ def has_runs(claim: Claim, table: Table) -> bool:
 
 
 def section(claim: Claim, table: Table, notes: Mapping[str, str], plot: Path | None) -> str:
-    """The text of one claim in the page."""
-    picture = [f"![Plot of claim {claim.letter}]({plot.name})", ""] if plot else []
-    return "\n".join(
-        [
-            verdicts_table(claim, table),
-            "",
-            *picture,
-            scores_table(claim, table, notes),
-        ]
-    )
+    """The text of one claim in the page: what is known of it so far."""
+    parts = [verdicts_table(claim, table)]
+    if plot:
+        parts.append(f"![Plot of claim {claim.letter}]({plot.name})")
+    if has_runs(claim, table):
+        parts.append(scores_table(claim, table, notes))
+    return "\n\n".join(parts)
 
 
 # ---- plots
