@@ -30,7 +30,7 @@ class BestAdapter:
     def __init__(self, start: Start, saver: Saver):
         self.peers, self.saver, self.options = start.peers, saver, start.options.meter
         self.files = WrittenFiles(start.output_dir)
-        self.choice = choice.Choice(None, "nothing was measured (--meter_steps)")
+        self.choice = choice.choose([])
 
     def update(self, step: int, progress: metrics.Progress) -> None:
         """Choose after the measurements after `step` steps, record the choice, and bring `best/` up to date.
@@ -56,7 +56,9 @@ class BestAdapter:
         return f"--stop_when_worse: ended after step {step} of {last_step}: {self.choice.worse}"
 
     def say(self) -> None:
-        """Print the choice."""
+        """Print the choice of a run that measures; nothing without --meter_steps."""
+        if not self.options.meter_steps:
+            return
         if self.choice.step is None:
             self.peers.say(f"best: no step is named: {self.choice.why}")
         else:
