@@ -16,11 +16,14 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# The whole story: class images, training, pictures with and without the adapter, scores.
+# The whole story: class images, training with its page (report.html) and a named checkpoint, pictures with and
+# without the adapter, scores.
 demo: $(VENV)/installed
 	rm -rf $(RUN) $(RUN)_class
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_lora.py \
-	  --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)_class --num_threads $(THREADS)
+	  --config configs/demo.yaml --output_dir $(RUN) --class_data_dir $(RUN)_class --num_threads $(THREADS) \
+	  --validation_prompts_file configs/demo_validation.txt --num_validation_images 2 --validation_steps 125 \
+	  --judge_reader picturebook/subjects/dog --judge_class_images 4
 	$(BIN)/python infer.py --config configs/demo_subject.yaml --adapter $(RUN) \
 	  --output_dir $(RUN)/subject --num_threads $(THREADS)
 	$(BIN)/python infer.py --config configs/demo_class.yaml --adapter $(RUN) \

@@ -44,13 +44,14 @@ def moment() -> Moment:
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, list[Moment]]]:
     """Within the block, every optimizer step is added to `steps`, and every picture that Pillow saves to
-    `pictures`."""
+    `pictures`, but for thumbnails of a run's page (JPEG in memory)."""
     moments: dict[str, list[Moment]] = {"steps": [], "pictures": []}
     save = Image.Image.save
 
     def saved(image: Image.Image, *arguments: Any, **keywords: Any) -> None:
         save(image, *arguments, **keywords)
-        moments["pictures"].append(moment())
+        if keywords.get("format") != "JPEG":
+            moments["pictures"].append(moment())
 
     hook = register_optimizer_step_post_hook(lambda *_: moments["steps"].append(moment()))
     Image.Image.save = saved  # type: ignore[assignment, method-assign]
