@@ -30,7 +30,7 @@ class BestAdapter:
     def __init__(self, start: Start, saver: Saver):
         self.peers, self.saver, self.options = start.peers, saver, start.options.meter
         self.files = WrittenFiles(start.output_dir)
-        self.choice = choice.choose([])
+        self.choice = choice.Choice(None, "nothing was measured")
 
     def update(self, step: int, progress: metrics.Progress) -> None:
         """Choose after the measurements after `step` steps, record the choice, and bring `best/` up to date.

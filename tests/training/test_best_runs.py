@@ -37,7 +37,7 @@ def fixed_rule(monkeypatch):
     """In place of the rule: step BEST is the best once it is measured, and step WORSE_FROM is worse."""
 
     def choose(records: list[dict[str, Any]]) -> choice.Choice:
-        last = max((record["step"] for record in records), default=0)
+        last = max(record["step"] for record in records)
         return choice.Choice(min(last, BEST), "it is", "it got worse" if last >= WORSE_FROM else None)
 
     monkeypatch.setattr(choice, "choose", choose)
