@@ -42,7 +42,7 @@ def run(
     `saved`. Returns what was printed."""
     said: list[str] = []
     peers = types.SimpleNamespace(is_main=True, say=said.append, broadcast=lambda value: value)
-    options = types.SimpleNamespace(meter=None)
+    options = types.SimpleNamespace(meter=types.SimpleNamespace(meter_steps=1))
     start: Any = types.SimpleNamespace(peers=peers, output_dir=folder, options=options)
     saver: Any = types.SimpleNamespace(saved=first_step, pack=lambda step: f"adapter {step}".encode())
     progress = metrics.Progress(
