@@ -19,6 +19,7 @@ from benchmarks.claims_runs import (
     key_of,
     photos_of,
     rounded_scores,
+    shared_words,
     subject_prompts,
     train_adapters,
 )
@@ -78,13 +79,9 @@ def adapter_of(name: str, steps: int, pair: Pair, seed: int, protocol: Protocol,
     folder, output = work / "adapters" / key, work / "runs" / key
     if adapter_file(folder, source.steps).exists():
         return adapter_file(folder, steps)
-    words = (
-        f"--pretrained_model_name_or_path {protocol.base} --output_dir {output} --resolution 64 "
-        f"--instance_data_dir {photos_of_source(source, pair, work)} --caption_column text "
-        f"--train_batch_size {protocol.batch} --max_train_steps {source.steps} --learning_rate {PAIR_RATE} "
-        f"--lr_scheduler constant --lr_warmup_steps 0 --seed {seed} --num_threads 1 --report_to none "
-        f"--checkpointing_steps {protocol.checkpointing} {FLAGS}"
-    ).split()
+    photos = photos_of_source(source, pair, work)
+    words = shared_words(protocol, photos, output, steps=source.steps, rate=PAIR_RATE, seed=seed)
+    words += [*FLAGS.split(), "--caption_column", "text"]
     words += ["--instance_prompt", f"a photo of a {WORDS[source.subjects[0]]} {pair[source.subjects[0]]}"]
     if source.starts_from:
         before = SOURCES[source.starts_from]

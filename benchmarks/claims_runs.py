@@ -155,16 +155,24 @@ def photos_of(subject: str, work: Path) -> tuple[Path, list[Path]]:
     return folder, copies
 
 
+def shared_words(
+    protocol: Protocol, photos: Path, output: Path, *, steps: int, rate: float, seed: int
+) -> list[str]:
+    """The flags that the trainings of all claims have."""
+    return (
+        f"--pretrained_model_name_or_path {protocol.base} --instance_data_dir {photos} --output_dir {output} "
+        f"--resolution 64 --train_batch_size {protocol.batch} --max_train_steps {steps} "
+        f"--learning_rate {rate} --lr_scheduler constant --lr_warmup_steps 0 --seed {seed} "
+        f"--checkpointing_steps {protocol.checkpointing} --num_threads 1 --report_to none"
+    ).split()
+
+
 def words_of(training: Training, protocol: Protocol, work: Path, output: Path, steps: int) -> list[str]:
     """The command line of a training."""
     photos, _ = photos_of(training.subject, work)
-    words = (
-        f"--pretrained_model_name_or_path {protocol.base} --instance_data_dir {photos} --output_dir {output} "
-        f"--resolution 64 --train_batch_size {protocol.batch} --max_train_steps {steps} "
-        f"--learning_rate {training.rate} --lr_scheduler constant --lr_warmup_steps 0 --seed {training.seed} "
-        f"--checkpointing_steps {protocol.checkpointing} --num_threads 1 --report_to none {training.flags}"
-    ).split()
-    words += ["--instance_prompt", f"a photo of a {WORD} {training.subject}"]
+    rate, seed = training.rate, training.seed
+    words = shared_words(protocol, photos, output, steps=steps, rate=rate, seed=seed)
+    words += [*training.flags.split(), "--instance_prompt", f"a photo of a {WORD} {training.subject}"]
     if training.class_images:
         count, folder = training.class_images, work / "class" / f"{training.subject}-{training.class_images}"
         words += (
