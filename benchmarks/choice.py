@@ -14,21 +14,18 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from benchmarks import choice_tables, machine, programs
+from benchmarks import choice_tables, programs
+from benchmarks.claims_runs import Protocol, Studio, train
 from dreambooth.adapter_files import native
-from dreambooth.bases.noise_levels import DPM_SOLVER
 from picturebook import metrics
 from picturebook.read import read
 from picturebook.subjects import FOLDER, load_subject
@@ -39,7 +36,7 @@ BASE = programs.ROOT / "picturebook" / "model"
 STEPS, EVERY = 800, 50
 HALVES = ("hindsight", "judged")
 PICTURES = 32  # of each half, for each checkpoint
-INFERENCE_STEPS, GUIDANCE, BATCH = 10, 3.0, 16
+PROTOCOL = Protocol(base=BASE)  # how pictures are drawn
 HELD_OUT = 1  # photos of a subject's five
 
 
@@ -67,7 +64,7 @@ class Case:
             *("--prior_generation_precision", "fp32", "--class_inference_steps", "25"),
         ]
         return [
-            *("train_dreambooth_lora.py", "--pretrained_model_name_or_path", str(BASE)),
+            *("--pretrained_model_name_or_path", str(BASE)),
             *("--instance_data_dir", str(FOLDER / self.subject), "--holdout", str(HELD_OUT)),
             *("--instance_prompt", f"a photo of a sks {self.subject}"),
             *("--class_prompt", f"a photo of a {self.subject}", "--output_dir", str(work / self.name)),
@@ -110,63 +107,38 @@ def prompts_of(kind: str) -> dict[str, list[tuple[str, int]]]:
 class Scorer:
     """Draws with checkpoints of runs of one subject, and reads the pictures."""
 
-    def __init__(self, subject: str):
+    def __init__(self, studio: Studio, subject: str):
+        self.studio = studio
         self.kind, self.colour, self.identity = load_subject(FOLDER / subject)
         self.jobs = prompts_of(self.kind)
         photos = sorted((FOLDER / subject).glob("*.png"))[:-HELD_OUT]
         self.trained = [Image.open(path).convert("RGB") for path in photos]
         self.limit = metrics.copy_limit(self.kind, self.colour, self.identity)
-        pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **DPM_SOLVER)
-        pipeline.set_progress_bar_config(disable=True)
-        self.pipeline = pipeline
 
     def scores(self, adapter: Path) -> dict[str, dict[str, float]]:
         """The scores of each half, with an adapter file."""
-        self.pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
-        try:
+        with self.studio.adapted([(adapter, 1.0)]):
             return {half: self._scores(jobs) for half, jobs in self.jobs.items()}
-        finally:
-            self.pipeline.unload_lora_weights()
 
     def _scores(self, jobs: Sequence[tuple[str, int]]) -> dict[str, float]:
-        images: list[Image.Image] = []
-        for first in range(0, len(jobs), BATCH):
-            prompts, seeds = zip(*jobs[first : first + BATCH], strict=True)
-            images += self.pipeline(
-                list(prompts),
-                num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=GUIDANCE,
-                height=64,
-                width=64,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
-        readings = [read(image) for image in images]
-        prompts_read = [prompt for prompt, _ in jobs]
-        scores = metrics.subject_scores(readings, prompts_read, self.kind, self.colour, self.identity)
+        prompts, seeds = zip(*jobs, strict=True)
+        images = self.studio.draw(prompts, seeds)
+        readings = list(map(read, images))
+        scores = metrics.subject_scores(readings, prompts, self.kind, self.colour, self.identity)
         copied = metrics.copied(images, self.trained, self.limit)
         return {name: scores[name] for name in ("ID", "PA", "JOINT", "valid")} | {"COPY": copied}
 
 
-def train(case: Case, work: Path) -> Path:
-    """Train the run, or go on with it. Returns its folder. Raises Failed."""
-    folder, log = work / case.name, work / f"{case.name}.log"
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with programs.running(case.words(work), log, cwd=programs.ROOT, environment=environment) as process:
-        if process.wait() != 0:
-            raise programs.Failed(f"{case.name}: {log.read_text(errors='replace')[-2000:]}")
-    return folder
-
-
-def measured(case: Case, work: Path) -> dict[str, Any]:
+def measured(case: Case, studio: Studio, work: Path) -> dict[str, Any]:
     """The record of a run: meter records by step and scores by step. What an earlier start has scored is kept
     in the run's folder; adapters are removed when all are scored."""
     done = work / f"{case.name}.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    folder, partial = train(case, work), work / f"{case.name}.scores.json"
+    folder, partial = work / case.name, work / f"{case.name}.scores.json"
+    train(case.words(work))
     scores = json.loads(partial.read_text()) if partial.exists() else {}
-    scorer = Scorer(case.subject)
+    scorer = Scorer(studio, case.subject)
     for step in range(EVERY, STEPS + 1, EVERY):
         if str(step) not in scores:
             scores[str(step)] = scorer.scores(folder / f"checkpoint-{step}" / native.ADAPTER_NAME)
@@ -207,7 +179,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure all runs, and write the table after each."""
-    torch.set_num_threads(1)
+    studio = Studio(PROTOCOL)
     options.work.mkdir(parents=True, exist_ok=True)
     start, records = time.monotonic(), []
     for case in cases():
@@ -215,15 +187,15 @@ def main(options: Options) -> None:
         skipped = late or (options.only is not None and options.only not in case.name)
         if skipped and not (options.work / f"{case.name}.json").exists():
             continue
-        records.append(measured(case, options.work))
+        records.append(measured(case, studio, options.work))
         report = {
-            "machine": machine.processor(),
+            "device": studio.device_name,
             "versions": programs.versions(),
             "settings": {
                 "steps": STEPS,
                 "pictures_of_a_half": PICTURES,
-                "inference_steps": INFERENCE_STEPS,
-                "guidance_scale": GUIDANCE,
+                "inference_steps": PROTOCOL.sampling_steps,
+                "guidance_scale": PROTOCOL.guidance_scale,
             },
             "runs_in_all": len(cases()),
             "runs": records,
@@ -234,7 +206,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, use_underscores=True))
-    except programs.Failed as error:
-        sys.exit(str(error))
+    main(tyro.cli(Options, use_underscores=True))

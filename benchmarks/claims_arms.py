@@ -59,7 +59,7 @@ ARMS = (
     Arm("other-word", "another unused word", BASELINE.flags, (300,), word=OTHER_WORD),
     Arm("no-word", "no word", BASELINE.flags, (300,), word=None),
     # (a) again
-    Arm("unet", "UNet, rank 8", "--rank 8", LONG),
+    Arm("unet", "UNet, rank 8", "--rank 8", CURVE),
     Arm("unet-equal", "UNet, rank 10 (as many parameters)", "--rank 10", CURVE),
     # a rank of 0 does not exist: the UNet's adapter keeps its initial 0 at a rate of 0
     Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", CURVE),

@@ -124,5 +124,6 @@ def score_pair(studio: Studio, arm: PairArm, pair: Pair, seed: int, work: Path) 
         "subject": "+".join(pair),
         "seed": seed,
         "step": 0,
+        "device": studio.device_name,
         "scores": rounded_scores(scores),
     }

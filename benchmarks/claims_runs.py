@@ -8,7 +8,6 @@ import json
 import math
 import runpy
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks import machine
 from benchmarks.claims_arms import WORD, Arm
 from benchmarks.programs import ROOT
 from dreambooth.adapter_files import native, reading
@@ -230,15 +230,12 @@ def train_adapters(
     resumed = ["--resume_from_checkpoint", "latest"] if any(output.glob("checkpoint-*")) else []
     if not resumed:
         shutil.rmtree(output, ignore_errors=True)
-    started = time.process_time()
     train([*words, *resumed])
-    seconds = time.process_time() - started
     folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in sorted(output.glob("checkpoint-*")):
         step = int(checkpoint.name.rpartition("-")[2])
         shutil.copyfile(checkpoint / native.ADAPTER_NAME, adapter_file(folder, step))
-    about = configuration | {"steps": steps, "cpu_seconds": None if resumed else round(seconds, 1)}
-    (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "run.json").write_text(json.dumps(configuration | {"steps": steps}, indent=1) + "\n")
     shutil.copyfile(output / native.ADAPTER_NAME, adapter_file(folder, steps))  # last: the folder is whole
     shutil.rmtree(output)
 
@@ -251,14 +248,16 @@ def adapter_file(folder: Path, step: int) -> Path:
 
 
 class Studio:
-    """The base in memory. Draws with adapters, which are merged into its weights and taken out again bit for
-    bit."""
+    """The base in memory, on a CUDA GPU if there is one. Draws with adapters, which are merged into its
+    weights and taken out again bit for bit."""
 
     def __init__(self, protocol: Protocol) -> None:
         torch.set_num_threads(1)
         self.protocol = protocol
         self.base = families.find(BaseOptions(str(protocol.base)))
-        self.pipeline = pipelines.load_pipeline(self.base, torch.float32, torch.device("cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device_name = torch.cuda.get_device_name() if device.type == "cuda" else machine.processor()
+        self.pipeline = pipelines.load_pipeline(self.base, torch.float32, device)
         self.pipeline.unet.to(memory_format=torch.channels_last)
         self.models = {part: getattr(self.pipeline, part) for part in ("unet", *self.base.family.text)}
         self.layers = apply.layers_of(self.models)
@@ -360,7 +359,7 @@ def score_base(studio: Studio, subject: str, work: Path) -> dict[str, Any]:
 def score_arm(
     studio: Studio, arm: Arm, training: Training, step: int, folder: Path, work: Path
 ) -> dict[str, Any]:
-    """The record of an adapter: the scores of its pictures, its size, and the training's seconds a step."""
+    """The record of an adapter: the scores of its pictures, its size, and the device that drew them."""
     _, copies = photos_of(training.subject, work)
     base = studio.class_readings(training.subject, CLASS_SEED)
     path = adapter_file(folder, step)
@@ -368,8 +367,6 @@ def score_arm(
         scores = subject_scores(studio, training.subject, arm.word, copies)
         if arm.word == WORD:
             scores |= prior_scores(studio, training.subject, base)
-    about = json.loads((folder / "run.json").read_text())
-    seconds = about["cpu_seconds"]  # None of a training that was resumed
     with safe_open(path, "pt") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return {
@@ -380,6 +377,6 @@ def score_arm(
         "step": step,
         "rate": training.rate,
         "parameters": parameters,
-        "cpu_step_s": seconds and round(seconds / about["steps"], 3),
+        "device": studio.device_name,
         "scores": rounded_scores(scores),
     }
