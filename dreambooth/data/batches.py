@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import AutoencoderKL
@@ -33,10 +33,13 @@ class Source:
     """Whether each use is mirrored with probability 1/2."""
     caption_dropout: float = 0.0
     """Probability of the empty prompt."""
+    variants: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """By prompt: the prompts that a row draws from in its place."""
 
     def distinct_prompts(self) -> list[str]:
-        """Every prompt that a row may have, once, in order of first use."""
-        return list(dict.fromkeys([*self.prompts, *([""] if self.caption_dropout else [])]))
+        """Every prompt of a photo, and every prompt that a row may have, once, in order of first use."""
+        drawn = [prompt for variants in self.variants.values() for prompt in variants]
+        return list(dict.fromkeys([*self.prompts, *drawn, *([""] if self.caption_dropout else [])]))
 
     def pictures(self) -> list[tuple[Photo, bool]]:
         """Every (photo, whether mirrored) that a row may have."""
@@ -77,12 +80,22 @@ class PhotoRows(Dataset):
         return source.random_flip and sampling_order.chance(self.seed, f"{source.purpose}-flip", row) < 0.5
 
     def prompt(self, source: Source, row: int) -> str:
-        """The prompt of this row; "" if its caption is dropped."""
+        """The prompt of this row: that of its photo, or one of its variants; "" if it is dropped."""
         is_dropped = (
             source.caption_dropout > 0
             and sampling_order.chance(self.seed, f"{source.purpose}-caption", row) < source.caption_dropout
         )
-        return "" if is_dropped else source.prompts[self.photo(source, row)]
+        if is_dropped:
+            return ""
+        prompt = source.prompts[self.photo(source, row)]
+        if not (variants := source.variants.get(prompt)):
+            return prompt
+        chance = sampling_order.chance(self.seed, f"{source.purpose}-variant", row)
+        return variants[int(chance * len(variants))]
+
+    def named_prompt(self, source: Source, row: int) -> tuple[str, str]:
+        """(name of the photo, prompt) of this row."""
+        return source.photos[self.photo(source, row)].path.name, self.prompt(source, row)
 
     def corner(self, source: Source, row: int) -> Corner:
         """(left, top) of the crop in the resized, possibly mirrored photo."""

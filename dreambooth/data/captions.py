@@ -1,7 +1,8 @@
-"""Captions beside the photos: in metadata.jsonl or metadata.csv, or in a .txt file for each photo.
+"""Captions of photos: in metadata.jsonl or metadata.csv, in a .txt or .caption file for each photo, or in a
+metadata file of kohya's scripts.
 
-The first two are the layout of the datasets package's imagefolder, the last is that of kohya's scripts. All
-faults of these files are reported at once, each with its line, before anything slow.
+The first two are the layout of the datasets package's imagefolder, the others are those of kohya's scripts.
+All faults of these files are reported at once, each with its line, before anything slow.
 """
 
 import csv
@@ -10,16 +11,18 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
 
-from dreambooth.data import picture_files
+from dreambooth.data import picture_files, tags
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, few, shortened, shown
 from dreambooth.options.photos import InstanceOptions
 
 LONGEST = 10_000  # characters of a caption: text encoders take the first few hundred at most
-_LARGEST_TEXT = 4 * LONGEST + 4  # bytes of a .txt file: a character has up to four, and a mark may come first
+_LARGEST_TEXT = (
+    4 * LONGEST + 4
+)  # bytes of a photo's caption file: a character has up to four, and a mark may come first
 _MOST_LINES = 200_000  # of a metadata file
 _MOST_PROBLEMS = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
@@ -56,34 +59,26 @@ def check_columns(instance: InstanceOptions) -> None:
 def read(
     folder: Path, flag: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
-    """(captions by name of photo, notes for the user). Without --caption_column there are no captions.
+    """(captions by name of photo, notes for the user). Without a flag of captions there are none.
 
     `names` are the photos in `folder`, which `flag` named. A photo that the result lacks has an empty caption
-    or no .txt file; it is trained with --instance_prompt. Captions have no line breaks or other control
-    characters. Raises UserError, with one line per fault, if captions cannot be read, are not text, or belong
-    to other photos.
+    or none; it is trained with --instance_prompt. Captions have no line breaks or other control characters,
+    and --trigger_word in front. Raises UserError, with one line per fault, if captions cannot be read, are
+    not text, or belong to other photos.
     """
-    metadata = [name for name in picture_files.METADATA if os.path.lexists(folder / name)]
-    texts = {name: text for name in names if os.path.lexists(folder / (text := Path(name).stem + ".txt"))}
-    if instance.caption_column is None:
-        return {}, _unread_note(folder, metadata, texts, instance)
+    files = _Files.of(folder, names)
+    if not instance.reads_captions:
+        return {}, _unread_note(folder, files, instance)
     check_columns(instance)
-    if metadata:
-        captions, problems = _from_metadata(folder, metadata[0], names, instance, instance.caption_column)
-        others = [*metadata[1:], *([".txt files"] if texts else [])]
-        unread = f"captions are read from {metadata[0]}; not from the {' and '.join(others)} beside it"
+    if instance.captions.in_json is not None:
+        captions, problems, notes = _from_kohya(instance.captions.in_json, names)
+    elif instance.caption_column is not None and files.metadata:
+        captions, problems = _from_metadata(folder, files.metadata[0], names, instance)
+        others = [*files.metadata[1:], *(f"{ending} files" for ending, texts in files.texts.items() if texts)]
+        unread = f"captions are read from {files.metadata[0]}; not from the {' and '.join(others)} beside it"
         notes = [unread] if others else []
-    elif texts:
-        captions, problems = _from_texts(folder, texts, instance)
-        without = [name for name in names if name not in texts]
-        lacking = f"no .txt file lies beside {few(without)}: trained with --instance_prompt"
-        notes = [lacking] if without else []
     else:
-        example = shown(Path(names[0]).stem if names else "photo")
-        raise UserError(
-            f"--caption_column: there are no captions in {shown(folder)}; looked for "
-            f"{' or '.join(picture_files.METADATA)} or a .txt file beside each photo, as in {example}.txt"
-        )
+        captions, problems, notes = _from_files(folder, files, names, instance)
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         tail = [f"{flag}: and {more} more problems of the captions"] if more > 0 else []
@@ -93,13 +88,89 @@ def read(
             f"{len(empty)} of {len(names)} photos have an empty caption and are trained with "
             f"--instance_prompt: {few(empty)}"
         )
-    return {name: captions[name] for name in names if captions.get(name)}, notes
+    trigger = instance.captions.trigger_word
+    texts = {name: tags.with_trigger(captions[name], trigger) for name in names if captions.get(name)}
+    return texts, notes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The files of captions in a folder of photos."""
+
+    metadata: list[str]
+    texts: Mapping[str, Mapping[str, str]]
+    """By ending: file by name of photo."""
+
+    @classmethod
+    def of(cls, folder: Path, names: Sequence[str]) -> Self:
+        """Those that lie in `folder` beside the photos `names`."""
+        metadata = [name for name in picture_files.METADATA if os.path.lexists(folder / name)]
+        texts = {}
+        for ending in picture_files.CAPTION_ENDINGS:
+            beside = {name: Path(name).stem + ending for name in names}
+            texts[ending] = {name: file for name, file in beside.items() if os.path.lexists(folder / file)}
+        return cls(metadata, texts)
+
+
+def _from_files(
+    folder: Path, files: _Files, names: Sequence[str], instance: InstanceOptions
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """({photo: caption or ""}, problems, notes) from the file beside each photo. Raises UserError if there is
+    none."""
+    wanted: str | None = instance.captions.caption_extension
+    endings: list[str] = [wanted] if wanted else [ending for ending, texts in files.texts.items() if texts]
+    if not endings or not files.texts[endings[0]]:
+        example = shown(Path(names[0]).stem if names else "photo")
+        flag, ending = ("--caption_extension", wanted) if wanted else ("--caption_column", ".txt")
+        metadata = "" if wanted else f"{' or '.join(picture_files.METADATA)} or "
+        raise UserError(
+            f"{flag}: there are no captions in {shown(folder)}; looked for {metadata}"
+            f"a {ending} file beside each photo, as in {example}{ending}"
+        )
+    ending = endings[0]
+    texts = files.texts[ending]
+    captions, problems = _from_texts(folder, texts, instance)
+    without = [name for name in names if name not in texts]
+    lacking = f"no {ending} file lies beside {few(without)}: trained with --instance_prompt"
+    unread = f"captions are read from the {ending} files; not from the {' and '.join(endings[1:])} files"
+    return captions, problems, [*([lacking] if without else []), *([unread] if endings[1:] else [])]
+
+
+def _from_kohya(file: str, names: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """({photo: caption or ""}, problems, notes) from a metadata file of kohya's scripts, whose keys are paths
+    or names of photos, with or without ending. Raises UserError if it cannot be read or names none of the
+    photos."""
+    where = f"--in_json {shown(file)}"
+    table = reader.read_json_table(Path(file), where)
+    by_name = {PurePosixPath(key.replace("\\", "/")).name: key for key in table}
+    captions, problems, without = {}, [], []
+    for name in names:
+        key = by_name.get(name, by_name.get(Path(name).stem))
+        if key is None:
+            without.append(name)
+            continue
+        entry = table[key]
+        cells = [entry.get("caption"), entry.get("tags")] if isinstance(entry, dict) else [entry]
+        given = [cell for cell in cells if cell not in (None, "")]
+        if fault := next(filter(None, map(fault_of, given)), None):
+            problems.append(f"{where}: the caption of {shown(name)} {fault}")
+        else:
+            captions[name] = _one_line(", ".join(given))
+    if not captions and not problems:
+        raise UserError(
+            f"{where} names none of the photos; it names {few(list(table)) or 'nothing'}, and the photos are "
+            f"{few(names)}"
+        )
+    lacking = f"{where} does not name {few(without)}: trained with --instance_prompt"
+    return captions, problems, [lacking] if without else []
 
 
 def _from_metadata(
-    folder: Path, file: str, names: Sequence[str], instance: InstanceOptions, caption_column: str
+    folder: Path, file: str, names: Sequence[str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
     """({photo: caption or ""}, problems) from a metadata file."""
+    caption_column = instance.caption_column
+    assert caption_column is not None
     try:
         table = _table(folder, file, instance)
     except UserError as error:
@@ -191,7 +262,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
 def _from_texts(
     folder: Path, texts: Mapping[str, str], instance: InstanceOptions
 ) -> tuple[dict[str, str], list[str]]:
-    """({photo: caption or ""}, problems) from the .txt file of each photo."""
+    """({photo: caption or ""}, problems) from the text file of each photo."""
     captions, problems = {}, []
     for name, file in texts.items():
         try:
@@ -204,13 +275,15 @@ def _from_texts(
     return captions, problems
 
 
-def _unread_note(
-    folder: Path, metadata: Sequence[str], texts: Mapping[str, str], instance: InstanceOptions
-) -> list[str]:
-    """A note on captions that exist but are not read without --caption_column."""
+def _unread_note(folder: Path, files: _Files, instance: InstanceOptions) -> list[str]:
+    """A note on captions that exist but are not read without a flag."""
+    metadata = files.metadata
     if not metadata:
-        note = "captions lie beside the photos (.txt files); --caption_column text reads them (any word does)"
-        return [note] if texts else []
+        return [
+            f"captions lie beside the photos ({ending} files); --caption_extension {ending} reads them"
+            for ending, texts in files.texts.items()
+            if texts
+        ][:1]
     try:
         table = _table(folder, metadata[0], instance)
     except UserError as error:  # no reason to stop, since the file is not needed

@@ -19,6 +19,7 @@ from dreambooth.io.errors import UserError, few, shown
 HEAD = 4096  # bytes that decide what a file is
 LARGEST = 2**29  # bytes of a picture's file: 64 million pixels, unpacked, of four colours of 16 bits
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder: the first that exists is read
+CAPTION_ENDINGS = (".txt", ".caption")  # of the file beside a photo that holds its caption
 _SAVE = "save it as PNG or JPEG"
 # Formats that are read, by Pillow's name, with the usual ending first.
 READ = {
@@ -139,7 +140,7 @@ def list_folder(folder: Path, flag: str, made: Collection[str] = ()) -> Listing:
             pictures.append(name)
         else:
             kinds[name] = kind
-    stems = {Path(name).stem for name in pictures if not name.endswith(".txt")}
+    stems = {Path(name).stem for name in pictures if not name.endswith(CAPTION_ENDINGS)}
     skipped: dict[Kind, list[str]] = {}
     for name, kind in kinds.items():
         if not _is_caption_file(name, stems) and not _RECORDS.fullmatch(name):
@@ -180,7 +181,8 @@ def names(folder: Path, flag: str) -> list[str]:
 
 def _is_caption_file(name: str, stems: set[str]) -> bool:
     """Whether a file holds captions; `stems` are the names of the pictures without ending."""
-    return name in METADATA or (name.endswith(".txt") and name.removesuffix(".txt") in stems)
+    path = Path(name)
+    return name in METADATA or (path.suffix in CAPTION_ENDINGS and path.stem in stems)
 
 
 def _kind_at(path: Path) -> Kind:

@@ -73,6 +73,8 @@ class Run:
     """Those to show; see MOST_PHOTOS."""
     counts: Mapping[Use, int] = dataclasses.field(default_factory=dict)
     """Numbers of all photos."""
+    prompts: Sequence[tuple[str, str]] = ()
+    """(name of the photo, prompt) of the first rows, to show."""
     rows_per_step: int = 1
     """Photos of the subject that a step takes."""
     max_steps: int | None = None

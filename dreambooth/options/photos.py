@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from dreambooth.options.captions import CaptionOptions, kohya_folder
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import (
     Amount,
@@ -14,6 +15,7 @@ from dreambooth.options.rules import (
     Seed,
     Side,
     Steps,
+    is_default,
     require,
 )
 
@@ -24,9 +26,10 @@ MOST_PIXELS = 1_000_000_000  # of a picture: unpacked, they are 3 GB
 class InstanceOptions(Group):
     """Instance photos: the pictures of the subject."""
 
-    instance_prompt: str
+    instance_prompt: str = ""
     """Prompt of every instance photo without a caption; it holds a rare word for the subject: "a photo of sks
-    dog"."""
+    dog". Needed, unless --instance_data_dir is a folder named as in kohya's scripts: "10_sks dog" is the
+    prompt "sks dog" and --repeats 10."""
     instance_data_dir: FilePath | None = None
     """Folder with the photos of the subject. Either this or --dataset_name is needed."""
     dataset_name: PathOrId | None = None
@@ -45,6 +48,7 @@ class InstanceOptions(Group):
     caption gets --instance_prompt. Default: no captions."""
     caption_dropout: Probability = 0.0
     """Probability of replacing an instance caption with the empty prompt."""
+    captions: CaptionOptions = dataclasses.field(default_factory=CaptionOptions)
     repeats: Annotated[int, Range(1, 10**6)] = 1
     """Number of times that one pass (see --num_train_epochs) visits every photo."""
     resolution: Side | None = None
@@ -71,10 +75,45 @@ class InstanceOptions(Group):
     def _check(self) -> None:
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
+        self._adopt_folder_name()
         require(
             self.instance_prompt.strip() != "",
-            '--instance_prompt must not be empty; for example "a photo of sks dog"',
+            '--instance_prompt must not be empty, it is required; for example "a photo of sks dog"',
         )
+        sources = [
+            f"--{name}"
+            for group, name in (
+                (self, "caption_column"),
+                (self.captions, "caption_extension"),
+                (self.captions, "in_json"),
+            )
+            if getattr(group, name) is not None
+        ]
+        require(len(sources) < 2, f"{' and '.join(sources)} both name captions: give one of them")
+        require(
+            self.captions.trigger_word is None or self.reads_captions,
+            "--trigger_word is put before captions: give --caption_column, --caption_extension or --in_json; "
+            "without captions, put the word into --instance_prompt",
+        )
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether photos have captions of their own."""
+        wanted = self.captions
+        return bool(self.caption_column or wanted.caption_extension or wanted.in_json)
+
+    @property
+    def is_named_by_folder(self) -> bool:
+        """Whether prompt and repeats are those in the name of --instance_data_dir."""
+        return kohya_folder(self.instance_data_dir) == (self.repeats, self.instance_prompt)
+
+    def _adopt_folder_name(self) -> None:
+        """Take the prompt, and the repeats if they are not given, from the name of --instance_data_dir."""
+        named = None if self.instance_prompt else kohya_folder(self.instance_data_dir)
+        if named is not None:
+            repeats, self.instance_prompt = named
+            if is_default(self, "repeats"):
+                self.repeats = repeats
 
 
 @dataclasses.dataclass

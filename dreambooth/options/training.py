@@ -356,6 +356,11 @@ class TrainOptions(Group):
         """Notes on flags that are allowed but probably a mistake."""
         notes = []
         prior, instance = self.prior, self.instance
+        if instance.is_named_by_folder:
+            notes.append(
+                f"by the folder's name --instance_prompt is {shown(instance.instance_prompt)} and --repeats "
+                f"{instance.repeats}"
+            )
         if (
             prior.with_prior_preservation
             and prior.class_prompt

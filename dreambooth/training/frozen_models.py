@@ -90,6 +90,7 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
         judged = start.judge_plan.extra_prompts if start.judge_plan else ()
         prompts += [*start.validation_prompts, *judged, ""]
     vae = prompt_cache = encoded = None
+    start.say_prompts()
 
     # text encoders
     if options.text.train_text_encoder:

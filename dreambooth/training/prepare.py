@@ -17,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading
-from dreambooth.data import captions, class_images, photo_sets, photos
+from dreambooth.data import captions, class_images, photo_sets, photos, tags
 from dreambooth.data.batches import Source
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
@@ -71,7 +71,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
     run = name_run(options, subject, checked, cache, claim, peers)
     peers.say_notes(run.rate_notes())
-    instance = subject.source(options.instance)
+    instance = subject.source(options.instance, run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(write_errors_explained())
@@ -139,11 +139,19 @@ class Subject:
     def photos(self) -> list[photos.Photo]:
         return self.checked.photos
 
-    def source(self, options: InstanceOptions) -> Source:
-        """The photos that are trained on, with their prompts: a caption, or else --instance_prompt."""
+    def source(self, options: InstanceOptions, seed: int) -> Source:
+        """The photos that are trained on, with their prompts: a caption, or else --instance_prompt. `seed`
+        decides the variants of a prompt whose tags are shuffled or dropped."""
         prompts = prompts_of(self.photos, self.captions, options)
-        flip, dropout = options.random_flip, options.caption_dropout
-        return Source("instance", self.photos, prompts, random_flip=flip, caption_dropout=dropout)
+        drawn = {prompt: tags.variants(prompt, seed, options.captions) for prompt in prompts}
+        return Source(
+            "instance",
+            self.photos,
+            prompts,
+            random_flip=options.random_flip,
+            caption_dropout=options.caption_dropout,
+            variants={prompt: variants for prompt, variants in drawn.items() if variants},
+        )
 
     def held_out_source(self, options: InstanceOptions) -> Source:
         """The photos that are held out, with their prompts."""

@@ -27,7 +27,9 @@ _FREE_FLAGS = {
     # Paths and hub ids: the contents are compared.
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
-    *("cache_dir", "image_column", "caption_column"),
+    *("cache_dir", "image_column"),
+    # Where captions are read: they are compared, with the trigger word.
+    *("caption_column", "caption_extension", "in_json", "trigger_word"),
     # Which photos are refused, and how class images are generated: the pictures are compared.
     *("max_image_pixels", "allow_odd_photos", "follow_symlinks", "num_class_images", "sample_batch_size"),
     *("prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_scheduler"),
@@ -45,6 +47,7 @@ _FREE_FLAGS = {
     *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
 }
 _PRIOR_FLAGS = ("prior_loss_weight", "class_prompt")
+_TAG_FLAGS = ("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate", "caption_variants")
 # What is compared of judges, in words.
 _JUDGES = {
     "dino": "the hash of --judge_dino",
@@ -81,6 +84,8 @@ def identity(
     compared = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     if not flags["with_prior_preservation"]:
         compared = {name: value for name, value in compared.items() if name not in _PRIOR_FLAGS}
+    if not flags["shuffle_caption"] and not flags["caption_tag_dropout_rate"]:
+        compared = {name: value for name, value in compared.items() if name not in _TAG_FLAGS}
     if flags["lr_scheduler"] in _SCHEDULES_WITH_AN_END:
         compared["max_train_steps"] = max_steps
     if flags["train_text_encoder"] and flags["train_text_encoder_frac"] < 1:

@@ -83,6 +83,7 @@ class RunReport:
             read(start.output_dir, model_card.public_flags(start.flags, start.base.folder).values),
             photos=self.photos,
             counts=counts,
+            prompts=start.first_prompts(report.MOST_PHOTOS["trained"]),
             max_steps=self.max_steps,
             about=about(start),
         )

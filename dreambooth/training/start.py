@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families
-from dreambooth.data.batches import Source
+from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.crops import Crops
 from dreambooth.files import checkpoint_folders
+from dreambooth.io.errors import shown
 from dreambooth.options import paths
 from dreambooth.options.command_line import as_table, fields_of, without_token, yaml_text
 from dreambooth.options.resolved import ResolvedTrainOptions
@@ -19,6 +20,8 @@ from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import judging, run_folder, trackers
 from dreambooth.training.checks import AdapterState, Cache
+
+_ROWS_SHOWN = 4  # rows whose prompts are printed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,29 @@ class Start:
     def flags(self) -> dict[str, Any]:
         """Flags of the run by name, without the hub token and without flags of one start (--overwrite)."""
         return without_token(as_table(self.options.without_start_flags()))
+
+    def first_prompts(self, rows: int) -> list[tuple[str, str]]:
+        """(name of the photo, prompt) of the first rows of instance photos; [] if all have
+        --instance_prompt."""
+        instance = self.options.instance
+        if not (instance.reads_captions or instance.captions.varies):
+            return []
+        dataset = PhotoRows(self.sources, self.options.run.seed, self.crops)
+        return [dataset.named_prompt(self.sources[0], row) for row in range(rows)]
+
+    def say_prompts(self) -> None:
+        """Print how many prompts there are if tags vary, and the prompts of the first rows if not all are
+        --instance_prompt."""
+        source = self.sources[0]
+        if self.options.instance.captions.varies:
+            varying = sum(prompt in source.variants for prompt in source.prompts)
+            encoded = f"{len(source.distinct_prompts())} different prompts are encoded"
+            self.peers.say_notes([f"the tags of {varying} of {len(source.prompts)} prompts vary: {encoded}"])
+        if rows := self.first_prompts(_ROWS_SHOWN):
+            lines = [
+                f"  row {row}: {shown(name)}: {shown(prompt)!r}" for row, (name, prompt) in enumerate(rows)
+            ]
+            self.peers.say("\n".join(["prompts of the first rows:", *lines]))
 
     def begin_folder(self) -> None:
         """Write run.json and run.yaml on the main process, and start the trackers with the run's options."""

@@ -3,6 +3,7 @@ and the flags that they differ in."""
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,11 +41,11 @@ BASES = {"sd": "tiny_base", "v": "tiny_v_base", "xl": "tiny_xl", "edm": "tiny_ed
 STEPS = "--max_train_steps 3 --checkpointing_steps 2 --learning_rate 0.03"
 XL_WORDS = (
     "--train_text_encoder --text_encoder_lr 0.02 --lora_dropout 0.1 --random_flip --caption_column "
-    "text --caption_dropout 0.3"
+    "text --caption_dropout 0.3 --shuffle_caption --caption_tag_dropout_rate 0.2"
 )
 WORDS = {
     "sd": "--train_text_encoder --output_kohya_format",
-    "v": "--clip_skip 1 --lora_alpha 8 --output_kohya_format",
+    "v": "--clip_skip 1 --lora_alpha 8 --output_kohya_format --caption_extension .txt --shuffle_caption",
     "xl": f"{XL_WORDS} --gradient_accumulation_steps 2 --output_kohya_format",
     "edm": "--output_kohya_format",
     "if": "--resolution 16",
@@ -71,7 +72,7 @@ def two_sizes(tmp_path_factory) -> Path:
     """Three photos of two sizes, two of them with captions."""
     folder = tiny.make_photos(tmp_path_factory.mktemp("two_sizes"), 3, (96, 64))
     tiny.make_photos(folder, 1, (64, 80), seed=1)
-    for number, caption in enumerate(("sks dog in the snow", "sks dog on a mat")):
+    for number, caption in enumerate(("sks dog, in the snow, sunny", "sks dog, on a mat")):
         (folder / f"photo-{number}.txt").write_text(caption)
     return folder
 
@@ -170,6 +171,16 @@ def test_a_run_leaves_its_pictures_and_resumes_to_the_same_bytes(run, tmp_path):
     )
     assert digest(resumed) == digest(run.adapter)
     assert digest(run.out / "checkpoint-2" / ADAPTER_NAME) != digest(run.adapter)
+
+
+@pytest.mark.trains
+def test_prompts_of_the_first_rows_are_on_the_page_of_a_run_with_captions(runs):
+    page = (runs("v").out / "report.html").read_text()
+    assert "Prompts of the first rows" in page
+    assert re.search(
+        r"<td>photo-0.png</td><td>(?!sks dog, in the snow, sunny)[^<]*in the snow[^<]*</td>", page
+    )
+    assert "Prompts of the first rows" not in (runs("sd").out / "report.html").read_text()
 
 
 @pytest.mark.trains

@@ -1,15 +1,19 @@
 """Photos with captions."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from dreambooth.options.captions import CaptionOptions
 from dreambooth.options.photos import InstanceOptions
 
 
 def wanted(**flags: Any) -> InstanceOptions:
     place = {} if "dataset_name" in flags else {"instance_data_dir": "photos"}
-    return InstanceOptions(instance_prompt="a photo of sks dog", **(place | flags))
+    names = {field.name for field in dataclasses.fields(CaptionOptions)} & flags.keys()
+    nested = CaptionOptions(**{name: flags.pop(name) for name in names})
+    return InstanceOptions(instance_prompt="a photo of sks dog", captions=nested, **(place | flags))
 
 
 def lines(*rows: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Captions beside the photos: read as they are meant, or refused in one message before anything slow."""
 
+import json
 import os
 import random
 import signal
@@ -345,6 +346,76 @@ def test_a_caption_column_without_captions_says_what_was_looked_for(folder):
     assert "looked for metadata.jsonl or metadata.csv or a .txt file beside each photo, as in a.txt" in said
 
 
+def test_caption_files_are_read_and_the_flag_picks_the_ending(folder):
+    for name, text in TEXTS.items():
+        (folder / name).with_suffix(".caption").write_text(text, encoding="utf-8")
+    assert read(folder) == (TEXTS, [])
+    (folder / "a.txt").write_text("tags, of a")
+    assert read(folder, caption_column=None, caption_extension=".caption") == (TEXTS, [])
+    assert read(folder, caption_column=None, caption_extension=".txt") == (
+        {"a.png": "tags, of a"},
+        ["no .txt file lies beside b.png, c.jpg: trained with --instance_prompt"],
+    )
+    assert "captions are read from the .txt files; not from the .caption files" in read(folder)[1]
+
+
+def test_an_ending_without_files_says_what_was_looked_for(folder):
+    (folder / "a.txt").write_text("x")
+    said = refusal(folder, caption_column=None, caption_extension=".caption")
+    assert said.startswith("--caption_extension: there are no captions in")
+    assert said.endswith("looked for a .caption file beside each photo, as in a.caption")
+
+
+def test_a_trigger_word_is_in_front_of_every_caption(folder):
+    jsonl(folder, *rows_of(TEXTS | {"a.png": ""}))
+    assert read(folder, trigger_word="sks dog")[0] == {
+        "b.png": TEXTS["b.png"],
+        "c.jpg": f"sks dog, {TEXTS['c.jpg']}",
+    }
+
+
+# kohya's metadata
+
+
+def kohya(folder: Path, content: Any) -> dict[str, Any]:
+    file = folder.parent / "meta_lat.json"
+    file.write_text(json.dumps(content))
+    return {"caption_column": None, "in_json": str(file)}
+
+
+def test_metadata_of_kohya_s_scripts_gives_captions_with_their_tags(folder):
+    """Its keys are names without ending, or full paths, also of Windows."""
+    flags = kohya(
+        folder,
+        {
+            "a": {"caption": "a dog", "tags": "grass, sunny", "train_resolution": [512, 640]},
+            "D:\\old\\b.png": {"tags": "indoors"},
+            "/mnt/c.jpg": {"caption": "a cat", "tags": ""},
+            "/mnt/other.png": {"caption": "x"},
+        },
+    )
+    assert read(folder, **flags) == (
+        {"a.png": "a dog, grass, sunny", "b.png": "indoors", "c.jpg": "a cat"},
+        [],
+    )
+
+
+def test_photos_that_kohya_s_metadata_lacks_get_the_instance_prompt(folder):
+    found, notes = read(folder, **kohya(folder, {"a": {"caption": "x"}, "b": {}}))
+    assert found == {"a.png": "x"}
+    assert notes[0].endswith("meta_lat.json does not name c.jpg: trained with --instance_prompt")
+    assert notes[1].startswith("1 of 3 photos have an empty caption")
+
+
+def test_metadata_of_kohya_s_scripts_that_is_of_other_photos_or_no_text_is_refused(folder):
+    said = refusal(folder, **kohya(folder, {"x": {"caption": "y"}}))
+    assert "names none of the photos; it names x, and the photos are a.png, b.png, c.jpg" in said
+    assert "the caption of a.png is 5, which is not text" in refusal(
+        folder, **kohya(folder, {"a": {"tags": 5}})
+    )
+    assert "--in_json" in refusal(folder, **kohya(folder, ["a"]))
+
+
 # Without --caption_column
 
 
@@ -352,7 +423,7 @@ def test_captions_that_are_not_asked_for_are_not_read_and_a_note_says_how_to(fol
     assert read(folder, caption_column=None) == ({}, [])
     (folder / "a.txt").write_text("x")
     assert read(folder, caption_column=None)[1] == [
-        ("captions lie beside the photos (.txt files); --caption_column text reads them (any word does)")
+        ("captions lie beside the photos (.txt files); --caption_extension .txt reads them")
     ]
     (folder / "metadata.csv").write_text("file_name,caption\na.png,x\n")
     assert read(folder, caption_column=None)[1] == [

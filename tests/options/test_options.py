@@ -339,3 +339,29 @@ def test_a_class_prompt_that_names_the_subject_is_remarked_on():
     measured = ["--class_prompt", "a photo of sks dog", "--meter_steps", "2", "--holdout", "1"]
     (note,) = command_line.parse(TrainOptions, "train", [*TRAIN, *measured]).notes()
     assert note.startswith("--class_prompt equals --instance_prompt: binding")
+
+
+def test_a_folder_that_is_named_as_in_kohya_s_scripts_gives_prompt_and_repeats():
+    words = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "img/10_sks dog/"]
+    options = command_line.parse(TrainOptions, "", words)
+    assert (options.instance.instance_prompt, options.instance.repeats) == ("sks dog", 10)
+    assert "by the folder's name --instance_prompt is sks dog and --repeats 10" in options.notes()
+    options = command_line.parse(
+        TrainOptions, "", [*words, "--repeats", "3", "--instance_prompt", "a sks dog"]
+    )
+    assert (options.instance.instance_prompt, options.instance.repeats) == ("a sks dog", 3)
+    assert not any("folder's name" in note for note in options.notes())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--caption_column text --in_json m.json", "--caption_column and --in_json both name captions"),
+        ("--trigger_word sks", "--trigger_word is put before captions: give --caption_column"),
+        ("--keep_tokens 1", "--keep_tokens is for shuffled or dropped tags"),
+        ("--caption_variants 8", "--caption_variants is for shuffled or dropped tags"),
+        ("--caption_extension .md", ".txt"),
+    ],
+)
+def test_flags_of_captions_that_cannot_work_are_refused(flags, message, capsys):
+    assert message in refusal(TrainOptions, [*TRAIN, *flags.split()], capsys)

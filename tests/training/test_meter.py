@@ -311,7 +311,7 @@ def test_captions_of_held_out_photos_are_their_prompts_and_no_data_of_the_run(ph
         path.write_text(f"sks dog in {path.parent.name}")
     options = InstanceOptions(SUBJECT, str(folder), caption_column="text")
     subject = prepare.check_photos(options, MeterOptions(holdout=1), None, one_process())
-    assert subject.source(options).prompts == ["sks dog in photos", SUBJECT]
+    assert subject.source(options, seed=0).prompts == ["sks dog in photos", SUBJECT]
     assert subject.held_out_source(options).prompts == ["sks dog in photos"]
     assert subject.captions == {"photo-0.png": "sks dog in photos"}
     elsewhere = MeterOptions(holdout_data_dir=str(others))
