@@ -22,8 +22,8 @@ from benchmarks import claims_arms, claims_pairs, claims_tables
 from benchmarks.claims_arms import (
     ARMS,
     BY_NAME,
+    CURVE,
     KIND_FLAGS,
-    LONG,
     SEARCH_RATES,
     SEARCH_SEED,
     SEARCH_STEP,
@@ -120,7 +120,7 @@ def jobs(options: Options, protocol: Protocol, results: Results) -> Iterator[Job
 
     Arms whose rate is not chosen yet are left out.
     """
-    long = [arm for arm in ARMS if max(arm.steps) == max(LONG) or arm.name in ("other-word", "no-word")]
+    long = [arm for arm in ARMS if max(arm.steps) == max(CURVE) or arm.name in ("other-word", "no-word")]
     short = [arm for arm in ARMS if arm not in long]
     for seed in options.seeds:
         for arm in long:
@@ -155,7 +155,7 @@ def run(job: Job, studio: Studio, results: Results, work: Path) -> int:
             f"scored in {time.monotonic() - started:.0f} s",
             flush=True,
         )
-    if len(arms) == 1 and steps < max(LONG):  # adapters of long runs are kept for other experiments
+    if len(arms) == 1 and steps < max(CURVE):  # adapters of long runs are kept for other experiments
         shutil.rmtree(folder)
     return len(missing)
 

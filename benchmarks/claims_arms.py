@@ -9,11 +9,11 @@ SEEDS = (0, 1, 2)
 WORD, OTHER_WORD = "sks", "zwx"  # the rare word of training, and one that no training used
 RATE = 1e-3
 COLUMNS = ("ID", "ID_all", "PA", "JOINT", "PRES", "LEAK", "PRIOR_TV", "DIV", "COPY")
-LONG = (50, 100, 150, 200, 300, 400, 600, 800)
-CURVE = (50, 100, 200, 400, 800)
+CURVE = (50, 100, 200, 400, 800)  # steps of the longest runs
+STEPS = 200  # after which most arms are compared
 
 # Rates are searched with a seed that no result uses.
-SEARCH_SEED, SEARCH_SUBJECTS, SEARCH_STEP = 7, ("dog", "bird"), 300
+SEARCH_SEED, SEARCH_SUBJECTS, SEARCH_STEP = 7, ("dog", "bird"), STEPS
 # LoHa and LoKr start as a product of more factors and learn more slowly at the same rate.
 SEARCH_RATES = {
     "lora": (3e-4, 1e-3, 3e-3),
@@ -51,30 +51,30 @@ class Arm:
 
 
 TEXT_ATTENTION = "--text_encoder_layers q_proj,k_proj,v_proj,out_proj --text_encoder_rank 8"
-BASELINE = Arm("text+unet", "text encoder and UNet, rank 8", "--rank 8 --train_text_encoder", LONG)
+BASELINE = Arm("text+unet", "text encoder and UNet, rank 8", "--rank 8 --train_text_encoder", CURVE)
 ARMS = (
     # (a), and the over-training experiment
     BASELINE,
     # (f): the adapters of the baseline, other prompts
-    Arm("other-word", "another unused word", BASELINE.flags, (300,), word=OTHER_WORD),
-    Arm("no-word", "no word", BASELINE.flags, (300,), word=None),
+    Arm("other-word", "another unused word", BASELINE.flags, (STEPS,), word=OTHER_WORD),
+    Arm("no-word", "no word", BASELINE.flags, (STEPS,), word=None),
     # (a) again
-    Arm("unet", "UNet, rank 8", "--rank 8", CURVE),
+    Arm("unet", "UNet, rank 8", "--rank 8", (100, STEPS)),
     Arm("unet-equal", "UNet, rank 10 (as many parameters)", "--rank 10", CURVE),
     # a rank of 0 does not exist: the UNet's adapter keeps its initial 0 at a rate of 0
-    Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", CURVE),
+    Arm("text", "text encoder, rank 8", "--rank 8 --train_text_encoder --lr_pattern unet=0", (100, STEPS)),
     # (b)
-    Arm("prior-200", "prior, 200 class images", BASELINE.flags, (400,), class_images=200),
+    Arm("prior-200", "prior, 200 class images", BASELINE.flags, (STEPS,), class_images=200),
     Arm(
         "prior-other-word",
         "prior (200), another word",
         BASELINE.flags,
-        (400,),
+        (STEPS,),
         class_images=200,
         word=OTHER_WORD,
     ),
-    Arm("prior-no-word", "prior (200), no word", BASELINE.flags, (400,), class_images=200, word=None),
-    Arm("prior-20", "prior, 20 class images", BASELINE.flags, (400,), class_images=20),
+    Arm("prior-no-word", "prior (200), no word", BASELINE.flags, (STEPS,), class_images=200, word=None),
+    Arm("prior-20", "prior, 20 class images", BASELINE.flags, (STEPS,), class_images=20),
     # (d); LoRA comes first because its best rate may be the baseline's
     *(
         Arm(f"best-{kind}", label, KIND_FLAGS[kind], (SEARCH_STEP,), rate=None)
@@ -87,33 +87,42 @@ ARMS = (
     ),
     # (e)
     *(
-        Arm(f"rank-{rank}", f"rank {rank}", f"--rank {rank} --train_text_encoder", (100, 300))
-        for rank in (1, 4, 16, 64)
+        Arm(
+            f"rank-{rank}",
+            f"rank {rank}",
+            f"--rank {rank} --train_text_encoder",
+            (100, STEPS) if rank == 16 else (STEPS,),
+        )
+        for rank in (1, 16, 64)
     ),
     # (g)
     Arm(
         "full",
         "all layers, rank 8",
         f"--rank 8 --target_preset full --train_text_encoder {TEXT_ATTENTION}",
-        (300,),
+        (STEPS,),
     ),
     Arm(
         "full-equal",
         "all layers, rank 2 (137,088 parameters in the UNet)",
         f"--rank 2 --target_preset full --train_text_encoder {TEXT_ATTENTION}",
-        (300,),
+        (STEPS,),
     ),
     Arm(
         "attention-equal",
         "attention, rank 12 (141,312 parameters in the UNet)",
         "--rank 12 --train_text_encoder --text_encoder_rank 8",
-        (300,),
+        (STEPS,),
     ),
     # (c)
-    Arm("gaussian-2", "rank 2, gaussian", "--rank 2 --train_text_encoder", (100, 300)),
-    Arm("default-2", "rank 2, peft's default", "--rank 2 --train_text_encoder", (100, 300), init="default"),
+    Arm("gaussian-2", "rank 2, gaussian", "--rank 2 --train_text_encoder", (100,)),
+    Arm("default-2", "rank 2, peft's default", "--rank 2 --train_text_encoder", (100,), init="default"),
     Arm(
-        "default-16", "rank 16, peft's default", "--rank 16 --train_text_encoder", (100, 300), init="default"
+        "default-16",
+        "rank 16, peft's default",
+        "--rank 16 --train_text_encoder",
+        (100, STEPS),
+        init="default",
     ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -173,9 +182,7 @@ CLAIMS = (
         "An adapter on the text encoder too binds the subject better than one on the UNet alone",
         "Reports of users only; the cost is expected in PRES and LEAK.",
         tuple(
-            (arm, step)
-            for arm in ("text+unet", "unet", "unet-equal", "text")
-            for step in (100, 200, 400, 800)
+            (arm, step) for arm in ("text+unet", "unet", "unet-equal", "text") for step in BY_NAME[arm].steps
         ),
         (
             at_least(0.05, "ID", ("text+unet", 200), ("unet", 200), "more ID after 200 steps, at equal rank"),
@@ -213,37 +220,39 @@ CLAIMS = (
         "b",
         "Prior preservation limits forgetting",
         "The paper: PRES -0.17, DIV +0.02, DINO -0.03 with it.",
-        (BASE, ("text+unet", 200), ("text+unet", 400), ("prior-20", 400), ("prior-200", 400)),
+        (BASE, ("text+unet", 100), ("text+unet", STEPS), ("prior-20", STEPS), ("prior-200", STEPS)),
         (
             at_least(
                 0.2,
                 "PRES",
-                ("text+unet", 400),
+                ("text+unet", STEPS),
                 BASE,
-                "without it there is something to limit: PRES rises by 0.2 after 400 steps",
+                "without it there is something to limit: PRES rises by 0.2 after 200 steps",
             ),
             Part(
                 "200 class images halve the rise of PRES",
                 "PRES",
-                (Term(1, "prior-200", 400), Term(-0.5, "text+unet", 400), Term(-0.5, *BASE)),
+                (Term(1, "prior-200", STEPS), Term(-0.5, "text+unet", STEPS), Term(-0.5, *BASE)),
                 False,
                 0.0,
             ),
             at_least(
                 -0.05,
                 "ID",
-                ("prior-200", 400),
-                ("text+unet", 400),
+                ("prior-200", STEPS),
+                ("text+unet", STEPS),
                 "at most 0.05 of ID is lost to 200 class images",
             ),
             at_most(
                 0.0,
                 "PRES",
-                ("prior-200", 400),
-                ("text+unet", 200),
+                ("prior-200", STEPS),
+                ("text+unet", 100),
                 "it is not only less training: less PRES than without it at half the steps",
             ),
-            at_most(0.05, "PRES", ("prior-20", 400), ("prior-200", 400), "20 class images do as well as 200"),
+            at_most(
+                0.05, "PRES", ("prior-20", STEPS), ("prior-200", STEPS), "20 class images do as well as 200"
+            ),
         ),
         ("ID", "JOINT", "PRES", "PRIOR_TV"),
     ),
@@ -252,7 +261,9 @@ CLAIMS = (
         "Gaussian initial values with alpha = rank learn at a pace that does not depend on the rank",
         "peft's default has a first step in proportion to the rank: too slow at low ranks.",
         tuple(
-            (arm, step) for arm in ("gaussian-2", "default-2", "rank-16", "default-16") for step in (100, 300)
+            (arm, step)
+            for arm in ("gaussian-2", "default-2", "rank-16", "default-16")
+            for step in BY_NAME[arm].steps
         ),
         (
             at_least(
@@ -272,9 +283,9 @@ CLAIMS = (
             at_least(
                 -0.05,
                 "JOINT",
-                ("rank-16", 300),
-                ("default-16", 300),
-                "no less JOINT at rank 16 after 300 steps",
+                ("rank-16", STEPS),
+                ("default-16", STEPS),
+                "no less JOINT at rank 16 after 200 steps",
             ),
         ),
     ),
@@ -284,15 +295,17 @@ CLAIMS = (
         "LyCORIS' ranks: ID LoKr > LoRA > LoHa, DIV LoHa > LoRA > LoKr. Each at its best of three rates.",
         tuple((f"best-{kind}", SEARCH_STEP) for kind in SEARCH_RATES),
         (
-            at_least(0.03, "ID", ("best-lokr", 300), ("best-lora", 300), "LoKr has more ID than LoRA"),
-            at_least(0.03, "ID", ("best-lora", 300), ("best-loha", 300), "LoRA has more ID than LoHa"),
-            at_least(0.03, "ID", ("best-dora", 300), ("best-lora", 300), "DoRA has more ID than LoRA"),
-            at_most(-0.03, "PRES", ("best-loha", 300), ("best-lora", 300), "LoHa has less PRES than LoRA"),
+            at_least(0.03, "ID", ("best-lokr", STEPS), ("best-lora", STEPS), "LoKr has more ID than LoRA"),
+            at_least(0.03, "ID", ("best-lora", STEPS), ("best-loha", STEPS), "LoRA has more ID than LoHa"),
+            at_least(0.03, "ID", ("best-dora", STEPS), ("best-lora", STEPS), "DoRA has more ID than LoRA"),
+            at_most(
+                -0.03, "PRES", ("best-loha", STEPS), ("best-lora", STEPS), "LoHa has less PRES than LoRA"
+            ),
             at_least(
                 -0.05,
                 "JOINT",
-                ("best-lokr", 300),
-                ("best-lora", 300),
+                ("best-lokr", STEPS),
+                ("best-lora", STEPS),
                 "LoKr has no less JOINT, with a seventh of the parameters",
             ),
         ),
@@ -302,12 +315,18 @@ CLAIMS = (
         "e",
         "Likeness and forgetting grow with the rank, and level off",
         "peft's comparison: rank 64 over 32, likeness +0.046, drift +0.026.",
-        (("rank-1", 300), ("rank-4", 300), ("text+unet", 300), ("rank-16", 300), ("rank-64", 300)),
+        (("rank-1", STEPS), ("text+unet", STEPS), ("rank-16", STEPS), ("rank-64", STEPS)),
         (
-            at_least(0.05, "ID", ("rank-16", 300), ("rank-1", 300), "rank 16 has more ID than rank 1"),
-            at_most(0.05, "ID", ("rank-64", 300), ("rank-16", 300), "rank 64 has no more ID than rank 16"),
-            at_least(0.05, "PRES", ("rank-64", 300), ("rank-1", 300), "rank 64 has more PRES than rank 1"),
-            at_least(0.0, "COPY", ("rank-64", 300), ("rank-1", 300), "rank 64 copies no less than rank 1"),
+            at_least(0.05, "ID", ("rank-16", STEPS), ("rank-1", STEPS), "rank 16 has more ID than rank 1"),
+            at_most(
+                0.05, "ID", ("rank-64", STEPS), ("rank-16", STEPS), "rank 64 has no more ID than rank 16"
+            ),
+            at_least(
+                0.05, "PRES", ("rank-64", STEPS), ("rank-1", STEPS), "rank 64 has more PRES than rank 1"
+            ),
+            at_least(
+                0.0, "COPY", ("rank-64", STEPS), ("rank-1", STEPS), "rank 64 copies no less than rank 1"
+            ),
         ),
     ),
     Claim(
@@ -316,31 +335,37 @@ CLAIMS = (
         "With another unused word, and without one, likeness falls to that of the class.",
         (
             BASE,
-            ("text+unet", 300),
-            ("other-word", 300),
-            ("no-word", 300),
-            ("prior-200", 400),
-            ("prior-other-word", 400),
-            ("prior-no-word", 400),
+            ("text+unet", STEPS),
+            ("other-word", STEPS),
+            ("no-word", STEPS),
+            ("prior-200", STEPS),
+            ("prior-other-word", STEPS),
+            ("prior-no-word", STEPS),
         ),
         (
-            at_least(0.2, "ID", ("text+unet", 300), ("other-word", 300), "another unused word shows it less"),
-            at_least(0.2, "ID", ("text+unet", 300), ("no-word", 300), "without the word it is shown less"),
-            at_most(0.1, "ID", ("other-word", 300), ("no-word", 300), "another word is no better than none"),
-            at_most(0.1, "ID", ("no-word", 300), BASE, "without the word, ID is nearly the base's"),
+            at_least(
+                0.2, "ID", ("text+unet", STEPS), ("other-word", STEPS), "another unused word shows it less"
+            ),
+            at_least(
+                0.2, "ID", ("text+unet", STEPS), ("no-word", STEPS), "without the word it is shown less"
+            ),
+            at_most(
+                0.1, "ID", ("other-word", STEPS), ("no-word", STEPS), "another word is no better than none"
+            ),
+            at_most(0.1, "ID", ("no-word", STEPS), BASE, "without the word, ID is nearly the base's"),
             # added after the first long runs, in which class pictures show the subject; before any with prior
             at_least(
                 0.2,
                 "ID",
-                ("prior-200", 400),
-                ("prior-other-word", 400),
+                ("prior-200", STEPS),
+                ("prior-other-word", STEPS),
                 "with prior preservation, another word shows it less",
             ),
             at_least(
                 0.2,
                 "ID",
-                ("prior-200", 400),
-                ("prior-no-word", 400),
+                ("prior-200", STEPS),
+                ("prior-no-word", STEPS),
                 "with prior preservation, it is shown less without the word",
             ),
         ),
@@ -350,30 +375,30 @@ CLAIMS = (
         "g",
         "Attention layers alone are enough",
         "LyCORIS: attention alone lowers likeness and improves the rest.",
-        (("text+unet", 300), ("attention-equal", 300), ("full-equal", 300), ("full", 300)),
+        (("text+unet", STEPS), ("attention-equal", STEPS), ("full-equal", STEPS), ("full", STEPS)),
         (
             at_most(
                 0.03,
                 "ID",
-                ("full-equal", 300),
-                ("attention-equal", 300),
+                ("full-equal", STEPS),
+                ("attention-equal", STEPS),
                 "all layers have no more ID, at equal parameters",
             ),
             at_most(
-                0.03, "ID", ("full", 300), ("text+unet", 300), "all layers have no more ID, at equal rank"
+                0.03, "ID", ("full", STEPS), ("text+unet", STEPS), "all layers have no more ID, at equal rank"
             ),
             at_most(
                 0.0,
                 "PRES",
-                ("attention-equal", 300),
-                ("full-equal", 300),
+                ("attention-equal", STEPS),
+                ("full-equal", STEPS),
                 "attention alone has no more PRES, at equal parameters",
             ),
             at_least(
                 0.0,
                 "PA",
-                ("attention-equal", 300),
-                ("full-equal", 300),
+                ("attention-equal", STEPS),
+                ("full-equal", STEPS),
                 "attention alone keeps to the prompt as well, at equal parameters",
             ),
         ),

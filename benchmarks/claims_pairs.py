@@ -1,6 +1,5 @@
 """Trains, draws and scores pairs of subjects for benchmarks/claims.py."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -95,7 +94,7 @@ def scores_of_subject(studio: Studio, pair: Pair, number: int) -> dict[str, floa
     share of the other subject's identity attributes; some may be those of this subject too."""
     kind, colour, identity = subjects.load_subject(subjects.FOLDER / pair[number])
     _, _, other = subjects.load_subject(subjects.FOLDER / pair[1 - number])
-    prompts = subject_prompts(kind, WORDS[number], dataclasses.replace(studio.protocol, seeds=1))
+    prompts = subject_prompts(kind, WORDS[number], studio.protocol)
     readings = list(map(read, studio.draw(prompts, range(SUBJECT_SEED, SUBJECT_SEED + len(prompts)))))
     scores = metrics.subject_scores(readings, prompts, kind, colour, identity)
     return {name: scores[name] for name in SAVED} | {"BLEED": metrics.leak(readings, other)}

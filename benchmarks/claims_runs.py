@@ -41,11 +41,11 @@ class Protocol:
     base: Path = Path("picturebook/model")
     batch: int = 2
     checkpointing: int = 50
-    places: int = 8
+    places: int = 4
     """Places of the test prompts; each has a prompt with an accessory and one without."""
     seeds: int = 2
     """Pictures of each test prompt."""
-    class_pictures: int = 16
+    class_pictures: int = 8
     """Pictures of the class prompt."""
     other_pictures: int = 4
     """Pictures of each of two other kinds."""

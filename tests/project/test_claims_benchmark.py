@@ -117,7 +117,7 @@ def test_tables_say_what_held_what_failed_and_what_is_unfinished(rise, word, tmp
         in text
     )
     assert "| 0 of 12 (unfinished) |" in text
-    assert plots == ["evidence_a.svg", "evidence_b.svg"]  # the claims with runs
+    assert plots == [f"evidence_{letter}.svg" for letter in "abefg"]  # the claims with runs
 
 
 def test_the_page_is_what_the_stored_results_give(tmp_path, monkeypatch):
@@ -169,9 +169,9 @@ def test_arms_that_differ_in_prompts_only_share_a_training():
 
 def test_prompts_name_every_place_plain_and_with_an_accessory():
     prompts = claims_runs.subject_prompts("dog", "sks", EMBEDDED)
-    assert len(prompts) == 32
-    assert len(set(prompts)) == 16
-    assert sum("wearing" in prompt for prompt in prompts) == 16
+    assert len(prompts) == 16
+    assert len(set(prompts)) == 8
+    assert sum("wearing" in prompt for prompt in prompts) == 8
     assert "a photo of a sks dog in the snow" in prompts
     assert "a photo of a dog in the snow" in claims_runs.subject_prompts("dog", None, EMBEDDED)
 
