@@ -241,6 +241,9 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
 
     Raises UserError, without the file's name, if it cannot be used or has over `max_pixels`.
     """
+    kind = picture_files.identify(data)
+    if kind.format in picture_files.PLUGINS:
+        picture_files.load_plugin(kind.format)
     try:
         with warnings.catch_warnings(record=True) as warned:
             # Record all warnings, print none: those on size are errors below, and the others name no file.

@@ -6,6 +6,8 @@ is decoded in `photos`.
 
 import codecs
 import dataclasses
+import functools
+import importlib.util
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -34,6 +36,10 @@ READ = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+# Formats that Pillow reads by a plugin: its module, and the usual endings. The extra `photos` installs them.
+PLUGINS = {"HEIF": ("pillow_heif", (".heic", ".heif", ".hif")), "JXL": ("pillow_jxl", (".jxl",))}
+INSTALLED = [name for name, (module, _) in PLUGINS.items() if importlib.util.find_spec(module)]
+READ |= {name: PLUGINS[name][1] for name in INSTALLED}
 FORMATS = tuple(READ)
 ENDINGS = frozenset(ending for endings in READ.values() for ending in endings)
 _RAW_ENDINGS = re.compile(
@@ -61,7 +67,16 @@ _EMPTY, _TEXT, _UNKNOWN = Kind("an empty file"), Kind("a text file"), Kind("a fi
 _ZEROS = Kind("a file of zeros only", advice="copy it again")
 _HTML = Kind("an HTML page", advice="download the picture itself")
 _RAW, _SVG = Kind("a camera raw picture", advice=_SAVE), Kind("an SVG drawing", advice=_SAVE)
-_HEIC = Kind("a HEIC picture", advice="convert it to JPEG or PNG")
+
+
+def _kind_by_plugin(name: str, format: str, advice: str) -> Kind:
+    """The kind of a format in PLUGINS."""
+    if format in INSTALLED:
+        return Kind(name, format)
+    return Kind(name, advice=f"{advice}, or pip install '.[photos]', which reads it")
+
+
+_HEIC = _kind_by_plugin("a HEIC picture", "HEIF", "convert it to JPEG or PNG")
 _DRAWN = Kind(
     "a picture of this program",
     advice="what it draws is no photo; a picture that another program saves anew, as JPEG, counts as one",
@@ -76,7 +91,7 @@ _MAGIC: dict[Kind, tuple[bytes, ...]] = {
     _KINDS["GIF"]: (b"GIF87a", b"GIF89a"),
     _KINDS["JPEG2000"]: (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
     _KINDS["QOI"]: (b"qoif",),
-    Kind("a JPEG XL picture", advice=_SAVE): (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    _kind_by_plugin("a JPEG XL picture", "JXL", _SAVE): (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
     Kind("a Photoshop file", advice=_SAVE): (b"8BPS",),
     Kind("a GIMP file", advice=_SAVE): (b"gimp xcf",),
     Kind("a PDF file", advice="save its pictures as PNG or JPEG"): (b"%PDF",),
@@ -198,6 +213,14 @@ def _kind_at(path: Path) -> Kind:
         return _UNREADABLE
     # camera raw files of many makers are TIFF files, whose first picture is a thumbnail
     return _RAW if kind.format == "TIFF" and _RAW_ENDINGS.fullmatch(path.suffix) else kind
+
+
+@functools.cache
+def load_plugin(format: str) -> None:
+    """Make Pillow read a format of PLUGINS that is installed."""
+    plugin = importlib.import_module(PLUGINS[format][0])  # pillow_jxl registers itself
+    if format == "HEIF":
+        plugin.register_heif_opener()
 
 
 def identify(data: bytes) -> Kind:

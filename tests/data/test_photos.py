@@ -219,7 +219,8 @@ def test_what_was_converted_is_remarked_on_by_name(tmp_path):
 
 def test_formats_that_phones_write_and_nobody_reads_are_named_with_advice(tmp_path):
     (tmp_path / "IMG_1.HEIC").write_bytes(HEIC)
-    advice = "a HEIC picture (IMG_1.HEIC): convert it to JPEG or PNG"
+    install = "pip install '.[photos]', which reads it"
+    advice = f"a HEIC picture (IMG_1.HEIC): convert it to JPEG or PNG, or {install}"
     assert advice in refusal(tmp_path)
     tiny.make_photos(tmp_path, 1)
     assert photos.check_folder(tmp_path, FLAG).notes == [f"skipped in {tmp_path}: {advice}"]

@@ -4,6 +4,8 @@ import gzip
 import io
 import math
 import struct
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -137,8 +139,8 @@ def fill_with_others(folder: Path) -> str:
         (folder / name).write_bytes(b"x")
     (folder / "IMG_2.HEIC").write_bytes(HEIC)
     return (
-        f"skipped in {folder}: a HEIC picture (IMG_2.HEIC): convert it to JPEG or PNG; 2 videos (film.mov, "
-        "film2.mov); an archive (latents.npz); 3 hidden or system files"
+        f"skipped in {folder}: a HEIC picture (IMG_2.HEIC): convert it to JPEG or PNG, or pip install "
+        "'.[photos]', which reads it; 2 videos (film.mov, film2.mov); an archive (latents.npz); 3 hidden or system files"
     )
 
 
@@ -203,3 +205,13 @@ def test_inputs_from_the_field_are_read_or_named(tmp_path):
     (tmp_path / "heic_named.JPG").write_bytes((SHARED / "heic_named.JPG").read_bytes())
     with pytest.raises(UserError, match=r"heic_named.JPG: by its content a HEIC picture, which is not read"):
         photos.check_folder(tmp_path, FLAG)
+
+
+def test_the_plugin_of_a_format_is_registered_once_when_a_picture_needs_it(monkeypatch):
+    plugin, calls = types.ModuleType("pillow_heif"), []
+    plugin.register_heif_opener = lambda: calls.append("HEIF")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    picture_files.load_plugin.cache_clear()
+    picture_files.load_plugin("HEIF")
+    picture_files.load_plugin("HEIF")
+    assert calls == ["HEIF"]
