@@ -140,7 +140,8 @@ def fill_with_others(folder: Path) -> str:
     (folder / "IMG_2.HEIC").write_bytes(HEIC)
     return (
         f"skipped in {folder}: a HEIC picture (IMG_2.HEIC): convert it to JPEG or PNG, or pip install "
-        "'.[photos]', which reads it; 2 videos (film.mov, film2.mov); an archive (latents.npz); 3 hidden or system files"
+        "'.[photos]', which reads it; 2 videos (film.mov, film2.mov); an archive (latents.npz); "
+        "3 hidden or system files"
     )
 
 
