@@ -16,6 +16,7 @@ from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console, reader, writer
 from dreambooth.io.errors import UserError, shown
 from dreambooth.runtime import memory
+from dreambooth.training.meter import BANDS
 
 _EVALUATIONS = ("meter", "judge", "best")  # keys of the records of an evaluation
 
@@ -58,18 +59,21 @@ class Progress:
         if first_step > 0 and self.files.begins_as_written(self.path.name):
             data = reader.read_bytes(self.path, str(self.path), reader.LARGEST_LOG)
             *complete, _ = data.split(b"\n")  # after the last line end: nothing, or half a record
-            steps = [_step_of(line) for line in complete]
-            kept = [line for line, step in zip(complete, steps, strict=True) if 0 <= step <= first_step]
-            if -1 in steps or not self.files.is_written(self.path.name):
+            records = [record_of(line) for line in complete]
+            kept = [
+                (line, record)
+                for line, record in zip(complete, records, strict=True)
+                if record is not None and record["step"] <= first_step
+            ]
+            if None in records or not self.files.is_written(self.path.name):
                 aside = self.files.set_aside(self.path.name)
                 note = (
                     f"{shown(self.path)} was damaged or edited: its {len(kept)} records up to step"
                     f" {first_step} are kept; the file itself is now {shown(aside.name)}"
                 )
                 console.notes([note])
-            lines = kept
-            records = (reader.parsed_json_table(line, "") for line in lines)
-            self.evaluations += [record for record in records if not record.keys().isdisjoint(_EVALUATIONS)]
+            lines = [line for line, _ in kept]
+            self.evaluations += [record for _, record in kept if not record.keys().isdisjoint(_EVALUATIONS)]
         lines += [json.dumps(self._phase_record(phase, first_step)).encode() for phase in self.phases]
         data = b"".join(line + b"\n" for line in lines)
         self.files.write(self.path.name, data, grows=True)
@@ -140,10 +144,66 @@ class Progress:
                 self.files.record(self.path.name, self.size, self.sha256.hexdigest())
 
 
-def _step_of(line: bytes) -> int:
-    """The step of a record; -1 for a line that is no record."""
+# --- what a record may hold
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl; None if the line is no record, or one that no run writes."""
     try:
-        step = reader.parsed_json_table(line, "").get("step")
+        record = reader.parsed_json_table(line, "")
     except UserError:
-        return -1
-    return step if type(step) is int and step >= 0 else -1
+        return None
+    step = record.get("step")
+    is_valid = type(step) is int and step >= 0
+    is_valid = is_valid and all(check(record[name]) for name, check in _CHECKS.items() if name in record)
+    return record if is_valid else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_meter(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_measure, value.values()))
+
+
+def _is_measure(value: Any) -> bool:
+    """Seconds, or a measure with its mean and its bands."""
+    if not isinstance(value, dict):
+        return _is_number(value)
+    lists = {name: value.get(name) for name in ("bands", "noise_bands")}
+    scalars = {name: value.get(name) for name in ("mean", "noise")}
+    return _are_numbers(scalars) and all(
+        isinstance(bands, list) and len(bands) == BANDS and all(map(_is_number, bands))
+        for bands in lists.values()
+    )
+
+
+def _is_reading(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("phase"), str)
+        and _are_numbers({name: number for name, number in value.items() if name != "phase"})
+    )
+
+
+def _is_choice(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and (value.get("step") is None or type(value["step"]) is int)
+        and isinstance(value.get("why"), str)
+    )
+
+
+_CHECKS = {
+    "loss": _is_number,
+    "images_per_second": _is_number,
+    "memory": _is_reading,
+    "meter": _is_meter,
+    "judge": _are_numbers,
+    "best": _is_choice,
+}

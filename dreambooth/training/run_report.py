@@ -22,7 +22,7 @@ from dreambooth.io import console, reader
 from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import fields_of
 from dreambooth.options.training import TrainOptions
-from dreambooth.training import model_card, run_folder
+from dreambooth.training import metrics, model_card, run_folder
 from dreambooth.training.start import Start
 
 # Seconds between two pages, as a multiple of the seconds that the last one took, and at least.
@@ -119,9 +119,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         *complete, _ = reader.read_bytes(path, path.name, reader.LARGEST_LOG).split(b"\n")
         for number, line in enumerate(complete, 1):
-            record = reader.parsed_json_table(line, path.name)
-            if type(record.get("step")) is not int:
-                raise UserError(f"{path.name}: line {number} has no step: it was edited")
+            record = metrics.record_of(line)
+            if record is None:
+                raise UserError(f"{path.name}: line {number} is no record of a run: it was edited")
             yield record
 
 

@@ -51,6 +51,14 @@ ODD = {
     "a step that is true": b'{"step": true}',
     "a step that is negative": b'{"step": -1}',
     "a step of 400 digits": b'{"step": ' + b"9" * 400 + b"}",
+    "a loss that is text": b'{"step": 1, "loss": "low"}',
+    "a meter without bands": b'{"step": 1, "meter": {"gap": {"mean": 1.0, "noise": 0.1}}}',
+    "a meter of another number of bands": json.dumps(
+        {"step": 1, "meter": {"gap": {"mean": 1.0, "noise": 0.1, "bands": [1.0], "noise_bands": [0.1]}}}
+    ).encode(),
+    "scores that are a number": b'{"step": 1, "judge": 5}',
+    "a reading without its phase": b'{"step": 1, "memory": {"seconds": 3.0}}',
+    "a choice without its reason": b'{"step": 1, "best": {"step": 1}}',
     "an empty line": b"",
     "a note": b"lowered the rate here",
 }
@@ -135,8 +143,8 @@ def test_records_of_evaluations_are_read_again_up_to_the_step_of_a_resume(tmp_pa
     progress.close()
     resumed_progress = begin(tmp_path, 2)
     assert resumed_progress.evaluations == [
-        {"step": 0, "meter": {"drift": {"mean": 0.0}}, "seconds": 1.5},
-        {"step": 2, "meter": {"drift": {"mean": 0.25}}, "seconds": 1.5},
+        {"step": 0, "meter": {"drift": 0.0}, "seconds": 1.5},
+        {"step": 2, "meter": {"drift": 0.25}, "seconds": 1.5},
         {"step": 2, "judge": {"ID": 0.5}, "pictures": 3},
     ]
     assert resumed_progress.is_evaluated(2, "judge")
