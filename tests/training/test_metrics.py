@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_for_a_while_costs_whole_records_only(tmp_path, monk
 def test_records_of_evaluations_are_read_again_up_to_the_step_of_a_resume(tmp_path):
     progress = begin(tmp_path, 0)
     for step in (0, 2, 4):
-        progress.evaluation(step, "meter", {"drift": {"mean": step / 8}}, seconds=1.5)
+        progress.evaluation(step, "meter", {"drift": step / 8}, seconds=1.5)
     progress.evaluation(2, "judge", {"ID": 0.5}, pictures=3)
     progress.close()
     resumed_progress = begin(tmp_path, 2)
