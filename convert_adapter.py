@@ -82,7 +82,7 @@ def _base(options: KnownBase) -> Any:
         return None
     from dreambooth.bases import families  # its libraries take seconds, and most conversions need no base
 
-    return families.find(model)
+    return families.find(model, needs_vae=False)
 
 
 def _read_named(path: Path, base: Any) -> Adapter:
@@ -227,7 +227,7 @@ def _ranked(options: ConvertOptions, adapter: Adapter, base: Any) -> Adapter:
         )
     assert options.rank is not None  # as in `convert`
     if magnitudes:
-        lora, kept = base_weights.ranked_lora(adapter, base.folder, options.base.variant, options.rank)
+        lora, kept = base_weights.ranked_lora(adapter, base.weights, options.rank)
     else:
         lora, kept = to_lora(adapter, options.rank)
     _print_kept(kept)
@@ -286,11 +286,12 @@ def extract(options: ExtractOptions) -> None:
     path = _new_file(options.output, options.base.pretrained_model_name_or_path, options.tuned)
     # one of the two bases may have no files of the variant
     variant, names = options.base.variant, (options.base.pretrained_model_name_or_path, options.tuned)
-    has_variant = [folders.has_variant(Path(name), variant) for name in names]
+    has_variant = [Path(name).is_file() or folders.has_variant(Path(name), variant) for name in names]
     variants = [variant if has or not any(has_variant) else None for has in has_variant]
-    base = families.find(BaseOptions(names[0], revision=options.base.revision, variant=variants[0]))
+    base_options = BaseOptions(names[0], revision=options.base.revision, variant=variants[0])
+    base = families.find(base_options, needs_vae=False)
     try:
-        tuned = families.find(BaseOptions(options.tuned, variant=variants[1]))
+        tuned = families.find(BaseOptions(options.tuned, variant=variants[1]), needs_vae=False)
         layers = layer_names.plain_layers(tuned.layers())
     except UserError as error:
         raise UserError(str(error).replace("--pretrained_model_name_or_path", "--tuned")) from None
@@ -303,7 +304,7 @@ def extract(options: ExtractOptions) -> None:
     if base.family.trains_text:
         ends = inject.text_targets(preset)
         targets |= {part: inject.layers_at(ends, shapes) for part, shapes in layers.items()}
-    extraction = base_weights.extract(base.folder, tuned.folder, options.base.variant, targets, options.rank)
+    extraction = base_weights.extract(base, tuned, targets, options.rank)
     for part, share in extraction.covered.items():
         console.say(
             f"{part}: {share:.4%} of the difference is in the layers of --target_preset"
@@ -316,7 +317,10 @@ def extract(options: ExtractOptions) -> None:
 def bake(options: BakeOptions) -> None:
     """Write a copy of a base with adapters in its weights."""
     base = _base(options.base)
-    folder = _new_folder("--merge_to", options.merge_to, [base.folder])
+    if base.single_file and not base.single_file.has_vae:
+        raise UserError(f"{shown(base.place)} has no VAE, and a base that is written needs one")
+    console.notes(base.notes())
+    folder = _new_folder("--merge_to", options.merge_to, [base.place])
     layers = base.layers()
     adapters = []
     for file, weight in (adapter_sets.split(word, "--adapter") for word in options.adapter):
@@ -332,7 +336,7 @@ def bake(options: BakeOptions) -> None:
             console.notes([f"{shown(file)} was trained with --clip_skip {skipped}: draw with that flag"])
         adapters.append((adapter, weight))
     dtype = DTYPES[options.dtype] if options.dtype else None
-    notes = base_weights.bake(base.folder, options.base.variant, list(layers), adapters, folder, dtype)
+    notes = base_weights.bake(base, list(layers), adapters, folder, dtype)
     console.notes(notes)
     console.say(f"wrote {shown(folder)}")
 

@@ -149,7 +149,7 @@ class Drawing:
         self.sets = plan.sets_of(rows)
         peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
         self.base = families.find(options.base)
-        peers.say_notes(self.base.variant_notes())
+        peers.say_notes(self.base.notes())
         adapter_sets = [each.adapters for each in self.sets if each.adapters is not None]
         self.loaded = variants.read_adapters(adapter_sets, self.base, self.drawing.clip_skip)
         self.variants = {each.folder: self._variant(each) for each in self.sets}

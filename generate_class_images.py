@@ -53,7 +53,7 @@ def generate(options: ClassImageOptions, watch: Watch) -> None:
     )
 
     # pictures
-    peers.say_notes([*base.variant_notes(), *class_images.notes(folder)])
+    peers.say_notes([*base.notes(), *class_images.notes(folder)])
     total = generation.num_class_images
     class_images.make(folder, settings, total, base, peers, watch, options.speed)
     peers.say(f"{folder} holds {total} class images")

@@ -61,7 +61,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
-    peers.say_notes(base.variant_notes())
+    peers.say_notes(base.notes())
     loaded = variants.read_adapters(sets, base, options.drawing.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)
     variants.check(options.drawing, columns, loaded, base)

@@ -62,12 +62,18 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_pipeline(
-    folder: Path, *, prediction_type: str = "epsilon", text_width: int = 32, max_tokens: int = 77
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    text_width: int = 32,
+    max_tokens: int = 77,
+    tokenizer: Any = None,
+    use_linear_projection: bool = False,
 ) -> Path:
-    """Save a Stable Diffusion 1.5 in miniature (2.x with `v_prediction`): 8x VAE, cross attention at two
-    levels, 77 tokens."""
+    """Save a Stable Diffusion 1.5 in miniature (2.x with `v_prediction`, and in its layers with
+    `use_linear_projection`): 8x VAE, cross attention at two levels, 77 tokens."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     tokenizer.model_max_length = max_tokens
     text_encoder = CLIPTextModel(text_config(tokenizer, text_width, max_tokens))
     unet = UNet2DConditionModel(
@@ -79,6 +85,7 @@ def build_pipeline(
         cross_attention_dim=text_width,
         attention_head_dim=8,
         norm_num_groups=8,
+        use_linear_projection=use_linear_projection,
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -101,12 +108,12 @@ def build_pipeline(
     return folder
 
 
-def build_xl(folder: Path, *, edm: bool = False) -> Path:
+def build_xl(folder: Path, *, edm: bool = False, tokenizers: Any = None) -> Path:
     """Save a Stable Diffusion XL in miniature: two tokenizers and text encoders, a vector for the whole
     prompt, sizes and crops as numbers; with `edm` as Playground 2.5, whose scheduler is EDM's and whose
     latents have a mean and deviation."""
     torch.manual_seed(0)
-    tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer()
+    tokenizer, tokenizer_2 = tokenizers or (build_tokenizer(), build_tokenizer())
     tokenizer_2.pad_token = "!"  # as the second of Stable Diffusion XL
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -5,13 +5,13 @@ No model is built. Weights are looked up by their keys, so a copied folder keeps
 its other files.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,10 @@ from dreambooth.files import safetensors_files
 from dreambooth.io import writer
 from dreambooth.io.errors import UserError, reason_of, shown
 
+if TYPE_CHECKING:  # its libraries take seconds, and most conversions need no base
+    from dreambooth.bases import families
+    from dreambooth.bases.weights import Weight
+
 Weighted = tuple[AnyAdapter, float]  # an adapter and its weight
 _WEIGHT_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".index.json")
 
@@ -41,22 +45,20 @@ def _layer(key: str) -> str:
 
 
 class _BasePart:
-    """The weight files of one part of a base, open for reading. Keys are plain (`layer_names.plain`)."""
+    """The weights of one part of a base, which are read one at a time. Keys are plain
+    (`layer_names.plain`)."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, part: str, variant: str | None) -> None:
-        self.where = shown(folder / part)
-        shapes = folders.weight_shapes(folder, part, variant)
-        self.shapes = {plain(key): shape for key, shape in shapes.items()}
-        paths = folders.weight_files(folder, part, variant)
-        files = [stack.enter_context(safetensors_files.opened(path)) for path in paths]
-        self.places = {plain(key): (file, key) for file in files for key in sorted(file.keys())}
+    def __init__(self, weights: "Mapping[str, Weight]", where: str) -> None:
+        self.where = where
+        self.weights = {plain(key): weight for key, weight in weights.items()}
+        self.shapes = {key: weight.shape for key, weight in self.weights.items()}
 
     def tensor(self, key: str) -> Tensor:
         """The tensor with this plain key. Raises UserError if a value is not finite."""
-        file, stored_key = self.places[key]
-        tensor: Tensor = file.get_tensor(stored_key)
+        weight = self.weights[key]
+        tensor: Tensor = weight[...]
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{self.where}: {stored_key} has values that are not finite")
+            raise UserError(f"{self.where}: {weight.key} has values that are not finite")
         return tensor
 
 
@@ -77,7 +79,7 @@ class Extraction:
 
 
 def extract(
-    base: Path, tuned: Path, variant: str | None, targets: Mapping[str, Sequence[str]], rank: int
+    base: "families.Base", tuned: "families.Base", targets: Mapping[str, Sequence[str]], rank: int
 ) -> Extraction:
     """The LoRA of at most `rank` that is nearest to tuned - base.
 
@@ -89,9 +91,10 @@ def extract(
     kept: dict[str, float] = {}
     covered: dict[str, float] = {}
     for part, layers in targets.items():
-        with contextlib.ExitStack() as stack:
-            before, after = (_BasePart(stack, folder, part, variant) for folder in (base, tuned))
-            loras, in_layers, held, total = _difference(before, after, set(layers), rank)
+        before, after = (
+            _BasePart(model.weights(part), f"the {part} of {shown(model.place)}") for model in (base, tuned)
+        )
+        loras, in_layers, held, total = _difference(before, after, set(layers), rank)
         if in_layers:
             components[part] = dict(loras)
             kept[part] = held / in_layers
@@ -150,32 +153,30 @@ def _common_keys(before: _BasePart, after: _BasePart) -> list[str]:
 
 
 def ranked_lora(
-    adapter: Adapter, folder: Path, variant: str | None, rank: int
+    adapter: Adapter, weights_of: "Callable[[str], Mapping[str, Weight]]", rank: int
 ) -> tuple[Adapter, dict[str, float]]:
     """(the LoRA of at most `rank` nearest to what the adapter changes in this base; by component, the share
     of the squared change that it keeps).
 
-    The base's weights are read only for layers with a magnitude. Raises UserError if a value of the base is
-    not finite.
+    `weights_of` has the base's weights by part. They are read only for layers with a magnitude. Raises
+    UserError if a value of the base is not finite.
     """
-    with contextlib.ExitStack() as stack:
-        parts = {part: _BasePart(stack, folder, part, variant) for part in adapter.components}
-        return to_lora(adapter, rank, lambda part, layer: parts[part].tensor(f"{layer}.weight").float())
+    parts = {part: _BasePart(weights_of(part), f"the base's {part}") for part in adapter.components}
+    return to_lora(adapter, rank, lambda part, layer: parts[part].tensor(f"{layer}.weight").float())
 
 
 # ---- adapters merged into a copy
 
 
 def bake(
-    folder: Path,
-    variant: str | None,
+    base: "families.Base",
     parts: Sequence[str],
     adapters: Sequence[Weighted],
     target: Path,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    """Write to `target` a copy of the base in `folder`, with the adapters merged into `parts` (UNet, text
-    encoders).
+    """Write to `target` a copy of the base, as a folder of diffusers, with the adapters merged into `parts`
+    (UNet, text encoders).
 
     Returns a note for each file or part of the base that the copy lacks. Weights are changed in float32 and
     saved in `dtype`, or in their present dtype if it is None. Each adapter's change is computed from the
@@ -184,6 +185,10 @@ def bake(
     complete or absent. Raises UserError if a value is not finite in its dtype, or if the base holds something
     that cannot be copied, or that is larger than the space on the disk.
     """
+    if base.single_file:
+        _bake_single_file(base, parts, adapters, target, dtype)
+        return []
+    folder, variant = base.folder, base.options.variant
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(_WEIGHT_ENDS)]
     if sum(path.stat().st_size for path in files) > shutil.disk_usage(target.parent).free:
         largest = max(files, key=lambda path: path.stat().st_size)
@@ -203,6 +208,34 @@ def bake(
                 _copy(entry, temporary / entry.name)
         notes += _remove_absent_parts(folder, temporary)
     return notes
+
+
+def _bake_single_file(
+    base: "families.Base",
+    parts: Sequence[str],
+    adapters: Sequence[Weighted],
+    target: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a base in a single file to the folder `target`, as `bake` does."""
+    assert base.single_file is not None
+    with writer.new_folder(target) as temporary:
+        writer.write_new(temporary / "model_index.json", _json(base.index))
+        for part in base.family.kinds:
+            writer.make_folder(temporary / part)
+            _copy(base.part_folder(part) / "config.json", temporary / part / "config.json")
+            is_changed = part in parts
+            tensors = {
+                key: _changed(weight[...], adapters, dtype if is_changed else None, part, key)
+                for key, weight in sorted(base.weights(part).items())
+            }
+            _write_weights(tensors, temporary / part / weight_names.single(part, weight_names.PLAIN))
+        writer.make_folder(temporary / "scheduler")
+        writer.write_new(temporary / "scheduler" / "scheduler_config.json", _json(base.config("scheduler")))
+        for tokenizer, _ in base.family.text.values():
+            writer.make_folder(temporary / tokenizer)
+            for name, path in base.single_file.tokenizer_files(tokenizer).items():
+                _copy(path, temporary / tokenizer / name)
 
 
 def _bake_part(
@@ -239,11 +272,7 @@ def _bake_part(
                 key: _changed(opened.get_tensor(key), adapters, dtype, part, key)
                 for key in sorted(opened.keys())
             }
-        try:
-            save_file(tensors, target / name, {"format": "pt"})
-        except SafetensorError as error:
-            raise writer.WriteError(errno.EIO, reason_of(error), str(target / name)) from None
-        writer.flush(target / name)
+        _write_weights(tensors, target / name)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     # several files, or one under another name, need an index
@@ -252,6 +281,19 @@ def _bake_part(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         writer.write_new(target / weight_names.indexes(part, weight_names.PLAIN)[0], text.encode())
     return notes
+
+
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a new safetensors file. Raises WriteError."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise writer.WriteError(errno.EIO, reason_of(error), str(path)) from None
+    writer.flush(path)
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _changed(
@@ -321,5 +363,5 @@ def _remove_absent_parts(folder: Path, target: Path) -> list[str]:
     ]
     if absent:
         content = index | {part: [None, None] for part in absent}
-        writer.write(path, (json.dumps(content, indent=2) + "\n").encode())
+        writer.write(path, _json(content))
     return [f"the base has no folder {part}: it is removed from the new model_index.json" for part in absent]

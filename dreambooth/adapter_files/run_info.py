@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.adapter_files.layer_names import FAMILY_NAMES, KohyaFamily
+from dreambooth.bases import metadata_marks
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shortened
 
 if TYPE_CHECKING:  # its libraries take seconds, and most conversions need no base
     from dreambooth.bases import families
 
-_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "edm": "edm"}
 # Beginnings of ss_base_model_version and of modelspec.architecture, the longer ones first.
 _FAMILY_OF: dict[str, KohyaFamily] = {
     "sdxl": "sdxl",
@@ -59,29 +59,11 @@ def _of_other_programs(metadata: Mapping[str, str]) -> dict[str, Any]:
     count = re.fullmatch(r"[1-9]\d?", metadata.get("ss_clip_skip", "").strip())
     if count and _family(metadata) != "sdxl":
         info["clip_skip"] = int(count[0]) - 1
-    if prediction_type := _prediction_type(metadata):
+    if prediction_type := metadata_marks.prediction_type(metadata):
         info["prediction_type"] = prediction_type
-    if _is_true(metadata.get("ss_zero_terminal_snr")):
+    if metadata_marks.has_zero_terminal_snr(metadata):
         info["zero_terminal_snr"] = True
     return info
-
-
-def _prediction_type(metadata: Mapping[str, str]) -> str | None:
-    """What the trained UNet predicted; None if no field says it."""
-    version = metadata.get("ss_base_model_version", "")
-    stated = metadata.get("modelspec.prediction_type", "").strip().lower()
-    architecture = metadata.get("modelspec.architecture", "")
-    is_v = re.match(r"sd_v\d_(768_)?v\b", version) or architecture.startswith("stable-diffusion-v2-768-v")
-    if is_v or _is_true(metadata.get("ss_v_parameterization")):
-        return "v_prediction"
-    if stated in _PREDICTION_TYPES:
-        return _PREDICTION_TYPES[stated]
-    is_false = metadata.get("ss_v_parameterization", "").strip().lower() in ("false", "0")
-    return "epsilon" if is_false else None
-
-
-def _is_true(text: str | None) -> bool:
-    return (text or "").strip().lower() in ("true", "1")
 
 
 def _family(metadata: Mapping[str, str]) -> KohyaFamily | str | None:

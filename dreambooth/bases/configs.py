@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
-from dreambooth.bases import folders
+from dreambooth.bases import folders, single_files, weights
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
-from dreambooth.files import safetensors_files
+from dreambooth.bases.single_files import SingleFile
+from dreambooth.bases.weights import Weight
 from dreambooth.files.safetensors_files import FLOATS
 from dreambooth.io.errors import UserError, is_memory_error, raise_all, shortened, shown, type_and_reason
 
@@ -72,17 +73,41 @@ def check(folder: Path, name: str, kinds: Mapping[str, type], variant: str | Non
     raise_all(problems)
 
 
-def check_vae(folder: Path, name: str, base_folder: Path, variant: str | None) -> None:
-    """Raise UserError unless `folder`, which the user named `name`, holds a VAE with latents like the
-    base's, and weights as `folders.given_vae_files` returns them."""
-    given = read(AutoencoderKL, folder / "config.json", VAE_FLAG)
+def check_single_file(file: SingleFile, name: str, kinds: Mapping[str, type]) -> None:
+    """Raise UserError, with one line per fault, unless a single file has the weights of the models `kinds`.
+    `name` is how the user named it. Only its header is read."""
+    problems = []
+    for part, kind in kinds.items():
+        folder, where = file.folder / part, f"the {part} of {shown(name)}"
+        try:
+            config = read(kind, folder / "config.json")
+            _check_part(kind, config, file.weights(part, config), folder, where, file.published)
+        except UserError as error:
+            problems.append(f"{BASE_FLAG}: {error}")
+    raise_all(problems)
+
+
+def check_vae(place: Path, name: str, base_folder: Path, variant: str | None) -> None:
+    """Raise UserError unless `place`, which the user named `name`, holds a VAE with latents like the
+    base's: a folder has the weights as `folders.given_vae_files` returns them, a single file has a VAE of the
+    base's configuration."""
+    base_vae = base_folder / "vae"
+    if place.is_file():
+        try:
+            config = read(AutoencoderKL, base_vae / "config.json")
+            part = single_files.vae_weights(place, config)
+            _check_part(AutoencoderKL, config, part, base_vae, shown(name), "the VAE of the base")
+        except UserError as error:
+            raise UserError(f"{VAE_FLAG}: {error}") from None
+        return
+    given = read(AutoencoderKL, place / "config.json", VAE_FLAG)
     latents, base_latents = (
         f"{config['latent_channels']} channels at 1/{2 ** (len(config['block_out_channels']) - 1)}"
-        for config in (given, read(AutoencoderKL, base_folder / "vae" / "config.json"))
+        for config in (given, read(AutoencoderKL, base_vae / "config.json"))
     )
     if latents != base_latents:
         raise UserError(f"{VAE_FLAG}: {shown(name)} has latents of {latents}; the base has {base_latents}")
-    check_weights(AutoencoderKL, folder, folders.given_vae_files(folder, variant), VAE_FLAG)
+    check_weights(AutoencoderKL, place, folders.given_vae_files(place, variant), VAE_FLAG)
 
 
 def read(kind: type, path: Path, flag: str = BASE_FLAG) -> dict[str, Any]:
@@ -128,6 +153,22 @@ def check_weights(kind: type, folder: Path, files: Iterable[Path], flag: str = B
     """Raise UserError, starting with `flag`, unless the configuration in `folder` makes a model of class
     `kind` whose weights are in the safetensors `files`. Only headers are read."""
     config = read(kind, folder / "config.json", flag)
+    try:
+        _check_part(kind, config, weights.of_files(files), folder, shown(folder), "its config.json")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def _check_part(
+    kind: type,
+    config: Mapping[str, Any],
+    part: Mapping[str, Weight],
+    folder: Path,
+    where: str,
+    owner: str,
+) -> None:
+    """Raise UserError unless the configuration, of `folder`, makes a model of class `kind` with these
+    weights, of which none is read. `where` and `owner` name the weights and the configuration."""
     key = kind, repr(config)
     try:
         if key not in _MODELS:
@@ -137,27 +178,25 @@ def check_weights(kind: type, folder: Path, files: Iterable[Path], flag: str = B
         if is_memory_error(error):
             raise
         reason = type_and_reason(error)
-        raise UserError(f"{flag}: no model can be made of {shown(folder)}/config.json ({reason})") from None
+        raise UserError(f"no model can be made of {shown(folder)}/config.json ({reason})") from None
     model = _MODELS[key]
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {key: weight.shape for key, weight in part.items() if weight.dtype in FLOATS}
     try:
-        for path in files:
-            header = safetensors_files.read(path, safetensors_files.BASE)
-            shapes |= {
-                key: header.shapes[key] for key, (dtype, _) in header.places.items() if dtype in FLOATS
-            }
         if isinstance(model, ModelMixin):
             model._fix_state_dict_keys_on_load(shapes)  # attention layers of older VAEs have other names
-        check_fit(*_compared(model, shapes))
+        check_fit(*_compared(model, shapes), owner)
     except UserError as error:
-        where = "" if str(folder) in str(error) else f"{shown(folder)}: "
-        raise UserError(f"{flag}: {where}{error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
-def check_fit(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+def check_fit(
+    missing: Iterable[str],
+    shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    owner: str = "its config.json",
+) -> None:
     """Raise UserError, in one line, if weights are missing or have other shapes than the model's.
 
-    `shapes` are (name, shape in the file, shape in the model).
+    `shapes` are (name, shape in the file, shape in the model); `owner` names the model's configuration.
     """
     problems = []
     if names := sorted(missing):
@@ -172,7 +211,7 @@ def check_fit(missing: Iterable[str], shapes: Iterable[tuple[str, Sequence[int],
         more = f" and {len(mismatched) - 1} more of other shapes" if len(mismatched) > 1 else ""
         problems.append(f"have {shown(name)} of shape {in_file}, which must be {in_model}{more}")
     if problems:
-        raise UserError(f"its weights do not fit its config.json: they {'; they '.join(problems)}")
+        raise UserError(f"its weights do not fit {owner}: they {'; they '.join(problems)}")
 
 
 def _compared(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[Any]]:

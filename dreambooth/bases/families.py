@@ -7,6 +7,7 @@ checks a base on disk without loading a model.
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import configs, folders, noise_levels, prompts, weight_names
+from dreambooth.bases import configs, folders, noise_levels, prompts, single_files, weight_names, weights
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG, KohyaFamily
 from dreambooth.bases.prompts import PromptEmbeds, TextParts, Tokens
+from dreambooth.bases.single_files import SingleFile
+from dreambooth.bases.weights import Weight
 from dreambooth.files import digests
 from dreambooth.io.errors import UserError, reason_of, shown
 from dreambooth.options.training import BaseOptions, TextOptions
@@ -98,35 +101,65 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base on disk whose folder has been checked."""
+    """A base on disk that has been checked: a folder in diffusers' layout, or a single file."""
 
     family: Family
     folder: Path
+    """Has the configurations of the parts; for a single file, those of the published base."""
     given_vae: Path | None
-    """Folder of the VAE that replaces the base's; None without --pretrained_vae_model_name_or_path."""
+    """Folder or single file of the VAE that replaces the base's; None without
+    --pretrained_vae_model_name_or_path."""
     options: BaseOptions
     index: Mapping[str, Any]
     """Content of model_index.json."""
+    single_file: SingleFile | None = None
+    """The file that has the weights; None for a folder."""
+
+    @property
+    def place(self) -> Path:
+        """What the user sees as the base: its single file, or its folder."""
+        return self.single_file.path if self.single_file else self.folder
 
     def part_folder(self, part: str) -> Path:
-        """The folder of a part ("unet", "vae", "scheduler", ...)."""
-        return self.given_vae if part == "vae" and self.given_vae else self.folder / part
+        """The folder with the configuration of a part ("unet", "vae", "scheduler", ...)."""
+        is_given = part == "vae" and self.given_vae and self.given_vae.is_dir()
+        return self.given_vae if is_given else self.folder / part  # type: ignore[return-value]
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a model, with its class's defaults filled in, or of the scheduler. Raises
         UserError if it cannot be read."""
         if part == "scheduler":
-            return folders.read_json(self.part_folder(part) / "scheduler_config.json")
+            changes = self.single_file.scheduler if self.single_file else {}
+            return {**folders.read_json(self.part_folder(part) / "scheduler_config.json"), **changes}
         return configs.read(self.family.kinds[part], self.part_folder(part) / "config.json")
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files that a part is loaded from. Raises UserError if there are none."""
         if part == "vae" and self.given_vae:
+            if self.given_vae.is_file():
+                return [self.given_vae]
             return folders.given_vae_files(self.given_vae, self.options.variant)
+        if self.single_file:
+            return [self.single_file.path]
         return folders.weight_files(self.folder, part, self.options.variant)
 
-    def variant_notes(self) -> list[str]:
-        """A note for the user if parts are loaded from files that are not of --variant."""
+    def weights(self, part: str) -> dict[str, Weight]:
+        """The weights of a part by their keys in a folder of diffusers; none is read. Raises UserError if a
+        file is damaged."""
+        if part == "vae" and self.given_vae and self.given_vae.is_file():
+            return single_files.vae_weights(self.given_vae, self.config(part))
+        if self.single_file and not (part == "vae" and self.given_vae):
+            return self.single_file.weights(part, self.config(part))
+        try:
+            return weights.of_files(self.weight_files(part))
+        except UserError as error:
+            raise UserError(f"{BASE_FLAG}: {error}") from None
+
+    def notes(self) -> list[str]:
+        """Notes for the user: what a single file is; which parts are loaded from files that are not of
+        --variant."""
+        if self.single_file:
+            return [self.single_file.note]
         variant = self.options.variant
         parts = ["unet", *self.family.text, *(["vae"] if self.family.has_vae and not self.given_vae else [])]
         plain = [part for part in parts if variant not in folders.variants_in(self.folder / part, part)]
@@ -188,49 +221,64 @@ class Base:
         return {
             part: {
                 key.removesuffix(".weight"): shape
-                for key, shape in folders.weight_shapes(self.folder, part, self.options.variant).items()
+                for key, shape in self.shapes(part).items()
                 if key.endswith(".weight")
             }
             for part in ("unet", *self.family.text)
         }
 
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of a part's weights by key, from headers alone. Raises UserError if a file is
+        damaged."""
+        return {key: weight.shape for key, weight in self.weights(part).items()}
+
     def fingerprint(self) -> str:
-        """A hash of the base's weight files and configurations. It does not depend on the folder's path."""
+        """A hash of the base's weight files and configurations. It does not depend on where they are."""
         digest = hashlib.sha256()
         for part in (*self.family.text, "unet", *(["vae"] if self.family.has_vae else []), "scheduler"):
-            for path in self._files(part):
-                digest.update(f"{part}/{path.name}\n".encode() + digests.of(path))
+            for name, path in self._files(part):
+                digest.update(f"{part}/{name}\n".encode() + digests.of(path))
+        if self.single_file:
+            digest.update(json.dumps(self.config("scheduler"), sort_keys=True).encode())
         if self.options.prediction_type:
             digest.update(self.options.prediction_type.encode())
         return digest.hexdigest()[:16]
 
     def part_digest(self, part: str) -> str:
-        """A hash of one part's weight files and configurations. It does not depend on the folder's path."""
+        """A hash of one part's weight files and configurations. It does not depend on where they are."""
         digest = hashlib.sha256()
-        for path in self._files(part):
-            digest.update(f"{path.name}\n".encode() + digests.of(path))
+        for name, path in self._files(part):
+            digest.update(f"{name}\n".encode() + digests.of(path))
         return digest.hexdigest()
 
-    def _files(self, part: str) -> list[Path]:
-        """Configurations and loaded weight files of a part, without the weight files that are not loaded."""
-        weights = [] if part == "scheduler" else self.weight_files(part)
-        return sorted(self.part_folder(part).glob("*.json")) + weights
+    def _files(self, part: str) -> list[tuple[str, Path]]:
+        """(name, path) of the configurations and loaded weight files of a part. A single file has the same
+        name wherever it is."""
+        files = [(path.name, path) for path in sorted(self.part_folder(part).glob("*.json"))]
+        for path in [] if part == "scheduler" else self.weight_files(part):
+            name = path.name
+            if self.single_file and path == self.single_file.path:
+                name = "averaged weights" if part == "unet" and self.single_file.is_ema else "weights"
+            files.append((name, path))
+        return files
 
 
-def find(options: BaseOptions) -> Base:
-    """The base on disk. A hub id is downloaded, without safety checker, or taken from the hub's cache.
+def find(options: BaseOptions, *, needs_vae: bool = True) -> Base:
+    """The base on disk. A hub id is downloaded, without safety checker, or taken from the hub's cache. A
+    single file may lack its VAE without `needs_vae`.
 
     Raises UserError if the base is no pipeline of a known family, or if a part of it is missing or unusable.
     """
     name = options.pretrained_model_name_or_path
     folder = Path(name)
     try:
+        if single_files.is_named(name) and not folder.is_dir():
+            return _find_single_file(options, needs_vae)
         if folder.is_dir():
             if not (folder / "model_index.json").is_file():
                 raise UserError(folders.no_index(folder, name))
         elif folder.exists():
-            how = f"convert it to a diffusers folder first: {folders.CONVERT}"
-            raise UserError(f"{BASE_FLAG}: {shown(name)} is a single file; {how}")
+            raise UserError(f"{BASE_FLAG}: {shown(name)} is neither a folder nor a regular file")
         else:
             folder = _download(options)
     except OSError as error:
@@ -243,6 +291,19 @@ def find(options: BaseOptions) -> Base:
     configs.check(folder, name, family.kinds, options.variant)
     noise_levels.check(folder, name, index)
     return Base(family, folder, _find_vae(options, family, folder), options, index)
+
+
+def _find_single_file(options: BaseOptions, needs_vae: bool) -> Base:
+    """The base in a single file, with the configurations of the published base of its kind."""
+    file = single_files.read(options, needs_vae)
+    index = folders.read_json(file.folder / "model_index.json")
+    if kind := file.scheduler.get("_class_name"):
+        index |= {"scheduler": ["diffusers", kind]}
+    family = FAMILIES[index["_class_name"]]
+    given_vae = _find_vae(options, family, file.folder)
+    kinds = {part: kind for part, kind in family.kinds.items() if part != "vae" or file.has_vae}
+    configs.check_single_file(file, options.pretrained_model_name_or_path, kinds)
+    return Base(family, file.folder, given_vae, options, index, file)
 
 
 def _download(options: BaseOptions) -> Path:
@@ -281,14 +342,16 @@ def _hub_variant_problem(options: BaseOptions) -> str | None:
 
 
 def _find_vae(options: BaseOptions, family: Family, base_folder: Path) -> Path | None:
-    """The folder of the VAE that replaces the base's; None without one."""
+    """The folder or single file of the VAE that replaces the base's; None without one."""
     name = options.pretrained_vae_model_name_or_path
     if not name:
         return None
     if not family.has_vae:
         raise UserError(f"{VAE_FLAG}: {family.name} works on pixels and has no VAE; leave it out")
     folder = Path(name)
-    if not folder.is_dir():
+    if single_files.is_named(name) and not folder.is_dir():
+        folder = single_files.existing(VAE_FLAG, name)
+    elif not folder.is_dir():
         try:
             patterns = ["config.json", "*.safetensors"]
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

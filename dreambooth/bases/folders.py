@@ -7,12 +7,12 @@ refused, because those can carry code. This module imports no torch.
 import contextlib
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dreambooth.bases import weight_names
-from dreambooth.files import digests, safetensors_files
+from dreambooth.files import digests
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, raise_all, shortened, shown
 from dreambooth.options.training import BaseOptions
@@ -24,8 +24,7 @@ _LIBRARIES = {"diffusers", "transformers"}
 # Parts that are never fetched and never loaded: a safety checker blackens pictures, a watermarker marks
 # training images.
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
-_OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")
-CONVERT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"  # in messages
+OBJECT_FILES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_SCRIPTS = {
     "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
     "FluxPipeline": "train_dreambooth_lora_flux.py",
@@ -49,8 +48,8 @@ def no_index(folder: Path, name: str) -> str:
         advice = ". It is one part of a base: name the folder above it"
     elif "adapter_config.json" in names or any("lora" in n and n.endswith(".safetensors") for n in names):
         advice = ". That is an adapter, not a base: give it as --adapter of infer.py or --init_adapter"
-    elif any(n.endswith((".safetensors", *_OBJECT_FILES)) for n in names):
-        advice = f". Convert a single-file base with {CONVERT}"
+    elif any(n.endswith((".safetensors", *OBJECT_FILES)) for n in names):
+        advice = ". A base in a single .safetensors file is named by its path, ending included"
     lack = f"is not a diffusers pipeline folder: it has no model_index.json; it holds {content}"
     return f"{BASE_FLAG}: {shown(name)} {lack}{advice}"
 
@@ -149,7 +148,7 @@ def weight_files(
         if single.is_file():
             return [single]
     names = sorted(path.name for path in part_folder.iterdir())
-    if objects := [n for n in names if n.endswith(_OBJECT_FILES)]:
+    if objects := [n for n in names if n.endswith(OBJECT_FILES)]:
         raise UserError(
             f"{flag}: {shown(part_folder)} has its weights in {shown(objects[0])} only, serialized Python "
             "objects, which can carry code and are not loaded. If you trust it, load it once with diffusers "
@@ -195,32 +194,33 @@ def _shards(index: Path, flag: str) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def weight_shapes(folder: Path, part: str, variant: str | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a part's weights by key, from headers alone. Raises UserError if a file is damaged."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder, part, variant):
-        try:
-            shapes |= safetensors_files.read(path, safetensors_files.BASE).shapes
-        except UserError as error:
-            raise UserError(f"{BASE_FLAG}: {error}") from None
-    return shapes
-
-
 def hash_ahead(base: BaseOptions) -> None:
     """Begin to hash the weights of a base on disk, in a daemon thread; `digests.of` then has them.
 
     The thread reports nothing: what is wrong with a base is reported by `check`.
     """
+
+    def work() -> None:
+        with contextlib.suppress(UserError, OSError, ValueError):
+            for path in _weights_on_disk(base):
+                digests.of(path)
+
+    threading.Thread(target=work, name="hash_ahead", daemon=True).start()
+
+
+def _weights_on_disk(base: BaseOptions) -> Iterator[Path]:
+    """The weight files of a base on disk. Parts without any are passed over."""
     folder, vae = Path(base.pretrained_model_name_or_path), base.pretrained_vae_model_name_or_path
     parts = [(folder, part, base.variant) for part in ("unet", "text_encoder_2", "text_encoder", "vae")]
     if vae:
         parts[-1] = (Path(vae).parent, Path(vae).name, None)
-
-    def work() -> None:
-        for place, part, variant in parts:
-            kind = None if part.startswith("text_encoder") else "unet"
-            with contextlib.suppress(UserError, OSError, ValueError):
-                for path in weight_files(place, part, variant, kind=kind):
-                    digests.of(path)
-
-    threading.Thread(target=work, name="hash_ahead", daemon=True).start()
+    if folder.is_file():  # a single file, which has all parts
+        yield folder
+        parts = parts[-1:] if vae else []
+    for place, part, variant in parts:
+        kind = None if part.startswith("text_encoder") else "unet"
+        if (place / part).is_file():
+            yield place / part
+            continue
+        with contextlib.suppress(UserError, OSError, ValueError):
+            yield from weight_files(place, part, variant, kind=kind)

@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,34 +36,14 @@ from dreambooth.bases import configs, families
 from dreambooth.bases.families import Base, Family
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.prompts import TextParts
-from dreambooth.files import digests, safetensors_files
+from dreambooth.bases.weights import Weight
+from dreambooth.files import digests
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, is_memory_error, shown, type_and_reason
 from dreambooth.options.training import TextOptions
 
 _LARGEST_TOKENIZER = 32 * 2**20  # bytes of one of its files
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Weights read at once. Each is held twice while it is cast: as in the file, in a buffer of the largest
 # weight's size, and as wanted.
 _READERS = 2
@@ -94,20 +73,22 @@ class FrozenParts:
 def load_tokenizers(base: Base) -> tuple[PreTrainedTokenizerBase, ...]:
     """One tokenizer for each text encoder. --tokenizer_name replaces the first. Raises UserError if one
     cannot be loaded, fails, or gives tokens that its encoder does not have."""
-    places = [(str(base.folder), BASE_FLAG, folder) for folder, _ in base.family.text.values()]
-    if base.options.tokenizer_name:
-        places[0] = (base.options.tokenizer_name, "--tokenizer_name", "")
     return tuple(
-        _tokenizer(*place, base.config(encoder)["vocab_size"])
-        for place, encoder in zip(places, base.family.text, strict=True)
+        _tokenizer(base, name, None if number else base.options.tokenizer_name, encoder)
+        for number, (encoder, (name, _)) in enumerate(base.family.text.items())
     )
 
 
-def _tokenizer(name: str, flag: str, subfolder: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    with _explained(flag, subfolder or "it", name):
-        _check_tokenizer(Path(name, subfolder))
+def _tokenizer(base: Base, folder: str, given: str | None, encoder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text encoder: the `given` one, else the one that the base has in `folder`."""
+    place = (given or str(base.folder), "" if given else folder)
+    vocab_size = base.config(encoder)["vocab_size"]
+    with _explained("--tokenizer_name" if given else BASE_FLAG, place[1] or "it", place[0]):
+        if base.single_file and not given:
+            return base.single_file.tokenizer(folder)
+        _check_tokenizer(Path(*place))
         tokenizer = AutoTokenizer.from_pretrained(
-            name, subfolder=subfolder, use_fast=True, trust_remote_code=False
+            place[0], subfolder=place[1], use_fast=True, trust_remote_code=False
         )
         # of odd files a tokenizer can be made that fails when it is used
         tokenizer.decode(tokenizer("a", verbose=False).input_ids)
@@ -168,12 +149,20 @@ def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DCon
 
 def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The model of one part, frozen and in eval mode."""
-    files = base.weight_files(part)
-    place = BASE_FLAG, part, str(base.folder)
+    place = BASE_FLAG, part, str(base.place)
     if part == "vae" and base.given_vae:
         place = VAE_FLAG, "it", str(base.given_vae)
     with _explained(*place):
-        return load_model(base.family.kinds[part], base.part_folder(part), files, dtype, device)
+        weights = base.weights(part)
+        return load_model(base.family.kinds[part], base.part_folder(part), weights, dtype, device)
+
+
+def load_scheduler(base: Base, kind: Any, **changes: Any) -> Any:
+    """A scheduler of a class of diffusers with the settings of the base and these `changes`."""
+    if base.options.prediction_type:
+        changes["prediction_type"] = base.options.prediction_type
+    with _explained(BASE_FLAG, "scheduler", str(base.place)):
+        return kind.from_config({**base.config("scheduler"), **changes})
 
 
 def tokenizer_identity(name: str) -> str:
@@ -209,59 +198,16 @@ def _explained(flag: str, part: str, name: str) -> Iterator[None]:
         raise UserError(f"{flag}: {part} of {shown(name)} cannot be loaded: {reason}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A weight that is still in its file. Indexing it with `...`, as transformers does, reads it into memory
-    of its own."""
-
-    path: Path
-    key: str
-    dtype: str
-    start: int
-    shape: tuple[int, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.torch_dtype.itemsize
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.read(torch.empty(self.size, dtype=torch.uint8))
-
-    def read(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The weight in the first bytes of `buffer`, uint8 [bytes]. Raises UserError if the file ends
-        before."""
-        data = buffer[: self.size]
-        tensor = data.view(self.torch_dtype).view(self.shape)
-        if not self.size:
-            return tensor
-        values = memoryview(data.numpy())  # type: ignore[arg-type]
-        with reader.opened(self.path) as file:
-            file.seek(self.start)
-            if file.readinto(values) < values.nbytes:
-                raise UserError(
-                    f"{shown(self.path)} ends within {self.key}: it has changed since it was checked"
-                )
-        return tensor
-
-
 def load_model(
-    kind: type, folder: Path, files: Sequence[Path], dtype: torch.dtype, device: torch.device
+    kind: type, folder: Path, weights: Mapping[str, Weight], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A model of class `kind`, of diffusers or transformers, with the config of `folder` and the weights of
-    the safetensors `files`.
+    """A model of class `kind`, of diffusers or transformers, with the config of `folder` and these weights.
 
     The model is on `device` and in `dtype`, except for what the library keeps in float32, in eval mode and
     without gradients. One of diffusers is in channels_last: on a CPU, convolutions take minutes in another
     layout and seconds in this one. Weights that the model lacks are ignored, as `from_pretrained` does: many
-    bases hold the rest of CLIP. Raises UserError if the files lack a weight of the model, or have it in
-    another shape.
+    bases hold the rest of CLIP. Raises UserError if a weight of the model is missing, or has another shape.
     """
-    weights = _weights(files)
     if issubclass(kind, ModelMixin):
         model = _diffusers_model(kind, folder, weights, dtype, device)
     else:
@@ -269,20 +215,8 @@ def load_model(
     return model.requires_grad_(False).eval().to(device)
 
 
-def _weights(files: Iterable[Path]) -> dict[str, _Weight]:
-    """The weights of all files by key."""
-    weights: dict[str, _Weight] = {}
-    for path in files:
-        header = safetensors_files.read(path, safetensors_files.BASE)
-        weights |= {
-            key: _Weight(path, key, dtype, start, header.shapes[key])
-            for key, (dtype, start) in header.places.items()
-        }
-    return weights
-
-
 def _diffusers_model(
-    kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype, device: torch.device
+    kind: Any, folder: Path, weights: Mapping[str, Weight], dtype: torch.dtype, device: torch.device
 ) -> Any:
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -342,7 +276,7 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(is_let_through)
 
 
-def _transformers_model(kind: Any, folder: Path, weights: Mapping[str, _Weight], dtype: torch.dtype) -> Any:
+def _transformers_model(kind: Any, folder: Path, weights: Mapping[str, Weight], dtype: torch.dtype) -> Any:
     config = kind.config_class(**configs.read(kind, folder / "config.json"))
     with _without_report():
         model, report = kind.from_pretrained(

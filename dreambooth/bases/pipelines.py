@@ -13,7 +13,7 @@ from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG, UNUSED_PARTS
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
-from dreambooth.bases.schedulers import fixed_variance
+from dreambooth.bases.schedulers import own_scheduler
 from dreambooth.io.errors import UserError
 from dreambooth.options.pictures import DrawingOptions
 from dreambooth.options.training import TextOptions
@@ -47,23 +47,21 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
     """
     family, options = base.family, base.options
     parts: dict[str, Any] = {part: None for part in UNUSED_PARTS if part in base.index}
-    if options.tokenizer_name:
+    tokenizers = [name for name, _ in family.text.values()]
+    if base.single_file:
+        parts |= dict(zip(tokenizers, loading.load_tokenizers(base), strict=True))
+    elif options.tokenizer_name:
         parts["tokenizer"] = loading.load_tokenizers(base)[0]
     if family.has_vae:
         overflows = dtype == torch.float16 and base.config("vae")["force_upcast"]
         parts["vae"] = loading.load_part(base, "vae", torch.float32 if overflows else dtype, device)
     parts |= {part: loading.load_part(base, part, dtype, device) for part in ("unet", *family.text)}
+    parts["scheduler"] = own_scheduler(base)
     if family.pipeline is StableDiffusionXLPipeline:
         parts["add_watermarker"] = False
     pipeline = loading.from_pretrained(
         family.pipeline, str(base.folder), BASE_FLAG, use_safetensors=True, **parts
     )
-    config = pipeline.scheduler.config
-    changes = fixed_variance(config)
-    if options.prediction_type:
-        changes["prediction_type"] = options.prediction_type
-    if changes:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **changes)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
-from dreambooth.bases import noise_levels
+from dreambooth.bases import loading, noise_levels
 from dreambooth.bases.families import Base
-from dreambooth.bases.folders import BASE_FLAG
-from dreambooth.bases.loading import from_pretrained
 from dreambooth.io.errors import UserError
 
 
@@ -16,11 +15,14 @@ def load_scheduler(base: Base, *, edm: bool = False) -> Any:
     """The noise scheduler to train with. With `edm` it has continuous noise levels, even if the base's has
     not."""
     kind = EDMEulerScheduler if base.is_edm else EulerDiscreteScheduler if edm else DDPMScheduler
-    scheduler = from_pretrained(kind, str(base.folder), BASE_FLAG, subfolder="scheduler")
-    if base.options.prediction_type:
-        config = scheduler.config
-        return type(scheduler).from_config(config, prediction_type=base.options.prediction_type)
-    return scheduler
+    return loading.load_scheduler(base, kind)
+
+
+def own_scheduler(base: Base) -> Any:
+    """The scheduler that the base itself is drawn with. A learned variance is ignored. Raises UserError if it
+    cannot be made."""
+    kind = getattr(diffusers, base.index["scheduler"][1])
+    return loading.load_scheduler(base, kind, **fixed_variance(base.config("scheduler")))
 
 
 def sampler(noise_scheduler: Any, *, has_vae: bool, wanted: str | None) -> Any:

@@ -198,8 +198,8 @@ def _check_unchanged(base: Base, digests: Mapping[str, str]) -> None:
     """
     for part, digest in digests.items():
         if base.part_digest(part) != digest:
-            folder = shown(base.part_folder(part))
-            raise UserError(f"the base has changed while it was read: {folder}; start again")
+            place = shown(base.place if base.single_file else base.part_folder(part))
+            raise UserError(f"the base has changed while it was read: {place}; start again")
 
 
 def _fill(

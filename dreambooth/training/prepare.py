@@ -239,7 +239,7 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     resolution = resolution_of(options.instance, base.family.key)
     size_notes = checks.size_notes(subject.checked, resolution, base)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
-    notes = [*base.variant_notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
+    notes = [*base.notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
     judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))
     return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, notes)

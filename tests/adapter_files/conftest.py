@@ -10,7 +10,8 @@ from transformers import CLIPTextModel
 from dreambooth.adapter_files import reading
 from dreambooth.adapter_files.adapter import Adapter
 from dreambooth.adapter_files.layer_names import Layers
-from dreambooth.bases import folders
+from dreambooth.bases import families
+from dreambooth.options.training import BaseOptions
 from tests.adapter_files.files_made import KINDS, Models, peft_file, with_adapter
 
 
@@ -24,11 +25,7 @@ def loaded(tiny_base) -> Models:
 @pytest.fixture(scope="module")
 def base(tiny_base) -> Layers:
     """From the headers of the base's files, as the scripts have it, before anything is loaded."""
-    shapes = {part: folders.weight_shapes(tiny_base, part, None) for part in ("unet", "text_encoder")}
-    return {
-        part: {key.removesuffix(".weight"): shape for key, shape in own.items() if key.endswith(".weight")}
-        for part, own in shapes.items()
-    }
+    return families.find(BaseOptions(str(tiny_base))).layers()
 
 
 @pytest.fixture(scope="module")

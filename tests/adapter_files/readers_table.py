@@ -22,6 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from benchmarks.kept import BASES
 from dreambooth.adapter_files import bake, native, reading, writing
 from dreambooth.adapters import inject
+from dreambooth.bases import folders
+from dreambooth.bases.weights import of_files
 from dreambooth.options.adapter import AdapterOptions
 from tests.adapter_files.programs import PROGRAMS, Base, Family, NotReadError
 
@@ -158,7 +160,9 @@ def _make(family: Family, options: AdapterOptions, rank: int | None, folder: Pat
         shapes[component][path] = tuple(weight.shape)
     adapter = reading.read_additive(folder / "adapter.safetensors", shapes)
     if rank:
-        adapter = bake.ranked_lora(adapter, folder, None, rank)[0]
+        adapter = bake.ranked_lora(
+            adapter, lambda part: of_files(folders.weight_files(folder, part, None)), rank
+        )[0]
         files = {"native": writing.write_native(adapter, {})}
     adapted = {(part, path): adapter.adapted(part, path, w) for (part, path), w in weights.items()}
     return Made(files | {"kohya": writing.write_kohya(adapter, family, {})}, weights, adapted)

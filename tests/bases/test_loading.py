@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dreambooth.bases import families, folders, loading
+from dreambooth.bases import families, folders, loading, weights
 from dreambooth.io.errors import UserError
 from dreambooth.options.training import BaseOptions
 
@@ -43,7 +43,7 @@ def ours(
     base: Path, part: str, kind: type, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Any:
     files = folders.weight_files(base, part, variant)
-    return loading.load_model(kind, base / part, files, dtype=dtype, device=CPU)
+    return loading.load_model(kind, base / part, weights.of_files(files), dtype=dtype, device=CPU)
 
 
 def theirs(
@@ -299,14 +299,14 @@ def test_the_message_names_flag_and_folder(tiny_base, tmp_path):
 def test_a_file_that_was_cut_after_its_check_is_refused(tiny_base, tmp_path, monkeypatch):
     shutil.copytree(tiny_base / "unet", tmp_path / "unet")
     (path,) = (tmp_path / "unet").glob("*.safetensors")
-    real = loading._weights
+    real = weights.of_files
 
     def cut(files: Any) -> Any:
         found = real(files)
         path.write_bytes(path.read_bytes()[:-1000])
         return found
 
-    monkeypatch.setattr(loading, "_weights", cut)
+    monkeypatch.setattr(weights, "of_files", cut)
     with pytest.raises(UserError, match="ends within"):
         ours(tmp_path, "unet", UNet2DConditionModel)
 
@@ -315,12 +315,12 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from dreambooth.bases import folders, loading
+from dreambooth.bases import folders, loading, weights
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 def load(part):
-    files = folders.weight_files(folder, part, None)
+    files = weights.of_files(folders.weight_files(folder, part, None))
     place = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     return loading.load_model(UNet2DConditionModel, folder / part, files, **place)
 load("small")

@@ -87,10 +87,10 @@ def test_a_base_with_variants_only_names_the_flag_that_loads_it(what, tiny_base,
 
 def test_parts_that_are_not_loaded_in_the_variant_are_noted(tiny_base, tmp_path):
     folder = base_with(tiny_base, tmp_path / "base", unet="fp16")
-    assert find(folder, "fp16").variant_notes() == [
+    assert find(folder, "fp16").notes() == [
         "there are no fp16 weights of text_encoder, vae: the plain ones are loaded"
     ]
-    assert find(tiny_base).variant_notes() == []
+    assert find(tiny_base).notes() == []
 
 
 def test_a_variant_that_no_part_has_is_refused_with_those_that_there_are(tiny_base, tmp_path):

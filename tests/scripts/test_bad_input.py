@@ -427,13 +427,13 @@ UNET, TEXT, VAE = (
 )
 bad("bases", "no folder", lambda folder: shutil.rmtree(folder), "there is no folder ")
 bad("bases", "empty folder", only(), "it has no model_index.json; it holds nothing")
-bad("bases", "single file", as_a_file, "is a single file", "from_single_file")
+bad("bases", "file that is no base", as_a_file, "not a complete safetensors file")
 bad(
     "bases",
     "folder of a single file",
     only("v1-5-pruned.safetensors"),
     "no model_index.json",
-    "from_single_file",
+    "A base in a single .safetensors file is named by its path",
 )
 bad(
     "bases",
