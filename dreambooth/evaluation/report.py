@@ -30,7 +30,7 @@ MOST_PHOTOS: Mapping[Use, int] = {"trained": 16, "held out": 8, "class": 8}
 LARGEST = 5 * 2**20  # bytes of a page
 _SIDE, _BYTES = 192, 16 * 2**10  # of a small picture
 _LARGE_SIDE, _LARGE_BYTES = 512, 80 * 2**10
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_TEMPLATES = ("report", "photos", "page_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def thumbnail(
 
 def page(run: Run, thumbnails: Thumbnails, written_at: str) -> str:
     """The HTML. `written_at` is the time that the page shows."""
-    template = _environment().get_template("report")
+    template = environment().get_template("report")
     run = dataclasses.replace(run, pictures=list(_with_steps(run, thumbnails)))
     measured = report_data.Measured.of(run.records)
     last = max((record["step"] for record in run.records), default=0)
@@ -150,7 +150,8 @@ def page(run: Run, thumbnails: Thumbnails, written_at: str) -> str:
 
 
 @functools.cache
-def _environment() -> Any:
+def environment() -> Any:
+    """The templates of pages, by name. All text in them is escaped."""
     import jinja2
     import markupsafe
 
@@ -158,9 +159,10 @@ def _environment() -> Any:
         is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
         return console.without_tokens(printable(value)) if is_text else value
 
-    text = reader.read_text(_TEMPLATE, _TEMPLATE.name)
+    files = {name: Path(__file__).with_name(f"{name}.html.jinja") for name in _TEMPLATES}
+    texts = {name: reader.read_text(file, file.name) for name, file in files.items()}
     return jinja2.Environment(
-        loader=jinja2.DictLoader({"report": text}),
+        loader=jinja2.DictLoader(texts),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=finalize,
