@@ -7,7 +7,7 @@ name work unchanged. Launch with `accelerate launch` or plain `python`.
 
 from dreambooth.bases import folders
 from dreambooth.options.command_line import parse
-from dreambooth.options.training import TrainOptions, pictures_of_pass
+from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
@@ -32,6 +32,7 @@ from dreambooth.runtime import environment, memory
 from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
+    base_targets,
     checks,
     frozen_models,
     metrics,
@@ -82,8 +83,7 @@ class Training:
         self.sources, self.dataset = frozen.dataset.sources, frozen.dataset
         self.seed = options.run.seed
         self.slots = options.run.gradient_accumulation_steps * self.peers.world  # micro-batches of a step
-        pictures = pictures_of_pass([len(s.photos) for s in self.sources], repeats=options.instance.repeats)
-        self.steps_per_epoch, self.max_steps = options.run.steps(pictures, self.peers.world)
+        self.steps_per_epoch, self.max_steps = start.steps()
         self.text_steps = options.text_steps(self.max_steps)
         self.trainables = Trainables(start, frozen.parts, self.max_steps)
         self.saver = saving.Saver(start, self.trainables)
@@ -141,12 +141,13 @@ class Training:
         """
         with self.trainables.step_weights.in_place(), environment.deterministic(self.device):
             task = objectives.Task.of(inputs)
+            target = base_targets.of_task(task, inputs, self.predict, self.trainables.base_unet)
             # prediction
             model_output = self.predict(task, self.frozen.prompt_embeds(inputs), inputs.get("time_ids"))
             if self.peers.world == 1:  # several processes stop together, in sync_stop of micro_step
                 self.watch.check()
             # loss
-            losses = denoising_losses(task.prediction(model_output), task.target, task.weights)
+            losses = denoising_losses(task.prediction(model_output), target, task.weights)
             weight = self.options.prior.prior_loss_weight
             loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
             # backward

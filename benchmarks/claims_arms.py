@@ -75,6 +75,12 @@ ARMS = (
     ),
     Arm("prior-no-word", "prior (200), no word", BASELINE.flags, (STEPS,), class_images=200, word=None),
     Arm("prior-20", "prior, 20 class images", BASELINE.flags, (STEPS,), class_images=20),
+    Arm(
+        "prior-base",
+        "prior, targets of the base on the photos",
+        f"{BASELINE.flags} --with_prior_preservation --prior_source base",
+        (STEPS,),
+    ),
     # (d); LoRA comes first because its best rate may be the baseline's
     *(
         Arm(f"best-{kind}", label, KIND_FLAGS[kind], (SEARCH_STEP,), rate=None)
@@ -220,7 +226,10 @@ CLAIMS = (
         "b",
         "Prior preservation limits forgetting",
         "The paper: PRES -0.17, DIV +0.02, DINO -0.03 with it.",
-        (BASE, ("text+unet", 100), ("text+unet", STEPS), ("prior-20", STEPS), ("prior-200", STEPS)),
+        (
+            *(BASE, ("text+unet", 100), ("text+unet", STEPS)),
+            *(("prior-20", STEPS), ("prior-200", STEPS), ("prior-base", STEPS)),
+        ),
         (
             at_least(
                 0.2,
@@ -252,6 +261,24 @@ CLAIMS = (
             ),
             at_most(
                 0.05, "PRES", ("prior-20", STEPS), ("prior-200", STEPS), "20 class images do as well as 200"
+            ),
+            # --prior_source base, written before any run with it
+            at_least(
+                -0.05,
+                "ID",
+                ("prior-base", STEPS),
+                ("prior-200", STEPS),
+                "targets of the base: at most 0.05 of ID less than with 200 class images",
+            ),
+            *(
+                at_most(
+                    0.05,
+                    score,
+                    ("prior-base", STEPS),
+                    ("prior-200", STEPS),
+                    f"targets of the base: {score} no worse by 0.05 than with 200 class images",
+                )
+                for score in ("PRES", "PRIOR_TV", "LEAK")
             ),
         ),
         ("ID", "JOINT", "PRES", "PRIOR_TV"),

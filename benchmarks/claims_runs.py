@@ -180,6 +180,7 @@ def words_of(training: Training, protocol: Protocol, work: Path, output: Path, s
             f"--sample_batch_size 16 --class_guidance_scale {protocol.guidance_scale} --class_scheduler base "
             f"--class_inference_steps {protocol.sampling_steps} --prior_generation_precision fp32"
         ).split()
+    if "--with_prior_preservation" in words:
         words += ["--class_prompt", f"a photo of a {training.subject}"]
     return words
 

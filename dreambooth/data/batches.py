@@ -26,7 +26,8 @@ class Source:
     """The photos of one half of a batch, instance or class, with a prompt for each."""
 
     purpose: str
-    """"instance" or "class". It is part of the seed of every draw, so that the halves draw independently."""
+    """"instance", "class" (class images), "prior" (photos with the class prompt) or "held_out". It is part of
+    the seed of every draw, so that the halves draw independently."""
     photos: list[photos.Photo]
     prompts: list[str]
     random_flip: bool = False

@@ -324,12 +324,12 @@ def continued(generation: GenerationOptions, made: Mapping[str, Any]) -> Generat
 
 
 def adopt(prior: PriorOptions, seed: int) -> ResolvedPriorOptions | None:
-    """`prior` with its defaults filled in; None without prior preservation.
+    """`prior` with its defaults filled in; None if no class images are drawn.
 
     The defaults of sampler, steps, precision and seed are those of the existing class images. Without any,
     the class seed is `seed`.
     """
-    if not prior.with_prior_preservation:
+    if not prior.draws_class_images:
         return None
     made = made_with(Path(prior.class_data_dir)) if prior.class_data_dir else {}
     class_seed = prior.class_seed if prior.class_seed is not None else made.get("seed", seed)

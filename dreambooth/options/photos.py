@@ -144,21 +144,35 @@ class PriorOptions(Group):
     """Prior preservation: class images keep the base from forgetting the class (arXiv 2208.12242, eq. 2)."""
 
     with_prior_preservation: bool = False
-    """Train on class images beside the instance photos."""
+    """Train with the class prompt beside the instance photos: on class images, or as --prior_source says."""
+    prior_source: Literal["images", "base"] = "images"
+    """What keeps the class. `images`: class images, which the base draws before training. `base`: no class
+    images; the target is the base's own prediction for the class prompt, on noised photos of the subject, or
+    on noised pictures of --class_data_dir if that is given."""
     prior_loss_weight: Amount = 1.0
     """Weight of the class images' loss."""
     class_data_dir: FilePath | None = None
-    """Folder of class images; missing ones are generated."""
+    """Folder of class images; missing ones are generated, but not with --prior_source base."""
     class_prompt: str | None = None
     """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
     class_seed: Seed | None = None
     """Seed of the class images. Default: the seed of the class images in the folder, else --seed, else 0."""
 
+    @property
+    def draws_class_images(self) -> bool:
+        """Whether missing class images are drawn before training."""
+        return self.with_prior_preservation and self.prior_source == "images"
+
+    @property
+    def has_base_targets(self) -> bool:
+        """Whether the base's own predictions are the targets of the class prompt."""
+        return self.with_prior_preservation and self.prior_source == "base"
+
     def _check(self) -> None:
         if self.with_prior_preservation:
             require(
-                self.class_data_dir is not None,
+                self.class_data_dir is not None or self.prior_source == "base",
                 "You must specify a data directory for class images: --class_data_dir",
             )
             require(

@@ -37,7 +37,7 @@ class ResolvedInstanceOptions(InstanceOptions):
 
 @dataclasses.dataclass
 class ResolvedPriorOptions(PriorOptions):
-    """With prior preservation: folder, prompt and seed of the class images are known."""
+    """With class images that are drawn: their folder, prompt and seed are known."""
 
     class_data_dir: FilePath = dataclasses.field(kw_only=True)
     class_prompt: str = dataclasses.field(kw_only=True)
@@ -69,7 +69,7 @@ class ResolvedRunOptions(RunOptions):
 
 @dataclasses.dataclass(kw_only=True)
 class ResolvedTrainOptions(TrainOptions):
-    """All flags of a training run. `prior` is a ResolvedPriorOptions if class images are used."""
+    """All flags of a training run. `prior` is a ResolvedPriorOptions if class images are drawn."""
 
     instance: ResolvedInstanceOptions
     optimization: ResolvedOptimizerOptions
@@ -95,7 +95,7 @@ def resolve(
     prior: ResolvedPriorOptions | None = None,
 ) -> ResolvedTrainOptions:
     """The options with the defaults of the base's `family`: sd, sdxl or if. `prior` is the resolved group if
-    class images are used."""
+    class images are drawn."""
     resolution = resolution_of(options.instance, family)
     return _as(
         ResolvedTrainOptions,

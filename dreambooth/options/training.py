@@ -43,7 +43,7 @@ _OF_VALIDATION = (
     *("num_validation_images", "validation_epochs", "validation_steps", "validation_scheduler"),
     "skip_final_inference",
 )
-_OF_PRIOR = ("class_data_dir", "prior_loss_weight", "class_seed")
+_OF_PRIOR = ("class_data_dir", "prior_loss_weight", "prior_source")
 _OF_GENERATION = ("num_class_images", "class_guidance_scale", "class_inference_steps", "class_scheduler")
 _OF_TEXT_ADAPTER = ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers")
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
@@ -387,6 +387,8 @@ class TrainOptions(Group):
         trains_text = self.text.train_text_encoder, "--train_text_encoder"
         draws = self.validation.has_prompts, "--validation_prompt"
         uses_prior = self.prior.with_prior_preservation, "--with_prior_preservation"
+        is_base = self.prior.has_base_targets
+        draws_classes = self.prior.draws_class_images, "--prior_source images" if is_base else uses_prior[1]
         uses_class_prompt = self.uses_class_prompt, "--with_prior_preservation, --meter_steps or a judge"
         is_prodigy = self.optimization.optimizer == "prodigy", "--optimizer prodigy"
         is_data_set = self.instance.dataset_name is not None, "--dataset_name"
@@ -398,7 +400,8 @@ class TrainOptions(Group):
                 (self.validation, _OF_VALIDATION, draws),
                 (self.prior, _OF_PRIOR, uses_prior),
                 (self.prior, ("class_prompt",), uses_class_prompt),
-                (self.prior.generation, _OF_GENERATION, uses_prior),
+                (self.prior, ("class_seed",), draws_classes),
+                (self.prior.generation, _OF_GENERATION, draws_classes),
                 (self.optimization, _OF_PRODIGY, is_prodigy),
                 (self.instance, ("cache_dir", "dataset_config_name"), is_data_set),
             )

@@ -95,7 +95,7 @@ def check_base(options: TrainOptions, base: families.Base) -> None:
         families.check_text(base, options.text)
     except UserError as error:
         problems.append(str(error))
-    if options.prior.with_prior_preservation:
+    if options.prior.draws_class_images:
         try:
             schedulers.sampler_of(options.prior.generation.class_scheduler, base)
         except UserError as error:
@@ -312,12 +312,12 @@ class Cache:
     notes: list[str]
 
 
-def choose_cache(options: TrainOptions, photo_count: int, folder: Path) -> Cache:
-    """The cache for `photo_count` instance photos and the class images. `folder` is for a cache on disk."""
-    speed, prior = options.speed, options.prior
+def choose_cache(options: TrainOptions, photo_count: int, class_count: int, folder: Path) -> Cache:
+    """The cache for `photo_count` instance photos and `class_count` class images. `folder` is for a cache on
+    disk."""
+    speed = options.speed
     is_folder_given = speed.encoded_dir is not None
-    pictures = photo_count * (2 if options.instance.random_flip else 1)
-    pictures += prior.generation.num_class_images if prior.with_prior_preservation else 0
+    pictures = photo_count * (2 if options.instance.random_flip else 1) + class_count
     mode = encodings.mode_of(speed.cache_latents, pictures, is_folder_given=is_folder_given)
     notes = []
     if mode != "off" and options.instance.dataloader_num_workers:

@@ -9,7 +9,7 @@ import torch
 
 from dreambooth.bases import loading, quantization, schedulers
 from dreambooth.bases.loading import FrozenParts
-from dreambooth.bases.prompts import PromptCache, PromptEmbeds
+from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows
 from dreambooth.io.errors import shown
@@ -29,6 +29,8 @@ class FrozenModels:
     """Every prompt that the run needs."""
     prompt_cache: PromptCache | None
     """Embeddings of `prompts`; None while a text encoder is trained."""
+    base_prompts: PromptCache | None
+    """With --prior_source base: embeddings of the class prompts by text encoders without an adapter."""
     dataset: PhotoRows
     encoded: encodings.EncodedPhotos | None
     """Latents of the photos; None with --cache_latents off."""
@@ -46,6 +48,15 @@ class FrozenModels:
         distinct = list(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return {**self.parts.text.tokens(distinct), "prompt_rows": rows}
+
+    def base_prompt_inputs(self, prompts: Sequence[str]) -> Tensors:
+        """The embeddings of the class rows' `prompts` for the base's own prediction, one row each; none
+        without --prior_source base."""
+        if self.base_prompts is None:
+            return {}
+        cached = self.base_prompts.of(prompts)
+        pooled = {} if cached.pooled is None else {"base_pooled_prompt_embeds": cached.pooled}
+        return {"base_prompt_embeds": cached.embeds, **pooled}
 
     def prompt_embeds(self, inputs: Tensors) -> PromptEmbeds:
         """Embeddings of prompts, one row each; with gradients while a text encoder is trained. `inputs` are
@@ -73,6 +84,30 @@ class FrozenModels:
         self.parts.text = None
 
 
+def _prompt_caches(
+    start: Start,
+    text: TextParts,
+    prompts: Sequence[str],
+    cache: encoding_cache.EncodingCache,
+    check: Callable[[], None],
+) -> tuple[PromptCache | None, PromptCache | None]:
+    """`FrozenModels.prompt_cache` and `base_prompts`. Text encoders that are trained are loaded into `text`;
+    then the first is None."""
+    peers, base, dtype, device = start.peers, start.base, start.weight_dtype, start.peers.accelerator.device
+    prompt_cache = base_prompts = None
+    if start.options.text.train_text_encoder:
+        text.encoders = loading.load_encoders(base, dtype, device)
+        if start.base_prompts:  # while the encoders have no adapter
+            with torch.no_grad(), peers.accelerator.autocast():
+                base_prompts = text.encode_all(start.base_prompts, check)
+    else:
+        prompt_cache = encodings.encode_prompts(cache, base, text, prompts, dtype, device, peers, check)
+        base_prompts = prompt_cache if start.base_prompts else None
+    phase = "text encoders loaded" if prompt_cache is None else "prompts encoded"
+    start.phases[phase] = memory.reading(device)
+    return prompt_cache, base_prompts
+
+
 def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     """Encode prompts and photos, free the text encoders and the VAE, then load the UNet.
 
@@ -89,18 +124,11 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     if start.validation_prompts:
         judged = start.judge_plan.extra_prompts if start.judge_plan else ()
         prompts += [*start.validation_prompts, *judged, ""]
-    vae = prompt_cache = encoded = None
+    vae = encoded = None
     start.say_prompts()
 
     # text encoders
-    if options.text.train_text_encoder:
-        text.encoders = loading.load_encoders(base, start.weight_dtype, device)
-    else:
-        prompt_cache = encodings.encode_prompts(
-            cache, base, text, prompts, start.weight_dtype, device, peers, check
-        )
-    phase = "text encoders loaded" if prompt_cache is None else "prompts encoded"
-    start.phases[phase] = memory.reading(device)
+    prompt_cache, base_prompts = _prompt_caches(start, text, prompts, cache, check)
 
     # VAE
     dataset = PhotoRows(start.sources, options.run.seed, start.crops)
@@ -127,5 +155,12 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     noise_scheduler = schedulers.load_scheduler(base, edm=options.objective.do_edm_style_training)
     parts = FrozenParts(base, text if prompt_cache is None else None, vae, unet, noise_scheduler)
     return FrozenModels(
-        parts, base.vae_config, prompts, prompt_cache, dataset, encoded, peers.accelerator.autocast
+        parts=parts,
+        vae_config=base.vae_config,
+        prompts=prompts,
+        prompt_cache=prompt_cache,
+        base_prompts=base_prompts,
+        dataset=dataset,
+        encoded=encoded,
+        autocast=peers.accelerator.autocast,
     )

@@ -28,7 +28,8 @@ def of_run(
     It is made before a text encoder is freed. `check` is called before each forward pass. Raises UserError if
     a photo has changed since it was checked, and Stop if the cache was damaged since.
     """
-    instance, *classes = start.sources
+    instance = start.sources[0]
+    classes = [source for source in start.sources if source.purpose == "class"]
     components = list(trainables.components)
     model = meter.Model(
         frozen.parts,

@@ -30,6 +30,10 @@ class Task:
     c_out: torch.Tensor | None = None
     """As `c_skip`."""
 
+    def rows(self, part: slice) -> "Task":
+        """These rows alone."""
+        return Task(**{name: tensor[part] for name, tensor in self.tensors().items()})
+
     def tensors(self) -> Tensors:
         """The tensors by field."""
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -21,6 +21,7 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
     reads, and from folders of class images."""
     prior = options.prior
     classes = prior.class_data_dir if prior.with_prior_preservation else None
+    drawn_classes = classes if prior.draws_class_images else None
     output_dir, photo_folder = options.run.output_dir, options.instance.instance_data_dir
     encoded_dir = options.speed.encoded_dir if options.speed.cache_latents in ("auto", "disk") else None
     logs = logs_dir(options, tracker_names)
@@ -30,7 +31,7 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
         "--holdout_data_dir": options.meter.holdout_data_dir,
     }
     sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}
-    written = {"--output_dir": output_dir, "--class_data_dir": classes, "--encoded_dir": encoded_dir}
+    written = {"--output_dir": output_dir, "--class_data_dir": drawn_classes, "--encoded_dir": encoded_dir}
     if logs is not None:
         check_apart({"--logging_dir": str(logs)}, inputs, sources)
         written["--logging_dir"] = str(logs / trackers.PROJECT)

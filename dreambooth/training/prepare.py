@@ -33,6 +33,7 @@ from dreambooth.runtime.stops import Watch, memory_errors_explained, write_error
 from dreambooth.training import (
     adapter_targets,
     checks,
+    class_sources,
     hub,
     judging,
     output_folder,
@@ -58,19 +59,17 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     # input
     encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
     decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
-    subject = check_photos(options.instance, options.meter, decoded, peers)
-    checked = check_base(options, subject, peers)
-    peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
+    subject, checked, priors = check_input(options, decoded, notes, peers)
     if options.adapter.dry_run:
         peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
-    cache = checks.choose_cache(options, len(subject.photos), encoded_dir)
+    class_count = class_sources.count(options.prior, priors)
+    cache = checks.choose_cache(options, len(subject.photos), class_count, encoded_dir)
     peers.say_notes(cache.notes)
 
     # output folder
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
-    run = name_run(options, subject, checked, cache, claim, peers)
-    peers.say_notes(run.rate_notes())
+    run = name_run(options, subject, checked, cache, claim, class_count, peers)
     instance = subject.source(options.instance, run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
@@ -79,7 +78,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     phases["checks"] = memory.reading(peers.accelerator.device)
 
     # class images
-    sources = [instance, *make_class_images(run, decoded, peers, watch, phases)]
+    sources = [instance, *(priors or make_class_images(run, decoded, peers, watch, phases))]
     save_decoded(decoded if cache.mode == "disk" else None, peers)
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
@@ -104,6 +103,18 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         phases=phases,
         repository=repository,
     )
+
+
+def check_input(
+    options: TrainOptions, decoded: DecodeCache | None, notes: list[str], peers: Peers
+) -> tuple["Subject", "CheckedBase", list[Source]]:
+    """(photos, base, the source of the class rows with --prior_source base). `notes` are printed with those
+    of the checks."""
+    subject = check_photos(options.instance, options.meter, decoded, peers)
+    checked = check_base(options, subject, peers)
+    peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
+    priors = class_sources.given(options, subject.photos, subject.held_out, checked.base, decoded, peers)
+    return subject, checked, priors
 
 
 def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_with: list[str]) -> Peers:
@@ -266,7 +277,7 @@ class NamedRun:
     crops: Crops
     crops_are_cut_from: Literal["pixels", "latents"]
     class_images: class_images.ClassImageSettings | None
-    """How missing class images are generated; None without prior preservation."""
+    """How missing class images are generated; None if none are."""
     slots: int
     """Micro-batches a step, of all processes."""
     max_steps: int
@@ -344,9 +355,11 @@ def name_run(
     checked: CheckedBase,
     cache: checks.Cache,
     claim: output_folder.Claim,
+    class_count: int,
     peers: Peers,
 ) -> NamedRun:
-    """Fill in every default: seed, precision, those of the base's family, and settings of class images."""
+    """Fill in every default: seed, precision, those of the base's family, and settings of class images, of
+    which there are `class_count`."""
     base, accelerator = checked.base, peers.accelerator
     seed = choose_seed(options.run.seed, claim.earlier_seeds, peers)
     # not the seed that was drawn: without --seed, all runs use the same class images
@@ -356,8 +369,7 @@ def name_run(
     )
     peers.say(f"seed: {seed}")
     device = accelerator.device
-    counts = [len(subject.photos), *([prior.generation.num_class_images] if prior else [])]
-    pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
+    pictures = pictures_of_pass([len(subject.photos), class_count], repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
     crops = Crops(
         instance.resolution,
@@ -385,6 +397,7 @@ def check_run(run: NamedRun, instance: Source, peers: Peers) -> tuple[NamedRun, 
     """(the run with its judges on disk, the loaded judges), after everything else was checked: a judge may be
     downloaded. Raises UserError as `NamedRun.check`, `judging.find_judges` and `judging.prepared` do, or if
     the processes have other input."""
+    peers.say_notes(run.rate_notes())
     record = run.record([instance])
     peers.check_same({"options, base or photos": json.dumps(record, sort_keys=True)})
     peers.on_main(lambda: run.check(record))
@@ -409,28 +422,22 @@ def make_class_images(
     watch: Watch,
     phases: dict[str, memory.Reading],
 ) -> list[Source]:
-    """Generate missing class images and check all of them. Returns their source; [] without prior
-    preservation. `phases` receives a reading at their end. Raises UserError if an instance photo is among
-    them."""
-    prior, instance, base = run.options.prior, run.options.instance, run.checked.base
+    """Generate missing class images and check all of them. Returns their source; [] if no class images are
+    drawn. `phases` receives a reading at their end. Raises UserError if an instance photo is among them."""
+    prior = run.options.prior
     if run.class_images is None:
         return []
     assert isinstance(prior, ResolvedPriorOptions)
-    folder, count = prior.class_data_dir, prior.generation.num_class_images
-    speed = run.options.speed
-    class_images.make(Path(folder), run.class_images, count, base, peers, watch, speed)
-    checked = photos.check_folder(
-        folder,
-        "--class_data_dir",
-        max_pixels=instance.max_image_pixels,
-        # pictures of a tiny base are smaller than photos may be
-        allow_odd_photos=instance.allow_odd_photos or base.default_resolution < photos.ODD_SIDE,
-        follow_symlinks=instance.follow_symlinks,
-        cache=decoded,
-        made=class_images.names_made(Path(folder)),
+    source = class_sources.drawn(
+        run.options,
+        run.class_images,
+        Path(prior.class_data_dir),
+        prior.class_prompt,
+        [*run.subject.photos, *run.subject.held_out],
+        run.checked.base,
+        decoded,
+        peers,
+        watch,
     )
-    peers.say_notes(f"class images: {note}" for note in checked.notes)
-    photos.check_disjoint([*run.subject.photos, *run.subject.held_out], checked.photos)
     phases["class images"] = memory.reading(peers.accelerator.device)
-    pictures = checked.photos[:count]
-    return [Source("class", pictures, [prior.class_prompt] * len(pictures))]
+    return [source]

@@ -46,8 +46,11 @@ _FREE_FLAGS = {
     # Other last bits: noted on resume, see `environment_of`.
     *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
 }
-_PRIOR_FLAGS = ("prior_loss_weight", "class_prompt")
+_PRIOR_FLAGS = ("prior_loss_weight", "prior_source", "class_prompt")
 _TAG_FLAGS = ("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate", "caption_variants")
+# Flags with the values that mean what versions without the flag did: left out of the record then, so that
+# runs of those versions can be resumed.
+_LATER_FLAGS = {"prior_source": "images"}
 # What is compared of judges, in words.
 _JUDGES = {
     "dino": "the hash of --judge_dino",
@@ -86,6 +89,9 @@ def identity(
         compared = {name: value for name, value in compared.items() if name not in _PRIOR_FLAGS}
     if not flags["shuffle_caption"] and not flags["caption_tag_dropout_rate"]:
         compared = {name: value for name, value in compared.items() if name not in _TAG_FLAGS}
+    for name, value in _LATER_FLAGS.items():
+        if compared.get(name) == value:
+            del compared[name]
     if flags["lr_scheduler"] in _SCHEDULES_WITH_AN_END:
         compared["max_train_steps"] = max_steps
     if flags["train_text_encoder"] and flags["train_text_encoder_frac"] < 1:

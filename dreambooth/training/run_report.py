@@ -35,7 +35,7 @@ class RunReport:
 
     def __init__(self, start: Start, max_steps: int):
         self.start, self.max_steps = start, max_steps
-        self.sources = [*start.sources, start.held_out]
+        self.sources = [source for source in (*start.sources, start.held_out) if source.purpose in _USES]
         self.files = WrittenFiles(start.output_dir)
         self.thumbnails = report.Thumbnails()
         self.photos: list[report.Photo] | None = None  # read when the first page is written

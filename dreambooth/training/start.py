@@ -15,7 +15,7 @@ from dreambooth.io.errors import shown
 from dreambooth.options import paths
 from dreambooth.options.command_line import as_table, fields_of, without_token, yaml_text
 from dreambooth.options.resolved import ResolvedTrainOptions
-from dreambooth.options.training import TrainOptions
+from dreambooth.options.training import TrainOptions, pictures_of_pass
 from dreambooth.runtime import memory
 from dreambooth.runtime.processes import Peers
 from dreambooth.training import judging, run_folder, trackers
@@ -33,7 +33,8 @@ class Start:
     base: families.Base
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     sources: list[Source]
-    """Instance photos, then class images."""
+    """Instance photos; then, with prior preservation, what is trained with the class prompt: class images, or
+    the photos again."""
     validation_prompts: list[str]
     """Prompts of the validation pictures; [] if none are drawn."""
     judge_plan: judging.Plan | None
@@ -60,6 +61,20 @@ class Start:
     """Time and memory at the end of each phase so far. Loading adds its own."""
     repository: str | None
     """OWNER/NAME of the hub's repository for the result; None for no upload."""
+
+    def steps(self) -> tuple[int, int]:
+        """(steps of one pass, steps of the run)."""
+        counts = [len(source.photos) for source in self.sources]
+        pictures = pictures_of_pass(counts, repeats=self.options.instance.repeats)
+        return self.options.run.steps(pictures, self.peers.world)
+
+    @property
+    def base_prompts(self) -> list[str]:
+        """The prompts for which the base's own predictions are targets, once each; [] without --prior_source
+        base."""
+        if not self.options.prior.has_base_targets:
+            return []
+        return [prompt for source in self.sources[1:] for prompt in source.distinct_prompts()]
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -9,8 +9,10 @@ from dreambooth.training.frozen_models import FrozenModels
 
 
 def of_batch(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptions) -> Tensors:
-    """The tensors of the task and of the prompts (`FrozenModels.prompt_inputs`), and SDXL's `time_ids`."""
+    """The tensors of the task and of the prompts (`FrozenModels.prompt_inputs`, `base_prompt_inputs`), and
+    SDXL's `time_ids`."""
     inputs = {**make_task(batch, frozen, objective).tensors(), **frozen.prompt_inputs(batch.prompts)}
+    inputs |= frozen.base_prompt_inputs(batch.prompts[len(batch.rows) :])
     if frozen.parts.base.takes_time_ids:
         inputs["time_ids"] = batch.time_ids
     return inputs

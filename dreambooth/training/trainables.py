@@ -29,6 +29,7 @@ class Trainables:
         if options.text.train_text_encoder:
             assert parts.text is not None
             models |= parts.text.encoders
+        self.is_compiled = options.speed.compile
         self.components = adapter_targets.inject_adapters(
             models, parts.base, options.adapter, options.text, run.seed
         )
@@ -144,6 +145,16 @@ class Trainables:
         self.components = [component for component in self.components if component.name == "unet"]
         self.step_weights = self._step_weights()
         return dropped
+
+    @contextlib.contextmanager
+    def base_unet(self) -> Iterator[None]:
+        """Within the block the UNet is the base's: it has no adapter and no dropout. Nothing compiled is run,
+        since that is for the model with its adapter."""
+        (unet,) = (component for component in self.components if component.name == "unet")
+        unet.model.eval()
+        with inject.without_adapters([unet]), compilation.eager(wanted=self.is_compiled):
+            yield
+        unet.model.train()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

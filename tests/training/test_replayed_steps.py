@@ -76,7 +76,11 @@ CASES = {
         "--max_train_steps 4 --train_text_encoder --gradient_checkpointing --snr_gamma 5 --noise_offset 0.1 "
         "--train_batch_size 2 --caption_dropout 0.3",
     ),
-    "SDXL": ("tiny_xl", "--max_train_steps 3 --train_text_encoder --gradient_checkpointing --random_flip"),
+    "SDXL, targets of the base": (
+        "tiny_xl",
+        "--max_train_steps 3 --train_text_encoder --gradient_checkpointing --random_flip "
+        "--with_prior_preservation --prior_source base --class_prompt dog",
+    ),
     "EDM, DoRA": ("tiny_edm", "--max_train_steps 3 --use_dora --lora_dropout 0.1"),
     "IF, LoKr": ("tiny_if", "--max_train_steps 3 --adapter lokr --resolution 16"),
     "scaled LoHa": ("tiny_base", "--max_train_steps 4 --adapter loha --mixed_precision bf16"),
@@ -90,7 +94,7 @@ def test_replayed_steps_learn_what_launched_steps_learn(
 ):
     base, words = CASES[case]
     more = words.split()
-    if "prior" in case:
+    if "prior preservation" in case:
         more += prior_words(tmp_path / "class")
     if "scaled" in case:  # as with fp16; the first steps overflow, and are skipped
         always = functools.partial(torch.amp.GradScaler, init_scale=2.0**127)
