@@ -144,15 +144,15 @@ class PriorOptions(Group):
     """Prior preservation: class images keep the base from forgetting the class (arXiv 2208.12242, eq. 2)."""
 
     with_prior_preservation: bool = False
-    """Train with the class prompt beside the instance photos: on class images, or as --prior_source says."""
+    """Train on class images beside the instance photos; see also --prior_source."""
     prior_source: Literal["images", "base"] = "images"
     """What keeps the class. `images`: class images, which the base draws before training. `base`: no class
     images; the target is the base's own prediction for the class prompt, on noised photos of the subject, or
-    on noised pictures of --class_data_dir if that is given."""
+    on noised pictures of --class_data_dir if that is given; missing ones are not generated."""
     prior_loss_weight: Amount = 1.0
     """Weight of the class images' loss."""
     class_data_dir: FilePath | None = None
-    """Folder of class images; missing ones are generated, but not with --prior_source base."""
+    """Folder of class images; missing ones are generated."""
     class_prompt: str | None = None
     """Prompt of the class images: the instance prompt without the rare word, "a photo of dog"."""
     generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
