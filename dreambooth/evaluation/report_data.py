@@ -18,11 +18,6 @@ SCORE = (
     " held-out photos rose at low noise. The last step within 0.1 of the highest score is chosen."
 )
 METERS = {
-    "binding": (
-        "Binding",
-        "Loss with the class prompt minus loss with the subject's prompt. It grows as the prompt comes to"
-        " mean the subject.",
-    ),
     "gap": (
         "Gap",
         "Loss on held-out photos minus loss on trained photos. It grows as those are learned by heart.",
@@ -33,7 +28,11 @@ METERS = {
     ),
 }
 BANDS = {
-    "binding": ("Binding by noise level", ""),
+    "binding": (
+        "Binding by noise level",
+        "Loss with the class prompt minus loss with the subject's prompt. Over 0, the subject's prompt fits"
+        " the photos better.",
+    ),
     "loss_trained": ("Loss on trained photos, by noise level", "Change since the first measurement."),
     "loss_held_out": ("Loss on held-out photos, by noise level", "Change since the first measurement."),
 }
