@@ -182,7 +182,7 @@ def test_every_section_shows_what_the_records_hold(hostile_page):
         *("UNet loaded", "3.5 s", "3.25 GiB", "2 pictures a second", "All 3 settings", "rank"),
     ):
         assert part in text, part
-    assert hostile_page.count("<svg ") == 9
+    assert hostile_page.count("<svg ") == 7
 
 
 def test_the_grid_has_a_column_a_step_and_a_row_a_picture(hostile_page):
