@@ -99,9 +99,14 @@ class Evaluation:
         self, step: int, images: Images, base_images: Images | None, progress: metrics.Progress
     ) -> None:
         """Judge the pictures drawn after `step` steps, on the main process. An earlier start of the run may
-        have done so."""
-        if self.judging is not None and not progress.is_evaluated(step, "judge"):
+        have done so. A picture that a judge has no finite embedding of costs the scores of that step, with a
+        warning."""
+        if self.judging is None or progress.is_evaluated(step, "judge"):
+            return
+        try:
             self.judging.judge(step, images, base_images, progress)
+        except FloatingPointError as error:
+            self.peers.say(f"warning: the pictures of step {step} have no scores: {error}")
 
     def _base_images(self, step: int, images: Images, progress: metrics.Progress) -> Images | None:
         """The pictures of the judges' own prompts by the base; None if they were judged before, or if the

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import train_dreambooth_lora as train
@@ -13,6 +14,7 @@ from dreambooth.evaluation import judges, scores
 from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import TrainOptions
+from dreambooth.training import judging
 from picturebook import subjects
 from tests import tiny_judges
 from tests.running import run_train, same_tensors, train_words
@@ -98,6 +100,24 @@ def test_a_run_that_ended_while_pictures_were_judged_is_resumed_with_the_same_re
     shutil.rmtree(run / "checkpoint-3")
     run_train(tiny_base, photos_dir, run, *judged_words, "--resume_from_checkpoint", "latest")
     assert records(run) == records(judged)
+
+
+@pytest.mark.trains
+def test_a_picture_without_a_finite_embedding_costs_scores_and_no_run(
+    judged, tiny_base, photos_dir, judged_words, tmp_path, monkeypatch, capsys
+):
+    run = shutil.copytree(judged, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-3")
+
+    def zeros(self: judging.Judging, images: object) -> None:
+        self.judges[0]._unit(torch.zeros(1, 8))
+
+    monkeypatch.setattr(judging.Judging, "scores_of_subject", zeros)
+    adapter = run_train(tiny_base, photos_dir, run, *judged_words, "--resume_from_checkpoint", "latest")
+    assert same_tensors(adapter, judged / adapter.name)
+    assert list(records(run)) == [0, 2]
+    said = "warning: the pictures of step 3 have no scores: the dino judge returns values that are 0"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.trains
