@@ -69,7 +69,7 @@ def measure(base: families.Base, checked: list[photos.Photo], resolution: int) -
     for photo in checked:
         entries = encoding_cache.EncodingCache(None, print)
         encoded = encodings.encode_photos(
-            entries, base, [(photo, False)], crops, device, Alone(), lambda: None
+            entries, base, [(photo, False, crops)], device, Alone(), lambda: None
         )
         room = crops.room(photo.size)
         for _ in range(CROPS):
@@ -77,9 +77,10 @@ def measure(base: families.Base, checked: list[photos.Photo], resolution: int) -
             # one pixel along the longer side, to where there is room
             step = 1 if max(left, top) < max(room) else -1
             other = (left + step, top) if room[0] >= room[1] else (left, top + step)
-            pixels = [crops.pixel_values(photos.load(photo), crops.square(at)) for at in ((left, top), other)]
+            pixels = [crops.pixel_values(photos.load(photo), crops.box(at)) for at in ((left, top), other)]
             direct, shifted = (autoencoder.encode(vae, crop[None]).mean for crop in pixels)
-            cut.append(rms(encoded.posterior(photo, (left, top), is_mirrored=False).mean - direct, direct))
+            of_cache = encoded.posterior(photo, crops, (left, top), is_mirrored=False).mean
+            cut.append(rms(of_cache - direct, direct))
             moved.append(rms(shifted - direct, direct))
     return {
         what: {where: round(sum(each[where] for each in values) / len(values), 5) for where in values[0]}

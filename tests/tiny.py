@@ -233,6 +233,16 @@ def make_photos(folder: Path, count: int = 3, size: tuple[int, int] = (64, 64), 
     return folder
 
 
+def make_odd_photos(folder: Path) -> Path:
+    """Save five PNG files of noise: two wide ones, a tall, a square and a very wide one."""
+    make_photos(folder, 2, (96, 64))
+    rng = np.random.default_rng(1)
+    for number, (width, height) in enumerate([(64, 96), (80, 80), (300, 80)], 2):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo-{number}.png")
+    return folder
+
+
 def inject_lora(
     name: str,
     model: torch.nn.Module,

@@ -178,6 +178,12 @@ class Base:
         return 2 ** (len(self.config("vae")["block_out_channels"]) - 1) if self.family.has_vae else 1
 
     @property
+    def grid(self) -> int:
+        """Pixels per side of the smallest square that VAE and UNet halve without a rest, as often as each
+        of them halves it."""
+        return self.vae_stride * 2 ** (len(self.config("unet")["block_out_channels"]) - 1)
+
+    @property
     def latent_channels(self) -> int:
         return self.config("vae")["latent_channels"] if self.family.has_vae else 3
 

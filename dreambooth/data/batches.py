@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from dreambooth.bases import autoencoder
 from dreambooth.bases.autoencoder import Posterior
 from dreambooth.data import photos, sampling_order
+from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
 from dreambooth.data.photos import Photo
@@ -42,10 +43,9 @@ class Source:
         drawn = [prompt for variants in self.variants.values() for prompt in variants]
         return list(dict.fromkeys([*self.prompts, *drawn, *([""] if self.caption_dropout else [])]))
 
-    def pictures(self) -> list[tuple[Photo, bool]]:
-        """Every (photo, whether mirrored) that a row may have."""
-        mirrorings = (False, True) if self.random_flip else (False,)
-        return [(photo, is_mirrored) for photo in self.photos for is_mirrored in mirrorings]
+    def mirrorings(self) -> tuple[bool, ...]:
+        """Whether a photo may be mirrored: every value that a row may have."""
+        return (False, True) if self.random_flip else (False,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,77 @@ class MicroBatch:
 
 
 class PhotoRows(Dataset):
-    """The data set of rows. Item `row` is the cropped photo of each source, float32 [sources, 3, resolution,
-    resolution] in [-1, 1]."""
+    """The data set of rows. Item `row` is the cropped photo of each source, float32 [sources, 3, height,
+    width] in [-1, 1]."""
 
-    def __init__(self, sources: list[Source], seed: int, crops: Crops):
-        self.sources, self.seed, self.crops = sources, seed, crops
+    def __init__(
+        self,
+        sources: list[Source],
+        seed: int,
+        crops: Crops,
+        buckets: Buckets | None = None,
+        batch_size: int = 1,
+    ):
+        """Without `buckets` all photos are cut by `crops`. With them the `batch_size` rows of a micro-batch
+        have the shape of one bucket of the first source, whose photos take turns; photos of other sources
+        are cut to the same shape."""
+        self.sources, self.seed, self.crops, self.batch_size = sources, seed, crops, batch_size
+        self.buckets = buckets
+        self.filled = buckets.filled([photo.size for photo in sources[0].photos]) if buckets else ()
+
+    def crops_of(self, row: int) -> Crops:
+        """How the photos of this row are cut."""
+        return self.crops.of(self.filled[self._place(row)[0]].shape) if self.filled else self.crops
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """(bucket, index in it) of this row's photo of the first source."""
+        counts = tuple(len(bucket.photos) for bucket in self.filled)
+        purpose = f"{self.sources[0].purpose}-order"
+        return sampling_order.place_in_buckets(self.seed, purpose, row, counts, self.batch_size)
+
+    def all_crops(self, source: Source) -> list[tuple[Photo, Crops]]:
+        """Every (photo, how it is cut) that a row may have. A source that rows do not take photos from has
+        the crops that are measured."""
+        if not self.filled:
+            return [(photo, self.crops) for photo in source.photos]
+        if source.purpose == self.sources[0].purpose:
+            pairs = [(source.photos[n], bucket.shape) for bucket in self.filled for n in bucket.photos]
+        elif source.purpose in [beside.purpose for beside in self.sources]:
+            pairs = [(photo, bucket.shape) for bucket in self.filled for photo in source.photos]
+        else:
+            return [(photo, self.measured_crops(source, photo)) for photo in source.photos]
+        return [(photo, self.crops.of(shape)) for photo, shape in pairs]
+
+    def crops_of_photo(self, source: Source, photo: Photo) -> list[Crops]:
+        """How a photo of the first source, or one that is only measured, is cut; [] for photos that are cut
+        to the shapes of those of the first source."""
+        if source.purpose in [beside.purpose for beside in self.sources[1:]]:
+            return []
+        return [crops for other, crops in self.all_crops(source) if other == photo]
+
+    def measured_crops(self, source: Source, photo: Photo) -> Crops:
+        """How a photo is cut where it is measured: to its shape for the first resolution; if it is beside
+        photos of the first source, to the shape of the fullest bucket."""
+        if self.buckets is None:
+            return self.crops
+        if source.purpose in [beside.purpose for beside in self.sources[1:]]:
+            return self.crops.of(self.filled[0].shape)
+        return self.crops.of(self.buckets.shapes_of(photo.size)[0])
+
+    def pictures(self, sources: Sequence[Source]) -> list[tuple[Photo, bool, Crops]]:
+        """Every (photo, whether mirrored, how it is cut) of these sources that a row may have."""
+        return [
+            (photo, is_mirrored, crops)
+            for source in sources
+            for photo, crops in self.all_crops(source)
+            for is_mirrored in source.mirrorings()
+        ]
 
     def photo(self, source: Source, row: int) -> int:
         """Index of the photo of this row."""
+        if self.filled and source.purpose == self.sources[0].purpose:
+            bucket, index = self._place(row)
+            return self.filled[bucket].photos[index]
         return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
 
     def is_mirrored(self, source: Source, row: int) -> bool:
@@ -100,7 +163,7 @@ class PhotoRows(Dataset):
 
     def corner(self, source: Source, row: int) -> Corner:
         """(left, top) of the crop in the resized, possibly mirrored photo."""
-        size, crops = source.photos[self.photo(source, row)].size, self.crops
+        size, crops = source.photos[self.photo(source, row)].size, self.crops_of(row)
         if crops.center_crop:
             return crops.middle_corner(size)
         return sampling_order.crop_of_row(self.seed, source.purpose, row, crops.room(size), crops.stride)
@@ -108,7 +171,7 @@ class PhotoRows(Dataset):
     def time_ids(self, source: Source, row: int) -> tuple[int, ...]:
         """The sizes of this row, as in `MicroBatch.time_ids`."""
         size = source.photos[self.photo(source, row)].size
-        return self.crops.time_ids(size, self.corner(source, row))
+        return self.crops_of(row).time_ids(size, self.corner(source, row))
 
     def randn(self, name: str, rows: range, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal numbers for the rows of each source, float32 [sources * rows, *shape]. Draws of
@@ -130,7 +193,7 @@ class PhotoRows(Dataset):
         return torch.stack([self._pixels(source, row) for source in self.sources])
 
     def __getitems__(self, rows: list[int]) -> torch.Tensor | UserError:
-        """Float32 [rows, sources, 3, resolution, resolution]; the error if a photo cannot be used.
+        """Float32 [rows, sources, 3, height, width]; the error if a photo cannot be used.
 
         An error that a loading process raises would reach the training process as a traceback.
         """
@@ -141,8 +204,9 @@ class PhotoRows(Dataset):
 
     def _pixels(self, source: Source, row: int) -> torch.Tensor:
         image = photos.load(source.photos[self.photo(source, row)])
-        box = self.crops.square(self.corner(source, row))
-        return self.crops.pixel_values(image, box, is_mirrored=self.is_mirrored(source, row))
+        crops = self.crops_of(row)
+        box = crops.box(self.corner(source, row))
+        return crops.pixel_values(image, box, is_mirrored=self.is_mirrored(source, row))
 
 
 def micro_batches(
@@ -191,6 +255,7 @@ def _cached_posteriors(dataset: PhotoRows, encoded: EncodedPhotos, order: list[r
         posteriors = [
             encoded.posterior(
                 source.photos[dataset.photo(source, row)],
+                dataset.crops_of(row),
                 dataset.corner(source, row),
                 is_mirrored=dataset.is_mirrored(source, row),
             )
@@ -213,7 +278,7 @@ def _fresh_posteriors(
         collate_fn=default_convert,  # a batch comes from `PhotoRows.__getitems__` as it is
         persistent_workers=workers > 0,
     )
-    for pixel_values in loader:  # [rows, sources, 3, resolution, resolution]
+    for pixel_values in loader:  # [rows, sources, 3, height, width]
         if isinstance(pixel_values, UserError):
             raise Stop(
                 f"{pixel_values}. Once the picture is as it was, --resume_from_checkpoint latest continues "

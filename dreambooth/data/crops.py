@@ -1,5 +1,5 @@
-"""Crop geometry: the shorter side of a photo is resized to the training resolution, and a square is cut from
-the result.
+"""Crop geometry: a photo is resized until it just covers the shape of a crop, which is cut from the result.
+The shape is a square, or with --buckets one near the photo's own (see buckets.py).
 
 Sizes are (width, height), corners (left, top) and boxes (left, top, right, bottom), in pixels of the resized
 photo.
@@ -22,7 +22,7 @@ _LONGEST_BOX = 3
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """How the photos of a run are resized and cropped."""
+    """How photos are resized and cropped."""
 
     resolution: int
     """Side of the square crop, in pixels."""
@@ -32,23 +32,38 @@ class Crops:
     stride: int = 1
     """Random crops start at multiples of it: the VAE's stride where crops are cut from stored latents, else
     1."""
+    bucket: Size | None = None
+    """Width and height of a crop that is no square; None for the square."""
 
     @property
-    def latent_side(self) -> int:
-        """Side of a crop in latents, where `stride` is the VAE's."""
-        return self.resolution // self.stride
+    def shape(self) -> Size:
+        """Width and height of the crop, in pixels."""
+        return self.bucket or (self.resolution, self.resolution)
+
+    @property
+    def latent_shape(self) -> Size:
+        """Width and height of the crop in latents, where `stride` is the VAE's."""
+        width, height = self.shape
+        return width // self.stride, height // self.stride
+
+    def of(self, shape: Size) -> "Crops":
+        """Crops of this shape, resized and cropped as these."""
+        width, height = shape
+        if width == height:
+            return dataclasses.replace(self, resolution=width, bucket=None)
+        return dataclasses.replace(self, bucket=shape)
 
     def resized_size(self, size: Size) -> Size:
-        """The size of a photo once its shorter side is `resolution`."""
-        width, height = size
-        if width <= height:
-            return self.resolution, max(self.resolution, int(self.resolution * height / width))
-        return max(self.resolution, int(self.resolution * width / height)), self.resolution
+        """The size of a photo once it just covers the crop."""
+        (width, height), (crop_width, crop_height) = size, self.shape
+        if width * crop_height <= height * crop_width:
+            return crop_width, max(crop_height, int(crop_width * height / width))
+        return max(crop_width, int(crop_height * width / height)), crop_height
 
     def room(self, size: Size) -> Size:
         """How many pixels a crop can move to the right and down in the resized photo."""
-        width, height = self.resized_size(size)
-        return width - self.resolution, height - self.resolution
+        (width, height), (crop_width, crop_height) = self.resized_size(size), self.shape
+        return width - crop_width, height - crop_height
 
     def middle_corner(self, size: Size) -> Corner:
         """The corner of the crop from the middle."""
@@ -66,41 +81,44 @@ class Crops:
     def time_ids(self, size: Size, corner: Corner) -> tuple[int, ...]:
         """Stable Diffusion XL's sizes of the crop at `corner` of a photo: original height and width, crop top
         and left, target height and width."""
-        (width, height), (left, top) = size, corner
-        return height, width, top, left, self.resolution, self.resolution
+        (width, height), (left, top), (crop_width, crop_height) = size, corner, self.shape
+        return height, width, top, left, crop_height, crop_width
 
     def is_fixed(self, size: Size) -> bool:
         """Whether every crop of a photo of this size is the same."""
         return self.center_crop or self.room(size) == (0, 0)
 
-    def square(self, corner: Corner) -> Box:
+    def box(self, corner: Corner) -> Box:
         """The box of the crop at `corner`."""
-        left, top = corner
-        return left, top, left + self.resolution, top + self.resolution
+        (left, top), (width, height) = corner, self.shape
+        return left, top, left + width, top + height
 
     def encoded_box(self, size: Size, corner: Corner) -> Box:
         """The box that is encoded for the crop at `corner`: a crop that is fixed, else the full photo up to
         its last complete latent, or a part of a very long photo."""
         if self.is_fixed(size):
-            return self.square(self.middle_corner(size))
-        sides = zip(self.resized_size(size), corner, strict=True)
-        (left, right), (top, bottom) = (self._range(length, start) for length, start in sides)
+            return self.box(self.middle_corner(size))
+        sides = zip(self.resized_size(size), corner, self.latent_shape, strict=True)
+        (left, right), (top, bottom) = (self._range(*side) for side in sides)
         return left, top, right, bottom
 
-    def _range(self, length: int, start: int) -> tuple[int, int]:
-        """(begin, end) of the encoded range of one side for a crop that begins at `start`.
+    def _range(self, length: int, start: int, latents: int) -> tuple[int, int]:
+        """(begin, end) of the encoded range of one side, `length` pixels long, for a crop of `latents` that
+        begins at `start`.
 
         Ranges overlap by the length of a crop, so that every crop lies within one range.
         """
-        crop = self.latent_side * self.stride
+        crop = latents * self.stride
         step = (_LONGEST_BOX - 1) * crop
         begin = start // step * step
         return begin, min(begin + _LONGEST_BOX * crop, length // self.stride * self.stride)
 
     def encoded_boxes(self, size: Size) -> list[Box]:
         """Every box that `encoded_box` can return for a photo of this size."""
-        step = (_LONGEST_BOX - 1) * self.latent_side * self.stride
-        lefts, tops = (range(0, room // self.stride * self.stride + 1, step) for room in self.room(size))
+        lefts, tops = (
+            range(0, room // self.stride * self.stride + 1, (_LONGEST_BOX - 1) * latents * self.stride)
+            for room, latents in zip(self.room(size), self.latent_shape, strict=True)
+        )
         return list(dict.fromkeys(self.encoded_box(size, (left, top)) for left in lefts for top in tops))
 
     def pixel_values(self, image: Image.Image, box: Box, *, is_mirrored: bool = False) -> torch.Tensor:

@@ -51,41 +51,41 @@ class Part:
 
     photo: Photo
     is_mirrored: bool
+    crops: Crops
     box: Box
 
 
 class EncodedPhotos:
     """The cached posteriors of every crop that a run may use."""
 
-    def __init__(self, cache: EncodingCache, entries: Mapping[Part, Entry], crops: Crops):
-        self.cache, self.entries, self.crops = cache, entries, crops
+    def __init__(self, cache: EncodingCache, entries: Mapping[Part, Entry]):
+        self.cache, self.entries = cache, entries
 
-    def posterior(self, photo: Photo, corner: Corner, *, is_mirrored: bool) -> Posterior:
+    def posterior(self, photo: Photo, crops: Crops, corner: Corner, *, is_mirrored: bool) -> Posterior:
         """The posterior of the crop at `corner`, [1, channels, height, width] on the CPU.
 
         Where crops vary, the corner is a multiple of the VAE's stride. Raises Stop if the cache has been
         damaged.
         """
-        box = self.crops.encoded_box(photo.size, corner)
-        tensors = self.cache.read(self.entries[Part(photo, is_mirrored, box)])
-        left, top = ((at - start) // self.crops.stride for at, start in zip(corner, box[:2], strict=True))
-        side = self.crops.latent_side
+        box = crops.encoded_box(photo.size, corner)
+        tensors = self.cache.read(self.entries[Part(photo, is_mirrored, crops, box)])
+        left, top = ((at - start) // crops.stride for at, start in zip(corner, box[:2], strict=True))
+        width, height = crops.latent_shape
         return Posterior(
-            *(tensors[key][..., top : top + side, left : left + side] for key in ("mean", "std"))
+            *(tensors[key][..., top : top + height, left : left + width] for key in ("mean", "std"))
         )
 
 
 def encode_photos(
     cache: EncodingCache,
     base: Base,
-    pictures: Sequence[tuple[Photo, bool]],
-    crops: Crops,
+    pictures: Sequence[tuple[Photo, bool, Crops]],
     device: torch.device,
     peers: Peers,
     check: Check,
 ) -> EncodedPhotos:
-    """The latents of every (photo, whether mirrored) of `pictures`. The VAE is loaded only if a part is not
-    cached.
+    """The latents of every (photo, whether mirrored, how it is cut) of `pictures`. The VAE is loaded only if
+    a part is not cached.
 
     `check` is called before each entry is looked up and before each is encoded. Raises UserError if a photo
     has changed since it was checked, or if the VAE changed while it was read.
@@ -95,12 +95,12 @@ def encode_photos(
     last_bits = environment(device, ("torch", "diffusers"), **processor(device)) | {"pillow": PIL.__version__}
 
     def entry_of(part: Part) -> Entry:
-        left, top, right, bottom = part.box
+        crops, (left, top, right, bottom) = part.crops, part.box
         content = {
             # the same file may have other pixels with another decoder
             "photo": [part.photo.sha256, part.photo.pixels_sha256],
             "transform": {
-                "resolution": crops.resolution,
+                "resolution": crops.bucket or crops.resolution,
                 "interpolation": crops.interpolation,
                 "mirrored": part.is_mirrored,
                 "box": part.box,
@@ -114,8 +114,8 @@ def encode_photos(
 
     entries = {
         part: entry_of(part)
-        for photo, is_mirrored in pictures
-        for part in (Part(photo, is_mirrored, box) for box in crops.encoded_boxes(photo.size))
+        for photo, is_mirrored, crops in pictures
+        for part in (Part(photo, is_mirrored, crops, box) for box in crops.encoded_boxes(photo.size))
     }
     parts = {entry: part for part, entry in entries.items()}
 
@@ -128,12 +128,13 @@ def encode_photos(
         for entry in tqdm(missing, desc="encoding photos", unit="image", disable=not peers.is_main):
             check()
             part = parts[entry]
-            pixel_values = crops.pixel_values(photos.load(part.photo), part.box, is_mirrored=part.is_mirrored)
+            image, mirrored = photos.load(part.photo), part.is_mirrored
+            pixel_values = part.crops.pixel_values(image, part.box, is_mirrored=mirrored)
             posterior = autoencoder.encode(vae, pixel_values[None])
             cache.store(entry, {"mean": posterior.mean, "std": posterior.std})
 
     _fill(cache, list(parts), encode, peers, check)
-    return EncodedPhotos(cache, entries, crops)
+    return EncodedPhotos(cache, entries)
 
 
 def encode_prompts(

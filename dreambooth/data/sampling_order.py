@@ -49,6 +49,35 @@ def image_of_row(seed: int, purpose: str, row: int, count: int) -> int:
     return _order(seed, purpose, row // count, count)[row % count]
 
 
+@functools.lru_cache(maxsize=8)
+def _turns_of_buckets(seed: int, purpose: str, turn: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(bucket, number of earlier batches of that bucket in this turn) of the batches of one turn."""
+    bucket_of = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
+    taken = [0] * len(counts)
+    places = []
+    for index in _order(seed, purpose, turn, len(bucket_of)):
+        bucket = bucket_of[index]
+        places.append((bucket, taken[bucket]))
+        taken[bucket] += 1
+    return places
+
+
+def place_in_buckets(
+    seed: int, purpose: str, row: int, counts: tuple[int, ...], batch_size: int
+) -> tuple[int, int]:
+    """(bucket, index of the photo in it) of this row, where bucket b has counts[b] photos.
+
+    The `batch_size` rows of a micro-batch take their photos from one bucket. In as many micro-batches as
+    there are photos in all buckets, a bucket has one for each of its photos: so every photo comes up equally
+    often. With one bucket the order is that of `image_of_row`.
+    """
+    batch, number = divmod(row, batch_size)
+    turn, at = divmod(batch, sum(counts))
+    bucket, earlier = _turns_of_buckets(seed, f"{purpose}-bucket", turn, counts)[at]
+    place = (turn * counts[bucket] + earlier) * batch_size + number
+    return bucket, image_of_row(seed, f"{purpose}-{bucket}" if bucket else purpose, place, counts[bucket])
+
+
 def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], stride: int = 1) -> tuple[int, int]:
     """(left, top) of a random crop, multiples of `stride`. `room` is how many pixels it can move right and
     down."""

@@ -53,6 +53,8 @@ class Photo:
     caption: str
     use: Use
     thumbnail: Thumbnail
+    crops: str = ""
+    """The shapes that it is cut to, with --buckets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class Run:
     """Numbers of all photos."""
     prompts: Sequence[tuple[str, str]] = ()
     """(name of the photo, prompt) of the first rows, to show."""
+    buckets: Sequence[Sequence[str]] = ()
+    """The table of buckets, its headings first; () without buckets."""
     rows_per_step: int = 1
     """Photos of the subject that a step takes."""
     max_steps: int | None = None

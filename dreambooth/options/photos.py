@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from dreambooth.io.errors import shortened
 from dreambooth.options.captions import CaptionOptions, kohya_folder
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import (
@@ -13,10 +14,11 @@ from dreambooth.options.rules import (
     Probability,
     Range,
     Seed,
-    Side,
+    Sides,
     Steps,
     is_default,
     require,
+    sides_of,
 )
 
 MOST_PIXELS = 1_000_000_000  # of a picture: unpacked, they are 3 GB
@@ -51,9 +53,14 @@ class InstanceOptions(Group):
     captions: CaptionOptions = dataclasses.field(default_factory=CaptionOptions)
     repeats: Annotated[int, Range(1, 10**6)] = 1
     """Number of times that one pass (see --num_train_epochs) visits every photo."""
-    resolution: Side | None = None
-    """Side of the square training crop, in pixels; a multiple of 8. Default: 512; 1024 for Stable Diffusion
-    XL; 64 for DeepFloyd IF."""
+    resolution: Sides | None = None
+    """Side of the square training crop, in pixels; a multiple of 8. With --buckets, crops have the area of
+    that square, and several sides may be given, as in 512,768: photos then take turns in all of them, and
+    validation pictures have the first. Default: 512; 1024 for Stable Diffusion XL; 64 for DeepFloyd IF."""
+    buckets: bool = False
+    """Cut each photo to a shape near its own in place of a square. A batch has one shape. Photos that are
+    small for a resolution get a smaller shape. Class images are cut to the shape of the photos beside
+    them."""
     center_crop: bool = False
     """Crop the center. Without this flag, every visit of a photo that is not square draws a random crop."""
     random_flip: bool = False
@@ -72,7 +79,17 @@ class InstanceOptions(Group):
     follow_symlinks: bool = False
     """Accept links to pictures outside the folder."""
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides in --resolution; () without the flag."""
+        return () if self.resolution is None else sides_of(self.resolution)
+
     def _check(self) -> None:
+        require(
+            self.buckets or "," not in str(self.resolution),
+            f"--resolution {shortened(str(self.resolution))}: several resolutions need --buckets; "
+            "add it, or give one resolution",
+        )
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         self._adopt_folder_name()

@@ -32,7 +32,12 @@ _RESOLUTIONS = {"sd": 512, "sdxl": 1024, "if": 64}
 class ResolvedInstanceOptions(InstanceOptions):
     """The resolution is known."""
 
-    resolution: int = dataclasses.field(kw_only=True)
+    resolution: int | str = dataclasses.field(kw_only=True)
+
+    @property
+    def side(self) -> int:
+        """The (first) resolution, in pixels."""
+        return self.sides[0]
 
 
 @dataclasses.dataclass
@@ -77,8 +82,8 @@ class ResolvedTrainOptions(TrainOptions):
 
 
 def resolution_of(instance: InstanceOptions, family: str) -> int:
-    """--resolution, or the default of the base's `family`: sd, sdxl or if."""
-    return instance.resolution or _RESOLUTIONS[family]
+    """The (first) --resolution, or the default of the base's `family`: sd, sdxl or if."""
+    return instance.sides[0] if instance.sides else _RESOLUTIONS[family]
 
 
 def resolve_prior(prior: PriorOptions, *, class_seed: int) -> ResolvedPriorOptions:
@@ -96,7 +101,7 @@ def resolve(
 ) -> ResolvedTrainOptions:
     """The options with the defaults of the base's `family`: sd, sdxl or if. `prior` is the resolved group if
     class images are drawn."""
-    resolution = resolution_of(options.instance, family)
+    resolution = options.instance.resolution or _RESOLUTIONS[family]
     return _as(
         ResolvedTrainOptions,
         options,

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
@@ -74,6 +75,23 @@ class Range(Rule):
         return None
 
 
+class SidesRule(Rule):
+    """A side in pixels, or several with commas between them."""
+
+    def broken_by(self, value: int | str) -> str | None:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})+", value) is None:
+            return "must be a side in pixels, or several with commas between them, as in 512,768"
+        sides = sides_of(value)
+        if broken := next(filter(None, map(_SIDE.broken_by, sides)), None):
+            return broken
+        return "must name each side once" if len(set(sides)) < len(sides) else None
+
+
+def sides_of(resolution: int | str) -> tuple[int, ...]:
+    """The sides in a value of --resolution, in pixels: 512 or "512,768"."""
+    return tuple(int(side) for side in str(resolution).split(","))
+
+
 class NotEmpty(Rule):
     """A text with a character that is no space."""
 
@@ -88,7 +106,9 @@ Steps = Annotated[int, Range(1, 100_000)]  # of a sampler, as many as a base may
 Threads = Annotated[int, Range(1, 1024)]
 BatchSize = Annotated[int, Range(1, 4096)]
 Rank = Annotated[int, Range(1, 1024)]
-Side = Annotated[int, Range(8, 8192, multiple=8)]  # in pixels
+_SIDE = Range(8, 8192, multiple=8)
+Side = Annotated[int, _SIDE]  # in pixels
+Sides = Annotated[int | str, SidesRule()]  # "512,768" is a text
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 Amount = Annotated[float, Range(0, 10**9)]
 AmountOverZero = Annotated[float, Range(0, 10**9, over=True)]

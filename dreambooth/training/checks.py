@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from dreambooth.adapter_files import native, reading, run_info, writing
 from dreambooth.adapters import inject
 from dreambooth.bases import compilation, families, prompt_syntax, prompts, quantization, schedulers
-from dreambooth.data import encodings, photos
+from dreambooth.data import buckets, encodings, photos
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, raise_all, shown
 from dreambooth.options.adapter import AdapterOptions
+from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.training import RunOptions, TextOptions, TrainOptions
 from dreambooth.runtime import graphs, memory
 from dreambooth.training import adapter_targets, run_folder
@@ -166,10 +167,30 @@ def check_prompts(
     return [*notes, f"{len(cut)} captions are longer than {limit} tokens and are cut off there: {names}"]
 
 
-def size_notes(instance: photos.Folder, resolution: int, base: families.Base) -> list[str]:
-    """Notes on photos smaller than the resolution, and on a resolution that the base was not trained for."""
+def choose_buckets(instance: InstanceOptions, resolution: int, base: families.Base) -> buckets.Buckets | None:
+    """How --buckets chooses the shapes of photos; None without the flag. `resolution` is the default of the
+    flag. Raises UserError if a resolution is too small for the base."""
+    if not instance.buckets:
+        return None
+    chosen = buckets.Buckets(instance.sides or (resolution,), base.grid)
+    chosen.check()
+    return chosen
+
+
+def size_notes(
+    instance: photos.Folder,
+    resolution: int,
+    base: families.Base,
+    chosen: buckets.Buckets | None,
+    batch_size: int,
+) -> list[str]:
+    """Notes on photos that are small for the resolution, on buckets with fewer photos than `batch_size`, and
+    on a resolution that the base was not trained for."""
     notes = []
-    if small := [photo for photo in instance.photos if min(photo.size) < resolution]:
+    if chosen:
+        sizes = [(photo.path.name, photo.size) for photo in instance.photos]
+        notes += buckets.notes(chosen, sizes, batch_size)
+    elif small := [photo for photo in instance.photos if min(photo.size) < resolution]:
         notes.append(
             f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} "
             "and will be enlarged"

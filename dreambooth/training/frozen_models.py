@@ -131,13 +131,13 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
     prompt_cache, base_prompts = _prompt_caches(start, text, prompts, cache, check)
 
     # VAE
-    dataset = PhotoRows(start.sources, options.run.seed, start.crops)
+    dataset = start.photo_rows()
     if start.cache.mode == "off":
         vae = loading.load_vae(base, device)
     else:
         sources = [*start.sources, *([start.held_out] if options.meter.meter_steps else [])]
-        pictures = [picture for source in sources for picture in source.pictures()]
-        encoded = encodings.encode_photos(cache, base, pictures, start.crops, device, peers, check)
+        pictures = dataset.pictures(sources)
+        encoded = encodings.encode_photos(cache, base, pictures, device, peers, check)
         if files := cache.damaged:
             names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
             damaged = f"{len(files)} files in {shown(cache.folder)} were damaged and have been encoded again"

@@ -72,23 +72,31 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """The rows of one kind of picture: row n is draw number n. `latents` and `noise` are [rows, C, h, w]."""
+    """The rows of one kind of picture: row n is draw number n. `latents` and `noise` have a tensor [C, h, w]
+    for each row, whose shapes may differ."""
 
-    latents: torch.Tensor
-    noise: torch.Tensor
+    latents: Sequence[torch.Tensor]
+    noise: Sequence[torch.Tensor]
     timestep_indices: torch.Tensor
     time_ids: torch.Tensor
     prompts: list[str]
 
-    def rows(self, part: slice) -> "_Pass":
+    def rows(self, numbers: Sequence[int]) -> "_Pass":
         """These rows alone."""
         return _Pass(
-            self.latents[part],
-            self.noise[part],
-            self.timestep_indices[part],
-            self.time_ids[part],
-            self.prompts[part],
+            [self.latents[number] for number in numbers],
+            [self.noise[number] for number in numbers],
+            self.timestep_indices[list(numbers)],
+            self.time_ids[list(numbers)],
+            [self.prompts[number] for number in numbers],
         )
+
+    def by_shape(self) -> list[list[int]]:
+        """The numbers of the rows with latents of one shape, for each shape."""
+        groups: dict[torch.Size, list[int]] = {}
+        for number, latents in enumerate(self.latents):
+            groups.setdefault(latents.shape, []).append(number)
+        return list(groups.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +105,9 @@ class _Result:
 
     losses: torch.Tensor
     """Float64 [rows]."""
-    predictions: torch.Tensor | None
-    """[rows, C, h, w] on the CPU, in the model's dtype, of the pass that drift is measured on; else None."""
+    predictions: Sequence[torch.Tensor] | None
+    """[rows, C, h, w] on the CPU, in the model's dtype, for each group of `_Pass.by_shape`, of the pass that
+    drift is measured on; else None."""
     weights: torch.Tensor
     """Of the squared errors, float64 [rows]."""
     scales: torch.Tensor
@@ -116,17 +125,15 @@ class Meter:
     def __init__(self, model: Model, pictures: Pictures):
         self.model, self.has_held_out = model, bool(pictures.held_out)
         subject = pictures.held_out or pictures.trained
-        shape = tuple(pictures.trained[0].latents.shape)
-        noise = sampling_order.noise_of_rows(_SEED, "meter-noise", range(draws()), shape)
         indices = timestep_indices(model.parts.noise_scheduler)
         self.passes = {
-            "trained": _pass(pictures.trained, noise, indices),
-            "class": _pass(subject, noise, indices, pictures.class_prompt),
+            "trained": _pass(pictures.trained, indices),
+            "class": _pass(subject, indices, pictures.class_prompt),
         }
         if pictures.held_out:
-            self.passes["held_out"] = _pass(pictures.held_out, noise, indices)
+            self.passes["held_out"] = _pass(pictures.held_out, indices)
         if pictures.classes:
-            self.passes["prior"] = _pass(pictures.classes, noise, indices)
+            self.passes["prior"] = _pass(pictures.classes, indices)
         self.drift_pass = "prior" if pictures.classes else "class"
         with model.without_adapter():
             self.base = self._results()
@@ -168,7 +175,10 @@ class Meter:
         before = self.base[self.drift_pass].predictions
         assert now.predictions is not None
         assert before is not None
-        distances = _mean_squares(now.predictions.float() - before.float()) * now.weights
+        distances = torch.empty_like(now.losses)
+        groups = self.passes[self.drift_pass].by_shape()
+        for numbers, after, of_base in zip(groups, now.predictions, before, strict=True):
+            distances[numbers] = _mean_squares(after.float() - of_base.float()) * now.weights[numbers]
         scales = now.scales.view(BANDS, DRAWS).mean(dim=1, keepdim=True).expand(BANDS, DRAWS).flatten()
         return distances / scales
 
@@ -182,19 +192,25 @@ class Meter:
     def _result(self, name: str, embeds: dict[str, PromptEmbeds]) -> _Result:
         rows = self.passes[name]
         size = self.model.rows
-        chunks = [
-            self._chunk(rows.rows(slice(at, at + size)), embeds) for at in range(0, len(rows.prompts), size)
-        ]
-        losses, predictions, weights, scales = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+        losses, weights, scales = torch.zeros(3, len(rows.prompts), dtype=torch.float64)
+        predictions = []
+        for numbers in rows.by_shape():
+            parts = [numbers[at : at + size] for at in range(0, len(numbers), size)]
+            chunks = [self._chunk(rows.rows(part), embeds) for part in parts]
+            of_group = [torch.cat(tensors) for tensors in zip(*chunks, strict=True)]
+            losses[numbers], weights[numbers], scales[numbers] = of_group[:3]
+            predictions.append(of_group[3])
         return _Result(losses, predictions if name == self.drift_pass else None, weights, scales)
 
     def _chunk(
         self, rows: _Pass, embeds: dict[str, PromptEmbeds]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The fields of `_Result`, of rows that fit into one forward pass."""
+        """(losses, weights, scales, predictions) as in `_Result`, of rows of one shape that fit into one
+        forward pass."""
         self.model.check()
         parts, device = self.model.parts, self.model.device
-        task = objectives.make_task(parts.noise_scheduler, rows.latents, rows.noise, rows.timestep_indices)
+        latents, noise = torch.stack(list(rows.latents)), torch.stack(list(rows.noise))
+        task = objectives.make_task(parts.noise_scheduler, latents, noise, rows.timestep_indices)
         inputs = {name: memory.to_device(tensor, device) for name, tensor in task.tensors().items()}
         on_device = objectives.Task.of(inputs)
         time_ids = rows.time_ids.to(device) if parts.base.takes_time_ids else None
@@ -209,7 +225,7 @@ class Meter:
         variances = task.target.flatten(1).var(dim=1)
         scales = torch.ones_like(variances) if task.weights is not None else variances
         losses = _mean_squares(predicted.float() - task.target) * weights.double()
-        return losses, predicted, weights.double(), scales.double()
+        return losses, weights.double(), scales.double(), predicted
 
 
 def draws() -> int:
@@ -233,13 +249,16 @@ def timestep_indices(scheduler: objectives.NoiseScheduler) -> torch.Tensor:
     return timesteps if isinstance(scheduler, DDPMScheduler) else count - 1 - timesteps
 
 
-def _pass(
-    pictures: Sequence[Picture], noise: torch.Tensor, indices: torch.Tensor, prompt: str | None = None
-) -> _Pass:
+def _pass(pictures: Sequence[Picture], indices: torch.Tensor, prompt: str | None = None) -> _Pass:
     """All draws of one kind of picture, which take turns. `prompt` replaces the pictures' own."""
-    turns = [pictures[row % len(pictures)] for row in range(len(noise))]
+    turns = [pictures[row % len(pictures)] for row in range(draws())]
+    shapes = [tuple(picture.latents.shape) for picture in turns]
+    noise = [
+        sampling_order.noise_of_rows(_SEED, "meter-noise", range(row, row + 1), shape)[0]
+        for row, shape in enumerate(shapes)
+    ]
     return _Pass(
-        torch.stack([picture.latents for picture in turns]),
+        [picture.latents for picture in turns],
         noise,
         indices,
         torch.tensor([picture.time_ids for picture in turns], dtype=torch.float32),

@@ -1,5 +1,6 @@
 """Makes the meter (`meter.Meter`) of the adapter that a run trains."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,13 +42,14 @@ def of_run(
         check=check,
     )
 
-    def posterior(photo: Photo) -> Posterior:
+    def posterior(photo: Photo, crops: Crops) -> Posterior:
         if frozen.encoded is None:
-            return _encoded(photo, start.crops, frozen.parts.vae)
-        return frozen.encoded.posterior(photo, start.crops.middle(photo.size), is_mirrored=False)
+            return _encoded(photo, crops, frozen.parts.vae)
+        return frozen.encoded.posterior(photo, crops, crops.middle(photo.size), is_mirrored=False)
 
     def pictures(source: Source) -> list[meter.Picture]:
-        return _pictures(source, start.crops, posterior, frozen.vae_config)
+        crops_of = functools.partial(frozen.dataset.measured_crops, source)
+        return _pictures(source, crops_of, posterior, frozen.vae_config)
 
     assert start.options.prior.class_prompt is not None  # checked with the flags
     return meter.Meter(
@@ -70,18 +72,22 @@ def _rows(run: RunOptions, sources: int) -> int:
 
 def _encoded(photo: Photo, crops: Crops, vae: Any) -> Posterior:
     """The posterior of a photo's crop from the middle, [1, C, h, w] on the CPU."""
-    box = crops.square(crops.middle(photo.size))
+    box = crops.box(crops.middle(photo.size))
     posterior = autoencoder.encode(vae, crops.pixel_values(photos.load(photo), box)[None])
     return Posterior(posterior.mean.cpu(), posterior.std.cpu())
 
 
 def _pictures(
-    source: Source, crops: Crops, posterior: Callable[[Photo], Posterior], vae_config: Any
+    source: Source,
+    crops_of: Callable[[Photo], Crops],
+    posterior: Callable[[Photo, Crops], Posterior],
+    vae_config: Any,
 ) -> list[meter.Picture]:
     """The pictures of a source, as many as a meter uses: the mean of each posterior."""
     pictures = []
     for photo, prompt in list(zip(source.photos, source.prompts, strict=True))[: meter.draws()]:
-        latents = autoencoder.normalized(vae_config, posterior(photo).mean)[0]
+        crops = crops_of(photo)
+        latents = autoencoder.normalized(vae_config, posterior(photo, crops).mean)[0]
         time_ids = crops.time_ids(photo.size, crops.middle(photo.size))
         pictures.append(meter.Picture(latents, prompt, time_ids))
     return pictures

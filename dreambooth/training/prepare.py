@@ -17,8 +17,9 @@ from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading
-from dreambooth.data import captions, class_images, photo_sets, photos, tags
-from dreambooth.data.batches import Source
+from dreambooth.data import buckets, captions, class_images, photo_sets, photos, tags
+from dreambooth.data.batches import PhotoRows, Source
+from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.io.errors import UserError, few, shown
@@ -93,6 +94,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         judging=judges,
         held_out=subject.held_out_source(options.instance),
         crops=run.crops,
+        buckets=run.buckets,
         cache=cache,
         init_adapter=checked.init_adapter.state,
         checkpoint=claim.checkpoint,
@@ -227,6 +229,8 @@ class CheckedBase:
     init_adapter: checks.InitAdapter
     validation_prompts: list[str]
     judge_plan: judging.Plan | None
+    buckets: Buckets | None
+    """With --buckets, how the shapes of photos are chosen."""
     notes: list[str]
 
 
@@ -248,12 +252,16 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
     prompt_notes = checks.check_prompts(prompts, texts, options.text, base, tokenizers)
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
     resolution = resolution_of(options.instance, base.family.key)
-    size_notes = checks.size_notes(subject.checked, resolution, base)
+    chosen = checks.choose_buckets(options.instance, resolution, base)
+    size_notes = checks.size_notes(subject.checked, resolution, base, chosen, options.run.train_batch_size)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
+    if chosen:
+        sizes = [photo.size for photo in subject.photos]
+        peers.say(buckets.table(chosen.filled(sizes), sizes))
     notes = [*base.notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
     judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))
-    return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, notes)
+    return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, chosen, notes)
 
 
 def choose_seed(given: int | None, earlier: list[int | None], peers: Peers) -> int:
@@ -275,6 +283,7 @@ class NamedRun:
     """Of the base."""
     claim: output_folder.Claim
     crops: Crops
+    buckets: Buckets | None
     crops_are_cut_from: Literal["pixels", "latents"]
     class_images: class_images.ClassImageSettings | None
     """How missing class images are generated; None if none are."""
@@ -289,7 +298,9 @@ class NamedRun:
         checkpoint, start = self.claim.checkpoint, self.checked.init_adapter.digest
         if checkpoint and start is None:
             start = checkpoint.identity.get("start")
-        varies = any(not self.crops.is_fixed(photo.size) for source in sources for photo in source.photos)
+        seed, batch_size = self.options.run.seed, self.options.run.train_batch_size
+        dataset = PhotoRows(sources, seed, self.crops, self.buckets, batch_size)
+        varies = any(not crops.is_fixed(photo.size) for s in sources for photo, crops in dataset.all_crops(s))
         held_out = self.subject.held_out_source(self.options.instance)
         compared = [*sources, *([held_out] if held_out.photos else [])]
         flags = as_table(self.options)
@@ -372,7 +383,7 @@ def name_run(
     pictures = pictures_of_pass([len(subject.photos), class_count], repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
     crops = Crops(
-        instance.resolution,
+        instance.side,
         instance.image_interpolation_mode,
         instance.center_crop,
         stride=1 if cache.mode == "off" else base.vae_stride,
@@ -384,6 +395,7 @@ def name_run(
         fingerprint=base.fingerprint(),
         claim=claim,
         crops=crops,
+        buckets=checked.buckets,
         crops_are_cut_from="latents" if has_latents else "pixels",
         class_images=class_images.settings_of(prior, base, device) if prior else None,
         slots=options.run.gradient_accumulation_steps * peers.world,

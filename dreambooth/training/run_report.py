@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 from dreambooth.adapter_files import native
-from dreambooth.data import photos
-from dreambooth.data.batches import Source
+from dreambooth.data import buckets, photos
+from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.crops import Crops
 from dreambooth.evaluation import report, report_data
 from dreambooth.files.ownership import WrittenFiles
@@ -27,6 +29,7 @@ from dreambooth.training.start import Start
 
 # Seconds between two pages, as a multiple of the seconds that the last one took, and at least.
 _PAUSE_FACTOR, _SHORTEST_PAUSE = 30, 5.0
+_FRAMED_SIDE = 384  # longest side of a photo with frames, in pixels
 _USES: dict[str, report.Use] = {"instance": "trained", "held_out": "held out", "class": "class"}
 
 
@@ -76,7 +79,7 @@ class RunReport:
     def _page(self) -> str:
         start = self.start
         if self.photos is None:
-            self.photos = list(photos_of(self.sources, start.crops))
+            self.photos = list(photos_of(self.sources, start.photo_rows()))
         counts: dict[report.Use, int] = {_USES[source.purpose]: len(source.photos) for source in self.sources}
         run = dataclasses.replace(
             # people show the page to others, who need not see where its files are
@@ -84,6 +87,7 @@ class RunReport:
             photos=self.photos,
             counts=counts,
             prompts=start.first_prompts(report.MOST_PHOTOS["trained"]),
+            buckets=bucket_rows(start),
             max_steps=self.max_steps,
             about=about(start),
         )
@@ -128,9 +132,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 # --- photos
 
 
-def photos_of(sources: Sequence[Source], crops: Crops) -> Iterator[report.Photo]:
-    """The first photos of each source as the page shows them: a fixed crop, else the full photo. A photo that
-    cannot be read any more is left out."""
+def photos_of(sources: Sequence[Source], dataset: PhotoRows) -> Iterator[report.Photo]:
+    """The first photos of each source as the page shows them: a fixed crop, else the full photo; with
+    buckets the full photo, framed. A photo that cannot be read any more is left out."""
+    crops = dataset.crops
     for source in sources:
         use = _USES[source.purpose]
         pairs = zip(source.photos, source.prompts, strict=True)
@@ -139,10 +144,37 @@ def photos_of(sources: Sequence[Source], crops: Crops) -> Iterator[report.Photo]
                 image = photos.load(photo)
             except UserError:  # training notices it if it needs the photo
                 continue
-            if crops.is_fixed(image.size):
-                box = crops.square(crops.middle_corner(image.size))
-                image = image.resize(crops.resized_size(image.size)).crop(box)
-            yield report.Photo(photo.path.name, prompt, use, report.thumbnail(image))
+            shapes = dataset.crops_of_photo(source, photo) if dataset.buckets else []
+            if shapes:
+                image = _framed(image, shapes)
+            elif crops.is_fixed(image.size) and not dataset.buckets:
+                image = image.resize(crops.resized_size(image.size)).crop(
+                    crops.box(crops.middle_corner(image.size))
+                )
+            words = ", ".join(" x ".join(map(str, crops.shape)) for crops in shapes)
+            yield report.Photo(photo.path.name, prompt, use, report.thumbnail(image), words)
+
+
+def _framed(image: Image.Image, shapes: Sequence[Crops]) -> Image.Image:
+    """The photo, made small, with a frame around each of its crops from the middle."""
+    scale = min(1.0, _FRAMED_SIDE / max(image.size))
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw = ImageDraw.Draw(small)
+    for crops in shapes:
+        factor = small.width / crops.resized_size(image.size)[0]
+        left, top, right, bottom = (
+            round(edge * factor) for edge in crops.box(crops.middle_corner(image.size))
+        )
+        draw.rectangle((left, top, right - 1, bottom - 1), outline="white", width=4)
+        draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline="#1d5fd1", width=2)
+    return small
+
+
+def bucket_rows(start: Start) -> Sequence[Sequence[str]]:
+    """The table of buckets for the page, its headings first; () without buckets."""
+    filled = start.photo_rows().filled
+    sizes = [photo.size for photo in start.sources[0].photos]
+    return (buckets.HEADINGS, *buckets.rows(filled, sizes)) if filled else ()
 
 
 # --- facts and commands

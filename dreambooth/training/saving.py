@@ -14,6 +14,7 @@ from dreambooth.bases import families
 from dreambooth.files import checkpoint_folders
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console
+from dreambooth.options.rules import sides_of
 from dreambooth.runtime import environment
 from dreambooth.training import checkpoints, optimizers, run_identity
 from dreambooth.training.start import Start
@@ -28,7 +29,7 @@ def adapter_info(flags: Mapping[str, Any], base_name: str, base_fingerprint: str
         "base_fingerprint": base_fingerprint,
         "versions": environment.versions(run_identity.LIBRARIES),
         "seed": flags["seed"],
-        "resolution": flags["resolution"],
+        "resolution": sides_of(flags["resolution"])[0],
         "clip_skip": flags.get("clip_skip", 0),
         "instance_prompt": flags["instance_prompt"],
         "class_prompt": flags["class_prompt"] if flags["with_prior_preservation"] else None,

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families
 from dreambooth.data.batches import PhotoRows, Source
+from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import shown
@@ -44,6 +45,8 @@ class Start:
     held_out: Source
     """Photos of the subject that are not trained on; there may be none."""
     crops: Crops
+    buckets: Buckets | None
+    """With --buckets, how the shapes of photos are chosen."""
     cache: Cache
     """Where latents and prompt embeddings are stored."""
     init_adapter: AdapterState
@@ -82,6 +85,11 @@ class Start:
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
         return dtypes.get(self.options.run.mixed_precision, torch.float32)
 
+    def photo_rows(self) -> PhotoRows:
+        """The rows that the run trains on."""
+        run = self.options.run
+        return PhotoRows(self.sources, run.seed, self.crops, self.buckets, run.train_batch_size)
+
     @property
     def measured_prompts(self) -> list[str]:
         """The prompts, beside those of `sources`, that --meter_steps measures with; [] without the flag."""
@@ -105,7 +113,7 @@ class Start:
         instance = self.options.instance
         if not (instance.reads_captions or instance.captions.varies):
             return []
-        dataset = PhotoRows(self.sources, self.options.run.seed, self.crops)
+        dataset = self.photo_rows()
         return [dataset.named_prompt(self.sources[0], row) for row in range(rows)]
 
     def say_prompts(self) -> None:

@@ -41,7 +41,7 @@ class ValidationPictures:
         judged = start.judge_plan.extra_prompts if start.judge_plan else {}
         self.counts = dict.fromkeys(self.prompts, self.options.num_validation_images) | judged
         """Numbers of pictures by prompt: those that are shown, and those that are drawn for judges alone."""
-        self.resolution, self.seed, self.speed = options.instance.resolution, options.run.seed, options.speed
+        self.resolution, self.seed, self.speed = options.instance.side, options.run.seed, options.speed
         self.starts_from_base = not start.init_adapter
         self.files = WrittenFiles(start.output_dir)
         self.frozen, self.trainables, self.check = frozen, trainables, check

@@ -73,7 +73,7 @@ def encoded_photo(
 ) -> encodings.EncodedPhotos:
     crops = Crops(resolution, "lanczos", False, base.vae_stride)
     cache = EncodingCache(None, print)
-    return encodings.encode_photos(cache, base, [(photo, mirrored)], crops, CPU, ALONE, lambda: None)
+    return encodings.encode_photos(cache, base, [(photo, mirrored, crops)], CPU, ALONE, lambda: None)
 
 
 # --- pictures that were decoded before

@@ -195,7 +195,7 @@ def test_each_entry_that_is_looked_for_can_be_the_last(tiny_base, tmp_path):
     for expected in (2, 1):  # looked for and encoded; looked for
         check = Mock()
         encodings.encode_photos(
-            EncodingCache(tmp_path / "kept", print), base, [(photo, False)], crops, CPU, ALONE, check
+            EncodingCache(tmp_path / "kept", print), base, [(photo, False, crops)], CPU, ALONE, check
         )
         assert check.call_count == expected
 
@@ -323,10 +323,10 @@ def test_with_a_folder_nothing_stays_in_memory(tiny_base, tmp_path):
     (tmp_path / "kept").mkdir()
     cache = EncodingCache(tmp_path / "kept", print)
     encoded = encodings.encode_photos(
-        cache, base, [(photo, False) for photo in found], crops, CPU, ALONE, lambda: None
+        cache, base, [(photo, False, crops) for photo in found], CPU, ALONE, lambda: None
     )
     assert cache.in_memory == {}
-    assert encoded.posterior(found[0], (8, 0), is_mirrored=False).mean.shape == (1, 4, 8, 8)
+    assert encoded.posterior(found[0], crops, (8, 0), is_mirrored=False).mean.shape == (1, 4, 8, 8)
     assert cache.in_memory == {}
 
 

@@ -260,6 +260,7 @@ def test_class_images_of_other_sizes_do_not_stand_in_the_way_of_going_on(tiny_ba
 def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, tmp_path, mirrored):
     """Of the picture cut to full latents; the crop that begins at a pixel begins at its eighth."""
     photo = photo_of(tmp_path, (101, 64))
+    crops = Crops(64, "lanczos", False, 8)
     encoded = encoded_photo(families.find(BaseOptions(str(tiny_base))), photo, mirrored=mirrored)
     vae = loading.load_vae(families.find(BaseOptions(str(tiny_base))), torch.device("cpu"))
     assert vae is not None
@@ -273,7 +274,7 @@ def test_a_crop_on_the_grid_is_a_slice_of_the_whole_pictures_latents(tiny_base, 
     with torch.no_grad():
         plain = vae.encode(pixels[None].contiguous(memory_format=torch.channels_last)).latent_dist
     for left in (0, 8, 16, 24, 32):
-        found = encoded.posterior(photo, (left, 0), is_mirrored=mirrored)
+        found = encoded.posterior(photo, crops, (left, 0), is_mirrored=mirrored)
         assert torch.equal(found.mean, plain.mean[..., left // 8 : left // 8 + 8])
         assert torch.equal(found.std, plain.std[..., left // 8 : left // 8 + 8])
 
@@ -291,7 +292,7 @@ def test_every_crop_of_a_long_picture_lies_whole_in_one_of_its_pieces(size, reso
         for top in range(0, room[1] + 1, grid):
             box = crops.encoded_box(size, (left, top))
             used.add(box)
-            inside = crops.latent_side * grid
+            inside = crops.latent_shape[0] * grid
             assert box[0] <= left <= left + inside <= box[2] <= crops.resized_size(size)[0]
             assert box[1] <= top <= top + inside <= box[3] <= crops.resized_size(size)[1]
             assert all(edge % grid == 0 for edge in box)
@@ -357,7 +358,7 @@ def test_processes_share_the_encoding_and_write_what_one_would(tiny_base, tmp_pa
             patch.setattr(loading, "load_vae", lambda *args: None)
             patch.setattr(autoencoder, "encode", in_place_of_a_vae)
             encodings.encode_photos(
-                cache, base, [(photo, False) for photo in found], crops, CPU, peers, lambda: None
+                cache, base, [(photo, False, crops) for photo in found], CPU, peers, lambda: None
             )
         return len(calls)
 

@@ -226,7 +226,7 @@ def cropped(
 ) -> torch.Tensor:
     """Pixels of the crop at `corner`, or of the one from the middle."""
     crops, image = Crops(resolution, interpolation, center_crop=corner is None), loaded(path)
-    return crops.pixel_values(image, crops.square(corner or crops.middle_corner(image.size)))
+    return crops.pixel_values(image, crops.box(corner or crops.middle_corner(image.size)))
 
 
 @pytest.fixture

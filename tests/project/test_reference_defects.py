@@ -261,11 +261,11 @@ def test_cached_latents_are_those_of_the_pictures_at_every_step(tiny_base, datas
             ]
         )
 
-    crops = dataclasses.replace(dataset.crops, stride=base.vae_stride)
-    pictures = [picture for source in dataset.sources for picture in source.pictures()]
+    dataset.crops = dataclasses.replace(dataset.crops, stride=base.vae_stride)
+    pictures = dataset.pictures(dataset.sources)
     cached = means(
         encodings.encode_photos(
-            encoding_cache.EncodingCache(None, print), base, pictures, crops, cpu, alone, lambda: None
+            encoding_cache.EncodingCache(None, print), base, pictures, cpu, alone, lambda: None
         ),
         None,
     )

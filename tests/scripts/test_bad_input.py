@@ -1567,7 +1567,7 @@ def outcomes(
 def checked_and_loaded(path: Path) -> None:
     (photo,) = photos.check_folder(path.parent, "--instance_data_dir").photos
     crops = Crops(32, "lanczos", center_crop=True)
-    box = crops.square(crops.middle_corner(photo.size))
+    box = crops.box(crops.middle_corner(photo.size))
     assert crops.pixel_values(photos.load(photo), box).isfinite().all()
 
 

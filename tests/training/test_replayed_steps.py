@@ -83,6 +83,7 @@ CASES = {
     ),
     "EDM, DoRA": ("tiny_edm", "--max_train_steps 3 --use_dora --lora_dropout 0.1"),
     "IF, LoKr": ("tiny_if", "--max_train_steps 3 --adapter lokr --resolution 16"),
+    "buckets": ("tiny_xl", "--max_train_steps 5 --buckets --resolution 64,80 --checkpointing_steps 3"),
     "scaled LoHa": ("tiny_base", "--max_train_steps 4 --adapter loha --mixed_precision bf16"),
 }
 
@@ -99,9 +100,10 @@ def test_replayed_steps_learn_what_launched_steps_learn(
     if "scaled" in case:  # as with fp16; the first steps overflow, and are skipped
         always = functools.partial(torch.amp.GradScaler, init_scale=2.0**127)
         monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: always(device))
-    run = functools.partial(
-        run_train, request.getfixturevalue(base), captioned if "captions" in case else photos_dir
-    )
+    photos = captioned if "captions" in case else photos_dir
+    if case == "buckets":  # a graph for each shape
+        photos = tiny.make_photos(tiny.make_photos(tmp_path / "odd", 2, (96, 64)), 1)
+    run = functools.partial(run_train, request.getfixturevalue(base), photos)
     launched, replayed = run(tmp_path / "launched", *more, *LAUNCHED), run(tmp_path / "replayed", *more)
     assert how_steps_were_taken(launched) == "launched: --cuda_graph off"
     assert how_steps_were_taken(replayed) == "replayed"

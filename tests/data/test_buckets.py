@@ -1,0 +1,186 @@
+"""Buckets: which shape a photo gets, which bucket a batch takes its photos from, and runs whose photos have
+odd shapes."""
+
+import collections
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_dreambooth_lora as train
+from dreambooth.bases import families
+from dreambooth.data import buckets, sampling_order
+from dreambooth.data.buckets import Buckets
+from dreambooth.data.crops import Crops
+from dreambooth.options.command_line import parse
+from dreambooth.options.training import BaseOptions, TrainOptions
+from tests import tiny
+from tests.running import (
+    ROOT,
+    digest,
+    main_on_two_processes,
+    meter_records,
+    prior_words,
+    run_train,
+    train_words,
+)
+
+# folders of photos, one for each subject
+REAL = Path(os.environ.get("DREAMBOOTH_PHOTOS", ROOT.parent / "shared" / "data" / "dreambooth"))
+SIZES = [(2048, 2048), (6400, 4800), (4000, 1200), (3000, 2000), (1920, 3413)]
+
+
+# --- shapes
+
+
+@pytest.mark.parametrize(("side", "grid"), [(512, 64), (768, 64), (1024, 32), (64, 8), (72, 16), (520, 64)])
+def test_shapes_lie_on_the_grid_and_have_at_most_the_area_of_the_square(side, grid):
+    chosen = Buckets((side,), grid)
+    for size in SIZES:
+        (shape,) = chosen.shapes_of(size)
+        assert all(length % grid == 0 for length in shape)
+        assert 0.75 * (side // grid * grid) ** 2 <= shape[0] * shape[1] <= side**2
+        assert chosen.shapes_of(size[::-1]) == (shape[::-1],)
+
+
+def test_a_bucket_keeps_what_a_square_would_cut_off():
+    chosen = Buckets((512,), 64)
+    assert chosen.shapes_of((512, 512)) == ((512, 512),)
+    assert chosen.shapes_of((3000, 2000)) == ((576, 384),)
+    for size in SIZES:
+        assert buckets.kept(size, chosen.shapes_of(size)[0]) >= max(0.9, buckets.kept(size, (512, 512)))
+
+
+def test_the_grid_is_that_of_vae_and_unet(tiny_base, tiny_xl, tiny_if):
+    grids = [families.find(BaseOptions(str(base))).grid for base in (tiny_base, tiny_xl, tiny_if)]
+    assert grids == [16, 16, 2]
+
+
+def test_no_photo_is_enlarged_more_than_the_limit():
+    chosen = Buckets((512, 768), 64)
+    assert chosen.shapes_of((600, 600)) == ((512, 512), (768, 768))
+    assert chosen.shapes_of((400, 400)) == ((512, 512),)
+    assert chosen.shapes_of((200, 200)) == ((256, 256),)
+    assert chosen.shapes_of((40, 40)) == ((64, 64),)
+    photos = [("a.png", (900, 600)), ("small.png", (200, 200))]
+    assert buckets.notes(chosen, photos, 1) == [
+        "1 of 2 photos would be enlarged more than 1.5 times for --resolution 512,768, and have smaller "
+        "shapes: small.png"
+    ]
+
+
+def test_crops_of_a_bucket_have_its_shape_and_sizes_are_those_of_the_crop():
+    crops = Crops(64, "lanczos", center_crop=False, stride=8).of((96, 32))
+    assert crops.resized_size((300, 300)) == (96, 96)
+    assert crops.room((300, 300)) == (0, 64)
+    assert crops.box((0, 8)) == (0, 8, 96, 40)
+    assert crops.time_ids((300, 300), (0, 8)) == (300, 300, 8, 0, 32, 96)
+    assert Crops(64, "lanczos", center_crop=True).of((128, 128)) == Crops(128, "lanczos", center_crop=True)
+
+
+# --- the order
+
+
+def test_every_photo_comes_up_equally_often_and_a_batch_stays_in_one_bucket():
+    counts, size = (3, 1, 2), 4
+    visits: collections.Counter[tuple[int, int]] = collections.Counter()
+    for batch in range(2 * sum(counts)):
+        places = [
+            sampling_order.place_in_buckets(7, "order", batch * size + row, counts, size)
+            for row in range(size)
+        ]
+        assert len({bucket for bucket, _ in places}) == 1
+        visits.update(places)
+    assert visits == {(b, index): 2 * size for b, count in enumerate(counts) for index in range(count)}
+
+
+def test_one_bucket_has_the_order_of_a_run_without_buckets():
+    for row in range(20):
+        index = sampling_order.image_of_row(3, "instance-order", row, 5)
+        assert sampling_order.place_in_buckets(3, "instance-order", row, (5,), 2) == (0, index)
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    """Five photos of three shapes."""
+    return tiny.make_odd_photos(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.mark.trains
+def test_two_processes_and_a_resumed_run_learn_what_one_learns(tiny_xl, odd, tmp_path, capsys):
+    """With class images, which are cut to the shape of the photos beside them, a meter and validation."""
+    words = [
+        "--buckets",
+        "--resolution",
+        "64,96",
+        "--random_flip",
+        *prior_words(tmp_path / "class"),
+        "--train_batch_size",
+        "2",
+        "--max_train_steps",
+        "4",
+    ]
+    words += ["--checkpointing_steps", "2", "--meter_steps", "4", "--holdout", "1"]
+    one = run_train(tiny_xl, odd, tmp_path / "one", *words, "--gradient_accumulation_steps", "2")
+    said = capsys.readouterr().out
+    assert "buckets:\n" in said
+    resumed = run_train(
+        tiny_xl,
+        odd,
+        tmp_path / "resumed",
+        *words,
+        *("--gradient_accumulation_steps", "2"),
+        *("--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-2")),
+    )
+    main_on_two_processes(
+        train.main, parse(TrainOptions, "", train_words(tiny_xl, odd, tmp_path / "two", *words))
+    )
+    assert digest(one) == digest(resumed) == digest(tmp_path / "two" / one.name)
+    assert meter_records(tmp_path / "one") == meter_records(tmp_path / "two")
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "<h3>Buckets</h3>" in page
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["flags"]["resolution"] == "64,96"
+
+
+REAL_SHAPES = [(512, 340), (300, 512), (512, 200), (512, 512)]
+
+
+def real_photos(name: str, folder: Path) -> Path:
+    """Photos of a real subject, cut to several shapes."""
+    if not (REAL / name).is_dir():
+        pytest.skip(f"{REAL} has no folder {name} of photos; DREAMBOOTH_PHOTOS names another place")
+    for number, path in enumerate(sorted((REAL / name).glob("*.jpg"))[:4]):
+        width, height = REAL_SHAPES[number]
+        with Image.open(path) as image:
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image.crop((left, top, left + width, top + height)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("name", "base", "more"),
+    [
+        ("dog3", "tiny_base", "--resolution 64,96 --cache_latents disk"),
+        ("duck_toy", "tiny_xl", "--resolution 64 --center_crop --cache_latents off"),
+        ("rc_car", "tiny_xl", "--resolution 96 --random_flip"),
+    ],
+)
+def test_real_photos_of_odd_shapes_train_the_same_on_two_processes_and_resumed(
+    name, base, more, request, tmp_path_factory, tmp_path
+):
+    photos = real_photos(name, tmp_path_factory.mktemp(name))
+    folder = request.getfixturevalue(base)
+    words = ["--buckets", *more.split(), "--max_train_steps", "4", "--checkpointing_steps", "2"]
+    alone = [*words, "--gradient_accumulation_steps", "2"]
+    one = run_train(folder, photos, tmp_path / "one", *alone)
+    resume = ["--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-2")]
+    resumed = run_train(folder, photos, tmp_path / "resumed", *alone, *resume)
+    two = parse(TrainOptions, "", train_words(folder, photos, tmp_path / "two", *words))
+    main_on_two_processes(train.main, two)
+    assert digest(one) == digest(resumed) == digest(tmp_path / "two" / one.name)
