@@ -54,13 +54,12 @@ class InstanceOptions(Group):
     repeats: Annotated[int, Range(1, 10**6)] = 1
     """Number of times that one pass (see --num_train_epochs) visits every photo."""
     resolution: Sides | None = None
-    """Side of the square training crop, in pixels; a multiple of 8. With --buckets, crops have the area of
-    that square, and several sides may be given, as in 512,768: photos then take turns in all of them, and
-    validation pictures have the first. Default: 512; 1024 for Stable Diffusion XL; 64 for DeepFloyd IF."""
+    """Side of the square training crop, in pixels; a multiple of 8. Several (512,768) need --buckets.
+    Default: 512; 1024 for Stable Diffusion XL; 64 for DeepFloyd IF."""
     buckets: bool = False
-    """Cut each photo to a shape near its own in place of a square. A batch has one shape. Photos that are
-    small for a resolution get a smaller shape. Class images are cut to the shape of the photos beside
-    them."""
+    """Cut each photo to a shape near its own, of at most the area of the square. A batch has one shape, and
+    class images are cut to it. With several values of --resolution photos take turns in all of them, and
+    validation pictures have the first. A photo that is small for a resolution gets a smaller shape."""
     center_crop: bool = False
     """Crop the center. Without this flag, every visit of a photo that is not square draws a random crop."""
     random_flip: bool = False
