@@ -78,48 +78,50 @@ class PhotoRows(Dataset):
         batch_size: int = 1,
     ):
         """Without `buckets` all photos are cut by `crops`. With them the `batch_size` rows of a micro-batch
-        have the shape of one bucket of the first source, whose photos take turns; photos of other sources
-        are cut to the same shape."""
+        have the shape of one bucket of photos of the subject, which take turns; class images are cut to the
+        same shape."""
         self.sources, self.seed, self.crops, self.batch_size = sources, seed, crops, batch_size
         self.buckets = buckets
         self.filled = buckets.filled([photo.size for photo in sources[0].photos]) if buckets else ()
 
     def crops_of(self, row: int) -> Crops:
         """How the photos of this row are cut."""
-        return self.crops.of(self.filled[self._place(row)[0]].shape) if self.filled else self.crops
+        return self.crops.of(self.filled[self._bucket(row)[0]].shape) if self.filled else self.crops
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """(bucket, index in it) of this row's photo of the first source."""
+    def _bucket(self, row: int) -> tuple[int, int]:
+        """(bucket of this row, number of earlier rows of that bucket)."""
         counts = tuple(len(bucket.photos) for bucket in self.filled)
-        purpose = f"{self.sources[0].purpose}-order"
-        return sampling_order.place_in_buckets(self.seed, purpose, row, counts, self.batch_size)
+        return sampling_order.bucket_of_row(self.seed, "bucket", row, counts, self.batch_size)
+
+    def _has_buckets(self, source: Source) -> bool:
+        """Whether a row takes its photo of this source from its bucket: those are photos of the subject."""
+        return bool(self.filled) and source.purpose in ("instance", "prior")
 
     def all_crops(self, source: Source) -> list[tuple[Photo, Crops]]:
         """Every (photo, how it is cut) that a row may have. A source that rows do not take photos from has
         the crops that are measured."""
         if not self.filled:
             return [(photo, self.crops) for photo in source.photos]
-        if source.purpose == self.sources[0].purpose:
+        if self._has_buckets(source):
             pairs = [(source.photos[n], bucket.shape) for bucket in self.filled for n in bucket.photos]
-        elif source.purpose in [beside.purpose for beside in self.sources]:
+        elif source.purpose == "class":
             pairs = [(photo, bucket.shape) for bucket in self.filled for photo in source.photos]
         else:
             return [(photo, self.measured_crops(source, photo)) for photo in source.photos]
         return [(photo, self.crops.of(shape)) for photo, shape in pairs]
 
     def crops_of_photo(self, source: Source, photo: Photo) -> list[Crops]:
-        """How a photo of the first source, or one that is only measured, is cut; [] for photos that are cut
-        to the shapes of those of the first source."""
-        if source.purpose in [beside.purpose for beside in self.sources[1:]]:
+        """How a photo is cut; [] for a class image, which is cut to the shapes of all photos."""
+        if source.purpose == "class":
             return []
         return [crops for other, crops in self.all_crops(source) if other == photo]
 
     def measured_crops(self, source: Source, photo: Photo) -> Crops:
-        """How a photo is cut where it is measured: to its shape for the first resolution; if it is beside
-        photos of the first source, to the shape of the fullest bucket."""
+        """How a photo is cut where it is measured: to its shape for the first resolution; a class image to
+        the shape of the fullest bucket."""
         if self.buckets is None:
             return self.crops
-        if source.purpose in [beside.purpose for beside in self.sources[1:]]:
+        if source.purpose == "class":
             return self.crops.of(self.filled[0].shape)
         return self.crops.of(self.buckets.shapes_of(photo.size)[0])
 
@@ -134,10 +136,14 @@ class PhotoRows(Dataset):
 
     def photo(self, source: Source, row: int) -> int:
         """Index of the photo of this row."""
-        if self.filled and source.purpose == self.sources[0].purpose:
-            bucket, index = self._place(row)
-            return self.filled[bucket].photos[index]
-        return sampling_order.image_of_row(self.seed, f"{source.purpose}-order", row, len(source.photos))
+        order = f"{source.purpose}-order"
+        if not self._has_buckets(source):
+            return sampling_order.image_of_row(self.seed, order, row, len(source.photos))
+        bucket, place = self._bucket(row)
+        photos_of_bucket = self.filled[bucket].photos
+        # a run with one bucket has the order of a run without buckets
+        order = f"{order}-{bucket}" if bucket else order
+        return photos_of_bucket[sampling_order.image_of_row(self.seed, order, place, len(photos_of_bucket))]
 
     def is_mirrored(self, source: Source, row: int) -> bool:
         """Whether the photo of this row is mirrored."""

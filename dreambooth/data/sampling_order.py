@@ -62,20 +62,18 @@ def _turns_of_buckets(seed: int, purpose: str, turn: int, counts: tuple[int, ...
     return places
 
 
-def place_in_buckets(
+def bucket_of_row(
     seed: int, purpose: str, row: int, counts: tuple[int, ...], batch_size: int
 ) -> tuple[int, int]:
-    """(bucket, index of the photo in it) of this row, where bucket b has counts[b] photos.
+    """(bucket of this row, number of earlier rows of that bucket), where bucket b has counts[b] photos.
 
-    The `batch_size` rows of a micro-batch take their photos from one bucket. In as many micro-batches as
-    there are photos in all buckets, a bucket has one for each of its photos: so every photo comes up equally
-    often. With one bucket the order is that of `image_of_row`.
+    The `batch_size` rows of a micro-batch have one bucket. In as many micro-batches as there are photos in
+    all buckets, a bucket has one for each of its photos: so every photo can come up equally often.
     """
     batch, number = divmod(row, batch_size)
     turn, at = divmod(batch, sum(counts))
-    bucket, earlier = _turns_of_buckets(seed, f"{purpose}-bucket", turn, counts)[at]
-    place = (turn * counts[bucket] + earlier) * batch_size + number
-    return bucket, image_of_row(seed, f"{purpose}-{bucket}" if bucket else purpose, place, counts[bucket])
+    bucket, earlier = _turns_of_buckets(seed, purpose, turn, counts)[at]
+    return bucket, (turn * counts[bucket] + earlier) * batch_size + number
 
 
 def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], stride: int = 1) -> tuple[int, int]:

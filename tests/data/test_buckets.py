@@ -11,9 +11,10 @@ from PIL import Image
 
 import train_dreambooth_lora as train
 from dreambooth.bases import families
-from dreambooth.data import buckets, sampling_order
+from dreambooth.data import batches, buckets, photos
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
+from dreambooth.data.photos import Photo
 from dreambooth.options.command_line import parse
 from dreambooth.options.training import BaseOptions, TrainOptions
 from tests import tiny
@@ -83,32 +84,42 @@ def test_crops_of_a_bucket_have_its_shape_and_sizes_are_those_of_the_crop():
 # --- the order
 
 
-def test_every_photo_comes_up_equally_often_and_a_batch_stays_in_one_bucket():
-    counts, size = (3, 1, 2), 4
-    visits: collections.Counter[tuple[int, int]] = collections.Counter()
-    for batch in range(2 * sum(counts)):
-        places = [
-            sampling_order.place_in_buckets(7, "order", batch * size + row, counts, size)
-            for row in range(size)
-        ]
-        assert len({bucket for bucket, _ in places}) == 1
-        visits.update(places)
-    assert visits == {(b, index): 2 * size for b, count in enumerate(counts) for index in range(count)}
-
-
-def test_one_bucket_has_the_order_of_a_run_without_buckets():
-    for row in range(20):
-        index = sampling_order.image_of_row(3, "instance-order", row, 5)
-        assert sampling_order.place_in_buckets(3, "instance-order", row, (5,), 2) == (0, index)
-
-
-# --- runs
-
-
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> Path:
     """Five photos of three shapes."""
     return tiny.make_odd_photos(tmp_path_factory.mktemp("odd"))
+
+
+def rows_of(folder: Path, batch_size: int, *sides: int) -> batches.PhotoRows:
+    """The rows of the photos in a folder, with class rows beside them that take photos of the subject."""
+    pictures = photos.check_folder(folder, "--instance_data_dir").photos
+    sources = [batches.Source(purpose, pictures, [""] * len(pictures)) for purpose in ("instance", "prior")]
+    return batches.PhotoRows(sources, 7, Crops(64, "lanczos", False), Buckets(sides, 16), batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_photo_comes_up_equally_often_in_each_of_its_shapes(odd, batch_size):
+    dataset = rows_of(odd, batch_size, 64, 96)
+    total = sum(len(bucket.photos) for bucket in dataset.filled)
+    assert total > len(dataset.sources[0].photos)  # most are large enough for both resolutions
+    for source in dataset.sources:
+        visits: collections.Counter[tuple[Photo, Crops]] = collections.Counter()
+        for batch in range(total):
+            rows = range(batch * batch_size, (batch + 1) * batch_size)
+            assert len({dataset.crops_of(row) for row in rows}) == 1
+            visits.update((source.photos[dataset.photo(source, row)], dataset.crops_of(row)) for row in rows)
+        assert visits == dict.fromkeys(dataset.all_crops(source), batch_size)
+
+
+def test_photos_of_one_shape_have_the_order_of_a_run_without_buckets(photos_dir):
+    dataset = rows_of(photos_dir, 2, 64)
+    plain = batches.PhotoRows(dataset.sources, 7, dataset.crops)
+    for source in dataset.sources:
+        pairs = [(dataset.photo(source, row), plain.photo(source, row)) for row in range(20)]
+        assert [one for one, _ in pairs] == [other for _, other in pairs]
+
+
+# --- runs
 
 
 @pytest.mark.trains
