@@ -27,8 +27,8 @@ SCORES = {
     "CLIP-T word": ("clip", "cosine of a picture with its prompt, the rare word kept"),
     "PRES": ("dino", "DINO of pictures of the class prompt; compare with the base's"),
     "DIV": ("dino", "1 - DINO cosine of two pictures of a prompt, mean over pairs, then over prompts"),
-    "nearest": ("dino", "DINO cosine of a picture with the nearest photo that was trained on"),
-    "held-out": ("dino", "DINO cosine of a picture with the nearest photo that was not trained on"),
+    "nearest_trained": ("dino", "DINO cosine of a picture with the nearest photo that was trained on"),
+    "nearest_held_out": ("dino", "DINO cosine of a picture with the nearest photo that was not trained on"),
     "copies": ("dino", "share of pictures nearer to a trained photo than those photos are to each other"),
     "reader ID": ("reader", "share of the subject's identity attributes that a picture shows"),
     "reader ID_all": ("reader", "share of pictures that show all of them"),
@@ -117,9 +117,9 @@ def of_pictures(
     if drawn.dino is not None and photos.dino is not None:
         columns["DINO"] = of_class["PRES"] = scores.picture_cosines(drawn.dino, photos.dino)
         of_training = photos.dino if trained is None or trained.dino is None else trained.dino
-        columns["nearest"] = nearest = scores.nearest_cosines(drawn.dino, of_training)
+        columns["nearest_trained"] = nearest = scores.nearest_cosines(drawn.dino, of_training)
         if trained is not None:
-            columns["held-out"] = scores.nearest_cosines(drawn.dino, photos.dino)
+            columns["nearest_held_out"] = scores.nearest_cosines(drawn.dino, photos.dino)
         limit = scores.nearest_other(of_training)
         if limit is not None:
             columns["copies"] = (nearest > limit).astype(np.float64)
@@ -224,7 +224,7 @@ def real_rows(
         of_training = photos.dino if trained is None or trained.dino is None else trained.dino
         nearest = scores.nearest_other(of_training)
         if nearest is not None:
-            rows["excluding_self"]["nearest"] = nearest, len(of_training)
+            rows["excluding_self"]["nearest_trained"] = nearest, len(of_training)
     if reader is not None:
         share = reader.of_class(images)[0]
         for values in rows.values():
@@ -238,7 +238,7 @@ def skipped(given: dict[str, Any], num_class_images: int, *, has_held_out: bool)
     for name, (judge, _) in SCORES.items():
         if given[judge] is None:
             reasons[name] = f"--judge_{judge} is not given"
-        elif name == "held-out" and not has_held_out:
+        elif name == "nearest_held_out" and not has_held_out:
             reasons[name] = "--trained_photos is not given, so that --photos were trained on"
         elif not num_class_images and name in ("PRES", "reader PRES", "reader PRIOR_TV"):
             reasons[name] = "--num_class_images is 0"

@@ -52,7 +52,7 @@ SCORES = {
     "DIV": "how different pictures of one prompt are from each other",
     "PRIOR_TV": "how far the mix of class pictures is from the base's",
     "nearest_held_out": "likeness to the nearest photo that was held out",
-    "share_above_real": "share of pictures nearer to a photo than the photos are to each other",
+    "copies": "share of pictures nearer to a photo than the photos are to each other",
     "real": "likeness of the photos to each other",
 }
 

@@ -87,7 +87,7 @@ def copying(pictures: Rows, trained: Rows, held_out: Rows | None = None) -> dict
     """How near pictures are to single photos.
 
     `nearest_trained` is the mean cosine with the nearest photo that was trained on, `nearest_held_out` with
-    the nearest one that was not, None without such photos. `share_above_real` is the share of pictures that
+    the nearest one that was not, None without such photos. `copies` is the share of pictures that
     are nearer to a trained photo than trained photos are to each other (`nearest_other`), None for one photo.
     """
     nearest, real = nearest_cosines(pictures, trained), nearest_other(trained)
@@ -97,7 +97,7 @@ def copying(pictures: Rows, trained: Rows, held_out: Rows | None = None) -> dict
     return {
         "nearest_trained": float(nearest.mean()),
         "nearest_held_out": kept_back,
-        "share_above_real": None if real is None else float((nearest > real).mean()),
+        "copies": None if real is None else float((nearest > real).mean()),
     }
 
 

@@ -47,7 +47,7 @@ def test_the_real_row_is_given_with_and_without_self_pairs():
 
 def test_one_photo_has_no_row_without_self_pairs():
     assert scores.real_row(PHOTOS[:1]) == {"excluding_self": None, "including_self": pytest.approx(1)}
-    assert scores.copying(PICTURES, PHOTOS[:1])["share_above_real"] is None
+    assert scores.copying(PICTURES, PHOTOS[:1])["copies"] is None
 
 
 def test_clip_t_is_the_raw_cosine_of_each_picture_with_its_text():
@@ -67,8 +67,8 @@ def test_copying_is_judged_against_held_out_photos_and_the_photos_themselves():
     )
     share = mean(value > real for value in nearest)
     assert 0 < share < 1
-    assert copying["share_above_real"] == pytest.approx(share)
-    assert scores.copying(trained, trained)["share_above_real"] == 1
+    assert copying["copies"] == pytest.approx(share)
+    assert scores.copying(trained, trained)["copies"] == 1
     assert scores.copying(PICTURES, trained)["nearest_held_out"] is None
 
 

@@ -153,7 +153,7 @@ def test_the_table_is_what_pair_loops_by_hand_give(place, evaluated):
             "DINO": np.mean([a @ b for a in drawn["dino"] for b in photos["dino"]]),
             "CLIP-I": np.mean([a @ b for a in drawn["clip"] for b in photos["clip"]]),
             "PRES": np.mean([a @ b for a in of_class["dino"] for b in photos["dino"]]),
-            "nearest": np.mean([max(a @ b for b in photos["dino"]) for a in drawn["dino"]]),
+            "nearest_trained": np.mean([max(a @ b for b in photos["dino"]) for a in drawn["dino"]]),
             "DIV": np.mean([1 - drawn["dino"][n] @ drawn["dino"][n + 1] for n in (0, 2)]),
         }
         for name, words in (("CLIP-T", "a dog"), ("CLIP-T word", "a sks dog")):
@@ -181,7 +181,7 @@ def test_every_picture_has_a_line_with_its_prompt_seed_adapter_and_scores(place,
     assert len({record["adapter_sha256"] for record in of_adapter}) == 1
     first, last = of_adapter[0], of_adapter[-1]
     assert (first["prompt"], first["text"]) == ("a sks dog in the snow", "a dog in the snow")
-    assert first["scores"].keys() == {"DINO", "nearest", "copies", "CLIP-I", "CLIP-T", "CLIP-T word"}
+    assert first["scores"].keys() == {"DINO", "nearest_trained", "copies", "CLIP-I", "CLIP-T", "CLIP-T word"}
     assert (last["prompt"], last["scores"].keys()) == ("a dog", {"PRES"})
     settings = json.loads((evaluated / "results.json").read_text())["settings"]
     assert settings["num_inference_steps"] == 2
@@ -341,11 +341,11 @@ def test_a_table_has_subjects_and_methods_and_a_subset_draws_the_same_pictures(p
     # copying is measured against the photos that were trained on
     record = next(r for r in records_of(tmp_path / "out") if (r["subject"], r["method"]) == ("rex", "lora"))
     drawn = embeddings(place, [Image.open(tmp_path / "out" / record["file"])])["dino"][0]
-    for name, folder, count in (("nearest", "tom", 2), ("held-out", "rex", 3)):
+    for name, folder, count in (("nearest_trained", "tom", 2), ("nearest_held_out", "rex", 3)):
         photos = [Image.open(place / folder / f"photo-{n}.png") for n in range(count)]
         nearest = max(embeddings(place, photos)["dino"] @ drawn)
         assert record["scores"][name] == pytest.approx(nearest, abs=1e-6), name
-    assert table["lora"]["scores"]["held-out"]["subjects"] == 1
+    assert table["lora"]["scores"]["nearest_held_out"]["subjects"] == 1
     # both subjects have the same prompts: the base draws them once
     assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 2 * (1 + 3)
     run(place, tmp_path / "tom", *words, "--subjects", "tom")

@@ -59,7 +59,7 @@ def test_pictures_are_judged_at_every_validation_beside_the_base(judged):
             "PRES_base",
             "nearest_trained",
             "nearest_held_out",
-            "share_above_real",
+            "copies",
         )
         names |= {f"{name}_{ending}" for ending in endings}
     assert all(record["judge"].keys() == names for record in judged_steps.values())
