@@ -29,7 +29,7 @@ from dreambooth.adapter_files.layer_names import Layers
 from dreambooth.bases import families
 from dreambooth.options.training import BaseOptions
 from dreambooth.training import meter, validation
-from tests import tiny, tiny_judges
+from tests import single_files, tiny, tiny_judges
 from tests.running import run_train
 
 # tyro looks for the help of every flag in the source of the options, anew for each command line; a run looks
@@ -102,6 +102,19 @@ def tiny_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepFloyd IF, first stage, in miniature."""
     return tiny.build_if(tmp_path_factory.mktemp("if"))
+
+
+@pytest.fixture(scope="session")
+def file_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny bases as folders, one of each kind that there is as a single file, with CLIP's own tokenizers."""
+    folder = tmp_path_factory.mktemp("file_bases")
+    return {kind: single_files.build_folder(folder / kind, kind) for kind in single_files.KINDS}
+
+
+@pytest.fixture(scope="session")
+def file_configs(file_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations of the shapes of `file_bases`, in place of those of the published bases."""
+    return single_files.make_configs(tmp_path_factory.mktemp("file_configs"), file_bases)
 
 
 @pytest.fixture(scope="session")

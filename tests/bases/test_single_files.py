@@ -22,19 +22,17 @@ LAYOUTS = pytest.mark.parametrize(
 OF_KINDS = pytest.mark.parametrize("kind", made.KINDS)
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """A tiny base of each kind, as a folder."""
-    folder = tmp_path_factory.mktemp("bases")
-    return {kind: made.build_folder(folder / kind, kind) for kind in made.KINDS}
+@pytest.fixture
+def bases(file_bases) -> dict[str, Path]:
+    return file_bases
 
 
 @pytest.fixture(autouse=True)
-def tiny_configs(bases, tmp_path_factory, monkeypatch) -> Path:
-    """Single files are of the shapes of the tiny bases."""
-    shipped = single_files.CONFIGS
-    monkeypatch.setattr(single_files, "CONFIGS", made.make_configs(tmp_path_factory.mktemp("configs"), bases))
-    return shipped
+def shipped(file_configs, monkeypatch) -> Path:
+    """The configurations that ship. Single files are of the shapes of the tiny bases here."""
+    folder = single_files.CONFIGS
+    monkeypatch.setattr(single_files, "CONFIGS", file_configs)
+    return folder
 
 
 def find(path: Path, **flags: Any) -> Base:
@@ -264,10 +262,10 @@ def test_a_file_without_text_encoder_is_refused(bases, tmp_path, kind):
         find(file)
 
 
-def test_a_file_of_another_shape_is_refused_with_its_first_weight(bases, tmp_path, tiny_configs, monkeypatch):
+def test_a_file_of_another_shape_is_refused_with_its_first_weight(bases, tmp_path, shipped, monkeypatch):
     """As SSD-1B, an XL with fewer layers."""
     file = made.write(bases["sdxl"], "sdxl", tmp_path / "x.safetensors")
-    monkeypatch.setattr(single_files, "CONFIGS", tiny_configs)
+    monkeypatch.setattr(single_files, "CONFIGS", shipped)
     with pytest.raises(UserError) as error:
         find(file)
     lines = str(error.value).splitlines()
@@ -282,7 +280,7 @@ def test_the_name_of_a_file_is_never_asked_of_a_hub(tmp_path, monkeypatch, endin
 
     monkeypatch.setattr(families, "_download", ask)
     monkeypatch.setattr(families.huggingface_hub, "snapshot_download", ask)
-    with pytest.raises(UserError, match="there is no file .*; such a name is not looked for on the hub"):
+    with pytest.raises(UserError, match=r"there is no file .*; such a name is not looked for on the hub"):
         find(Path(f"someone/model.{ending}"))
 
 
@@ -320,9 +318,9 @@ PUBLISHED = {
 
 
 @OF_KINDS
-def test_shipped_configurations_are_those_of_full_size_files(tiny_configs, kind):
+def test_shipped_configurations_are_those_of_full_size_files(shipped, kind):
     """Every key of a full-size file becomes the weight of a full-size model."""
-    folder = tiny_configs / kind
+    folder = shipped / kind
     family, parts = full_size(folder)
     count = numbers = 0
     shapes: dict[str, tuple[int, ...]] = {}
@@ -349,7 +347,7 @@ def test_shipped_configurations_are_those_of_full_size_files(tiny_configs, kind)
     assert configs._misfits(kinds, kind) == []
 
 
-def test_the_tokenizers_are_clips(tiny_configs):
+def test_the_tokenizers_are_clips(shipped):
     """Tokens of OpenAI's CLIP: begin, words, end, and the padding of each version."""
     expected = [49406, 320, 1125, 539, 48136, 1929, 49407]
     for kind, name, padding in (
