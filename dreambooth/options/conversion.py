@@ -18,9 +18,9 @@ class KnownBase(Group):
     """Base model that the adapter is for."""
 
     pretrained_model_name_or_path: PathOrId | None = None
-    """Folder or hub id of the base. With it, the name and width of every layer are checked. Files in kohya's
-    format, LoHa and LoKr cannot be converted without it, since they lack names or shapes. Only the headers of
-    the base's files are read, but for --rank of a DoRA."""
+    """Folder, single file or hub id of the base. With it, the name and width of every layer are checked.
+    Files in kohya's format, LoHa and LoKr cannot be converted without it, since they lack names or shapes.
+    Only the headers of the base's files are read, but for --rank of a DoRA."""
     revision: Name | None = None
     """Hub revision (branch, tag or commit) of the base."""
     variant: str | None = None
@@ -43,7 +43,7 @@ class NeededBase(KnownBase):
     """Base model."""
 
     pretrained_model_name_or_path: PathOrId = dataclasses.field()  # without a default
-    """Folder or hub id of the base."""
+    """Folder, single file or hub id of the base."""
 
 
 def _check_adapters(words: tuple[str, ...], minimum: int) -> None:
@@ -152,7 +152,7 @@ class ExtractOptions(Group):
 
     base: NeededBase
     tuned: PathOrId
-    """Folder or hub id of the fine-tuned base."""
+    """Folder, single file or hub id of the fine-tuned base."""
     rank: Rank
     """Rank of the LoRA."""
     output: FilePath

@@ -54,14 +54,15 @@ class BaseOptions(Group):
     """Base model: its weights stay frozen."""
 
     pretrained_model_name_or_path: PathOrId
-    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL, or the first stage of DeepFloyd IF.
-    `picturebook/model` is the embedded one."""
+    """Folder or hub id of the base: Stable Diffusion 1.x, 2.x or XL (also a .safetensors file), or the first
+    stage of DeepFloyd IF. `picturebook/model` is the embedded one."""
     pretrained_vae_model_name_or_path: PathOrId | None = None
-    """Folder or hub id of a VAE that replaces the base's VAE."""
+    """Folder, single .safetensors file or hub id of a VAE that replaces the base's VAE."""
     revision: Name | None = None
     """Hub revision (branch, tag or commit) of every part of the base."""
     variant: str | None = None
-    """Preferred weight files: fp16 prefers `*.fp16.safetensors`, for each part of the base that has them."""
+    """Preferred weight files: fp16 prefers `*.fp16.safetensors`, for each part of the base that has them. Of
+    a single file with two UNets, ema takes the averaged one."""
     tokenizer_name: PathOrId | None = None
     """Folder or hub id of a tokenizer that replaces the base's (first) tokenizer."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

@@ -51,7 +51,8 @@ class PublicFlags:
         if flag in self.hub_ids:
             hub_id = self.hub_ids[flag]
             return _link(f"datasets/{hub_id}" if flag == "dataset_name" else hub_id)
-        return f"a local folder, {_prose(self.values[flag])}"
+        name = self.values[flag]
+        return f"a local {'file' if name.endswith('.safetensors') else 'folder'}, {_prose(name)}"
 
 
 def model_card(
@@ -62,13 +63,15 @@ def model_card(
     pictures: Mapping[str, str],
     repository: str | None,
     token: str | None,
+    single_file: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md.
 
     `flags` are all flags of the run but the token. `base_folder` is the base on disk, `family` is sd, sdxl
-    or if. `pictures` are prompts by the names of files beside the card, `repository` is OWNER/NAME on the hub
-    or None. If the base is from the hub and came without its card, its licence is read from the hub, with
-    `token`.
+    or if. `single_file` has the settings in which the scheduler of a base in a single file differs from the
+    published base's; it is None for a folder. `pictures` are prompts by the names of files beside the card,
+    `repository` is OWNER/NAME on the hub or None. If the base is from the hub and came without its card, its
+    licence is read from the hub, with `token`.
     """
     public = public_flags(flags, base_folder)
     hub_id = public.hub_ids.get("pretrained_model_name_or_path")
@@ -85,7 +88,7 @@ def model_card(
         f"Trigger prompt: {_prose(flags['instance_prompt'])}",
         _gallery(pictures),
         "## Use",
-        _fenced(_example(public, name, family), "python") if is_lora else "",
+        _fenced(_example(public, name, family, single_file), "python") if is_lora else "",
         "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in files),
         "## Training",
         "\n".join(f"- {line}" for line in _about_training(public)),
@@ -153,18 +156,24 @@ def _about_training(public: PublicFlags) -> list[str]:
     return lines
 
 
-def _example(public: PublicFlags, name: str, family: str) -> str:
+def _example(
+    public: PublicFlags, name: str, family: str, single_file: Mapping[str, Any] | None = None
+) -> str:
     """Python that draws one picture with plain diffusers; the adapter is in repository or folder `name`."""
     flags = public.values
-    imports, more_imports = ["AutoPipelineForText2Image"], []
+    pipeline = "AutoPipelineForText2Image" if single_file is None else _PIPELINES[family]
+    load = "from_pretrained" if single_file is None else "from_single_file"
+    imports, more_imports = [pipeline], []
     arguments = [repr(flags["pretrained_model_name_or_path"])]
     if "pretrained_model_name_or_path" in public.hub_ids and flags.get("revision"):
         arguments.append(f"revision={flags['revision']!r}")
-    if flags.get("variant"):
+    if flags.get("variant") and single_file is None:
         arguments.append(f"variant={flags['variant']!r}")
     if "pretrained_vae_model_name_or_path" in flags:
         imports.insert(0, "AutoencoderKL")
-        arguments.append(f"vae=AutoencoderKL.from_pretrained({flags['pretrained_vae_model_name_or_path']!r})")
+        vae = flags["pretrained_vae_model_name_or_path"]
+        load_vae = "from_single_file" if vae.endswith(".safetensors") else "from_pretrained"
+        arguments.append(f"vae=AutoencoderKL.{load_vae}({vae!r})")
     if "tokenizer_name" in flags:
         more_imports.append("from transformers import AutoTokenizer")
         arguments.append(f"tokenizer=AutoTokenizer.from_pretrained({flags['tokenizer_name']!r})")
@@ -175,8 +184,8 @@ def _example(public: PublicFlags, name: str, family: str) -> str:
         f"from diffusers import {', '.join(imports)}",
         *more_imports,
         "",
-        f"pipeline = AutoPipelineForText2Image.from_pretrained({', '.join(arguments)})",
-        *_scheduler_lines(flags, family),
+        f"pipeline = {pipeline}.{load}({', '.join(arguments)})",
+        *_scheduler_lines(flags, family, single_file or {}),
         "pipeline = pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')",
         f"pipeline.load_lora_weights({name!r}, weight_name={ADAPTER_NAME!r})",
         *(_CLIP_SKIP_LINES if skip and family == "sd" else ()),
@@ -185,6 +194,7 @@ def _example(public: PublicFlags, name: str, family: str) -> str:
     return "\n".join(lines)
 
 
+_PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 # Without these lines diffusers 0.42 with transformers 5 raises AttributeError.
 _CLIP_SKIP_LINES = (
     "if not hasattr(pipeline.text_encoder, 'text_model'):  # diffusers looks for its layers there",
@@ -192,15 +202,20 @@ _CLIP_SKIP_LINES = (
 )
 
 
-def _scheduler_lines(flags: Mapping[str, Any], family: str) -> list[str]:
-    changes = [{"prediction_type": flags["prediction_type"]}] if flags.get("prediction_type") else []
+def _scheduler_lines(flags: Mapping[str, Any], family: str, single_file: Mapping[str, Any]) -> list[str]:
+    change = {key: value for key, value in single_file.items() if key != "_class_name"}
+    if flags.get("prediction_type"):
+        change["prediction_type"] = flags["prediction_type"]
     if family == "if":  # the predicted variance is not trained, and no longer fits the trained mean
-        changes.append({"variance_type": "fixed_small"})
-    lines = []
-    for change in changes:
-        lines.append(f"settings = pipeline.scheduler.config | {change}")
-        lines.append("pipeline.scheduler = type(pipeline.scheduler).from_config(settings)")
-    return lines
+        change["variance_type"] = "fixed_small"
+    if not change:
+        return []
+    kind = single_file.get("_class_name")
+    return [
+        f"settings = pipeline.scheduler.config | {change}",
+        *([f"from diffusers import {kind}"] if kind else []),
+        f"pipeline.scheduler = {kind or 'type(pipeline.scheduler)'}.from_config(settings)",
+    ]
 
 
 # --- the licence

@@ -20,11 +20,12 @@ def publish(start: Start, adapter: Path, pictures: Mapping[str, str]) -> None:
     if start.repository is not None:
         card = model_card.model_card(
             start.flags,
-            base_folder=base.folder,
+            base_folder=base.place,
             family=base.family.key,
             pictures=pictures,
             repository=start.repository,
             token=options.reports.hub_token,
+            single_file=base.single_file.scheduler if base.single_file else None,
         )
         hub.publish(options.reports, start.output_dir, card, list(pictures))
 

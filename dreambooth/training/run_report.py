@@ -83,7 +83,7 @@ class RunReport:
         counts: dict[report.Use, int] = {_USES[source.purpose]: len(source.photos) for source in self.sources}
         run = dataclasses.replace(
             # people show the page to others, who need not see where its files are
-            read(start.output_dir, model_card.public_flags(start.flags, start.base.folder).values),
+            read(start.output_dir, model_card.public_flags(start.flags, start.base.place).values),
             photos=self.photos,
             counts=counts,
             prompts=start.first_prompts(report.MOST_PHOTOS["trained"]),
@@ -189,7 +189,7 @@ def about(start: Start) -> list[tuple[str, str]]:
     versions = [f"{name} {value}" for name, value in environment.items()]
     return [
         ("Base", options.base.name()),
-        ("Licence of the base", model_card.licence_of_folder(start.base.folder)),
+        ("Licence of the base", model_card.licence_of_folder(start.base.place)),
         ("Adapter", f"{adapter}{rank}, on {text}"),
         ("Seed", str(options.run.seed)),
         ("Machine", ", ".join(versions)),

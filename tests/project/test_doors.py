@@ -41,7 +41,7 @@ DOORS = {"reader", "writer", "console"}
 
 # File of dreambooth/ or script, function, what it uses: why it does so itself.
 EXCEPTIONS = {
-    "adapter_files/bake.py _write_weights save_file": "Gigabytes go to a new folder without a copy in memory.",
+    "adapter_files/bake.py _write_weights save_file": "Gigabytes go to a new folder without a copy.",
     "data/photos.py decode Image.open": "Pillow decodes bytes that the reader has read.",
     "infer.py collect Image.open": "Pillow decodes a file that the reader has opened.",
     "files/pictures.py read Image.open": "Pillow decodes bytes that the reader has read.",

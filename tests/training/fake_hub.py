@@ -196,6 +196,7 @@ def card(
     base_folder: Path = Path("nowhere"),
     pictures: list[str] = PICTURES,
     repository: str | None = None,
+    single_file: dict[str, Any] | None = None,
     **values: Any,
 ) -> str:
     options = chosen(family, **values)
@@ -206,4 +207,5 @@ def card(
         pictures=dict.fromkeys(pictures, options.validation.validation_prompt or "a dog"),
         repository=repository,
         token=options.reports.hub_token,
+        single_file=single_file,
     )

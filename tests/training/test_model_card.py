@@ -247,6 +247,15 @@ def test_the_example_of_the_card_draws_with_the_adapter(tiny_base, tmp_path, mon
     assert space["pipeline"].scheduler.config.prediction_type == "v_prediction"
 
 
+def test_the_example_loads_a_single_file_with_what_was_detected():
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}
+    text = card("sdxl", single_file=scheduler, pretrained_model_name_or_path="/a/noob.safetensors")
+    assert "pipeline = StableDiffusionXLPipeline.from_single_file('noob.safetensors')" in text
+    assert "settings = pipeline.scheduler.config | {'prediction_type': 'v_prediction'}" in text
+    assert "pipeline.scheduler = EulerDiscreteScheduler.from_config(settings)" in text
+    assert "a local file, noob" in text
+
+
 def test_a_repository_is_what_the_example_loads():
     assert "load_lora_weights('me/dog', " in card(repository="me/dog")
     assert "load_lora_weights('out', " in card(output_dir=os.path.join(os.sep, "a", "out"))
