@@ -54,9 +54,9 @@ from dreambooth.training.trainables import Trainables
 def denoising_losses(
     model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error of each row, float32 [B], times `weights` [B] if they are given."""
-    losses = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
-    return losses if weights is None else losses * weights
+    """Mean squared error of each row, float32 [B]. `weights` are of rows, [B], or latents, [B, 1, h, w]."""
+    errors = F.mse_loss(model_pred.float(), target.float(), reduction="none")
+    return objectives.row_losses(errors, weights)
 
 
 def dreambooth_loss(

@@ -121,13 +121,18 @@ class Crops:
         )
         return list(dict.fromkeys(self.encoded_box(size, (left, top)) for left in lefts for top in tops))
 
+    def cut(self, resized: Image.Image, box: Box, *, is_mirrored: bool) -> Image.Image:
+        """The part `box` of a resized picture, which is mirrored before if `is_mirrored`."""
+        if is_mirrored:
+            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return resized.crop(box)
+
     def pixel_values(self, image: Image.Image, box: Box, *, is_mirrored: bool = False) -> torch.Tensor:
         """Float32 [3, height, width] in [-1, 1]: the image resized, mirrored if `is_mirrored`, cut to
         `box`."""
         # Pillow's nearest samples at pixel centres, as torch's "nearest-exact" does
         resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
-        image = image.resize(self.resized_size(image.size), resampling)
-        if is_mirrored:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = image.crop(box)
+        image = self.cut(
+            image.resize(self.resized_size(image.size), resampling), box, is_mirrored=is_mirrored
+        )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

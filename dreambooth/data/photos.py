@@ -37,6 +37,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")  # modes of Pillow
 
 # Remarks on a photo. "{}" stands for its name, or for the names of several.
 _BAD_EXIF = "the EXIF orientation of {} cannot be read: taken as stored"
@@ -278,6 +279,21 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
         raise UserError(f"not a whole picture ({reason}); save it again or remove it") from None
 
 
+def opacity(data: bytes) -> Image.Image | None:
+    """The opacity of each pixel of a photo that `decode` takes, in grey levels (255 is opaque), upright; None
+    if all of it is opaque."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `decode` has noted them
+        with Image.open(io.BytesIO(data), formats=picture_files.FORMATS) as image:
+            image.load()
+            orientation = _orientation(image)
+            upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+            if upright.mode not in _WITH_ALPHA and "transparency" not in upright.info:
+                return None
+            alpha = upright.convert("RGBA").getchannel("A")
+            return None if alpha.getextrema() == (255, 255) else alpha
+
+
 def _orientation(image: Image.Image) -> int | None:
     """The EXIF orientation, 1 to 8; None if it is damaged or something else."""
     try:
@@ -299,7 +315,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None, remark: Callable[[str], N
         )
     if image.mode in ("1", "L", "LA", "La"):
         remark(_GREY)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             remark(_TRANSPARENT)

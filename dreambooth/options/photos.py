@@ -1,10 +1,12 @@
 """The flags of instance photos, and of class images for prior preservation. Imports no torch."""
 
 import dataclasses
+import os
 from typing import Annotated, Literal
 
-from dreambooth.io.errors import shortened
+from dreambooth.io.errors import shortened, shown
 from dreambooth.options.captions import CaptionOptions, kohya_folder
+from dreambooth.options.masks import MaskOptions
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.rules import (
     Amount,
@@ -60,6 +62,7 @@ class InstanceOptions(Group):
     """Cut each photo to a shape near its own, of at most the area of the square. A batch has one shape, and
     class images are cut to it. With several values of --resolution photos take turns in all of them, and
     validation pictures have the first. A photo that is small for a resolution gets a smaller shape."""
+    masks: MaskOptions = dataclasses.field(default_factory=MaskOptions)
     center_crop: bool = False
     """Crop the center. Without this flag, every visit of a photo that is not square draws a random crop."""
     random_flip: bool = False
@@ -91,6 +94,7 @@ class InstanceOptions(Group):
         )
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
+        self._check_mask_folder()
         self._adopt_folder_name()
         require(
             self.instance_prompt.strip() != "",
@@ -110,6 +114,15 @@ class InstanceOptions(Group):
             self.captions.trigger_word is None or self.reads_captions,
             "--trigger_word is put before captions: give --caption_column, --caption_extension or --in_json; "
             "without captions, put the word into --instance_prompt",
+        )
+
+    def _check_mask_folder(self) -> None:
+        folders = [folder for folder in (self.instance_data_dir, self.masks.mask_dir) if folder]
+        places = {os.path.realpath(folder) for folder in folders if "\0" not in folder}
+        require(
+            len(folders) < 2 or len(places) > 1,
+            f"--mask_dir and --instance_data_dir must be two folders, got {shown(self.masks.mask_dir)} for "
+            "both",
         )
 
     @property

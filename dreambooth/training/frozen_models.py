@@ -12,6 +12,7 @@ from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
 from dreambooth.data import encoding_cache, encodings
 from dreambooth.data.batches import PhotoRows
+from dreambooth.data.masks import LatentMasks
 from dreambooth.io.errors import shown
 from dreambooth.runtime import memory
 from dreambooth.runtime.graphs import Tensors
@@ -30,7 +31,12 @@ class FrozenModels:
     prompt_cache: PromptCache | None
     """Embeddings of `prompts`; None while a text encoder is trained."""
     base_prompts: PromptCache | None
-    """With --prior_source base: embeddings of the class prompts by text encoders without an adapter."""
+    """Embeddings of prompts for which the base's own predictions are targets, by text encoders without an
+    adapter; None if there are none."""
+    has_base_priors: bool
+    """Whether the targets of class rows are the base's own predictions (--prior_source base)."""
+    masks: LatentMasks | None
+    """The masks of the instance photos; None without masks."""
     dataset: PhotoRows
     encoded: encodings.EncodedPhotos | None
     """Latents of the photos; None with --cache_latents off."""
@@ -50,9 +56,8 @@ class FrozenModels:
         return {**self.parts.text.tokens(distinct), "prompt_rows": rows}
 
     def base_prompt_inputs(self, prompts: Sequence[str]) -> Tensors:
-        """The embeddings of the class rows' `prompts` for the base's own prediction, one row each; none
-        without --prior_source base."""
-        if self.base_prompts is None:
+        """The embeddings of `prompts` for the base's own prediction, one row each; {} without any."""
+        if self.base_prompts is None or not prompts:
             return {}
         cached = self.base_prompts.of(prompts)
         pooled = {} if cached.pooled is None else {"base_pooled_prompt_embeds": cached.pooled}
@@ -160,6 +165,8 @@ def load(start: Start, check: Callable[[], None]) -> FrozenModels:
         prompts=prompts,
         prompt_cache=prompt_cache,
         base_prompts=base_prompts,
+        has_base_priors=options.prior.has_base_targets,
+        masks=LatentMasks(dataset, start.masks, options.instance.masks) if start.masks else None,
         dataset=dataset,
         encoded=encoded,
         autocast=peers.accelerator.autocast,

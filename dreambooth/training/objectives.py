@@ -24,7 +24,7 @@ class Task:
     target: torch.Tensor
     """For DDPM the noise or the velocity; for EDM and Euler the clean latents."""
     weights: torch.Tensor | None = None
-    """Weight of each row's squared error, [B]; None weights all rows with 1."""
+    """Weight of each row's squared error, [B], or of each latent's, [B, 1, h, w]; None weights all with 1."""
     c_skip: torch.Tensor | None = None
     """EDM's preconditioning (arXiv 2206.00364, eq. 7), [B, 1, 1, 1]; None for DDPM."""
     c_out: torch.Tensor | None = None
@@ -49,6 +49,34 @@ class Task:
         if self.c_skip is None or self.c_out is None:
             return model_output
         return self.c_skip * self.noisy_latents + self.c_out * model_output.float()
+
+
+_LEAST_AREA = 0.05  # of a crop: where a mask covers less of it, its errors are not weighted any higher
+
+
+def row_losses(errors: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The mean of each row's `errors`, float32 [B], times its weight; `weights` are as in `Task`."""
+    if weights is not None and weights.dim() > 1:
+        return (errors * weights).flatten(1).mean(dim=1)
+    losses = errors.flatten(1).mean(dim=1)
+    return losses if weights is None else losses * weights
+
+
+def with_masks(task: Task, inside: torch.Tensor, outside_weight: float) -> Task:
+    """The task with weights of latents: 1 inside the masks and `outside_weight` outside.
+
+    `inside` is how much of each latent the subject covers, [M, 1, h, w], for the first M rows; the others are
+    weighted as before. The weights of a row are divided by their mean, so that a small subject counts as much
+    as a large one; a mean under _LEAST_AREA counts as that, and a crop without the subject as nothing.
+    """
+    rows, _, height, width = task.target.shape
+    areas = inside + outside_weight * (1 - inside)
+    areas = areas / areas.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA)
+    weights = torch.ones(rows, 1, height, width)
+    weights[: len(areas)] = areas
+    if task.weights is not None:
+        weights = weights * task.weights.view(-1, 1, 1, 1)
+    return dataclasses.replace(task, weights=weights)
 
 
 def make_task(

@@ -28,6 +28,7 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
     inputs = {
         "--instance_data_dir": photo_folder,
         "--class_data_dir": classes,
+        "--mask_dir": options.instance.masks.mask_dir,
         "--holdout_data_dir": options.meter.holdout_data_dir,
     }
     sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}

@@ -17,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading
-from dreambooth.data import buckets, captions, class_images, photo_sets, photos, tags
+from dreambooth.data import buckets, captions, class_images, masks, photo_sets, photos, tags
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
@@ -93,6 +93,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         judge_plan=run.judge_plan,
         judging=judges,
         held_out=subject.held_out_source(options.instance),
+        masks=subject.masks,
         crops=run.crops,
         buckets=run.buckets,
         cache=cache,
@@ -146,6 +147,8 @@ class Subject:
     """By file name, for the photos that are trained on and have one."""
     held_out_captions: dict[str, str]
     """As `captions`, for those that are held out."""
+    masks: dict[str, masks.Mask]
+    """By file name, of the photos that are trained on; {} without masks."""
     notes: list[str]
 
     @property
@@ -193,13 +196,15 @@ def check_photos(
     photos.check_apart(held_out, trained, flag)
     if held_out:
         notes = [*notes, f"held out, not trained on: {few([photo.path.name for photo in held_out])}"]
+    masked = masks.check(options.masks, trained, follow_symlinks=options.follow_symlinks)
     trained_names = {photo.path.name for photo in trained}
     return Subject(
         photos.Folder(trained, folder.notes),
         held_out,
         {name: text for name, text in texts.items() if name in trained_names},
         held_out_texts,
-        [*photo_set.notes, *notes],
+        masked,
+        [*photo_set.notes, *notes, *masks.notes(masked, options.masks)],
     )
 
 
@@ -303,6 +308,8 @@ class NamedRun:
         varies = any(not crops.is_fixed(photo.size) for s in sources for photo, crops in dataset.all_crops(s))
         held_out = self.subject.held_out_source(self.options.instance)
         compared = [*sources, *([held_out] if held_out.photos else [])]
+        pictures = {s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in compared}
+        of_masks = {name: mask.sha256 for name, mask in self.subject.masks.items()}
         flags = as_table(self.options)
         if name := self.checked.base.options.tokenizer_name:
             flags["tokenizer_name"] = loading.tokenizer_identity(name)
@@ -311,7 +318,7 @@ class NamedRun:
             text_steps=self.options.text_steps(self.max_steps),
             slots=self.slots,
             base=self.fingerprint,
-            pictures={s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in compared},
+            pictures={**pictures, **({"mask": of_masks} if of_masks else {})},
             captions=self.subject.captions,
             max_steps=self.max_steps,
             start=start,

@@ -28,6 +28,7 @@ _FREE_FLAGS = {
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
     *("cache_dir", "image_column"),
+    "mask_dir",  # the masks are compared
     # Where captions are read: they are compared, with the trigger word.
     *("caption_column", "caption_extension", "in_json", "trigger_word"),
     # Which photos are refused, and how class images are generated: the pictures are compared.
@@ -50,7 +51,7 @@ _PRIOR_FLAGS = ("prior_loss_weight", "prior_source", "class_prompt")
 _TAG_FLAGS = ("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate", "caption_variants")
 # Flags with the values that mean what versions without the flag did: left out of the record then, so that
 # runs of those versions can be resumed.
-_LATER_FLAGS = {"prior_source": "images", "buckets": False}
+_LATER_FLAGS = {"prior_source": "images", "buckets": False, "alpha_mask": False, "unmasked_target": "photo"}
 # What is compared of judges, in words.
 _JUDGES = {
     "dino": "the hash of --judge_dino",

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from dreambooth.adapter_files import native
-from dreambooth.data import buckets, photos
+from dreambooth.data import buckets, masks, photos
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.crops import Crops
 from dreambooth.evaluation import report, report_data
@@ -79,7 +79,7 @@ class RunReport:
     def _page(self) -> str:
         start = self.start
         if self.photos is None:
-            self.photos = list(photos_of(self.sources, start.photo_rows()))
+            self.photos = list(photos_of(self.sources, start.photo_rows(), start.masks))
         counts: dict[report.Use, int] = {_USES[source.purpose]: len(source.photos) for source in self.sources}
         run = dataclasses.replace(
             # people show the page to others, who need not see where its files are
@@ -132,9 +132,12 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 # --- photos
 
 
-def photos_of(sources: Sequence[Source], dataset: PhotoRows) -> Iterator[report.Photo]:
+def photos_of(
+    sources: Sequence[Source], dataset: PhotoRows, masks_of: Mapping[str, masks.Mask]
+) -> Iterator[report.Photo]:
     """The first photos of each source as the page shows them: a fixed crop, else the full photo; with
-    buckets the full photo, framed. A photo that cannot be read any more is left out."""
+    buckets the full photo, framed; those trained on pale outside their masks. A photo that cannot be read any
+    more is left out."""
     crops = dataset.crops
     for source in sources:
         use = _USES[source.purpose]
@@ -142,6 +145,8 @@ def photos_of(sources: Sequence[Source], dataset: PhotoRows) -> Iterator[report.
         for (photo, prompt), _ in zip(pairs, range(report.MOST_PHOTOS[use]), strict=False):
             try:
                 image = photos.load(photo)
+                if use == "trained" and masks_of:
+                    image = masks.shown_on(image, masks_of[photo.path.name])
             except UserError:  # training notices it if it needs the photo
                 continue
             shapes = dataset.crops_of_photo(source, photo) if dataset.buckets else []

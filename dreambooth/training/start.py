@@ -1,6 +1,7 @@
 """The record that `prepare` returns: everything that training starts from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dreambooth.bases import families
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
+from dreambooth.data.masks import Mask
 from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import shown
 from dreambooth.options import paths
@@ -44,6 +46,8 @@ class Start:
     """The judges, on the main process; None on the others."""
     held_out: Source
     """Photos of the subject that are not trained on; there may be none."""
+    masks: Mapping[str, Mask]
+    """The masks of the instance photos by file name; {} without masks."""
     crops: Crops
     buckets: Buckets | None
     """With --buckets, how the shapes of photos are chosen."""
@@ -74,10 +78,11 @@ class Start:
     @property
     def base_prompts(self) -> list[str]:
         """The prompts for which the base's own predictions are targets, once each; [] without --prior_source
-        base."""
-        if not self.options.prior.has_base_targets:
-            return []
-        return [prompt for source in self.sources[1:] for prompt in source.distinct_prompts()]
+        base and --unmasked_target base."""
+        instance, *others = self.sources
+        sources = others if self.options.prior.has_base_targets else []
+        sources = [instance, *sources] if self.options.instance.masks.has_base_targets else sources
+        return list(dict.fromkeys(prompt for source in sources for prompt in source.distinct_prompts()))
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -125,6 +125,7 @@ def test_make_test_runs_what_ci_runs():
 def prepare_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go to a folder that has the user's photos and what a checkout has."""
     tiny.make_photos(folder / "my_dog", 5, (80, 64))
+    tiny.make_photos(folder / "my_dog_masks", 5, (80, 64))
     for name in ("configs", "picturebook"):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
@@ -150,7 +151,15 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch):
     assert (tmp_path / "my_dog_base" / "model_index.json").is_file()
     for name in (
         *("my_dog_lora", "my_face_lora", "my_dog_xl", "my_dog_if"),
-        *("my_dog_captioned", "my_dog_prior", "my_dog_4gb", "my_dog_6gb", "my_dog_8gb"),
+        *(
+            "my_dog_captioned",
+            "my_dog_prior",
+            "my_dog_buckets",
+            "my_dog_masked",
+            "my_dog_4gb",
+            "my_dog_6gb",
+            "my_dog_8gb",
+        ),
     ):
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 

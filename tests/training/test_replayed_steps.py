@@ -84,6 +84,10 @@ CASES = {
     "EDM, DoRA": ("tiny_edm", "--max_train_steps 3 --use_dora --lora_dropout 0.1"),
     "IF, LoKr": ("tiny_if", "--max_train_steps 3 --adapter lokr --resolution 16"),
     "buckets": ("tiny_xl", "--max_train_steps 5 --buckets --resolution 64,80 --checkpointing_steps 3"),
+    "masks": (
+        "tiny_base",
+        "--max_train_steps 4 --unmasked_target base --snr_gamma 5 --lora_dropout 0.2 --train_text_encoder",
+    ),
     "scaled LoHa": ("tiny_base", "--max_train_steps 4 --adapter loha --mixed_precision bf16"),
 }
 
@@ -103,6 +107,8 @@ def test_replayed_steps_learn_what_launched_steps_learn(
     photos = captioned if "captions" in case else photos_dir
     if case == "buckets":  # a graph for each shape
         photos = tiny.make_photos(tiny.make_photos(tmp_path / "odd", 2, (96, 64)), 1)
+    if case == "masks":  # noise on grey
+        more += ["--mask_dir", str(tiny.make_photos(tmp_path / "masks"))]
     run = functools.partial(run_train, request.getfixturevalue(base), photos)
     launched, replayed = run(tmp_path / "launched", *more, *LAUNCHED), run(tmp_path / "replayed", *more)
     assert how_steps_were_taken(launched) == "launched: --cuda_graph off"
