@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -23,6 +24,19 @@ from dreambooth.runtime.stops import Stop
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """One of several subjects of a source: the next `count` of its photos."""
+
+    prompt: str
+    class_prompt: str
+    count: int
+    repeats: int
+    """Rows of this subject in a turn, see `sampling_order.subject_of_row`."""
+    weight: float
+    """Factor of the loss of this subject's rows."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """The photos of one half of a batch, instance or class, with a prompt for each."""
 
@@ -37,6 +51,22 @@ class Source:
     """Probability of the empty prompt."""
     variants: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """By prompt: the prompts that a row draws from in its place."""
+    shares: tuple[Share, ...] = ()
+    """The subjects, if there are several; their rows are balanced."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the photos' files; of several subjects with the number of the subject in front."""
+        files = [photo.path.name for photo in self.photos]
+        numbers = [f"{number}/" for number, share in enumerate(self.shares, 1) for _ in range(share.count)]
+        return [number + file for number, file in zip(numbers or [""] * len(files), files, strict=True)]
+
+    @property
+    def rows_of_pass(self) -> int:
+        """The number of rows in which every photo is visited, at least once."""
+        turn = sum(share.repeats for share in self.shares)
+        lengths = [math.ceil(share.count / share.repeats) * turn for share in self.shares]
+        return max(lengths, default=len(self.photos))
 
     def distinct_prompts(self) -> list[str]:
         """Every prompt of a photo, and every prompt that a row may have, once, in order of first use."""
@@ -137,6 +167,11 @@ class PhotoRows(Dataset):
     def photo(self, source: Source, row: int) -> int:
         """Index of the photo of this row."""
         order = f"{source.purpose}-order"
+        if source.shares:
+            number, visit = self._subject(source, row)
+            first = sum(share.count for share in source.shares[:number])
+            order = f"{order}-{number}"
+            return first + sampling_order.image_of_row(self.seed, order, visit, source.shares[number].count)
         if not self._has_buckets(source):
             return sampling_order.image_of_row(self.seed, order, row, len(source.photos))
         bucket, place = self._bucket(row)
@@ -144,6 +179,17 @@ class PhotoRows(Dataset):
         # a run with one bucket has the order of a run without buckets
         order = f"{order}-{bucket}" if bucket else order
         return photos_of_bucket[sampling_order.image_of_row(self.seed, order, place, len(photos_of_bucket))]
+
+    def _subject(self, source: Source, row: int) -> tuple[int, int]:
+        """(index of the subject of this row, number of the visit). It is the same in every source."""
+        return sampling_order.subject_of_row(self.seed, row, tuple(s.repeats for s in source.shares))
+
+    def weights(self, rows: range) -> torch.Tensor | None:
+        """The weight of each row's loss, float32 [sources * rows]; None if all are 1."""
+        if all(share.weight == 1 for source in self.sources for share in source.shares):
+            return None
+        pairs = [(source, row) for source in self.sources for row in rows]
+        return torch.tensor([source.shares[self._subject(source, row)[0]].weight for source, row in pairs])
 
     def is_mirrored(self, source: Source, row: int) -> bool:
         """Whether the photo of this row is mirrored."""

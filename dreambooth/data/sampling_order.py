@@ -7,8 +7,10 @@ its own CPU generator, seeded by a hash of (seed, purpose, row). Sums or shifts 
 because torch's CPU generator uses only the low 32 bits of a seed.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 
 import torch
 
@@ -35,7 +37,7 @@ def my_slots(slots: int, *, rank: int, world: int) -> range:
     return range(rank, slots, world)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _order(seed: int, purpose: str, turn: int, count: int) -> list[int]:
     """A random order of `count` photos for the rows turn * count and following."""
     return torch.randperm(count, generator=generator(seed, purpose, turn)).tolist()
@@ -74,6 +76,18 @@ def bucket_of_row(
     turn, at = divmod(batch, sum(counts))
     bucket, earlier = _turns_of_buckets(seed, purpose, turn, counts)[at]
     return bucket, (turn * counts[bucket] + earlier) * batch_size + number
+
+
+def subject_of_row(seed: int, row: int, repeats: tuple[int, ...]) -> tuple[int, int]:
+    """(index of the subject of this row, number of the visit of that subject, counted from 0).
+
+    Every `sum(repeats)` rows are a turn: in a random order, each subject has as many rows as its repeats.
+    """
+    turn = sum(repeats)
+    place = image_of_row(seed, "subjects", row, turn)
+    ends = list(itertools.accumulate(repeats))
+    subject = bisect.bisect_right(ends, place)
+    return subject, row // turn * repeats[subject] + place - (ends[subject] - repeats[subject])
 
 
 def crop_of_row(seed: int, purpose: str, row: int, room: tuple[int, int], stride: int = 1) -> tuple[int, int]:

@@ -79,6 +79,8 @@ class Run:
     """(name of the photo, prompt) of the first rows, to show."""
     buckets: Sequence[Sequence[str]] = ()
     """The table of buckets, its headings first; () without buckets."""
+    subjects: Sequence[str] = ()
+    """The prompts of the subjects, if there are several."""
     rows_per_step: int = 1
     """Photos of the subject that a step takes."""
     max_steps: int | None = None
@@ -144,6 +146,7 @@ def page(run: Run, thumbnails: Thumbnails, written_at: str) -> str:
             sweep=_sweep(run, thumbnails),
             plots=_plots(run, measured),
             scores=report_data.scores(measured),
+            bleeding=report_data.bleeding(measured, len(run.subjects), chosen),
             photos=_photo_groups(run),
             phases=report_data.phases(run.records),
             speed=report_data.speed(run.records),

@@ -240,6 +240,21 @@ def scores(measured: Measured) -> dict[str, Any]:
     return {"names": names, "rows": rows, "meanings": [(key, SCORES[key]) for key in keys]}
 
 
+def bleeding(measured: Measured, subjects: int, chosen: int | None) -> dict[str, Any]:
+    """With several subjects: the binding of each prompt (rows) on the photos of each subject (columns), less
+    that of the base, with its error, at the `chosen` step or else the last; {} without measurements."""
+    steps = [step for step, meter in measured.meters.items() if step > 0 and "binding_1" in meter]
+    if subjects < 2 or not steps:
+        return {}
+    step = chosen if chosen in steps else steps[-1]
+    rows = []
+    for i in range(1, subjects + 1):
+        names = [f"binding_{i}" if i == j else f"bleed_{i}_{j}" for j in range(1, subjects + 1)]
+        changes = [measured.meters[step].get(name, {}).get("since_base", {}) for name in names]
+        rows.append([f"{c['mean']:+.4f} ± {c['noise']:.4f}" if c else "" for c in changes])
+    return {"step": step, "rows": rows}
+
+
 def _score_names(measured: Measured) -> list[str]:
     return list(dict.fromkeys(name for values in measured.judges.values() for name in values))
 

@@ -36,6 +36,11 @@ class InstanceOptions(Group):
     prompt "sks dog" and --repeats 10."""
     instance_data_dir: FilePath | None = None
     """Folder with the photos of the subject. Either this or --dataset_name is needed."""
+    subjects: FilePath | None = None
+    """YAML file with several subjects of one adapter, in place of --instance_data_dir, --instance_prompt and
+    --class_prompt. Each row has photos, prompt and class_prompt and, optionally, weight (factor of its loss),
+    repeats (its share of the rows), captions (as --caption_column) and validation_prompts. Prior preservation
+    needs --prior_source base."""
     dataset_name: PathOrId | None = None
     """Data set with the photos: a folder (photos in it or in its `train`), or a hub id, which needs the
     datasets package."""
@@ -92,6 +97,9 @@ class InstanceOptions(Group):
             f"--resolution {shortened(str(self.resolution))}: several resolutions need --buckets; "
             "add it, or give one resolution",
         )
+        if self.subjects is not None:
+            self._check_subjects()
+            return
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
         self._check_mask_folder()
@@ -123,6 +131,27 @@ class InstanceOptions(Group):
             len(folders) < 2 or len(places) > 1,
             f"--mask_dir and --instance_data_dir must be two folders, got {shown(self.masks.mask_dir)} for "
             "both",
+        )
+
+    def _check_subjects(self) -> None:
+        """Require that the flags of one subject are left out."""
+        require(
+            not self.buckets,
+            "--buckets with --subjects: a batch has one shape, and the rows of subjects take turns; leave one"
+            " of them out",
+        )
+        of_one = ("instance_data_dir", "dataset_name", "instance_prompt", "caption_column", "repeats")
+        given = [f"--{name}" for name in of_one if not is_default(self, name)]
+        given += [
+            f"--{name}"
+            for name in ("caption_extension", "in_json", "trigger_word")
+            if not is_default(self.captions, name)
+        ]
+        given += [f"--{name}" for name in ("mask_dir", "alpha_mask") if not is_default(self.masks, name)]
+        require(
+            not given,
+            f"{', '.join(given)}: for one subject, and --subjects names several: write it into the rows of "
+            "that file, or leave it out",
         )
 
     @property
@@ -203,8 +232,4 @@ class PriorOptions(Group):
             require(
                 self.class_data_dir is not None or self.prior_source == "base",
                 "You must specify a data directory for class images: --class_data_dir",
-            )
-            require(
-                bool(self.class_prompt and self.class_prompt.strip()),
-                "You must specify prompt for class images: --class_prompt",
             )

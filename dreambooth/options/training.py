@@ -320,7 +320,9 @@ class TrainOptions(Group):
             "--judge_dino, --judge_clip and --judge_reader need validation pictures: give --validation_prompt"
             " or --validation_prompts_file",
         )
-        has_class_prompt = bool(self.prior.class_prompt and self.prior.class_prompt.strip())
+        self._check_subjects()
+        is_table = self.instance.subjects is not None
+        has_class_prompt = is_table or bool(self.prior.class_prompt and self.prior.class_prompt.strip())
         require(
             not self.judges.is_given or has_class_prompt,
             "judges compare pictures of the subject with those of its class: give --class_prompt, for example"
@@ -338,6 +340,34 @@ class TrainOptions(Group):
         """Whether --class_prompt has an effect."""
         is_measured = self.meter.meter_steps > 0 or self.judges.is_given
         return self.prior.with_prior_preservation or is_measured
+
+    def _check_subjects(self) -> None:
+        """Check the flags that do not go with --subjects."""
+        if self.instance.subjects is None:
+            require(
+                not self.prior.with_prior_preservation
+                or bool(self.prior.class_prompt and self.prior.class_prompt.strip()),
+                "You must specify prompt for class images: --class_prompt",
+            )
+            return
+        given = [
+            f"--{name}" for name in ("class_prompt", "class_data_dir") if not is_default(self.prior, name)
+        ]
+        given += ["--holdout_data_dir"] if self.meter.holdout_data_dir else []
+        require(
+            not given,
+            f"{', '.join(given)}: for one subject, and --subjects names several: leave it out"
+            + (" (--holdout N holds out N photos of each)" if self.meter.holdout_data_dir else ""),
+        )
+        require(
+            not self.prior.with_prior_preservation or self.prior.prior_source == "base",
+            "--with_prior_preservation with --subjects needs --prior_source base: there are no class images",
+        )
+        require(
+            not self.judges.is_given,
+            "--judge_dino, --judge_clip and --judge_reader compare pictures with the photos of one subject: "
+            "leave them out with --subjects, and give --meter_steps, which measures each subject",
+        )
 
     def _check_folders(self) -> None:
         if not self.prior.with_prior_preservation:
@@ -371,7 +401,8 @@ class TrainOptions(Group):
                 "--class_prompt equals --instance_prompt: no rare word stands for the subject, "
                 "and instance photos and class images train the same prompt."
             )
-        if self.meter.meter_steps and (prior.class_prompt or "").strip() == instance.instance_prompt.strip():
+        is_same = (prior.class_prompt or "").strip() == instance.instance_prompt.strip()
+        if self.meter.meter_steps and instance.subjects is None and is_same:
             notes.append(
                 "--class_prompt equals --instance_prompt: binding, which compares them, is always 0."
             )

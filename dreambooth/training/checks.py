@@ -178,7 +178,7 @@ def choose_buckets(instance: InstanceOptions, resolution: int, base: families.Ba
 
 
 def size_notes(
-    instance: photos.Folder,
+    instance: Sequence[photos.Photo],
     resolution: int,
     base: families.Base,
     chosen: buckets.Buckets | None,
@@ -188,11 +188,11 @@ def size_notes(
     on a resolution that the base was not trained for."""
     notes = []
     if chosen:
-        sizes = [(photo.path.name, photo.size) for photo in instance.photos]
+        sizes = [(photo.path.name, photo.size) for photo in instance]
         notes += buckets.notes(chosen, sizes, batch_size)
-    elif small := [photo for photo in instance.photos if min(photo.size) < resolution]:
+    elif small := [photo for photo in instance if min(photo.size) < resolution]:
         notes.append(
-            f"{len(small)} of {len(instance.photos)} photos are smaller than --resolution {resolution} "
+            f"{len(small)} of {len(instance)} photos are smaller than --resolution {resolution} "
             "and will be enlarged"
         )
     if base.default_resolution != resolution:

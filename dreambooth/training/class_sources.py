@@ -12,30 +12,29 @@ from dreambooth.options.resolved import ResolvedTrainOptions
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
+from dreambooth.training.subjects import Subjects
 
 
 def given(
     options: TrainOptions,
-    trained: list[photos.Photo],
-    held_out: list[photos.Photo],
+    subjects: Subjects,
     base: families.Base,
     decoded: DecodeCache | None,
     peers: Peers,
 ) -> list[Source]:
     """The source of the class rows with --prior_source base: the pictures of --class_data_dir, or else
-    `trained`, the instance photos. Without the flag there is none.
+    the instance photos. Without the flag there is none.
 
     Raises UserError as `photos.check_folder` does, and if a photo of the subject is among the class images.
     """
     prior = options.prior
     if not prior.has_base_targets:
         return []
-    assert prior.class_prompt is not None  # checked with the flags
     if prior.class_data_dir is None:
-        prompts = [prior.class_prompt] * len(trained)
-        return [Source("prior", trained, prompts, random_flip=options.instance.random_flip)]
+        return [subjects.prior_source(prior.class_prompt)]
+    assert prior.class_prompt is not None  # checked with the flags
     folder = Path(prior.class_data_dir)
-    checked = _checked(options, folder, trained + held_out, base, decoded)
+    checked = _checked(options, folder, subjects.photos + subjects.held_out, base, decoded)
     peers.say_notes(f"class images: {note}" for note in checked.notes)
     return [Source("class", checked.photos, [prior.class_prompt] * len(checked.photos))]
 

@@ -8,6 +8,7 @@ of timesteps and the size of the latents, so runs on the same base can be compar
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,17 @@ class Picture:
     """The prompt that names the subject; for a class image the class prompt."""
     time_ids: tuple[int, ...]
     """Stable Diffusion XL's sizes: original height and width, crop top and left, target height and width."""
+    class_prompt: str
+    """The class prompt of the subject that the picture shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One of several subjects: its prompts, and photos of it, at least one."""
+
+    prompt: str
+    class_prompt: str
+    pictures: Sequence[Picture]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +62,8 @@ class Pictures:
     """Photos of the subject that are not trained on; there may be none."""
     classes: Sequence[Picture]
     """Class images; there may be none."""
-    class_prompt: str
+    subjects: Sequence[Subject] = ()
+    """The subjects, if there are several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +141,19 @@ class Meter:
         indices = timestep_indices(model.parts.noise_scheduler)
         self.passes = {
             "trained": _pass(pictures.trained, indices),
-            "class": _pass(subject, indices, pictures.class_prompt),
+            "class": _pass(subject, indices, [picture.class_prompt for picture in subject]),
         }
         if pictures.held_out:
             self.passes["held_out"] = _pass(pictures.held_out, indices)
         if pictures.classes:
             self.passes["prior"] = _pass(pictures.classes, indices)
         self.drift_pass = "prior" if pictures.classes else "class"
+        self.subjects = range(len(pictures.subjects))
+        for i, j in itertools.product(self.subjects, self.subjects):
+            named, shown = pictures.subjects[i], pictures.subjects[j].pictures
+            for kind, prompt in (("subject", named.prompt), ("class", named.class_prompt)):
+                prompts = [prompt] * len(shown)
+                self.passes[f"{kind} {i} on {j}"] = _pass(shown, indices, prompts)
         with model.without_adapter():
             self.base = self._results()
 
@@ -148,6 +167,9 @@ class Meter:
         the difference from the base's. `drift` is the mean squared distance of predictions with the class
         prompt from the base's, divided by the variance of the target; on class images, where there are none
         on the photos of `binding`. Without held-out photos there are no `loss_held_out` and no `gap`.
+
+        With several subjects, counted from 1, `binding_I` is the binding of subject I, and `bleed_I_J` the
+        same of the prompts of subject I on photos of subject J: over 0, the prompt of I shows J.
         """
         now, base = self._results(), self.base
         subject = "held_out" if self.has_held_out else "trained"
@@ -167,6 +189,9 @@ class Meter:
         if self.has_held_out:
             measures["gap"] = with_change("held_out", "trained")
             measures["loss_held_out"] = _by_band(now["held_out"].losses)
+        for i, j in itertools.product(self.subjects, self.subjects):
+            name = f"binding_{i + 1}" if i == j else f"bleed_{i + 1}_{j + 1}"
+            measures[name] = with_change(f"class {i} on {j}", f"subject {i} on {j}")
         return measures
 
     def _drift(self, now: _Result) -> torch.Tensor:
@@ -249,8 +274,10 @@ def timestep_indices(scheduler: objectives.NoiseScheduler) -> torch.Tensor:
     return timesteps if isinstance(scheduler, DDPMScheduler) else count - 1 - timesteps
 
 
-def _pass(pictures: Sequence[Picture], indices: torch.Tensor, prompt: str | None = None) -> _Pass:
-    """All draws of one kind of picture, which take turns. `prompt` replaces the pictures' own."""
+def _pass(pictures: Sequence[Picture], indices: torch.Tensor, prompts: Sequence[str] | None = None) -> _Pass:
+    """All draws of one kind of picture, which take turns. `prompts` replace the pictures' own, one each."""
+    if prompts is None:
+        prompts = [picture.prompt for picture in pictures]
     turns = [pictures[row % len(pictures)] for row in range(draws())]
     shapes = [tuple(picture.latents.shape) for picture in turns]
     noise = [
@@ -262,7 +289,7 @@ def _pass(pictures: Sequence[Picture], indices: torch.Tensor, prompt: str | None
         noise,
         indices,
         torch.tensor([picture.time_ids for picture in turns], dtype=torch.float32),
-        [picture.prompt if prompt is None else prompt for picture in turns],
+        [prompts[row % len(pictures)] for row in range(draws())],
     )
 
 

@@ -1,6 +1,7 @@
 """Makes the meter (`meter.Meter`) of the adapter that a run trains."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,6 @@ def of_run(
     It is made before a text encoder is freed. `check` is called before each forward pass. Raises UserError if
     a photo has changed since it was checked, and Stop if the cache was damaged since.
     """
-    instance = start.sources[0]
-    classes = [source for source in start.sources if source.purpose == "class"]
     components = list(trainables.components)
     model = meter.Model(
         frozen.parts,
@@ -47,18 +46,24 @@ def of_run(
             return _encoded(photo, crops, frozen.parts.vae)
         return frozen.encoded.posterior(photo, crops, crops.middle(photo.size), is_mirrored=False)
 
-    def pictures(source: Source) -> list[meter.Picture]:
+    def pictures(source: Source) -> list[list[meter.Picture]]:
         crops_of = functools.partial(frozen.dataset.measured_crops, source)
-        return _pictures(source, crops_of, posterior, frozen.vae_config)
+        return _by_subject(source, crops_of, posterior, frozen.vae_config, class_prompt)
 
-    assert start.options.prior.class_prompt is not None  # checked with the flags
+    class_prompt = start.options.prior.class_prompt or ""
+    trained, held_out = pictures(start.sources[0]), pictures(start.held_out)
+    classes = [source for source in start.sources if source.purpose == "class"]
+    measured = [of_held_out or of_trained for of_held_out, of_trained in zip(held_out, trained, strict=True)]
     return meter.Meter(
         model,
         meter.Pictures(
-            pictures(instance),
-            pictures(start.held_out),
-            [picture for source in classes for picture in pictures(source)],
-            start.options.prior.class_prompt,
+            _in_turns(trained),
+            _in_turns(held_out),
+            [picture for source in classes for part in pictures(source) for picture in part],
+            [
+                meter.Subject(share.prompt, share.class_prompt, photos_of_it)
+                for share, photos_of_it in zip(start.shares, measured, strict=bool(start.shares))
+            ],
         ),
     )
 
@@ -77,17 +82,30 @@ def _encoded(photo: Photo, crops: Crops, vae: Any) -> Posterior:
     return Posterior(posterior.mean.cpu(), posterior.std.cpu())
 
 
-def _pictures(
+def _by_subject(
     source: Source,
     crops_of: Callable[[Photo], Crops],
     posterior: Callable[[Photo, Crops], Posterior],
     vae_config: Any,
-) -> list[meter.Picture]:
-    """The pictures of a source, as many as a meter uses: the mean of each posterior."""
-    pictures = []
-    for photo, prompt in list(zip(source.photos, source.prompts, strict=True))[: meter.draws()]:
-        crops = crops_of(photo)
-        latents = autoencoder.normalized(vae_config, posterior(photo, crops).mean)[0]
-        time_ids = crops.time_ids(photo.size, crops.middle(photo.size))
-        pictures.append(meter.Picture(latents, prompt, time_ids))
+    class_prompt: str,
+) -> list[list[meter.Picture]]:
+    """The pictures of a source, of each subject as many as a meter uses: the mean of each posterior.
+    `class_prompt` is that of a run with one subject."""
+    counts = [share.count for share in source.shares] or [len(source.photos)]
+    classes = [share.class_prompt for share in source.shares] or [class_prompt]
+    pairs = iter(zip(source.photos, source.prompts, strict=True))
+    pictures: list[list[meter.Picture]] = []
+    for count, of_subject in zip(counts, classes, strict=True):
+        pictures.append([])
+        for photo, prompt in list(itertools.islice(pairs, count))[: meter.draws()]:
+            crops = crops_of(photo)
+            latents = autoencoder.normalized(vae_config, posterior(photo, crops).mean)[0]
+            time_ids = crops.time_ids(photo.size, crops.middle(photo.size))
+            pictures[-1].append(meter.Picture(latents, prompt, time_ids, of_subject))
     return pictures
+
+
+def _in_turns(by_subject: list[list[meter.Picture]]) -> list[meter.Picture]:
+    """The pictures of all subjects, of each subject one in turn: a meter uses the first."""
+    turns = itertools.zip_longest(*by_subject)
+    return [picture for turn in turns for picture in turn if picture is not None][: meter.draws()]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dreambooth.data import class_images, encoding_cache
+from dreambooth.data import class_images, encoding_cache, subject_table
 from dreambooth.files import checkpoint_folders, locks
 from dreambooth.files.ownership import WrittenFiles, check_apart
 from dreambooth.io import writer
@@ -31,6 +31,8 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
         "--mask_dir": options.instance.masks.mask_dir,
         "--holdout_data_dir": options.meter.holdout_data_dir,
     }
+    rows = subject_table.read(options.instance.subjects) if options.instance.subjects else []
+    inputs |= {f"{row.where}: photos": row.photos for row in rows}
     sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}
     written = {"--output_dir": output_dir, "--class_data_dir": drawn_classes, "--encoded_dir": encoded_dir}
     if logs is not None:

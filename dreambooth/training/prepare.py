@@ -17,15 +17,13 @@ from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading
-from dreambooth.data import buckets, captions, class_images, masks, photo_sets, photos, tags
+from dreambooth.data import buckets, captions, class_images
 from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
-from dreambooth.io.errors import UserError, few, shown
+from dreambooth.io.errors import UserError, shown
 from dreambooth.options.command_line import as_table
-from dreambooth.options.evaluation import MeterOptions
-from dreambooth.options.photos import InstanceOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolution_of, resolve
 from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import launcher, memory, processes
@@ -41,9 +39,11 @@ from dreambooth.training import (
     rates,
     run_folder,
     run_identity,
+    subjects,
     trackers,
 )
 from dreambooth.training.start import Start
+from dreambooth.training.subjects import Subjects
 
 
 def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) -> Start | None:
@@ -71,7 +71,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     # output folder
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
     run = name_run(options, subject, checked, cache, claim, class_count, peers)
-    instance = subject.source(options.instance, run.options.run.seed)
+    instance = subject.source(run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
     stack.enter_context(write_errors_explained())
@@ -92,7 +92,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         validation_prompts=checked.validation_prompts,
         judge_plan=run.judge_plan,
         judging=judges,
-        held_out=subject.held_out_source(options.instance),
+        held_out=subject.held_out_source(),
         masks=subject.masks,
         crops=run.crops,
         buckets=run.buckets,
@@ -110,13 +110,13 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
 def check_input(
     options: TrainOptions, decoded: DecodeCache | None, notes: list[str], peers: Peers
-) -> tuple["Subject", "CheckedBase", list[Source]]:
+) -> tuple[Subjects, "CheckedBase", list[Source]]:
     """(photos, base, the source of the class rows with --prior_source base). `notes` are printed with those
     of the checks."""
-    subject = check_photos(options.instance, options.meter, decoded, peers)
+    subject = subjects.check(options.instance, options.meter, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
-    priors = class_sources.given(options, subject.photos, subject.held_out, checked.base, decoded, peers)
+    priors = class_sources.given(options, subject, checked.base, decoded, peers)
     return subject, checked, priors
 
 
@@ -136,96 +136,6 @@ def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_wi
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """The checked photos of the subject, and their captions."""
-
-    checked: photos.Folder
-    """The photos that are trained on, and what was found out about them."""
-    held_out: list[photos.Photo]
-    """Other photos, which are not trained on."""
-    captions: dict[str, str]
-    """By file name, for the photos that are trained on and have one."""
-    held_out_captions: dict[str, str]
-    """As `captions`, for those that are held out."""
-    masks: dict[str, masks.Mask]
-    """By file name, of the photos that are trained on; {} without masks."""
-    notes: list[str]
-
-    @property
-    def photos(self) -> list[photos.Photo]:
-        return self.checked.photos
-
-    def source(self, options: InstanceOptions, seed: int) -> Source:
-        """The photos that are trained on, with their prompts: a caption, or else --instance_prompt. `seed`
-        decides the variants of a prompt whose tags are shuffled or dropped."""
-        prompts = prompts_of(self.photos, self.captions, options)
-        drawn = {prompt: tags.variants(prompt, seed, options.captions) for prompt in prompts}
-        return Source(
-            "instance",
-            self.photos,
-            prompts,
-            random_flip=options.random_flip,
-            caption_dropout=options.caption_dropout,
-            variants={prompt: variants for prompt, variants in drawn.items() if variants},
-        )
-
-    def held_out_source(self, options: InstanceOptions) -> Source:
-        """The photos that are held out, with their prompts."""
-        return Source("held_out", self.held_out, prompts_of(self.held_out, self.held_out_captions, options))
-
-
-def prompts_of(pictures: list[photos.Photo], texts: Mapping[str, str], options: InstanceOptions) -> list[str]:
-    """The prompt of each photo: its caption in `texts`, by file name, or else --instance_prompt."""
-    return [texts.get(photo.path.name, options.instance_prompt) for photo in pictures]
-
-
-def check_photos(
-    options: InstanceOptions, measured: MeterOptions, decoded: DecodeCache | None, peers: Peers
-) -> Subject:
-    """Decode and check instance photos, held-out photos and captions. `decoded` holds the photos that earlier
-    runs decoded. Raises UserError if a held-out photo is trained on too, or no photo is left to train on."""
-    peers.on_main(lambda: photo_sets.find(options).flag)  # a data set of the hub is downloaded once
-    photo_set = photo_sets.find(options)
-    folder, texts, notes = _check_photo_folder(photo_set.folder, photo_set.flag, options, decoded)
-    trained, held_out = photos.split(folder, measured.holdout, photo_set.flag)
-    flag, held_out_texts = "--holdout", texts
-    if measured.holdout_data_dir is not None:
-        flag, directory = "--holdout_data_dir", Path(measured.holdout_data_dir)
-        others, held_out_texts, other_notes = _check_photo_folder(directory, flag, options, decoded)
-        held_out, notes = others.photos, [*notes, *(f"held-out photos: {note}" for note in other_notes)]
-    photos.check_apart(held_out, trained, flag)
-    if held_out:
-        notes = [*notes, f"held out, not trained on: {few([photo.path.name for photo in held_out])}"]
-    masked = masks.check(options.masks, trained, follow_symlinks=options.follow_symlinks)
-    trained_names = {photo.path.name for photo in trained}
-    return Subject(
-        photos.Folder(trained, folder.notes),
-        held_out,
-        {name: text for name, text in texts.items() if name in trained_names},
-        held_out_texts,
-        masked,
-        [*photo_set.notes, *notes, *masks.notes(masked, options.masks)],
-    )
-
-
-def _check_photo_folder(
-    directory: Path, flag: str, options: InstanceOptions, decoded: DecodeCache | None
-) -> tuple[photos.Folder, dict[str, str], list[str]]:
-    """(the checked photos, their captions by file name, notes) of a folder that `flag` named."""
-    folder = photos.check_folder(
-        directory,
-        flag,
-        max_pixels=options.max_image_pixels,
-        allow_odd_photos=options.allow_odd_photos,
-        follow_symlinks=options.follow_symlinks,
-        cache=decoded,
-    )
-    names = [photo.path.name for photo in folder.photos]
-    texts, caption_notes = captions.read(directory, flag, names, options)
-    return folder, texts, [*folder.notes, *caption_notes]
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckedBase:
     """The base on disk, with the tokenizers and the adapter to start from."""
 
@@ -239,7 +149,7 @@ class CheckedBase:
     notes: list[str]
 
 
-def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> CheckedBase:
+def check_base(options: TrainOptions, subject: Subjects, peers: Peers) -> CheckedBase:
     """Find the base, and check flags, prompts and --init_adapter against it."""
     peers.on_main(lambda: families.find(options.base).folder)  # a base of the hub is downloaded once
     base = families.find(options.base)
@@ -253,18 +163,21 @@ def check_base(options: TrainOptions, subject: Subject, peers: Peers) -> Checked
         "--validation_prompt": wanted,
         **{f"--validation_prompts_file: prompt {number}": prompt for number, prompt in enumerate(in_file, 1)},
     }
-    texts = {**subject.held_out_captions, **subject.captions}
-    prompt_notes = checks.check_prompts(prompts, texts, options.text, base, tokenizers)
+    for row in subject.rows:
+        prompts |= {f"{row.where}: prompt": row.prompt, f"{row.where}: class_prompt": row.class_prompt}
+        prompts |= {f"{row.where}: validation prompt {n}": p for n, p in enumerate(row.validation_prompts, 1)}
+    prompt_notes = checks.check_prompts(prompts, subject.all_captions, options.text, base, tokenizers)
     init_adapter = checks.read_init_adapter(options.adapter, options.text, base)
     resolution = resolution_of(options.instance, base.family.key)
     chosen = checks.choose_buckets(options.instance, resolution, base)
-    size_notes = checks.size_notes(subject.checked, resolution, base, chosen, options.run.train_batch_size)
+    size_notes = checks.size_notes(subject.photos, resolution, base, chosen, options.run.train_batch_size)
     reader_notes = adapter_targets.reader_notes(base, options.adapter, options.text)
     if chosen:
         sizes = [photo.size for photo in subject.photos]
         peers.say(buckets.table(chosen.filled(sizes), sizes))
     notes = [*base.notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
-    validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file]))
+    of_rows = [prompt for row in subject.rows for prompt in row.validation_prompts]
+    validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file, *of_rows]))
     judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))
     return CheckedBase(base, tokenizers, init_adapter, validation_prompts, judge_plan, chosen, notes)
 
@@ -282,7 +195,7 @@ class NamedRun:
     """A run with all its options, and the values that its record (`run_identity.identity`) is made of."""
 
     options: ResolvedTrainOptions
-    subject: Subject
+    subject: Subjects
     checked: CheckedBase
     fingerprint: str
     """Of the base."""
@@ -306,9 +219,11 @@ class NamedRun:
         seed, batch_size = self.options.run.seed, self.options.run.train_batch_size
         dataset = PhotoRows(sources, seed, self.crops, self.buckets, batch_size)
         varies = any(not crops.is_fixed(photo.size) for s in sources for photo, crops in dataset.all_crops(s))
-        held_out = self.subject.held_out_source(self.options.instance)
+        held_out = self.subject.held_out_source()
         compared = [*sources, *([held_out] if held_out.photos else [])]
-        pictures = {s.purpose: {photo.path.name: photo.sha256 for photo in s.photos} for s in compared}
+        pictures = {
+            s.purpose: dict(zip(s.names, [p.sha256 for p in s.photos], strict=True)) for s in compared
+        }
         of_masks = {name: mask.sha256 for name, mask in self.subject.masks.items()}
         flags = as_table(self.options)
         if name := self.checked.base.options.tokenizer_name:
@@ -320,6 +235,7 @@ class NamedRun:
             base=self.fingerprint,
             pictures={**pictures, **({"mask": of_masks} if of_masks else {})},
             captions=self.subject.captions,
+            subjects=[row.record for row in self.subject.rows],
             max_steps=self.max_steps,
             start=start,
             crops=self.crops_are_cut_from if varies else None,
@@ -369,7 +285,7 @@ class NamedRun:
 
 def name_run(
     options: TrainOptions,
-    subject: Subject,
+    subject: Subjects,
     checked: CheckedBase,
     cache: checks.Cache,
     claim: output_folder.Claim,
@@ -387,7 +303,7 @@ def name_run(
     )
     peers.say(f"seed: {seed}")
     device = accelerator.device
-    pictures = pictures_of_pass([len(subject.photos), class_count], repeats=options.instance.repeats)
+    pictures = pictures_of_pass([subject.rows_of_pass, class_count], repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
     crops = Crops(
         instance.side,

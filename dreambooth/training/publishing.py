@@ -19,7 +19,7 @@ def publish(start: Start, adapter: Path, pictures: Mapping[str, str]) -> None:
         saving.write_kohya(adapter, base)
     if start.repository is not None:
         card = model_card.model_card(
-            start.flags,
+            start.named_flags,
             base_folder=base.place,
             family=base.family.key,
             pictures=pictures,

@@ -4,7 +4,7 @@ an equal record; otherwise an error lists every difference.
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ _FREE_FLAGS = {
     *(field.name for field in dataclasses.fields(MeterOptions)),  # the photos are compared
     # Paths and hub ids: the contents are compared.
     *("output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path", "revision"),
+    "subjects",
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
     *("cache_dir", "image_column"),
     "mask_dir",  # the masks are compared
@@ -76,6 +77,7 @@ def identity(
     start: str | None,
     crops: Literal["latents", "pixels"] | None = None,
     judges: Mapping[str, Any] | None = None,
+    subjects: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """The record by which two runs are compared, as JSON types.
 
@@ -83,7 +85,7 @@ def identity(
     the base. `pictures` are SHA-256 hashes by source and file name, `captions` are by file name. `text_steps`
     is the number of steps that train the text encoder. `start` is the hash of the adapter that training
     starts from, None for random values. `crops` is what random crops are cut from, None if all crops are
-    fixed.
+    fixed. `subjects` are the records of the rows of --subjects.
     """
     compared = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     if not flags["with_prior_preservation"]:
@@ -98,6 +100,8 @@ def identity(
     if flags["train_text_encoder"] and flags["train_text_encoder_frac"] < 1:
         compared["text_encoder_steps"] = text_steps
     compared["crops"] = crops or "fixed"
+    if subjects:
+        compared["subjects"] = subjects
     record = {
         "flags": compared,
         "slots": slots,

@@ -83,7 +83,11 @@ class RunReport:
         counts: dict[report.Use, int] = {_USES[source.purpose]: len(source.photos) for source in self.sources}
         run = dataclasses.replace(
             # people show the page to others, who need not see where its files are
-            read(start.output_dir, model_card.public_flags(start.flags, start.base.place).values),
+            read(
+                start.output_dir,
+                model_card.public_flags(start.flags, start.base.place).values,
+                [share.prompt for share in start.shares],
+            ),
             photos=self.photos,
             counts=counts,
             prompts=start.first_prompts(report.MOST_PHOTOS["trained"]),
@@ -94,9 +98,9 @@ class RunReport:
         return report.page(run, self.thumbnails, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
 
 
-def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
-    """What the files of an output folder hold of a run with these flags. Raises OSError or UserError if a
-    file cannot be read."""
+def read(folder: Path, flags: Mapping[str, Any], subjects: Sequence[str] = ()) -> report.Run:
+    """What the files of an output folder hold of a run with these flags. `subjects` are the prompts of
+    --subjects. Raises OSError or UserError if a file cannot be read."""
     status = reader.read_json_table(folder / run_folder.STATUS, run_folder.STATUS)
     identity = run_folder.read_identity(folder)
     slots = identity["slots"] if identity else 1
@@ -114,7 +118,8 @@ def read(folder: Path, flags: Mapping[str, Any]) -> report.Run:
         pictures=report_data.drawn(f"{run_folder.VALIDATION}/{name}" for name in names),
         rows_per_step=slots * flags["train_batch_size"],
         command=train_command(flags),
-        draw_command=draw_command(flags, adapter),
+        draw_command=draw_command(flags, adapter, [*subjects, flags["instance_prompt"]][0]),
+        subjects=subjects,
     )
 
 
@@ -212,9 +217,9 @@ def train_command(flags: Mapping[str, Any]) -> str:
     return _command("accelerate launch train_dreambooth_lora.py", words)
 
 
-def draw_command(flags: Mapping[str, Any], adapter: Path) -> str:
+def draw_command(flags: Mapping[str, Any], adapter: Path, instance_prompt: str) -> str:
     """A command that draws with the adapter."""
-    prompt = flags.get("validation_prompt") or flags["instance_prompt"]
+    prompt = flags.get("validation_prompt") or instance_prompt
     base = flags["pretrained_model_name_or_path"]
     words = {"pretrained_model_name_or_path": base, "adapter": str(adapter), "prompt": prompt}
     return _command("python infer.py", [_words(name, value) for name, value in words.items()])

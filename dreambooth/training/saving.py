@@ -51,7 +51,7 @@ class Saver:
 
     def __init__(self, start: Start, trainables: Trainables):
         self.run, self.peers, self.output_dir = start.options.run, start.peers, start.output_dir
-        self.info = adapter_info(start.flags, start.base.options.name(), start.identity["base"])
+        self.info = adapter_info(start.named_flags, start.base.options.name(), start.identity["base"])
         self.identity, self.environment = start.identity, start.environment
         self.optimizer, self.scaler = trainables.optimizer, trainables.scaler
         self.components = list(trainables.components)

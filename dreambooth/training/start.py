@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families
-from dreambooth.data.batches import PhotoRows, Source
+from dreambooth.data.batches import PhotoRows, Share, Source
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
 from dreambooth.data.masks import Mask
@@ -71,7 +71,7 @@ class Start:
 
     def steps(self) -> tuple[int, int]:
         """(steps of one pass, steps of the run)."""
-        counts = [len(source.photos) for source in self.sources]
+        counts = [source.rows_of_pass for source in self.sources]
         pictures = pictures_of_pass(counts, repeats=self.options.instance.repeats)
         return self.options.run.steps(pictures, self.peers.world)
 
@@ -98,10 +98,16 @@ class Start:
     @property
     def measured_prompts(self) -> list[str]:
         """The prompts, beside those of `sources`, that --meter_steps measures with; [] without the flag."""
-        class_prompt = self.options.prior.class_prompt
-        if not self.options.meter.meter_steps or class_prompt is None:
+        if not self.options.meter.meter_steps:
             return []
-        return [*self.held_out.prompts, class_prompt]
+        of_subjects = [prompt for share in self.shares for prompt in (share.prompt, share.class_prompt)]
+        class_prompt = self.options.prior.class_prompt
+        return [*self.held_out.prompts, *of_subjects, *([class_prompt] if class_prompt else [])]
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """The subjects of --subjects; () without the flag."""
+        return self.sources[0].shares
 
     @property
     def output_dir(self) -> Path:
@@ -112,11 +118,23 @@ class Start:
         """Flags of the run by name, without the hub token and without flags of one start (--overwrite)."""
         return without_token(as_table(self.options.without_start_flags()))
 
+    @property
+    def named_flags(self) -> dict[str, Any]:
+        """`flags`, with the prompts of all subjects of --subjects as instance_prompt and class_prompt."""
+        if not self.shares:
+            return self.flags
+        prompts, classes = ([getattr(s, name) for s in self.shares] for name in ("prompt", "class_prompt"))
+        return {
+            **self.flags,
+            "instance_prompt": "; ".join(prompts),
+            "class_prompt": "; ".join(dict.fromkeys(classes)),
+        }
+
     def first_prompts(self, rows: int) -> list[tuple[str, str]]:
         """(name of the photo, prompt) of the first rows of instance photos; [] if all have
         --instance_prompt."""
         instance = self.options.instance
-        if not (instance.reads_captions or instance.captions.varies):
+        if not (instance.reads_captions or instance.captions.varies or instance.subjects):
             return []
         dataset = self.photo_rows()
         return [dataset.named_prompt(self.sources[0], row) for row in range(rows)]

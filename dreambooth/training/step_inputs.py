@@ -1,5 +1,7 @@
 """The tensors that one forward and backward pass takes, made on the CPU from a micro-batch."""
 
+import dataclasses
+
 from dreambooth.bases import autoencoder
 from dreambooth.data.batches import MicroBatch
 from dreambooth.options.training import ObjectiveOptions
@@ -36,4 +38,7 @@ def make_task(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptio
     if objective.noise_offset:
         noise = noise + objective.noise_offset * dataset.randn("noise-offset", rows, (shape[0], 1, 1))
     timesteps = dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps)
-    return objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
+    task = objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
+    if (weights := dataset.weights(rows)) is None:
+        return task
+    return dataclasses.replace(task, weights=weights if task.weights is None else weights * task.weights)

@@ -20,7 +20,7 @@ from dreambooth.options.photos import InstanceOptions
 from dreambooth.runtime import processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch
-from dreambooth.training import meter, prepare
+from dreambooth.training import meter, subjects
 from tests import conftest, tiny
 from tests.live_adapters import load_models
 from tests.running import digest, meter_records, prior_words, run_train
@@ -310,11 +310,11 @@ def test_captions_of_held_out_photos_are_their_prompts_and_no_data_of_the_run(ph
     for path in (folder / "photo-0.txt", folder / "photo-2.txt", others / "photo-1.txt"):
         path.write_text(f"sks dog in {path.parent.name}")
     options = InstanceOptions(SUBJECT, str(folder), caption_column="text")
-    subject = prepare.check_photos(options, MeterOptions(holdout=1), None, one_process())
-    assert subject.source(options, seed=0).prompts == ["sks dog in photos", SUBJECT]
-    assert subject.held_out_source(options).prompts == ["sks dog in photos"]
+    subject = subjects.check(options, MeterOptions(holdout=1), None, one_process())
+    assert subject.source(seed=0).prompts == ["sks dog in photos", SUBJECT]
+    assert subject.held_out_source().prompts == ["sks dog in photos"]
     assert subject.captions == {"photo-0.png": "sks dog in photos"}
     elsewhere = MeterOptions(holdout_data_dir=str(others))
-    subject = prepare.check_photos(options, elsewhere, None, one_process())
+    subject = subjects.check(options, elsewhere, None, one_process())
     assert len(subject.photos) == 3
-    assert subject.held_out_source(options).prompts == [SUBJECT, "sks dog in others"]
+    assert subject.held_out_source().prompts == [SUBJECT, "sks dog in others"]
