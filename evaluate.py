@@ -154,7 +154,8 @@ class Drawing:
         self.loaded = variants.read_adapters(adapter_sets, self.base, self.drawing.clip_skip)
         self.variants = {each.folder: self._variant(each) for each in self.sets}
         columns = list(self.variants.values())
-        variants.check(self.drawing, columns, self.loaded, self.base)
+        self.sampling = self.drawing.sampling()
+        variants.check(self.drawing, self.sampling.num_inference_steps, columns, self.loaded, self.base)
         peers.say_notes(variants.notes(self.drawing, columns, self.loaded, self.base))
         if judges.readers:
             reader_judge.check_side(self.drawing.resolution or self.base.default_resolution)
@@ -176,6 +177,8 @@ class Drawing:
             "base_sha256": self.base.fingerprint(),
             "resolution": self.drawing.resolution or self.base.default_resolution,
             **{name: getattr(self.drawing, name) for name in results.SAMPLER},
+            "num_inference_steps": self.sampling.num_inference_steps,
+            "guidance_scale": self.sampling.guidance_scale,
         }
         settings = {}
         for each in self.sets:
@@ -231,7 +234,10 @@ class Drawing:
     ) -> None:
         """Draw the pictures in one batch, and save those that are missing."""
         prompts, seeds = [picture.prompt for picture in chunk], [picture.seed for picture in chunk]
-        images = pipelines.draw_as(self.drawing, pipeline, cache, prompts, seeds, self.watch.check)
+        negative_prompt = self.drawing.negative_prompt
+        images = pipelines.draw_as(
+            self.sampling, negative_prompt, pipeline, cache, prompts, seeds, self.watch.check
+        )
         for picture, image in zip(chunk, images, strict=True):
             if picture.file in missing:
                 save(picture.file, image, self.settings[picture.file])

@@ -3,7 +3,7 @@ files that contain their settings, and a contact sheet. Launch with `accelerate 
 among processes: any number of processes draws the same pictures."""
 
 from dreambooth.options.command_line import parse
-from dreambooth.options.pictures import InferOptions
+from dreambooth.options.pictures import InferOptions, Sampling
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
-from dreambooth.bases import families, pipelines
+from dreambooth.bases import families, pipelines, schedulers
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import captions, output_pictures, replayed_unet
 from dreambooth.files import pictures
@@ -64,10 +64,13 @@ def infer(options: InferOptions, watch: Watch) -> None:
     peers.say_notes(base.notes())
     loaded = variants.read_adapters(sets, base, options.drawing.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)
-    variants.check(options.drawing, columns, loaded, base)
+    sampling = options.sampling(base.default_resolution)
+    variants.check(options.drawing, sampling.num_inference_steps, columns, loaded, base)
+    if options.scheduler is not None:
+        schedulers.check_named(options.scheduler, sampling.num_inference_steps, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
-    records = all_records(options, columns, loaded)
+    records = all_records(options, sampling, columns, loaded)
     # the output folder
     names = [LIST, SHEET, *(record["file"] for chunk in records for record in chunk)]
     with output_pictures.held(output_dir, names, peers) as files:
@@ -79,8 +82,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
                 files.remove(name)
         peers.barrier()
         # draw
-        pipeline = pipelines.load_pipeline(base, dtype, device)
-        draw_all(options, pipeline, base, columns, records, loaded, files, peers, watch)
+        pipeline = pipelines.load_pipeline(base, dtype, device, options.scheduler)
+        draw_all(options, sampling, pipeline, base, columns, records, loaded, files, peers, watch)
         peers.barrier()
         if peers.is_main:
             collect(options, columns, [record for chunk in records for record in chunk], files)
@@ -91,6 +94,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
 
 def draw_all(
     options: InferOptions,
+    sampling: Sampling,
     pipeline: Any,
     base: families.Base,
     columns: Sequence[Variant],
@@ -132,18 +136,18 @@ def draw_all(
                 prompt_cache = text.encode_all([*prompts, options.drawing.negative_prompt], watch.check)
                 with replayed_unet.replaying(pipeline, graphs):
                     for chunk in chunks_here:
-                        _draw(options, pipeline, prompt_cache, chunk, files, watch)
+                        _draw(options, sampling, pipeline, prompt_cache, chunk, files, watch)
                         bar.update(min(len(chunk) * peers.world, count - bar.n))
 
 
 def all_records(
-    options: InferOptions, columns: Sequence[Variant], loaded: Loaded
+    options: InferOptions, sampling: Sampling, columns: Sequence[Variant], loaded: Loaded
 ) -> list[list[dict[str, Any]]]:
     """For each variant the records of its pictures, as images.json lists them."""
     records: list[list[dict[str, Any]]] = []
     for variant in columns:
         suffix = "_base" if loaded and not variant.set else ""
-        settings = _settings(options, variant, loaded)
+        settings = _settings(options, sampling, variant, loaded)
         records.append(
             [
                 {"file": f"{number:05d}_{seed}{suffix}.png", "prompt": prompt, "seed": seed, **settings}
@@ -153,7 +157,7 @@ def all_records(
     return records
 
 
-def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[str, Any]:
+def _settings(options: InferOptions, sampling: Sampling, variant: Variant, loaded: Loaded) -> dict[str, Any]:
     """The settings that all pictures of a variant share."""
     adapters, labels = [], []
     for weighted in variant.adapters:
@@ -167,8 +171,10 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
     return {
         "base": options.base.name(),
         "negative_prompt": options.drawing.negative_prompt,
-        "steps": options.drawing.num_inference_steps,
-        "guidance_scale": options.drawing.guidance_scale,
+        "steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        **({"scheduler": options.scheduler} if options.scheduler else {}),
+        **({"size": list(sampling.size or ())} if options.width or options.height else {}),
         "clip_skip": variant.clip_skip,
         "set": variant.set.name if variant.set else None,
         "adapter": " + ".join(labels) or None,
@@ -178,6 +184,7 @@ def _settings(options: InferOptions, variant: Variant, loaded: Loaded) -> dict[s
 
 def _draw(
     options: InferOptions,
+    sampling: Sampling,
     pipeline: Any,
     prompt_cache: PromptCache,
     chunk: list[dict[str, Any]],
@@ -186,7 +193,8 @@ def _draw(
 ) -> None:
     """Draw the pictures of the records in `chunk` in one batch, and save each. Raises OSError."""
     prompts, seeds = [record["prompt"] for record in chunk], [record["seed"] for record in chunk]
-    images = pipelines.draw_as(options.drawing, pipeline, prompt_cache, prompts, seeds, watch.check)
+    negative_prompt = options.drawing.negative_prompt
+    images = pipelines.draw_as(sampling, negative_prompt, pipeline, prompt_cache, prompts, seeds, watch.check)
     for record, image in zip(chunk, images, strict=True):
         settings = {key: value for key, value in record.items() if key != "file"}
         output_pictures.save(files, record["file"], image, settings)

@@ -108,10 +108,12 @@ def plan(
     return variants
 
 
-def check(drawing: DrawingOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base) -> None:
+def check(
+    drawing: DrawingOptions, steps: int, variants: Sequence[Variant], loaded: Loaded, base: families.Base
+) -> None:
     """Raise UserError if a prompt, a clip_skip or a weight of a variant does not work with the base and the
-    adapters, or the base has fewer timesteps than --num_inference_steps."""
-    schedulers.check_steps("--num_inference_steps", drawing.num_inference_steps, base)
+    adapters, or the base has fewer timesteps than sampling steps."""
+    schedulers.check_steps("--num_inference_steps", steps, base)
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
     texts["--negative_prompt"] = drawing.negative_prompt
     prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))

@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, TCDScheduler
 from PIL import Image
 
-from dreambooth.bases import autoencoder, loading
+from dreambooth.bases import autoencoder, loading, schedulers
 from dreambooth.bases.families import Base
 from dreambooth.bases.folders import BASE_FLAG, UNUSED_PARTS
 from dreambooth.bases.loading import FrozenParts
 from dreambooth.bases.prompts import PromptCache, PromptEmbeds, TextParts
-from dreambooth.bases.schedulers import own_scheduler
 from dreambooth.io.errors import UserError
-from dreambooth.options.pictures import DrawingOptions
+from dreambooth.options.pictures import Sampling, SchedulerName
 from dreambooth.options.training import TextOptions
+
+_TCD_ETA = 0.3  # the noise of a step, as in TCD's own examples (arXiv 2402.19159)
 
 
 def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -> Any:
@@ -39,9 +40,11 @@ def pipeline_of(parts: FrozenParts, scheduler: Any, vae: AutoencoderKL | None) -
     return pipeline
 
 
-def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
-    """A pipeline from disk with the base's own scheduler and no safety checker. Raises UserError if loading
-    fails.
+def load_pipeline(
+    base: Base, dtype: torch.dtype, device: torch.device, scheduler: SchedulerName | None = None
+) -> Any:
+    """A pipeline from disk with no safety checker, and with this scheduler, or else the base's own. Raises
+    UserError if loading fails.
 
     With float16, a VAE whose config says that it overflows is loaded in float32.
     """
@@ -56,7 +59,7 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
         overflows = dtype == torch.float16 and base.config("vae")["force_upcast"]
         parts["vae"] = loading.load_part(base, "vae", torch.float32 if overflows else dtype, device)
     parts |= {part: loading.load_part(base, part, dtype, device) for part in ("unet", *family.text)}
-    parts["scheduler"] = own_scheduler(base)
+    parts["scheduler"] = schedulers.own(base) if scheduler is None else schedulers.named(base, scheduler)
     if family.pipeline is StableDiffusionXLPipeline:
         parts["add_watermarker"] = False
     pipeline = loading.from_pretrained(
@@ -83,9 +86,11 @@ def draw(
     num_inference_steps: int,
     guidance_scale: float,
     side: int | None = None,
+    size: tuple[int, int] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture for each row of `prompts` and its seed, drawn as one batch, `side` pixels square.
+    """One picture for each row of `prompts` and its seed, drawn as one batch, `side` pixels square, or of
+    this `size`, (width, height).
 
     `negative` has one row for all pictures, or one for each. A picture's noise depends on its own seed only.
     `check` is called after every step; what it raises ends the drawing.
@@ -104,35 +109,39 @@ def draw(
         arguments["callback_on_step_end"] = _after_each_step(check)
     else:  # DeepFloyd IF's pipeline has the older callback only
         arguments["callback"] = lambda step, timestep, latents: check()
+    if isinstance(pipeline.scheduler, TCDScheduler):  # which the pipelines would give 0 otherwise
+        arguments["eta"] = _TCD_ETA
+    width, height = size or (side, side)
     images = pipeline(
         **arguments,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        height=side,
-        width=side,
+        height=height,
+        width=width,
         output_type="latent" if vae is not None else "pil",
     ).images
     return decode(pipeline, images) if vae is not None else images
 
 
 def draw_as(
-    drawing: DrawingOptions,
+    sampling: Sampling,
+    negative_prompt: str,
     pipeline: Any,
     cache: PromptCache,
     prompts: Sequence[str],
     seeds: Sequence[int],
     check: Callable[[], None],
 ) -> list[Image.Image]:
-    """`draw` with the sampler and size that the flags say. `cache` has the prompts and the negative one."""
+    """`draw` with the steps, guidance and size that the flags say. `cache` has all the prompts."""
     return draw(
         pipeline,
         cache.of(prompts),
-        cache.of([drawing.negative_prompt]),
+        cache.of([negative_prompt]),
         seeds,
-        num_inference_steps=drawing.num_inference_steps,
-        guidance_scale=drawing.guidance_scale,
-        side=drawing.resolution,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        size=sampling.size,
         check=check,
     )
 

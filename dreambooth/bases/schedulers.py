@@ -4,11 +4,41 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 
 from dreambooth.bases import loading, noise_levels
 from dreambooth.bases.families import Base
-from dreambooth.io.errors import UserError
+from dreambooth.io.errors import UserError, type_and_reason
+from dreambooth.options.pictures import SchedulerName
+
+# What --scheduler draws with: (class, settings). The other settings are the base's.
+_DPM = (DPMSolverMultistepScheduler, noise_levels.DPM_SOLVER)
+_NAMED: dict[SchedulerName, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpm++": _DPM,
+    "dpm++_karras": (_DPM[0], {**_DPM[1], "use_karras_sigmas": True}),
+    "dpm++_sde": (_DPM[0], {**_DPM[1], "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
+    "lightning": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+}
 
 
 def load_scheduler(base: Base, *, edm: bool = False) -> Any:
@@ -18,11 +48,35 @@ def load_scheduler(base: Base, *, edm: bool = False) -> Any:
     return loading.load_scheduler(base, kind)
 
 
-def own_scheduler(base: Base) -> Any:
+def own(base: Base) -> Any:
     """The scheduler that the base itself is drawn with. A learned variance is ignored. Raises UserError if it
     cannot be made."""
     kind = getattr(diffusers, base.index["scheduler"][1])
     return loading.load_scheduler(base, kind, **fixed_variance(base.config("scheduler")))
+
+
+def named(base: Base, name: SchedulerName) -> Any:
+    """The scheduler that --scheduler `name` draws with, on the noise levels of the base."""
+    kind, settings = _NAMED[name]
+    return loading.load_scheduler(base, kind, **settings, **fixed_variance(base.config("scheduler")))
+
+
+def check_named(name: SchedulerName, steps: int, base: Base) -> None:
+    """Raise UserError if the base cannot be drawn with --scheduler `name` in this many steps."""
+    where = f"--scheduler {name}"
+    if base.is_edm:
+        raise UserError(f"{where}: a base with an EDM scheduler is drawn with that; leave it out")
+    if not base.family.has_vae:
+        raise UserError(f"{where}: {base.family.name} is drawn with its own scheduler; leave it out")
+    scheduler = named(base, name)
+    levels = load_scheduler(base).alphas_cumprod
+    if not torch.allclose(scheduler.alphas_cumprod, levels, atol=1e-6):
+        raise UserError(f"{where}: it cannot begin at zero terminal SNR, which the base has; give another")
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:  # for example, LCM has at most 50 steps
+        reason = type_and_reason(error)
+        raise UserError(f"{where}: not with --num_inference_steps {steps} ({reason})") from None
 
 
 def sampler(noise_scheduler: Any, *, has_vae: bool, wanted: str | None) -> Any:

@@ -53,16 +53,45 @@ class ClassImageOptions(Group):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn, with the defaults filled in."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    size: tuple[int, int] | None
+    """(width, height) in pixels; None is the base's resolution."""
+
+
+# Names of --scheduler. The last three are for adapters that were distilled to few steps.
+SchedulerName = Literal[
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpm++",
+    "dpm++_karras",
+    "dpm++_sde",
+    "unipc",
+    "lcm",
+    "tcd",
+    "lightning",
+]
+DISTILLED = ("lcm", "tcd", "lightning")
+
+
 @dataclasses.dataclass
 class DrawingOptions(Group):
     """Drawing: sampler, size and precision."""
 
     negative_prompt: str = ""
     """Negative prompt."""
-    num_inference_steps: Steps = 25
-    """Sampling steps."""
-    guidance_scale: Amount = 7.5
-    """Classifier-free guidance scale; 1 is no guidance."""
+    num_inference_steps: Steps | None = None
+    """Sampling steps. Default: 25; with a scheduler for distilled adapters 4."""
+    guidance_scale: Amount | None = None
+    """Classifier-free guidance scale; 1 is no guidance. Default: 7.5; with a scheduler for distilled adapters
+    1."""
     clip_skip: CountOrZero | None = None
     """Number of final layers of the text encoder to skip. Default: the number that the adapter was trained
     with, else 0. It is in the metadata of the adapter. kohya's ss_clip_skip counts one more (2 is 1 here),
@@ -77,6 +106,16 @@ class DrawingOptions(Group):
     """Add the adapters to the weights before drawing. "auto" fuses every kind but plain LoRA, whose layers
     cost about 5 % (DoRA, LoHa and LoKr on all layers cost 60 to 150 %), and never in bf16, which rounds small
     changes away. The last bits of pictures differ. OFT, BOFT and HRA are always fused."""
+
+    def sampling(self, *, is_distilled: bool = False, size: tuple[int, int] | None = None) -> Sampling:
+        """How pictures are drawn. `is_distilled` says whether the scheduler is for distilled adapters."""
+        steps, guidance_scale = self.num_inference_steps, self.guidance_scale
+        side = self.resolution
+        return Sampling(
+            (4 if is_distilled else 25) if steps is None else steps,
+            (1.0 if is_distilled else 7.5) if guidance_scale is None else guidance_scale,
+            size or (None if side is None else (side, side)),
+        )
 
 
 @dataclasses.dataclass
@@ -118,10 +157,24 @@ class InferOptions(Group):
     """Folder for the pictures, their list (images.json) and the contact sheet."""
     seeds: tuple[Seed, ...] = (0,)
     """Seeds; every prompt is drawn once with each."""
+    width: Side | None = None
+    """Width of the pictures, in pixels. Default: --resolution."""
+    height: Side | None = None
+    """Height of the pictures, in pixels. Default: --resolution."""
+    scheduler: SchedulerName | None = None
+    """Sampler. lcm (LCM-LoRA), tcd (TCD, Hyper-SD) and lightning (SDXL-Lightning: Euler at trailing
+    timesteps) are for distilled adapters, given as --adapter; with them the defaults are 4 steps and no
+    guidance. Default: the base's own."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
     drawing: DrawingOptions = dataclasses.field(default_factory=DrawingOptions)
     speed: GraphOptions = dataclasses.field(default_factory=GraphOptions)
+
+    def sampling(self, default_side: int) -> Sampling:
+        """How pictures are drawn. `default_side` is the base's, in pixels."""
+        side = self.drawing.resolution or default_side
+        size = (self.width or side, self.height or side) if self.width or self.height else None
+        return self.drawing.sampling(is_distilled=self.scheduler in DISTILLED, size=size)
 
     def _check(self) -> None:
         # the sets of --adapters_file may have all prompts

@@ -134,7 +134,7 @@ def test_more_skipped_layers_than_the_base_has_are_refused_with_the_file(kohya_f
     sets = adapter_sets.of([path], (), None)
     loaded = variants.read_adapters(sets, base, None)
     with pytest.raises(UserError, match=r"--clip_skip must be at most .*deep\.safetensors; give --clip_skip"):
-        variants.check(options.drawing, variants.plan(options, sets, loaded, ["dog"]), loaded, base)
+        variants.check(options.drawing, 2, variants.plan(options, sets, loaded, ["dog"]), loaded, base)
 
 
 @pytest.mark.parametrize(

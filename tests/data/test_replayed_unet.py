@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, PNDMScheduler, TCDScheduler
 
 import generate_class_images
 import infer
@@ -69,6 +69,8 @@ def load(folder: Path, sampler: Any = None) -> tuple[Any, Callable[..., list[byt
         ("tiny_base", None),  # DDIM
         ("tiny_base", DPMSolverMultistepScheduler),
         ("tiny_base", PNDMScheduler),
+        ("tiny_base", LCMScheduler),
+        ("tiny_xl", TCDScheduler),
         ("tiny_xl", None),  # Euler
         ("tiny_if", None),  # DDPM
     ],

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+)
 
 from dreambooth.data import replayed_unet
 from dreambooth.options.speed import GraphOptions
@@ -14,6 +20,9 @@ SAMPLERS = [
     ("tiny_base", None),  # DDIM
     ("tiny_base", DPMSolverMultistepScheduler),
     ("tiny_base", PNDMScheduler),
+    ("tiny_base", LCMScheduler),
+    ("tiny_base", EulerAncestralDiscreteScheduler),
+    ("tiny_xl", TCDScheduler),
     ("tiny_xl", None),  # Euler
 ]
 
