@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import claims_arms, claims_pairs, claims_tables
+from benchmarks import claims_arms, claims_masks, claims_pairs, claims_tables
 from benchmarks.claims_arms import (
     ARMS,
     BY_NAME,
@@ -31,6 +31,7 @@ from benchmarks.claims_arms import (
     WORD,
     Arm,
 )
+from benchmarks.claims_mask_arms import MASK_ARMS, MASK_CLAIM
 from benchmarks.claims_pair_arms import PAIR_ARMS, PAIR_CLAIM, PAIRS
 from benchmarks.claims_runs import (
     Protocol,
@@ -175,6 +176,7 @@ def run_all(options: Options, protocol: Protocol) -> None:
                 count += run(job, studio, results, options.work)
                 results.read()
     run_pairs(options, studio, results)
+    run_masks(options, studio, results)
 
 
 def run_pairs(options: Options, studio: Studio, results: Results) -> None:
@@ -185,6 +187,15 @@ def run_pairs(options: Options, studio: Studio, results: Results) -> None:
         if is_chosen and claims_pairs.result_key(arm, pair, seed, studio.protocol) not in results.records:
             results.add(claims_pairs.score_pair(studio, arm, pair, seed, options.work))
             print(f"{time.strftime('%H:%M:%S')} {arm.name} {'+'.join(pair)} seed {seed}", flush=True)
+
+
+def run_masks(options: Options, studio: Studio, results: Results) -> None:
+    """Run what is missing of the subjects that stand before one background."""
+    for seed, subject, arm in itertools.product(options.seeds, options.subjects, MASK_ARMS):
+        is_chosen = not options.arms or arm.name in options.arms
+        if is_chosen and claims_masks.result_key(arm, subject, seed, studio.protocol) not in results.records:
+            results.add(claims_masks.score_mask_arm(studio, arm, subject, seed, options.work))
+            print(f"{time.strftime('%H:%M:%S')} {arm.name} {subject} seed {seed}", flush=True)
 
 
 # ---- tables
@@ -206,6 +217,9 @@ def table_of(protocol: Protocol, results: Results) -> claims_tables.Table:
     for pair, seed, way in itertools.product(PAIRS, claims_arms.SEEDS, PAIR_ARMS):
         if record := results.records.get(claims_pairs.result_key(way, pair, seed, protocol)):
             table.setdefault((way.name, 0), {})["+".join(pair), seed] = record["scores"]
+    for (subject, seed), masked in itertools.product(pairs, MASK_ARMS):
+        if record := results.records.get(claims_masks.result_key(masked, subject, seed, protocol)):
+            table.setdefault((masked.name, 0), {})[subject, seed] = record["scores"]
     return table
 
 
@@ -218,7 +232,7 @@ def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
         notes[f"best-{kind}"] = f", rate {rate:g}" if rate else ", rate not chosen yet"
     begin, end = claims_tables.MARKS
     write_page(page, (begin.format("summary"), end.format("summary")), claims_tables.summary_table(table))
-    for claim in (*claims_arms.CLAIMS, PAIR_CLAIM):
+    for claim in (*claims_arms.CLAIMS, PAIR_CLAIM, MASK_CLAIM):
         plot = (
             page.with_name(f"evidence_{claim.letter}.svg") if claims_tables.has_runs(claim, table) else None
         )
@@ -229,7 +243,11 @@ def write_tables(protocol: Protocol, results: Results, page: Path) -> None:
 
 
 def main(options: Options) -> None:
-    names = [*BY_NAME, *(f"search-{kind}" for kind in SEARCH_RATES), *(arm.name for arm in PAIR_ARMS)]
+    names = [
+        *BY_NAME,
+        *(f"search-{kind}" for kind in SEARCH_RATES),
+        *(arm.name for arm in (*PAIR_ARMS, *MASK_ARMS)),
+    ]
     if unknown := sorted(set(options.arms) - set(names)):
         sys.exit(f"error: --arms: no arm is called {', '.join(unknown)}; there are {', '.join(names)}")
     protocol = Protocol(base=ROOT / "picturebook" / "model")

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.claims_arms import BASE, BY_NAME, CLAIMS, SEEDS, SUBJECTS, Claim, Part
+from benchmarks.claims_mask_arms import LABELS as MASK_LABELS
 from benchmarks.claims_pair_arms import LABELS
 from picturebook.metrics import bootstrap_interval
 
@@ -86,8 +87,9 @@ def mean_of(rows: Mapping[tuple[str, int], Scores], score: str) -> float | None:
 
 
 def label_of(arm: str, step: int) -> str:
-    """The name of a row. Arms with two subjects are drawn after a fixed number of steps, and have step 0."""
-    labels = {"base": "base, no adapter"} | LABELS
+    """The name of a row. Arms with two subjects, and those with masks, are drawn after a fixed number of
+    steps, and have step 0."""
+    labels = {"base": "base, no adapter"} | LABELS | MASK_LABELS
     return labels[arm] if step == 0 else f"{BY_NAME[arm].label}, {step} steps"
 
 

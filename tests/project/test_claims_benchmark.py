@@ -5,11 +5,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
-from benchmarks import claims, claims_arms, claims_pair_arms, claims_pairs, claims_runs, claims_tables
+from benchmarks import (
+    claims,
+    claims_arms,
+    claims_mask_arms,
+    claims_masks,
+    claims_pair_arms,
+    claims_pairs,
+    claims_runs,
+    claims_tables,
+)
 from benchmarks.claims_arms import ARMS, BY_NAME, CLAIMS, SEEDS, SUBJECTS, Part, Term
+from picturebook import subjects
+from picturebook.draw import backdrop, draw
 from picturebook.subjects import FOLDER
 from tests.running import ROOT
 
@@ -79,6 +91,9 @@ def test_every_claim_compares_arms_and_steps_that_are_scored():
     assert named == set(claims_pair_arms.LABELS)
     drawn = [(name, steps) for arm in claims_pair_arms.PAIR_ARMS for name, steps, _ in arm.drawn]
     assert all(steps <= claims_pair_arms.SOURCES[name].steps for name, steps in drawn)
+    masks = claims_mask_arms.MASK_CLAIM
+    named = {term.arm for part in masks.parts for term in part.terms}
+    assert named < {arm for arm, _ in masks.rows} == set(claims_mask_arms.LABELS)
     assert [claim.letter for claim in CLAIMS] == list("abcdefg")
     assert len(SUBJECTS) * len(SEEDS) >= 12
 
@@ -285,3 +300,28 @@ def test_two_subjects_are_trained_together_mixed_and_one_after_the_other(small_c
     runs = [json.loads(path.read_text()) for path in work.glob("adapters/*/run.json")]
     (after,) = [run for run in runs if run.get("starts_from")]
     assert after["starts_from"][0]["subjects"] == [["dog", "sks"]]
+
+
+def test_a_mask_is_where_the_subject_is_drawn():
+    """Where it is black, pictures of two places differ only as their backgrounds do."""
+    scene = dataclasses.replace(subjects.make_subject("dog")[0], place="snow", backdrop=0)
+    mask = np.asarray(claims_masks.mask_of(scene))
+    picture, empty = np.asarray(draw(scene)), np.asarray(backdrop("snow", 0))
+    assert 0.1 < mask.mean() / 255 < 0.6
+    assert (picture[mask == 0] == empty[mask == 0]).all()
+    other = np.asarray(draw(dataclasses.replace(scene, place="night")))
+    assert (picture[mask == 255] == other[mask == 255]).all()
+
+
+@pytest.mark.trains
+def test_a_subject_before_one_background_is_trained_with_masks_and_scored(small_claims, monkeypatch):
+    work, protocol = small_claims
+    monkeypatch.setattr(claims_masks, "STEPS", 2)
+    studio = claims_runs.Studio(protocol)
+    for arm in (claims_mask_arms.MASK_ARMS[0], claims_mask_arms.MASK_ARMS[-1]):
+        record = claims_masks.score_mask_arm(studio, arm, "dog", 0, work)
+        assert set(record["scores"]) == set(claims_mask_arms.MASK_CLAIM.columns)
+    assert len(list((work / "masks" / "dog-one-place").iterdir())) == 4
+    runs = [json.loads(path.read_text()) for path in work.glob("adapters/*/run.json")]
+    (masked,) = [run for run in runs if run.get("has_masks")]
+    assert (masked["place"], "--unmasked_target base" in masked["flags"]) == ("desert", True)
