@@ -220,7 +220,7 @@ def _decoded(data: bytes, digest: str, max_pixels: int, cache: DecodeCache | Non
     return decoded
 
 
-def load(photo: Photo) -> Image.Image:
+def load(photo: Photo, reduced_to: int | None = None) -> Image.Image:
     """The photo as `decode` returns it, from its file. Raises UserError if the file has changed since it was
     checked, or cannot be read."""
     path = shown(photo.path)
@@ -228,7 +228,7 @@ def load(photo: Photo) -> Image.Image:
     if hashlib.sha256(data).hexdigest() != photo.sha256:
         raise UserError(f"{path} has changed since the run was started; restore it, or start a new run")
     try:
-        return decode(data)[0]
+        return decode(data, reduced_to=reduced_to)[0]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -236,9 +236,12 @@ def load(photo: Photo) -> Image.Image:
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses pictures of twice this number
 
 
-def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, list[str]]:
+def decode(
+    data: bytes, max_pixels: int = MOST_PIXELS, reduced_to: int | None = None
+) -> tuple[Image.Image, list[str]]:
     """(the photo, remarks) from the content of its file. The photo is upright and sRGB; transparent parts are
-    over white, and 16-bit grey is scaled to 8 bits.
+    over white, and 16-bit grey is scaled to 8 bits. A JPEG may be read at a fraction of its size, which is
+    faster, if its sides stay over `reduced_to`.
 
     Raises UserError, without the file's name, if it cannot be used or has over `max_pixels`.
     """
@@ -260,6 +263,8 @@ def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> tuple[Image.Image, lis
                 if has_frames and image.format not in ("TIFF", "MPO"):
                     raise UserError("animated; save the frame that you want as a picture")
                 remarks = [_PAGES] if has_frames and image.format == "TIFF" else []
+                if reduced_to is not None:
+                    image.draft(None, (reduced_to, reduced_to))
                 image.load()
                 orientation = _orientation(image)
                 if orientation is None or any("EXIF" in str(warning.message) for warning in warned):

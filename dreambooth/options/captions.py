@@ -13,8 +13,8 @@ _KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,5})_(.*\S.*)", re.DOTALL)
 
 
 @dataclasses.dataclass
-class CaptionOptions(Group):
-    """Captions in files of other programs, and captions of tags."""
+class CaptionFileOptions(Group):
+    """Captions in files of other programs."""
 
     caption_extension: Literal[".txt", ".caption"] | None = None
     """Read the caption of each photo from the file beside it with this ending. A photo without such a file
@@ -24,6 +24,12 @@ class CaptionOptions(Group):
     photo follow its caption."""
     trigger_word: Name | None = None
     """Put this before every caption that lacks it, with a comma: "sks dog, a dog on grass"."""
+
+
+@dataclasses.dataclass
+class CaptionOptions(CaptionFileOptions):
+    """Captions in files of other programs, and captions of tags."""
+
     shuffle_caption: bool = False
     """Shuffle the tags of an instance prompt, the parts between commas, at each visit."""
     keep_tokens: CountOrZero = 0

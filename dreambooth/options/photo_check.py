@@ -1,0 +1,69 @@
+"""The options of check_photos.py. Imports no torch."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+from dreambooth.options.captions import CaptionFileOptions, CaptionOptions, kohya_folder
+from dreambooth.options.paths import FilePath, PathOrId
+from dreambooth.options.photos import MOST_PIXELS, InstanceOptions
+from dreambooth.options.rules import Group, Name, Range, Side, require
+
+
+@dataclasses.dataclass
+class PhotoCheckOptions(Group):
+    """All flags of check_photos.py."""
+
+    COMMON_FLAGS: ClassVar = (
+        *("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir", "mask_dir", "resolution"),
+        *("caption_column", "caption_extension", "pretrained_model_name_or_path", "output_dir"),
+    )
+
+    instance_data_dir: FilePath | None = None
+    """Folder with the photos of the subject."""
+    instance_prompt: Name | None = None
+    """Prompt of the photos, as for training. Its words that --class_prompt lacks name the subject: every
+    caption should hold one of them, and with --find_rare_word they are judged."""
+    class_prompt: Name | None = None
+    """Prompt of the class: the instance prompt without the rare word, "a photo of dog"."""
+    class_data_dir: FilePath | None = None
+    """Folder of class images. None of them should be a photo of the subject."""
+    mask_dir: FilePath | None = None
+    """Folder with a mask for each photo, a picture of the same name, white where the subject is. With masks
+    it is known whether the crop cuts the subject off, and whether it is small."""
+    caption_column: Name | None = None
+    """Column with the captions in metadata.jsonl (or .csv) beside the photos, as for training."""
+    image_column: Name = "image"
+    """Column with the names of the photos; `image` is the column `file_name` of metadata.jsonl."""
+    captions: CaptionFileOptions = dataclasses.field(default_factory=CaptionFileOptions)
+    resolution: Side | None = None
+    """Side of the square training crop, in pixels. Default: that of the base; 512 without a base."""
+    pretrained_model_name_or_path: PathOrId | None = None
+    """Folder or hub id of the base: its tokenizer tells which captions are too long."""
+    max_image_pixels: Annotated[int, Range(4096, MOST_PIXELS)] = 64_000_000
+    """Largest accepted picture, in pixels."""
+    follow_symlinks: bool = False
+    """Accept links to pictures outside the folder."""
+    output_dir: FilePath = "photo_check"
+    """Folder for the page, photos.html. Nothing is written into a folder of photos."""
+
+    def _check(self) -> None:
+        require(
+            self.instance_data_dir is not None,
+            "--instance_data_dir is required: the folder with the photos of the subject",
+        )
+        self.instance()  # its rules
+
+    def instance(self) -> InstanceOptions:
+        """The flags that training takes too, as training takes them."""
+        named = kohya_folder(self.instance_data_dir)
+        return InstanceOptions(
+            instance_prompt=self.instance_prompt or (named[1] if named else "a photo"),
+            instance_data_dir=self.instance_data_dir,
+            caption_column=self.caption_column,
+            image_column=self.image_column,
+            captions=CaptionOptions(**vars(self.captions)),
+            resolution=self.resolution,
+            max_image_pixels=self.max_image_pixels,
+            allow_odd_photos=True,
+            follow_symlinks=self.follow_symlinks,
+        )
