@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from dreambooth.adapters import inject
 from dreambooth.bases import prediction
 from dreambooth.bases.prompts import PromptEmbeds
-from dreambooth.data import sampling_order
 from dreambooth.data.batches import MicroBatch, micro_batches
 from dreambooth.io import console
 from dreambooth.runtime import environment, memory
@@ -33,6 +32,7 @@ from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
     base_targets,
+    checkpoints,
     checks,
     frozen_models,
     metrics,
@@ -41,12 +41,12 @@ from dreambooth.training import (
     publishing,
     run_folder,
     saving,
-    step_inputs,
 )
 from dreambooth.training.evaluation import Evaluation
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.loss_log import LossLog
 from dreambooth.training.optimizer_steps import OptimizerSteps
+from dreambooth.training.passes import Passes
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
 
@@ -99,7 +99,8 @@ class Training:
             steps_per_epoch=self.steps_per_epoch,
             max_steps=self.max_steps,
         )
-        self.run_forward_backward = self.graphs.replayed(self.forward_backward, self.trainables.state)
+        forward_backward = self.graphs.replayed(self.forward_backward, self.trainables.state)
+        self.passes = Passes(start, frozen, self.trainables, self.graphs, forward_backward)
         max_norm = options.optimization.max_grad_norm
         self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
         self.first_step = 0
@@ -125,13 +126,9 @@ class Training:
 
     def micro_step(self, batch: MicroBatch) -> Tensors:
         """Forward and backward pass of one micro-batch. Returns what `forward_backward` returns."""
-        inputs = step_inputs.of_batch(batch, self.frozen, self.options.objective)
-        # dropout takes no generator, so torch's global one is seeded
-        torch.manual_seed(sampling_order.key(self.seed, "dropout", batch.step, batch.slot))
-        outputs = self.run_forward_backward(inputs)
+        outputs = self.passes.take(batch)
         self.peers.sync_stop()
-        # the next micro-step overwrites the outputs; its gradients are added before
-        return {name: value if name == "gradients" else value.clone() for name, value in outputs.items()}
+        return outputs
 
     def forward_backward(self, inputs: Tensors) -> Tensors:
         """The loss and its parts, scalars by name, and the `gradients` of all parameters, [count].
@@ -151,7 +148,8 @@ class Training:
             weight = self.options.prior.prior_loss_weight
             loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
             # backward
-            gradients = self.trainables.gradients(self.trainables.scaler.scale(loss / self.slots))
+            loss_of_step = loss / self.passes.of_step(rows=len(losses) // len(self.sources))
+            gradients = self.trainables.gradients(self.trainables.scaler.scale(loss_of_step))
         outputs = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
         return {**outputs, "gradients": gradients}
 
@@ -226,6 +224,7 @@ class Training:
         is_evaluated = self.evaluation.is_due(step)
         if ends_text or is_saved or is_first or is_last or is_evaluated or self.loss_log.is_due:
             self.loss_log.read(progress)
+        self.passes.report(progress)
         if ends_text:
             self.finish_text()
         if is_first:
@@ -280,6 +279,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         # where the run starts
         if start.checkpoint:
             training.trainables.restore(start.checkpoint)
+            training.passes.resume(checkpoints.read_state(start.checkpoint))
             training.first_step = training.loss_log.completed = training.saver.saved = start.checkpoint.step
             done, steps = training.first_step, training.max_steps
             suffix = "" if done < steps else "; nothing is left to train"

@@ -94,6 +94,22 @@ class MicroBatch:
     """Stable Diffusion XL's sizes of each row in pixels, float32 [rows, 6]: original height and width, crop
     top and left, target height and width."""
 
+    def parts(self, most: int) -> Iterator["MicroBatch"]:
+        """The micro-batch in parts of at most `most` rows, in their order."""
+        count = len(self.rows)
+        if most >= count:
+            yield self
+            return
+        for rows in (range(first, min(first + most, count)) for first in range(0, count, most)):
+            at = [half + row for half in range(0, len(self.prompts), count) for row in rows]
+            yield dataclasses.replace(
+                self,
+                rows=self.rows[rows.start : rows.stop],
+                posterior=Posterior(self.posterior.mean[at], self.posterior.std[at]),
+                prompts=[self.prompts[row] for row in at],
+                time_ids=self.time_ids[at],
+            )
+
 
 class PhotoRows(Dataset):
     """The data set of rows. Item `row` is the cropped photo of each source, float32 [sources, 3, height,

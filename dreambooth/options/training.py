@@ -46,6 +46,7 @@ _OF_VALIDATION = (
 _OF_PRIOR = ("class_data_dir", "prior_loss_weight", "prior_source")
 _OF_GENERATION = ("num_class_images", "class_guidance_scale", "class_inference_steps", "class_scheduler")
 _OF_TEXT_ADAPTER = ("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_layers")
+_DROPOUTS = ("lora_dropout", "text_encoder_dropout", "rank_dropout", "module_dropout")
 _OF_PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 
 
@@ -147,6 +148,11 @@ class RunOptions(Group):
     """Number of optimizer steps; overrides --num_train_epochs."""
     gradient_accumulation_steps: Annotated[int, Range(1, 10**6)] = 1
     """Forward and backward passes per optimizer step, per process."""
+    auto_batch: bool = False
+    """Give each forward and backward pass as many rows as memory has room for: at first all rows of an
+    optimizer step (--train_batch_size x --gradient_accumulation_steps), then half as many each time memory
+    runs out, and at last one with --gradient_checkpointing. The gradients are the same up to rounding. Does
+    not work with dropout."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
     checkpointing_steps: Count = 500
@@ -332,6 +338,12 @@ class TrainOptions(Group):
             not self.meter.meter_steps or has_class_prompt,
             "--meter_steps compares the prompt of the subject with that of its class: give --class_prompt, "
             'for example "a photo of dog"',
+        )
+        dropouts = [name for name in _DROPOUTS if getattr(self.adapter, name)]
+        require(
+            not self.run.auto_batch or not dropouts,
+            f"--auto_batch does not work with --{' and --'.join(dropouts)}: what is dropped depends on the "
+            "rows of a pass; leave out one of them",
         )
         self._check_folders()
 

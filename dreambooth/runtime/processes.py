@@ -130,6 +130,15 @@ class Peers:
         for stop in filter(None, stops):
             raise Stop(*stop)
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process; the same on all of them. Called within a step."""
+        if self.world == 1:
+            return flag
+        flags = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        with self._lost_processes_named():
+            dist.all_gather(flags, torch.tensor([int(flag)]), group=self.step_group)
+        return any(flags)
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[world * n, ...] from each process's [n, ...], in the order of ranks."""
         with self._lost_processes_named():

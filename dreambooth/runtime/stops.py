@@ -145,6 +145,6 @@ def memory_errors_explained() -> Iterator[None]:
         if not is_memory_error(error):
             raise
         raise Stop(
-            "out of memory: lower --train_batch_size or --resolution, or add --gradient_checkpointing or "
-            "--mixed_precision bf16"
+            "out of memory: go on with --resume_from_checkpoint latest and --auto_batch or "
+            "--gradient_checkpointing; or start anew with --mixed_precision bf16 or a lower --resolution"
         ) from error

@@ -99,6 +99,11 @@ class Progress:
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.2e}", images_s=f"{rate:.1f}")
         self.bar.update(last - self.bar.n)
 
+    def event(self, record: dict[str, Any]) -> None:
+        """Record what happened in a step."""
+        if self.is_main:
+            self._write(record)
+
     def end_phase(self, phase: str, step: int) -> None:
         """Record time and memory of this process at the end of `phase`, after `step` steps."""
         self.phases[phase] = memory.reading(self.accelerator.device)

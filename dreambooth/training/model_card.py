@@ -64,6 +64,7 @@ def model_card(
     repository: str | None,
     token: str | None,
     single_file: Mapping[str, Any] | None = None,
+    passes: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -71,7 +72,7 @@ def model_card(
     or if. `single_file` has the settings in which the scheduler of a base in a single file differs from the
     published base's; it is None for a folder. `pictures` are prompts by the names of files beside the card,
     `repository` is OWNER/NAME on the hub or None. If the base is from the hub and came without its card, its
-    licence is read from the hub, with `token`.
+    licence is read from the hub, with `token`. `passes` is the entry of that name in status.json.
     """
     public = public_flags(flags, base_folder)
     hub_id = public.hub_ids.get("pretrained_model_name_or_path")
@@ -91,7 +92,7 @@ def model_card(
         _fenced(_example(public, name, family, single_file), "python") if is_lora else "",
         "\n".join(f"- {phrase[0].upper()}{phrase[1:]}" for phrase in files),
         "## Training",
-        "\n".join(f"- {line}" for line in _about_training(public)),
+        "\n".join(f"- {line}" for line in _about_training(public, passes)),
         "All options:",
         _fenced(yaml_text(public.values), "yaml"),
         "## Licence",
@@ -138,7 +139,7 @@ def _gallery(pictures: Mapping[str, str]) -> str:
     return "\n".join(lines).rstrip("\n")
 
 
-def _about_training(public: PublicFlags) -> list[str]:
+def _about_training(public: PublicFlags, passes: Mapping[str, Any] | None) -> list[str]:
     """Sentences on what was trained, on which pictures, and with which VAE or tokenizer of its own."""
     flags = public.values
     trained = "was trained too" if flags["train_text_encoder"] else "was not trained"
@@ -146,6 +147,12 @@ def _about_training(public: PublicFlags) -> list[str]:
     if flags["with_prior_preservation"]:
         prompt = _prose(flags.get("class_prompt", ""))
         lines.append(f"Beside the photos it saw pictures of the class, with the prompt: {prompt}")
+    if passes:
+        with_checkpointing = ", with gradient checkpointing" if passes["gradient_checkpointing"] else ""
+        lines.append(
+            f"Memory had room for {passes['rows']} of the {flags['train_batch_size']} rows of a micro-batch "
+            f"in a pass{with_checkpointing}: smaller passes give the same gradients up to rounding."
+        )
     for flag, part in (
         ("dataset_name", "Photos"),
         ("pretrained_vae_model_name_or_path", "VAE"),

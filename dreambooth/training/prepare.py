@@ -36,6 +36,7 @@ from dreambooth.training import (
     hub,
     judging,
     output_folder,
+    passes,
     rates,
     run_folder,
     run_identity,
@@ -70,6 +71,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
     # output folder
     claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
+    options = passes.joined(options, claim.checkpoint, peers.world, has_buckets=checked.buckets is not None)
     run = name_run(options, subject, checked, cache, claim, class_count, peers)
     instance = subject.source(run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take

@@ -26,6 +26,7 @@ def publish(start: Start, adapter: Path, pictures: Mapping[str, str]) -> None:
             repository=start.repository,
             token=options.reports.hub_token,
             single_file=base.single_file.scheduler if base.single_file else None,
+            passes=start.status.passes,
         )
         hub.publish(options.reports, start.output_dir, card, list(pictures))
 

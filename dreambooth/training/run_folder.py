@@ -231,6 +231,8 @@ class Status:
     """Called once the end of the run is recorded."""
     early_end: str = ""
     """Why a finished run ended before its last step."""
+    passes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """With --auto_batch, the rows that a pass takes, and whether gradients are checkpointed."""
 
     def write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         record = {
@@ -241,6 +243,7 @@ class Status:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "cuda_graph": self.cuda_graph,
+            **({"passes": self.passes} if self.passes else {}),
         }
         try:
             self.files.write(STATUS, (json.dumps(record, indent=1) + "\n").encode())

@@ -42,7 +42,7 @@ _FREE_FLAGS = {
     *("resume_from_checkpoint", "overwrite", "allow_data_change"),
     # Speed and memory. What random crops are cut from is compared as `crops`.
     *("encoded_dir", "cache_latents", "pre_compute_text_embeddings", "dataloader_num_workers", "compile"),
-    *("cuda_graph", "offload", "gradient_checkpointing", "peer_timeout", "local_rank"),
+    *("cuda_graph", "offload", "gradient_checkpointing", "auto_batch", "peer_timeout", "local_rank"),
     # Compared as `slots`: this flag times the number of processes.
     "gradient_accumulation_steps",
     # Other last bits: noted on resume, see `environment_of`.

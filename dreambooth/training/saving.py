@@ -61,6 +61,7 @@ class Saver:
         # tensors of components whose training has ended
         self.finished: dict[str, dict[str, torch.Tensor]] = {}  # of the adapter file, by component
         self.finished_raw: dict[str, torch.Tensor] = {}  # `checkpoints.raw_parameters`
+        self.status = start.status
         self.saved = 0  # the step of the newest checkpoint
         self.snapshot: _Snapshot | None = None
 
@@ -101,6 +102,8 @@ class Saver:
             group["name"].startswith("text_encoder") for group in self.optimizer.param_groups
         )
         state["optimizer"] = optimizers.state_numbers(self.optimizer, self.names)
+        if self.status.passes:
+            state["passes"] = self.status.passes
         if self.scaler.is_enabled():
             state["grad_scaler"] = self.scaler.state_dict()
         return _Snapshot(self.pack(step), self._tensors(), state)

@@ -279,7 +279,10 @@ def test_memory_that_runs_out_is_said_with_what_helps(
     with pytest.raises(SystemExit) as stop:
         run_train(tiny_base, photos_dir, tmp_path, *STEPS)
     assert stop.value.code == 1
-    assert "out of memory: lower --train_batch_size" in capsys.readouterr().err
+    assert (
+        "out of memory: go on with --resume_from_checkpoint latest and --auto_batch"
+        in capsys.readouterr().err
+    )
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("failed", 2)
     monkeypatch.undo()
     assert resume(tiny_base, photos_dir, tmp_path) == unbroken

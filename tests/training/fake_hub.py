@@ -197,6 +197,7 @@ def card(
     pictures: list[str] = PICTURES,
     repository: str | None = None,
     single_file: dict[str, Any] | None = None,
+    passes: dict[str, Any] | None = None,
     **values: Any,
 ) -> str:
     options = chosen(family, **values)
@@ -208,4 +209,5 @@ def card(
         repository=repository,
         token=options.reports.hub_token,
         single_file=single_file,
+        passes=passes,
     )

@@ -264,3 +264,10 @@ def test_a_repository_is_what_the_example_loads():
 def test_the_card_has_every_flag_of_the_run_but_the_token():
     table = yaml.safe_load(block_of(card(resume_from_checkpoint="latest"), "yaml"))
     assert table == without_token(as_table(chosen(resume_from_checkpoint="latest")))
+
+
+def test_passes_that_memory_had_room_for_are_said():
+    passes = {"rows": 2, "gradient_checkpointing": True}
+    sentence = "Memory had room for 2 of the 4 rows of a micro-batch in a pass, with gradient checkpointing"
+    assert sentence in card(passes=passes)
+    assert "Memory had room" not in card()
