@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from dreambooth.bases import autoencoder
 from dreambooth.bases.autoencoder import Posterior
 from dreambooth.data import photos, sampling_order
-from dreambooth.data.buckets import Buckets
+from dreambooth.data.buckets import Bucket, Buckets
 from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
 from dreambooth.data.photos import Photo
@@ -124,20 +124,28 @@ class PhotoRows(Dataset):
         batch_size: int = 1,
     ):
         """Without `buckets` all photos are cut by `crops`. With them the `batch_size` rows of a micro-batch
-        have the shape of one bucket of photos of the subject, which take turns; class images are cut to the
+        have the shape of one bucket of photos of one subject, which take turns; class images are cut to the
         same shape."""
         self.sources, self.seed, self.crops, self.batch_size = sources, seed, crops, batch_size
         self.buckets = buckets
-        self.filled = buckets.filled([photo.size for photo in sources[0].photos]) if buckets else ()
+        self.by_subject = _by_subject(sources[0], buckets) if buckets else ()
+        self.filled = tuple(bucket for of_subject in self.by_subject for bucket in of_subject)
 
     def crops_of(self, row: int) -> Crops:
         """How the photos of this row are cut."""
-        return self.crops.of(self.filled[self._bucket(row)[0]].shape) if self.filled else self.crops
+        if not self.filled:
+            return self.crops
+        subject, bucket, _ = self._bucket(row)
+        return self.crops.of(self.by_subject[subject][bucket].shape)
 
-    def _bucket(self, row: int) -> tuple[int, int]:
-        """(bucket of this row, number of earlier rows of that bucket)."""
-        counts = tuple(len(bucket.photos) for bucket in self.filled)
-        return sampling_order.bucket_of_row(self.seed, "bucket", row, counts, self.batch_size)
+    def _bucket(self, row: int) -> tuple[int, int, int]:
+        """(subject of this row, its bucket, number of earlier rows of that bucket)."""
+        subject, visit, purpose = 0, row, "bucket"
+        if self.sources[0].shares:
+            subject, visit = self._subject(self.sources[0], row)
+            purpose = f"bucket-{subject}"
+        counts = tuple(len(bucket.photos) for bucket in self.by_subject[subject])
+        return subject, *sampling_order.bucket_of_row(self.seed, purpose, visit, counts, self.batch_size)
 
     def _has_buckets(self, source: Source) -> bool:
         """Whether a row takes its photo of this source from its bucket: those are photos of the subject."""
@@ -151,7 +159,8 @@ class PhotoRows(Dataset):
         if self._has_buckets(source):
             pairs = [(source.photos[n], bucket.shape) for bucket in self.filled for n in bucket.photos]
         elif source.purpose == "class":
-            pairs = [(photo, bucket.shape) for bucket in self.filled for photo in source.photos]
+            shapes = dict.fromkeys(bucket.shape for bucket in self.filled)
+            pairs = [(photo, shape) for shape in shapes for photo in source.photos]
         else:
             return [(photo, self.measured_crops(source, photo)) for photo in source.photos]
         return [(photo, self.crops.of(shape)) for photo, shape in pairs]
@@ -183,22 +192,31 @@ class PhotoRows(Dataset):
     def photo(self, source: Source, row: int) -> int:
         """Index of the photo of this row."""
         order = f"{source.purpose}-order"
+        if self._has_buckets(source):
+            subject, bucket, place = self._bucket(row)
+            photos_of_bucket = self.by_subject[subject][bucket].photos
+            order = f"{order}-{subject}" if source.shares else order
+            # photos of one shape have the order of a run without buckets
+            order = f"{order}-{bucket}" if bucket else order
+            return photos_of_bucket[
+                sampling_order.image_of_row(self.seed, order, place, len(photos_of_bucket))
+            ]
         if source.shares:
             number, visit = self._subject(source, row)
             first = sum(share.count for share in source.shares[:number])
             order = f"{order}-{number}"
             return first + sampling_order.image_of_row(self.seed, order, visit, source.shares[number].count)
-        if not self._has_buckets(source):
-            return sampling_order.image_of_row(self.seed, order, row, len(source.photos))
-        bucket, place = self._bucket(row)
-        photos_of_bucket = self.filled[bucket].photos
-        # a run with one bucket has the order of a run without buckets
-        order = f"{order}-{bucket}" if bucket else order
-        return photos_of_bucket[sampling_order.image_of_row(self.seed, order, place, len(photos_of_bucket))]
+        return sampling_order.image_of_row(self.seed, order, row, len(source.photos))
 
     def _subject(self, source: Source, row: int) -> tuple[int, int]:
-        """(index of the subject of this row, number of the visit). It is the same in every source."""
-        return sampling_order.subject_of_row(self.seed, row, tuple(s.repeats for s in source.shares))
+        """(index of the subject of this row, number of the visit). It is the same in every source; with
+        buckets all rows of a micro-batch have one subject."""
+        repeats = tuple(share.repeats for share in source.shares)
+        if not self.filled:
+            return sampling_order.subject_of_row(self.seed, row, repeats)
+        batch, number = divmod(row, self.batch_size)
+        subject, visit = sampling_order.subject_of_row(self.seed, batch, repeats)
+        return subject, visit * self.batch_size + number
 
     def weights(self, rows: range) -> torch.Tensor | None:
         """The weight of each row's loss, float32 [sources * rows]; None if all are 1."""
@@ -275,6 +293,16 @@ class PhotoRows(Dataset):
         crops = self.crops_of(row)
         box = crops.box(self.corner(source, row))
         return crops.pixel_values(image, box, is_mirrored=self.is_mirrored(source, row))
+
+
+def _by_subject(source: Source, buckets: Buckets) -> tuple[tuple[Bucket, ...], ...]:
+    """The buckets of each subject of a source."""
+    filled, first = [], 0
+    for count in [share.count for share in source.shares] or [len(source.photos)]:
+        sizes = [photo.size for photo in source.photos[first : first + count]]
+        filled.append(tuple(bucket.moved(first) for bucket in buckets.filled(sizes)))
+        first += count
+    return tuple(filled)
 
 
 def micro_batches(

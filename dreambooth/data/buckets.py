@@ -25,6 +25,10 @@ class Bucket:
     photos: tuple[int, ...]
     """Indices of its photos, in order."""
 
+    def moved(self, first: int) -> "Bucket":
+        """The bucket in a longer list of photos, of which `first` come before."""
+        return Bucket(self.shape, tuple(first + photo for photo in self.photos))
+
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:

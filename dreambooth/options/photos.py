@@ -135,11 +135,6 @@ class InstanceOptions(Group):
 
     def _check_subjects(self) -> None:
         """Require that the flags of one subject are left out."""
-        require(
-            not self.buckets,
-            "--buckets with --subjects: a batch has one shape, and the rows of subjects take turns; leave one"
-            " of them out",
-        )
         of_one = ("instance_data_dir", "dataset_name", "instance_prompt", "caption_column", "repeats")
         given = [f"--{name}" for name in of_one if not is_default(self, name)]
         given += [

@@ -182,9 +182,10 @@ def _framed(image: Image.Image, shapes: Sequence[Crops]) -> Image.Image:
 
 def bucket_rows(start: Start) -> Sequence[Sequence[str]]:
     """The table of buckets for the page, its headings first; () without buckets."""
-    filled = start.photo_rows().filled
+    if start.buckets is None:
+        return ()
     sizes = [photo.size for photo in start.sources[0].photos]
-    return (buckets.HEADINGS, *buckets.rows(filled, sizes)) if filled else ()
+    return (buckets.HEADINGS, *buckets.rows(start.buckets.filled(sizes), sizes))
 
 
 # --- facts and commands

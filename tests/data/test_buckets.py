@@ -111,6 +111,27 @@ def test_every_photo_comes_up_equally_often_in_each_of_its_shapes(odd, batch_siz
         assert visits == dict.fromkeys(dataset.all_crops(source), batch_size)
 
 
+def test_with_several_subjects_a_batch_has_one_and_their_rows_are_balanced(odd):
+    """The second subject has three photos of five, and two of three batches."""
+    pictures = photos.check_folder(odd, "--instance_data_dir").photos
+    shares = (batches.Share("", "", 2, 1, 1.0), batches.Share("", "", 3, 2, 0.5))
+    source = batches.Source("instance", pictures, [""] * 5, shares=shares)
+    dataset = batches.PhotoRows([source], 7, Crops(64, "lanczos", False), Buckets((64,), 16), batch_size=3)
+    visits: collections.Counter[int] = collections.Counter()
+    for batch in range(18):
+        rows = range(3 * batch, 3 * batch + 3)
+        indices = [dataset.photo(source, row) for row in rows]
+        assert len({index < 2 for index in indices}) == len({dataset.crops_of(row) for row in rows}) == 1
+        assert {(pictures[index], dataset.crops_of(rows[0])) for index in indices} <= {
+            *dataset.all_crops(source)
+        }
+        weights = dataset.weights(rows)
+        assert weights is not None
+        assert weights.tolist() == [1.0 if indices[0] < 2 else 0.5] * 3
+        visits.update(indices)
+    assert visits == {0: 9, 1: 9, 2: 12, 3: 12, 4: 12}
+
+
 def test_photos_of_one_shape_have_the_order_of_a_run_without_buckets(photos_dir):
     dataset = rows_of(photos_dir, 2, 64)
     plain = batches.PhotoRows(dataset.sources, 7, dataset.crops)
