@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dreambooth.adapters import apply, variants
 from dreambooth.adapters.variants import Loaded, Variant
-from dreambooth.bases import families, pipelines, schedulers
+from dreambooth.bases import families, pipelines, prompt_weights, schedulers
 from dreambooth.bases.prompts import PromptCache
 from dreambooth.data import captions, output_pictures, replayed_unet
 from dreambooth.files import pictures
@@ -65,9 +65,11 @@ def infer(options: InferOptions, watch: Watch) -> None:
     loaded = variants.read_adapters(sets, base, options.drawing.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)
     sampling = options.sampling(base.default_resolution)
-    variants.check(options.drawing, sampling.num_inference_steps, columns, loaded, base)
+    has_weights = options.prompt_weights
+    steps = sampling.num_inference_steps
+    variants.check(options.drawing, steps, columns, loaded, base, has_weights=has_weights)
     if options.scheduler is not None:
-        schedulers.check_named(options.scheduler, sampling.num_inference_steps, base)
+        schedulers.check_named(options.scheduler, steps, base)
     content = repr((columns, [adapter.identity.sha256 for adapter in loaded.values()]))
     peers.check_same({"prompts and adapters": hashlib.sha256(content.encode()).hexdigest()})
     records = all_records(options, sampling, columns, loaded)
@@ -77,7 +79,7 @@ def infer(options: InferOptions, watch: Watch) -> None:
         if peers.is_main:
             if table := variants.table(columns, loaded, options.drawing.fuse, dtype):
                 console.say(table)
-            console.notes(variants.notes(options.drawing, columns, loaded, base))
+            console.notes(variants.notes(options.drawing, columns, loaded, base, has_weights=has_weights))
             for name in (LIST, SHEET):  # of earlier pictures, which will be replaced
                 files.remove(name)
         peers.barrier()
@@ -132,8 +134,13 @@ def draw_all(
             # draw them with the variant's adapters
             with stack.activated(variant.weights(loaded), options.drawing.fuse), torch.no_grad():
                 text = pipelines.text_of(pipeline, base, clip_skip=variant.clip_skip)
-                prompts = [record["prompt"] for chunk in chunks_here for record in chunk]
-                prompt_cache = text.encode_all([*prompts, options.drawing.negative_prompt], watch.check)
+                if options.prompt_weights:  # those of the whole run, which all become as long as the longest
+                    texts = [record["prompt"] for of_variant in records for record in of_variant]
+                    texts.append(options.drawing.negative_prompt)
+                    prompt_cache = prompt_weights.encode_all(text, texts, watch.check)
+                else:
+                    texts = [record["prompt"] for chunk in chunks_here for record in chunk]
+                    prompt_cache = text.encode_all([*texts, options.drawing.negative_prompt], watch.check)
                 with replayed_unet.replaying(pipeline, graphs):
                     for chunk in chunks_here:
                         _draw(options, sampling, pipeline, prompt_cache, chunk, files, watch)
@@ -174,6 +181,7 @@ def _settings(options: InferOptions, sampling: Sampling, variant: Variant, loade
         "steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         **({"scheduler": options.scheduler} if options.scheduler else {}),
+        **({"prompt_weights": True} if options.prompt_weights else {}),
         **({"size": list(sampling.size or ())} if options.width or options.height else {}),
         "clip_skip": variant.clip_skip,
         "set": variant.set.name if variant.set else None,

@@ -14,7 +14,7 @@ import torch
 from dreambooth.adapter_files import layer_names, reading, run_info
 from dreambooth.adapter_files.reading import AnyAdapter, Identity
 from dreambooth.adapters import apply
-from dreambooth.bases import families, loading, prompt_syntax, prompts, schedulers
+from dreambooth.bases import families, loading, prompt_syntax, prompt_weights, prompts, schedulers
 from dreambooth.io.errors import UserError, few, shown
 from dreambooth.options import adapter_sets
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
@@ -109,14 +109,24 @@ def plan(
 
 
 def check(
-    drawing: DrawingOptions, steps: int, variants: Sequence[Variant], loaded: Loaded, base: families.Base
+    drawing: DrawingOptions,
+    steps: int,
+    variants: Sequence[Variant],
+    loaded: Loaded,
+    base: families.Base,
+    *,
+    has_weights: bool = False,
 ) -> None:
     """Raise UserError if a prompt, a clip_skip or a weight of a variant does not work with the base and the
-    adapters, or the base has fewer timesteps than sampling steps."""
+    adapters, or the base has fewer timesteps than sampling steps. `has_weights` is --prompt_weights."""
     schedulers.check_steps("--num_inference_steps", steps, base)
     texts = {f"the prompt {prompt!r}": prompt for variant in variants for prompt, _ in variant.jobs}
     texts["--negative_prompt"] = drawing.negative_prompt
-    prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
+    if has_weights:
+        prompt_weights.check_base(base.family.encode, base.family.name)
+        prompt_weights.check(texts.values())
+    else:
+        prompts.check(loading.load_tokenizers(base), texts, families.max_tokens(base))
     for variant in {variant.clip_skip: variant for variant in variants}.values():
         _check_clip_skip(drawing, variant, loaded, base)
     for adapter_set in filter(None, (variant.set for variant in variants)):
@@ -147,12 +157,17 @@ def _check_clip_skip(drawing: DrawingOptions, variant: Variant, loaded: Loaded, 
 
 
 def notes(
-    drawing: DrawingOptions, variants: Sequence[Variant], loaded: Loaded, base: families.Base
+    drawing: DrawingOptions,
+    variants: Sequence[Variant],
+    loaded: Loaded,
+    base: families.Base,
+    *,
+    has_weights: bool = False,
 ) -> list[str]:
-    """Notes on syntax of other programs in the prompts, and on adapters whose metadata speak against the
-    base."""
+    """Notes on syntax of other programs in the prompts, if they are plain words, and on adapters whose
+    metadata speak against the base. `has_weights` is --prompt_weights."""
     texts = [prompt for variant in variants for prompt, _ in variant.jobs]
-    syntax_notes = prompt_syntax.notes([*texts, drawing.negative_prompt])
+    syntax_notes = [] if has_weights else prompt_syntax.notes([*texts, drawing.negative_prompt])
     paths = dict.fromkeys(adapter.path for variant in variants for adapter in variant.adapters)
     adapters = [loaded[path] for path in paths]
     metadata = {each.identity.label: each.adapter.metadata for each in adapters}

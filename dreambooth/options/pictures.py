@@ -18,6 +18,7 @@ from dreambooth.options.rules import (
     Steps,
     Threads,
     require,
+    require_package,
 )
 from dreambooth.options.speed import GraphOptions
 from dreambooth.options.training import BaseOptions
@@ -132,8 +133,8 @@ class InferOptions(Group):
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
     prompts_file: FilePath | None = None
-    """Text file with a prompt on each line. Empty lines and lines that start with # are skipped. Prompts are
-    plain words: weights, as in (word:1.4), and <lora:...> are read as words, with a note."""
+    """Text file with a prompt on each line. Empty lines and lines that start with # are skipped. Without
+    --prompt_weights, prompts are plain words: weights, as in (word:1.4), are read as words, with a note."""
     adapter: tuple[FilePath, ...] = ()
     """Adapter files, or output folders of training runs, each with an optional weight: my_dog
     style.safetensors:0.6. Several adapters are used together: the update of each is scaled by its weight, and
@@ -165,6 +166,8 @@ class InferOptions(Group):
     """Sampler. lcm (LCM-LoRA), tcd (TCD, Hyper-SD) and lightning (SDXL-Lightning: Euler at trailing
     timesteps) are for distilled adapters, given as --adapter; with them the defaults are 4 steps and no
     guidance. Default: the base's own."""
+    prompt_weights: bool = False
+    """Read weights in prompts, (word:1.2), and take prompts of any length; needs the compel package."""
     num_threads: Threads | None = None
     """CPU threads. Default: torch's choice."""
     drawing: DrawingOptions = dataclasses.field(default_factory=DrawingOptions)
@@ -177,6 +180,7 @@ class InferOptions(Group):
         return self.drawing.sampling(is_distilled=self.scheduler in DISTILLED, size=size)
 
     def _check(self) -> None:
+        require_package(self.prompt_weights, "--prompt_weights", "compel", "pip install '.[weights]'")
         # the sets of --adapters_file may have all prompts
         is_optional = self.adapters_file is not None
         sources = bool(self.prompt) + bool(self.prompts_file)

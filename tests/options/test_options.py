@@ -108,6 +108,15 @@ def test_a_missing_package_is_named_with_the_flag_that_needs_it(flag, package, w
     assert f"{flag} needs the {package} package, which is not installed" in message
 
 
+def test_prompt_weights_need_their_package(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refusal(InferOptions, [*INFER, "--prompt", "a dog", "--prompt_weights"], capsys)
+    assert (
+        "--prompt_weights needs the compel package, which is not installed: pip install '.[weights]'"
+        in message
+    )
+
+
 def test_missing_tensorboard_is_no_error_since_it_is_the_default(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command_line.parse(TrainOptions, "train", TRAIN).reports.report_to == "tensorboard"
