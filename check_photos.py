@@ -65,8 +65,8 @@ def main(options: PhotoCheckOptions) -> None:
         [
             *photo_findings.of_looks(looks),
             *photo_findings.of_class_images(looks, looks_of(class_images, "class images")),
-            *photo_findings.of_sizes(folder.photos, crops, is_square=True),
-            *photo_findings.of_masks(folder.photos, masks, crops, is_square=True),
+            *photo_findings.of_sizes(folder.photos, crops, is_square=not options.buckets),
+            *photo_findings.of_masks(folder.photos, masks, crops, is_square=not options.buckets),
             *photo_findings.of_captions(texts, subject_words(options), cut_captions(texts, base)),
         ]
     )

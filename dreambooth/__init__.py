@@ -1,4 +1,4 @@
-"""What the five scripts share, and the settings of the libraries they import."""
+"""What the six scripts share, and the settings of the libraries they import."""
 
 import logging
 import os

@@ -148,7 +148,7 @@ def of_masks(
             continue
         size = crops.resized_size(photo.size)
         mask = np.asarray(masks[photo.path.name].convert("L").resize(size)) > 127
-        left, top, right, bottom = crops.square(crops.middle_corner(photo.size))
+        left, top, right, bottom = crops.box(crops.middle_corner(photo.size))
         shown_part = mask[top:bottom, left:right] if is_square else mask
         if not mask.any():
             continue

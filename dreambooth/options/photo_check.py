@@ -37,6 +37,8 @@ class PhotoCheckOptions(Group):
     captions: CaptionFileOptions = dataclasses.field(default_factory=CaptionFileOptions)
     resolution: Side | None = None
     """Side of the square training crop, in pixels. Default: that of the base; 512 without a base."""
+    buckets: bool = False
+    """Photos are trained on in shapes near their own, as with --buckets of training: no crop is a square."""
     pretrained_model_name_or_path: PathOrId | None = None
     """Folder or hub id of the base: its tokenizer tells which captions are too long."""
     max_image_pixels: Annotated[int, Range(4096, MOST_PIXELS)] = 64_000_000

@@ -1,4 +1,4 @@
-"""The commands of an installed copy. Each runs one of the five scripts, as `python SCRIPT` in a checkout. A
+"""The commands of an installed copy. Each runs one of the six scripts, as `python SCRIPT` in a checkout. A
 checkout has the scripts at its root; pyproject.toml installs them into the package `dreambooth.scripts`."""
 
 import functools
@@ -14,4 +14,5 @@ train = functools.partial(_run, "train_dreambooth_lora")
 class_images = functools.partial(_run, "generate_class_images")
 infer = functools.partial(_run, "infer")
 evaluate = functools.partial(_run, "evaluate")
+check_photos = functools.partial(_run, "check_photos")
 convert = functools.partial(_run, "convert_adapter")

@@ -1,4 +1,4 @@
-"""How the five scripts start and end. This module imports no torch.
+"""How the six scripts start and end. This module imports no torch.
 
 Importing torch and diffusers takes seconds. A script therefore calls `begin` and parses its command line
 under `if __name__ == "__main__":` before these imports: --help and messages about wrong flags are printed at

@@ -28,7 +28,13 @@ from tests.options.reference import (
 ROOT = Path(__file__).parent.parent.parent
 
 
-SCRIPTS = ("train_dreambooth_lora.py", "generate_class_images.py", "infer.py", "evaluate.py")
+SCRIPTS = (
+    "train_dreambooth_lora.py",
+    "generate_class_images.py",
+    "infer.py",
+    "evaluate.py",
+    "check_photos.py",
+)
 
 
 @pytest.fixture(autouse=True)

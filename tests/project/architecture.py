@@ -22,7 +22,14 @@ LEVELS = (
     ("adapter_files",),
     ("adapters", "data", "evaluation"),
     ("training",),
-    ("train_dreambooth_lora", "generate_class_images", "infer", "evaluate", "convert_adapter"),
+    (
+        "train_dreambooth_lora",
+        "generate_class_images",
+        "infer",
+        "evaluate",
+        "check_photos",
+        "convert_adapter",
+    ),
     ("benchmarks",),
 )
 LONGEST_FUNCTION, LONGEST_LINE = 60, 110

@@ -1,4 +1,4 @@
-"""A wheel has the five commands, the embedded base and the recipes, and works where there is no checkout."""
+"""A wheel has the six commands, the embedded base and the recipes, and works where there is no checkout."""
 
 import os
 import shutil
@@ -19,6 +19,7 @@ COMMANDS = {
     "dreambooth-class-images": "class_images",
     "dreambooth-infer": "infer",
     "dreambooth-evaluate": "evaluate",
+    "dreambooth-check-photos": "check_photos",
     "dreambooth-convert": "convert",
 }
 

@@ -12,6 +12,7 @@ import tyro
 import yaml
 from accelerate.state import AcceleratorState
 
+import check_photos
 import convert_adapter
 import evaluate
 import generate_class_images
@@ -19,6 +20,7 @@ import infer
 import train_dreambooth_lora
 from dreambooth.options.command_line import parse
 from dreambooth.options.evaluate import EvaluateOptions
+from dreambooth.options.photo_check import PhotoCheckOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
 from picturebook import score, score_sets
@@ -40,6 +42,7 @@ SCRIPTS: dict[str, Any] = {
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
     "infer.py": (infer.main, InferOptions),
     "evaluate.py": (evaluate.main, EvaluateOptions),
+    "check_photos.py": (check_photos.main, PhotoCheckOptions),
     "convert_adapter.py": (convert_adapter.main, None),
 }
 SHORT = {
