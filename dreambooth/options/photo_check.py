@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, ClassVar
 
 from dreambooth.options.captions import CaptionFileOptions, CaptionOptions, kohya_folder
+from dreambooth.options.masks import MaskOptions
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.photos import MOST_PIXELS, InstanceOptions
 from dreambooth.options.rules import Group, Name, Range, Side, require
@@ -28,8 +29,10 @@ class PhotoCheckOptions(Group):
     class_data_dir: FilePath | None = None
     """Folder of class images. None of them should be a photo of the subject."""
     mask_dir: FilePath | None = None
-    """Folder with a mask for each photo, a picture of the same name, white where the subject is. With masks
-    it is known whether the crop cuts the subject off, and whether it is small."""
+    """Folder with a mask for each photo, as for training. With masks it is known whether the crop cuts the
+    subject off, and whether it is small."""
+    alpha_mask: bool = False
+    """Take the mask of each photo from its transparency."""
     caption_column: Name | None = None
     """Column with the captions in metadata.jsonl (or .csv) beside the photos, as for training."""
     image_column: Name = "image"
@@ -53,7 +56,11 @@ class PhotoCheckOptions(Group):
             self.instance_data_dir is not None,
             "--instance_data_dir is required: the folder with the photos of the subject",
         )
-        self.instance()  # its rules
+        self.instance()  # its rules, and those of the masks
+
+    def masks(self) -> MaskOptions:
+        """The flags of masks."""
+        return MaskOptions(mask_dir=self.mask_dir, alpha_mask=self.alpha_mask)
 
     def instance(self) -> InstanceOptions:
         """The flags that training takes too, as training takes them."""
@@ -64,6 +71,8 @@ class PhotoCheckOptions(Group):
             caption_column=self.caption_column,
             image_column=self.image_column,
             captions=CaptionOptions(**vars(self.captions)),
+            buckets=self.buckets,
+            masks=self.masks(),
             resolution=self.resolution,
             max_image_pixels=self.max_image_pixels,
             allow_odd_photos=True,

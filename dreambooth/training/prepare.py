@@ -37,6 +37,7 @@ from dreambooth.training import (
     judging,
     output_folder,
     passes,
+    photo_check,
     rates,
     run_folder,
     run_identity,
@@ -177,7 +178,8 @@ def check_base(options: TrainOptions, subject: Subjects, peers: Peers) -> Checke
     if chosen:
         sizes = [photo.size for photo in subject.photos]
         peers.say(buckets.table(chosen.filled(sizes), sizes))
-    notes = [*base.notes(), *prompt_notes, *size_notes, *reader_notes, *init_adapter.notes]
+    of_photos = peers.on_main(lambda: photo_check.notes(options, subject, resolution))
+    notes = [*base.notes(), *prompt_notes, *of_photos, *size_notes, *reader_notes, *init_adapter.notes]
     of_rows = [prompt for row in subject.rows for prompt in row.validation_prompts]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file, *of_rows]))
     judge_plan = peers.on_main(lambda: judging.plan(options, validation_prompts, resolution))

@@ -74,7 +74,7 @@ def test_the_page_shows_every_finding_and_no_photo_is_touched(folder, tiny_base,
     ("more", "message"),
     [
         ("--output_dir {0}/photos/out", "--output_dir: .* lies in .* which --instance_data_dir names"),
-        ("--mask_dir {0}/class", "--mask_dir: no mask for a.png; give it a picture of its name"),
+        ("--mask_dir {0}/class", "--mask_dir: a.png: there is no mask; its name must be"),
         ("--caption_extension .caption", "--caption_extension: there are no captions in"),
         ("--instance_data_dir {0}/nowhere", "--instance_data_dir: there is no folder"),
     ],

@@ -1,0 +1,168 @@
+"""What may be wrong with the photos of a subject: all findings and their page for check_photos.py, and the
+most telling ones as notes at the start of a run."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dreambooth.bases import families, loading, prompts
+from dreambooth.data import captions, masks, photo_findings, photo_looks, photos
+from dreambooth.data.crops import Crops
+from dreambooth.data.masks import Mask
+from dreambooth.data.photo_findings import Finding
+from dreambooth.data.photo_looks import Look
+from dreambooth.data.photos import Photo
+from dreambooth.evaluation import photo_page, report, scores
+from dreambooth.files.ownership import WrittenFiles, check_apart
+from dreambooth.io import console, writer
+from dreambooth.options.photo_check import PhotoCheckOptions
+from dreambooth.options.resolved import resolution_of
+from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.training.subjects import Subject, Subjects
+
+PAGE = "photos.html"
+_MOST = 100  # photos that a run looks at: each takes some 20 ms
+
+
+# --- check_photos.py
+
+
+def check(options: PhotoCheckOptions) -> None:
+    """Print the findings about a folder of photos and write the page. Raises UserError for a user's
+    mistake."""
+    inputs = {f"--{name}": getattr(options, name) for name in ("instance_data_dir", "class_data_dir")}
+    inputs["--mask_dir"] = options.mask_dir
+    name = options.pretrained_model_name_or_path
+    check_apart({"--output_dir": options.output_dir}, inputs, {"--pretrained_model_name_or_path": name})
+    assert options.instance_data_dir is not None
+    directory = Path(options.instance_data_dir)
+    folder = _checked(directory, "--instance_data_dir", options)
+    names = [photo.path.name for photo in folder.photos]
+    texts, notes = captions.read(directory, "--instance_data_dir", names, options.instance())
+    class_images: list[Photo] = []
+    if options.class_data_dir is not None:
+        class_images = _checked(Path(options.class_data_dir), "--class_data_dir", options).photos
+    base = families.find(BaseOptions(name)) if name is not None else None
+    resolution = resolution_of(options.instance(), base.family.key if base else "sd")
+    masked = masks.check(options.masks(), folder.photos, follow_symlinks=options.follow_symlinks)
+
+    looks = _looks_of(folder.photos, "photos")
+    words = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
+    findings = photo_findings.ranked(
+        [
+            *photo_findings.of_looks(looks),
+            *photo_findings.of_class_images(looks, _looks_of(class_images, "class images")),
+            *_of_shapes(folder.photos, masked, resolution, is_square=not options.buckets),
+            *photo_findings.of_captions(texts, words, _cut_captions(texts, base)),
+        ]
+    )
+    facts = f"{len(folder.photos)} photos, seen at {resolution} pixels"
+    page = photo_page.Page(directory.absolute().name, facts, findings, [*folder.notes, *notes], texts)
+    console.say(f"{facts}: {photo_page.headline(findings)}")
+    for finding in findings:
+        console.say(f"{finding.title}: {finding.note}")
+    console.notes(page.notes)
+    _write(Path(options.output_dir), page, folder.photos)
+
+
+def _checked(directory: Path, flag: str, options: PhotoCheckOptions) -> photos.Folder:
+    """The photos in a folder. Raises UserError as `photos.check_folder` does."""
+    return photos.check_folder(
+        directory,
+        flag,
+        max_pixels=options.max_image_pixels,
+        allow_odd_photos=True,
+        follow_symlinks=options.follow_symlinks,
+    )
+
+
+def _looks_of(pictures: Sequence[Photo], what: str) -> dict[str, Look]:
+    """The pictures in small, by file name. `what` is shown beside the progress bar."""
+    bar = tqdm(pictures, desc=what, unit="picture", delay=2)
+    return {photo.path.name: photo_looks.look_at(photo) for photo in bar}
+
+
+def _of_shapes(
+    pictures: Sequence[Photo], masked: Mapping[str, Mask], resolution: int, *, is_square: bool
+) -> Iterator[Finding]:
+    """Findings on sizes and shapes of photos, and on the subject's place in the crop where masks show it."""
+    crops = Crops(resolution, "lanczos", center_crop=True)
+    yield from photo_findings.of_sizes(pictures, crops, is_square=is_square)
+    loaded = {name: masks.load(mask) for name, mask in masked.items()}
+    yield from photo_findings.of_masks(pictures, loaded, crops, is_square=is_square)
+
+
+def _cut_captions(texts: Mapping[str, str], base: families.Base | None) -> list[str]:
+    """The names of the photos whose captions are longer than the base's text encoders read."""
+    if base is None:
+        return []
+    tokenizers, limit = loading.load_tokenizers(base), families.max_tokens(base)
+    return [
+        name
+        for name, text in texts.items()
+        if any(prompts.words_cut(tokenizer, text, limit) for tokenizer in tokenizers)
+    ]
+
+
+def _write(folder: Path, page: photo_page.Page, pictures: Sequence[Photo]) -> None:
+    """Write the page. Raises UserError if the folder cannot be written to, or if another program's file has
+    the name of the page."""
+    writer.make_output_folder(folder, "--output_dir")
+    files = WrittenFiles(folder)
+    files.check_free([PAGE], "--output_dir")
+    named = {name for finding in page.entries for name in finding.photos}
+    shown = [photo for photo in pictures if photo.path.name in named]
+    thumbnails = {photo.path.name: report.thumbnail(photos.load(photo)) for photo in shown}
+    written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    files.write(PAGE, photo_page.html(page, thumbnails, written_at).encode())
+    console.say(f"page: {folder / PAGE}")
+
+
+# --- at the start of a run
+
+
+def notes(options: TrainOptions, subjects: Subjects, resolution: int) -> list[str]:
+    """Notes on photos that show the same or are blurred, on captions without the subject's word, and on
+    subjects that are cut off or small. Other checks of a run note the rest. Raises UserError if a photo has
+    changed since it was checked."""
+    lines = []
+    for subject in subjects.each:
+        row = subject.row
+        findings = _of_subject(subject, row.class_prompt if row else options.prior.class_prompt, resolution)
+        where = f"{row.where}: " if row else ""
+        lines += [where + finding.note for finding in photo_findings.ranked(findings)]
+    return lines
+
+
+def _of_subject(subject: Subject, class_prompt: str | None, resolution: int) -> list[Finding]:
+    """The findings that a run notes of one subject."""
+    instance, pictures = subject.options, subject.checked.photos
+    # of photos with the same pixels the first: the check of the folder names the others
+    first = {photo.pixels_sha256: photo for photo in reversed(pictures)}
+    looks = {photo.path.name: photo_looks.look_at(photo) for photo in [*first.values()][::-1][:_MOST]}
+    words = _subject_words(instance.instance_prompt, class_prompt, instance.captions.trigger_word)
+    masked = [photo.path.name for photo in pictures if photo.path.name in subject.masks][:_MOST]
+    loaded = {name: masks.load(subject.masks[name]) for name in masked}
+    crops = Crops(resolution, "lanczos", center_crop=True)
+    return [
+        *photo_findings.of_looks(looks),
+        *photo_findings.of_captions(subject.captions, words, cut=()),
+        *photo_findings.of_masks(pictures, loaded, crops, is_square=not instance.buckets),
+    ]
+
+
+# --- both
+
+
+def _subject_words(
+    instance_prompt: str | None, class_prompt: str | None, trigger_word: str | None
+) -> Sequence[str]:
+    """The words that name the subject: --trigger_word, or those of --instance_prompt that --class_prompt
+    lacks."""
+    if trigger_word is not None:
+        return [trigger_word]
+    if instance_prompt is None or class_prompt is None:
+        return []
+    return scores.subject_words(instance_prompt, class_prompt)
