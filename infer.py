@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth.adapters import apply, variants
+from dreambooth.adapters import apply, hub_adapters, variants
 from dreambooth.adapters.variants import Loaded, Variant
 from dreambooth.bases import families, pipelines, prompt_weights, schedulers
 from dreambooth.bases.prompts import PromptCache
@@ -61,6 +61,8 @@ def infer(options: InferOptions, watch: Watch) -> None:
     sets = adapter_sets.of(options.adapter, options.adapter_weights, options.adapters_file)
     peers.on_main(lambda: families.find(options.base).folder)  # a base on the hub is downloaded once
     base = families.find(options.base)
+    peers.on_main(lambda: hub_adapters.fetched(sets))
+    sets = hub_adapters.fetched(sets)
     peers.say_notes(base.notes())
     loaded = variants.read_adapters(sets, base, options.drawing.clip_skip)
     columns = variants.plan(options, sets, loaded, prompts)

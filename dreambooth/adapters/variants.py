@@ -64,13 +64,14 @@ def read_adapters(
     adapter_sets.check_parts(sets, layers)
     loaded: dict[Path, LoadedAdapter] = {}
     for adapter_set in sets:
-        for path in (adapter.path for adapter in adapter_set.adapters):
+        for path, hub_id in ((adapter.path, adapter.hub_id) for adapter in adapter_set.adapters):
             if path in loaded:
                 continue
             try:
                 adapter, identity = reading.read(path, layers), reading.identity(path)
             except UserError as error:
                 raise UserError(f"{adapter_set.where}: {error}") from None
+            identity = dataclasses.replace(identity, label=hub_id) if hub_id else identity
             trained = run_info.of(adapter.metadata).get("clip_skip", 0)
             key = f"adapter_{len(loaded)}"
             loaded[path] = LoadedAdapter(key, adapter, identity, trained if clip_skip is None else clip_skip)

@@ -23,12 +23,13 @@ _FILES_OF_RUNS = ("pytorch_lora_weights", "adapter_model")  # stems: every run's
 @dataclasses.dataclass(frozen=True)
 class WeightedAdapter:
     """One adapter of a set. `name` is its name in --adapter_weights. `factors` are by part of the models;
-    each multiplies the weight in that part."""
+    each multiplies the weight in that part. `hub_id` is the repository that the file at `path` is from."""
 
     path: Path
     weight: float
     name: str
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    hub_id: str | None = None
 
     @property
     def weights(self) -> dict[str, float]:

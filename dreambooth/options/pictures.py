@@ -6,7 +6,7 @@ import math
 from typing import ClassVar, Literal
 
 from dreambooth.options.adapter_sets import LARGEST_WEIGHT
-from dreambooth.options.paths import FilePath
+from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.photos import GenerationOptions
 from dreambooth.options.rules import (
     Amount,
@@ -135,8 +135,8 @@ class InferOptions(Group):
     prompts_file: FilePath | None = None
     """Text file with a prompt on each line. Empty lines and lines that start with # are skipped. Without
     --prompt_weights, prompts are plain words: weights, as in (word:1.4), are read as words, with a note."""
-    adapter: tuple[FilePath, ...] = ()
-    """Adapter files, or output folders of training runs, each with an optional weight: my_dog
+    adapter: tuple[PathOrId, ...] = ()
+    """Adapter files, output folders of training runs or hub ids, each with an optional weight: my_dog
     style.safetensors:0.6. Several adapters are used together: the update of each is scaled by its weight, and
     the updates are added. Every kind and layout is accepted; OFT, BOFT and HRA have only the weights 0 and 1.
     Default: the base alone."""
