@@ -226,12 +226,12 @@ def test_two_processes_and_a_resumed_run_learn_what_one_learns(tiny_xl, odd, odd
     """With buckets, mirrored photos, and both kinds of the base's own predictions as targets."""
     words = ["--mask_dir", str(odd_masks), "--unmasked_target", "base", "--buckets", "--random_flip"]
     words += ["--with_prior_preservation", "--prior_source", "base", "--class_prompt", "a photo of dog"]
-    words += ["--max_train_steps", "4", "--checkpointing_steps", "2", "--train_text_encoder"]
-    words += ["--train_text_encoder_frac", "0.5"]
+    words += ["--max_train_steps", "3", "--checkpointing_steps", "1", "--train_text_encoder"]
+    words += ["--train_text_encoder_frac", "0.67"]
     alone = [*words, "--gradient_accumulation_steps", "2"]
     one = run_train(tiny_xl, odd, tmp_path / "one", *alone)
     assert "note: masks of 5 photos cover 50% of their area" in capsys.readouterr().out
-    resume = ["--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-2")]
+    resume = ["--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-1")]
     resumed = run_train(tiny_xl, odd, tmp_path / "resumed", *alone, *resume)
     two = parse(TrainOptions, "", train_words(tiny_xl, odd, tmp_path / "two", *words))
     main_on_two_processes(train.main, two)
