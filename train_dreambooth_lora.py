@@ -6,14 +6,14 @@ name work unchanged. Launch with `accelerate launch` or plain `python`.
 """
 
 from dreambooth.bases import folders
-from dreambooth.options.command_line import parse
+from dreambooth.options import run_table
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import startup, stops
 
 if __name__ == "__main__":  # before the slow imports, see runtime/startup.py
     startup.begin()
-    OPTIONS = parse(TrainOptions, __doc__)
-    folders.hash_ahead(OPTIONS.base)
+    RUNS = run_table.parse(__doc__)
+    folders.hash_ahead(RUNS.options.base)
 
 import contextlib
 import time
@@ -32,9 +32,9 @@ from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop, Watch
 from dreambooth.training import (
     base_targets,
-    checkpoints,
     checks,
     frozen_models,
+    many_runs,
     metrics,
     objectives,
     prepare,
@@ -279,7 +279,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         # where the run starts
         if start.checkpoint:
             training.trainables.restore(start.checkpoint)
-            training.passes.resume(checkpoints.read_state(start.checkpoint))
+            training.passes.resume(start.checkpoint)
             training.first_step = training.loss_log.completed = training.saver.saved = start.checkpoint.step
             done, steps = training.first_step, training.max_steps
             suffix = "" if done < steps else "; nothing is left to train"
@@ -317,4 +317,4 @@ def main(options: TrainOptions) -> None:
 
 
 if __name__ == "__main__":
-    startup.run(main, OPTIONS)
+    startup.run(many_runs.trainer(main), RUNS)

@@ -8,6 +8,7 @@ are still decided by the libraries.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -147,8 +148,41 @@ def load_unet(base: Base, dtype: torch.dtype, device: torch.device) -> UNet2DCon
     return load_part(base, "unet", dtype, device)
 
 
+# Parts of bases by digest, part and dtype, within `parts_kept`; None at other times.
+_kept: dict[tuple[str, str, torch.dtype], Any] | None = None
+
+
+@contextlib.contextmanager
+def parts_kept() -> Iterator[None]:
+    """Within the block each part of a base is read from its files once, and kept in main memory. `load_part`
+    returns models of their own with the same weights: what is injected into one, or put in the place of its
+    weights, is in no other."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def load_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The model of one part, frozen and in eval mode."""
+    if _kept is None:
+        return _read_part(base, part, dtype, device)
+    key = base.part_digest(part), part, dtype
+    if key not in _kept:
+        _kept[key] = _read_part(base, part, dtype, torch.device("cpu"))
+    return _with_same_weights(_kept[key]).to(device)
+
+
+def _with_same_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the model whose parameters and buffers are the memory of the model's."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    shared |= {id(p): torch.nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def _read_part(base: Base, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     place = BASE_FLAG, part, str(base.place)
     if part == "vae" and base.given_vae:
         place = VAE_FLAG, "it", str(base.given_vae)

@@ -30,7 +30,7 @@ MOST_PHOTOS: Mapping[Use, int] = {"trained": 16, "held out": 8, "class": 8}
 LARGEST = 5 * 2**20  # bytes of a page
 _SIDE, _BYTES = 192, 16 * 2**10  # of a small picture
 _LARGE_SIDE, _LARGE_BYTES = 512, 80 * 2**10
-_TEMPLATES = ("report", "photos", "page_head")
+_TEMPLATES = ("report", "photos", "runs", "page_head")
 
 
 @dataclasses.dataclass(frozen=True)

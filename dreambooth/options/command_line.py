@@ -171,6 +171,16 @@ def config_words(kind: type, path: Path) -> list[str]:
     if run is not None:
         content, notes = paths.restored(content, known, run)
         _say_once(f"{where}: {note}" for note in notes)
+    return words_of_table(kind, content, where, is_of_run=run is not None)
+
+
+def words_of_table(
+    kind: type, content: Mapping[str, Any], where: str, *, is_of_run: bool = False
+) -> list[str]:
+    """The words of a command line with the flags of a table from a YAML file, which `where` names. Paths are
+    expanded, but not those of a run's own run.yaml. Raises UserError if a flag is unknown, or its value is a
+    table."""
+    known = fields_of(kind)
     words: list[str] = []
     for key, value in content.items():
         if key not in known:
@@ -182,7 +192,7 @@ def config_words(kind: type, path: Path) -> list[str]:
         if value is not None:
             words += _words_of(key, value, known[key].type, where)
     _check_texts(words)
-    return shipped_files.located(words if run else paths.expand_words(words, known))
+    return shipped_files.located(words if is_of_run else paths.expand_words(words, known))
 
 
 def _say_once(notes: Iterable[str]) -> None:

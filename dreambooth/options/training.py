@@ -138,6 +138,12 @@ class RunOptions(Group):
 
     output_dir: FilePath = "lora-dreambooth-model"
     """Folder for the adapter, checkpoints, logs and validation pictures."""
+    runs: FilePath | None = None
+    """YAML file of many runs: for each a name and a table of its flags, which override those of the command
+    line. Each run is trained in the folder of its name in --output_dir, one after another; the base is loaded
+    once. Started again, the command goes on with what is not finished. `runs.html` compares the runs."""
+    run_number: Count | None = None
+    """Train only this run of --runs, counted from 1: for the tasks of a job array."""
     seed: Seed | None = None
     """Seed of every random choice. Default: a seed is drawn, printed and stored in run.yaml."""
     train_batch_size: BatchSize = 4
@@ -189,6 +195,7 @@ class RunOptions(Group):
     """Set by old distributed launchers. Used as LOCAL_RANK if that is not set."""
 
     def _check(self) -> None:
+        require(self.run_number is None or self.runs is not None, "--run_number needs --runs")
         require(
             not (self.overwrite and self.resume_from_checkpoint),
             "--overwrite starts anew and --resume_from_checkpoint goes on: give one of them",

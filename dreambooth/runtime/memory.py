@@ -36,9 +36,10 @@ def reading(device: torch.device) -> dict[str, float]:
     """The age of this process in seconds, and its memory in GiB. Values that the system does not provide are
     left out.
 
-    `seconds` is the time since the process began. `resident_gib` is main memory now and `peak_resident_gib`
-    its maximum since the process began. On a GPU `device_gib` is what tensors take now; `peak_device_gib` of
-    tensors and `peak_reserved_device_gib` of torch's allocator are maxima since the last reading.
+    `seconds` is the time since the process began, or since `restart_clock`. `resident_gib` is main memory now
+    and `peak_resident_gib` its maximum since the process began. On a GPU `device_gib` is what tensors take
+    now; `peak_device_gib` of tensors and `peak_reserved_device_gib` of torch's allocator are maxima since the
+    last reading.
     """
     sizes = _resident()
     backend = _backend(device)
@@ -47,7 +48,19 @@ def reading(device: torch.device) -> dict[str, float]:
         sizes["peak_device_gib"] = backend.max_memory_allocated(device)
         sizes["peak_reserved_device_gib"] = backend.max_memory_reserved(device)
         backend.reset_peak_memory_stats(device)
-    return {"seconds": round(_age(), 3), **{name: round(size / _GIB, 3) for name, size in sizes.items()}}
+    return {
+        "seconds": round(_age() - _earlier, 3),
+        **{name: round(size / _GIB, 3) for name, size in sizes.items()},
+    }
+
+
+_earlier = 0.0  # seconds of this process before the last `restart_clock`
+
+
+def restart_clock() -> None:
+    """Count the seconds of `reading` from now on: another run begins in this process."""
+    global _earlier
+    _earlier = _age()
 
 
 def _age() -> float:

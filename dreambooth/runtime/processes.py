@@ -87,6 +87,8 @@ class Peers:
         self.accelerator, self.watch = accelerator, watch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
+        self.is_quiet = False
+        """Whether notes and other lines are not printed."""
         # gloo even with GPUs. `group` waits without a timeout, since class images and validation may take
         # hours; a process that died is noticed all the same, because its connection closes. `step_group` has
         # the timeout of exchanges within a step.
@@ -97,12 +99,12 @@ class Peers:
 
     def say(self, text: str) -> None:
         """Print on the main process, above its progress bar."""
-        if self.is_main:
+        if self.is_main and not self.is_quiet:
             console.say(text)
 
     def say_notes(self, notes: Iterable[str]) -> None:
         """Print each note on the main process."""
-        if self.is_main:
+        if self.is_main and not self.is_quiet:
             console.notes(notes)
 
     def sync_stop(self, failure: Stop | None = None) -> None:

@@ -360,7 +360,8 @@ def check_no_steps_lost(resume_from: str, run: RunOptions) -> None:
     status = _last_record(folder / run_folder.STATUS, whole_file=True)
     last_step = _last_record(folder / run_folder.METRICS, whole_file=False).get("step", 0)
     state, ended_at = status.get("state"), status.get("step")
-    was_killed = state == "running" and isinstance(last_step, int) and last_step < run.checkpointing_steps
+    # a step is recorded before its checkpoint is written
+    was_killed = state == "running" and isinstance(last_step, int) and last_step <= run.checkpointing_steps
     if was_killed or (state not in (None, "running") and ended_at == 0):
         return
     raise UserError(

@@ -20,7 +20,7 @@ from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory
 from dreambooth.runtime.graphs import Graphs, Tensors
 from dreambooth.runtime.stops import Stop
-from dreambooth.training import metrics, recomputation, run_identity, step_inputs
+from dreambooth.training import checkpoints, metrics, recomputation, run_identity, step_inputs
 from dreambooth.training.frozen_models import FrozenModels
 from dreambooth.training.start import Start
 from dreambooth.training.trainables import Trainables
@@ -29,19 +29,19 @@ _LARGEST = 4096  # rows of a micro-batch
 
 
 def joined(
-    options: TrainOptions, checkpoint: Content | None, world: int, *, has_buckets: bool
+    options: TrainOptions, before: Mapping[str, Any] | None, world: int, *, has_buckets: bool
 ) -> TrainOptions:
     """The options with the micro-batches of each process's optimizer step put together to one, for
     --auto_batch.
 
-    A run that was begun with the micro-batches that are given keeps them when it is resumed from
-    `checkpoint`. With buckets the shapes of rows depend on the micro-batches, which are therefore kept.
+    A run with the record `before` that was begun with the micro-batches that are given keeps them. With
+    buckets the shapes of rows depend on the micro-batches, which are therefore kept.
     """
     run = options.run
     rows = run.train_batch_size * run.gradient_accumulation_steps
     is_kept = not run.auto_batch or has_buckets or rows > _LARGEST
-    if checkpoint is not None and run_identity.is_identity(checkpoint.identity):
-        before, slots = checkpoint.identity, run.gradient_accumulation_steps * world
+    if before is not None and run_identity.is_identity(before):
+        slots = run.gradient_accumulation_steps * world
         is_kept |= (before["flags"].get("train_batch_size"), before["slots"]) == (run.train_batch_size, slots)
     if is_kept:
         return options
@@ -74,9 +74,9 @@ class Passes:
         if self.is_automatic:
             self._record()
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on with the passes of a checkpoint with this `state`. Raises UserError if it is damaged."""
-        saved = state.get("passes")
+    def resume(self, checkpoint: Content) -> None:
+        """Go on with the passes of a checkpoint. Raises UserError if it is damaged."""
+        saved = checkpoints.read_state(checkpoint).get("passes")
         if not self.is_automatic or saved is None:
             return
         rows = saved.get("rows") if isinstance(saved, dict) else None

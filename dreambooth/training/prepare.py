@@ -53,27 +53,25 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     `stack` receives the lock of the output folder and the writer of status.json. Raises UserError for a
     mistake that the user can correct."""
     phases: dict[str, memory.Reading] = {"imports": memory.reading(torch.device("cpu"))}
-    log_with, notes = trackers.installed(options.reports.report_to)
-    peers = join_processes(options.run, options.reports, watch, log_with)
-    notes += checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
-    output_dir = output_folder.check_apart_from_input(options, log_with)
-    repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
-
-    # input
-    encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
-    decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
-    subject, checked, priors = check_input(options, decoded, notes, peers)
+    given = check_input(options, watch)
+    peers, subject, checked, priors, cache = (
+        given.peers,
+        given.subject,
+        given.checked,
+        given.priors,
+        given.cache,
+    )
+    output_dir, decoded = given.output_dir, given.decoded
     if options.adapter.dry_run:
         peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
-    class_count = class_sources.count(options.prior, priors)
-    cache = checks.choose_cache(options, len(subject.photos), class_count, encoded_dir)
     peers.say_notes(cache.notes)
 
     # output folder
-    claim = output_folder.claim(options.run, cache, peers, stack, output_folder.logs_dir(options, log_with))
-    options = passes.joined(options, claim.checkpoint, peers.world, has_buckets=checked.buckets is not None)
-    run = name_run(options, subject, checked, cache, claim, class_count, peers)
+    claim = output_folder.claim(
+        options.run, cache, peers, stack, output_folder.logs_dir(options, given.log_with)
+    )
+    run = name_run(given.joined(claim.checkpoint.identity if claim.checkpoint else None), given, claim)
     instance = subject.source(run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
     status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
@@ -107,20 +105,79 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         environment=run.environment,
         status=status,
         phases=phases,
-        repository=repository,
+        repository=given.repository,
     )
 
 
-def check_input(
-    options: TrainOptions, decoded: DecodeCache | None, notes: list[str], peers: Peers
-) -> tuple[Subjects, "CheckedBase", list[Source]]:
-    """(photos, base, the source of the class rows with --prior_source base). `notes` are printed with those
-    of the checks."""
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a run reads, checked. Nothing was written."""
+
+    options: TrainOptions
+    peers: Peers
+    log_with: list[str]
+    """Names of the trackers."""
+    output_dir: Path
+    repository: str | None
+    decoded: DecodeCache | None
+    subject: Subjects
+    checked: "CheckedBase"
+    priors: list[Source]
+    """The source of the class rows with --prior_source base."""
+    class_count: int
+    cache: checks.Cache
+
+    def joined(self, before: Mapping[str, Any] | None) -> TrainOptions:
+        """The options with the micro-batches of --auto_batch. `before` is the record of the run that is
+        resumed."""
+        has_buckets = self.checked.buckets is not None
+        return passes.joined(self.options, before, self.peers.world, has_buckets=has_buckets)
+
+
+def check_input(options: TrainOptions, watch: Watch, *, is_quiet: bool = False) -> Input:
+    """Join the processes, and check flags, photos, captions and base. With `is_quiet` no note is printed.
+    Raises UserError for a mistake that the user can correct."""
+    log_with, notes = trackers.installed(options.reports.report_to)
+    peers = join_processes(options.run, options.reports, watch, log_with)
+    peers.is_quiet = is_quiet
+    notes += checks.check_device(options, peers.accelerator.device, peers.accelerator.mixed_precision)
+    output_dir = output_folder.check_apart_from_input(options, log_with)
+    repository = peers.on_main(lambda: hub.check(options.reports, output_dir))
+    encoded_dir = Path(options.speed.encoded_dir or output_dir / "encoded")
+    decoded = DecodeCache(encoded_dir) if options.speed.cache_latents in ("auto", "disk") else None
     subject = subjects.check(options.instance, options.meter, decoded, peers)
     checked = check_base(options, subject, peers)
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
     priors = class_sources.given(options, subject, checked.base, decoded, peers)
-    return subject, checked, priors
+    class_count = class_sources.count(options.prior, priors)
+    cache = checks.choose_cache(options, len(subject.photos), class_count, encoded_dir)
+    return Input(
+        options,
+        peers,
+        log_with,
+        output_dir,
+        repository,
+        decoded,
+        subject,
+        checked,
+        priors,
+        class_count,
+        cache,
+    )
+
+
+def is_finished(options: TrainOptions, watch: Watch) -> bool:
+    """Whether the output folder holds this run, finished. Checks the input as `prepare` does, prints no note
+    and writes nothing. Raises UserError also if the folder holds another run."""
+    given = check_input(options, watch, is_quiet=True)
+    record = run_folder.read_identity(given.output_dir)
+    if record is None:
+        return False
+    claim = output_folder.Claim(given.output_dir, None, {}, [record["flags"].get("seed")])
+    run = name_run(given.joined(record), given, claim)
+    now = run.record([given.subject.source(run.options.run.seed)])
+    run_folder.check_new(given.output_dir, now, overwrite=False, is_resumed=True)
+    return run_folder.is_finished(given.output_dir, run.max_steps)
 
 
 def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_with: list[str]) -> Peers:
@@ -287,17 +344,9 @@ class NamedRun:
         return notes
 
 
-def name_run(
-    options: TrainOptions,
-    subject: Subjects,
-    checked: CheckedBase,
-    cache: checks.Cache,
-    claim: output_folder.Claim,
-    class_count: int,
-    peers: Peers,
-) -> NamedRun:
-    """Fill in every default: seed, precision, those of the base's family, and settings of class images, of
-    which there are `class_count`."""
+def name_run(options: TrainOptions, given: Input, claim: output_folder.Claim) -> NamedRun:
+    """Fill in every default: seed, precision, those of the base's family, and settings of class images."""
+    peers, subject, checked, cache = given.peers, given.subject, given.checked, given.cache
     base, accelerator = checked.base, peers.accelerator
     seed = choose_seed(options.run.seed, claim.earlier_seeds, peers)
     # not the seed that was drawn: without --seed, all runs use the same class images
@@ -307,7 +356,7 @@ def name_run(
     )
     peers.say(f"seed: {seed}")
     device = accelerator.device
-    pictures = pictures_of_pass([subject.rows_of_pass, class_count], repeats=options.instance.repeats)
+    pictures = pictures_of_pass([subject.rows_of_pass, given.class_count], repeats=options.instance.repeats)
     instance, has_latents = resolved.instance, cache.mode != "off" and base.family.has_vae
     crops = Crops(
         instance.side,

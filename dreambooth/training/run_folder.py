@@ -189,6 +189,17 @@ def removable(output_dir: Path) -> list[str]:
     return names
 
 
+def is_finished(output_dir: Path, max_steps: int) -> bool:
+    """Whether the run in the folder has taken `max_steps` steps, or has ended earlier by its own rule, and
+    its adapter is as it was written. Raises UserError if status.json is damaged."""
+    if not WrittenFiles(output_dir).is_written(native.ADAPTER_NAME):
+        return False
+    status = reader.read_json_table(output_dir / STATUS, shown(output_dir / STATUS))
+    step = status.get("step")
+    has_ended = bool(status.get("reason")) or (isinstance(step, int) and step >= max_steps)
+    return status.get("state") == "finished" and has_ended
+
+
 def is_made(name: str) -> bool:
     """Whether a run makes folders of that name in its output folder."""
     return name in (VALIDATION, BEST) or name.startswith("checkpoint-")
