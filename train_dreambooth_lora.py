@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from dreambooth.adapters import inject
 from dreambooth.bases import prediction
@@ -52,11 +51,13 @@ from dreambooth.training.trainables import Trainables
 
 
 def denoising_losses(
-    model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    huber_c: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of each row, float32 [B]. `weights` are of rows, [B], or latents, [B, 1, h, w]."""
-    errors = F.mse_loss(model_pred.float(), target.float(), reduction="none")
-    return objectives.row_losses(errors, weights)
+    """Mean error of each row, float32 [B]: squared, or --huber_c's. `weights` are [B] or [B, 1, h, w]."""
+    return objectives.row_losses(objectives.errors(model_pred, target, huber_c), weights)
 
 
 def dreambooth_loss(
@@ -80,8 +81,7 @@ class Training:
         options = start.options
         self.options, self.peers, self.watch, self.frozen = options, start.peers, watch, frozen
         self.accelerator, self.device = start.peers.accelerator, start.peers.accelerator.device
-        self.sources, self.dataset = frozen.dataset.sources, frozen.dataset
-        self.seed = options.run.seed
+        self.sources, self.dataset, self.seed = frozen.dataset.sources, frozen.dataset, options.run.seed
         self.slots = options.run.gradient_accumulation_steps * self.peers.world  # micro-batches of a step
         self.steps_per_epoch, self.max_steps = start.steps()
         self.text_steps = options.text_steps(self.max_steps)
@@ -103,8 +103,7 @@ class Training:
         self.passes = Passes(start, frozen, self.trainables, self.graphs, forward_backward)
         max_norm = options.optimization.max_grad_norm
         self.optimizer_steps = OptimizerSteps(self.graphs, self.trainables, self.loss_log, max_norm=max_norm)
-        self.first_step = 0
-        self.phases = start.phases
+        self.first_step, self.phases = 0, start.phases
 
     # ---- one step
 
@@ -144,7 +143,8 @@ class Training:
             if self.peers.world == 1:  # several processes stop together, in sync_stop of micro_step
                 self.watch.check()
             # loss
-            losses = denoising_losses(task.prediction(model_output), target, task.weights)
+            model_pred, huber_c = task.prediction(model_output), self.options.objective.huber_c
+            losses = denoising_losses(model_pred, target, task.weights, huber_c)
             weight = self.options.prior.prior_loss_weight
             loss, parts = dreambooth_loss(losses, sources=len(self.sources), prior_loss_weight=weight)
             # backward

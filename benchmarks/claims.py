@@ -141,7 +141,7 @@ def run(job: Job, studio: Studio, results: Results, work: Path) -> int:
     missing = [
         step
         for step in job.arm.steps
-        if training.result_key(protocol, step, job.arm.word) not in results.records
+        if training.result_key(protocol, step, job.arm.word, job.arm.averaged) not in results.records
     ]
     if not missing:
         return 0
@@ -212,7 +212,7 @@ def table_of(protocol: Protocol, results: Results) -> claims_tables.Table:
         rate = rate_of(arm, protocol, results)
         for (subject, seed), step in itertools.product(pairs, arm.steps if rate else ()):
             training = training_of(arm, rate or 0, subject, seed)
-            if record := results.records.get(training.result_key(protocol, step, arm.word)):
+            if record := results.records.get(training.result_key(protocol, step, arm.word, arm.averaged)):
                 table.setdefault((arm.name, step), {})[subject, seed] = record["scores"]
     for pair, seed, way in itertools.product(PAIRS, claims_arms.SEEDS, PAIR_ARMS):
         if record := results.records.get(claims_pairs.result_key(way, pair, seed, protocol)):

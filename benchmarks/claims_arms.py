@@ -4,6 +4,8 @@ written before the first result. Imports no torch."""
 import dataclasses
 from typing import Literal
 
+from benchmarks.claims_additions import ADDITIONS, AVERAGED
+
 SUBJECTS = ("dog", "cat", "bird", "car")
 SEEDS = (0, 1, 2)
 WORD, OTHER_WORD = "sks", "zwx"  # the rare word of training, and one that no training used
@@ -48,6 +50,8 @@ class Arm:
     """Initial values of LoRA's first factor: this program's, or peft's default (Kaiming uniform)."""
     word: str | None = WORD
     """The rare word in the prompts that are drawn; None leaves it out. Training always uses WORD."""
+    averaged: int = 1
+    """Number of checkpoints, up to that of the step, whose mean is drawn with."""
 
 
 TEXT_ATTENTION = "--text_encoder_layers q_proj,k_proj,v_proj,out_proj --text_encoder_rank 8"
@@ -130,6 +134,11 @@ ARMS = (
         (100, STEPS),
         init="default",
     ),
+)
+ARMS += (
+    # (h)
+    *(Arm(name, label, f"{BASELINE.flags} {flags}", (STEPS,)) for name, label, flags in ADDITIONS),
+    Arm(AVERAGED, "mean of the last 3 checkpoints", BASELINE.flags, (STEPS,), averaged=3),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -428,6 +437,20 @@ CLAIMS = (
                 ("full-equal", STEPS),
                 "attention alone keeps to the prompt as well, at equal parameters",
             ),
+        ),
+    ),
+    Claim(
+        "h",
+        "A small addition pays",
+        "Reports of users and papers, one for each; most with other bases, and for other tasks.",
+        tuple((arm, STEPS) for arm in (BASELINE.name, *(name for name, _, _ in ADDITIONS), AVERAGED)),
+        tuple(
+            part
+            for name, label, _ in (*ADDITIONS, (AVERAGED, BY_NAME[AVERAGED].label, ""))
+            for part in (
+                at_least(0.03, "JOINT", (name, STEPS), (BASELINE.name, STEPS), f"{label}: more JOINT"),
+                at_most(0.03, "PRES", (name, STEPS), (BASELINE.name, STEPS), f"{label}: no more PRES"),
+            )
         ),
     ),
 )

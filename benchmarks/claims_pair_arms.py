@@ -24,6 +24,8 @@ class Source:
     steps: int
     starts_from: str | None = None
     """Name of the source whose adapter is trained on."""
+    is_table: bool = False
+    """Whether the subjects are rows of --subjects, in place of one folder with captions."""
 
 
 SOURCES = {
@@ -34,6 +36,7 @@ SOURCES = {
         Source("second-after-first", (1,), STEPS, "first"),
         Source("both-after-first", (0, 1), 2 * STEPS, "first"),
         Source("both", (0, 1), 2 * STEPS),
+        Source("both-by-table", (0, 1), 2 * STEPS, is_table=True),
     )
 }
 
@@ -74,6 +77,11 @@ PAIR_ARMS = (
     ),
     PairArm("together-short", "both in one run, 200 steps", (("both", STEPS, {"": 1.0}),)),
     PairArm("together", "both in one run, 400 steps", (("both", 2 * STEPS, {"": 1.0}),)),
+    PairArm(
+        "together-by-table",
+        "the same by --subjects",
+        (("both-by-table", 2 * STEPS, {"": 1.0}),),
+    ),
 )
 LABELS = {arm.name: arm.label for arm in PAIR_ARMS}
 
@@ -101,6 +109,13 @@ PAIR_CLAIM = Claim(
         ),
         at_least(-0.1, "JOINT", ("together", 0), ("alone", 0), "one run with both loses 0.1 at most"),
         at_least(0.0, "JOINT", ("together", 0), ("sequence-kept", 0), "one run is no worse than training on"),
+        at_least(
+            -0.05,
+            "JOINT",
+            ("together-by-table", 0),
+            ("together", 0),
+            "--subjects is no worse by 0.05 than a folder with captions",
+        ),
     ),
     ("ID", "JOINT", "BLEED"),
     ("ID", "ID_all", "PA", "JOINT", "JOINT_first", "JOINT_second", "BLEED"),

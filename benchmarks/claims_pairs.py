@@ -41,6 +41,7 @@ def configuration_of(source: Source, pair: Pair, seed: int, protocol: Protocol) 
         "starts_from": starts_from and [starts_from, SOURCES[source.starts_from or ""].steps],
         "base": fingerprint(protocol.base),
         "batch": protocol.batch,
+        **({"is_table": True} if source.is_table else {}),
     }
 
 
@@ -69,6 +70,21 @@ def photos_of_source(source: Source, pair: Pair, work: Path) -> Path:
     return folder
 
 
+def table_of_source(source: Source, pair: Pair, work: Path) -> Path:
+    """The table of --subjects of a source."""
+    rows = [
+        {
+            "photos": str(photos_of(pair[number], work)[0].resolve()),
+            "prompt": f"a photo of a {WORDS[number]} {pair[number]}",
+            "class_prompt": f"a photo of a {pair[number]}",
+        }
+        for number in source.subjects
+    ]
+    path = work / "photos" / f"{'-'.join(pair)}.yaml"
+    path.write_text(json.dumps(rows))  # JSON is YAML
+    return path
+
+
 def adapter_of(name: str, steps: int, pair: Pair, seed: int, protocol: Protocol, work: Path) -> Path:
     """The adapter file of a source after `steps` steps. Trains it, and what it starts from, if it is not
     there."""
@@ -80,8 +96,13 @@ def adapter_of(name: str, steps: int, pair: Pair, seed: int, protocol: Protocol,
         return adapter_file(folder, steps)
     photos = photos_of_source(source, pair, work)
     words = shared_words(protocol, photos, output, steps=source.steps, rate=PAIR_RATE, seed=seed)
-    words += [*FLAGS.split(), "--caption_column", "text"]
-    words += ["--instance_prompt", f"a photo of a {WORDS[source.subjects[0]]} {pair[source.subjects[0]]}"]
+    words += FLAGS.split()
+    if source.is_table:
+        del words[words.index("--instance_data_dir") : words.index("--instance_data_dir") + 2]
+        words += ["--subjects", str(table_of_source(source, pair, work))]
+    else:
+        words += ["--caption_column", "text"]
+        words += ["--instance_prompt", f"a photo of a {WORDS[source.subjects[0]]} {pair[source.subjects[0]]}"]
     if source.starts_from:
         before = SOURCES[source.starts_from]
         words += ["--init_adapter", str(adapter_of(before.name, before.steps, pair, seed, protocol, work))]

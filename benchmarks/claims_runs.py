@@ -114,10 +114,14 @@ class Training:
     def key(self, protocol: Protocol) -> str:
         return key_of(**self.configuration(protocol))
 
-    def result_key(self, protocol: Protocol, step: int, word: str | None) -> str:
-        """Key of the scores after `step` steps, of pictures whose prompts have `word`."""
+    def result_key(self, protocol: Protocol, step: int, word: str | None, averaged: int = 1) -> str:
+        """Key of the scores after `step` steps, of pictures whose prompts have `word`, with the mean of the
+        last `averaged` checkpoints."""
         training = self.configuration(protocol)
-        return key_of(training=training, step=step, word=word, pictures=protocol.pictures, scoring=SCORING)
+        mean = {"averaged": averaged} if averaged > 1 else {}
+        return key_of(
+            training=training, step=step, word=word, pictures=protocol.pictures, scoring=SCORING, **mean
+        )
 
 
 def training_of(arm: Arm, rate: float, subject: str, seed: int) -> Training:
@@ -364,14 +368,15 @@ def score_arm(
     _, copies = photos_of(training.subject, work)
     base = studio.class_readings(training.subject, CLASS_SEED)
     path = adapter_file(folder, step)
-    with studio.adapted([(path, 1.0)]):
+    steps = [step - studio.protocol.checkpointing * number for number in range(arm.averaged)]
+    with studio.adapted([(adapter_file(folder, at), 1 / len(steps)) for at in steps]):
         scores = subject_scores(studio, training.subject, arm.word, copies)
         if arm.word == WORD:
             scores |= prior_scores(studio, training.subject, base)
     with safe_open(path, "pt") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return {
-        "key": training.result_key(studio.protocol, step, arm.word),
+        "key": training.result_key(studio.protocol, step, arm.word, arm.averaged),
         "arm": arm.name,
         "subject": training.subject,
         "seed": training.seed,

@@ -19,6 +19,7 @@ from dreambooth.data.crops import Corner, Crops
 from dreambooth.data.encodings import EncodedPhotos
 from dreambooth.data.photos import Photo
 from dreambooth.io.errors import UserError
+from dreambooth.options.objective import TIMESTEPS, NoiseLevelOptions
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Stop
 
@@ -265,9 +266,18 @@ class PhotoRows(Dataset):
         purposes = [f"{source.purpose}-{name}" for source in self.sources]
         return torch.cat([sampling_order.noise_of_rows(self.seed, p, rows, shape) for p in purposes])
 
-    def timesteps(self, rows: range, count: int) -> torch.Tensor:
-        """Timestep indices for the rows of each source, uniform in 0..count-1, int64 [sources * rows]."""
+    def timesteps(self, rows: range, count: int, levels: NoiseLevelOptions) -> torch.Tensor:
+        """Timesteps of 0..count-1 for the rows of each source, int64 [sources * rows]."""
         purposes = [f"{source.purpose}-timestep" for source in self.sources]
+        if not levels.is_uniform:
+            ends = [bound * count // TIMESTEPS for bound in (levels.min_timestep, levels.max_timestep)]
+            return torch.tensor(
+                [
+                    sampling_order.biased_timestep(self.seed, p, row, ends[0], ends[1], levels.timestep_bias)
+                    for p in purposes
+                    for row in rows
+                ]
+            )
         return torch.cat([sampling_order.timesteps_of_rows(self.seed, p, rows, count) for p in purposes])
 
     def describe(self, rows: list[int]) -> str:

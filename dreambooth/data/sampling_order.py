@@ -115,3 +115,12 @@ def timesteps_of_rows(seed: int, purpose: str, rows: range, num_train_timesteps:
     return torch.stack(
         [torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, row)) for row in rows]
     )
+
+
+def biased_timestep(seed: int, purpose: str, row: int, low: int, high: int, bias: float) -> int:
+    """A timestep of low..high-1, or `low`. With a `bias` b over 0 the density grows as the b-th power of the
+    distance from `low`; with one under 0 it falls as the same power of the distance from `high`."""
+    uniform = chance(seed, purpose, row)
+    root = 1 / (1 + abs(bias))
+    place = uniform**root if bias >= 0 else 1 - (1 - uniform) ** root
+    return low + min(int(place * (high - low)), max(high - low - 1, 0))

@@ -28,6 +28,9 @@ class OptimizerOptions(Group):
     text_encoder_lr: Amount | None = None
     """Learning rate of the text encoder. Default: --learning_rate; 5e-6 for Stable Diffusion XL. Prodigy
     always uses --learning_rate."""
+    lora_plus_ratio: AmountOverZero | None = None
+    """LoRA+ (arXiv 2402.12354): the learning rate of the second factor (B) is this many times that of the
+    first. Default: 1."""
     scale_lr: bool = False
     """Multiply the learning rates by gradient accumulation steps x batch size x processes."""
     lr_scheduler: Literal[

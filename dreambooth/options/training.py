@@ -18,12 +18,12 @@ from typing import Annotated, ClassVar, Literal, Self
 from dreambooth.io.errors import shown
 from dreambooth.options.adapter import AdapterOptions
 from dreambooth.options.evaluation import JudgeOptions, MeterOptions
+from dreambooth.options.objective import ObjectiveOptions
 from dreambooth.options.optimizer import OptimizerOptions
 from dreambooth.options.paths import FilePath, PathInOutput, PathOrId
 from dreambooth.options.photos import InstanceOptions, PriorOptions
 from dreambooth.options.rules import (
     Amount,
-    AmountOverZero,
     BatchSize,
     Count,
     CountOrZero,
@@ -109,27 +109,6 @@ class TextOptions(Group):
     def _check(self) -> None:
         both = self.train_text_encoder and self.pre_compute_text_embeddings
         require(not both, "--train_text_encoder cannot be used with --pre_compute_text_embeddings")
-
-
-@dataclasses.dataclass
-class ObjectiveOptions(Group):
-    """Training objective."""
-
-    snr_gamma: AmountOverZero | None = None
-    """Min-SNR weighting (arXiv 2303.09556): errors at low noise levels get smaller weights; 5 is usual.
-    Default: no weighting."""
-    noise_offset: Amount = 0.0
-    """Standard deviation of an offset that is added to the noise, one value per channel: the model then
-    reaches darker and brighter pictures."""
-    do_edm_style_training: bool = False
-    """EDM-style training on continuous noise levels (arXiv 2206.00364). Always on for a base with an EDM
-    scheduler."""
-
-    def _check(self) -> None:
-        both = self.do_edm_style_training and self.snr_gamma is not None
-        require(
-            not both, "--snr_gamma: Min-SNR formulation is not supported when conducting EDM-style training."
-        )
 
 
 @dataclasses.dataclass
@@ -324,6 +303,12 @@ class TrainOptions(Group):
             self.optimization.optimizer != "prodigy" or not any(self.adapter.learning_rates.values()),
             "--lr_pattern: --optimizer prodigy has one step size for all parts; "
             "the only learning rate that a part may have is 0",
+        )
+        require(
+            self.optimization.lora_plus_ratio is None
+            or (self.adapter.adapter == "lora" and self.optimization.optimizer != "prodigy"),
+            "--lora_plus_ratio is for the two factors of --adapter lora; --optimizer prodigy has one step "
+            "size for all parts",
         )
         for name in _OF_TEXT_ADAPTER:
             is_given = getattr(self.adapter, name) is not None

@@ -5,6 +5,7 @@ import dataclasses
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
 from dreambooth.runtime.graphs import Tensors
@@ -54,6 +55,13 @@ class Task:
 _LEAST_AREA = 0.05  # of a crop: where a mask covers less of it, its errors are not weighted any higher
 
 
+def errors(model_pred: torch.Tensor, target: torch.Tensor, huber_c: float | None) -> torch.Tensor:
+    """The squared error of each value, float32; with `huber_c` the pseudo-Huber error 2 c (sqrt(e^2 + c^2) -
+    c), which is e^2 for small e and 2 c |e| for large."""
+    squares = F.mse_loss(model_pred.float(), target.float(), reduction="none")
+    return squares if huber_c is None else 2 * huber_c * ((squares + huber_c**2).sqrt() - huber_c)
+
+
 def row_losses(errors: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """The mean of each row's `errors`, float32 [B], times its weight; `weights` are as in `Task`."""
     if weights is not None and weights.dim() > 1:
@@ -86,29 +94,38 @@ def make_task(
     timestep_indices: torch.Tensor,
     *,
     snr_gamma: float | None = None,
+    is_debiased: bool = False,
+    perturbation: torch.Tensor | None = None,
 ) -> Task:
-    """The task of denoising `latents` with `noise` added.
+    """The task of denoising `latents` with `noise` added, and `perturbation`, which is no part of the target.
 
     `timestep_indices`, int64 [B] in 0..num_train_timesteps-1, are DDPM's timesteps themselves. Index 0 of an
-    EDM or Euler scheduler is its noisiest timestep. `snr_gamma` is for DDPM only.
+    EDM or Euler scheduler is its noisiest timestep. `snr_gamma` and `is_debiased` are for DDPM only.
     """
-    if isinstance(noise_scheduler, DDPMScheduler):
-        return _ddpm_task(noise_scheduler, latents, noise, timestep_indices, snr_gamma)
-    return _edm_task(noise_scheduler, latents, noise, timestep_indices)
+    added = noise if perturbation is None else noise + perturbation
+    if not isinstance(noise_scheduler, DDPMScheduler):
+        return _edm_task(noise_scheduler, latents, added, timestep_indices)
+    weights = None
+    if snr_gamma is not None:
+        weights = min_snr_weights(noise_scheduler, timestep_indices, snr_gamma)
+    elif is_debiased:
+        weights = debiased_weights(noise_scheduler, timestep_indices)
+    return _ddpm_task(noise_scheduler, latents, noise, added, timestep_indices, weights)
 
 
 def _ddpm_task(
     noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,
+    added: torch.Tensor,
     timesteps: torch.Tensor,
-    snr_gamma: float | None,
+    weights: torch.Tensor | None,
 ) -> Task:
-    """The target is noise (DDPM, arXiv 2006.11239, eq. 14) or velocity (arXiv 2202.00512, appendix D)."""
+    """`added` is the noise in the UNet's input. The target is noise (DDPM, arXiv 2006.11239, eq. 14) or
+    velocity (arXiv 2202.00512, appendix D)."""
     is_velocity = noise_scheduler.config.prediction_type == "v_prediction"
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, timesteps, snr_gamma)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    noisy_latents = noise_scheduler.add_noise(latents, added, timesteps)
     return Task(noisy_latents, noisy_latents, timesteps, target, weights)
 
 
@@ -117,11 +134,28 @@ def min_snr_weights(
 ) -> torch.Tensor:
     """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, [B]. Source: Min-SNR,
     arXiv 2303.09556, section 3.4."""
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    snr = _snr(noise_scheduler, timesteps)
     if noise_scheduler.config.prediction_type == "v_prediction":
         return snr.clamp(max=snr_gamma) / (snr + 1)
     return (snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, without 0 / 0 where SNR is 0
+
+
+_HIGHEST_SNR = 1000.0  # of `debiased_weights`: where there is next to no noise, weights would vanish
+
+
+def debiased_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(SNR) for epsilon, [B] (arXiv 2310.08442, eq. 11); for velocity the same weight of the error of
+    the noise, sqrt(SNR) / (SNR + 1)."""
+    snr = _snr(noise_scheduler, timesteps).clamp(max=_HIGHEST_SNR)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.sqrt() / (snr + 1)
+    return snr.clamp(min=1 / _HIGHEST_SNR).rsqrt()
+
+
+def _snr(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """The signal-to-noise ratio at these timesteps, float32 [B]."""
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alphas_cumprod / (1 - alphas_cumprod)
 
 
 def _edm_task(

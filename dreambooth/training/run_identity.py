@@ -52,7 +52,17 @@ _PRIOR_FLAGS = ("prior_loss_weight", "prior_source", "class_prompt")
 _TAG_FLAGS = ("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate", "caption_variants")
 # Flags with the values that mean what versions without the flag did: left out of the record then, so that
 # runs of those versions can be resumed.
-_LATER_FLAGS = {"prior_source": "images", "buckets": False, "alpha_mask": False, "unmasked_target": "photo"}
+_LATER_FLAGS = {
+    "prior_source": "images",
+    "buckets": False,
+    "alpha_mask": False,
+    "unmasked_target": "photo",
+    "debiased_estimation": False,
+    "input_perturbation": 0.0,
+    "min_timestep": 0,
+    "max_timestep": 1000,
+    "timestep_bias": 0.0,
+}
 # What is compared of judges, in words.
 _JUDGES = {
     "dino": "the hash of --judge_dino",

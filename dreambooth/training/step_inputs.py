@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from diffusers import DDPMScheduler
+
 from dreambooth.bases import autoencoder
 from dreambooth.data.batches import MicroBatch
-from dreambooth.options.training import ObjectiveOptions
+from dreambooth.options.objective import ObjectiveOptions
 from dreambooth.runtime.graphs import Tensors
 from dreambooth.training import objectives
 from dreambooth.training.frozen_models import FrozenModels
@@ -37,8 +39,22 @@ def make_task(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptio
     noise = dataset.randn("noise", rows, shape)
     if objective.noise_offset:
         noise = noise + objective.noise_offset * dataset.randn("noise-offset", rows, (shape[0], 1, 1))
-    timesteps = dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps)
-    task = objectives.make_task(noise_scheduler, latents, noise, timesteps, snr_gamma=objective.snr_gamma)
+    perturbation = None
+    if objective.input_perturbation:
+        perturbation = objective.input_perturbation * dataset.randn("input-noise", rows, shape)
+    timesteps = dataset.timesteps(rows, noise_scheduler.config.num_train_timesteps, objective.noise_levels)
+    if not (objective.noise_levels.is_uniform or isinstance(noise_scheduler, DDPMScheduler)):
+        # index 0 of the other schedulers is the noisiest
+        timesteps = noise_scheduler.config.num_train_timesteps - 1 - timesteps
+    task = objectives.make_task(
+        noise_scheduler,
+        latents,
+        noise,
+        timesteps,
+        snr_gamma=objective.snr_gamma,
+        is_debiased=objective.debiased_estimation,
+        perturbation=perturbation,
+    )
     if (weights := dataset.weights(rows)) is None:
         return task
     return dataclasses.replace(task, weights=weights if task.weights is None else weights * task.weights)

@@ -174,7 +174,8 @@ def parameter_groups(
     *,
     scale: int,
 ) -> list[optimizers.Group]:
-    """The optimizer's groups: the parameters of each component, split by their rate in --lr_pattern.
+    """The optimizer's groups: the parameters of each component, split by their rate in --lr_pattern, and by
+    factor of LoRA with --lora_plus_ratio.
 
     `rates_by_part` is --lr_pattern. The parameters that it does not match have a group with the component's
     name. `scale` multiplies every learning rate.
@@ -182,12 +183,16 @@ def parameter_groups(
     groups = []
     for component in components:
         rate, decay = optimization.rate_and_decay(component.name)
-        by_rate: dict[float | None, list[torch.nn.Parameter]] = {}
+        ratio = optimization.lora_plus_ratio
+        by_rate: dict[tuple[float | None, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in component.named_parameters():
-            by_rate.setdefault(inject.by_part(rates_by_part, name), []).append(parameter)
-        for part_rate, parameters in by_rate.items():
+            is_second = ratio is not None and ".lora_B." in name
+            by_rate.setdefault((inject.by_part(rates_by_part, name), is_second), []).append(parameter)
+        for (part_rate, is_second), parameters in by_rate.items():
             name = component.name if part_rate is None else f"{component.name}:{part_rate!r}"
             group_rate = (rate if part_rate is None else part_rate) * scale
+            if is_second and ratio is not None:
+                name, group_rate = f"{name}:lora_B", group_rate * ratio
             groups.append(optimizers.Group(name, parameters, group_rate, decay))
     return groups
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,9 +98,9 @@ def test_run_whose_steps_cannot_be_recorded_ends_well(tmp_path: Path, monkeypatc
     words += ["--validation_steps", "4", "--num_validation_images", "1"]
     losses = train.denoising_losses
 
-    def waiting(*tensors: torch.Tensor) -> torch.Tensor:
+    def waiting(*values: Any) -> torch.Tensor:
         torch.cuda.synchronize()
-        return losses(*tensors)
+        return losses(*values)
 
     launched = run_train(BASE, PHOTOS, tmp_path / "launched", *words, *LAUNCHED)
     capsys.readouterr()

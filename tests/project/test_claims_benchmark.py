@@ -94,7 +94,7 @@ def test_every_claim_compares_arms_and_steps_that_are_scored():
     masks = claims_mask_arms.MASK_CLAIM
     named = {term.arm for part in masks.parts for term in part.terms}
     assert named < {arm for arm, _ in masks.rows} == set(claims_mask_arms.LABELS)
-    assert [claim.letter for claim in CLAIMS] == list("abcdefg")
+    assert [claim.letter for claim in CLAIMS] == list("abcdefgh")
     assert len(SUBJECTS) * len(SEEDS) >= 12
 
 
@@ -178,7 +178,7 @@ def test_arms_that_differ_in_prompts_only_share_a_training():
     }
     assert len(trainings) == 1
     job = claims.Job(BY_NAME["no-word"], 1e-3, "dog", 0)
-    assert {arm.name for arm in claims.sharing(job)} == {"text+unet", "other-word", "no-word"}
+    assert {arm.name for arm in claims.sharing(job)} == {"text+unet", "other-word", "no-word", "averaged"}
     assert claims.sharing(claims.Job(BY_NAME["full"], 1e-3, "dog", 0)) == [BY_NAME["full"]]
 
 
