@@ -132,7 +132,7 @@ def test_tables_say_what_held_what_failed_and_what_is_unfinished(rise, word, tmp
         in text
     )
     assert "| 0 of 12 (unfinished) |" in text
-    assert plots == [f"evidence_{letter}.svg" for letter in "abefg"]  # the claims with runs
+    assert plots == [f"evidence_{letter}.svg" for letter in "abefgh"]  # the claims with runs
 
 
 def test_the_page_is_what_the_stored_results_give(tmp_path, monkeypatch):
