@@ -165,13 +165,17 @@ class LatentMasks:
     """The masks of the rows of a data set, on the grid of the latents."""
 
     def __init__(self, dataset: PhotoRows, masks: Mapping[str, Mask], options: MaskOptions):
-        """`masks` are by the file names of the photos of the first source. Raises UserError as `load`."""
+        """`masks` are by the names of the photos of the first source (`Source.names`); a photo without one is
+        weighted alike everywhere. Raises UserError as `load`."""
         self.dataset, self.options = dataset, options
+        source = dataset.sources[0]
+        names = dict(zip(source.photos, source.names, strict=True))
         self.resized: dict[tuple[Photo, Crops], Image.Image] = {}
-        for photo, crops in dataset.all_crops(dataset.sources[0]):
-            size = crops.resized_size(photo.size)
-            mask = load(masks[photo.path.name])
-            self.resized[photo, crops] = mask.resize(size, Image.Resampling.BILINEAR)
+        for photo, crops in dataset.all_crops(source):
+            size, mask = crops.resized_size(photo.size), masks.get(names[photo])
+            self.resized[photo, crops] = (
+                load(mask).resize(size, Image.Resampling.BILINEAR) if mask else Image.new("L", size, 255)
+            )
 
     def of_rows(self, rows: range, shape: tuple[int, int]) -> torch.Tensor:
         """For each row how much of each latent the subject covers, 0 to 1, float32 [rows, 1, height, width].

@@ -11,10 +11,11 @@ from dreambooth.data import captions
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, shortened, shown
 from dreambooth.options import paths
+from dreambooth.options.masks import MaskOptions
 from dreambooth.options.photos import InstanceOptions
 
 _NEEDED = ("photos", "prompt", "class_prompt")
-_FIELDS = (*_NEEDED, "weight", "repeats", "captions", "validation_prompts")
+_FIELDS = (*_NEEDED, "weight", "repeats", "captions", "masks", "validation_prompts")
 _MOST = 100  # rows
 _MOST_REPEATS = 1000
 
@@ -34,16 +35,20 @@ class Row:
     """Its rows in a turn, in which each subject has as many rows as its repeats."""
     captions: str | None
     """As --caption_column."""
+    masks: str | None
+    """As --mask_dir."""
     validation_prompts: tuple[str, ...]
 
     def instance(self, options: InstanceOptions) -> InstanceOptions:
-        """The options of this subject's photos: those of the run, with its folder, prompt and captions."""
+        """The options of this subject's photos: those of the run, with its folders, prompt and captions."""
+        masks = dataclasses.replace(options.masks, mask_dir=self.masks)
         return dataclasses.replace(
             options,
             subjects=None,
             instance_data_dir=self.photos,
             instance_prompt=self.prompt,
             caption_column=self.captions,
+            masks=masks if masks.is_given else MaskOptions(),
         )
 
     @property
@@ -71,6 +76,8 @@ def read(file: str) -> list[Row]:
                 )
             if Path(row.photos).resolve() == Path(earlier.photos).resolve():
                 raise UserError(f"{row.where}: photos is the folder of {earlier.where}: name another")
+        if row.masks is not None and Path(row.masks).resolve() == Path(row.photos).resolve():
+            raise UserError(f"{row.where}: masks and photos must be two folders")
     return rows
 
 
@@ -90,14 +97,19 @@ def _row(row: Any, where: str) -> Row:
         raise UserError(f"{where}: validation_prompts must be a list of texts, got {shortened(wanted)!r}")
     return Row(
         where,
-        paths.expanded(_text(row["photos"], "photos", where), f"{where}: photos"),
+        _folder(row, "photos", where),
         _text(row["prompt"], "prompt", where),
         _text(row["class_prompt"], "class_prompt", where),
         _weight(row, where),
         _repeats(row, where),
         _text(row["captions"], "captions", where) if row.get("captions") is not None else None,
+        _folder(row, "masks", where) if row.get("masks") is not None else None,
         tuple(_text(prompt, "validation_prompts", where) for prompt in wanted),
     )
+
+
+def _folder(row: Mapping[str, Any], name: str, where: str) -> str:
+    return paths.expanded(_text(row[name], name, where), f"{where}: {name}")
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -38,18 +38,18 @@ class MaskOptions(Group):
     @property
     def has_base_targets(self) -> bool:
         """Whether the base's own prediction is the target outside the subject."""
-        return self.is_given and self.unmasked_target == "base"
+        return self.unmasked_target == "base"
+
+    def given_for_masks(self) -> list[str]:
+        """The flags that were given and have no effect without masks."""
+        names = ("unmasked_weight", "unmasked_target")
+        return [f"--{name}" for name in names if not is_default(self, name)]
 
     def _check(self) -> None:
         require(
             not (self.mask_dir and self.alpha_mask),
             "--mask_dir and --alpha_mask both give the masks of photos: give one of them",
         )
-        for name in ("unmasked_weight", "unmasked_target"):
-            require(
-                self.is_given or is_default(self, name),
-                f"--{name} is for photos with masks: give --mask_dir or --alpha_mask, or leave it out",
-            )
         require(
             self.unmasked_target == "photo" or self.unmasked_weight != 0,
             "--unmasked_target base has no effect with --unmasked_weight 0: leave one of them out",

@@ -102,7 +102,7 @@ class InstanceOptions(Group):
             return
         is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
         require(is_one, "Specify either --instance_data_dir or --dataset_name, and only one of them")
-        self._check_mask_folder()
+        self._check_masks()
         self._adopt_folder_name()
         require(
             self.instance_prompt.strip() != "",
@@ -124,7 +124,12 @@ class InstanceOptions(Group):
             "without captions, put the word into --instance_prompt",
         )
 
-    def _check_mask_folder(self) -> None:
+    def _check_masks(self) -> None:
+        given = self.masks.given_for_masks()
+        require(
+            self.masks.is_given or not given,
+            f"{', '.join(given)}: for photos with masks; give --mask_dir or --alpha_mask, or leave it out",
+        )
         folders = [folder for folder in (self.instance_data_dir, self.masks.mask_dir) if folder]
         places = {os.path.realpath(folder) for folder in folders if "\0" not in folder}
         require(
@@ -142,7 +147,7 @@ class InstanceOptions(Group):
             for name in ("caption_extension", "in_json", "trigger_word")
             if not is_default(self.captions, name)
         ]
-        given += [f"--{name}" for name in ("mask_dir", "alpha_mask") if not is_default(self.masks, name)]
+        given += [] if self.masks.mask_dir is None else ["--mask_dir"]
         require(
             not given,
             f"{', '.join(given)}: for one subject, and --subjects names several: write it into the rows of "

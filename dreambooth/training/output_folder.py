@@ -33,6 +33,7 @@ def check_apart_from_input(options: TrainOptions, tracker_names: list[str]) -> P
     }
     rows = subject_table.read(options.instance.subjects) if options.instance.subjects else []
     inputs |= {f"{row.where}: photos": row.photos for row in rows}
+    inputs |= {f"{row.where}: masks": row.masks for row in rows}
     sources = {"--dataset_name": options.instance.dataset_name, **options.base.sources()}
     written = {"--output_dir": output_dir, "--class_data_dir": drawn_classes, "--encoded_dir": encoded_dir}
     if logs is not None:

@@ -146,12 +146,12 @@ def photos_of(
     crops = dataset.crops
     for source in sources:
         use = _USES[source.purpose]
-        pairs = zip(source.photos, source.prompts, strict=True)
-        for (photo, prompt), _ in zip(pairs, range(report.MOST_PHOTOS[use]), strict=False):
+        pairs = zip(source.photos, source.names, source.prompts, strict=True)
+        for (photo, name, prompt), _ in zip(pairs, range(report.MOST_PHOTOS[use]), strict=False):
             try:
                 image = photos.load(photo)
-                if use == "trained" and masks_of:
-                    image = masks.shown_on(image, masks_of[photo.path.name])
+                if use == "trained" and name in masks_of:
+                    image = masks.shown_on(image, masks_of[name])
             except UserError:  # training notices it if it needs the photo
                 continue
             shapes = dataset.crops_of_photo(source, photo) if dataset.buckets else []

@@ -47,7 +47,7 @@ class Start:
     held_out: Source
     """Photos of the subject that are not trained on; there may be none."""
     masks: Mapping[str, Mask]
-    """The masks of the instance photos by file name; {} without masks."""
+    """The masks of the instance photos by `Source.names`; photos without masks are left out."""
     crops: Crops
     buckets: Buckets | None
     """With --buckets, how the shapes of photos are chosen."""

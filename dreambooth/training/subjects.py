@@ -97,8 +97,14 @@ class Subjects:
 
     @property
     def masks(self) -> dict[str, Mask]:
-        """By file name; {} with --subjects, which refuses masks."""
-        return {} if self.rows else self.each[0].masks
+        """By the `Source.names` of photos that are trained on; subjects without masks have none."""
+        if not self.rows:
+            return self.each[0].masks
+        return {
+            f"{number}/{name}": mask
+            for number, subject in enumerate(self.each, 1)
+            for name, mask in subject.masks.items()
+        }
 
     def shares(self, counts: Sequence[int]) -> tuple[Share, ...]:
         """The subjects of a source that has `counts` photos of each; () without --subjects."""
@@ -151,6 +157,7 @@ def check(
     if options.subjects is None:
         return Subjects((_check_photos(options, None, measured, decoded, peers),))
     rows = subject_table.read(options.subjects)
+    _check_masks(options, rows)
     checked = []
     for row in rows:
         try:
@@ -161,6 +168,17 @@ def check(
     subjects = Subjects(tuple(checked))
     photos.check_apart(subjects.held_out, subjects.photos, "--holdout")
     return subjects
+
+
+def _check_masks(options: InstanceOptions, rows: Sequence[Row]) -> None:
+    """Raise UserError if masks are named twice, or if flags need masks and there are none."""
+    masked = [row for row in rows if row.masks is not None]
+    if options.masks.alpha_mask and masked:
+        raise UserError(f"{masked[0].where}: masks and --alpha_mask both give masks: leave one of them out")
+    if not masked and not options.masks.is_given and (given := options.masks.given_for_masks()):
+        raise UserError(
+            f"{', '.join(given)}: for photos with masks; give `masks` in a row of --subjects, or --alpha_mask"
+        )
 
 
 def _check_photos(

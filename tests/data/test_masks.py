@@ -1,6 +1,7 @@
 """Masks: read and checked before any model is loaded, moved with their photos, and weighting the loss."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -110,8 +111,8 @@ def test_photos_without_transparency_have_no_alpha_mask(mine):
     [
         ("--mask_dir m --alpha_mask", "--mask_dir and --alpha_mask both give the masks of photos"),
         ("--mask_dir photos", "--mask_dir and --instance_data_dir must be two folders, got photos for both"),
-        ("--unmasked_weight 0.5", "--unmasked_weight is for photos with masks"),
-        ("--unmasked_target base", "--unmasked_target is for photos with masks"),
+        ("--unmasked_weight 0.5", "--unmasked_weight: for photos with masks"),
+        ("--unmasked_target base", "--unmasked_target: for photos with masks"),
         ("--alpha_mask --unmasked_target base --unmasked_weight 0", "has no effect with --unmasked_weight 0"),
         ("--alpha_mask --unmasked_weight 2", "--unmasked_weight must be at most 1, got 2.0"),
     ],
@@ -261,3 +262,39 @@ def test_masks_change_the_loss_and_no_encoding_and_their_change_is_noticed(tiny_
     resume = ["--mask_dir", str(folder), "--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
     with pytest.raises(UserError, match="1 mask pictures changed"):
         run_train(tiny_base, photo_folder, tmp_path / "masked", *common, *resume)
+
+
+@pytest.mark.trains
+def test_subjects_have_masks_of_their_own_or_none(tiny_base, mine, tmp_path, monkeypatch):
+    photo_folder, folder = mine
+    rows = [
+        {"photos": str(photo_folder), "masks": str(folder), "prompt": "sks dog", "class_prompt": "dog"},
+        {
+            "photos": str(tiny.make_photos(tmp_path / "cat", 2, seed=5)),
+            "prompt": "cat",
+            "class_prompt": "cat",
+        },
+    ]
+    table = tmp_path / "subjects.yaml"
+    table.write_text(json.dumps(rows))
+    covered: list[tuple[str, float]] = []
+    of_rows = LatentMasks.of_rows
+
+    def seen(self: LatentMasks, rows: range, shape: tuple[int, int]) -> torch.Tensor:
+        inside = of_rows(self, rows, shape)
+        source = self.dataset.sources[0]
+        covered.append(
+            (source.photos[self.dataset.photo(source, rows[0])].path.parent.name, inside.mean().item())
+        )
+        return inside
+
+    monkeypatch.setattr(LatentMasks, "of_rows", seen)
+    words = train_words(tiny_base, photo_folder, tmp_path / "out", "--subjects", str(table))
+    for flag in ("--instance_data_dir", "--instance_prompt"):
+        del words[words.index(flag) : words.index(flag) + 2]
+    train.main(parse(TrainOptions, "", [*words, "--max_train_steps", "4", "--unmasked_target", "base"]))
+    assert sorted(set(covered)) == [("cat", 1.0), ("mine", 0.5)]
+    del rows[0]["masks"]
+    table.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="--unmasked_target: for photos with masks; give `masks` in a row"):
+        train.main(parse(TrainOptions, "", [*words, "--unmasked_target", "base"]))
