@@ -101,7 +101,8 @@ class AdapterOptions(Group):
     """Adapter to start from: a file, or a folder with one, of a finished run, of a checkpoint of the
     reference script, or in kohya's format."""
     dry_run: bool = False
-    """Print what would be trained (layers, parameters, file sizes) without loading weights, and stop."""
+    """Print what would be trained (layers, parameters, file sizes) without loading weights, and stop.
+    --estimate measures."""
 
     def _check(self) -> None:
         for name in ("lora_layers", "text_encoder_layers"):

@@ -117,6 +117,9 @@ class RunOptions(Group):
 
     output_dir: FilePath = "lora-dreambooth-model"
     """Folder for the adapter, checkpoints, logs and validation pictures."""
+    estimate: bool = False
+    """Take three steps, one validation and one checkpoint in a temporary folder, print what the whole run
+    will take (time, memory, disk, how often each photo is seen), and stop."""
     runs: FilePath | None = None
     """YAML file of many runs: for each a name and a table of its flags, which override those of the command
     line. Each run is trained in the folder of its name in --output_dir, one after another; the base is loaded

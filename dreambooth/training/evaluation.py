@@ -66,6 +66,8 @@ class Evaluation:
         is_incomplete = is_unjudged or (self._draws(step) and not self.pictures.are_written(step))
         if step == 0 or self.peers.broadcast(is_incomplete):
             self.after_step(step, progress)
+            if self.is_due(step):
+                progress.end_phase("first evaluation", step)
 
     def after_step(self, step: int, progress: metrics.Progress) -> None:
         """Measure what is due after `step` steps, counted from 0: 0 is before the first step."""

@@ -19,7 +19,7 @@ from dreambooth.io.errors import UserError, raise_all, reason_of, shown
 from dreambooth.options.run_table import PAGE, Run, Runs
 from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory, stops
-from dreambooth.training import metrics, prepare, run_folder
+from dreambooth.training import estimate, metrics, prepare, run_folder
 
 Train = Callable[[TrainOptions], None]
 
@@ -36,7 +36,9 @@ def train(runs: Runs, train_one: Train) -> None:
     others; if one has failed, the process exits with status 1 at the end. Raises UserError for a mistake in
     any run, before the first one starts.
     """
-    if runs.table is None or runs.options.adapter.dry_run:
+    if runs.options.run.estimate:
+        train_one = functools.partial(estimate.estimate, train_one=train_one)
+    if runs.table is None or runs.options.adapter.dry_run or runs.options.run.estimate:
         for run in runs.rows:
             if runs.table is not None:
                 console.say(f"{run.name}:")

@@ -180,6 +180,41 @@ def is_finished(options: TrainOptions, watch: Watch) -> bool:
     return run_folder.is_finished(given.output_dir, run.max_steps)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run whose input was checked, and nothing written."""
+
+    options: ResolvedTrainOptions
+    device: torch.device
+    photos: int
+    class_count: int
+    class_images: class_images.ClassImageSettings | None
+    """How missing class images are drawn; None if none are."""
+    steps_of_pass: int
+    max_steps: int
+    has_pictures: bool
+    """Whether validation pictures are drawn."""
+
+
+def plan(options: TrainOptions, watch: Watch) -> Plan:
+    """A new run with these options, before anything is written. Raises UserError as `check_input`."""
+    given = check_input(options, watch)
+    given.peers.say_notes(given.cache.notes)
+    run = name_run(given.joined(None), given, output_folder.Claim(given.output_dir, None, {}, []))
+    counts = [given.subject.rows_of_pass, given.class_count]
+    pictures = pictures_of_pass(counts, repeats=options.instance.repeats)
+    return Plan(
+        options=run.options,
+        device=given.peers.accelerator.device,
+        photos=len(given.subject.photos),
+        class_count=given.class_count,
+        class_images=run.class_images,
+        steps_of_pass=run.options.run.steps(pictures, given.peers.world)[0],
+        max_steps=run.max_steps,
+        has_pictures=bool(given.checked.validation_prompts),
+    )
+
+
 def join_processes(run: RunOptions, reports: ReportOptions, watch: Watch, log_with: list[str]) -> Peers:
     """Join the processes that the launcher started, with the run's threads and precision."""
     launcher.adopt_local_rank(run.local_rank)

@@ -38,6 +38,7 @@ _FREE_FLAGS = {
     "class_seed",
     # Length of the run, and which files are written.
     *("max_train_steps", "num_train_epochs", "max_train_minutes", "repeats", "dry_run"),
+    *("estimate", "runs", "run_number"),
     *("checkpointing_steps", "checkpoints_total_limit", "output_kohya_format"),
     *("resume_from_checkpoint", "overwrite", "allow_data_change"),
     # Speed and memory. What random crops are cut from is compared as `crops`.
