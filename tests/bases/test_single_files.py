@@ -115,6 +115,18 @@ def test_the_fingerprint_is_that_of_the_weights(bases, tmp_path):
     assert find(file).part_digest("vae") == find(moved).part_digest("vae")
 
 
+def test_the_file_is_hashed_once_and_ahead(bases, tmp_path):
+    file = made.write(bases["sd1"], "sd1", tmp_path / "base.safetensors")
+    vae = tmp_path / "vae.safetensors"
+    vae.write_bytes(b"x")
+    assert list(folders._weights_on_disk(BaseOptions(str(file)))) == [file]
+    options = BaseOptions(str(file), pretrained_vae_model_name_or_path=str(vae))
+    assert list(folders._weights_on_disk(options)) == [file, vae]
+    assert {path for part in ("unet", "vae", "text_encoder") for path in find(file).weight_files(part)} == {
+        file
+    }
+
+
 # ---- prediction and noise levels
 
 
