@@ -66,12 +66,13 @@ def _download(where: str, hub_id: str) -> Path:
 
 
 def _names(hub_id: str) -> list[str]:
-    """The names of a repository's files. Without a connection, those in the hub's cache."""
+    """The names of a repository's files. If the hub cannot be asked, those in its cache. Raises OSError if
+    there are none."""
     try:
         return list(huggingface_hub.list_repo_files(hub_id))
-    except OSError as error:
+    except Exception as error:  # errors of httpx, of addresses, of sockets
         try:
             folder = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
         except (OSError, ValueError):
-            raise error from None
+            raise OSError(reason_of(error)) from None
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

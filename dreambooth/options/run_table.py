@@ -5,7 +5,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from dreambooth.options import command_line, paths
 from dreambooth.options.training import TrainOptions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_FLAGS = ("runs", "run_number")
+_NOT_WITH_TABLE = ("overwrite", "resume_from_checkpoint")
+_OF_TABLE = ("runs", "run_number", "output_dir", *_NOT_WITH_TABLE)
 # They hold for the process, in which all runs are trained.
 _OF_PROCESS = ("mixed_precision", "num_threads", "allow_tf32", "local_rank", "max_train_minutes")
-_NOT_IN_ROWS = ("output_dir", "overwrite", "resume_from_checkpoint", *_FLAGS, *_OF_PROCESS)
+_NOT_IN_ROWS = (*_OF_TABLE, *_OF_PROCESS)
 PAGE = "runs.html"
 
 
@@ -55,27 +56,32 @@ def parse(description: str, words: Sequence[str] | None = None) -> Runs:
     flags are wrong.
     """
     typed = list(sys.argv[1:] if words is None else words)
-    is_table = any(word.partition("=")[0] == "--runs" for word in typed)
-    if not is_table or any(word in ("-h", "--help", "--help_all", "--help-all") for word in typed):
+    given, rest = _taken(typed)
+    if "runs" not in given or any(word in ("-h", "--help", "--help_all", "--help-all") for word in typed):
         options = command_line.parse(TrainOptions, description, typed)
+        if options.run.runs is not None:
+            command_line.fail("--runs is in a --config file: give it on the command line")
         return Runs([Run("", options)])
     try:
-        return _parse_table(description, typed)
+        return _parse_table(description, given, rest)
     except UserError as error:
         command_line.fail(error)
 
 
-def _parse_table(description: str, typed: Sequence[str]) -> Runs:
-    given, rest = _taken(typed)
+def _parse_table(description: str, given: Mapping[str, str], rest: Sequence[str]) -> Runs:
+    """The runs of the table that --runs names. `given` are the values of _OF_TABLE, by flag, and `rest` are
+    the other words of the command line."""
     path = Path(paths.expanded(given["runs"], "--runs"))
     where = f"--runs {shown(path)}"
     table = _read(path, where)
-    folder, rest = _output_dir(rest, where)
-    if refused := [flag for flag in ("--overwrite", "--resume_from_checkpoint") if flag in rest]:
+    if refused := [name for name in _NOT_WITH_TABLE if name in given]:
         raise UserError(
-            f"{refused[0]} does not work with --runs, which goes on with the runs that are not finished; "
+            f"--{refused[0]} does not work with --runs, which goes on with the runs that are not finished; "
             "leave it out"
         )
+    if not given.get("output_dir", "").strip():
+        raise UserError(f"{where}: give --output_dir, the folder in which each run gets a folder of its name")
+    folder = Path(paths.expanded(given["output_dir"], "--output_dir"))
     number = _number(given.get("run_number"), len(table), where)
     rows, problems = [], []
     for name, flags in table.items():
@@ -91,33 +97,19 @@ def _parse_table(description: str, typed: Sequence[str]) -> Runs:
 
 
 def _taken(typed: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """(the values of --runs and --run_number, the other words)."""
+    """(the values of _OF_TABLE by flag, "" for a flag without one; the other words)."""
     given: dict[str, str] = {}
     rest: list[str] = []
     pending = iter(typed)
     for word in pending:
         flag, is_joined, value = word.partition("=")
-        name = flag.removeprefix("--")
-        if flag.startswith("--") and name in _FLAGS:
-            given[name] = value if is_joined else next(pending, "")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in _OF_TABLE:
+            has_value_after = not is_joined and name != "overwrite"
+            given[name] = next(pending, "") if has_value_after else value
         else:
             rest.append(word)
     return given, rest
-
-
-def _output_dir(rest: Sequence[str], where: str) -> tuple[Path, list[str]]:
-    """(--output_dir, the words without it)."""
-    folder, others = "", []
-    pending = iter(rest)
-    for word in pending:
-        flag, is_joined, value = word.partition("=")
-        if flag.replace("-", "_").removeprefix("__") == "output_dir":
-            folder = value if is_joined else next(pending, "")
-        else:
-            others.append(word)
-    if not folder.strip():
-        raise UserError(f"{where}: give --output_dir, the folder in which each run gets a folder of its name")
-    return Path(paths.expanded(folder, "--output_dir")), others
 
 
 def _read(path: Path, where: str) -> dict[str, dict[str, Any]]:
@@ -167,9 +159,12 @@ def _options(description: str, words: Sequence[str]) -> TrainOptions:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return command_line.parse(TrainOptions, description, words)
+            options = command_line.parse(TrainOptions, description, words)
     except SystemExit:
         raise UserError(messages.getvalue().strip().removeprefix("error: ")) from None
+    if options.run.runs is not None:
+        raise UserError("--runs is in a --config file: a table names no other table")
+    return options
 
 
 def _named(message: str, where: str) -> str:

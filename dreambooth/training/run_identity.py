@@ -30,8 +30,7 @@ _FREE_FLAGS = {
     *("variant", "pretrained_vae_model_name_or_path", "init_adapter", "dataset_name", "dataset_config_name"),
     *("cache_dir", "image_column"),
     "mask_dir",  # the masks are compared
-    # Where captions are read: they are compared, with the trigger word.
-    *("caption_column", "caption_extension", "in_json", "trigger_word"),
+    *("caption_column", "caption_extension", "in_json"),  # the captions are compared
     # Which photos are refused, and how class images are generated: the pictures are compared.
     *("max_image_pixels", "allow_odd_photos", "follow_symlinks", "num_class_images", "sample_batch_size"),
     *("prior_generation_precision", "class_guidance_scale", "class_inference_steps", "class_scheduler"),
@@ -50,7 +49,14 @@ _FREE_FLAGS = {
     *("num_threads", "allow_tf32", "enable_xformers_memory_efficient_attention"),
 }
 _PRIOR_FLAGS = ("prior_loss_weight", "prior_source", "class_prompt")
-_TAG_FLAGS = ("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate", "caption_variants")
+# The trigger word, which is in the captions that are compared, also decides which of their tags vary.
+_TAG_FLAGS = (
+    "shuffle_caption",
+    "keep_tokens",
+    "caption_tag_dropout_rate",
+    "caption_variants",
+    "trigger_word",
+)
 # Flags with the values that mean what versions without the flag did: left out of the record then, so that
 # runs of those versions can be resumed.
 _LATER_FLAGS = {

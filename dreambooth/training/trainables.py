@@ -152,9 +152,11 @@ class Trainables:
         since that is for the model with its adapter."""
         (unet,) = (component for component in self.components if component.name == "unet")
         unet.model.eval()
-        with inject.without_adapters([unet]), compilation.eager(wanted=self.is_compiled):
-            yield
-        unet.model.train()
+        try:
+            with inject.without_adapters([unet]), compilation.eager(wanted=self.is_compiled):
+                yield
+        finally:
+            unet.model.train()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

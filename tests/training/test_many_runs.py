@@ -108,7 +108,8 @@ def test_a_table_needs_what_it_needs(tmp_path, capsys):
     at = words.index("--output_dir")
     for more, problem in (
         (["--overwrite"], "--overwrite does not work with --runs"),
-        (["--run_number", "3"], "--run_number must be the number of a run of the table, from 1 to 2, got 3"),
+        (["--resume_from_checkpoint=latest"], "--resume_from_checkpoint does not work with --runs"),
+        (["--run-number", "3"], "--run_number must be the number of a run of the table, from 1 to 2, got 3"),
     ):
         with pytest.raises(SystemExit):
             run_table.parse("", [*words, *more])
@@ -119,6 +120,18 @@ def test_a_table_needs_what_it_needs(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_table.parse("", [*train_words(tmp_path, tmp_path, tmp_path), "--run_number", "1"])
     assert "--run_number needs --runs" in capsys.readouterr().err
+
+
+def test_a_table_is_named_on_the_command_line_only(tmp_path, capsys):
+    """In a --config file --runs would be passed over, and one run be trained in place of the table."""
+    path, config = table(tmp_path / "runs.yaml", {"a": []}), tmp_path / "config.yaml"
+    config.write_text(f"runs: {path}\n", encoding="utf-8")
+    words = train_words(tmp_path, tmp_path, tmp_path / "out", "--config", str(config))
+    for more in ([], ["--runs", str(path)]):
+        with pytest.raises(SystemExit) as ended_with:
+            run_table.parse("", [*words, *more])
+        assert ended_with.value.code == 2
+        assert "--runs is in a --config file" in capsys.readouterr().err
 
 
 def test_wrong_photos_of_any_row_end_the_table_before_its_first_run(

@@ -409,6 +409,19 @@ def test_random_crops_are_cut_from_what_they_were_cut_from(tmp_path, was, now, o
     assert any(each.is_of_data for each in differences) == other_pictures
 
 
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_trigger_word_is_compared_where_it_decides_which_tags_vary(tmp_path, varies):
+    """Elsewhere it is compared as a part of the captions."""
+
+    def flags(*words: str) -> dict[str, Any]:
+        words = (*words, "--caption_column", "text", *(["--shuffle_caption"] if varies else []))
+        given = as_table(parse(TrainOptions, "", train_words(tmp_path, tmp_path, tmp_path, *words)))
+        counts: dict[str, Any] = {"slots": 1, "max_steps": 2, "text_steps": 2}
+        return run_identity.identity(given, base="b", pictures={}, captions={}, start=None, **counts)["flags"]
+
+    assert (flags("--trigger_word", "sks") != flags()) == varies
+
+
 @pytest.mark.trains
 def test_going_on_from_another_folder_s_checkpoint_does_not_touch_the_run_that_is_here(
     finished, tiny_base, photos_dir, tmp_path
