@@ -8,7 +8,7 @@ THREADS ?= 2
 # Processes that the tests run in: two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: demo two_subjects test quick lint types faults speed claims base base-report clean
+.PHONY: demo two_subjects test quick lint types slurm faults speed claims base base-report clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,11 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# configs/slurm/train.sh on a real Slurm of two nodes on this machine (minutes). It needs root and Slurm's programs
+# (slurmctld, slurmd, slurm-client and munge of Debian), and is skipped with a reason without them.
+slurm: $(VENV)/installed
+	$(BIN)/python -m pytest -rs tests/slurm
 
 # Every fault that the tests know, injected and counted (minutes): benchmarks/results/faults.json and the table of
 # docs/exactness.md.
