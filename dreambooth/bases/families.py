@@ -122,8 +122,9 @@ class Base:
 
     def part_folder(self, part: str) -> Path:
         """The folder with the configuration of a part ("unet", "vae", "scheduler", ...)."""
-        is_given = part == "vae" and self.given_vae and self.given_vae.is_dir()
-        return self.given_vae if is_given else self.folder / part  # type: ignore[return-value]
+        if part == "vae" and self.given_vae is not None and self.given_vae.is_dir():
+            return self.given_vae
+        return self.folder / part
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a model, with its class's defaults filled in, or of the scheduler. Raises

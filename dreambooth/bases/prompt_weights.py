@@ -6,6 +6,7 @@ compel reads and encodes them. It is an extra, and imported only here.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class _Encoder:
         states = output.hidden_states[-(skipped + (1 if self.text.encode is encode_clip else 2))]
         if self.text.encode is encode_clip:
             states = getattr(self.encoder, "text_model", self.encoder).final_layer_norm(states)
-        return dataclasses.make_dataclass("Output", ["last_hidden_state"])(states)
+        return SimpleNamespace(last_hidden_state=states)
 
 
 def encode_all(text: TextParts, prompts: Sequence[str], check: Callable[[], None]) -> PromptCache:

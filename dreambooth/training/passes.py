@@ -117,13 +117,11 @@ class Passes:
             outputs = self.forward_backward(inputs)
             is_whole, share = part is batch, len(part.rows) / len(batch.rows)
             for name, value in outputs.items():
-                if (
-                    name == "gradients"
-                ):  # the next pass overwrites them; of a single one they are added before
-                    weighted = value if is_whole else value.clone()
-                else:
-                    weighted = value.clone() if is_whole else value * share
-                total[name] = total[name] + weighted if name in total else weighted
+                if name != "gradients":
+                    value = value.clone() if is_whole else value * share
+                elif not is_whole:  # the next pass overwrites them; those of a single pass are read before
+                    value = value.clone()
+                total[name] = total[name] + value if name in total else value
         return total
 
     def of_step(self, rows: int) -> float:

@@ -15,16 +15,19 @@ from dreambooth.training.frozen_models import FrozenModels
 def of_batch(batch: MicroBatch, frozen: FrozenModels, objective: ObjectiveOptions) -> Tensors:
     """The tensors of the task and of the prompts (`FrozenModels.prompt_inputs`, `base_prompt_inputs`), and
     SDXL's `time_ids`; with masks and --unmasked_target base also `inside`, see base_targets.py."""
-    task, count, masks = make_task(batch, frozen, objective), len(batch.rows), frozen.masks
-    inputs, first, end = {}, count, len(batch.prompts) if frozen.has_base_priors else count
+    task, masks, count = make_task(batch, frozen, objective), frozen.masks, len(batch.rows)
+    inputs: Tensors = {}
+    of_instance, of_class = batch.prompts[:count], batch.prompts[count:]
+    base_prompts = of_class if frozen.has_base_priors else []  # of rows whose target the base predicts
     if masks is not None:
         height, width = task.target.shape[2:]
         inside = masks.of_rows(batch.rows, (height, width))
         task = objectives.with_masks(task, inside, masks.options.outside_weight)
         if masks.options.has_base_targets:
-            inputs["inside"], first = inside, 0
+            inputs["inside"] = inside
+            base_prompts = of_instance + base_prompts
     inputs |= {**task.tensors(), **frozen.prompt_inputs(batch.prompts)}
-    inputs |= frozen.base_prompt_inputs(batch.prompts[first:end])
+    inputs |= frozen.base_prompt_inputs(base_prompts)
     if frozen.parts.base.takes_time_ids:
         inputs["time_ids"] = batch.time_ids
     return inputs
