@@ -19,7 +19,7 @@ _NOT_WITH_TABLE = ("overwrite", "resume_from_checkpoint")
 _OF_TABLE = ("runs", "run_number", "output_dir", *_NOT_WITH_TABLE)
 # They hold for the process, in which all runs are trained.
 _OF_PROCESS = ("mixed_precision", "num_threads", "allow_tf32", "local_rank", "max_train_minutes")
-_NOT_IN_ROWS = (*_OF_TABLE, *_OF_PROCESS)
+_NOT_IN_ROWS = (*_OF_TABLE, *_OF_PROCESS, "dry_run", "estimate")
 PAGE = "runs.html"
 
 
@@ -44,9 +44,14 @@ class Runs:
     """--run_number: the only run of the table to train, counted from 1."""
 
     @property
+    def to_train(self) -> Sequence[Run]:
+        """All runs, or the one of --run_number."""
+        return self.rows if self.number is None else [self.rows[self.number - 1]]
+
+    @property
     def options(self) -> TrainOptions:
         """The options of the first run to train."""
-        return self.rows[(self.number or 1) - 1].options
+        return self.to_train[0].options
 
 
 def parse(description: str, words: Sequence[str] | None = None) -> Runs:

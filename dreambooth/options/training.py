@@ -334,6 +334,10 @@ class TrainOptions(Group):
             "--meter_steps compares the prompt of the subject with that of its class: give --class_prompt, "
             'for example "a photo of dog"',
         )
+        require(
+            not (self.adapter.dry_run and self.run.estimate),
+            "--dry_run prints without loading weights and --estimate measures: give one of them",
+        )
         dropouts = [name for name in _DROPOUTS if getattr(self.adapter, name)]
         require(
             not self.run.auto_batch or not dropouts,

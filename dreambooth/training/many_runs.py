@@ -39,7 +39,7 @@ def train(runs: Runs, train_one: Train) -> None:
     if runs.options.run.estimate:
         train_one = functools.partial(estimate.estimate, train_one=train_one)
     if runs.table is None or runs.options.adapter.dry_run or runs.options.run.estimate:
-        for run in runs.rows:
+        for run in runs.to_train:
             if runs.table is not None:
                 console.say(f"{run.name}:")
             train_one(run.options)
@@ -65,8 +65,7 @@ def finished(runs: Runs) -> set[str]:
     """The names of the runs that are finished, of those to train. All are checked. Raises UserError with a
     line for each mistake."""
     names, problems = set(), []
-    rows = runs.rows if runs.number is None else [runs.rows[runs.number - 1]]
-    for run in rows:
+    for run in runs.to_train:
         try:
             with stops.stoppable() as watch:
                 if prepare.is_finished(run.options, watch):

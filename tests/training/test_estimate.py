@@ -55,6 +55,12 @@ def test_wrong_input_is_refused_before_anything_is_measured(tiny_base, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_is_refused_beside_it(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        estimate(tmp_path, tmp_path, tmp_path / "out", "--dry_run")
+    assert "--dry_run prints without loading weights and --estimate measures" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused(tiny_base, photos_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--estimate measures one process"):

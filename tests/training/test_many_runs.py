@@ -84,6 +84,7 @@ def test_wrong_rows_are_named_before_any_run_starts(tiny_base, photos_dir, tmp_p
     words = words_of_table(tiny_base, photos_dir, tmp_path / "out", tmp_path / "runs.yaml")
     for content, problems in (
         ("good: {}\nelsewhere: {output_dir: x}\n", ["elsewhere: output_dir cannot differ between runs"]),
+        ("good: {}\ndry: {dry_run: true}\n", ["dry: dry_run cannot differ between runs"]),
         (
             "good: {}\nlow: {rank: 0}\nmisspelt: {ranc: 4}\n",
             ["low: --rank must be at least 1", "misspelt: no flag 'ranc'; did you mean 'rank'?"],
