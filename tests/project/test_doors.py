@@ -43,6 +43,7 @@ DOORS = {"reader", "writer", "console"}
 EXCEPTIONS = {
     "adapter_files/bake.py _write_weights save_file": "Gigabytes go to a new folder without a copy.",
     "data/photos.py decode Image.open": "Pillow decodes bytes that the reader has read.",
+    "data/photos.py opacity Image.open": "Pillow decodes bytes that the reader has read.",
     "infer.py collect Image.open": "Pillow decodes a file that the reader has opened.",
     "files/pictures.py read Image.open": "Pillow decodes bytes that the reader has read.",
     "files/locks.py _directory os.open": "The locked folder stays open, to be compared before each write.",
