@@ -31,7 +31,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 # in an order in which each command finds what the ones before it made
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("training", "memory", "adapters", "evaluation")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("photos", "training", "memory", "adapters", "evaluation")),
 ]
 NOTEBOOK = ROOT / "examples" / "dreambooth_lora.ipynb"
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -52,6 +52,7 @@ SHORT = {
     "infer.py": "--num_inference_steps 1 --seeds 0 --mixed_precision no",
     "evaluate.py": "--num_inference_steps 1 --num_images 1 --num_class_images 0 --mixed_precision no "
     "--judge_dino judges/dino --judge_clip judges/clip",
+    "check_photos.py": "",
 }
 
 
