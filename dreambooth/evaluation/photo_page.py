@@ -52,6 +52,14 @@ class Page:
     tables: Sequence[Table] = ()
 
 
+def text_of(table: Table) -> str:
+    """The table for a terminal."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+    cells = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([table.title, table.text, *(line.rstrip() for line in cells)])
+
+
 def headline(entries: Sequence[Entry]) -> str:
     """What was found, in a few words."""
     if not entries:

@@ -17,10 +17,11 @@ class PhotoCheckOptions(Group):
     COMMON_FLAGS: ClassVar = (
         *("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir", "mask_dir", "resolution"),
         *("caption_column", "caption_extension", "pretrained_model_name_or_path", "output_dir"),
+        "find_rare_word",
     )
 
     instance_data_dir: FilePath | None = None
-    """Folder with the photos of the subject."""
+    """Folder with the photos of the subject. Needed without --find_rare_word."""
     instance_prompt: Name | None = None
     """Prompt of the photos, as for training. Its words that --class_prompt lacks name the subject: every
     caption should hold one of them, and with --find_rare_word they are judged."""
@@ -48,14 +49,27 @@ class PhotoCheckOptions(Group):
     """Largest accepted picture, in pixels."""
     follow_symlinks: bool = False
     """Accept links to pictures outside the folder."""
+    find_rare_word: bool = False
+    """Print a table of words that could stand for the subject: those that mean least to the base. The word of
+    --instance_prompt is judged with them. Needs --pretrained_model_name_or_path and --class_prompt, and takes
+    some 80 passes of the UNet."""
     output_dir: FilePath = "photo_check"
     """Folder for the page, photos.html. Nothing is written into a folder of photos."""
 
     def _check(self) -> None:
         require(
-            self.instance_data_dir is not None,
+            self.instance_data_dir is not None or self.find_rare_word,
             "--instance_data_dir is required: the folder with the photos of the subject",
         )
+        for name in ("pretrained_model_name_or_path", "class_prompt"):
+            require(
+                not self.find_rare_word or getattr(self, name) is not None,
+                f"--find_rare_word needs --{name}",
+            )
+        if self.instance_data_dir is None:
+            for name in ("class_data_dir", "mask_dir", "caption_column"):
+                require(getattr(self, name) is None, f"--{name} is about photos: give --instance_data_dir")
+            return
         self.instance()  # its rules, and those of the masks
 
     def masks(self) -> MaskOptions:

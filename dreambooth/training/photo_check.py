@@ -5,7 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading, prompts
 from dreambooth.data import captions, masks, photo_findings, photo_looks, photos
@@ -20,6 +22,7 @@ from dreambooth.io import console, writer
 from dreambooth.options.photo_check import PhotoCheckOptions
 from dreambooth.options.resolved import resolution_of
 from dreambooth.options.training import BaseOptions, TrainOptions
+from dreambooth.training import rare_words
 from dreambooth.training.subjects import Subject, Subjects
 
 PAGE = "photos.html"
@@ -35,8 +38,11 @@ def check(options: PhotoCheckOptions) -> None:
     inputs = {f"--{name}": getattr(options, name) for name in ("instance_data_dir", "class_data_dir")}
     inputs["--mask_dir"] = options.mask_dir
     name = options.pretrained_model_name_or_path
+    base = families.find(BaseOptions(name)) if name is not None else None
     check_apart({"--output_dir": options.output_dir}, inputs, {"--pretrained_model_name_or_path": name})
-    assert options.instance_data_dir is not None
+    if options.instance_data_dir is None:
+        _words(options, base)
+        return
     directory = Path(options.instance_data_dir)
     folder = _checked(directory, "--instance_data_dir", options)
     names = [photo.path.name for photo in folder.photos]
@@ -44,12 +50,12 @@ def check(options: PhotoCheckOptions) -> None:
     class_images: list[Photo] = []
     if options.class_data_dir is not None:
         class_images = _checked(Path(options.class_data_dir), "--class_data_dir", options).photos
-    base = families.find(BaseOptions(name)) if name is not None else None
     resolution = resolution_of(options.instance(), base.family.key if base else "sd")
     masked = masks.check(options.masks(), folder.photos, follow_symlinks=options.follow_symlinks)
 
     looks = _looks_of(folder.photos, "photos")
     words = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
+    table = _words(options, base)
     findings = photo_findings.ranked(
         [
             *photo_findings.of_looks(looks),
@@ -59,12 +65,39 @@ def check(options: PhotoCheckOptions) -> None:
         ]
     )
     facts = f"{len(folder.photos)} photos, seen at {resolution} pixels"
-    page = photo_page.Page(directory.absolute().name, facts, findings, [*folder.notes, *notes], texts)
+    page = photo_page.Page(directory.absolute().name, facts, findings, [*folder.notes, *notes], texts, table)
     console.say(f"{facts}: {photo_page.headline(findings)}")
     for finding in findings:
         console.say(f"{finding.title}: {finding.note}")
     console.notes(page.notes)
     _write(Path(options.output_dir), page, folder.photos)
+
+
+def _words(options: PhotoCheckOptions, base: families.Base | None) -> list[photo_page.Table]:
+    """The table of --find_rare_word, which is also printed; [] without the flag. Raises UserError if the base
+    cannot be loaded, or a prompt is too long."""
+    if not options.find_rare_word:
+        return []
+    assert base is not None
+    assert options.class_prompt is not None
+    subject = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
+    given = {"--instance_prompt": options.instance_prompt, "--class_prompt": options.class_prompt}
+    prompts.check(loading.load_tokenizers(base), given, families.max_tokens(base))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measure = rare_words.Measure(base, options.class_prompt, device)
+    candidates = [*measure.candidates(), *subject]
+    of_word = {
+        word: rare_words.prompt_with(word, options.class_prompt, options.instance_prompt, subject)
+        for word in candidates
+    }
+    with tqdm(total=len(of_word), desc="words", unit="word") as bar:
+        words = sorted(measure.of(of_word, bar.update), key=lambda word: word.effect)
+    table = rare_words.table(words, subject)
+    console.say(photo_page.text_of(table))
+    doubt = rare_words.doubt(measure.tokenizer, subject)
+    warnings = [word.warning for word in words if word.word in subject and word.warning]
+    console.notes([*([f"{doubt}: take a word from the top of the table"] if doubt else []), *warnings])
+    return [table]
 
 
 def _checked(directory: Path, flag: str, options: PhotoCheckOptions) -> photos.Folder:
@@ -123,26 +156,32 @@ def _write(folder: Path, page: photo_page.Page, pictures: Sequence[Photo]) -> No
 # --- at the start of a run
 
 
-def notes(options: TrainOptions, subjects: Subjects, resolution: int) -> list[str]:
-    """Notes on photos that show the same or are blurred, on captions without the subject's word, and on
-    subjects that are cut off or small. Other checks of a run note the rest. Raises UserError if a photo has
-    changed since it was checked."""
+def notes(
+    options: TrainOptions, subjects: Subjects, resolution: int, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Notes on photos that show the same or are blurred, on captions without the subject's word, on subjects
+    that are cut off or small, and on a word for the subject that is split or common. Other checks of a run
+    note the rest. Raises UserError if a photo has changed since it was checked."""
     lines = []
     for subject in subjects.each:
         row = subject.row
-        findings = _of_subject(subject, row.class_prompt if row else options.prior.class_prompt, resolution)
+        class_prompt = row.class_prompt if row else options.prior.class_prompt
+        trigger = subject.options.captions.trigger_word
+        words = _subject_words(subject.options.instance_prompt, class_prompt, trigger)
+        findings = _of_subject(subject, words, resolution)
         where = f"{row.where}: " if row else ""
+        if doubt := rare_words.doubt(tokenizer, words):
+            lines.append(f"{where}{doubt}: another word is learned more easily; check_photos.py finds one")
         lines += [where + finding.note for finding in photo_findings.ranked(findings)]
     return lines
 
 
-def _of_subject(subject: Subject, class_prompt: str | None, resolution: int) -> list[Finding]:
-    """The findings that a run notes of one subject."""
+def _of_subject(subject: Subject, words: Sequence[str], resolution: int) -> list[Finding]:
+    """The findings that a run notes of one subject, which has the name `words`."""
     instance, pictures = subject.options, subject.checked.photos
     # of photos with the same pixels the first: the check of the folder names the others
     first = {photo.pixels_sha256: photo for photo in reversed(pictures)}
     looks = {photo.path.name: photo_looks.look_at(photo) for photo in [*first.values()][::-1][:_MOST]}
-    words = _subject_words(instance.instance_prompt, class_prompt, instance.captions.trigger_word)
     masked = [photo.path.name for photo in pictures if photo.path.name in subject.masks][:_MOST]
     loaded = {name: masks.load(subject.masks[name]) for name in masked}
     crops = Crops(resolution, "lanczos", center_crop=True)

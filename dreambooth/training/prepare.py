@@ -270,7 +270,7 @@ def check_base(options: TrainOptions, subject: Subjects, peers: Peers) -> Checke
     if chosen:
         sizes = [photo.size for photo in subject.photos]
         peers.say(buckets.table(chosen.filled(sizes), sizes))
-    of_photos = peers.on_main(lambda: photo_check.notes(options, subject, resolution))
+    of_photos = peers.on_main(lambda: photo_check.notes(options, subject, resolution, tokenizers[0]))
     notes = [*base.notes(), *prompt_notes, *of_photos, *size_notes, *reader_notes, *init_adapter.notes]
     of_rows = [prompt for row in subject.rows for prompt in row.validation_prompts]
     validation_prompts = list(dict.fromkeys([*([wanted] if wanted is not None else []), *in_file, *of_rows]))
