@@ -34,7 +34,7 @@ class CaptionOptions(CaptionFileOptions):
     """Shuffle the tags of an instance prompt, the parts between commas, at each visit."""
     keep_tokens: CountOrZero = 0
     """Number of tags at the beginning that keep their place and are not dropped. A tag with --trigger_word
-    also keeps its place at the beginning."""
+    is put behind them, and is not dropped either."""
     caption_tag_dropout_rate: Probability = 0.0
     """Probability of dropping a tag, at each visit."""
     caption_variants: Annotated[int, Range(1, 10_000)] = 16

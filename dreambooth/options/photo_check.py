@@ -44,7 +44,7 @@ class PhotoCheckOptions(Group):
     buckets: bool = False
     """Photos are trained on in shapes near their own, as with --buckets of training: no crop is a square."""
     pretrained_model_name_or_path: PathOrId | None = None
-    """Folder or hub id of the base: its tokenizer tells which captions are too long."""
+    """Folder, single file or hub id of the base: its tokenizer tells which captions are too long."""
     max_image_pixels: Annotated[int, Range(4096, MOST_PIXELS)] = 64_000_000
     """Largest accepted picture, in pixels."""
     follow_symlinks: bool = False

@@ -53,8 +53,8 @@ class InstanceOptions(Group):
     `file_name`."""
     caption_column: Name | None = None
     """Column with a caption for each photo, in the data set or in metadata.jsonl (or .csv) beside the photos.
-    Without such a file, the caption of a photo is read from the .txt file beside it. A photo with an empty
-    caption gets --instance_prompt. Default: no captions."""
+    Without such a file, the caption of a photo is read from the .txt or .caption file beside it. A photo with
+    an empty caption gets --instance_prompt. Default: no captions."""
     caption_dropout: Probability = 0.0
     """Probability of replacing an instance caption with the empty prompt."""
     captions: CaptionOptions = dataclasses.field(default_factory=CaptionOptions)

@@ -38,7 +38,7 @@ def check(options: PhotoCheckOptions) -> None:
     inputs = {f"--{name}": getattr(options, name) for name in ("instance_data_dir", "class_data_dir")}
     inputs["--mask_dir"] = options.mask_dir
     name = options.pretrained_model_name_or_path
-    base = families.find(BaseOptions(name)) if name is not None else None
+    base = families.find(BaseOptions(name), needs_vae=False) if name is not None else None
     check_apart({"--output_dir": options.output_dir}, inputs, {"--pretrained_model_name_or_path": name})
     if options.instance_data_dir is None:
         _words(options, base)
