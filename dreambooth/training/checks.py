@@ -334,8 +334,8 @@ class Cache:
 
 
 def choose_cache(options: TrainOptions, photo_count: int, class_count: int, folder: Path) -> Cache:
-    """The cache for `photo_count` instance photos and `class_count` class images. `folder` is for a cache on
-    disk."""
+    """The cache for `photo_count` instance photos and `class_count` class images, each counted once for every
+    shape that it is encoded in. `folder` is for a cache on disk."""
     speed = options.speed
     is_folder_given = speed.encoded_dir is not None
     pictures = photo_count * (2 if options.instance.random_flip else 1) + class_count

@@ -150,7 +150,10 @@ def check_input(options: TrainOptions, watch: Watch, *, is_quiet: bool = False) 
     peers.say_notes([*options.notes(), *hub.notes(options.reports), *subject.notes, *checked.notes, *notes])
     priors = class_sources.given(options, subject, checked.base, decoded, peers)
     class_count = class_sources.count(options.prior, priors)
-    cache = checks.choose_cache(options, len(subject.photos), class_count, encoded_dir)
+    sizes = [photo.size for photo in subject.photos]
+    filled = checked.buckets.filled(sizes) if checked.buckets else ()
+    encoded = sum(len(bucket.photos) for bucket in filled) or len(sizes), class_count * max(1, len(filled))
+    cache = checks.choose_cache(options, *encoded, encoded_dir)
     return Input(
         options,
         peers,
