@@ -3,7 +3,7 @@ changed: the user decides."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -138,16 +138,14 @@ def of_sizes(pictures: Sequence[Photo], crops: Crops, *, is_square: bool) -> lis
 
 
 def of_masks(
-    pictures: Sequence[Photo], masks: Mapping[str, Image.Image], crops: Crops, *, is_square: bool
+    masked_photos: Iterable[tuple[Photo, Image.Image]], crops: Crops, *, is_square: bool
 ) -> list[Finding]:
-    """Photos whose crop from the middle cuts the subject off, and photos in which it is small. `masks` are
-    white where the subject is, by file name of the photo, in the photo's shape; empty ones are left out."""
+    """Photos whose crop from the middle cuts the subject off, and photos in which it is small. Each photo has
+    a mask of its shape, white where the subject is; those with an empty mask are left out."""
     cut, small, masked = [], [], []
-    for photo in pictures:
-        if photo.path.name not in masks:
-            continue
+    for photo, image in masked_photos:
         size = crops.resized_size(photo.size)
-        mask = np.asarray(masks[photo.path.name].convert("L").resize(size)) > 127
+        mask = np.asarray(image.convert("L").resize(size)) > 127
         left, top, right, bottom = crops.box(crops.middle_corner(photo.size))
         shown_part = mask[top:bottom, left:right] if is_square else mask
         if not mask.any():

@@ -7,7 +7,10 @@ from dreambooth.options.captions import CaptionFileOptions, CaptionOptions, kohy
 from dreambooth.options.masks import MaskOptions
 from dreambooth.options.paths import FilePath, PathOrId
 from dreambooth.options.photos import MOST_PIXELS, InstanceOptions
-from dreambooth.options.rules import Group, Name, Range, Side, require
+from dreambooth.options.rules import Group, Name, Range, Side, is_default, require
+
+# Flags that have no effect without photos.
+_OF_PHOTOS = ("class_data_dir", "mask_dir", "alpha_mask", "caption_column", "resolution", "buckets")
 
 
 @dataclasses.dataclass
@@ -67,8 +70,10 @@ class PhotoCheckOptions(Group):
                 f"--find_rare_word needs --{name}",
             )
         if self.instance_data_dir is None:
-            for name in ("class_data_dir", "mask_dir", "caption_column"):
-                require(getattr(self, name) is None, f"--{name} is about photos: give --instance_data_dir")
+            of_photos = [(self, name) for name in _OF_PHOTOS]
+            of_photos += [(self.captions, name) for name in ("caption_extension", "in_json")]
+            for group, name in of_photos:
+                require(is_default(group, name), f"--{name} is about photos: give --instance_data_dir")
             return
         self.instance()  # its rules, and those of the masks
 

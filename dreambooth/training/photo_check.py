@@ -1,11 +1,13 @@
 """What may be wrong with the photos of a subject: all findings and their page for check_photos.py, and the
 most telling ones as notes at the start of a run."""
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +54,7 @@ def check(options: PhotoCheckOptions) -> None:
         class_images = _checked(Path(options.class_data_dir), "--class_data_dir", options).photos
     resolution = resolution_of(options.instance(), base.family.key if base else "sd")
     masked = masks.check(options.masks(), folder.photos, follow_symlinks=options.follow_symlinks)
+    files = _files_to_write(Path(options.output_dir))
 
     looks = _looks_of(folder.photos, "photos")
     words = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
@@ -70,7 +73,7 @@ def check(options: PhotoCheckOptions) -> None:
     for finding in findings:
         console.say(f"{finding.title}: {finding.note}")
     console.notes(page.notes)
-    _write(Path(options.output_dir), page, folder.photos)
+    _write(files, page, folder.photos)
 
 
 def _words(options: PhotoCheckOptions, base: families.Base | None) -> list[photo_page.Table]:
@@ -123,8 +126,14 @@ def _of_shapes(
     """Findings on sizes and shapes of photos, and on the subject's place in the crop where masks show it."""
     crops = Crops(resolution, "lanczos", center_crop=True)
     yield from photo_findings.of_sizes(pictures, crops, is_square=is_square)
-    loaded = {name: masks.load(mask) for name, mask in masked.items()}
-    yield from photo_findings.of_masks(pictures, loaded, crops, is_square=is_square)
+    yield from photo_findings.of_masks(_with_masks(pictures, masked), crops, is_square=is_square)
+
+
+def _with_masks(pictures: Sequence[Photo], masked: Mapping[str, Mask]) -> Iterator[tuple[Photo, Image.Image]]:
+    """The photos that have a mask, with it: one at a time, since a large mask takes megabytes."""
+    for photo in pictures:
+        if photo.path.name in masked:
+            yield photo, masks.load(masked[photo.path.name])
 
 
 def _cut_captions(texts: Mapping[str, str], base: families.Base | None) -> list[str]:
@@ -139,18 +148,23 @@ def _cut_captions(texts: Mapping[str, str], base: families.Base | None) -> list[
     ]
 
 
-def _write(folder: Path, page: photo_page.Page, pictures: Sequence[Photo]) -> None:
-    """Write the page. Raises UserError if the folder cannot be written to, or if another program's file has
-    the name of the page."""
+def _files_to_write(folder: Path) -> WrittenFiles:
+    """The files of the folder for the page, which is made. Raises UserError if it cannot be written to, or if
+    another program's file has the name of the page."""
     writer.make_output_folder(folder, "--output_dir")
     files = WrittenFiles(folder)
     files.check_free([PAGE], "--output_dir")
+    return files
+
+
+def _write(files: WrittenFiles, page: photo_page.Page, pictures: Sequence[Photo]) -> None:
+    """Write the page, with small pictures of the photos that findings name."""
     named = {name for finding in page.entries for name in finding.photos}
     shown = [photo for photo in pictures if photo.path.name in named]
     thumbnails = {photo.path.name: report.thumbnail(photos.load(photo)) for photo in shown}
     written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     files.write(PAGE, photo_page.html(page, thumbnails, written_at).encode())
-    console.say(f"page: {folder / PAGE}")
+    console.say(f"page: {files.folder / PAGE}")
 
 
 # --- at the start of a run
@@ -182,13 +196,12 @@ def _of_subject(subject: Subject, words: Sequence[str], resolution: int) -> list
     # of photos with the same pixels the first: the check of the folder names the others
     first = {photo.pixels_sha256: photo for photo in reversed(pictures)}
     looks = {photo.path.name: photo_looks.look_at(photo) for photo in [*first.values()][::-1][:_MOST]}
-    masked = [photo.path.name for photo in pictures if photo.path.name in subject.masks][:_MOST]
-    loaded = {name: masks.load(subject.masks[name]) for name in masked}
+    masked = itertools.islice(_with_masks(pictures, subject.masks), _MOST)
     crops = Crops(resolution, "lanczos", center_crop=True)
     return [
         *photo_findings.of_looks(looks),
         *photo_findings.of_captions(subject.captions, words, cut=()),
-        *photo_findings.of_masks(pictures, loaded, crops, is_square=not instance.buckets),
+        *photo_findings.of_masks(masked, crops, is_square=not instance.buckets),
     ]
 
 

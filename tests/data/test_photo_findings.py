@@ -100,19 +100,15 @@ def test_masks_tell_whether_the_subject_is_cut_off_or_small():
     mask = Image.new("L", (1200, 600))
     mask.paste(255, (0, 0, 400, 600))
     full = Image.new("L", (60, 60), 255)
-    found = photo_findings.of_masks([wide, square], {"wide": mask, "square": full}, CROPS, is_square=True)
-    assert [(finding.title, finding.photos) for finding in found] == [
+    findings = photo_findings.of_masks([(wide, mask), (square, full)], CROPS, is_square=True)
+    assert [(finding.title, finding.photos) for finding in findings] == [
         ("The crop cuts the subject off", ("wide",))
     ]
-    assert (
-        photo_findings.of_masks([wide, square], {"wide": mask, "square": full}, CROPS, is_square=False) == []
-    )
+    assert photo_findings.of_masks([(wide, mask), (square, full)], CROPS, is_square=False) == []
     dot = Image.new("L", (600, 600))
     dot.paste(255, (280, 280, 320, 320))
-    assert titles(photo_findings.of_masks([square], {"square": dot}, CROPS, is_square=True)) == [
-        "The subject is small"
-    ]
-    assert photo_findings.of_masks([square], {}, CROPS, is_square=True) == []
+    assert titles(photo_findings.of_masks([(square, dot)], CROPS, is_square=True)) == ["The subject is small"]
+    assert photo_findings.of_masks([], CROPS, is_square=True) == []
 
 
 def test_captions_without_the_word_and_too_long_ones_are_found():
