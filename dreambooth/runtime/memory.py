@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ def reading(device: torch.device) -> dict[str, float]:
     """The age of this process in seconds, and its memory in GiB. Values that the system does not provide are
     left out.
 
-    `seconds` is the time since the process began, or since `restart_clock`. `resident_gib` is main memory now
+    `seconds` is the time since the process began, or since `clock_restarted`. `resident_gib` is main memory now
     and `peak_resident_gib` its maximum since the process began. On a GPU `device_gib` is what tensors take
     now; `peak_device_gib` of tensors and `peak_reserved_device_gib` of torch's allocator are maxima since the
     last reading.
@@ -54,13 +54,18 @@ def reading(device: torch.device) -> dict[str, float]:
     }
 
 
-_earlier = 0.0  # seconds of this process before the last `restart_clock`
+_earlier = 0.0  # seconds of this process before the block of `clock_restarted`
 
 
-def restart_clock() -> None:
-    """Count the seconds of `reading` from now on: another run begins in this process."""
+@contextlib.contextmanager
+def clock_restarted() -> Iterator[None]:
+    """Within the block the seconds of `reading` count from its begin: it trains another run."""
     global _earlier
-    _earlier = _age()
+    before, _earlier = _earlier, _age()
+    try:
+        yield
+    finally:
+        _earlier = before
 
 
 def _age() -> float:

@@ -38,10 +38,10 @@ def estimate(options: TrainOptions, train_one: Callable[[TrainOptions], None]) -
     with stops.stoppable() as watch:
         plan = prepare.plan(options, watch)
     before = memory.reading(plan.device)["seconds"]
-    memory.restart_clock()
     with tempfile.TemporaryDirectory(prefix="dreambooth-") as name:
         folder = Path(name)
-        with contextlib.redirect_stdout(io.StringIO()):  # it names files that are gone in a moment
+        # what the run prints names files that are gone in a moment
+        with contextlib.redirect_stdout(io.StringIO()), memory.clock_restarted():
             train_one(_trial(options, plan, folder))
         trial = _Trial.read(folder)
     console.say("\n".join(_lines(plan, trial, before)))
@@ -150,7 +150,7 @@ def _lines(plan: prepare.Plan, trial: _Trial, before: float) -> list[str]:
     options, steps = plan.options, plan.max_steps
     run = options.run
     validations = _validations(options.validation, steps, plan.steps_of_pass) if plan.has_pictures else 0
-    meters = steps // options.meter.meter_steps + 2 if options.meter.meter_steps else 0
+    meters = 1 + math.ceil(steps / options.meter.meter_steps) if options.meter.meter_steps else 0
     missing = 0
     if plan.class_images is not None:
         total, class_folder = (
@@ -160,7 +160,8 @@ def _lines(plan: prepare.Plan, trial: _Trial, before: float) -> list[str]:
         missing = len(class_images.missing_numbers(class_folder, plan.class_images, total))
     saves = steps // run.checkpointing_steps
     of_class_images = trial.between("checks", "class images")
-    of_training = trial.between("first step", "training")
+    # without the measurement after the last step
+    of_training = trial.between("first step", "training") - trial.seconds_of_meter
     parts = [
         ("start", 1, before + trial.phases["adapters injected"]["seconds"] - of_class_images),
         ("class images", missing, of_class_images / max(1, trial.class_images)),

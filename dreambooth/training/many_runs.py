@@ -98,9 +98,9 @@ class _Table:
             if run.name in self.done:
                 continue
             console.say(f"run {number} of {len(self.runs.rows)}: {run.name}")
-            memory.restart_clock()
             try:
-                self._train(run)
+                with memory.clock_restarted():
+                    self._train(run)
             finally:
                 memory.release()  # models and optimizer of the run that has ended
                 self.write_page()
