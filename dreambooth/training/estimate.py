@@ -112,7 +112,7 @@ class _Trial:
         rates = [r["images_per_second"] for r in records if "loss" in r and r["step"] > 1]
         identity = reader.read_json_table(run / run_folder.IDENTITY, run_folder.IDENTITY)
         status = reader.read_json_table(run / run_folder.STATUS, run_folder.STATUS)
-        counts = {source: len(names) for source, names in identity["pictures"].items()}
+        counts = {source: len(names) for source, names in identity["pictures"].items() if source != "mask"}
         batch = identity["slots"] * identity["flags"]["train_batch_size"]
         rows = batch * (2 if identity["flags"]["with_prior_preservation"] else 1)
         meters = [r["meter"]["seconds"] for r in records if "meter" in r]

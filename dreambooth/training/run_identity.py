@@ -208,10 +208,11 @@ def _crop_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 def _picture_differences(
     before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> Iterator[Difference]:
-    for source in sorted(now):  # before class images are generated, `now` lacks them: not compared then
+    # before class images are generated, `now` lacks them: not compared then; masks are there from the start
+    for source in sorted({*now, *({"mask"} & before.keys())}):
         if source == "held_out" and source not in before:  # of a run that is measured from now on
             continue
-        old, new = before.get(source, {}), now[source]
+        old, new = before.get(source, {}), now.get(source, {})
         for change, names in (
             ("removed", old.keys() - new.keys()),
             ("added", new.keys() - old.keys()),

@@ -262,6 +262,8 @@ def test_masks_change_the_loss_and_no_encoding_and_their_change_is_noticed(tiny_
     resume = ["--mask_dir", str(folder), "--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
     with pytest.raises(UserError, match="1 mask pictures changed"):
         run_train(tiny_base, photo_folder, tmp_path / "masked", *common, *resume)
+    with pytest.raises(UserError, match="3 mask pictures removed"):
+        run_train(tiny_base, photo_folder, tmp_path / "masked", *common, *resume[2:])
 
 
 @pytest.mark.trains
