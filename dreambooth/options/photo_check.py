@@ -70,7 +70,7 @@ class PhotoCheckOptions(Group):
                 f"--find_rare_word needs --{name}",
             )
         if self.instance_data_dir is None:
-            of_photos = [(self, name) for name in _OF_PHOTOS]
+            of_photos: list[tuple[Group, str]] = [(self, name) for name in _OF_PHOTOS]
             of_photos += [(self.captions, name) for name in ("caption_extension", "in_json")]
             for group, name in of_photos:
                 require(is_default(group, name), f"--{name} is about photos: give --instance_data_dir")

@@ -54,14 +54,7 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
     mistake that the user can correct."""
     phases: dict[str, memory.Reading] = {"imports": memory.reading(torch.device("cpu"))}
     given = check_input(options, watch)
-    peers, subject, checked, priors, cache = (
-        given.peers,
-        given.subject,
-        given.checked,
-        given.priors,
-        given.cache,
-    )
-    output_dir, decoded = given.output_dir, given.decoded
+    peers, checked, cache, decoded = given.peers, given.checked, given.cache, given.decoded
     if options.adapter.dry_run:
         peers.say(adapter_targets.table(checked.base, options.adapter, options.text))
         return None
@@ -72,15 +65,17 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         options.run, cache, peers, stack, output_folder.logs_dir(options, given.log_with)
     )
     run = name_run(given.joined(claim.checkpoint.identity if claim.checkpoint else None), given, claim)
-    instance = subject.source(run.options.run.seed)
+    instance = given.subject.source(run.options.run.seed)
     run, judges = check_run(run, instance, peers)  # before the minutes that class images may take
-    status = stack.enter_context(run_folder.recorded(output_dir, claim.first_step, is_main=peers.is_main))
+    status = stack.enter_context(
+        run_folder.recorded(given.output_dir, claim.first_step, is_main=peers.is_main)
+    )
     stack.enter_context(write_errors_explained())
     stack.enter_context(memory_errors_explained())
     phases["checks"] = memory.reading(peers.accelerator.device)
 
     # class images
-    sources = [instance, *(priors or make_class_images(run, decoded, peers, watch, phases))]
+    sources = [instance, *(given.priors or make_class_images(run, decoded, peers, watch, phases))]
     save_decoded(decoded if cache.mode == "disk" else None, peers)
     record = run.record(sources)
     peers.say_notes(peers.on_main(lambda: run.check(record)))
@@ -93,8 +88,8 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
         validation_prompts=checked.validation_prompts,
         judge_plan=run.judge_plan,
         judging=judges,
-        held_out=subject.held_out_source(),
-        masks=subject.masks,
+        held_out=given.subject.held_out_source(),
+        masks=given.subject.masks,
         crops=run.crops,
         buckets=run.buckets,
         cache=cache,
@@ -155,17 +150,17 @@ def check_input(options: TrainOptions, watch: Watch, *, is_quiet: bool = False) 
     encoded = sum(len(bucket.photos) for bucket in filled) or len(sizes), class_count * max(1, len(filled))
     cache = checks.choose_cache(options, *encoded, encoded_dir)
     return Input(
-        options,
-        peers,
-        log_with,
-        output_dir,
-        repository,
-        decoded,
-        subject,
-        checked,
-        priors,
-        class_count,
-        cache,
+        options=options,
+        peers=peers,
+        log_with=log_with,
+        output_dir=output_dir,
+        repository=repository,
+        decoded=decoded,
+        subject=subject,
+        checked=checked,
+        priors=priors,
+        class_count=class_count,
+        cache=cache,
     )
 
 

@@ -140,9 +140,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def photos_of(
     sources: Sequence[Source], dataset: PhotoRows, masks_of: Mapping[str, masks.Mask]
 ) -> Iterator[report.Photo]:
-    """The first photos of each source as the page shows them: a fixed crop, else the full photo; with
-    buckets the full photo, framed; those trained on pale outside their masks. A photo that cannot be read any
-    more is left out."""
+    """The first photos of each source as the page shows them.
+
+    A photo is cut to its crop if that is fixed. With buckets it is shown in full, with a frame around each of
+    its crops. A photo that is trained on is pale outside its mask. One that cannot be read any more is left
+    out."""
     crops = dataset.crops
     for source in sources:
         use = _USES[source.purpose]
