@@ -36,10 +36,10 @@ def reading(device: torch.device) -> dict[str, float]:
     """The age of this process in seconds, and its memory in GiB. Values that the system does not provide are
     left out.
 
-    `seconds` is the time since the process began, or since `clock_restarted`. `resident_gib` is main memory now
-    and `peak_resident_gib` its maximum since the process began. On a GPU `device_gib` is what tensors take
-    now; `peak_device_gib` of tensors and `peak_reserved_device_gib` of torch's allocator are maxima since the
-    last reading.
+    `seconds` is the time since the process began, or since `clock_restarted`. `resident_gib` is main memory
+    now and `peak_resident_gib` its maximum since the process began. On a GPU `device_gib` is what tensors
+    take now; `peak_device_gib` of tensors and `peak_reserved_device_gib` of torch's allocator are maxima
+    since the last reading.
     """
     sizes = _resident()
     backend = _backend(device)
