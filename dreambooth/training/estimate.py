@@ -18,7 +18,7 @@ from typing import Any
 from dreambooth.data import class_images
 from dreambooth.io import console, reader
 from dreambooth.io.errors import UserError
-from dreambooth.options.training import ReportOptions, TrainOptions, ValidationOptions
+from dreambooth.options.training import ReportOptions, TrainOptions
 from dreambooth.runtime import memory, stops
 from dreambooth.training import metrics, prepare, run_folder
 
@@ -147,73 +147,76 @@ def _size(path: Path) -> int:
 
 def _lines(plan: prepare.Plan, trial: _Trial, before: float) -> list[str]:
     """The table that is printed. `before` are the seconds until the run was started."""
-    options, steps = plan.options, plan.max_steps
-    run = options.run
-    validations = _validations(options.validation, steps, plan.steps_of_pass) if plan.has_pictures else 0
-    meters = 1 + math.ceil(steps / options.meter.meter_steps) if options.meter.meter_steps else 0
-    missing = 0
-    if plan.class_images is not None:
-        total, class_folder = (
-            options.prior.generation.num_class_images,
-            Path(str(options.prior.class_data_dir)),
-        )
-        missing = len(class_images.missing_numbers(class_folder, plan.class_images, total))
-    saves = steps // run.checkpointing_steps
-    of_class_images = trial.between("checks", "class images")
-    # without the measurement after the last step
-    of_training = trial.between("first step", "training") - trial.seconds_of_meter
-    parts = [
-        ("start", 1, before + trial.phases["adapters injected"]["seconds"] - of_class_images),
-        ("class images", missing, of_class_images / max(1, trial.class_images)),
-        ("steps", steps, trial.seconds_of_step),
-        (
-            "validations",
-            validations,
-            max(0.0, trial.between("adapters injected", "first evaluation") - trial.seconds_of_meter),
-        ),
-        ("measurements", meters, trial.seconds_of_meter),
-        ("checkpoints", saves, max(0.0, of_training - (_STEPS - 1) * trial.seconds_of_step)),
-    ]
+    run, steps = plan.options.run, plan.max_steps
+    parts = [(name, count, each) for name, count, each in _times(plan, trial, before) if count]
     lines = [f"estimate, from {_STEPS} steps in a temporary folder:"]
-    lines += [
-        f"  {name}: {count} x {_seconds(each)} = {_duration(count * each)}"
-        for name, count, each in parts
-        if count
-    ]
+    lines += [f"  {name}: {count} x {each:.3g} s = {_duration(count * each)}" for name, count, each in parts]
     lines.append(f"  total: about {_duration(sum(count * each for _, count, each in parts))}")
     lines.append(f"  {memory.summary(trial.phases)}")  # type: ignore[arg-type]
     if trial.passes:
         checkpointing = ", with gradient checkpointing" if trial.passes["gradient_checkpointing"] else ""
         lines.append(f"  passes: {trial.passes['rows']} rows each{checkpointing}")
-    kept = min(saves, run.checkpoints_total_limit or saves)
-    pictures = plan.photos * max(1, len(options.instance.sides)) + plan.class_count
-    disk = {
-        f"{kept} checkpoints": kept * trial.bytes_of["checkpoint"],
-        "validation pictures": validations * trial.bytes_of["pictures"],
-        "encoded photos": trial.bytes_of["encoded"] * pictures / trial.pictures,
-    }
+    disk = _disk(plan, trial)
     shares = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in disk.items() if size)
     lines.append(f"  disk: about {sum(disk.values()) / 2**20:.1f} MiB ({shares})")
     rows = run.train_batch_size * run.gradient_accumulation_steps
-    lines.append(
-        f"  exposures per photo: {steps * rows / plan.photos:.1f} ({steps} steps x {rows} rows, {plan.photos}"
-        " photos)"
-    )
+    visits = f"{steps} steps x {rows} rows, {plan.photos} photos"
+    lines.append(f"  exposures per photo: {steps * rows / plan.photos:.1f} ({visits})")
     return lines
 
 
-def _validations(options: ValidationOptions, steps: int, steps_of_pass: int) -> int:
-    """How often pictures are drawn in a run, with those of the finished adapter."""
+def _times(plan: prepare.Plan, trial: _Trial, before: float) -> list[tuple[str, int, float]]:
+    """The parts of the run: (name, how often, seconds each)."""
+    options, steps = plan.options, plan.max_steps
+    meters = 1 + math.ceil(steps / options.meter.meter_steps) if options.meter.meter_steps else 0
+    missing = 0
+    if plan.class_images is not None:
+        total, folder = options.prior.generation.num_class_images, str(options.prior.class_data_dir)
+        missing = len(class_images.missing_numbers(Path(folder), plan.class_images, total))
+    of_class_images = trial.between("checks", "class images")
+    of_validation = trial.between("adapters injected", "first evaluation") - trial.seconds_of_meter
+    # the last step is followed by a checkpoint and by a measurement
+    of_steps = (_STEPS - 1) * trial.seconds_of_step + trial.seconds_of_meter
+    of_checkpoint = max(0.0, trial.between("first step", "training") - of_steps)
+    return [
+        ("start", 1, before + trial.phases["adapters injected"]["seconds"] - of_class_images),
+        ("class images", missing, of_class_images / max(1, trial.class_images)),
+        ("steps", steps, trial.seconds_of_step),
+        ("validation pictures", _pictures(plan), max(0.0, of_validation) / max(1, _drawn(plan))),
+        ("measurements", meters, trial.seconds_of_meter),
+        ("checkpoints", steps // options.run.checkpointing_steps, of_checkpoint),
+    ]
+
+
+def _disk(plan: prepare.Plan, trial: _Trial) -> dict[str, float]:
+    """Bytes that the run writes, by what they are."""
+    run, sides = plan.options.run, max(1, len(plan.options.instance.sides))
+    saves = plan.max_steps // run.checkpointing_steps
+    kept = min(saves, run.checkpoints_total_limit or saves)
+    encoded = plan.photos * sides + plan.class_count
+    return {
+        f"{kept} checkpoints": kept * trial.bytes_of["checkpoint"],
+        "validation pictures": _pictures(plan) * trial.bytes_of["pictures"] / max(1, _drawn(plan)),
+        "encoded photos": encoded * trial.bytes_of["encoded"] / trial.pictures,
+    }
+
+
+def _drawn(plan: prepare.Plan) -> int:
+    """The number of pictures of one validation."""
+    return plan.prompts * plan.options.validation.num_validation_images
+
+
+def _pictures(plan: prepare.Plan) -> int:
+    """The number of validation pictures of the run, with those of the finished adapter."""
+    options, steps = plan.options.validation, plan.max_steps
+    if not plan.prompts:
+        return 0
     if options.validation_steps:
-        count = math.ceil(steps / options.validation_steps)
+        validations = math.ceil(steps / options.validation_steps)
     else:  # before the first step, after the first pass, and then after every --validation_epochs passes
-        passes = (steps - 1) // steps_of_pass
-        count = 1 + math.ceil(passes / options.validation_epochs)
-    return count + (not options.skip_final_inference)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s"
+        validations = 1 + math.ceil((steps - 1) // plan.steps_of_pass / options.validation_epochs)
+    of_finished = 0 if options.skip_final_inference else _drawn(plan) + len(run_folder.SWEEP)
+    return validations * _drawn(plan) + of_finished
 
 
 def _duration(seconds: float) -> str:

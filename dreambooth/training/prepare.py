@@ -190,8 +190,8 @@ class Plan:
     """How missing class images are drawn; None if none are."""
     steps_of_pass: int
     max_steps: int
-    has_pictures: bool
-    """Whether validation pictures are drawn."""
+    prompts: int
+    """Of the validation pictures."""
 
 
 def plan(options: TrainOptions, watch: Watch) -> Plan:
@@ -209,7 +209,7 @@ def plan(options: TrainOptions, watch: Watch) -> Plan:
         class_images=run.class_images,
         steps_of_pass=run.options.run.steps(pictures, given.peers.world)[0],
         max_steps=run.max_steps,
-        has_pictures=bool(given.checked.validation_prompts),
+        prompts=len(given.checked.validation_prompts),
     )
 
 

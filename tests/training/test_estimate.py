@@ -35,8 +35,8 @@ def test_an_estimate_counts_the_whole_run_and_leaves_nothing(
     estimate(tiny_base, photos_dir, tmp_path / "out", *words)
     said = capsys.readouterr().out
     for line in (
-        *("start: 1 x ", "class images: 3 x ", "steps: 60 x ", "validations: 4 x ", "measurements: 3 x "),
-        *("checkpoints: 3 x ", "total: about ", "memory: ", "disk: about "),
+        *("start: 1 x ", "class images: 3 x ", "steps: 60 x ", "validation pictures: 7 x "),
+        *("measurements: 3 x ", "checkpoints: 3 x ", "total: about ", "memory: ", "disk: about "),
         "exposures per photo: 40.0 (60 steps x 2 rows, 3 photos)",
     ):
         assert f"\n  {line}" in said, (line, said)
