@@ -39,10 +39,11 @@ def train(runs: Runs, train_one: Train) -> None:
     if runs.options.run.estimate:
         train_one = functools.partial(estimate.estimate, train_one=train_one)
     if runs.table is None or runs.options.adapter.dry_run or runs.options.run.estimate:
-        for run in runs.to_train:
+        for number, run in enumerate(runs.to_train):
             if runs.table is not None:
                 console.say(f"{run.name}:")
-            train_one(run.options)
+            with memory.clock_restarted() if number else contextlib.nullcontext():
+                train_one(run.options)
         return
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if runs.number is None and processes > 1:
