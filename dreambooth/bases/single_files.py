@@ -111,10 +111,12 @@ def read(options: BaseOptions, needs_vae: bool) -> SingleFile:
         raise UserError(f"{BASE_FLAG}: {shown(name)} has no VAE ({VAE}*); give one with {VAE_FLAG}")
     prediction, reason = _prediction(kind, path, header, options.prediction_type)
     is_v = prediction == "v_prediction"
-    zero_snr = "its key ztsnr" if "ztsnr" in header.shapes else None
-    if metadata_marks.has_zero_terminal_snr(header.metadata):
-        zero_snr = "its metadata"
-    zero_snr = zero_snr if is_v else None  # of noise that has no signal, noise cannot be predicted
+    marks = {
+        "its metadata": metadata_marks.has_zero_terminal_snr(header.metadata),
+        "its key ztsnr": "ztsnr" in header.shapes,
+    }
+    # only with velocity: without signal, the noise is the input itself
+    zero_snr = next((mark for mark, is_set in marks.items() if is_set), None) if is_v else None
     about = [
         f"{shown(name)}: a single file of {file_kinds.NAMES[kind]}",
         f"predicts {'velocity' if is_v else 'noise'} ({reason})",

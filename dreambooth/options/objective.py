@@ -59,16 +59,16 @@ class ObjectiveOptions(Group):
     noise_levels: NoiseLevelOptions = dataclasses.field(default_factory=NoiseLevelOptions)
 
     @property
-    def snr_flag(self) -> str | None:
-        """The flag that weights noise levels; None without one."""
+    def snr_weighting(self) -> str | None:
+        """The beginning of a message about the flag that weights noise levels; None without one."""
         if self.snr_gamma is not None:
             return "--snr_gamma: Min-SNR formulation"
-        return "--debiased_estimation: it" if self.debiased_estimation else None
+        return "--debiased_estimation: debiased weighting" if self.debiased_estimation else None
 
     def _check(self) -> None:
         require(
-            not (self.do_edm_style_training and self.snr_flag),
-            f"{self.snr_flag} is not supported when conducting EDM-style training.",
+            not (self.do_edm_style_training and self.snr_weighting),
+            f"{self.snr_weighting} is not supported when conducting EDM-style training.",
         )
         require(
             not (self.debiased_estimation and self.snr_gamma is not None),

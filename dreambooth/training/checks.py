@@ -78,9 +78,9 @@ def check_base(options: TrainOptions, base: families.Base) -> None:
     """Check that the flags work with the base. Raises UserError with a line for each problem."""
     problems = []
     name, objective = base.family.name, options.objective
-    if base.is_edm and objective.snr_flag:
+    if base.is_edm and objective.snr_weighting:
         problems.append(
-            f"{objective.snr_flag} is not supported when conducting EDM-style training, "
+            f"{objective.snr_weighting} is not supported when conducting EDM-style training, "
             "which this base's scheduler requires."
         )
     if objective.do_edm_style_training and not base.family.has_vae:

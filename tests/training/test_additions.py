@@ -111,7 +111,10 @@ def test_a_run_with_all_additions_is_resumed_exactly(tiny_base, photos_dir, tmp_
             "must be under --max_timestep, got 300 and 300",
         ),
         ("--debiased_estimation --snr_gamma 5", "both weight noise levels: give one of them"),
-        ("--debiased_estimation --do_edm_style_training", "--debiased_estimation: it is not supported"),
+        (
+            "--debiased_estimation --do_edm_style_training",
+            "--debiased_estimation: debiased weighting is not supported",
+        ),
         ("--lora_plus_ratio 4 --adapter lokr", "--lora_plus_ratio is for the two factors of --adapter lora"),
         ("--huber_c 0", "--huber_c must be over 0, got 0.0"),
     ],
