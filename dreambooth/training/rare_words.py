@@ -89,11 +89,18 @@ class Measure:
 
     def candidates(self) -> list[str]:
         """Words of 3 to 5 letters and one piece, late in the vocabulary, whose embeddings are the shortest
-        and the farthest from all others: CANDIDATES of them."""
-        words = {word: token for word, token in self.words.items() if _SHAPE.fullmatch(word)}
+        and the farthest from all others: CANDIDATES of them, without words of the class prompt."""
+        of_class = set(self._ids(self.class_prompt))
+        words = {
+            word: token
+            for word, token in self.words.items()
+            if _SHAPE.fullmatch(word) and token not in of_class
+        }
         if _is_ordered(self.tokenizer):
             words = {word: token for word, token in words.items() if 2 * token > len(self.tokenizer)}
-        tokens = torch.tensor(list(words.values()), dtype=torch.long)
+        if not words:
+            return []
+        tokens = torch.tensor(list(words.values()))
         lengths = self.embeddings[tokens].norm(dim=1)
         nearest = self._cosines(tokens).amax(dim=1)
         places = lengths.argsort().argsort() + nearest.argsort().argsort()
@@ -103,7 +110,7 @@ class Measure:
     def _cosines(self, tokens: torch.Tensor) -> torch.Tensor:
         """Cosines of the embeddings of `tokens` with those of all words, -1 for the token itself, [tokens,
         words]."""
-        others = torch.tensor(list(self.words.values()))
+        others = torch.tensor(list(self.words.values()), dtype=torch.long)
         units = F.normalize(self.embeddings, dim=1)
         cosines = units[tokens] @ units[others].T
         return cosines.masked_fill(tokens[:, None] == others[None], -1)
@@ -117,7 +124,7 @@ class Measure:
         for word, prompt in words.items():
             ids = self._ids(word)
             cosines = self._cosines(torch.tensor(ids[:1]))[0]
-            near = cosines.topk(3)
+            near = cosines.topk(min(3, len(cosines)))
             names = list(self.words)
             effects = _mean_square(self._predictions(prompt) - of_class) / change.clamp(min=1e-12)
             measured.append(
