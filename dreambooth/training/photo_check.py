@@ -83,7 +83,7 @@ def _words(options: PhotoCheckOptions, base: families.Base | None) -> list[photo
         return []
     assert base is not None
     assert options.class_prompt is not None
-    subject = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
+    subject = _rare_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
     given = {"--instance_prompt": options.instance_prompt, "--class_prompt": options.class_prompt}
     prompts.check(loading.load_tokenizers(base), given, families.max_tokens(base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,17 +181,17 @@ def notes(
         row = subject.row
         class_prompt = row.class_prompt if row else options.prior.class_prompt
         trigger = subject.options.captions.trigger_word
-        words = _subject_words(subject.options.instance_prompt, class_prompt, trigger)
-        findings = _of_subject(subject, words, resolution)
+        prompt = subject.options.instance_prompt
+        findings = _of_subject(subject, _subject_words(prompt, class_prompt, trigger), resolution)
         where = f"{row.where}: " if row else ""
-        if doubt := rare_words.doubt(tokenizer, words):
+        if doubt := rare_words.doubt(tokenizer, _rare_words(prompt, class_prompt, trigger)):
             lines.append(f"{where}{doubt}: another word is learned more easily; check_photos.py finds one")
         lines += [where + finding.note for finding in photo_findings.ranked(findings)]
     return lines
 
 
 def _of_subject(subject: Subject, words: Sequence[str], resolution: int) -> list[Finding]:
-    """The findings that a run notes of one subject, which has the name `words`."""
+    """The findings that a run notes of one subject. Captions should hold one of `words`."""
     instance, pictures = subject.options, subject.checked.photos
     # of photos with the same pixels the first: the check of the folder names the others
     first = {photo.pixels_sha256: photo for photo in reversed(pictures)}
@@ -211,10 +211,18 @@ def _of_subject(subject: Subject, words: Sequence[str], resolution: int) -> list
 def _subject_words(
     instance_prompt: str | None, class_prompt: str | None, trigger_word: str | None
 ) -> Sequence[str]:
-    """The words that name the subject: --trigger_word, or those of --instance_prompt that --class_prompt
-    lacks."""
+    """What captions should hold: --trigger_word, or else one of `_rare_words`."""
     if trigger_word is not None:
         return [trigger_word]
-    if instance_prompt is None or class_prompt is None:
+    return _rare_words(instance_prompt, class_prompt, trigger_word)
+
+
+def _rare_words(
+    instance_prompt: str | None, class_prompt: str | None, trigger_word: str | None
+) -> Sequence[str]:
+    """The words that stand for the subject and not for its class: those of --trigger_word, or else of
+    --instance_prompt, that --class_prompt lacks."""
+    prompt = trigger_word or instance_prompt
+    if prompt is None or class_prompt is None:
         return []
-    return scores.subject_words(instance_prompt, class_prompt)
+    return scores.subject_words(prompt, class_prompt)

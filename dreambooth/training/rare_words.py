@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dreambooth.bases import loading, prediction, schedulers
 from dreambooth.bases.families import Base
 from dreambooth.bases.prompts import TextParts
-from dreambooth.data import sampling_order
+from dreambooth.data import sampling_order, tags
 from dreambooth.evaluation.photo_page import Table
 from dreambooth.io.errors import shown
 from dreambooth.options.training import TextOptions
@@ -36,7 +36,7 @@ _ABOUT = (
     "The base knows the first words least. Pieces: tokens of the word. Rank: its place in the vocabulary; a "
     "large one goes from common to rare. Norm: length of its embedding, 1 as the words of the class prompt. "
     "Neighbours: the nearest words, with cosines. Effect: how much the word changes the prediction with the "
-    "class prompt, 1 as the class prompt itself. * marks the words of --instance_prompt."
+    "class prompt, 1 as the class prompt itself. * marks the words that name the subject now."
 )
 
 
@@ -208,9 +208,9 @@ def one_piece_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def prompt_with(word: str, class_prompt: str, instance_prompt: str | None, subject: Sequence[str]) -> str:
-    """A prompt with `word` for the subject: the instance prompt with `word` in place of its first word of
-    `subject`, or else the class prompt with `word` before its last word."""
-    if instance_prompt is not None and subject:
+    """A prompt with `word` for the subject: the instance prompt with `word` in place of the first of
+    `subject`, if it holds that; else the class prompt with `word` before its last word."""
+    if instance_prompt is not None and subject and tags.holds(instance_prompt, subject[0]):
         pattern = rf"(?<!\w){re.escape(subject[0])}(?!\w)"
         return re.sub(pattern, lambda _: word, instance_prompt, count=1, flags=re.IGNORECASE)
     *before, last = class_prompt.split()

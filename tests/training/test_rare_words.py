@@ -73,13 +73,15 @@ def test_candidates_of_the_embedded_base_are_words_that_it_was_not_trained_on(me
 def test_a_prompt_takes_the_word_in_place_of_the_subject_s():
     assert rare_words.prompt_with("vtk", CLASS, "a photo of a SKS cat", ["sks"]) == "a photo of a vtk cat"
     assert rare_words.prompt_with("vtk", CLASS, None, []) == "a photo of a vtk cat"
+    assert rare_words.prompt_with("vtk", CLASS, "a photo of a pet", ["sks"]) == "a photo of a vtk cat"
 
 
 def test_the_command_prints_the_table_and_what_is_wrong_with_the_word(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(rare_words, "CANDIDATES", 2)
     monkeypatch.chdir(tmp_path)
     words = f"--find_rare_word --pretrained_model_name_or_path {EMBEDDED}".split()
-    prompts = ["--class_prompt", CLASS, "--instance_prompt", "a photo of a night cat"]
+    # of the trigger word, the word of the class does not stand for the subject
+    prompts = ["--class_prompt", CLASS, "--trigger_word", "night cat"]
     check_photos.main(parse(PhotoCheckOptions, "", [*words, *prompts]))
     said = capsys.readouterr()
     assert "word     pieces  rank" in said.out
