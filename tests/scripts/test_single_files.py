@@ -55,27 +55,27 @@ def test_adapters_and_pictures_are_those_of_the_folder(kind, file_bases, files, 
     """Training with class images, a cache and the text encoder; then pictures with the adapter."""
     adapters = {}
     for name, base in (("folder", file_bases[kind]), ("file", files[kind])):
-        words = [*prior_words(tmp_path / f"class_{name}"), "--encoded_dir", str(tmp_path / f"cache_{name}")]
-        words += ["--max_train_steps", "2", "--checkpointing_steps", "2", "--train_text_encoder"]
-        words += ["--rank", "2", "--random_flip"]
+        words = ["--encoded_dir", str(tmp_path / f"cache_{name}"), "--max_train_steps", "1"]
+        words += ["--train_text_encoder", "--rank", "2"]
+        if kind == "sd1":
+            words += [*prior_words(tmp_path / f"class_{name}"), "--checkpointing_steps", "1"]
         adapters[name] = run_train(base, photos_dir, tmp_path / name, *words)
         words = ["--pretrained_model_name_or_path", str(base), "--adapter", str(adapters[name])]
-        words += ["--prompt", "a photo of sks dog", "--num_inference_steps", "2", "--seeds", "1", "2"]
+        words += ["--prompt", "a photo of sks dog", "--num_inference_steps", "2"]
         infer.main(parse(InferOptions, "", [*words, "--output_dir", str(tmp_path / f"pictures_{name}")]))
     assert same_tensors(adapters["folder"], adapters["file"])
-    assert pixels(tmp_path / "class_folder") == pixels(tmp_path / "class_file")
     assert pixels(tmp_path / "pictures_folder") == pixels(tmp_path / "pictures_file")
     said = "".join(capfd.readouterr())
     assert said.count(f"{files[kind]}: a single file of Stable Diffusion") == 2  # by each of the two programs
     if kind != "sd1":
         return
+    assert pixels(tmp_path / "class_folder") == pixels(tmp_path / "class_file") != {}
     # the file may move: the cache is of its weights, and the run goes on
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(files[kind].read_bytes())
     stored = set((tmp_path / "cache_file").rglob("*.safetensors"))
     words = [*prior_words(tmp_path / "class_file"), "--encoded_dir", str(tmp_path / "cache_file")]
-    words += ["--max_train_steps", "3", "--checkpointing_steps", "2", "--train_text_encoder"]
-    words += ["--rank", "2", "--random_flip"]
+    words += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--train_text_encoder", "--rank", "2"]
     run_train(moved, photos_dir, tmp_path / "file", *words, "--resume_from_checkpoint", "latest")
     assert set((tmp_path / "cache_file").rglob("*.safetensors")) == stored
 
@@ -110,7 +110,7 @@ def tuned(file: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sdxl"])
 def test_what_is_extracted_is_baked_into_a_folder_of_diffusers(kind, files, tmp_path):
     """The baked folder has every part, and its pictures are those of the tuned file."""
     changed, adapter, baked = tuned(files[kind], tmp_path), tmp_path / "e.safetensors", tmp_path / "baked"
