@@ -31,6 +31,7 @@ class Finding:
     advice: str
     photos: tuple[str, ...]
     """File names."""
+    is_of_captions: bool = False
 
     @property
     def note(self) -> str:
@@ -196,6 +197,7 @@ def of_captions(captions: Mapping[str, str], words: Sequence[str], cut: Sequence
                 "nothing calls the subject there",
                 "put the word into them, or give --trigger_word",
                 lacking,
+                is_of_captions=True,
             )
         )
     if cut:
@@ -206,6 +208,7 @@ def of_captions(captions: Mapping[str, str], words: Sequence[str], cut: Sequence
                 f"{_of(cut, captions, 'captions')} are longer than the text encoder reads and are cut off",
                 "make them shorter",
                 tuple(cut),
+                is_of_captions=True,
             )
         )
     return findings

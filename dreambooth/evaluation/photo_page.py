@@ -7,9 +7,10 @@ from typing import Protocol
 
 from dreambooth.evaluation import report
 from dreambooth.evaluation.report import Thumbnail
+from dreambooth.io.errors import shortened
 
 MOST_PHOTOS = 12  # of a finding
-_RANKS = {1: "first", 2: "worth a look", 3: "for your information"}
+_RANKS = {1: "change first", 2: "worth a look", 3: "for your information"}
 
 
 class Entry(Protocol):
@@ -23,6 +24,10 @@ class Entry(Protocol):
     def text(self) -> str: ...
     @property
     def advice(self) -> str: ...
+    @property
+    def is_of_captions(self) -> bool:
+        """Whether the captions are shown below the photos."""
+
     @property
     def photos(self) -> Sequence[str]:
         """File names; the first MOST_PHOTOS are shown."""
@@ -88,13 +93,14 @@ def html(page: Page, thumbnails: Mapping[str, Thumbnail], written_at: str) -> st
 
 def _entry(entry: Entry, page: Page, thumbnails: Mapping[str, Thumbnail]) -> dict[str, object]:
     shown = [name for name in entry.photos if name in thumbnails][:MOST_PHOTOS]
+    captions = page.captions if entry.is_of_captions else {}
     return {
         "rank": _RANKS[entry.rank],
         "title": entry.title,
-        "text": entry.text,
+        "text": entry.text[0].upper() + entry.text[1:],
         "advice": entry.advice,
         "photos": [
-            {"name": name, "thumbnail": thumbnails[name], "text": page.captions.get(name, "")}
+            {"name": name, "thumbnail": thumbnails[name], "text": shortened(captions.get(name, ""), 120)}
             for name in shown
         ],
         "left_out": len(entry.photos) - len(shown),

@@ -63,6 +63,7 @@ def test_the_page_shows_every_finding_and_no_photo_is_touched(folder, tiny_base,
         page.index("Class images that show") < page.index("Mirror images") < page.index("that are too long")
     )
     assert "a&lt;b&gt;copy.png" in page
+    assert page.count("a dog, very very") == 2  # below the findings on captions
     assert "<b>copy" not in page
     assert "Content-Security-Policy" in page
     assert page.count("data:image/jpeg;base64,") >= 7
