@@ -54,8 +54,8 @@ class PhotoCheckOptions(Group):
     """Accept links to pictures outside the folder."""
     find_rare_word: bool = False
     """Print a table of words that could stand for the subject: those that mean least to the base. The word in
-    --trigger_word, or else --instance_prompt, is judged with them. Needs --pretrained_model_name_or_path and --class_prompt, and takes
-    some 80 passes of the UNet."""
+    --trigger_word, or else --instance_prompt, is judged with them. Needs --pretrained_model_name_or_path and
+    --class_prompt, and takes some 80 passes of the UNet."""
     output_dir: FilePath = "photo_check"
     """Folder for the page, photos.html. Nothing is written into a folder of photos."""
 

@@ -43,7 +43,7 @@ def check(options: PhotoCheckOptions) -> None:
     base = families.find(BaseOptions(name), needs_vae=False) if name is not None else None
     check_apart({"--output_dir": options.output_dir}, inputs, {"--pretrained_model_name_or_path": name})
     if options.instance_data_dir is None:
-        _words(options, base)
+        _tables_of_words(options, base)
         return
     directory = Path(options.instance_data_dir)
     folder = _checked(directory, "--instance_data_dir", options)
@@ -58,7 +58,7 @@ def check(options: PhotoCheckOptions) -> None:
 
     looks = _looks_of(folder.photos, "photos")
     words = _subject_words(options.instance_prompt, options.class_prompt, options.captions.trigger_word)
-    table = _words(options, base)
+    tables = _tables_of_words(options, base)
     findings = photo_findings.ranked(
         [
             *photo_findings.of_looks(looks),
@@ -68,7 +68,7 @@ def check(options: PhotoCheckOptions) -> None:
         ]
     )
     facts = f"{len(folder.photos)} photos, seen at {resolution} pixels"
-    page = photo_page.Page(directory.absolute().name, facts, findings, [*folder.notes, *notes], texts, table)
+    page = photo_page.Page(directory.absolute().name, facts, findings, [*folder.notes, *notes], texts, tables)
     console.say(f"{facts}: {photo_page.headline(findings)}")
     for finding in findings:
         console.say(f"{finding.title}: {finding.note}")
@@ -76,7 +76,7 @@ def check(options: PhotoCheckOptions) -> None:
     _write(files, page, folder.photos)
 
 
-def _words(options: PhotoCheckOptions, base: families.Base | None) -> list[photo_page.Table]:
+def _tables_of_words(options: PhotoCheckOptions, base: families.Base | None) -> list[photo_page.Table]:
     """The table of --find_rare_word, which is also printed; [] without the flag. Raises UserError if the base
     cannot be loaded, or a prompt is too long."""
     if not options.find_rare_word:
