@@ -162,6 +162,7 @@ def _row(run: Run, failure: str | None, *, is_done: bool) -> runs_page.Row:
     chosen = best.get("step")
     judged = [record for record in records if "judge" in record]
     at_chosen = [record for record in judged if record["step"] == chosen] or judged
+    readings = [record["memory"] for record in records if "memory" in record]
     return runs_page.Row(
         name=run.name,
         state="interrupted" if state == "running" else state,
@@ -169,7 +170,7 @@ def _row(run: Run, failure: str | None, *, is_done: bool) -> runs_page.Row:
         step=max((record["step"] for record in records), default=0),
         chosen=chosen if isinstance(chosen, int) else None,
         scores=dict(at_chosen[-1]["judge"]) if at_chosen else {},
-        seconds=max((record["memory"]["seconds"] for record in records if "memory" in record), default=None),
+        seconds=readings[-1].get("seconds") if readings else None,
         report=f"{run.name}/{run_folder.REPORT}" if (folder / run_folder.REPORT).is_file() else None,
     )
 
