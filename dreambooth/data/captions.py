@@ -142,14 +142,19 @@ def _from_kohya(file: str, names: Sequence[str]) -> tuple[dict[str, str], list[s
     photos."""
     where = f"--in_json {shown(file)}"
     table = reader.read_json_table(Path(file), where)
-    by_name = {PurePosixPath(key.replace("\\", "/")).name: key for key in table}
+    keys_of: dict[str, list[str]] = {}
+    for key in table:
+        keys_of.setdefault(PurePosixPath(key.replace("\\", "/")).name, []).append(key)
     captions, problems, without = {}, [], []
     for name in names:
-        key = by_name.get(name, by_name.get(Path(name).stem))
-        if key is None:
+        keys = keys_of.get(name) or keys_of.get(Path(name).stem, [])
+        if not keys:
             without.append(name)
             continue
-        entry = table[key]
+        if len(keys) > 1:
+            problems.append(f"{where} names {shown(name)} several times, {few(keys)}: keep one of them")
+            continue
+        entry = table[keys[0]]
         cells = [entry.get("caption"), entry.get("tags")] if isinstance(entry, dict) else [entry]
         given = [cell for cell in cells if cell not in (None, "")]
         if fault := next(filter(None, map(fault_of, given)), None):

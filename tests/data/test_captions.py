@@ -414,6 +414,8 @@ def test_metadata_of_kohya_s_scripts_that_is_of_other_photos_or_no_text_is_refus
         folder, **kohya(folder, {"a": {"tags": 5}})
     )
     assert "--in_json" in refusal(folder, **kohya(folder, ["a"]))
+    said = refusal(folder, **kohya(folder, {"one/a.png": {"tags": "x"}, "two/a.png": {"tags": "y"}}))
+    assert "names a.png several times, one/a.png, two/a.png: keep one of them" in said
 
 
 # Without --caption_column
