@@ -187,6 +187,7 @@ def test_no_path_of_the_machine_and_no_token_is_in_the_card(tmp_path, server):
         "optimizer",
         "hub_model_id",
         "hub_token",
+        "trigger_word",
     }
     kinds = (str, str | None, Name, Name | None)
     texts = {name for name, field in fields_of(TrainOptions).items() if field.type in kinds}
