@@ -279,7 +279,8 @@ class TrainOptions(Group):
 
     COMMON_FLAGS: ClassVar = (
         *("pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "resolution"),
-        *("with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images"),
+        *("buckets", "mask_dir", "subjects", "auto_batch"),
+        *("with_prior_preservation", "prior_source", "class_data_dir", "class_prompt", "num_class_images"),
         *("train_text_encoder", "rank", "learning_rate", "lr_scheduler"),
         *("output_dir", "seed", "train_batch_size", "max_train_steps", "gradient_accumulation_steps"),
         *("gradient_checkpointing", "checkpointing_steps", "resume_from_checkpoint", "mixed_precision"),
