@@ -18,7 +18,8 @@ from typing import Any
 from dreambooth.data import class_images
 from dreambooth.io import console, reader
 from dreambooth.io.errors import UserError
-from dreambooth.options.training import ReportOptions, TrainOptions
+from dreambooth.options.reports import ReportOptions
+from dreambooth.options.training import TrainOptions
 from dreambooth.runtime import memory, stops
 from dreambooth.training import metrics, prepare, run_folder
 

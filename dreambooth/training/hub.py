@@ -21,7 +21,7 @@ from dreambooth.adapter_files.native import ADAPTER_NAME, KOHYA_NAME
 from dreambooth.files.ownership import WrittenFiles
 from dreambooth.io import console
 from dreambooth.io.errors import UserError, shortened, shown
-from dreambooth.options.training import ReportOptions
+from dreambooth.options.reports import ReportOptions
 from dreambooth.runtime.stops import Stop
 from dreambooth.training.run_folder import CARD
 

@@ -24,8 +24,9 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.command_line import as_table
+from dreambooth.options.reports import ReportOptions
 from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolution_of, resolve
-from dreambooth.options.training import ReportOptions, RunOptions, TrainOptions, pictures_of_pass
+from dreambooth.options.training import RunOptions, TrainOptions, pictures_of_pass
 from dreambooth.runtime import launcher, memory, processes
 from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained

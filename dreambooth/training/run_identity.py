@@ -13,7 +13,8 @@ from dreambooth.files import checkpoint_folders
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError
 from dreambooth.options.evaluation import JudgeOptions, MeterOptions
-from dreambooth.options.training import ReportOptions, RunOptions, ValidationOptions
+from dreambooth.options.reports import ReportOptions, ValidationOptions
+from dreambooth.options.training import RunOptions
 from dreambooth.runtime.environment import environment
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")  # another version may give other last bits

@@ -14,8 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from dreambooth.options.command_line import as_table, without_token
 from dreambooth.options.photos import InstanceOptions
+from dreambooth.options.reports import ReportOptions
 from dreambooth.options.resolved import ResolvedTrainOptions, resolve
-from dreambooth.options.training import BaseOptions, ReportOptions, TrainOptions
+from dreambooth.options.training import BaseOptions, TrainOptions
 from dreambooth.training import model_card
 
 TOKEN = "hf_NotARealTokenButOneToLookFor/+=="
