@@ -185,6 +185,8 @@ def chosen(family: str = "sd", **values: Any) -> ResolvedTrainOptions:
     )
     options = resolve(given, family, seed=0, mixed_precision="no")
     groups = [getattr(options, field.name) for field in dataclasses.fields(options)]
+    inner = [getattr(group, field.name) for group in groups for field in dataclasses.fields(group)]
+    groups += filter(dataclasses.is_dataclass, inner)
     for name, value in values.items():
         (group,) = [group for group in groups if hasattr(group, name)]
         setattr(group, name, value)
