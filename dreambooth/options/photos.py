@@ -39,8 +39,8 @@ class InstanceOptions(Group):
     subjects: FilePath | None = None
     """YAML file with several subjects of one adapter, in place of --instance_data_dir, --instance_prompt and
     --class_prompt. Each row has photos, prompt and class_prompt and, optionally, weight (factor of its loss),
-    repeats (its share of the rows), captions (as --caption_column) and validation_prompts. Prior preservation
-    needs --prior_source base."""
+    repeats (its share of the rows), captions (as --caption_column), masks (as --mask_dir) and
+    validation_prompts. Prior preservation needs --prior_source base."""
     dataset_name: PathOrId | None = None
     """Data set with the photos: a folder (photos in it or in its `train`), or a hub id, which needs the
     datasets package."""
@@ -204,9 +204,9 @@ class PriorOptions(Group):
     with_prior_preservation: bool = False
     """Train on class images beside the instance photos; see also --prior_source."""
     prior_source: Literal["images", "base"] = "images"
-    """What keeps the class. `images`: class images, which the base draws before training. `base`: no class
-    images; the target is the base's own prediction for the class prompt, on noised photos of the subject, or
-    on noised pictures of --class_data_dir if that is given; missing ones are not generated."""
+    """What keeps the class. `images`: class images, which the base draws before training. `base`: the target
+    of the class prompt is the base's own prediction on noised photos of the subject; no class images are
+    needed. If --class_data_dir is given, its pictures are noised instead; missing ones are not generated."""
     prior_loss_weight: Amount = 1.0
     """Weight of the class images' loss."""
     class_data_dir: FilePath | None = None
