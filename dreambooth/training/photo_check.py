@@ -3,7 +3,7 @@ most telling ones as notes at the start of a run."""
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dreambooth.bases import families, loading, prompts
-from dreambooth.data import captions, masks, photo_findings, photo_looks, photos
+from dreambooth.data import captions, class_images, masks, photo_findings, photo_looks, photos
 from dreambooth.data.crops import Crops
 from dreambooth.data.masks import Mask
 from dreambooth.data.photo_findings import Finding
@@ -49,9 +49,10 @@ def check(options: PhotoCheckOptions) -> None:
     folder = _checked(directory, "--instance_data_dir", options)
     names = [photo.path.name for photo in folder.photos]
     texts, notes = captions.read(directory, "--instance_data_dir", names, options.instance())
-    class_images: list[Photo] = []
+    of_class: list[Photo] = []
     if options.class_data_dir is not None:
-        class_images = _checked(Path(options.class_data_dir), "--class_data_dir", options).photos
+        drawn = class_images.names_made(Path(options.class_data_dir))
+        of_class = _checked(Path(options.class_data_dir), "--class_data_dir", options, drawn).photos
     resolution = resolution_of(options.instance(), base.family.key if base else "sd")
     masked = masks.check(options.masks(), folder.photos, follow_symlinks=options.follow_symlinks)
     files = _files_to_write(Path(options.output_dir))
@@ -62,7 +63,7 @@ def check(options: PhotoCheckOptions) -> None:
     findings = photo_findings.ranked(
         [
             *photo_findings.of_looks(looks),
-            *photo_findings.of_class_images(looks, _looks_of(class_images, "class images")),
+            *photo_findings.of_class_images(looks, _looks_of(of_class, "class images")),
             *_of_shapes(folder.photos, masked, resolution, is_square=not options.buckets),
             *photo_findings.of_captions(texts, words, _cut_captions(texts, base)),
         ]
@@ -103,14 +104,18 @@ def _tables_of_words(options: PhotoCheckOptions, base: families.Base | None) -> 
     return [table]
 
 
-def _checked(directory: Path, flag: str, options: PhotoCheckOptions) -> photos.Folder:
-    """The photos in a folder. Raises UserError as `photos.check_folder` does."""
+def _checked(
+    directory: Path, flag: str, options: PhotoCheckOptions, drawn: Collection[str] = ()
+) -> photos.Folder:
+    """The photos in a folder, and those of its class images that this program has `drawn`. Raises UserError
+    as `photos.check_folder` does."""
     return photos.check_folder(
         directory,
         flag,
         max_pixels=options.max_image_pixels,
         allow_odd_photos=True,
         follow_symlinks=options.follow_symlinks,
+        made=drawn,
     )
 
 

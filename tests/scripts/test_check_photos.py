@@ -1,11 +1,14 @@
 """check_photos.py from a folder to its page: everything is found, nothing of the user's is changed."""
 
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 import check_photos
+from dreambooth.data import class_images
+from dreambooth.files import pictures
 from dreambooth.io.errors import UserError
 from dreambooth.options.command_line import parse
 from dreambooth.options.photo_check import PhotoCheckOptions
@@ -19,18 +22,21 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("doctor")
     for name in ("photos", "masks", "class"):
         (root / name).mkdir()
-    pictures = {
+    images = {
         "a": scene(1),
         "a<b>copy": scene(1).resize((560, 560)),
         "m": ImageOps.mirror(scene(2)),
         "n": scene(2),
         "blurred": scene(3).filter(ImageFilter.GaussianBlur(4)),
     }
-    for name, image in pictures.items():
+    for name, image in images.items():
         image.save(root / "photos" / f"{name}.png")
         Image.new("L", image.size, 255).save(root / "masks" / f"{name}.png")
     (root / "photos" / "a.txt").write_text("a dog, " + "very " * 80)
-    scene(2).resize((300, 300)).save(root / "class" / "x.png")
+    drawn = root / "class" / "x.png"
+    drawn.write_bytes(pictures.png(scene(2).resize((300, 300))))  # as this program writes class images
+    manifest = json.dumps({"settings": {}, "sha256": {drawn.name: digest(drawn)}})
+    (root / "class" / class_images.MANIFEST).write_text(manifest)
     return root
 
 
