@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
         Image.new("L", image.size, 255).save(root / "masks" / f"{name}.png")
     (root / "photos" / "a.txt").write_text("a dog, " + "very " * 80)
     drawn = root / "class" / "x.png"
-    drawn.write_bytes(pictures.png(scene(2).resize((300, 300))))  # as this program writes class images
+    drawn.write_bytes(pictures.png(scene(2).resize((300, 300)), {}))  # as this program draws class images
     manifest = json.dumps({"settings": {}, "sha256": {drawn.name: digest(drawn)}})
     (root / "class" / class_images.MANIFEST).write_text(manifest)
     return root
