@@ -271,8 +271,8 @@ def phases(records: Sequence[Record]) -> list[dict[str, Any]]:
     last: dict[str, Mapping[str, Any]] = {}
     for record in records:
         if "memory" in record:
-            # a phase that comes again is of a later start, as are those after it
-            last.pop(record["memory"]["phase"], None)
+            if record["memory"]["phase"] in last:  # of a later start, as are those after it
+                last.clear()
             last[record["memory"]["phase"]] = record["memory"]
     rows, before = [], 0.0
     for phase, reading in last.items():
