@@ -1,5 +1,6 @@
 """Each command of README, notebook and docs/ runs, made short and on a tiny local base for the hub's."""
 
+import functools
 import json
 import re
 import shlex
@@ -18,11 +19,13 @@ import evaluate
 import generate_class_images
 import infer
 import train_dreambooth_lora
+from dreambooth.options import run_table
 from dreambooth.options.command_line import parse
 from dreambooth.options.evaluate import EvaluateOptions
 from dreambooth.options.photo_check import PhotoCheckOptions
 from dreambooth.options.pictures import ClassImageOptions, InferOptions
 from dreambooth.options.training import TrainOptions
+from dreambooth.training import many_runs
 from picturebook import score, score_sets
 from tests import tiny, tiny_judges
 
@@ -31,14 +34,17 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 # in an order in which each command finds what the ones before it made
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("photos", "training", "memory", "adapters", "evaluation")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("photos", "training", "memory", "many-runs", "adapters", "evaluation")
+    ),
 ]
 NOTEBOOK = ROOT / "examples" / "dreambooth_lora.ipynb"
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 IF_ID = "DeepFloyd/IF-I-XL-v1.0"
 SCRIPTS: dict[str, Any] = {
-    "train_dreambooth_lora.py": (train_dreambooth_lora.main, TrainOptions),
+    "train_dreambooth_lora.py": (many_runs.trainer(train_dreambooth_lora.main), TrainOptions),
     "generate_class_images.py": (generate_class_images.main, ClassImageOptions),
     "infer.py": (infer.main, InferOptions),
     "evaluate.py": (evaluate.main, EvaluateOptions),
@@ -59,6 +65,12 @@ SHORT = {
 def commands_of(page: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     return [command for block in blocks for command in joined_lines(block)]
+
+
+def table_of(page: Path) -> str:
+    """The one block of YAML of a page."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    return block
 
 
 def joined_lines(text: str) -> list[str]:
@@ -90,13 +102,14 @@ def run_script(words: list[str], *more: str, base: Path | None = None) -> None:
         convert_adapter.main(convert_adapter.parse_command([*replaced, *named_base]))
         return
     main, options = SCRIPTS[script]
+    read = run_table.parse if options is TrainOptions else functools.partial(parse, options)
     if base is not None:
         more = ("--pretrained_model_name_or_path", str(base), *more)
-    parse(options, "", [*arguments, *more])  # what makes it short may lack what a flag left out needs
+    read("", [*arguments, *more])  # what makes it short may lack what a flag left out needs
     short = shlex.split(SHORT[script])
     if "--stop_when_worse" in arguments:  # which needs measurements
         short = [*short, "--meter_steps", "1"]
-    main(parse(options, "", [*arguments, *short, *more]))
+    main(read("", [*arguments, *short, *more]))
 
 
 def run_command(command: str, bases: dict[str, Path]) -> str:
@@ -135,6 +148,17 @@ def prepare_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
+def prepare_pets(folder: Path) -> None:
+    """The tables of the pages, and the photos that they name."""
+    for name in ("my_cat", "photos/dog", "photos/cat"):
+        tiny.make_photos(folder / name, 3, seed=2)
+    tiny.make_photos(folder / "my_cat_masks", 3)
+    lines = [{"file_name": f"photo-{number}.png", "text": "a photo of qwe cat"} for number in range(3)]
+    (folder / "my_cat" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, page in {"my_pets": "training", "pets": "many-runs"}.items():
+        (folder / f"{name}.yaml").write_text(table_of(ROOT / "docs" / f"{page}.md"))
+
+
 @pytest.mark.trains
 def test_documented_commands_run_in_order(tmp_path, monkeypatch):
     """README's story and then those of the pages, in a folder where the user's photos lie."""
@@ -149,6 +173,7 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch):
     (tmp_path / "my_prompts.txt").write_text("a photo of sks dog in the snow\n")
     (tmp_path / "my_dog" / "photo-0.txt").write_text("a photo of sks dog on grass")
     tiny.make_photos(tmp_path / "my_face", 5, (64, 72), seed=1)
+    prepare_pets(tmp_path)
     commands = [command for page in PAGES for command in commands_of(page)]
     scripts = [run_command(command, bases) for command in commands if not command.startswith("make ")]
     assert set(SCRIPTS) == set(scripts)
