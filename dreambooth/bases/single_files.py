@@ -19,7 +19,7 @@ from dreambooth.bases.file_kinds import UNET, VAE
 from dreambooth.bases.folders import BASE_FLAG, VAE_FLAG
 from dreambooth.bases.weights import Weight
 from dreambooth.files import safetensors_files
-from dreambooth.io.errors import UserError, shown, type_and_reason
+from dreambooth.io.errors import UserError, few, shown, type_and_reason
 from dreambooth.options.training import BaseOptions
 
 CONFIGS = Path(__file__).parent / "single_file"
@@ -70,7 +70,19 @@ class SingleFile:
         if part == "unet" and self.is_ema:
             names = {key: _ema_key(key) for key in checkpoint}
             checkpoint = {key: stored[name] for key, name in names.items() if name in stored}
-        return _converted(self.path, prefixes[part], checkpoint, config)
+        converted = _converted(self.path, prefixes[part], checkpoint, config)
+        if part == "unet":
+            self._check_unused(checkpoint, converted)
+        return converted
+
+    def _check_unused(self, stored: Mapping[str, Weight], converted: Mapping[str, Weight]) -> None:
+        """Raise UserError if the UNet in the file has weights that diffusers leaves out."""
+        used = {id(weight) for weight in converted.values()}
+        if unknown := [key for key, weight in stored.items() if id(weight) not in used]:
+            raise UserError(
+                f"{shown(self.path)}: {self.published} has no {few(unknown)}: the file is of another "
+                "model; take one without changes to the UNet"
+            )
 
     def tokenizer_files(self, name: str) -> dict[str, Path]:
         """By file name, the files of the tokenizer that a base has in the folder `name`."""

@@ -61,10 +61,10 @@ def read(
 ) -> tuple[dict[str, str], list[str]]:
     """(captions by name of photo, notes for the user). Without a flag of captions there are none.
 
-    `names` are the photos in `folder`, which `flag` named. A photo that the result lacks has an empty caption
-    or none; it is trained with --instance_prompt. Captions have no line breaks or other control characters,
-    and --trigger_word in front. Raises UserError, with one line per fault, if captions cannot be read, are
-    not text, or belong to other photos.
+    `names` are the photos in `folder`, which `flag` named. A photo that the result lacks has no caption, or
+    one of nothing but commas; it is trained with --instance_prompt. Captions have no line breaks or other
+    control characters, and --trigger_word in front. Raises UserError, with one line per fault, if captions
+    cannot be read, are not text, or belong to other photos.
     """
     files = _Files.of(folder, names)
     if not instance.reads_captions:
@@ -83,6 +83,7 @@ def read(
         more = len(problems) - _MOST_PROBLEMS
         tail = [f"{flag}: and {more} more problems of the captions"] if more > 0 else []
         raise UserError("\n".join([f"{flag}: {problem}" for problem in problems[:_MOST_PROBLEMS]] + tail))
+    captions = {name: caption if tags.tags_of(caption) else "" for name, caption in captions.items()}
     if empty := [name for name in names if captions.get(name) == ""]:
         notes.append(
             f"{len(empty)} of {len(names)} photos have an empty caption and are trained with "
@@ -141,7 +142,7 @@ def _from_kohya(file: str, names: Sequence[str]) -> tuple[dict[str, str], list[s
     or names of photos, with or without ending. Raises UserError if it cannot be read or names none of the
     photos."""
     where = f"--in_json {shown(file)}"
-    table = reader.read_json_table(Path(file), where)
+    table = reader.parsed_json_table(reader.read_text(Path(file), where), where, unique_keys=True)
     keys_of: dict[str, list[str]] = {}
     for key in table:
         keys_of.setdefault(PurePosixPath(key.replace("\\", "/")).name, []).append(key)

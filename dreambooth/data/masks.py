@@ -23,6 +23,8 @@ from dreambooth.io.errors import UserError, few, raise_all, shown
 from dreambooth.options.masks import MaskOptions
 
 _SMALL = 0.05  # share of a photo under which a note names it
+# of 255: programs that segment write masks of 0 and 1, or of the number or colour of a class
+_LEAST_BRIGHTEST = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def check(options: MaskOptions, pictures: Sequence[Photo], *, follow_symlinks: b
     """The masks of all `pictures` by file name; {} without masks.
 
     Raises UserError, with a line for each problem, if a photo has no mask or several, or if a mask cannot be
-    read, has another size than its photo, has transparent parts or covers nothing.
+    read, has another size than its photo, has transparent parts or has nothing white.
     """
     if not options.is_given:
         return {}
@@ -98,14 +100,22 @@ def _checked(path: Path, photo: Photo, *, is_alpha: bool, follow_symlinks: bool)
             f"the mask has {width} x {height} pixels and the photo, held upright, {photo_width} x"
             f" {photo_height}; save the mask in the size of the photo"
         )
+    brightest = int(np.asarray(image).max())
+    if brightest < _LEAST_BRIGHTEST:
+        raise UserError(_fault_of_dark(brightest, is_alpha=is_alpha))
     share = float(np.asarray(image, dtype=np.float64).mean() / 255)
-    if share == 0:
-        raise UserError(
-            "all of it is transparent; the subject must be opaque"
-            if is_alpha
-            else "the mask is black everywhere; the subject must be white"
-        )
     return Mask(path, is_alpha, hashlib.sha256(data).hexdigest(), share)
+
+
+def _fault_of_dark(brightest: int, *, is_alpha: bool) -> str:
+    """What is wrong with a mask whose brightest pixel has this value."""
+    if is_alpha:
+        much = (
+            "all of it is transparent" if brightest == 0 else f"its most opaque pixel has {brightest} of 255"
+        )
+        return f"{much}; the subject must be opaque"
+    much = "is black everywhere" if brightest == 0 else f"is dark: its brightest pixel has {brightest} of 255"
+    return f"the mask {much}; the subject must be white"
 
 
 def _decoded(data: bytes, *, is_alpha: bool) -> Image.Image:

@@ -316,7 +316,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None, remark: Callable[[str], N
         return Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "I"):
         raise UserError(
-            f"pixels of mode {image.mode} have no known white; save it with 8 or 16 bits a channel"
+            f"a picture of mode {image.mode}, which has no known white; save it with 8 or 16 bits a channel"
         )
     if image.mode in ("1", "L", "LA", "La"):
         remark(_GREY)

@@ -123,6 +123,11 @@ class InstanceOptions(Group):
             "--trigger_word is put before captions: give --caption_column, --caption_extension or --in_json; "
             "without captions, put the word into --instance_prompt",
         )
+        require(
+            "," not in (self.captions.trigger_word or ""),
+            f"--trigger_word must have no comma, which parts tags; write its words without it, got "
+            f"{shown(self.captions.trigger_word)!r}",
+        )
 
     def _check_masks(self) -> None:
         given = self.masks.given_for_masks()
@@ -140,18 +145,25 @@ class InstanceOptions(Group):
 
     def _check_subjects(self) -> None:
         """Require that the flags of one subject are left out."""
-        of_one = ("instance_data_dir", "dataset_name", "instance_prompt", "caption_column", "repeats")
-        given = [f"--{name}" for name in of_one if not is_default(self, name)]
-        given += [
-            f"--{name}"
-            for name in ("caption_extension", "in_json", "trigger_word")
-            if not is_default(self.captions, name)
+        in_rows: list[tuple[Group, str, str]] = [
+            (self, "instance_data_dir", "photos"),
+            (self, "instance_prompt", "prompt"),
+            (self, "caption_column", "captions"),
+            (self, "repeats", "repeats"),
+            (self.masks, "mask_dir", "masks"),
         ]
-        given += [] if self.masks.mask_dir is None else ["--mask_dir"]
+        for group, name, key in in_rows:
+            require(
+                is_default(group, name),
+                f"--{name} is for one subject, and --subjects names several: leave it out, and give each "
+                f"row of that file its {key}",
+            )
+        of_one: list[tuple[Group, str]] = [(self, "dataset_name")]
+        of_one += [(self.captions, name) for name in ("caption_extension", "in_json", "trigger_word")]
+        given = [f"--{name}" for group, name in of_one if not is_default(group, name)]
         require(
             not given,
-            f"{', '.join(given)}: for one subject, and --subjects names several: write it into the rows of "
-            "that file, or leave it out",
+            f"{', '.join(given)}: for one subject, and --subjects names several: leave it out",
         )
 
     @property
@@ -231,5 +243,6 @@ class PriorOptions(Group):
         if self.with_prior_preservation:
             require(
                 self.class_data_dir is not None or self.prior_source == "base",
-                "You must specify a data directory for class images: --class_data_dir",
+                "You must specify a data directory for class images: --class_data_dir "
+                "(--prior_source base needs none)",
             )

@@ -169,7 +169,9 @@ def test_marks_are_read_and_said_in_one_line(bases, tmp_path, kind, more, metada
 
 
 @pytest.mark.parametrize(("spread", "kind"), [(0.01, "sd2"), (0.2, "sd2_v")])
-def test_stable_diffusion_2_without_marks_is_told_by_one_weight(bases, tmp_path, spread, kind):
+def test_stable_diffusion_2_without_marks_is_told_by_one_weight(bases, tmp_path, monkeypatch, spread, kind):
+    key = f"{single_files.UNET}output_blocks.0.1.transformer_blocks.0.norm1.bias"  # of few
+    monkeypatch.setattr(single_files, "_SPREAD_KEY", key)
     more = {single_files._SPREAD_KEY: torch.linspace(-2, 2, 64) * spread}
     file = made.write(bases["sd2"], "sd2", tmp_path / "base.safetensors", more=more)
     base = find(file)
@@ -270,6 +272,15 @@ def test_a_file_without_text_encoder_is_refused(bases, tmp_path, kind):
     file = made.write(bases[kind], kind, tmp_path / "x.safetensors", without=("text_encoder",))
     with pytest.raises(
         UserError, match=rf"is a {file_kinds.NAMES[kind]} without text_encoder \(.*; take a file"
+    ):
+        find(file)
+
+
+def test_a_unet_with_weights_of_another_model_is_refused(bases, tmp_path):
+    more = zeros("model.diffusion_model.input_blocks.1.9.alpha")
+    file = made.write(bases["sd1"], "sd1", tmp_path / "x.safetensors", more=more)
+    with pytest.raises(
+        UserError, match=r"Stable Diffusion 1\.x has no model\.diffusion_model\.input_blocks\.1\.9"
     ):
         find(file)
 

@@ -374,6 +374,13 @@ def test_a_trigger_word_is_in_front_of_every_caption(folder):
     }
 
 
+def test_a_caption_of_commas_is_an_empty_one(folder):
+    jsonl(folder, *rows_of(TEXTS | {"a.png": ",, ,", "b.png": ", a dog,"}))
+    captions, notes = read(folder)
+    assert captions == {"b.png": ", a dog,", "c.jpg": TEXTS["c.jpg"]}
+    assert notes == ["1 of 3 photos have an empty caption and are trained with --instance_prompt: a.png"]
+
+
 # kohya's metadata
 
 
@@ -416,6 +423,12 @@ def test_metadata_of_kohya_s_scripts_that_is_of_other_photos_or_no_text_is_refus
     assert "--in_json" in refusal(folder, **kohya(folder, ["a"]))
     said = refusal(folder, **kohya(folder, {"one/a.png": {"tags": "x"}, "two/a.png": {"tags": "y"}}))
     assert "names a.png several times, one/a.png, two/a.png: keep one of them" in said
+
+
+def test_a_key_that_kohya_s_metadata_has_twice_is_refused(folder):
+    flags = kohya(folder, {})
+    Path(flags["in_json"]).write_text('{"a": {"caption": "x"}, "a": {"caption": "y"}}')
+    assert refusal(folder, **flags).endswith("a appears twice")
 
 
 # Without --caption_column

@@ -72,6 +72,11 @@ def spoil(folder: Path, how: str) -> None:
         Image.new("L", (64, 32), 255).save(path)
     elif how == "empty":
         Image.new("L", (64, 64)).save(path)
+    elif how == "zeros and ones":
+        Image.new("L", (64, 64), 1).save(path)
+    elif how == "floats":
+        path.unlink()
+        Image.new("F", (64, 64), 1.0).save(path.with_suffix(".tif"))
     elif how == "transparent":
         Image.new("LA", (64, 64), (255, 0)).save(path)
     else:
@@ -89,6 +94,8 @@ def spoil(folder: Path, how: str) -> None:
             "the photo",
         ),
         ("empty", "the mask is black everywhere; the subject must be white"),
+        ("zeros and ones", "the mask is dark: its brightest pixel has 1 of 255; the subject must be white"),
+        ("floats", "the mask is a picture of mode F, which has no known white"),
         ("transparent", "the mask has transparent parts; save it in black and white, without transparency"),
         ("damaged", "the mask is not a whole picture"),
     ],

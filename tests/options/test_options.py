@@ -366,6 +366,7 @@ def test_a_folder_that_is_named_as_in_kohya_s_scripts_gives_prompt_and_repeats()
     ("flags", "message"),
     [
         ("--caption_column text --in_json m.json", "--caption_column and --in_json both name captions"),
+        ("--caption_column a --trigger_word a,b", "--trigger_word must have no comma"),
         ("--trigger_word sks", "--trigger_word is put before captions: give --caption_column"),
         ("--keep_tokens 1", "--keep_tokens is for shuffled or dropped tags"),
         ("--caption_variants 8", "--caption_variants is for shuffled or dropped tags"),

@@ -192,12 +192,16 @@ def test_a_wrong_photo_is_named_with_its_row(no_models, tiny_base, pair, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--instance_prompt", "a"], "--instance_prompt: for one subject, and --subjects names several"),
-        (["--instance_data_dir", "d", "--repeats", "3"], "--instance_data_dir, --repeats: for one subject"),
+        (["--instance_prompt", "a"], "--instance_prompt is for one subject, and --subjects names several"),
+        (
+            ["--instance_data_dir", "d", "--repeats", "3"],
+            "leave it out, and give each row of that file its repeats",
+        ),
         (["--class_prompt", "a"], "--class_prompt: for one subject"),
         (["--class_data_dir", "a"], "--class_data_dir: for one subject"),
         (["--holdout_data_dir", "a"], "--holdout N holds out N photos of each"),
         (["--trigger_word", "a"], "--trigger_word: for one subject"),
+        (["--mask_dir", "a"], "leave it out, and give each row of that file its masks"),
         (["--with_prior_preservation"], "needs --prior_source base: there are no class images"),
         (
             ["--judge_dino", "a", "--validation_prompt", "a"],
