@@ -1,7 +1,7 @@
 """The cache of decoded photos: a photo with the same bytes is hashed at the next start, but not decoded.
 
 It is one file in the folder of the encoding cache, without paths and pixels. Size limits are checked by the
-caller. Results of another version of Pillow or of this code are not used.
+caller. Results of another version of Pillow, of its plugins or of this code are not used.
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import PIL
-
+from dreambooth.data import picture_files
 from dreambooth.io import reader, writer
 from dreambooth.io.errors import UserError, shown
 
@@ -55,7 +54,12 @@ class DecodeCache:
             sha256: [list(photo.size), photo.pixels_sha256, list(photo.remarks)]
             for sha256, photo in (_read(self.path) | self.decoded).items()
         }
-        content = {"layout": _LAYOUT, "pillow": PIL.__version__, "sha256": _digest(table), "pictures": table}
+        content = {
+            "layout": _LAYOUT,
+            "pillow": picture_files.decoders(),
+            "sha256": _digest(table),
+            "pictures": table,
+        }
         try:
             if not _is_replaceable(self.path):
                 raise OSError("another program wrote it")
@@ -85,7 +89,7 @@ def _read(path: Path) -> dict[str, Decoded]:
     """The content of the file; {} if it is missing, damaged or of another version."""
     try:
         content = reader.read_json_table(path, NAME, _LARGEST)
-        expected = (_LAYOUT, PIL.__version__, _digest(content["pictures"]))
+        expected = (_LAYOUT, picture_files.decoders(), _digest(content["pictures"]))
         if (content["layout"], content["pillow"], content["sha256"]) != expected:
             return {}
         return {

@@ -7,12 +7,15 @@ is decoded in `photos`.
 import codecs
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
+
+import PIL
 
 from dreambooth.files import pictures as png_files
 from dreambooth.io import reader
@@ -38,6 +41,7 @@ READ = {
 }
 # Formats that Pillow reads by a plugin: its module, and the usual endings. The extra `photos` installs them.
 PLUGINS = {"HEIF": ("pillow_heif", (".heic", ".heif", ".hif")), "JXL": ("pillow_jxl", (".jxl",))}
+_DISTRIBUTIONS = {"HEIF": "pillow-heif", "JXL": "pillow-jxl-plugin"}
 INSTALLED = [name for name, (module, _) in PLUGINS.items() if importlib.util.find_spec(module)]
 READ |= {name: PLUGINS[name][1] for name in INSTALLED}
 FORMATS = tuple(READ)
@@ -213,6 +217,12 @@ def _kind_at(path: Path) -> Kind:
         return _UNREADABLE
     # camera raw files of many makers are TIFF files, whose first picture is a thumbnail
     return _RAW if kind.format == "TIFF" and _RAW_ENDINGS.fullmatch(path.suffix) else kind
+
+
+def decoders() -> str:
+    """The versions of Pillow and of its installed plugins: another version may decode other pixels."""
+    names = [_DISTRIBUTIONS[format] for format in INSTALLED]
+    return ", ".join([PIL.__version__, *(f"{name} {importlib.metadata.version(name)}" for name in names)])
 
 
 @functools.cache

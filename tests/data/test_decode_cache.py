@@ -1,11 +1,13 @@
 """Pictures that were decoded before: known by their content."""
 
+import importlib.metadata
 from typing import Any
 
+import PIL
 import pytest
 from PIL import Image
 
-from dreambooth.data import decode_cache, photos
+from dreambooth.data import decode_cache, photos, picture_files
 from dreambooth.data.decode_cache import DecodeCache
 from dreambooth.io.errors import UserError
 from tests import tiny
@@ -49,7 +51,11 @@ def test_what_is_remembered_lifts_no_limit(tmp_path):
 
 @pytest.mark.trains
 @pytest.mark.parametrize(
-    "how", ["cut off", "one number", "no table", "another version of Pillow", "nonsense", "a folder"]
+    "how",
+    [
+        *("cut off", "one number", "no table", "another version of Pillow", "a plugin of Pillow"),
+        *("nonsense", "a folder"),
+    ],
 )
 def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, how):
     folder = tiny.make_photos(tmp_path / "photos", 2)
@@ -57,7 +63,10 @@ def test_a_damaged_memory_of_pictures_is_no_memory(tmp_path, work, monkeypatch, 
     path = tmp_path / decode_cache.NAME
     text = path.read_text()
     if how == "another version of Pillow":
-        monkeypatch.setattr(decode_cache.PIL, "__version__", "0.1")
+        monkeypatch.setattr(PIL, "__version__", "0.1")
+    elif how == "a plugin of Pillow":
+        monkeypatch.setattr(picture_files, "INSTALLED", ["HEIF"])
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.1")
     elif how == "a folder":
         path.unlink()
         path.mkdir()
