@@ -21,6 +21,7 @@ from dreambooth.data.batches import PhotoRows, Source
 from dreambooth.data.buckets import Buckets
 from dreambooth.data.crops import Crops
 from dreambooth.data.decode_cache import DecodeCache
+from dreambooth.files import checkpoint_folders
 from dreambooth.io.errors import UserError, shown
 from dreambooth.options.command_line import as_table
 from dreambooth.options.resolved import ResolvedPriorOptions, ResolvedTrainOptions, resolve
@@ -99,17 +100,29 @@ def prepare(options: TrainOptions, watch: Watch, stack: contextlib.ExitStack) ->
 
 
 def is_finished(options: TrainOptions, watch: Watch) -> bool:
-    """Whether the output folder holds this run, finished. Checks the input as `prepare` does, prints no note
-    and writes nothing. Raises UserError also if the folder holds another run."""
+    """Whether the output folder of a run of a table holds this run, finished. Checks the input as `prepare`
+    does, prints no note and writes nothing. Raises UserError also if the folder holds another run, or files
+    that a run would replace, or if a run in it cannot be continued."""
     given = check_input(options, watch, is_quiet=True)
     record = run_folder.read_identity(given.output_dir)
-    if record is None:
-        return False
-    claim = output_folder.Claim(given.output_dir, None, {}, [record["flags"].get("seed")])
-    run = name_run(given.joined(record), given, claim)
+    seeds = [record["flags"].get("seed")] if record else []
+    run = name_run(given.joined(record), given, output_folder.Claim(given.output_dir, None, {}, seeds))
     now = run.record([given.subject.source(run.options.run.seed)])
-    run_folder.check_new(given.output_dir, now, overwrite=False, is_resumed=True)
-    return run_folder.is_finished(given.output_dir, run.max_steps)
+    if record is None:
+        run.check(now)
+        return False
+    try:
+        run_folder.check_new(given.output_dir, now, overwrite=False, is_resumed=True)
+        if run_folder.is_finished(given.output_dir, run.max_steps):
+            return True
+        if not checkpoint_folders.list_checkpoints(given.output_dir):
+            checks.check_no_steps_lost("latest", options.run)
+    except UserError as error:
+        advice = (
+            "In a table give the run another name, or move its folder away: --overwrite does not work there"
+        )
+        raise UserError(f"{error}\n{advice}") from None
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

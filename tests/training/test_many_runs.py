@@ -178,10 +178,17 @@ def test_a_run_that_fails_is_the_only_one(tiny_base, photos_dir, tmp_path, monke
     train_table(words)
     assert "3 finished" in (out / "runs.html").read_text(encoding="utf-8")
 
-    # another table in the same folder is refused
-    table(path, {"one": ["--rank", "2"], "bad": [], "two": []})
-    with pytest.raises(UserError, match=r"one: --output_dir: .* holds another run"):
+    # another table in the same folder is refused, and one that cannot go on, before any run starts
+    table(path, {"one": ["--rank", "2"], "bad": ["--max_train_steps", "2"], "two": [], "new": []})
+    (out / "new").mkdir()
+    (out / "new" / "report.html").write_text("a user's")
+    with pytest.raises(UserError) as refusal:
         train_table(words)
+    problems = str(refusal.value)
+    assert "one: --output_dir:" in problems and "holds another run" in problems
+    assert "bad: --resume_from_checkpoint latest:" in problems and "no checkpoint" in problems
+    assert "one: In a table give the run another name, or move its folder away" in problems
+    assert "new: --output_dir:" in problems and "holds report.html" in problems
 
 
 def test_parts_that_are_kept_have_the_same_weights_and_nothing_else_in_common(tiny_base):
