@@ -67,7 +67,7 @@ def test_a_wheel_has_every_module_the_base_and_the_recipes_and_nothing_else(inst
 
 
 @pytest.mark.slow
-def test_five_commands_answer_help_in_an_empty_folder(installed, tmp_path):
+def test_the_commands_answer_help_in_an_empty_folder(installed, tmp_path):
     (info,) = installed.glob("*.dist-info")
     entry_points = metadata.Distribution.at(info).entry_points.select(group="console_scripts")
     assert {point.name: point.attr for point in entry_points} == COMMANDS
