@@ -14,7 +14,10 @@ PAGE = programs.ROOT / "docs" / "evidence.md"
 SCORES = ("JOINT", "ID", "PA", "COPY")
 # A run counts as over-trained if its last step loses this share of its best step's JOINT.
 OVER_TRAINED = 0.15
-UNSEEN = ("bird", "car")  # subjects that the rule was not made on
+MIDDLE = slice(3, 7)  # of the ten bands of timesteps
+# The limit of the rule was chosen when the runs of these settings had been measured for these two subjects.
+SEEN = {"rate": "2e-3", "prior": False, "text_encoder": True}
+SEEN_SUBJECTS = ("car", "bird")
 Record = Mapping[str, Any]
 
 
@@ -83,7 +86,7 @@ def _mean(values: Any) -> float:
 
 
 def meters(record: Record) -> dict[str, dict[int, list[float]]]:
-    """By meter, the values of each band at each scored step. `fit` and the losses are relative to step 0."""
+    """By meter, the values of each band at each scored step. The losses are relative to step 0."""
     by_step = {meter["step"]: meter["meter"] for meter in record["meter"]}
     steps, start = steps_of(record), by_step[0]
     series: dict[str, dict[int, list[float]]] = {}
@@ -104,7 +107,7 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
     run, averaged over runs: by band, over the middle bands and over all."""
     rows = []
     names = list(dict.fromkeys(name for record in records for name in meters(record)))
-    parts = {"all bands": slice(0, 10), "middle bands": choice.MIDDLE, "low bands": choice.LOW}
+    parts = {"all bands": slice(0, 10), "middle bands": MIDDLE, "low bands": choice.LOW}
     parts |= {f"band {number}": slice(number, number + 1) for number in range(10)}
     for name in names:
         series = [(r, meters(r)[name]) for r in records if name in meters(r)]
@@ -112,17 +115,10 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
             means = [(r, [_mean(values[bands]) for values in by_step.values()]) for r, by_step in series]
             rows.append({"meter": name, "bands": part, **_correlation(means)})
     by_number = _correlation([(r, steps_of(r)) for r in records])
-    by_rule = _correlation([(r, _rule_scores(r)) for r in records])
     return [
         {"meter": "number of the step", "bands": "", **by_number},
-        {"meter": "fit less harm (the rule)", "bands": "", **by_rule},
         *rows,
     ]
-
-
-def _rule_scores(record: Record) -> list[float]:
-    by_step = {meter["step"]: meter["meter"] for meter in record["meter"]}
-    return [choice.score(by_step[step], by_step[0]).total for step in steps_of(record)]
 
 
 def _correlation(series: Sequence[tuple[Record, Sequence[float]]]) -> dict[str, float | None]:
@@ -148,7 +144,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
     rows = [row for row in map(judged, records) if row["named"] is not None]
     over = [row for row in rows if row["over_trained"]]
     shares = [row for row in rows if row["JOINT_best"] > 0]
-    unseen = [row for row in shares if row["run"]["subject"] in UNSEEN]
+    unseen = [row for row in shares if not _is_seen(row["run"])]
     return {
         "runs": len(rows),
         "share_of_best": _over_subjects(shares, lambda row: row["JOINT_named"] / row["JOINT_best"]),
@@ -160,6 +156,10 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         ),
         "named_minus_last": _over_subjects(rows, lambda row: row["JOINT_named"] - row["JOINT_last"]),
     }
+
+
+def _is_seen(case: Mapping[str, Any]) -> bool:
+    return case["subject"] in SEEN_SUBJECTS and all(case[name] == value for name, value in SEEN.items())
 
 
 def _over_subjects(
@@ -197,7 +197,7 @@ def table(records: Sequence[Record], runs_in_all: int) -> str:
     lines += ["", "| over all runs | mean | 95 % interval over subjects |", "|---|---|---|"]
     for title, key in (
         ("JOINT at the named step, as a share of the best step's", "share_of_best"),
-        ("the same, subjects that the rule was not made on", "share_of_best_unseen"),
+        ("the same, runs that the limit of the rule was not chosen on", "share_of_best_unseen"),
         ("JOINT at the last step, as a share of the best step's", "last_share_of_best"),
         ("JOINT at the named step less that at the last, all runs", "named_minus_last"),
         (f"the same, {figures['over_trained']} over-trained runs", "named_minus_last_over_trained"),

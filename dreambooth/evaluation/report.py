@@ -298,15 +298,13 @@ def _plots(run: Run, measured: report_data.Measured) -> dict[str, list[dict[str,
         about = "The loss says little about likeness: noise level and photo of a step are random."
         add("loss", "Loss", f"{means} {about}".strip(), report_plots.over_steps(curves, chosen=chosen))
 
-    # the score that names a step, and the meters
-    if by_step := choice.scores(run.records):
-        by_step = {0: choice.Score(0, 0), **by_step}
-        curves = [
-            Curve(name, list(by_step), [getattr(score, attribute) for score in by_step.values()])
-            for name, attribute in (("score", "total"), ("fit", "fit"), ("harm", "harm"))
-        ]
-        svg = report_plots.over_steps(curves, chosen=chosen, zero=True)
-        add("meter", "Score", report_data.SCORE, svg)
+    # the harm that names a step, and the meters
+    if by_step := choice.harms(run.records):
+        by_step = {0: 0.0, **by_step}
+        svg = report_plots.over_steps(
+            [Curve("harm", list(by_step), list(by_step.values()))], chosen=chosen, zero=True
+        )
+        add("meter", "Harm", report_data.HARM, svg)
     for name, (title, text) in report_data.METERS.items():
         if values := measured.meter(name):
             spread = values.noise if any(values.noise) else None

@@ -13,9 +13,9 @@ _STEP_NAME = re.compile(r"validation/step-([0-9]{6,})-(?:([0-9]{2,})-)?([0-9]{2,
 _FINAL_NAME = re.compile(r"validation/image_(?:([0-9]{2,})_)?([0-9]+)\.png")
 _WEIGHT_NAME = re.compile(r"validation/weight-([0-9]+\.[0-9]{2})\.png")
 
-SCORE = (
-    "Fit less harm. Fit: how far the loss on trained photos fell at middle noise. Harm: how far the loss on"
-    " held-out photos rose at low noise. The last step within 0.1 of the highest score is chosen."
+HARM = (
+    "How far the loss on held-out photos rose at low noise, as a logarithm: 1 is 2.7 times the base's. The"
+    " last step with at most 1 is chosen."
 )
 METERS = {
     "gap": (

@@ -1,8 +1,8 @@
 """The best checkpoint of a run, in `best/`: its adapter, and why it was chosen. Kept current as the run goes.
 
-`evaluation/choice.py` chooses among the steps that were measured. The adapter of a step that may be chosen
-later is kept beside it, as `candidate-SSSSSS.safetensors`. A resumed run chooses from the records up to its
-first step, so the candidates of the newest checkpoint's step are kept too.
+`evaluation/choice.py` chooses among the steps that were measured. The adapter of the chosen step is kept
+beside it, as `candidate-SSSSSS.safetensors`. A resumed run chooses from the records up to its first step, so
+the candidate that was chosen at the newest checkpoint's step is kept too.
 """
 
 import json
@@ -67,17 +67,16 @@ class BestAdapter:
             )
 
     def _write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
-        """Write this step's adapter if it may be chosen, then the chosen one, then remove what can no longer
-        be chosen. Raises OSError."""
-        candidates = choice.candidates(records)
-        if step in candidates:
+        """Write this step's adapter if it is chosen, then the chosen one, then remove what can no longer be
+        chosen. Raises OSError."""
+        if step == self.choice.step:
             self.files.write(_candidate(step), self.saver.pack(step))
         if self.choice.step is not None and (data := self._adapter(self.choice.step)) is not None:
             why = {"step": self.choice.step, "why": self.choice.why}
             self.files.write(ADAPTER, data)
             self.files.write(WHY, (json.dumps(why, indent=1) + "\n").encode())
         resumed = [record for record in records if record["step"] <= self.saver.saved]
-        kept = {*candidates, *choice.candidates(resumed)}
+        kept = {self.choice.step, choice.choose(resumed).step}
         for name, number in self._candidates():
             if number not in kept:
                 self.files.remove(name)

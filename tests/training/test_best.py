@@ -32,7 +32,6 @@ def highest_score(monkeypatch):
         return choice.Choice(best, f"its score is {scores[best]}", worse)
 
     monkeypatch.setattr(choice, "choose", choose)
-    monkeypatch.setattr(choice, "candidates", lambda records: [choose(records).step])
 
 
 def run(

@@ -41,7 +41,6 @@ def fixed_rule(monkeypatch):
         return choice.Choice(min(last, BEST), "it is", "it got worse" if last >= WORSE_FROM else None)
 
     monkeypatch.setattr(choice, "choose", choose)
-    monkeypatch.setattr(choice, "candidates", lambda records: [choose(records).step])
 
 
 def status(out: Path) -> tuple[Any, ...]:
