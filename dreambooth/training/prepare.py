@@ -31,6 +31,7 @@ from dreambooth.runtime.processes import Peers
 from dreambooth.runtime.stops import Watch, memory_errors_explained, write_errors_explained
 from dreambooth.training import (
     adapter_targets,
+    checks,
     class_sources,
     judging,
     output_folder,
@@ -118,9 +119,7 @@ def is_finished(options: TrainOptions, watch: Watch) -> bool:
         if not checkpoint_folders.list_checkpoints(given.output_dir):
             checks.check_no_steps_lost("latest", options.run)
     except UserError as error:
-        advice = (
-            "In a table give the run another name, or move its folder away: --overwrite does not work there"
-        )
+        advice = "In a table give the run another name, or move its folder away; --overwrite is refused there"
         raise UserError(f"{error}\n{advice}") from None
     return False
 
