@@ -22,8 +22,8 @@ class MeterOptions(Group):
     """Folder with other photos of the subject, which are not trained on, in place of --holdout. Their
     captions are read as those of the instance photos."""
     stop_when_worse: bool = False
-    """End the run, as a finished one, once three measurements in a row show that the adapter damages pictures in
-    general: the loss on held-out photos at low noise is over 2.7 times the base's."""
+    """End the run, as a finished one, once three measurements in a row show that the adapter damages pictures
+    in general: the loss on held-out photos at low noise is over 2.7 times the base's."""
 
     def _check(self) -> None:
         require(
