@@ -16,6 +16,8 @@ from dreambooth.io.errors import UserError, raise_all, shortened, type_and_reaso
 
 # (word:1.2) of other programs, from the colon on. (10:30) and (2:3) are no weights.
 _COLON = re.compile(r"(?<=[^\d\s:(]):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
+# numbers in the same place that are no weights: (word:-1), (word:1e3), (word:1.2.3)
+_NO_WEIGHT = re.compile(r"(?<=[^\d\s:(]):\s*([-+.]*\d[-+.\deE]*)\s*\)")
 _LONGEST_PROMPT = 20_000  # characters
 _LARGEST_WEIGHT = 10
 # transformers warns of long prompts, which are split here
@@ -46,8 +48,11 @@ def parsed(prompt: str) -> Parsed:
     from compel import Compel
     from compel.prompt_parser import FlattenedPrompt, Fragment
 
+    text = _COLON.sub(r")\1", prompt)
+    if number := _NO_WEIGHT.search(text):
+        raise UserError(f"a weight must be a number from 0 to {_LARGEST_WEIGHT}, as 1.2, got {number[1]}")
     try:
-        conjunction = Compel.parse_prompt_string(_COLON.sub(r")\1", prompt))
+        conjunction = Compel.parse_prompt_string(text)
     except Exception as error:  # pyparsing raises several kinds
         raise UserError(f"compel cannot read it ({type_and_reason(error)})") from None
     parts = conjunction.prompts

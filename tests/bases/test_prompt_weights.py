@@ -111,6 +111,8 @@ def test_pictures_of_plain_prompts_do_not_depend_on_the_flag(bases, tmp_path):
         ('("a cat", "a dog").blend(1, 1)', "of compel's syntax only weights are read"),
         ('("a cat", "a dog").and()', "of compel's syntax only weights are read"),
         ("a (dog:20)", "a weight must be from 0 to 10, got 20"),
+        ("a (dog:-1)", "a weight must be a number from 0 to 10, as 1.2, got -1"),
+        ("a (dog:1e3)", "a weight must be a number from 0 to 10, as 1.2, got 1e3"),
         ("a (dog)-1", None),
     ],
 )
