@@ -102,8 +102,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "8001 x 8001 is over 64,000,000 pixels",
     ),
     "bomb of text": ("text.png", written(text_bomb), "not a whole picture"),
-    "32-bit float": ("depth.tif", image_file("TIFF", np.float32), "pixels of mode F"),
-    "32-bit integer": ("depth.tiff", image_file("TIFF", np.int32), "pixels of mode I"),
+    "32-bit float": ("depth.tif", image_file("TIFF", np.float32), "a picture of mode F"),
+    "32-bit integer": ("depth.tiff", image_file("TIFF", np.int32), "a picture of mode I"),
     "one pixel": ("dot.png", lambda path: noise(1, 1).save(path), "1 x 1 pixels is too small"),
     "thin": (
         "thin.png",
