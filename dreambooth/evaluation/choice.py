@@ -45,13 +45,14 @@ def choose(records: Sequence[Record]) -> Choice:
         return Choice(None, "nothing was measured after step 0")
     named = max((step for step, harm in by_step.items() if harm <= LIMIT), default=None)
     if named is None:
-        return Choice(None, f"the loss on held-out photos at low noise is always over {_times(LIMIT)}")
+        return Choice(None, f"at low noise the loss on held-out photos is always over {_times(LIMIT)}")
     later = [harm for step, harm in by_step.items() if step > named]
     if not later:
-        return Choice(named, f"the loss on held-out photos at low noise is {_times(by_step[named])}")
-    why = f"later the loss on held-out photos at low noise is over {_times(LIMIT)}"
+        loss = f"at low noise the loss on held-out photos is {_times(by_step[named])}"
+        return Choice(named, f"up to the last measurement pictures are not damaged: {loss}")
+    why = f"later steps damage pictures: at low noise the loss on held-out photos is over {_times(LIMIT)}"
     is_worse = len(later) >= IN_A_ROW
-    worse = f"the loss on held-out photos at low noise is {_times(later[-1])}" if is_worse else None
+    worse = f"at low noise the loss on held-out photos is {_times(later[-1])}" if is_worse else None
     return Choice(named, why, worse)
 
 

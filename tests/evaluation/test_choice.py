@@ -35,13 +35,13 @@ def test_the_last_step_within_the_limit_is_named():
 @pytest.mark.parametrize(
     ("harms", "why"),
     [
-        ([0.3], "the loss on held-out photos at low noise is 1.3 times the base's"),
-        ([0.0, -0.1], "the loss on held-out photos at low noise is 0.9 times the base's"),
-        ([0.3, 1.2], "later the loss on held-out photos at low noise is over 2.7 times the base's"),
+        ([0.3], "up to the last measurement pictures are not damaged: {loss} is 1.3 times the base's"),
+        ([0.0, -0.1], "up to the last measurement pictures are not damaged: {loss} is 0.9 times the base's"),
+        ([0.3, 1.2], "later steps damage pictures: {loss} is over 2.7 times the base's"),
     ],
 )
 def test_the_sentence_says_why_the_step_is_named(harms, why):
-    assert choice.choose(run(*harms)).why == why
+    assert choice.choose(run(*harms)).why == why.format(loss="at low noise the loss on held-out photos")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_sentence_says_why_the_step_is_named(harms, why):
         (run(), "nothing was measured after step 0"),
         (
             run(1.2, 1.3, 1.4, 1.5),
-            "the loss on held-out photos at low noise is always over 2.7 times the base's",
+            "at low noise the loss on held-out photos is always over 2.7 times the base's",
         ),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_measurement_that_is_not_finite_is_passed_over(loss):
 def test_a_run_is_worse_after_three_measurements_in_a_row_over_the_limit():
     harms = [0.3, 1.1, 1.2, 1.3]
     assert choice.choose(run(*harms[:3])).worse is None
-    worse = "the loss on held-out photos at low noise is 3.7 times the base's"
+    worse = "at low noise the loss on held-out photos is 3.7 times the base's"
     assert choice.choose(run(*harms)).worse == worse
     assert choice.choose(run(*harms, 0.9)).worse is None
 
