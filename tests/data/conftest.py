@@ -25,7 +25,12 @@ def work(monkeypatch) -> Work:
         lambda vae, pixels: done.pictures.extend(tuple(one.shape[1:]) for one in pixels),
     )
     spy(monkeypatch, prompts.TextParts, "__call__", lambda self, words: done.prompts.extend(words))
-    spy(monkeypatch, photos, "decode", lambda data, *others: done.decoded.append(data))
+
+    def decoded(data: bytes, *limits: int, reduced_to: int | None = None) -> None:
+        if reduced_to is None:  # else for the notes about photos: small, and at every start
+            done.decoded.append(data)
+
+    spy(monkeypatch, photos, "decode", decoded)
     for part in ("load_vae", "load_encoders", "load_unet"):
         spy(
             monkeypatch,

@@ -136,9 +136,10 @@ def test_a_photo_that_one_process_cannot_read_ends_both_for_its_reason(
 ):
     real, words = photos.load, ["--max_train_steps", "2", "--cache_latents", "off"]
 
-    def load(photo: photos.Photo):
+    def load(photo: photos.Photo, reduced_to: int | None = None):
         is_lost = os.environ.get("RANK") == "1"
-        return real(dataclasses.replace(photo, path=photo.path.with_name("lost.png")) if is_lost else photo)
+        path = photo.path.with_name("lost.png") if is_lost else photo.path
+        return real(dataclasses.replace(photo, path=path), reduced_to)
 
     def work() -> object:
         try:
