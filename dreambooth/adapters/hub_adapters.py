@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files import native
+from dreambooth.bases import folders
 from dreambooth.io.errors import UserError, few, reason_of, shown
 from dreambooth.options.adapter_sets import AdapterSet, WeightedAdapter
 
@@ -35,15 +34,8 @@ def fetched(sets: Sequence[AdapterSet]) -> list[AdapterSet]:
 
 
 def _is_id(name: str) -> bool:
-    """Whether the name is OWNER/NAME, and no file or folder has it. A name that ends in .safetensors is a
-    file."""
-    if name.count("/") != 1 or name.lower().endswith(".safetensors") or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    """Whether the name is that of a repository, with its owner's. One that ends in .safetensors is a file."""
+    return name.count("/") == 1 and not name.lower().endswith(".safetensors") and folders.is_hub_id(name)
 
 
 def _download(where: str, hub_id: str) -> Path:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from dreambooth.bases import weight_names
 from dreambooth.files import digests
 from dreambooth.io import reader
@@ -29,6 +32,17 @@ _OTHER_SCRIPTS = {
     "StableDiffusion3Pipeline": "train_dreambooth_lora_sd3.py",
     "FluxPipeline": "train_dreambooth_lora_flux.py",
 }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name is valid for a repository of the hub, and no file or folder has it."""
+    if Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def unknown_class(name: str, pipeline: object, known: Sequence[str]) -> str:

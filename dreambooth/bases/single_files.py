@@ -228,14 +228,15 @@ def _converted(
 def _converted_by_diffusers(
     prefix: str, checkpoint: dict[str, Weight], config: Mapping[str, Any]
 ) -> dict[str, Weight]:
+    converted: dict[str, Weight]
     if prefix == UNET:
-        return single_file_utils.convert_ldm_unet_checkpoint(checkpoint, config)  # type: ignore[no-any-return]
-    if prefix == VAE:
-        return single_file_utils.convert_ldm_vae_checkpoint(checkpoint, config)  # type: ignore[no-any-return]
-    if prefix in file_kinds.OPEN_CLIP:
+        converted = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, config)
+    elif prefix == VAE:
+        converted = single_file_utils.convert_ldm_vae_checkpoint(checkpoint, config)
+    elif prefix in file_kinds.OPEN_CLIP:
         # the width is taken from a model where the file has no text_projection
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-        return single_file_utils.convert_open_clip_checkpoint(  # type: ignore[no-any-return]
-            model, checkpoint, prefix
-        )
-    return single_file_utils.convert_ldm_clip_checkpoint(checkpoint)  # type: ignore[no-any-return]
+        converted = single_file_utils.convert_open_clip_checkpoint(model, checkpoint, prefix)
+    else:
+        converted = single_file_utils.convert_ldm_clip_checkpoint(checkpoint)
+    return converted

@@ -14,11 +14,10 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id
 
 from dreambooth.adapter_files.native import ADAPTER_NAME
+from dreambooth.bases.folders import is_hub_id
 from dreambooth.io import reader
 from dreambooth.io.errors import UserError, printable
 from dreambooth.options import paths
@@ -104,7 +103,9 @@ def model_card(
 def public_flags(flags: Mapping[str, Any], base_folder: Path) -> PublicFlags:
     """The flags as others may see them. `base_folder` is the base on disk."""
     hub_ids = {
-        flag: flags[flag] for flag in _PLACES_OR_IDS if flag in flags and _is_hub_id(flags[flag], base_folder)
+        flag: flags[flag]
+        for flag in _PLACES_OR_IDS
+        if flag in flags and Path(flags[flag]) != base_folder and is_hub_id(flags[flag])
     }
     local = [flag for flag in (*_PLACES, *_PLACES_OR_IDS) if flag in flags and flag not in hub_ids]
     last_parts = {flag: os.path.basename(os.path.abspath(flags[flag])) for flag in local}
@@ -291,17 +292,6 @@ def _address(link: object, hub_id: str | None, revision: str | None) -> str | No
     if not isinstance(link, str) or hub_id is None:
         return None
     return f"{constants.ENDPOINT}/{hub_id}/blob/{quote(revision or 'main', safe='')}/{quote(link)}"
-
-
-def _is_hub_id(name: str, base_folder: Path) -> bool:
-    """Whether the name is valid for a repository, and no file or folder has it."""
-    if os.path.exists(name) or Path(name) == base_folder:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 # --- Markdown

@@ -1,8 +1,9 @@
 """The subjects of a run, as they were checked: one by flags, or several by --subjects."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dreambooth.data import captions, masks, photo_sets, photos, subject_table, tags
 from dreambooth.data.batches import Share, Source
@@ -14,6 +15,8 @@ from dreambooth.io.errors import UserError, few
 from dreambooth.options.evaluation import MeterOptions
 from dreambooth.options.photos import InstanceOptions
 from dreambooth.runtime.processes import Peers
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,32 +81,24 @@ class Subjects:
     @property
     def captions(self) -> dict[str, str]:
         """The captions of photos that are trained on, by their `Source.names`."""
-        if not self.rows:
-            return self.each[0].captions
-        return {
-            f"{number}/{name}": text
-            for number, subject in enumerate(self.each, 1)
-            for name, text in subject.captions.items()
-        }
+        return self._by_name(lambda subject: subject.captions)
 
     @property
     def all_captions(self) -> dict[str, str]:
         """As `captions`, with those of held-out photos."""
-        return {
-            (f"{number}/{name}" if self.rows else name): text
-            for number, subject in enumerate(self.each, 1)
-            for name, text in (subject.held_out_captions | subject.captions).items()
-        }
+        return self._by_name(lambda subject: subject.held_out_captions | subject.captions)
 
     @property
     def masks(self) -> dict[str, Mask]:
         """By the `Source.names` of photos that are trained on; subjects without masks have none."""
-        if not self.rows:
-            return self.each[0].masks
+        return self._by_name(lambda subject: subject.masks)
+
+    def _by_name(self, table_of: Callable[[Subject], Mapping[str, T]]) -> dict[str, T]:
+        """One table of all subjects: with --subjects the names of photos begin with the subject's number."""
         return {
-            f"{number}/{name}": mask
+            (f"{number}/{name}" if self.rows else name): value
             for number, subject in enumerate(self.each, 1)
-            for name, mask in subject.masks.items()
+            for name, value in table_of(subject).items()
         }
 
     def shares(self, counts: Sequence[int]) -> tuple[Share, ...]:

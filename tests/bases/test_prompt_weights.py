@@ -43,9 +43,9 @@ def encoded(text: TextParts, *prompts: str) -> list[PromptEmbeds]:
 
 
 def equal(one: PromptEmbeds, other: PromptEmbeds) -> bool:
-    is_pooled = one.pooled is not None and other.pooled is not None
-    pooled = torch.equal(one.pooled, other.pooled) if is_pooled else one.pooled is other.pooled  # type: ignore[arg-type]
-    return torch.equal(one.embeds, other.embeds) and pooled
+    if one.pooled is None or other.pooled is None:
+        return one.pooled is other.pooled and torch.equal(one.embeds, other.embeds)
+    return torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
